@@ -1,0 +1,162 @@
+"""Room card: the whole recipe, as one tree of the settings that each room owns.
+
+Comes in: a recipe's name or file, `--set` texts, values of explicit flags. Goes out: a Recipe, and recipe.toml in a
+run: every value with defaults filled in, and the plan that was made from the budget. Called by: workshop, pretrain,
+cli.
+"""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import tomli_w
+
+from unmask import recipe as recipes
+from unmask import store
+from unmask.errors import RecipeError, RunError
+from unmask.nn import EncoderSettings, ModernSettings
+from unmask.objectives.mlm import MlmSettings
+from unmask.optim import OptimiserSettings
+from unmask.recipe import Amount
+from unmask.schedule import ScheduleSettings
+from unmask.text.corpus import TextSettings
+from unmask.train.plan import EverySettings, Plan, StageSettings, check_stages
+from unmask.world import Precision
+
+RECIPE, PLAN = "recipe.toml", "plan"
+MAY_CHANGE = ("train.every", "train.keep", "show")
+"""What a resumed run may be given anew, beside its budget: nothing here changes a bit of what it computes."""
+
+
+@dataclass(frozen=True)
+class TrainSettings:
+    """How long, how often, how finely."""
+
+    budget: Amount = Amount(600, "seconds")
+    every: EverySettings = field(default_factory=EverySettings)
+    micro_batch: Amount = Amount(16_384, "tokens")  # a step's tokens are dealt in pieces of at most this
+    precision: Precision = "by-machine"
+    threads: int | Literal["all"] = "all"
+    keep: int = 2  # step folders
+
+    def __post_init__(self) -> None:
+        if self.micro_batch.unit != "tokens":
+            raise RecipeError(
+                f"a micro-batch in {self.micro_batch.unit}", where="micro_batch", next='write "16k tokens"'
+            )
+        if self.keep < 1:
+            raise RecipeError(f"keep = {self.keep} would remove every step", where="keep", next="keep 1 or more")
+
+
+@dataclass(frozen=True)
+class ShowSettings:
+    """What the panel shows: these prompts, or where there are none, the first lines of held-out text."""
+
+    prompts: tuple[str, ...] = ()
+    lines: int = 5
+    characters: int = 160  # of a held-out text that serves as a prompt
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """One complete run."""
+
+    name: str = "custom"
+    about: str = ""
+    seed: int = 17
+    text: TextSettings = field(default_factory=TextSettings)
+    encoder: EncoderSettings = field(default_factory=ModernSettings)
+    objective: MlmSettings = field(default_factory=MlmSettings)
+    stage: tuple[StageSettings, ...] = (StageSettings(),)
+    optimiser: OptimiserSettings = field(default_factory=OptimiserSettings)
+    schedule: ScheduleSettings = field(default_factory=ScheduleSettings)
+    train: TrainSettings = field(default_factory=TrainSettings)
+    show: ShowSettings = field(default_factory=ShowSettings)
+
+    def __post_init__(self) -> None:
+        check_stages(self.stage)
+        longest = max(stage.length for stage in self.stage)
+        if longest > self.encoder.longest:
+            raise RecipeError(
+                f"a stage of length {longest} in an encoder that holds {self.encoder.longest}",
+                where="stage",
+                next=f"shorten the stage or set encoder.longest={longest}",
+            )
+
+
+def load_recipe(
+    name_or_path: str | Path = "tiny", settings: Sequence[str] = (), overrides: Mapping[str, Any] | None = None
+) -> Recipe:
+    """A shipped recipe or a TOML file, changed by `key=value` texts and then by flags (dotted key -> value).
+
+    Raises:
+        RecipeError: unknown recipe, key or value; the file, the key and the nearest name are given.
+    """
+    tree = recipes.resolve(name_or_path)
+    tree.pop(PLAN, None)
+    for text in settings:
+        tree = recipes.apply_set(tree, text)
+    for key, value in (overrides or {}).items():
+        tree = recipes.apply_set(tree, f"{key}={_toml(value)}")
+    tree.setdefault("name", Path(name_or_path).stem)
+    return recipes.build(Recipe, tree, str(name_or_path), settings)
+
+
+def _toml(value: Any) -> str:
+    return f'"{value}"' if isinstance(value, str | Amount) else str(value)
+
+
+def write_recipe(run: Path, recipe: Recipe, plan: Plan) -> None:
+    """RUN/recipe.toml: every value, and the plan, which is never made again from the clock."""
+    tree = tomllib.loads(recipes.dump(recipe))
+    tree[PLAN] = _plain(asdict(plan))
+    store.write_text(run / RECIPE, tomli_w.dumps(tree))
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _plain(entry) for key, entry in cast("dict[str, Any]", value).items()}
+    return [_plain(entry) for entry in cast("Sequence[Any]", value)] if isinstance(value, list | tuple) else value
+
+
+def read_recipe(run: Path) -> tuple[Recipe, Plan]:
+    """What a run was started with.
+
+    Raises:
+        RunError: the folder is no run.
+        RecipeError: recipe.toml was changed into something that is no recipe.
+    """
+    path = run / RECIPE
+    if not path.is_file():
+        raise RunError(
+            "this folder is no run: there is no recipe.toml", where=str(run), next="give the folder of a run"
+        )
+    tree = recipes.load_toml(path)
+    plan = tree.pop(PLAN, None)
+    if not isinstance(plan, dict):
+        raise RunError("recipe.toml has no [plan]", where=str(path), next="restore it, or start a new run")
+    whole = recipes.build(Plan, cast("dict[str, Any]", plan), f"{path} [plan]")
+    return recipes.build(Recipe, tree, str(path)), whole
+
+
+def change(recipe: Recipe, settings: Sequence[str]) -> Recipe:
+    """The recipe of a run with what may change on resume.
+
+    Raises:
+        RunError: a key that may not change; those that may are listed.
+    """
+    tree = tomllib.loads(recipes.dump(recipe))
+    for text in settings:
+        key = text.partition("=")[0].strip()
+        if not any(key == allowed or key.startswith(f"{allowed}.") for allowed in MAY_CHANGE):
+            raise RunError(
+                f"`{key}` can't change when a run goes on",
+                where=f"--set {text}",
+                next=f"what may change: --budget, {', '.join(MAY_CHANGE)}; for the rest start a new run",
+            )
+        tree = recipes.apply_set(tree, text)
+    return recipes.build(Recipe, tree, "the run's recipe", settings)

@@ -1,0 +1,216 @@
+"""Room card: a model on disk and in hand.
+
+Comes in: a folder (a run, a step of it, or one made by `transformers`), or the modules of a run. Goes out: a Model
+(encoder, head, tokenizer, card), and its folder: the very folder that `transformers` opens, with our own notes in
+card.json. Called by: unmask.load, checkpoint, use/, eval/, hf.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from unmask import store
+from unmask.contracts import SPECIAL, Text, logits_at, pack
+from unmask.errors import DamagedError, ModelError
+from unmask.nn import EncoderSettings, build
+from unmask.nn.names import config, from_ecosystem, settings_of, to_ecosystem
+from unmask.text.tokenizer import Tokenizer
+
+LATEST = "latest"
+CONFIG, WEIGHTS, CARD = "config.json", "model.safetensors", "card.json"
+_BATCH_TOKENS = 8192
+_NEXT_A_MODEL = "give a run of `unmask pretrain`, one of its step folders, or a folder that transformers saved"
+
+
+@dataclass
+class Model:
+    """An encoder with its vocabulary head and its tokenizer, ready to answer; float32, no dropout."""
+
+    encoder: nn.Module
+    head: nn.Module
+    tokenizer: Tokenizer
+    settings: EncoderSettings
+    card: dict[str, Any] = field(default_factory=dict)
+    path: str = ""
+
+    @property
+    def context(self) -> int:
+        """Slots of the longest text it was trained on, special tokens included (without a card: what it can hold)."""
+        return int(self.card.get("context") or self.settings.longest)
+
+    @property
+    def words(self) -> Any:
+        """How words are told apart in its text: "spaces" or "characters"."""
+        return self.card.get("words", "spaces")
+
+    def log_probabilities(self, ids: Sequence[Sequence[int]], at: Sequence[Sequence[int]]) -> list[Tensor]:
+        """Log-probabilities over the vocabulary at the positions asked, n × V float32 for each text.
+
+        Args:
+            ids: the ids of each text as they are; nothing is added, nothing hidden.
+            at: the positions asked about in each, 0-based; none or repeated ones are fine.
+
+        Raises:
+            ModelError: an id beyond the vocabulary, a position outside its text, a text that is empty or too long.
+        """
+        if len(ids) != len(at):
+            raise ModelError(
+                f"{len(ids)} texts but positions for {len(at)}", next="give one list of positions per text"
+            )
+        vocabulary = int(cast(Any, self.encoder).vocabulary)
+        for number, (one, places) in enumerate(zip(ids, at, strict=True)):
+            self._check(number, one, places, vocabulary)
+        answers: list[Tensor] = [torch.empty(0)] * len(ids)
+        order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
+        group: list[int] = []
+        for place, i in enumerate(order):
+            group.append(i)
+            full = (
+                place + 1 == len(order) or sum(len(ids[j]) for j in group) + len(ids[order[place + 1]]) > _BATCH_TOKENS
+            )
+            if full:
+                for j, answer in zip(group, self._answer([ids[j] for j in group], [at[j] for j in group]), strict=True):
+                    answers[j] = answer
+                group = []
+        return answers
+
+    def _check(self, number: int, ids: Sequence[int], at: Sequence[int], vocabulary: int) -> None:
+        where = f"text {number}"
+        if not len(ids):
+            raise ModelError("a text without ids", where=where, next="give at least one id")
+        if len(ids) > self.settings.longest:
+            raise ModelError(
+                f"{len(ids)} ids where the encoder holds {self.settings.longest}",
+                where=where,
+                next="cut the text in windows",
+            )
+        if min(ids) < 0 or max(ids) >= vocabulary:
+            culprit = next(i for i in ids if not 0 <= i < vocabulary)
+            raise ModelError(
+                f"id {culprit} is beyond the vocabulary of {vocabulary}",
+                where=where,
+                next="make the ids with this model's own tokenizer",
+            )
+        if len(at) and not (min(at) >= 0 and max(at) < len(ids)):
+            raise ModelError(
+                f"position {max(at)} of a text of {len(ids)} ids", where=where, next="positions start at 0"
+            )
+
+    @torch.inference_mode()
+    def _answer(self, ids: list[Sequence[int]], at: list[Sequence[int]]) -> list[Tensor]:
+        self.encoder.eval()
+        self.head.eval()
+        texts = [Text(np.asarray(one, np.int64), np.full(len(one), SPECIAL, np.uint8)) for one in ids]
+        batch = pack(texts)
+        at_M = torch.tensor([batch.starts[b] + p for b, places in enumerate(at) for p in places], dtype=torch.int64)
+        device = next(self.encoder.parameters()).device
+        logits_MV = logits_at(self.encoder, self.head, batch.to(device), at_M.to(device))
+        return list(logits_MV.log_softmax(-1).cpu().split([len(places) for places in at]))
+
+
+def save(folder: Path, model: Model) -> None:
+    """Fill a folder with the files that `transformers` opens, and card.json.
+
+    Tensors carry the ecosystem's names and are written in one sorted order, without metadata that would differ from
+    process to process.
+    """
+    with store.saying_where(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        tensors = to_ecosystem(model.encoder.state_dict(), model.head.state_dict(), model.settings)
+        ready = {name: tensors[name].detach().cpu().contiguous() for name in sorted(tensors)}
+        save_file(ready, folder / WEIGHTS, metadata={"format": "pt"})
+        special = {
+            name: found
+            for name, piece in _SPECIAL_PIECES.items()
+            if (found := model.tokenizer.token_to_id(piece)) is not None
+        }
+        vocabulary = int(cast(Any, model.encoder).vocabulary)
+        store.write_json(folder / CONFIG, config(model.settings, vocabulary, special))
+        model.tokenizer.save(folder)
+        store.write_json(folder / CARD, model.card)
+
+
+_SPECIAL_PIECES = {"pad": "[PAD]", "unk": "[UNK]", "cls": "[CLS]", "sep": "[SEP]", "mask": "[MASK]"}
+
+
+def find(path: str | Path) -> Path:
+    """The model folder that a path means: a run's latest step, or the folder itself.
+
+    Raises:
+        ModelError: there is no model there.
+    """
+    folder = Path(path)
+    if not folder.exists():
+        raise ModelError("there is nothing at this path", where=str(folder), next=_NEXT_A_MODEL)
+    if (folder / LATEST).exists():
+        folder = folder / (folder / LATEST).readlink() if (folder / LATEST).is_symlink() else folder / LATEST
+    if not (folder / CONFIG).is_file():
+        is_run = (folder / "recipe.toml").is_file()
+        raise ModelError(
+            "this run has not saved a step yet" if is_run else "this folder holds no model: there is no config.json",
+            where=str(folder),
+            next=f"continue it: unmask pretrain --resume {folder}" if is_run else _NEXT_A_MODEL,
+        )
+    return folder
+
+
+def load(path: str | Path) -> Model:
+    """Open a run, a step folder or a plain folder made by `transformers`.
+
+    Raises:
+        ModelError: no model there, of an architecture that isn't held here, or a tokenizer that doesn't fit it.
+        DamagedError: a file was cut short or changed; it is named.
+    """
+    folder = find(path)
+    if (folder / store.DIGESTS).is_file():
+        store.check_seal(folder)
+    description = store.read_json(folder / CONFIG)
+    settings = settings_of(description)
+    weights = folder / WEIGHTS
+    if not weights.is_file():
+        raise ModelError(
+            "there is no model.safetensors in this folder",
+            where=str(folder),
+            next="save it again with safe_serialization=True: pickles (.bin) are never read",
+        )
+    tokenizer = Tokenizer.load(folder)
+    vocabulary = int(description["vocab_size"])
+    if tokenizer.size > vocabulary:
+        raise ModelError(
+            f"the tokenizer has {tokenizer.size} pieces and the weights {vocabulary} rows",
+            where=str(folder),
+            next="use the tokenizer that this model was trained with",
+        )
+    encoder, head = build(settings, vocabulary)
+    _fill(encoder, head, weights, settings)
+    encoder.eval()
+    head.eval()
+    card: dict[str, Any] = store.read_json(folder / CARD) if (folder / CARD).is_file() else {}
+    return Model(encoder, head, tokenizer, settings, card, str(folder))
+
+
+def _fill(encoder: nn.Module, head: nn.Module, weights: Path, settings: EncoderSettings) -> None:
+    """Read the weights into the modules, strictly: a missing, foreign or misshapen tensor is an error."""
+    try:
+        tensors: Mapping[str, Tensor] = load_file(weights)
+    except SafetensorError as error:
+        raise DamagedError(
+            f"not readable as safetensors: {error}", where=str(weights), next="restore it from a copy or another step"
+        ) from error
+    encoder_state, head_state = from_ecosystem({name: t.float() for name, t in tensors.items()}, settings)
+    try:
+        encoder.load_state_dict(encoder_state)
+        head.load_state_dict(head_state)
+    except RuntimeError as error:
+        raise ModelError(
+            f"the weights don't fit the configuration: {error}", where=str(weights), next=_NEXT_A_MODEL
+        ) from error

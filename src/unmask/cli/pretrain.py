@@ -1,0 +1,193 @@
+"""Room card: the verbs that train: pretrain and demo.
+
+Comes in: text files, a recipe, a budget, or a run to go on with. Goes out: a run on disk, what a person sees of it, the
+next commands to try. Called by: door.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import shlex
+import sys
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+from unmask.cli.answer import Debug, Json, print_json
+from unmask.cli.fill import print_filled
+from unmask.errors import RunError
+
+if TYPE_CHECKING:
+    from unmask.pretrain import Result
+    from unmask.train.show import Display
+
+PRETRAIN_EXAMPLES = """\
+[bold]Examples[/bold]
+
+unmask pretrain notes.txt
+unmask pretrain notes/ --budget "30 min" --out runs/notes
+unmask pretrain play.txt --recipe char --set stage.0.length=64
+unmask pretrain notes.txt --dry-run                       the forecast alone
+unmask pretrain --resume runs/notes                       go on, bit for bit
+unmask pretrain --resume runs/notes --budget "+1 epoch"   prolong a run
+"""
+DEMO_EXAMPLES = """\
+[bold]Examples[/bold]
+
+unmask demo
+unmask demo --budget "60 s" --out runs/short
+"""
+
+Budget = Annotated[
+    str | None,
+    typer.Option(help='How long: "300 s", "120 steps", "2M tokens", "3 epochs".', show_default="the recipe's"),
+]
+Threads = Annotated[
+    int | None, typer.Option(min=1, help="Processor threads; they decide the bits.", show_default="all cores")
+]
+
+
+def pretrain(
+    texts: Annotated[list[Path] | None, typer.Argument(metavar="TEXT", help="Text files or folders.")] = None,
+    recipe: Annotated[
+        str | None, typer.Option(help="A shipped recipe's name or a TOML file.", show_default="tiny")
+    ] = None,
+    budget: Budget = None,
+    out: Annotated[
+        Path | None, typer.Option(help="The run's folder; it must not exist.", show_default="runs/RECIPE-N")
+    ] = None,
+    seed: Annotated[int | None, typer.Option(help="Of every draw.", show_default="the recipe's")] = None,
+    settings: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change one setting; may be repeated.")
+    ] = None,
+    resume: Annotated[Path | None, typer.Option(metavar="RUN", help="Go on with a run that stopped.")] = None,
+    elsewhere: Annotated[
+        bool, typer.Option("--elsewhere", help="With --resume: accept a machine that computes other bits.")
+    ] = False,
+    threads: Threads = None,
+    errors: Annotated[
+        Literal["strict", "replace"] | None,
+        typer.Option(help="Bytes that are not UTF-8: refuse, or replace.", show_default="strict"),
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the forecast and stop.")] = False,
+    as_json: Json = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print the run's folder alone.")] = False,
+    debug: Debug = False,
+) -> None:
+    """Pretrain an encoder on text, or go on with a run.
+
+    An explicit flag beats --set, which beats the recipe. Ctrl-C saves and names the command that resumes.
+    """
+    overrides = {"train.budget": budget, "seed": seed, "train.threads": threads, "text.errors": errors}
+    if resume is None:
+        if elsewhere:
+            raise RunError("--elsewhere says how to resume", next="name the run: --resume RUN --elsewhere")
+    else:
+        _refuse_with_resume({
+            "TEXT": texts, "--recipe": recipe, "--out": out, "--seed": seed, "--threads": threads, "--errors": errors,
+            "--dry-run": dry_run or None,
+        })  # fmt: skip
+
+    from unmask.pretrain import launch
+    from unmask.pretrain import resume as go_on
+
+    display = _display(as_json=as_json, quiet=quiet)
+    if resume is not None:
+        result = go_on(resume, budget=budget, settings=settings or (), display=display, elsewhere=elsewhere)
+    else:
+        name = recipe or "tiny"
+        result = launch(
+            texts or [],
+            recipe=name,
+            out=out or _free_folder(Path(name).stem),
+            settings=settings or (),
+            overrides={key: value for key, value in overrides.items() if value is not None},
+            display=display,
+            dry_run=dry_run,
+        )
+    if _first_rank():
+        _print_result(result, as_json=as_json, quiet=quiet)
+
+
+def demo(
+    out: Annotated[Path, typer.Option(help="The run's folder; an earlier demo there is replaced.")] = Path("runs/demo"),
+    budget: Budget = None,
+    threads: Threads = None,
+    debug: Debug = False,
+) -> None:
+    """Pretrain on the English that every Python carries, a few minutes on two cores, and fill masks."""
+    from unmask.demo import demo as run_demo
+
+    overrides = {"train.budget": budget, "train.threads": threads}
+    chosen = {key: value for key, value in overrides.items() if value is not None}
+    made = run_demo(out, display=_display(as_json=False, quiet=False), overrides=chosen)
+    print()
+    print_filled(made.filled)
+    _print_next([
+        f'unmask fill {_quoted(out)} "Return the [MASK] of the list."',
+        f"unmask evaluate {_quoted(out)} --text FILE",
+        'unmask pretrain FILE --budget "10 min"',
+    ])  # fmt: skip
+
+
+def _display(*, as_json: bool, quiet: bool) -> Display:
+    """Progress goes where results don't."""
+    from unmask.train.show import for_stream
+
+    return for_stream(sys.stderr if as_json else sys.stdout, quiet=quiet or not _first_rank())
+
+
+def _first_rank() -> bool:
+    return os.environ.get("RANK", "0") == "0"
+
+
+def _refuse_with_resume(given: Mapping[str, Any]) -> None:
+    """A run remembers what it was started with: what would contradict it is refused."""
+    for name, value in given.items():
+        if value not in (None, []):
+            raise RunError(
+                f"{name} can't be given together with --resume: the run remembers what it was started with",
+                next="leave it out; beside --budget, --set and --elsewhere nothing may change",
+            )
+
+
+def _free_folder(name: str) -> Path:
+    """runs/NAME-1, or the first number that is free."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise RunError("several ranks need one folder", next="name it: --out RUN")
+    return next(path for number in itertools.count(1) if not (path := Path("runs") / f"{name}-{number}").exists())
+
+
+def _print_result(result: Result, *, as_json: bool, quiet: bool) -> None:
+    if as_json:
+        print_json({
+            "run": result.run,
+            "finished_before": result.finished_before,
+            "forecast": asdict(result.forecast) if result.forecast else None,
+            "summary": asdict(result.summary) if result.summary else None,
+        })  # fmt: skip
+    elif result.run is None:
+        print("\nThis was the forecast; nothing was written.")
+    elif quiet:
+        print(result.run)
+    elif not result.finished_before:
+        run = _quoted(result.run)
+        _print_next([
+            f'unmask fill {run} "a text of yours with a [MASK] in it"',
+            f"unmask evaluate {run} --text FILE",
+            f'unmask pretrain --resume {run} --budget "+1 epoch"',
+        ])  # fmt: skip
+
+
+def _print_next(commands: list[str]) -> None:
+    print("\nnext:")
+    for command in commands:
+        print(f"  {command}")
+
+
+def _quoted(path: Path) -> str:
+    return shlex.quote(str(path))

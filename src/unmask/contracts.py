@@ -1,0 +1,300 @@
+"""Room card: what passes between rooms.
+
+Comes in: nothing. Goes out: the data (Text, Cut, Batch, Puzzle, Loss) and the protocols (Encoder, Head, Objective,
+Cutter, Source, Sink) that every other room speaks. Called by: everyone from floor 1 up.
+
+Shape legend (the only one in the house):
+  B texts · T token slots, all texts laid end to end · M positions asked about · S slots of one text, at most
+  D width · H heads · K head width · F feed-forward width · V vocabulary · L layers · N anything else
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int, UInt8
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+WORD_START = 1  # bits of marks_T
+SENTENCE_START = 2
+SPECIAL = 4
+
+FILLER_ID = 0  # what a filler text consists of; nothing asks about it and no other text sees it
+
+
+class Span(NamedTuple):
+    """Tokens [first, last) of one document, in segment 0 or 1."""
+
+    document: int
+    first: int
+    last: int
+    segment: int = 0
+
+
+@dataclass(frozen=True)
+class Cut:
+    """One sample before its ids are fetched: its spans, its place in the order and a label (of a pair), if any."""
+
+    epoch: int
+    number: int
+    spans: tuple[Span, ...]
+    label: int | None = None
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of the documents in it (special tokens that frame it are not counted)."""
+        return sum(span.last - span.first for span in self.spans)
+
+
+@dataclass(frozen=True)
+class Text:
+    """One sample with its special tokens: a window, a document, a pair. The unit of masking, order and attention."""
+
+    ids: NDArray[np.integer[Any]]  # (n,)
+    marks: NDArray[np.uint8]  # (n,) bits WORD_START, SENTENCE_START, SPECIAL
+    epoch: int = 0
+    number: int = 0
+    segment: NDArray[np.integer[Any]] | None = None  # (n,) 0 or 1
+    label: int | None = None
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Texts laid end to end; `starts` are the numbers of `starts_B1` on the host, so that nothing waits for a GPU."""
+
+    ids_T: Int[Tensor, "T"]  # int64
+    starts_B1: Int[Tensor, "B1"]  # int32, cumulative: text b holds slots [starts[b], starts[b + 1])
+    starts: tuple[int, ...]
+    longest: int
+    marks_T: UInt8[Tensor, "T"]
+    sample_B2: Int[Tensor, "B 2"]  # epoch and number of each text: the key of every draw
+    segment_T: Int[Tensor, "T"] | None = None
+    label_B: Int[Tensor, "B"] | None = None
+    look: Literal["both", "left"] = "both"
+    filler: int = 0  # slots of the filler text that ends the batch (0: there is none)
+
+    @property
+    def texts(self) -> int:
+        """Texts, the filler text not counted."""
+        return len(self.starts) - 1 - (1 if self.filler else 0)
+
+    @property
+    def tokens(self) -> int:
+        """Slots that hold a real token."""
+        return self.starts[-1] - self.filler
+
+    def to(self, device: torch.device | str) -> Batch:
+        """The same batch on another device (asynchronously, where its memory is pinned)."""
+        if str(device) == "cpu":
+            return self
+        moved = {
+            name: value.to(device, non_blocking=True) for name, value in vars(self).items() if isinstance(value, Tensor)
+        }
+        return replace(self, **moved)
+
+
+def pack(texts: Sequence[Text], *, slots: int | None = None, look: Literal["both", "left"] = "both") -> Batch:
+    """Lay texts end to end, in the order given; with `slots`, a filler text of its own brings them to that number.
+
+    Trailing padding must be a sequence of its own: rows beyond the last start have NaN gradients in variable-length
+    attention (pytorch#176793). This and `unpack` are the only places that make or undo the layout.
+    """
+    assert texts, "a batch holds at least one text"
+    lengths = [len(text.ids) for text in texts]
+    filler = 0 if slots is None else slots - sum(lengths)
+    assert filler >= 0, f"{sum(lengths)} tokens do not fit in {slots} slots"
+    ids = np.concatenate([text.ids for text in texts] + [np.full(filler, FILLER_ID)]).astype(np.int64)
+    marks = np.concatenate([text.marks for text in texts] + [np.full(filler, SPECIAL)]).astype(np.uint8)
+    samples = [(text.epoch, text.number) for text in texts]
+    if filler:
+        lengths.append(filler)
+        samples.append((0, 0))
+    starts = (0, *np.cumsum(lengths).tolist())
+    segment_T = label_B = None
+    if texts[0].segment is not None:
+        segments = [text.segment for text in texts if text.segment is not None]
+        segment_T = torch.from_numpy(np.concatenate([*segments, np.zeros(filler)]).astype(np.int64))
+    if texts[0].label is not None:
+        label_B = torch.tensor([text.label for text in texts] + [-1] * (filler > 0), dtype=torch.int64)
+    return Batch(
+        ids_T=torch.from_numpy(ids),
+        starts_B1=torch.tensor(starts, dtype=torch.int32),
+        starts=starts,
+        longest=max(lengths),
+        marks_T=torch.from_numpy(marks),
+        sample_B2=torch.tensor(samples, dtype=torch.int64),
+        segment_T=segment_T,
+        label_B=label_B,
+        look=look,
+        filler=filler,
+    )
+
+
+def unpack(x_TN: Tensor, batch: Batch) -> list[Tensor]:
+    """The rows of each text, the filler left out: the inverse of `pack` for anything that has a row per slot."""
+    return [x_TN[batch.starts[b] : batch.starts[b + 1]] for b in range(batch.texts)]
+
+
+@dataclass(frozen=True)
+class Puzzle:
+    """A corrupted batch and what is asked of it. All that is random was drawn here; a loss draws only dropout."""
+
+    batch: Batch  # ids_T as the encoder sees them
+    at_M: Int[Tensor, "M"]  # slots asked about, ascending
+    answer_M: Int[Tensor, "M"]  # the original ids
+    weight_M: Float[Tensor, "M"]
+    chance_M: Float[Tensor, "M"]  # one uniform draw per asked slot, for objectives that sample
+    counts: Mapping[str, int]  # term -> what its sum is divided by, e.g. {"mlm": M, "pair": B}
+
+    def to(self, device: torch.device | str) -> Puzzle:
+        """The same puzzle on another device."""
+        if str(device) == "cpu":
+            return self
+        names = ("at_M", "answer_M", "weight_M", "chance_M")
+        moved = {name: getattr(self, name).to(device, non_blocking=True) for name in names}
+        return replace(self, batch=self.batch.to(device), **moved)
+
+
+@dataclass(frozen=True)
+class Loss:
+    """Sums, not means: the loop divides once, by the counts of all micro-batches and ranks."""
+
+    sums: Mapping[str, Tensor]  # term -> scalar with gradient
+    seen: Mapping[str, tuple[Tensor, int]] = field(default_factory=dict)  # metric -> (sum, count); adds over anything
+
+
+@runtime_checkable
+class Encoder(Protocol):
+    """Ids in, one vector per slot out. Texts of a batch never see each other."""
+
+    width: int
+    vocabulary: int
+
+    @property
+    def token_table(self) -> nn.Parameter:
+        """The embedding matrix, vocabulary × width, for tying."""
+        ...
+
+    @property
+    def blocks(self) -> Sequence[nn.Module]:
+        """What sharding and compilation wrap."""
+        ...
+
+    def __call__(self, batch: Batch) -> Float[Tensor, "T D"]:
+        """One vector per slot."""
+        ...
+
+
+@runtime_checkable
+class Head(Protocol):
+    """Vectors at the asked positions in, logits over the vocabulary out; never called with all T slots."""
+
+    def __call__(self, hidden_MD: Float[Tensor, "M D"], token_table_VD: Tensor) -> Float[Tensor, "M V"]:
+        """Logits at the asked positions."""
+        ...
+
+
+class Objective(Protocol):
+    """What is hidden, what is asked, what it costs."""
+
+    terms: Mapping[str, float]  # name -> weight in the step's loss
+    cutter: str  # which cutter its samples come from: "windows"
+    parts: nn.Module  # its own parameters, saved as objective.safetensors (an empty module where it has none)
+    fills: bool  # whether encoder + head answer masks
+
+    def corrupt(self, batch: Batch, seed: int) -> Puzzle:
+        """Pure: the draws are a function of the seed and each text's (epoch, number), never of a generator."""
+        ...
+
+    def loss(self, encoder: nn.Module, head: nn.Module, puzzle: Puzzle) -> Loss:
+        """Sums over what was asked."""
+        ...
+
+
+class Cutter(Protocol):
+    """Cuts documents into samples: pure, on anchors that make the number of samples of an epoch known."""
+
+    def count(self, epoch: int) -> int:
+        """Samples in this epoch."""
+        ...
+
+    def cut(self, epoch: int, sample: int) -> Cut:
+        """Sample `sample` of this epoch, 0 <= sample < count(epoch)."""
+        ...
+
+
+class Part(NamedTuple):
+    """A piece of a source that one worker reads: a file, or a range of its bytes."""
+
+    path: str
+    first_byte: int
+    last_byte: int
+
+
+class Passage(NamedTuple):
+    """Up to about a million characters of one document; longer documents come in several, in order."""
+
+    document: int  # number of the document within the source
+    piece: int  # 0 for the first passage of a document
+    text: str  # NFC
+    characters: int  # of the source's text that it stands for, the line ends that part it from the next included
+    last: bool  # whether the document ends here
+
+
+class Source(Protocol):
+    """Where documents come from."""
+
+    @property
+    def fingerprint(self) -> str:
+        """Changes when the text or the settings that cut it into documents change."""
+        ...
+
+    def parts(self) -> Sequence[Part]:
+        """In a fixed order."""
+        ...
+
+    def documents(self, part: Part) -> Iterator[Passage]:
+        """The passages of one part, in order."""
+        ...
+
+
+class Sink(Protocol):
+    """Where measurements go."""
+
+    def write(self, step: int, metrics: Mapping[str, object]) -> None:
+        """One line; written before the call returns."""
+        ...
+
+    def close(self) -> None:
+        """Nothing comes after this."""
+        ...
+
+
+class Learner(nn.Module):
+    """The one module of a run: encoder, head, the objective's parts. Sharding, clipping and the optimiser see this."""
+
+    def __init__(self, encoder: nn.Module, head: nn.Module, objective: Objective) -> None:
+        super().__init__()
+        self.encoder = encoder
+        self.head = head
+        self.parts = objective.parts
+        self._objective = objective
+
+    def forward(self, puzzle: Puzzle) -> Loss:
+        """The objective's sums for one micro-batch."""
+        return self._objective.loss(self.encoder, self.head, puzzle)
+
+
+def logits_at(encoder: nn.Module, head: nn.Module, batch: Batch, at_M: Int[Tensor, "M"]) -> Float[Tensor, "M V"]:
+    """Logits over the vocabulary at the asked slots, float32: the only road from a batch to a distribution.
+
+    The head never meets another slot, in training or evaluation, so that nothing of size T × V is ever made.
+    """
+    hidden_TD: Tensor = encoder(batch)
+    logits_MV: Tensor = head(hidden_TD.index_select(0, at_M), encoder.token_table)
+    return logits_MV.float()

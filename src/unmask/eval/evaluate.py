@@ -1,0 +1,76 @@
+"""Room card: a model's loss on a text that a person names.
+
+Comes in: a Model and text files. Goes out: a Heldout (loss, accuracy, bits per character). Called by: `unmask
+evaluate`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from unmask.bundle import Model
+from unmask.errors import ModelError
+from unmask.eval.heldout import Document, Heldout, evaluate, freeze
+from unmask.text.sources import DocumentRule, ErrorsRule, FileSource
+from unmask.world import World
+
+
+def evaluate_text(
+    model: Model,
+    paths: Sequence[Path],
+    *,
+    world: World,
+    length: int | None = None,
+    document: DocumentRule = "blank-line",
+    errors: ErrorsRule = "strict",
+) -> Heldout:
+    """Hide 15 % of the text with the house's frozen masks and ask the model; float32.
+
+    Bits per character are mean nats per asked token × tokens ÷ Unicode characters of the NFC text (line ends counted) ÷
+    ln 2, so that models of one tokenizer compare; [UNK] is left out of both sides and its share is given.
+
+    Args:
+        model: what `unmask.load` gave.
+        paths: text files or folders.
+        world: where to compute.
+        length: slots of a text; the model's context where it isn't given.
+        document: what a document is.
+        errors: "replace" puts U+FFFD in the place of bytes that are not UTF-8.
+
+    Raises:
+        TextError: the text can't be read or holds nothing to ask about.
+        ModelError: a length that the encoder doesn't hold.
+    """
+    slots = model.context if length is None else length
+    if not 3 <= slots <= model.settings.longest:
+        raise ModelError(f"length = {slots}", next=f"choose 3 to {model.settings.longest}")
+    source = FileSource(paths, document, errors)
+    documents: list[Document] = []
+    for part in source.parts():
+        pieces: list[Document] = []
+        for passage in source.documents(part):
+            encoded = model.tokenizer.encode(passage.text, model.words)
+            pieces.append(Document(encoded.ids, encoded.marks, passage.characters, encoded.characters_unknown))
+            if passage.last:
+                documents.append(_joined(pieces))
+                pieces = []
+    counts_V = np.zeros(model.tokenizer.size, np.int64)
+    for one in documents:
+        counts_V += np.bincount(one.ids, minlength=len(counts_V))
+    held = freeze(documents, model.tokenizer, slots, counts_V)
+    return evaluate(model.encoder, model.head, held, world)
+
+
+def _joined(pieces: Sequence[Document]) -> Document:
+    """The passages of one document as one."""
+    if len(pieces) == 1:
+        return pieces[0]
+    return Document(
+        np.concatenate([piece.ids for piece in pieces]),
+        np.concatenate([piece.marks for piece in pieces]),
+        sum(piece.characters for piece in pieces),
+        sum(piece.unknown_characters for piece in pieces),
+    )

@@ -1,0 +1,1 @@
+"""What is hidden, what is asked, what it costs."""

@@ -1,0 +1,171 @@
+"""Room card: write whole or not at all.
+
+Comes in: paths and what should stand there. Goes out: files and folders that are complete whenever they can be seen,
+digests, and readers that notice a flipped bit. Called by: shards, bundle, checkpoint, pretrain.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Generator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from unmask.errors import DamagedError, StoreError
+
+_CHUNK_BYTES = 1 << 22
+DIGESTS = "digests.json"
+
+
+def digest(*parts: bytes | str) -> str:
+    """A 128-bit hexadecimal digest of the parts, each set off from the next by its length."""
+    state = hashlib.blake2b(digest_size=16)
+    for part in parts:
+        data = part.encode() if isinstance(part, str) else part
+        state.update(len(data).to_bytes(8, "little"))
+        state.update(data)
+    return state.hexdigest()
+
+
+def file_digest(path: Path) -> str:
+    """The 128-bit digest of a file's bytes, read in pieces."""
+    state = hashlib.blake2b(digest_size=16)
+    with path.open("rb") as file:
+        while chunk := file.read(_CHUNK_BYTES):
+            state.update(chunk)
+    return state.hexdigest()
+
+
+def _sync(path: Path) -> None:
+    """Force a file or folder to the disk; folders can't be synced on every system, and there it does nothing."""
+    try:
+        handle = os.open(path, os.O_RDONLY)
+    except OSError:
+        return
+    try:
+        os.fsync(handle)
+    except OSError:
+        if path.is_file():
+            raise
+    finally:
+        os.close(handle)
+
+
+@contextmanager
+def saying_where(path: Path) -> Generator[None]:
+    """Turn the system's refusal to write into a message that names the place and the mend."""
+    try:
+        yield
+    except OSError as error:
+        raise StoreError(
+            f"can't write here: {error.strerror or error}",
+            where=str(error.filename or path),
+            next="choose another place (--out), make room on the disk, or give yourself the right to write there",
+        ) from error
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replace a small file by another, whole: written aside, synced, renamed."""
+    with saying_where(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        aside = path.with_name(f".{path.name}.{os.getpid()}")
+        aside.write_text(text, encoding="utf-8")
+        _sync(aside)
+        os.replace(aside, path)
+        _sync(path.parent)
+
+
+def write_json(path: Path, value: object) -> None:
+    """`write_text` of a value as indented JSON."""
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    """A JSON file's value.
+
+    Raises:
+        DamagedError: it is cut short or not JSON.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise DamagedError(f"not readable as JSON: {error}", where=str(path), next=_REPLACE_IT) from error
+
+
+_REPLACE_IT = "restore this file from a copy, or remove the folder it is in and make it anew"
+
+
+@contextmanager
+def new_folder(path: Path) -> Generator[Path]:
+    """A folder to fill that appears under its name only when the block ends well; one that stood there is replaced.
+
+    A kill at any moment leaves either the old folder or the new one under the name. What a kill left aside is removed
+    by the next call for the same name.
+    """
+    with saying_where(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        for leftover in path.parent.glob(f".{path.name}.aside-*"):
+            shutil.rmtree(leftover, ignore_errors=True)
+        aside = path.parent / f".{path.name}.aside-{os.getpid()}"
+        aside.mkdir()
+        try:
+            yield aside
+            for file in sorted(aside.rglob("*")):
+                _sync(file)
+            _sync(aside)
+            old = path.parent / f".{path.name}.aside-old-{os.getpid()}"
+            if path.exists():  # os.rename onto a folder that is not empty fails
+                os.rename(path, old)
+            os.rename(aside, path)
+            _sync(path.parent)
+            shutil.rmtree(old, ignore_errors=True)
+        except BaseException:
+            shutil.rmtree(aside, ignore_errors=True)
+            raise
+
+
+def point(link: Path, target: str) -> None:
+    """Make `link` a symbolic link to `target` (relative to the link's folder), replacing the old one in one step."""
+    with saying_where(link):
+        aside = link.with_name(f".{link.name}.{os.getpid()}")
+        aside.unlink(missing_ok=True)
+        aside.symlink_to(target)
+        os.replace(aside, link)
+        _sync(link.parent)
+
+
+def seal(folder: Path) -> None:
+    """Write down the size and digest of every file in a folder, so that `check_seal` can find damage later."""
+    files = sorted(file for file in folder.rglob("*") if file.is_file() and file.name != DIGESTS)
+    entries = {
+        file.relative_to(folder).as_posix(): {"bytes": file.stat().st_size, "digest": file_digest(file)}
+        for file in files
+    }
+    write_json(folder / DIGESTS, entries)
+
+
+def check_seal(folder: Path) -> None:
+    """Compare a sealed folder with what was written down.
+
+    Raises:
+        DamagedError: a file is missing, cut short or changed; it is named.
+    """
+    entries: Mapping[str, Mapping[str, Any]] = read_json(folder / DIGESTS)
+    if not all(set(entry) == {"bytes", "digest"} for entry in entries.values()):
+        raise DamagedError("not the seal that was written", where=str(folder / DIGESTS), next=_REPLACE_IT)
+    for name, entry in entries.items():
+        file = folder / name
+        if not file.is_file():
+            raise DamagedError("a file of this folder is missing", where=str(file), next=_REPLACE_IT)
+        if file.stat().st_size != entry["bytes"]:
+            raise DamagedError(
+                f"this file holds {file.stat().st_size:,} bytes where {entry['bytes']:,} were written",
+                where=str(file),
+                next=_REPLACE_IT,
+            )
+        if file_digest(file) != entry["digest"]:
+            raise DamagedError("the bytes of this file have changed since writing", where=str(file), next=_REPLACE_IT)

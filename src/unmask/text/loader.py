@@ -1,0 +1,143 @@
+"""Room card: cuts to batches.
+
+Comes in: shards, a cutter, a cursor. Goes out: the next samples of the order until a step's tokens are met, the cursor
+after them, how they are dealt to ranks and micro-batches, and the batches. Called by: the training loop, validation.
+
+The cursor is one integer, samples since the first; nothing else is kept, so a run resumes at once.
+"""
+
+from __future__ import annotations
+
+import heapq
+from bisect import bisect_left
+from collections.abc import Sequence
+from typing import Final, Literal, NamedTuple, Protocol
+
+import numpy as np
+
+from unmask.contracts import Batch, Cut, Text, pack
+from unmask.text.shards import Shards
+from unmask.text.tokenizer import Tokenizer
+
+_CHUNK_SAMPLES: Final = 4096  # cut at a time: one call costs as much as some 100 samples
+_CHUNKS_KEPT: Final = 4
+
+
+class ChunkCutter(Protocol):
+    """A cutter that gives a stretch of its order at once."""
+
+    def count(self, epoch: int) -> int:
+        """Samples in this epoch, the same in each."""
+        ...
+
+    def cuts(self, epoch: int, first: int, last: int) -> list[Cut]:
+        """The samples at places [first, last) of the epoch's order."""
+        ...
+
+
+def read(shards: Shards, cut: Cut, tokenizer: Tokenizer) -> Text:
+    """Fetch the tokens of a cut and set them between [CLS] and [SEP], where the tokenizer has them."""
+    assert len(cut.spans) == 1, "texts of several spans need a frame of their own"
+    span = cut.spans[0]
+    ids = shards.ids(span.document, span.first, span.last)
+    marks = shards.marks(span.document, span.first, span.last)
+    framed_ids, framed_marks = tokenizer.framed(ids, marks)
+    return Text(framed_ids, framed_marks, cut.epoch, cut.number, label=cut.label)
+
+
+class _Chunk(NamedTuple):
+    cuts: list[Cut]
+    ends: list[int]  # tokens of this and all cuts before it in the chunk, frames included
+
+
+class Stream:
+    """The samples of a cutter's order, epoch after epoch."""
+
+    def __init__(self, shards: Shards, cutter: ChunkCutter, tokenizer: Tokenizer) -> None:
+        assert tokenizer.fingerprint == shards.tokenizer_fingerprint, "these shards were made with another tokenizer"
+        assert cutter.count(0) > 0, "there is nothing to read"
+        self._shards, self._cutter, self._tokenizer = shards, cutter, tokenizer
+        self._count = cutter.count(0)
+        self._frame = 0 if tokenizer.frame is None else len(tokenizer.frame)
+        self._kept: dict[tuple[int, int], _Chunk] = {}
+
+    def take(self, cursor: int, tokens: int) -> tuple[list[Cut], int]:
+        """The next cuts from `cursor` until they hold `tokens` tokens, frames included, and the cursor after them."""
+        taken: list[Cut] = []
+        while tokens > 0 or not taken:
+            epoch, sample = divmod(cursor, self._count)
+            number, first = divmod(sample, _CHUNK_SAMPLES)
+            chunk = self._chunk(epoch, number)
+            before = chunk.ends[first - 1] if first else 0
+            last = min(bisect_left(chunk.ends, before + max(tokens, 1), first) + 1, len(chunk.cuts))
+            taken += chunk.cuts[first:last]
+            tokens -= chunk.ends[last - 1] - before
+            cursor += last - first
+        return taken, cursor
+
+    def lengths(self, cuts: Sequence[Cut]) -> list[int]:
+        """Tokens of each cut, its frame included: what `deal` takes."""
+        return [cut.tokens + self._frame for cut in cuts]
+
+    def batch(self, cuts: Sequence[Cut], *, slots: int | None = None, look: Literal["both", "left"] = "both") -> Batch:
+        """The batch of these cuts, in the order given."""
+        return pack([read(self._shards, cut, self._tokenizer) for cut in cuts], slots=slots, look=look)
+
+    def _chunk(self, epoch: int, number: int) -> _Chunk:
+        key = (epoch, number)
+        if key not in self._kept:
+            first = number * _CHUNK_SAMPLES
+            cuts = self._cutter.cuts(epoch, first, min(first + _CHUNK_SAMPLES, self._count))
+            while len(self._kept) >= _CHUNKS_KEPT:
+                del self._kept[next(iter(self._kept))]
+            self._kept[key] = _Chunk(cuts, np.cumsum(self.lengths(cuts)).tolist())
+        return self._kept[key]
+
+
+def deal(lengths: Sequence[int], ranks: int, micro_tokens: int) -> list[list[list[int]]]:
+    """Deal a step's samples: for each rank its micro-batches, each a list of indices into `lengths`.
+
+    Every rank gets the same number of micro-batches, as few as hold at most `micro_tokens` tokens each (or one text
+    that is longer). Texts go, longest first, to the micro-batch that holds fewest tokens, so all are about equally
+    full. Within one, longer texts stand first and equal lengths together, which attention turns into views without
+    copies. A micro-batch is an empty list only where there are fewer texts than micro-batches: fewer than ranks, or
+    texts so long that each stands alone and their number doesn't come out even.
+    """
+    assert ranks > 0 and micro_tokens > 0, "no ranks, or no room"
+    order = sorted(range(len(lengths)), key=lambda index: (-lengths[index], index))
+    fewest = _fewest([lengths[index] for index in order], micro_tokens, ranks)
+    while True:
+        bins = _fill(lengths, order, fewest * ranks)
+        loads = [sum(lengths[index] for index in held) for held in bins]
+        if all(load <= micro_tokens or len(held) == 1 for load, held in zip(loads, bins, strict=True)):
+            break
+        fewest += 1
+    # Ranks wait for each other at every micro-batch, so what they do at the same time should be about equally much;
+    # every other row is dealt backwards, so that no rank gets the fuller one each time.
+    fullest = sorted(range(len(bins)), key=lambda number: (-loads[number], number))
+    dealt: list[list[list[int]]] = [[] for _ in range(ranks)]
+    for row in range(fewest):
+        numbers = fullest[row * ranks : (row + 1) * ranks]
+        for rank, number in enumerate(numbers if row % 2 == 0 else reversed(numbers)):
+            dealt[rank].append(bins[number])
+    return dealt
+
+
+def _fewest(descending: Sequence[int], micro_tokens: int, ranks: int) -> int:
+    """A bound from below on a rank's micro-batches: by tokens, and by texts of which only so many fit in one."""
+    bins = -(-sum(descending) // micro_tokens)
+    for beside in range(1, 8):  # at most `beside` of the texts longer than this share a micro-batch
+        longer = bisect_left(descending, -(micro_tokens // (beside + 1)), key=lambda length: -length)
+        bins = max(bins, -(-longer // beside))
+    return max(1, -(-bins // ranks))
+
+
+def _fill(lengths: Sequence[int], order: Sequence[int], bins: int) -> list[list[int]]:
+    """Each text, in order, into the bin that holds fewest tokens."""
+    held: list[list[int]] = [[] for _ in range(bins)]
+    loads = [(0, number) for number in range(bins)]
+    for index in order:
+        load, number = loads[0]
+        held[number].append(index)
+        heapq.heapreplace(loads, (load + lengths[index], number))
+    return held

@@ -1,0 +1,271 @@
+"""Room card: text to ids and marks, and back.
+
+Comes in: text, a tokenizer's settings or its folder. Goes out: a Tokenizer; ids, marks (starts of words and sentences,
+special) and offsets of a text; tokenizer.json and tokenizer_config.json, which transformers opens with equal ids.
+Called by: corpus, loader, bundle, fill, evaluate.
+
+Text that is read for training may hold the letters "[MASK]"; they are spelled as any letters are. Only where a caller
+asks for it (a person's prompt) do they become the special piece.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Final, cast
+
+import numpy as np
+import tokenizers
+from jaxtyping import Int, UInt8
+from numpy.typing import NDArray
+from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors
+
+from unmask.contracts import SENTENCE_START, SPECIAL, WORD_START
+from unmask.errors import TokenizerError
+from unmask.store import digest, read_json, write_json, write_text
+from unmask.text.vocabulary import (
+    LONGEST_WORD,
+    PREFIX,
+    UNKNOWN,
+    CharacterSettings,
+    TokenizerSettings,
+    WordPieceSettings,
+    choose_pieces,
+    wordpiece_normalizer,
+)
+from unmask.text.words import WordsRule, sentence_starts, word_starts
+
+__all__ = ["CharacterSettings", "Encoded", "Tokenizer", "TokenizerSettings", "WordPieceSettings", "train_tokenizer"]
+
+_FILE: Final = "tokenizer.json"
+_CONFIG: Final = "tokenizer_config.json"
+_ROLES: Final = {  # what a piece is for -> what it is called where no configuration says so
+    "pad_token": ("[PAD]", "<pad>"),
+    "unk_token": (UNKNOWN, "<unk>"),
+    "cls_token": ("[CLS]", "<s>"),
+    "sep_token": ("[SEP]", "</s>"),
+    "mask_token": ("[MASK]", "<mask>"),
+}
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """A text as its tokens, without special pieces around it."""
+
+    ids: Int[np.ndarray, "N"]  # int64
+    marks: UInt8[np.ndarray, "N"]  # bits WORD_START, SENTENCE_START, SPECIAL
+    offsets: Int[np.ndarray, "N 2"]  # characters [first, last) of the text that each token stands for
+    characters_unknown: int  # characters that became [UNK]
+
+
+def train_tokenizer(texts: Iterable[str], settings: TokenizerSettings) -> Tokenizer:
+    """Learn a vocabulary from text: byte for byte the same in every process.
+
+    Raises:
+        TokenizerError: the settings lack [UNK] or [MASK], or ask for more pieces than the text gives.
+    """
+    vocabulary = {piece: number for number, piece in enumerate(choose_pieces(texts, settings))}
+    if isinstance(settings, CharacterSettings):
+        built = tokenizers.Tokenizer(models.WordLevel(vocabulary, unk_token=UNKNOWN))
+        built.normalizer = normalizers.NFC()
+        # "(?s)." would say the same and is refused by the library's regex engine.
+        built.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
+        built.decoder = decoders.Fuse()
+    else:
+        built = tokenizers.Tokenizer(
+            models.WordPiece(
+                vocabulary, unk_token=UNKNOWN, continuing_subword_prefix=PREFIX, max_input_chars_per_word=LONGEST_WORD
+            )
+        )
+        built.normalizer = wordpiece_normalizer(settings.lowercase)
+        built.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+        built.decoder = decoders.WordPiece(prefix=PREFIX)
+    built.add_special_tokens([AddedToken(piece, special=True, normalized=False) for piece in settings.specials])
+    if {"[CLS]", "[SEP]"} <= set(settings.specials):
+        built.post_processor = processors.TemplateProcessing(
+            single="[CLS] $A [SEP]",
+            pair="[CLS] $A [SEP] $B:1 [SEP]:1",
+            special_tokens=[(piece, vocabulary[piece]) for piece in ("[CLS]", "[SEP]")],
+        )
+    return Tokenizer(built)
+
+
+class Tokenizer:
+    """A tokenizer of the tokenizers library, with the roles of its special pieces."""
+
+    def __init__(self, inner: tokenizers.Tokenizer, roles: Mapping[str, str] | None = None) -> None:
+        """`roles` says which piece is the "mask_token", "cls_token" and so on; without it, by their usual names.
+
+        Raises:
+            TokenizerError: it has no mask.
+        """
+        inner.no_padding()
+        inner.no_truncation()
+        self._json = inner.to_str()
+        self._marked = inner  # reads "[MASK]" as the special piece
+        self._plain = tokenizers.Tokenizer.from_str(self._json)
+        self._plain.encode_special_tokens = True  # spells it as letters
+        given = roles or {}
+        usual = {
+            role: next((name for name in names if inner.token_to_id(name) is not None), None)
+            for role, names in _ROLES.items()
+        }
+        self._roles = {role: name for role in _ROLES if (name := given.get(role, usual[role])) is not None}
+        if "mask_token" not in self._roles or self.token_to_id(self._roles["mask_token"]) is None:
+            raise TokenizerError(
+                "this tokenizer has no piece for a mask", next="name its mask_token in tokenizer_config.json"
+            )
+        vocabulary = inner.get_vocab(with_added_tokens=True)
+        self.size = max(vocabulary.values()) + 1
+        added = cast("Mapping[int, AddedToken]", inner.get_added_tokens_decoder())
+        special = {number for number, token in added.items() if token.special}
+        special |= {vocabulary[name] for name in self._roles.values() if name in vocabulary}
+        self.special_ids: tuple[int, ...] = tuple(sorted(special))
+        self.ordinary_N: NDArray[np.int64] = np.array(sorted(set(vocabulary.values()) - special), dtype=np.int64)
+        self._special_V = np.zeros(self.size, dtype=bool)
+        self._special_V[list(self.special_ids)] = True
+
+    @property
+    def mask_id(self) -> int:
+        """The id of [MASK]."""
+        return cast("int", self._role_id("mask_token"))
+
+    @property
+    def unknown_id(self) -> int | None:
+        """The id of [UNK]; None for a tokenizer that can spell everything."""
+        return self._role_id("unk_token")
+
+    @property
+    def frame(self) -> tuple[int, int] | None:
+        """The ids of [CLS] and [SEP] that a text is set between, where both exist."""
+        first, last = self._role_id("cls_token"), self._role_id("sep_token")
+        return None if first is None or last is None else (first, last)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """A digest of the whole tokenizer."""
+        return digest(self._json)
+
+    def _role_id(self, role: str) -> int | None:
+        return self.token_to_id(self._roles[role]) if role in self._roles else None
+
+    def token_to_id(self, piece: str) -> int | None:
+        """The id of a piece, or None where the vocabulary has no such piece."""
+        return self._marked.token_to_id(piece)
+
+    def id_to_token(self, id: int) -> str:
+        """The piece of an id.
+
+        Raises:
+            TokenizerError: no piece has this id.
+        """
+        piece = self._marked.id_to_token(id) if id >= 0 else None
+        if piece is None:
+            raise TokenizerError(f"no piece has the id {id}", next=f"ids run from 0 to {self.size - 1}")
+        return piece
+
+    def encode(self, text: str, words: WordsRule = "spaces", *, specials_in_text: bool = False) -> Encoded:
+        """The tokens of a text; "[MASK]" in it is the special piece only where `specials_in_text`."""
+        return self._encode([text], words, self._marked if specials_in_text else self._plain)[0]
+
+    def encode_batch(self, texts: Sequence[str], words: WordsRule = "spaces") -> list[Encoded]:
+        """The tokens of several texts, on several threads."""
+        return self._encode(list(texts), words, self._plain)
+
+    def _encode(self, texts: list[str], words: WordsRule, inner: tokenizers.Tokenizer) -> list[Encoded]:
+        encodings = inner.encode_batch(texts, add_special_tokens=False)
+        return [self._encoded(text, encoding, words) for text, encoding in zip(texts, encodings, strict=True)]
+
+    def _encoded(self, text: str, encoding: tokenizers.Encoding, words: WordsRule) -> Encoded:
+        ids = np.array(encoding.ids, dtype=np.int64)
+        flat = np.fromiter(itertools.chain.from_iterable(encoding.offsets), dtype=np.int64, count=2 * len(ids))
+        offsets = flat.reshape(-1, 2)
+        marks = np.where(self._special_V[ids], np.uint8(SPECIAL), np.uint8(0))
+        for starts_N, bit in ((word_starts(text, words), WORD_START), (sentence_starts(text), SENTENCE_START)):
+            before_N1 = np.concatenate([[0], np.cumsum(starts_N)])
+            marks[before_N1[offsets[:, 1]] > before_N1[offsets[:, 0]]] |= bit
+        unknown = offsets[ids == self.unknown_id] if self.unknown_id is not None else offsets[:0]
+        return Encoded(ids, marks, offsets, int((unknown[:, 1] - unknown[:, 0]).sum()))
+
+    def decode(self, ids: Sequence[int] | NDArray[np.integer[Any]], *, skip_specials: bool = True) -> str:
+        """The text of ids."""
+        return self._marked.decode([int(number) for number in ids], skip_special_tokens=skip_specials)
+
+    def framed(
+        self, ids: NDArray[np.integer[Any]], marks: NDArray[np.uint8]
+    ) -> tuple[NDArray[np.int64], NDArray[np.uint8]]:
+        """The ids and marks of a text between [CLS] and [SEP], where there are such pieces."""
+        if self.frame is None:
+            return ids.astype(np.int64), marks
+        first, last = self.frame
+        edge = np.array([SPECIAL], dtype=np.uint8)
+        return np.concatenate([[first], ids, [last]]).astype(np.int64), np.concatenate([edge, marks, edge])
+
+    def to_json(self) -> str:
+        """The whole tokenizer as tokenizer.json holds it."""
+        return self._json
+
+    def save(
+        self,
+        folder: Path,
+        *,
+        inputs: Sequence[str] = ("input_ids", "attention_mask"),
+        longest: int | None = None,
+    ) -> None:
+        """Write tokenizer.json and tokenizer_config.json.
+
+        `inputs` are what the model's forward takes (classic BERT adds "token_type_ids", which the modern one refuses);
+        `longest` is the model's context in tokens.
+        """
+        config: dict[str, Any] = {
+            # With BertTokenizer* version 5 of transformers throws away the normaliser; TokenizersBackend is not in 4.
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "model_input_names": list(inputs),
+            "clean_up_tokenization_spaces": False,
+            **self._roles,
+        }
+        if longest is not None:
+            config["model_max_length"] = longest
+        write_text(folder / _FILE, self._json)
+        write_json(folder / _CONFIG, config)
+
+    @classmethod
+    def load(cls, path: Path) -> Tokenizer:
+        """Open a tokenizer.json, or a folder with one, be it ours or made by transformers.
+
+        Raises:
+            TokenizerError: there is none, it can't be read, or it has no mask.
+        """
+        path = Path(path)
+        file = path / _FILE if path.is_dir() else path
+        if not file.is_file():
+            raise TokenizerError(
+                "there is no tokenizer here", where=str(file), next="give a folder that holds a tokenizer.json"
+            )
+        try:
+            inner = tokenizers.Tokenizer.from_str(file.read_text(encoding="utf-8"))
+        except Exception as error:  # the library raises nothing more exact
+            raise TokenizerError(
+                f"this tokenizer can't be read: {error}", where=str(file), next="restore it from a copy"
+            ) from error
+        try:
+            return cls(inner, _roles_in(file.parent))
+        except TokenizerError as error:
+            raise TokenizerError(error.what, where=str(file), next=error.next) from error
+
+
+def _roles_in(folder: Path) -> dict[str, str]:
+    """Which piece plays which role, as the configuration beside a tokenizer.json says."""
+    roles: dict[str, str] = {}
+    for name in ("special_tokens_map.json", _CONFIG):
+        if (folder / name).is_file():
+            told = cast("Mapping[str, Any]", read_json(folder / name))
+            for role in _ROLES:
+                piece = told.get(role)
+                content = cast("Any", piece["content"]) if isinstance(piece, dict) else piece
+                if isinstance(content, str):
+                    roles[role] = content
+    return roles

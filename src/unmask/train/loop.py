@@ -1,0 +1,215 @@
+"""Room card: the training loop, one function read top to bottom.
+
+Comes in: a Learner, streams of samples, an optimiser, a plan, where the run stands. Goes out: the same learner,
+trained; everything else (log, validate, save) is a duty that the caller hands in. Called by: pretrain, the probe.
+
+A step takes the next samples of the order until its tokens are met; only then are they dealt to ranks and
+micro-batches. The counts of all puzzles, over all micro-batches and ranks, are added before the first forward, and
+each sum is divided by them once: accumulation 1×8, 2×4, 4×2 and two ranks give the same step.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from unmask import rng
+from unmask.contracts import Batch, Learner, Loss, Objective, Puzzle
+from unmask.errors import RunError
+from unmask.optim import Optimiser
+from unmask.train.plan import Plan
+from unmask.world import World
+
+INTERRUPTED, TERMINATED = 130, 75  # exit codes of a run that a person, or a scheduler, stopped
+PHASES = ("data", "forward", "backward", "optimiser")
+
+
+class Feed(Protocol):
+    """Samples of one stage: the next step's batches of this rank, and the cursor after them."""
+
+    def step(self, cursor: int, tokens: int, rank: int, ranks: int) -> tuple[list[Batch], int]:
+        """Micro-batches that together with the other ranks' hold at least `tokens` tokens."""
+        ...
+
+    def first_cursor(self, stage: int) -> int:
+        """Where the stage's order begins."""
+        ...
+
+
+@dataclass
+class Window:
+    """Measurements since the last log line; kept in the checkpoint, so that a resumed run logs the same numbers."""
+
+    sums: dict[str, float] = field(default_factory=dict)
+    counts: dict[str, int] = field(default_factory=dict)
+    tokens: int = 0
+    seconds: float = 0.0
+
+    def add(self, seen: Mapping[str, tuple[float, int]]) -> None:
+        """Add sums and counts of one step."""
+        for name, (total, count) in seen.items():
+            self.sums[name] = self.sums.get(name, 0.0) + total
+            self.counts[name] = self.counts.get(name, 0) + count
+
+    def mean(self, name: str) -> float:
+        """Sum over count; NaN where nothing was counted."""
+        count = self.counts.get(name, 0)
+        return self.sums[name] / count if count else float("nan")
+
+
+@dataclass
+class Standing:
+    """Where a run stands: all that changes but weights and optimiser; one integer finds the next sample."""
+
+    step: int = 0
+    cursor: int = 0
+    tokens: int = 0
+    seconds: float = 0.0  # of the budget's clock: training, validation, saving
+    phase_seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(PHASES, 0.0))
+    window: Window = field(default_factory=Window)
+    rate: float = 0.0  # of AdamW's parameters in the last step
+    gradient_norm: float = 0.0
+
+    @property
+    def training_seconds(self) -> float:
+        """Seconds in data, forward, backward and optimiser alone."""
+        return sum(self.phase_seconds.values())
+
+    @contextmanager
+    def timed(self, phase: str) -> Generator[None]:
+        """Add the seconds of a block to a phase."""
+        begin = time.perf_counter()
+        yield
+        self.phase_seconds[phase] += time.perf_counter() - begin
+
+
+@dataclass(frozen=True)
+class Duty:
+    """Something to do every so often: `due` is asked after each step, `act` is called where it says so."""
+
+    due: Callable[[int, int, float], bool]
+    act: Callable[[Standing], None]
+
+
+@dataclass(frozen=True)
+class Training:
+    """The parts of a run that do not change while it trains."""
+
+    learner: Learner
+    objective: Objective
+    feeds: Sequence[Feed]  # one per stage
+    optimiser: Optimiser
+    rate_factor: Callable[[float, int], float]  # of progress and step
+    plan: Plan
+    world: World
+    seed: int
+
+
+def train(training: Training, standing: Standing, duties: Sequence[Duty], asked_to_stop: Callable[[], int]) -> int:
+    """Train until the plan is done or a stop is asked for.
+
+    Returns:
+        0, or INTERRUPTED or TERMINATED where any rank's `asked_to_stop` said so; all ranks stop after the same step.
+
+    Raises:
+        RunError: the loss is not a finite number.
+    """
+    plan, world, begin = training.plan, training.world, time.perf_counter() - standing.seconds
+    last_done = [standing.seconds] * len(duties)
+    training.learner.train()
+    while standing.step < plan.steps:
+        stage = plan.stage_at(standing.step)
+        feed = training.feeds[stage]
+        if standing.step == plan.stages[stage].first_step:
+            standing.cursor = feed.first_cursor(stage)
+
+        step_began = time.perf_counter()
+        with standing.timed("data"):
+            batches, cursor = feed.step(standing.cursor, plan.stages[stage].batch_tokens, world.rank, world.ranks)
+            puzzles = [training.objective.corrupt(batch, training.seed) for batch in batches]
+            wish, tokens, counts = _agree(world, puzzles, training.objective, asked_to_stop())
+
+        seen = _accumulate(training, standing, puzzles, counts)
+
+        with standing.timed("optimiser"):
+            world.sum_gradients(training.learner)
+            standing.gradient_norm = training.optimiser.clip()
+            factor = training.rate_factor(plan.progress(standing.step), standing.step)
+            standing.rate = training.optimiser.settings.rate * factor
+            training.optimiser.step(factor)
+            training.optimiser.zero_grad()
+
+        standing.step += 1
+        standing.cursor = cursor
+        standing.tokens += tokens
+        standing.window.add(_sum_seen(world, seen))
+        standing.window.tokens += tokens
+        standing.window.seconds += time.perf_counter() - step_began
+        standing.seconds = time.perf_counter() - begin
+        _check_finite(standing)
+
+        for number, duty in enumerate(duties):
+            if duty.due(standing.step, standing.tokens, standing.seconds - last_done[number]):
+                duty.act(standing)
+                training.learner.train()
+                standing.seconds = time.perf_counter() - begin
+                last_done[number] = standing.seconds
+        if wish:
+            return wish
+    return 0
+
+
+def _agree(world: World, puzzles: Sequence[Puzzle], objective: Objective, wish: int) -> tuple[int, int, dict[str, int]]:
+    """What all ranks share before the first forward: the wish to stop, the step's tokens and the count of each term."""
+    terms = list(objective.terms)
+    mine = [sum(puzzle.counts[term] for puzzle in puzzles) for term in terms]
+    tokens = sum(puzzle.batch.tokens for puzzle in puzzles)
+    interrupted, wished, all_tokens, *totals = world.sum([wish == INTERRUPTED, wish, tokens, *mine])
+    stop = INTERRUPTED if interrupted else TERMINATED if wished else 0
+    return stop, int(all_tokens), {term: int(total) for term, total in zip(terms, totals, strict=True)}
+
+
+def _accumulate(
+    training: Training, standing: Standing, puzzles: Sequence[Puzzle], counts: Mapping[str, int]
+) -> dict[str, tuple[Tensor, int]]:
+    """Forward and backward over this rank's micro-batches, each sum divided by the count of the whole step."""
+    seen: dict[str, tuple[Tensor, int]] = {}
+    for micro, puzzle in enumerate(puzzles):
+        # Dropout is the one draw that torch makes; its generator starts anew for each micro-batch, so a resumed run and
+        # an undisturbed one drop the same units.
+        torch.manual_seed(rng.integer(training.seed, "dropout", standing.step, micro, training.world.rank))
+        with standing.timed("forward"), training.world.autocast():
+            loss: Loss = training.learner(puzzle.to(training.world.device))
+            total = torch.stack(
+                [weight * loss.sums[term] / max(counts[term], 1) for term, weight in training.objective.terms.items()]
+            ).sum()
+        with standing.timed("backward"):
+            total.backward()
+        for name, (value, count) in loss.seen.items():
+            before, number = seen.get(name, (torch.zeros((), device=value.device), 0))
+            seen[name] = (before + value, number + count)
+    return seen
+
+
+def _sum_seen(world: World, seen: Mapping[str, tuple[Tensor, int]]) -> dict[str, tuple[float, int]]:
+    names = sorted(seen)
+    flat = world.sum([number for name in names for number in (float(seen[name][0]), seen[name][1])])
+    return {name: (flat[2 * i], int(flat[2 * i + 1])) for i, name in enumerate(names)}
+
+
+def _check_finite(standing: Standing) -> None:
+    """Stop at the first loss that is no number; nothing is saved over the last good checkpoint."""
+    loss = standing.window.sums.get("loss", 0.0)
+    if loss != loss or loss in (float("inf"), float("-inf")):
+        raise RunError(
+            f"the loss is {loss} after step {standing.step}",
+            where="training",
+            next="resume from the last checkpoint with a lower rate, e.g. start again with --set optimiser.rate=1e-3; "
+            "nothing was saved over it",
+        )

@@ -1,0 +1,115 @@
+"""Room card: the same few texts, hidden the same way each time, so that a person sees the same letters become right.
+
+Comes in: texts and a tokenizer; later an encoder and a head. Goes out: cells that a display paints (plain, right,
+wrong), and one training text as the model sees it. Called by: pretrain; painted by train/show.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import nn
+
+from unmask.contracts import SPECIAL, Puzzle, Text, logits_at, pack
+from unmask.objectives.masking import Laid, MaskingSettings, choose
+from unmask.text.tokenizer import Tokenizer
+from unmask.text.words import WordsRule
+from unmask.world import World
+
+_PANEL_SEED = 7  # of the house: which letters are hidden never changes, whatever the run's seed
+_PANEL_RULE = MaskingSettings()
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A stretch of text: as given, or a prediction that is right or wrong (`truth` is what stood there)."""
+
+    text: str
+    state: Literal["plain", "right", "wrong"] = "plain"
+    truth: str = ""
+
+
+Line = tuple[Cell, ...]
+
+
+@dataclass(frozen=True)
+class Seen:
+    """One slot of a text as the model sees it: the piece, what stands in its place, whether it is asked about."""
+
+    piece: str
+    shown: str
+    asked: bool
+
+
+class Panel:
+    """Prompts with fixed masks. All asked tokens are shown to the model as [MASK], so that nothing is given away."""
+
+    def __init__(self, prompts: Sequence[str], tokenizer: Tokenizer, words: WordsRule, length: int) -> None:
+        self._prompts: list[tuple[str, np.ndarray]] = []
+        self._tokenizer = tokenizer
+        texts: list[Text] = []
+        at: list[np.ndarray] = []
+        answers: list[np.ndarray] = []
+        framing = 1 if tokenizer.frame else 0
+        for number, prompt in enumerate(prompts):
+            encoded = tokenizer.encode(prompt, words)
+            ids, marks = encoded.ids[: length - 2 * framing], encoded.marks[: length - 2 * framing]
+            if not len(ids) or (marks & SPECIAL).all():
+                continue
+            laid = Laid(marks, np.array([0, len(ids)]), np.array([[0, number]]))
+            at_M = choose(laid, _PANEL_RULE, _PANEL_SEED)
+            hidden = ids.copy()
+            hidden[at_M] = tokenizer.mask_id
+            texts.append(Text(*tokenizer.framed(hidden, marks)))
+            at.append(at_M + framing)
+            answers.append(ids[at_M])
+            offsets = encoded.offsets[: len(ids)]
+            self._prompts.append((prompt[: offsets[-1][1]], offsets[at_M]))
+        self._batch = pack(texts) if texts else None
+        starts = self._batch.starts if self._batch else (0,)
+        self._at_M = torch.from_numpy(np.concatenate([a + starts[b] for b, a in enumerate(at)])) if texts else None
+        self._answer_M = np.concatenate(answers) if answers else np.empty(0, np.int64)
+
+    @torch.inference_mode()
+    def ask(self, encoder: nn.Module, head: nn.Module, world: World) -> list[Line]:
+        """What the model puts in each hidden place now."""
+        if self._batch is None or self._at_M is None:
+            return []
+        encoder.eval()
+        head.eval()
+        with world.autocast():
+            logits_MV = logits_at(encoder, head, self._batch.to(world.device), self._at_M.to(world.device))
+        guesses = logits_MV.argmax(-1).tolist()
+        lines: list[Line] = []
+        taken = 0
+        for prompt, offsets in self._prompts:
+            cells: list[Cell] = []
+            position = 0
+            for here, (first, last) in enumerate(offsets.tolist(), start=taken):
+                truth = prompt[first:last]
+                right = guesses[here] == self._answer_M[here]
+                if first > position:
+                    cells.append(Cell(prompt[position:first]))
+                piece = self._tokenizer.id_to_token(guesses[here]).removeprefix("##")
+                cells.append(Cell(truth if right else piece, "right" if right else "wrong", truth))
+                position = last
+            if position < len(prompt):
+                cells.append(Cell(prompt[position:]))
+            taken += len(offsets)
+            lines.append(tuple(cells))
+        return lines
+
+
+def as_seen(puzzle: Puzzle, original_ids: Sequence[int], tokenizer: Tokenizer, most: int = 48) -> list[Seen]:
+    """The first text of a puzzle, slot by slot, at most `most` of them."""
+    last = min(puzzle.batch.starts[1], most)
+    asked = set(puzzle.at_M.tolist())
+    shown = puzzle.batch.ids_T[:last].tolist()
+    return [
+        Seen(tokenizer.id_to_token(original), tokenizer.id_to_token(now), slot in asked)
+        for slot, (original, now) in enumerate(zip(original_ids[:last], shown, strict=True))
+    ]

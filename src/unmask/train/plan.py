@@ -1,0 +1,261 @@
+"""Room card: a budget made into a plan.
+
+Comes in: the recipe's stages and budget, how many tokens the text has, seconds per step measured by a probe. Goes
+out: a Plan (steps, tokens and stages as whole numbers), fixed before the first step and written into recipe.toml;
+what is due when. Called by: pretrain, the loop, the forecast.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from itertools import accumulate, pairwise
+
+from unmask.errors import RecipeError
+from unmask.recipe import Amount, Share
+
+EPOCH_STRIDE = 1 << 20  # epochs of stage k are numbered from k times this, so that no two stages share a draw
+
+
+@dataclass(frozen=True)
+class StageSettings:
+    """One row of the curriculum: until which share of the planned tokens, how long a text, how much a step."""
+
+    until: Share = Share(1.0)
+    length: int = 128
+    batch: Amount = Amount(16_384, "tokens")
+
+    @property
+    def batch_tokens(self) -> int:
+        """Tokens that a step takes at least."""
+        return round(self.batch.number * (self.length if self.batch.unit == "texts" else 1))
+
+
+@dataclass(frozen=True)
+class EverySettings:
+    """How often something is done: a share of the plan, steps, tokens or seconds."""
+
+    log: Share | Amount = Share(0.01)
+    validate: Share | Amount = Share(0.05)
+    save: Share | Amount = Share(0.2)
+
+
+@dataclass(frozen=True)
+class StagePlan:
+    """One stage in whole numbers; it holds steps [first_step, first_step + steps)."""
+
+    length: int
+    batch_tokens: int
+    first_step: int
+    steps: int
+    seconds_per_step: float
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run will do. Everything that follows from progress is a pure function of this and the step."""
+
+    stages: tuple[StagePlan, ...]
+    validate_seconds: float = 0.0
+    save_seconds: float = 0.0
+    overhead_seconds: float = 0.0  # validations and saves, all of them
+
+    @property
+    def steps(self) -> int:
+        """Steps of all stages."""
+        return sum(stage.steps for stage in self.stages)
+
+    @property
+    def tokens(self) -> int:
+        """Planned tokens of all stages; a step takes whole texts, so a run sees up to a text more per step."""
+        return sum(stage.steps * stage.batch_tokens for stage in self.stages)
+
+    @property
+    def seconds(self) -> float:
+        """Expected seconds, validation and saving included; 0 where nothing was measured."""
+        return sum(stage.steps * stage.seconds_per_step for stage in self.stages) + self.overhead_seconds
+
+    def stage_at(self, step: int) -> int:
+        """The number of the stage that this step belongs to."""
+        for number, stage in enumerate(self.stages):
+            if step < stage.first_step + stage.steps:
+                return number
+        return len(self.stages) - 1
+
+    def progress(self, step: int) -> float:
+        """The share of the planned tokens that lies before this step, in [0, 1]."""
+        stage = self.stages[self.stage_at(step)]
+        before = sum(s.steps * s.batch_tokens for s in self.stages if s.first_step < stage.first_step)
+        return (before + (step - stage.first_step) * stage.batch_tokens) / self.tokens
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What the probe found: seconds per step of each stage, per validation and per save."""
+
+    step_seconds: tuple[float, ...]
+    validate_seconds: float = 0.0
+    save_seconds: float = 0.0
+
+
+def make_plan(
+    stages: Sequence[StageSettings],
+    budget: Amount,
+    every: EverySettings,
+    epoch_tokens: Sequence[int],
+    measured: Measured,
+) -> Plan:
+    """Turn a budget into steps per stage.
+
+    Args:
+        stages: the curriculum; `until` rises to 100 %.
+        budget: in steps, tokens, epochs or seconds.
+        every: how often the run validates and saves, which a budget in seconds pays for too.
+        epoch_tokens: tokens of one epoch at each stage's length.
+        measured: what the probe found; needed for a budget in seconds, else it only forecasts.
+
+    Raises:
+        RecipeError: a stage that is never reached, a budget too small for one step.
+    """
+    check_stages(stages)
+    shares = [stage.until.fraction - before for stage, before in zip(stages, _befores(stages), strict=True)]
+    sizes = [stage.batch_tokens for stage in stages]
+    step_share = [share / size for share, size in zip(shares, sizes, strict=True)]  # steps per planned token
+    overhead = (
+        _count(every.validate, budget) * measured.validate_seconds + _count(every.save, budget) * measured.save_seconds
+    )
+    if budget.unit == "steps":
+        tokens = budget.number / sum(step_share)
+    elif budget.unit == "tokens":
+        tokens = budget.number
+    elif budget.unit == "epochs":
+        tokens = budget.number / sum(share / epoch for share, epoch in zip(shares, epoch_tokens, strict=True))
+    elif budget.unit == "seconds":
+        per_token = sum(steps * seconds for steps, seconds in zip(step_share, measured.step_seconds, strict=True))
+        tokens = max(budget.number - overhead, 0.0) / per_token
+    else:
+        raise RecipeError(f"a budget in {budget.unit}", next="give it in seconds, steps, tokens or epochs")
+    edges = [0.0, *accumulate(tokens * steps for steps in step_share)]
+    up = math.ceil if budget.unit in ("tokens", "epochs") else round
+    whole = [up(round(edge, 6)) for edge in edges]
+    # Rounding must not take a stage its only step, where there are steps enough for all.
+    count = len(stages)
+    latest = [max(whole[-1] - (count - number), 0) for number in range(count)]
+    whole = [
+        *(min(max(edge, number), most) for number, (edge, most) in enumerate(zip(whole, latest, strict=False))),
+        whole[-1],
+    ]
+    plans = tuple(
+        StagePlan(stage.length, stage.batch_tokens, first, last - first, seconds)
+        for stage, (first, last), seconds in zip(stages, pairwise(whole), measured.step_seconds, strict=True)
+    )
+    for number, (stage, plan) in enumerate(zip(stages, plans, strict=True)):
+        if plan.steps < 1:
+            raise RecipeError(
+                f"the stage of length {stage.length} is never reached: the budget {budget} gives it no step",
+                where=f"stage.{number}",
+                next="give a larger budget, a smaller batch, or take the stage out",
+            )
+    return Plan(plans, measured.validate_seconds, measured.save_seconds, overhead)
+
+
+def prolong(plan: Plan, budget: Amount, *, added: bool, every: EverySettings, epoch_tokens: int) -> Plan:
+    """The same plan with a longer last stage, for a budget that is a new total or, with `added`, comes on top.
+
+    Raises:
+        RecipeError: the new total lies before the steps that the plan has already.
+    """
+    last = plan.stages[-1]
+    if budget.unit == "epochs":
+        total = budget.number * epoch_tokens
+    elif budget.unit == "tokens":
+        total = budget.number
+    else:
+        total = 0.0
+    before = plan.tokens - last.steps * last.batch_tokens
+    if budget.unit == "steps":
+        more = budget.number if added else budget.number - plan.steps
+    elif budget.unit == "seconds":
+        left = budget.number if added else budget.number - plan.seconds
+        overhead = (
+            _count(every.validate, budget) * plan.validate_seconds + _count(every.save, budget) * plan.save_seconds
+        )
+        more = (left - overhead) / max(last.seconds_per_step, 1e-9)
+    else:
+        more = (total if added else total - before - last.steps * last.batch_tokens) / last.batch_tokens
+    steps = math.ceil(more - 1e-9)
+    if steps < 1:
+        raise RecipeError(
+            f"{budget} is no more than the run's plan of {plan.steps} steps and {plan.tokens:,} tokens",
+            next='give a larger total, or what comes on top: --budget "+1 epoch"',
+        )
+    return replace(plan, stages=(*plan.stages[:-1], replace(last, steps=last.steps + steps)))
+
+
+def check_stages(stages: Sequence[StageSettings]) -> None:
+    """Refuse a curriculum whose stages are empty, out of order or don't fill the plan."""
+    if not stages:
+        raise RecipeError("a recipe needs at least one [[stage]]", next="add one with until, length and batch")
+    for number, (stage, before) in enumerate(zip(stages, _befores(stages), strict=True)):
+        where = f"stage.{number}"
+        if stage.until.fraction <= before:
+            raise RecipeError(
+                f"the stage of length {stage.length} is never reached: it ends at {stage.until}",
+                where=where,
+                next="let `until` rise from stage to stage",
+            )
+        if stage.length < 3:
+            raise RecipeError(f"length = {stage.length} leaves no room for text", where=where, next="use 3 or more")
+        if stage.batch.unit not in ("tokens", "texts"):
+            raise RecipeError(f"a batch in {stage.batch.unit}", where=where, next='write "16k tokens" or "64 texts"')
+        if stage.batch_tokens < 1:
+            raise RecipeError(f"a batch of {stage.batch}", where=where, next='write "16k tokens" or "64 texts"')
+    if abs(stages[-1].until.fraction - 1.0) > 1e-9:
+        raise RecipeError(
+            f"the last stage ends at {stages[-1].until} of the plan",
+            where=f"stage.{len(stages) - 1}.until",
+            next='the last stage ends at "100%"',
+        )
+
+
+def _befores(stages: Sequence[StageSettings]) -> list[float]:
+    return [0.0, *(stage.until.fraction for stage in stages[:-1])]
+
+
+def _count(every: Share | Amount, budget: Amount) -> int:
+    """How often something that is due `every` so much happens in a run of this budget; once at the end at least."""
+    if isinstance(every, Share):
+        return max(1, round(1 / every.fraction)) if every.fraction else 1
+    return max(1, math.ceil(budget.number / every.number)) if every.unit == budget.unit else 1
+
+
+def always(step: int, tokens: int, since: float) -> bool:
+    """Due after every step."""
+    return True
+
+
+def due(every: Share | Amount, plan: Plan) -> Callable[[int, int, float], bool]:
+    """A function of (step done, tokens seen, seconds since it was last true) that says whether something is due now."""
+    if isinstance(every, Share):
+        if not every.fraction:
+            return lambda step, tokens, since: step == plan.steps
+        marks = {_step_at(plan, every.fraction * k) for k in range(1, math.ceil(1 / every.fraction))}
+        return lambda step, tokens, since: step in marks or step == plan.steps
+    if every.unit == "steps":
+        interval = max(1, round(every.number))
+        return lambda step, tokens, since: step % interval == 0 or step == plan.steps
+    if every.unit == "seconds":
+        return lambda step, tokens, since: since >= every.number or step == plan.steps
+    raise RecipeError(f"every {every}", where="train.every", next='write a share ("5%"), steps or seconds')
+
+
+def _step_at(plan: Plan, share: float) -> int:
+    """The step after which this share of the planned tokens has been seen."""
+    tokens, wanted = 0, share * plan.tokens
+    for stage in plan.stages:
+        here = stage.steps * stage.batch_tokens
+        if tokens + here >= wanted:
+            return stage.first_step + max(1, round((wanted - tokens) / stage.batch_tokens))
+        tokens += here
+    return plan.steps

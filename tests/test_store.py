@@ -1,0 +1,92 @@
+"""Written whole or not at all; damage is found and named."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from unmask import store
+from unmask.errors import DamagedError, StoreError
+
+
+def test_a_folder_appears_whole(tmp_path: Path) -> None:
+    target = tmp_path / "step-1"
+    with store.new_folder(target) as folder:
+        (folder / "a").write_text("1")
+        assert not target.exists()
+    assert (target / "a").read_text() == "1"
+    with store.new_folder(target) as folder:
+        (folder / "b").write_text("2")
+    assert sorted(file.name for file in target.iterdir()) == ["b"]
+    assert [entry.name for entry in tmp_path.iterdir()] == ["step-1"]
+
+
+def test_an_error_leaves_the_old_folder(tmp_path: Path) -> None:
+    with store.new_folder(tmp_path / "x") as folder:
+        (folder / "a").write_text("old")
+    with pytest.raises(RuntimeError), store.new_folder(tmp_path / "x") as folder:
+        (folder / "a").write_text("new")
+        raise RuntimeError
+    assert (tmp_path / "x" / "a").read_text() == "old" and len(list(tmp_path.iterdir())) == 1
+
+
+def test_a_kill_leaves_the_old_folder_and_the_next_write_cleans_up(tmp_path: Path) -> None:
+    with store.new_folder(tmp_path / "x") as folder:
+        (folder / "a").write_text("old")
+    program = (
+        "import os, signal, sys; from pathlib import Path; from unmask import store\n"
+        "with store.new_folder(Path(sys.argv[1])) as f:\n"
+        "    (f / 'a').write_text('new'); os.kill(os.getpid(), signal.SIGKILL)"
+    )
+    done = subprocess.run([sys.executable, "-c", program, str(tmp_path / "x")], check=False)
+    assert done.returncode == -signal.SIGKILL
+    assert (tmp_path / "x" / "a").read_text() == "old" and len(list(tmp_path.iterdir())) == 2
+    with store.new_folder(tmp_path / "x") as folder:
+        (folder / "a").write_text("newer")
+    assert [entry.name for entry in tmp_path.iterdir()] == ["x"]
+
+
+@pytest.mark.parametrize("harm", ["flip", "cut", "remove"])
+def test_a_seal_names_the_damaged_file(tmp_path: Path, harm: str) -> None:
+    (tmp_path / "sub").mkdir()
+    victim = tmp_path / "sub" / "ids"
+    victim.write_bytes(bytes(range(256)) * 40)
+    (tmp_path / "other").write_text("fine")
+    store.seal(tmp_path)
+    store.check_seal(tmp_path)
+    data = bytearray(victim.read_bytes())
+    if harm == "flip":
+        data[777] ^= 4
+        victim.write_bytes(data)
+    elif harm == "cut":
+        victim.write_bytes(data[:-1])
+    else:
+        victim.unlink()
+    with pytest.raises(DamagedError, match=r"sub.ids"):
+        store.check_seal(tmp_path)
+
+
+def test_pointing_replaces_in_one_step(tmp_path: Path) -> None:
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        store.point(tmp_path / "latest", name)
+        assert os.readlink(tmp_path / "latest") == name
+
+
+def test_a_place_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(StoreError, match="file"):
+        store.write_text(tmp_path / "file" / "below", "x")
+    with pytest.raises(StoreError), store.new_folder(tmp_path / "file" / "below"):
+        pass
+
+
+def test_json_cut_short_is_damage(tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_text('{"a": 1')
+    with pytest.raises(DamagedError, match=r"a\.json"):
+        store.read_json(tmp_path / "a.json")

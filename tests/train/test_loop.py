@@ -1,0 +1,102 @@
+"""Sums, not means: however a step is dealt, it is the same step."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from unmask.contracts import Batch, Learner, pack
+from unmask.nn import ModernSettings, build
+from unmask.objectives.mlm import Mlm, MlmSettings
+from unmask.optim import OptimiserSettings, build_optimiser
+from unmask.text.loader import deal
+from unmask.train.loop import Standing, Training, train
+from unmask.train.plan import Plan, StagePlan
+from unmask.world import World, discover
+
+VOCABULARY, TOKENS = 60, 1600
+
+
+class Numbers:
+    """A feed of made-up texts of very different lengths, dealt by the real dealer."""
+
+    def __init__(self, micro_tokens: int) -> None:
+        self._micro_tokens = micro_tokens
+        self.used: list[tuple[int, int]] = []
+
+    def first_cursor(self, stage: int) -> int:
+        return 0
+
+    def step(self, cursor: int, tokens: int, rank: int, ranks: int) -> tuple[list[Batch], int]:
+        from unmask.contracts import WORD_START, Text
+
+        rng = np.random.default_rng(cursor)
+        sizes = rng.integers(3, 90, 34).tolist()
+        texts = [
+            Text(rng.integers(5, VOCABULARY, n), np.full(n, WORD_START, np.uint8), cursor, i)
+            for i, n in enumerate(sizes)
+        ]
+        dealt = deal(sizes, ranks, self._micro_tokens)[rank]
+        self.used += [(cursor, index) for micro in dealt for index in micro]
+        return [pack([texts[index] for index in micro]) for micro in dealt if micro], cursor + 1
+
+
+def after_three_steps(micro_tokens: int, world: World) -> tuple[dict[str, torch.Tensor], Standing, Numbers]:
+    torch.manual_seed(3)
+    settings = ModernSettings(layers=2, width=32, heads=2, feed_forward=48)
+    encoder, head = build(settings, VOCABULARY)
+    objective = Mlm(MlmSettings(rate=0.2), 4, np.arange(5, VOCABULARY))
+    learner = Learner(encoder, head, objective)
+    # AdamW's division by the root of tiny second moments would turn rounding into steps of full size; SGD-like momentum
+    # on every parameter shows the gradients themselves.
+    optimiser = build_optimiser(learner, OptimiserSettings(kind="adam", rate=1e-3, epsilon=1e-2), bf16=False)
+    feed = Numbers(micro_tokens)
+    plan = Plan((StagePlan(90, TOKENS, 0, 3, 0.0),))
+    standing = Standing()
+    train(
+        Training(learner, objective, [feed], optimiser, lambda p, s: 1.0, plan, world, seed=5), standing, [], lambda: 0
+    )
+    return dict(learner.state_dict()), standing, feed
+
+
+@pytest.fixture(scope="module")
+def whole() -> tuple[dict[str, torch.Tensor], Standing, Numbers]:
+    return after_three_steps(10**6, discover("float32", 1))
+
+
+@pytest.mark.parametrize("micro_tokens", [800, 400, 200])
+def test_accumulation_is_one_step(whole, micro_tokens: int) -> None:
+    state, standing, feed = after_three_steps(micro_tokens, discover("float32", 1))
+    assert sorted(feed.used) == sorted(whole[2].used), "the same samples in each step"
+    assert standing.window.sums["loss"] == pytest.approx(whole[1].window.sums["loss"], rel=1e-5)
+    assert standing.window.counts == whole[1].window.counts
+    for name, tensor in state.items():
+        torch.testing.assert_close(tensor, whole[0][name], rtol=0, atol=2e-6)
+
+
+def test_two_ranks_are_one_step(whole, tmp_path: Path) -> None:
+    """Two real processes over gloo, as torchrun starts them."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=0",
+               "--rdzv_backend=c10d", "--rdzv_endpoint=localhost:0", __file__, str(tmp_path)]  # fmt: skip
+    done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr[-3000:]
+    ranks = [load_file(tmp_path / f"{rank}.safetensors") for rank in (0, 1)]
+    for name, tensor in whole[0].items():
+        assert torch.equal(ranks[0][name], ranks[1][name]), "both ranks hold the same weights"
+        torch.testing.assert_close(ranks[0][name], tensor, rtol=0, atol=2e-6)
+    samples = [np.loadtxt(tmp_path / f"{rank}.txt", dtype=int).tolist() for rank in (0, 1)]
+    assert sorted(map(tuple, samples[0] + samples[1])) == sorted(whole[2].used)
+
+
+if __name__ == "__main__":
+    here = discover("float32", 1)
+    final, _, numbers = after_three_steps(800, here)
+    folder = Path(sys.argv[1])
+    save_file({name: tensor.contiguous() for name, tensor in final.items()}, folder / f"{here.rank}.safetensors")
+    np.savetxt(folder / f"{here.rank}.txt", numbers.used, fmt="%d")

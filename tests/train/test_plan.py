@@ -1,0 +1,105 @@
+"""Budgets become whole steps; progress and duties are functions of the plan."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from unmask.errors import RecipeError
+from unmask.recipe import Amount, Share
+from unmask.train.plan import EverySettings, Measured, Plan, StageSettings, due, make_plan, prolong
+
+EVERY = EverySettings()
+TWO = (
+    StageSettings(Share(0.6), 128, Amount(1000, "tokens")),
+    StageSettings(Share(1.0), 512, Amount(4000, "tokens")),
+)
+MEASURED = Measured((0.1, 0.5), validate_seconds=1.0, save_seconds=0.5)
+
+
+def plan(budget: str, stages: tuple[StageSettings, ...] = TWO) -> Plan:
+    return make_plan(
+        stages, Amount.parse(budget), EVERY, [100_000] * len(stages), Measured((0.1, 0.5)[: len(stages)], 1.0, 0.5)
+    )
+
+
+def test_steps_are_exact() -> None:
+    for n in (2, 3, 7, 100, 1001):
+        assert plan(f"{n} steps").steps == n
+
+
+def test_tokens_and_epochs_are_reached() -> None:
+    made = plan("2M tokens")
+    assert [stage.steps for stage in made.stages] == [1200, 200] and made.tokens == 2_000_000
+    assert plan("3 epochs").tokens == 300_000
+
+
+def test_seconds_pay_for_validation_and_saving() -> None:
+    made = plan("300 s")
+    assert made.overhead_seconds == 20 * 1.0 + 5 * 0.5
+    assert made.seconds == pytest.approx(300, rel=0.01)
+    shares = [stage.steps * stage.batch_tokens / made.tokens for stage in made.stages]
+    assert shares == pytest.approx([0.6, 0.4], abs=0.01)
+
+
+@given(st.integers(2, 5000))
+def test_progress_rises_from_zero_to_one(steps: int) -> None:
+    made = plan(f"{steps} steps")
+    values = [made.progress(step) for step in range(0, steps, max(1, steps // 50))]
+    assert values[0] == 0 and all(b > a for a, b in pairwise(values)) and values[-1] < 1
+    assert made.progress(steps) == pytest.approx(1.0)
+    edges = [made.stage_at(step) for step in range(steps)]
+    assert edges == sorted(edges) and set(edges) == {0, 1}
+
+
+@given(st.integers(2, 3000), st.sampled_from([0.01, 0.05, 0.2, 0.5, 1.0]))
+def test_a_share_is_due_as_often_as_it_says_and_at_the_end(steps: int, share: float) -> None:
+    made = plan(f"{steps} steps")
+    ask = due(Share(share), made)
+    times = [step for step in range(1, steps + 1) if ask(step, 0, 0.0)]
+    assert times[-1] == steps and len(times) <= round(1 / share)
+    if steps > 20 / share:
+        assert len(times) == round(1 / share)
+
+
+def test_steps_and_seconds_are_due() -> None:
+    made = plan("10 steps")
+    ask = due(Amount(4, "steps"), made)
+    assert [step for step in range(1, 11) if ask(step, 0, 0)] == [4, 8, 10]
+    ask = due(Amount(5, "seconds"), made)
+    assert not ask(3, 0, 4.9) and ask(3, 0, 5.0) and ask(10, 0, 0.0)
+
+
+def test_prolonging() -> None:
+    made = plan("100 steps")
+    before = made.stages[0]
+    longer = prolong(made, Amount(50, "steps"), added=True, every=EVERY, epoch_tokens=100_000)
+    assert longer.steps == 150 and longer.stages[0] == before
+    assert prolong(made, Amount(120, "steps"), added=False, every=EVERY, epoch_tokens=100_000).steps == 120
+    epoch = prolong(made, Amount(1, "epochs"), added=True, every=EVERY, epoch_tokens=100_000)
+    assert epoch.tokens - made.tokens == 100_000
+    with pytest.raises(RecipeError, match="no more than"):
+        prolong(made, Amount(100, "steps"), added=False, every=EVERY, epoch_tokens=100_000)
+
+
+@pytest.mark.parametrize(
+    ("stages", "words"),
+    [
+        ((TWO[1], TWO[0]), "never reached"),
+        ((TWO[0],), "last stage ends at 60%"),
+        ((), "at least one"),
+        ((StageSettings(length=2),), "no room"),
+        ((StageSettings(batch=Amount(3, "epochs")),), "batch in epochs"),
+    ],
+)
+def test_curricula_that_make_no_sense(stages: tuple[StageSettings, ...], words: str) -> None:
+    with pytest.raises(RecipeError, match=words):
+        plan("100 steps", stages)
+
+
+def test_a_budget_too_small_for_a_stage() -> None:
+    with pytest.raises(RecipeError, match="length 128 is never reached"):
+        plan("1 steps")

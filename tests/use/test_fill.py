@@ -1,0 +1,168 @@
+"""Filling masks: several at once, long texts, pieces that continue a word; and the model folder it all comes from."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+import unmask
+from unmask import bundle
+from unmask.bundle import Model
+from unmask.errors import DamagedError, ModelError
+from unmask.nn import ModernSettings, build
+from unmask.text.tokenizer import CharacterSettings, WordPieceSettings, train_tokenizer
+
+TEXT = (
+    "the player plays and the walker walks . playing and walking are played and walked by players and walkers . " * 30
+)
+
+
+@pytest.fixture(scope="module", params=["wordpiece", "characters"])
+def model(request: pytest.FixtureRequest) -> Model:
+    settings = WordPieceSettings(vocab=50) if request.param == "wordpiece" else CharacterSettings()
+    tokenizer = train_tokenizer([TEXT], settings)
+    torch.manual_seed(1)
+    shape = ModernSettings(layers=2, width=32, heads=2, feed_forward=48)
+    encoder, head = build(shape, tokenizer.size)
+    return Model(encoder, head, tokenizer, shape, {"context": 24, "words": "spaces"})
+
+
+def test_several_masks_in_one_text(model: Model) -> None:
+    text = "the [MASK] and the [MASK] ."
+    one = unmask.fill(model, text, top=4)[0]
+    assert one.text == text and len(one.masks) == 2
+    for order, mask in enumerate(one.masks):
+        probabilities = [candidate.probability for candidate in mask.candidates]
+        assert probabilities == sorted(probabilities, reverse=True) and len(probabilities) == 4
+        for candidate in mask.candidates:
+            assert candidate.text.count("[MASK]") == 1
+            assert model.tokenizer.token_to_id(candidate.token) == candidate.id
+            if not candidate.token.startswith("##"):
+                parts = text.split("[MASK]")
+                assert candidate.text == (
+                    "[MASK]".join(parts[: order + 1]) + candidate.token + "[MASK]".join(parts[order + 1 :])
+                )
+
+
+def test_the_answers_are_those_of_log_probabilities(model: Model) -> None:
+    one = unmask.fill(model, "the [MASK] walks", top=3)[0].masks[0]
+    encoded = model.tokenizer.encode("the [MASK] walks", "spaces", specials_in_text=True)
+    ids, _ = model.tokenizer.framed(encoded.ids, encoded.marks)
+    assert ids[one.position] == model.tokenizer.mask_id
+    row = model.log_probabilities([ids.tolist()], [[one.position]])[0][0]
+    assert row.exp().sum() == pytest.approx(1.0, abs=1e-5)
+    assert [row.exp()[c.id].item() for c in one.candidates] == pytest.approx([c.probability for c in one.candidates])
+    assert one.candidates[0].id == int(row.argmax())
+
+
+def test_a_piece_that_continues_a_word_is_joined(model: Model) -> None:
+    if model.tokenizer.token_to_id("##ing") is None and model.tokenizer.frame is not None:
+        pieces = [p for p in ("##s", "##er", "##ed") if model.tokenizer.token_to_id(p) is not None]
+    else:
+        pieces = ["##ing"] if model.tokenizer.token_to_id("##ing") is not None else []
+    everything = unmask.fill(model, "play [MASK] now", top=model.tokenizer.size)[0].masks[0].candidates
+    for candidate in everything:
+        if candidate.token in pieces:
+            assert candidate.text == f"play{candidate.token[2:]} now"
+
+
+def test_a_text_longer_than_the_context_is_windowed(model: Model) -> None:
+    long = "and the walker walks " * 40 + "[MASK]" + " by players and walkers" * 40
+    filled = unmask.fill(model, [long, "a short [MASK]"], top=2)
+    assert len(filled[0].masks) == 1 and filled[0].masks[0].position > 24 and len(filled[1].masks) == 1
+    near = "and the walker walks " * 30 + "[MASK]" + " by players and walkers" * 35
+    assert unmask.fill(model, near, top=2)[0].masks[0].candidates[0].probability == pytest.approx(
+        filled[0].masks[0].candidates[0].probability, rel=1e-4
+    ), "only what stands around the mask within the context counts"
+
+
+@pytest.mark.parametrize("text", ["no blank here", ["fine [MASK]", "not fine"], ""])
+def test_no_mask_is_refused(model: Model, text: str | list[str]) -> None:
+    with pytest.raises(ModelError, match=r"no \[MASK\] in the text"):
+        unmask.fill(model, text)
+
+
+@pytest.mark.parametrize("top", [0, -1, 10**6])
+def test_top_has_limits(model: Model, top: int) -> None:
+    with pytest.raises(ModelError, match="top"):
+        unmask.fill(model, "a [MASK]", top=top)
+
+
+def test_ids_and_positions_beyond_are_refused(model: Model) -> None:
+    size = model.tokenizer.size
+    wrong = [
+        ([[size]], [[0]], "beyond the vocabulary"),
+        ([[-1]], [[0]], "beyond"),
+        ([[1, 2]], [[2]], "position 2"),
+        ([[]], [[]], "without ids"),
+        ([[1]], [[0], [0]], "positions for 2"),
+    ]
+    for ids, at, words in wrong:
+        with pytest.raises(ModelError, match=words):
+            model.log_probabilities(ids, at)
+    assert [tuple(t.shape) for t in model.log_probabilities([[1, 2, 3], [1]], [[0, 0, 2], []])] == [
+        (3, size),
+        (0, size),
+    ]
+
+
+def test_neighbours_change_nothing(model: Model) -> None:
+    ids = [list(range(1, n)) for n in (4, 20, 9, 13)]
+    together = model.log_probabilities(ids, [[1]] * 4)
+    for one, answer in zip(ids, together, strict=True):
+        torch.testing.assert_close(model.log_probabilities([one], [[1]])[0], answer, rtol=0, atol=1e-5)
+
+
+def test_a_saved_model_answers_the_same(model: Model, tmp_path: Path) -> None:
+    bundle.save(tmp_path / "m", model)
+    assert sorted(file.name for file in (tmp_path / "m").iterdir()) == [
+        "card.json", "config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"
+    ]  # fmt: skip
+    again = unmask.load(tmp_path / "m")
+    assert again.context == 24 and again.settings == model.settings
+    assert unmask.fill(again, "the [MASK] walks") == unmask.fill(model, "the [MASK] walks")
+
+
+def test_transformers_opens_the_folder_and_agrees(model: Model, tmp_path: Path) -> None:
+    """The step folder is the folder that transformers opens: no missing weights, the same logits."""
+    from transformers import AutoModelForMaskedLM, AutoTokenizer
+
+    bundle.save(tmp_path / "m", model)
+    theirs, report = AutoModelForMaskedLM.from_pretrained(tmp_path / "m", output_loading_info=True)
+    assert not report["missing_keys"] and not report["unexpected_keys"]
+    ids = AutoTokenizer.from_pretrained(tmp_path / "m")("the player walks and plays")["input_ids"]
+    with torch.no_grad():
+        logits = theirs.eval()(torch.tensor([ids])).logits[0].log_softmax(-1)
+    mine = model.log_probabilities([ids], [list(range(len(ids)))])[0]
+    torch.testing.assert_close(mine, logits, rtol=0, atol=1e-4)
+
+
+def test_a_plain_folder_of_transformers_opens(model: Model, tmp_path: Path) -> None:
+    from transformers import AutoModelForMaskedLM, AutoTokenizer
+
+    bundle.save(tmp_path / "ours", model)
+    AutoModelForMaskedLM.from_pretrained(tmp_path / "ours").save_pretrained(tmp_path / "theirs")
+    AutoTokenizer.from_pretrained(tmp_path / "ours").save_pretrained(tmp_path / "theirs")
+    again = unmask.load(tmp_path / "theirs")
+    assert not again.card and again.tokenizer.size == model.tokenizer.size
+    ids = [list(range(1, 20))]
+    torch.testing.assert_close(
+        again.log_probabilities(ids, [[3]])[0], model.log_probabilities(ids, [[3]])[0], rtol=0, atol=1e-6
+    )
+
+
+def test_what_is_no_model_is_named(model: Model, tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match="nothing at this path"):
+        unmask.load(tmp_path / "none")
+    with pytest.raises(ModelError, match=r"config\.json"):
+        unmask.load(tmp_path)
+    bundle.save(tmp_path / "m", model)
+    weights = tmp_path / "m" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-9])
+    with pytest.raises(DamagedError, match=r"model\.safetensors"):
+        unmask.load(tmp_path / "m")
+    weights.unlink()
+    with pytest.raises(ModelError, match="pickles"):
+        unmask.load(tmp_path / "m")
