@@ -7,6 +7,7 @@ command line, demo.
 
 from __future__ import annotations
 
+import json
 import math
 import platform
 import sys
@@ -38,7 +39,7 @@ from unmask.world import World, differences, discover, load_warning
 
 __all__ = ["Recipe", "Result", "launch", "load_recipe", "pretrain", "resume"]
 
-ENVIRONMENT = "env.json"
+ENVIRONMENT, TEXTS = "env.json", "texts.jsonl"
 _PACKAGES = ("torch", "numpy", "tokenizers", "safetensors")
 
 
@@ -132,6 +133,8 @@ def launch(
                 run.mkdir(parents=True)
             write_recipe(run, whole, plan)
             store.write_json(run / ENVIRONMENT, _environment(world, workshop, texts, forecast))
+            if isinstance(source, MemorySource):  # a run must be able to go on when this process is gone
+                store.write_text(run / TEXTS, "".join(json.dumps(str(text)) + "\n" for text in texts))
         world.barrier()
         signals.remember_from_now_on()
         summary = _work(run, workshop, plan, Standing(), forecast, display, signals)
@@ -147,7 +150,6 @@ def resume(
     settings: Sequence[str] = (),
     display: Display | None = None,
     elsewhere: bool = False,
-    texts: Sequence[str] = (),
 ) -> Result:
     """Go on with a run where its last step folder stands, bit for bit as if it had never stopped.
 
@@ -157,7 +159,6 @@ def resume(
         settings: `key=value` texts for what may change (`train.every`, `train.keep`, `show`).
         display: what shows the run.
         elsewhere: go on although the machine or the versions differ; the bits will differ too.
-        texts: the texts again, where the run was given them in memory.
 
     Raises:
         RunError: the text, the machine or a setting is not what the run was started with; the difference is named.
@@ -182,7 +183,7 @@ def resume(
                 where=str(folder / ENVIRONMENT),
                 next="resume where the run was started, or accept other bits with --elsewhere",
             )
-        source = MemorySource(texts) if texts else _source(environment["text"]["paths"], recipe)
+        source = _source_again(folder, environment, recipe)
         _check_same_text(source, environment, folder)
         workshop = Workshop(recipe, source, world, display)
         if workshop.tokenizer.fingerprint != environment["text"]["tokenizer"]:
@@ -314,6 +315,16 @@ def _source(texts: Sequence[str | Path], recipe: Recipe) -> Source:
     if any(isinstance(text, str) and ("\n" in text or len(text) > 255) for text in texts):
         return MemorySource([str(text) for text in texts])
     return open_source([Path(text) for text in texts], recipe.text)
+
+
+def _source_again(run: Path, environment: Mapping[str, Any], recipe: Recipe) -> Source:
+    """The text that a run was started with: the files again, or what it kept of texts in memory."""
+    if paths := environment["text"]["paths"]:
+        return open_source([Path(path) for path in paths], recipe.text)
+    kept = run / TEXTS
+    if not kept.is_file():
+        raise RunError("the run's text is gone", where=str(kept), next="restore this file, or start a new run")
+    return MemorySource([json.loads(line) for line in kept.read_text(encoding="utf-8").splitlines()])
 
 
 def bits(world: World) -> dict[str, Any]:

@@ -13,16 +13,18 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from unmask import __version__, rng
 from unmask.blueprint import Recipe
 from unmask.bundle import Model
-from unmask.contracts import Learner, Source
+from unmask.contracts import SENTENCE_START, WORD_START, Learner, Source
 from unmask.errors import TextError
 from unmask.eval.heldout import Document, Frozen, evaluate, freeze
 from unmask.nn import build, flops_per_token
 from unmask.nn.attention import backend_of
+from unmask.objectives.masking import Integers
 from unmask.objectives.mlm import Mlm
 from unmask.optim import Optimiser, build_optimiser
 from unmask.schedule import rate_factor
@@ -127,9 +129,14 @@ class Workshop:
         show = self.recipe.show
         prompts: Sequence[str] = show.prompts
         if not prompts:
-            starts = [document.ids[: self.lengths[-1]] for document in self._documents[: show.lines]]
+            starts = [_from_a_beginning(document)[: self.lengths[-1]] for document in self._documents[: show.lines]]
             prompts = [self.tokenizer.decode(ids.tolist())[: show.characters].strip() for ids in starts]
         return Panel(prompts, self.tokenizer, self.corpus.words, self.lengths[-1])
+
+    def _optimiser_in_words(self) -> str:
+        taken = list(self.optimiser.taken_by().values())
+        muon, kind = taken.count("muon"), self.recipe.optimiser.kind
+        return f"Muon for {muon} matrices, AdamW for the other {len(taken) - muon} tensors" if muon else kind
 
     def back_ends(self) -> dict[str, str]:
         """Which road attention takes here."""
@@ -153,6 +160,7 @@ class Workshop:
             "seed": self.recipe.seed,
             "context": max(self.lengths),
             "words": self.corpus.words,
+            "document": self.recipe.text.rule,
             "step": standing.step,
             "tokens": standing.tokens,
             "text_fingerprint": self.corpus.fingerprint,
@@ -210,7 +218,7 @@ class Workshop:
             device=self.world.facts()["device_name"],
             precision=self.world.precision,
             threads=self.world.threads,
-            optimiser=recipe.optimiser.kind,
+            optimiser=self._optimiser_in_words(),
         )
 
 
@@ -225,6 +233,15 @@ def documents_of(shards: Shards) -> list[Document]:
     if not any(lengths):
         raise TextError("the held-out text is empty", next="hold out more: --set text.held_out.share=10%")
     return documents
+
+
+def _from_a_beginning(document: Document) -> Integers:
+    """The ids of a document from its first sentence or, failing that, word: a held-out tail begins anywhere."""
+    for mark in (SENTENCE_START, WORD_START):
+        begins = np.flatnonzero(document.marks & mark)
+        if len(begins):
+            return document.ids[begins[0] :]
+    return document.ids
 
 
 def _shapes(recipe: Recipe, vocabulary: int, tokens: int) -> list[tuple[int, int, int]]:

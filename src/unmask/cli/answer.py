@@ -66,7 +66,7 @@ def _told(error: Exception) -> int:
     # importing it would make every small error wait for torch.
     code = getattr(error, "exit_code", None)
     if isinstance(code, int):
-        complain("stopped:", str(error))
+        complain("stopped:", str(error).removeprefix("stopped "))
         return code
     crash_file = getattr(error, "crash_file", None)
     kept = (

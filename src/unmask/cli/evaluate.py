@@ -30,7 +30,10 @@ def evaluate(
     length: Annotated[
         int | None, typer.Option(help="Slots of a text, special tokens included.", show_default="the model's context")
     ] = None,
-    document: Annotated[Literal["blank-line", "line", "file"], typer.Option(help="What a document is.")] = "blank-line",
+    document: Annotated[
+        Literal["blank-line", "line", "file"] | None,
+        typer.Option(help="What a document is.", show_default="what it was in training, else blank-line"),
+    ] = None,
     errors: Annotated[
         Literal["strict", "replace"], typer.Option(help="Bytes that are not UTF-8: refuse, or replace.")
     ] = "strict",

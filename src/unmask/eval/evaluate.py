@@ -24,7 +24,7 @@ def evaluate_text(
     *,
     world: World,
     length: int | None = None,
-    document: DocumentRule = "blank-line",
+    document: DocumentRule | None = None,
     errors: ErrorsRule = "strict",
 ) -> Heldout:
     """Hide 15 % of the text with the house's frozen masks and ask the model; float32.
@@ -37,7 +37,8 @@ def evaluate_text(
         paths: text files or folders.
         world: where to compute.
         length: slots of a text; the model's context where it isn't given.
-        document: what a document is.
+        document: what a document is; where it isn't given, what it was in the model's training text, if a card says so,
+            else what stands between blank lines.
         errors: "replace" puts U+FFFD in the place of bytes that are not UTF-8.
 
     Raises:
@@ -47,7 +48,7 @@ def evaluate_text(
     slots = model.context if length is None else length
     if not 3 <= slots <= model.settings.longest:
         raise ModelError(f"length = {slots}", next=f"choose 3 to {model.settings.longest}")
-    source = FileSource(paths, document, errors)
+    source = FileSource(paths, document or model.card.get("document", "blank-line"), errors)
     documents: list[Document] = []
     for part in source.parts():
         pieces: list[Document] = []
@@ -61,7 +62,7 @@ def evaluate_text(
     for one in documents:
         counts_V += np.bincount(one.ids, minlength=len(counts_V))
     held = freeze(documents, model.tokenizer, slots, counts_V)
-    return evaluate(model.encoder, model.head, held, world)
+    return evaluate(model.encoder.to(world.device), model.head.to(world.device), held, world)
 
 
 def _joined(pieces: Sequence[Document]) -> Document:

@@ -53,6 +53,11 @@ class TextSettings:
     held_out: HeldOutSettings = field(default_factory=HeldOutSettings)
     tokenizer: TokenizerSettings = field(default_factory=WordPieceSettings)
 
+    @property
+    def rule(self) -> DocumentRule:
+        """What a document is, once `by-ending` has become what the ending asks for."""
+        return "blank-line" if self.document == "by-ending" else self.document
+
 
 @dataclass(frozen=True)
 class Corpus:
@@ -80,8 +85,7 @@ def default_cache() -> Path:
 
 def open_source(paths: Sequence[Path], settings: TextSettings) -> FileSource:
     """The source of these files and folders; `by-ending` becomes what their ending asks for."""
-    rule: DocumentRule = "blank-line" if settings.document == "by-ending" else settings.document
-    return FileSource(paths, rule, settings.errors)
+    return FileSource(paths, settings.rule, settings.errors)
 
 
 def prepare(
