@@ -33,7 +33,7 @@ from unmask.workshop import Workshop
 from unmask.world import discover, load_warning
 
 TARGET_NATS = 2.99
-LOOK_EVERY_STEPS = {"seed": 50, "char": 2}  # until the target is passed
+LOOK_EVERY_STEPS = {"seed": 100, "char": 4}  # until the target is passed
 
 
 def race(name: str, text: Path, settings: list[str]) -> tuple[dict[str, Any], list[int]]:

@@ -8,7 +8,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 from unmask import store
 from unmask.errors import DamagedError, StoreError
@@ -90,3 +92,27 @@ def test_json_cut_short_is_damage(tmp_path: Path) -> None:
     (tmp_path / "a.json").write_text('{"a": 1')
     with pytest.raises(DamagedError, match=r"a\.json"):
         store.read_json(tmp_path / "a.json")
+    with pytest.raises(DamagedError, match=r"b\.json"):
+        store.read_json(tmp_path / "b.json")
+
+
+def test_checking_a_place_leaves_nothing_there(tmp_path: Path) -> None:
+    store.check_writable(tmp_path / "a" / "b")
+    with pytest.raises(StoreError, match="too long"):
+        store.check_writable(tmp_path / "a" / ("x" * 300))
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_full_disk_is_a_place_that_cannot_be_written(tmp_path: Path) -> None:
+    """What safetensors makes of the system's refusal is told like the refusal itself; the old folder stands."""
+    resource = pytest.importorskip("resource")
+    with store.new_folder(tmp_path / "step") as folder:
+        (folder / "a").write_text("1")
+    allowed = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, allowed[1]))
+    try:
+        with pytest.raises(StoreError, match="make room"), store.new_folder(tmp_path / "step") as folder:
+            save_file({"much": np.zeros(10_000)}, folder / "b.safetensors")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, allowed)
+    assert [file.name for file in (tmp_path / "step").iterdir()] == ["a"]

@@ -48,6 +48,8 @@ class TrainSettings:
             raise RecipeError(
                 f"a micro-batch in {self.micro_batch.unit}", where="micro_batch", next='write "16k tokens"'
             )
+        if self.micro_batch.number < 1:
+            raise RecipeError(f"a micro-batch of {self.micro_batch}", where="micro_batch", next='write "16k tokens"')
         if self.keep < 1:
             raise RecipeError(f"keep = {self.keep} would remove every step", where="keep", next="keep 1 or more")
 
@@ -59,6 +61,11 @@ class ShowSettings:
     prompts: tuple[str, ...] = ()
     lines: int = 5
     characters: int = 160  # of a held-out text that serves as a prompt
+
+    def __post_init__(self) -> None:
+        for name, least in (("lines", 0), ("characters", 1)):
+            if getattr(self, name) < least:
+                raise RecipeError(f"`{name}` is {getattr(self, name)}", where=name, next=f"give {least} or more")
 
 
 @dataclass(frozen=True)

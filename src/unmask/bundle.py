@@ -7,6 +7,7 @@ card.json. Called by: unmask.load, checkpoint, use/, eval/, hf.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,7 +23,7 @@ from unmask import store
 from unmask.contracts import SPECIAL, Text, logits_at, pack
 from unmask.errors import DamagedError, ModelError
 from unmask.nn import EncoderSettings, build
-from unmask.nn.names import config, from_ecosystem, settings_of, to_ecosystem
+from unmask.nn.names import config, from_ecosystem, settings_of, to_ecosystem, vocabulary_of
 from unmask.text.tokenizer import Tokenizer
 
 LATEST = "latest"
@@ -142,6 +143,24 @@ def save(folder: Path, model: Model) -> None:
 _SPECIAL_PIECES = {"pad": "[PAD]", "unk": "[UNK]", "cls": "[CLS]", "sep": "[SEP]", "mask": "[MASK]"}
 
 
+def follow(latest: Path) -> Path:
+    """The step folder that a run's `latest` is: a symbolic link, or the folder itself where copying made it one.
+
+    Raises:
+        DamagedError: the step folder that it names is gone.
+    """
+    if not latest.is_symlink():
+        return latest
+    folder = latest.parent / latest.readlink()
+    if not folder.is_dir():
+        raise DamagedError(
+            f"the step that `latest` names is gone: {folder.name}",
+            where=str(latest),
+            next="restore that folder, or point the link at another step-… of this run: ln -sfn step-… latest",
+        )
+    return folder
+
+
 def find(path: str | Path) -> Path:
     """The model folder that a path means: a run's latest step, or the folder itself.
 
@@ -149,10 +168,10 @@ def find(path: str | Path) -> Path:
         ModelError: there is no model there.
     """
     folder = Path(path)
-    if not folder.exists():
+    if not os.path.exists(folder):  # Path.exists raises where a name is too long to be one
         raise ModelError("there is nothing at this path", where=str(folder), next=_NEXT_A_MODEL)
-    if (folder / LATEST).exists():
-        folder = folder / (folder / LATEST).readlink() if (folder / LATEST).is_symlink() else folder / LATEST
+    if os.path.lexists(folder / LATEST):
+        folder = follow(folder / LATEST)
     if not (folder / CONFIG).is_file():
         is_run = (folder / "recipe.toml").is_file()
         raise ModelError(
@@ -174,7 +193,10 @@ def load(path: str | Path) -> Model:
     if (folder / store.DIGESTS).is_file():
         store.check_seal(folder)
     description = store.read_json(folder / CONFIG)
-    settings = settings_of(description)
+    try:
+        settings, vocabulary = settings_of(description), vocabulary_of(description)
+    except ModelError as error:
+        raise ModelError(error.what, where=str(folder / error.where), next=error.next) from error
     weights = folder / WEIGHTS
     if not weights.is_file():
         raise ModelError(
@@ -183,7 +205,6 @@ def load(path: str | Path) -> Model:
             next="save it again with safe_serialization=True: pickles (.bin) are never read",
         )
     tokenizer = Tokenizer.load(folder)
-    vocabulary = int(description["vocab_size"])
     if tokenizer.size > vocabulary:
         raise ModelError(
             f"the tokenizer has {tokenizer.size} pieces and the weights {vocabulary} rows",
@@ -194,8 +215,12 @@ def load(path: str | Path) -> Model:
     _fill(encoder, head, weights, settings)
     encoder.eval()
     head.eval()
-    card: dict[str, Any] = store.read_json(folder / CARD) if (folder / CARD).is_file() else {}
-    return Model(encoder, head, tokenizer, settings, card, str(folder))
+    card: Any = store.read_json(folder / CARD) if (folder / CARD).is_file() else {}
+    if not isinstance(card, dict):
+        raise DamagedError(
+            "no card that we wrote", where=str(folder / CARD), next="restore it from a copy, or remove it"
+        )
+    return Model(encoder, head, tokenizer, settings, cast("dict[str, Any]", card), str(folder))
 
 
 def _fill(encoder: nn.Module, head: nn.Module, weights: Path, settings: EncoderSettings) -> None:

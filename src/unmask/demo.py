@@ -5,13 +5,15 @@ Comes in: a folder, a budget. Goes out: a run, and five sentences with their mas
 
 from __future__ import annotations
 
+import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Generator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from unmask.blueprint import RECIPE
+from unmask.blueprint import RECIPE, load_recipe
 from unmask.bundle import load
 from unmask.errors import RunError
 from unmask.pretrain import Result, launch
@@ -47,15 +49,33 @@ def demo(
         RunError: `out` holds something that no demo made.
     """
     folder = Path(out)
-    if folder.exists():
-        recipe = folder / RECIPE
-        if not (recipe.is_file() and 'name = "demo"' in recipe.read_text(encoding="utf-8")):
-            raise RunError("this folder was not made by a demo", where=str(folder), next="choose another --out")
-        shutil.rmtree(folder)
-    result = launch(list(english_of_python()), recipe="demo", out=folder, overrides=overrides, display=display)
+    recipe = load_recipe("demo", (), overrides)
+    with _earlier_set_aside(folder):
+        result = launch(list(english_of_python()), recipe=recipe, out=folder, display=display)
     filled = tuple(fill(load(folder), [sentence for sentence, _ in SENTENCES], top=5))
     right = sum(
         word in {candidate.token for candidate in one.masks[0].candidates}
         for one, (_, word) in zip(filled, SENTENCES, strict=True)
     )
     return Demo(result, filled, right)
+
+
+@contextmanager
+def _earlier_set_aside(folder: Path) -> Generator[None]:
+    """An earlier demo goes when the new one has begun to be written; until then it comes back, whatever happens."""
+    if not os.path.lexists(folder):
+        yield
+        return
+    recipe = folder / RECIPE
+    if not (recipe.is_file() and 'name = "demo"' in recipe.read_text(encoding="utf-8")):
+        raise RunError("this folder was not made by a demo", where=str(folder), next="choose another --out")
+    aside = folder.with_name(f".{folder.name}.earlier")
+    shutil.rmtree(aside, ignore_errors=True)
+    folder.rename(aside)
+    try:
+        yield
+    finally:
+        if folder.exists():
+            shutil.rmtree(aside)
+        else:
+            aside.rename(folder)

@@ -43,7 +43,8 @@ class OptimiserSettings:
 
     def __post_init__(self) -> None:
         for name in ("rate", "matrix_rate", "epsilon", "clip"):
-            if not getattr(self, name) > 0:
+            too_large = name != "clip" and math.isinf(getattr(self, name))
+            if not getattr(self, name) > 0 or too_large:
                 raise RecipeError(f"`{name}` is {getattr(self, name)}", where=name, next="give a number above 0")
         for name in ("momentum", "beta_1", "beta_2"):
             if not 0 <= getattr(self, name) < 1:

@@ -7,26 +7,21 @@ command line, demo.
 
 from __future__ import annotations
 
-import json
 import math
-import platform
-import sys
+import os
 import traceback
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from unmask import store
 from unmask.blueprint import Recipe, change, load_recipe, read_recipe, write_recipe
 from unmask.bundle import LATEST, Model, load
-from unmask.contracts import Source
-from unmask.errors import RecipeError, RunError, Stopped, UnmaskError
+from unmask.errors import RunError, Stopped, UnmaskError
+from unmask.origin import ENVIRONMENT, bits, open_text, open_text_again, read_environment, write_environment
 from unmask.recipe import Amount
-from unmask.text.corpus import open_source
-from unmask.text.sources import MemorySource
 from unmask.train import checkpoint
 from unmask.train.loop import Duty, Standing, train
 from unmask.train.plain import SilentDisplay
@@ -35,12 +30,9 @@ from unmask.train.show import Display, Forecast, Summary, Validation
 from unmask.train.signals import Interrupted, Signals
 from unmask.train.track import LOG, JsonLines, discard_after
 from unmask.workshop import Workshop
-from unmask.world import World, differences, discover, load_warning
+from unmask.world import differences, discover, load_warning
 
 __all__ = ["Recipe", "Result", "launch", "load_recipe", "pretrain", "resume"]
-
-ENVIRONMENT, TEXTS = "env.json", "texts.jsonl"
-_PACKAGES = ("torch", "numpy", "tokenizers", "safetensors")
 
 
 @dataclass(frozen=True)
@@ -67,11 +59,14 @@ def pretrain(
     """Pretrain an encoder and give it back; what `unmask pretrain` does, for programs and notebooks.
 
     Args:
-        texts: paths of text files or folders; or, where no file of that name exists, the texts themselves, one
-        document each. recipe: a shipped recipe's name or a TOML file. budget: "300 s", "120 steps", "2M tokens" or "3
-        epochs"; the recipe's own where it isn't given. out: the folder of the run; it must not exist yet. seed: of
-        all draws. settings: `key=value` texts, as for `--set`. display: what shows the run; by default nothing is
-        printed.
+        texts: paths of text files or folders; or the texts themselves, one document each: strings of which at least one
+            can't be meant as a path, because it has lines, or spaces where no file has that name.
+        recipe: a shipped recipe's name or a TOML file.
+        budget: "300 s", "120 steps", "2M tokens" or "3 epochs"; the recipe's own where it isn't given.
+        out: the folder of the run; it must not exist yet.
+        seed: of all draws.
+        settings: `key=value` texts, as for `--set`.
+        display: what shows the run; by default nothing is printed.
 
     Raises:
         UnmaskError: whatever a person can mend, in words that say how.
@@ -103,18 +98,18 @@ def launch(
     """Start a run. `overrides` are explicit flags (dotted key -> value): they beat `settings`, and those the recipe."""
     display = display or SilentDisplay()
     run = Path(out)
-    if run.exists() and not dry_run:
+    if os.path.lexists(run) and not dry_run:
         raise RunError(
             "there is something at this path already",
             where=str(run),
             next=f"choose another --out, or go on with that run: unmask pretrain --resume {run}",
         )
     whole = recipe if isinstance(recipe, Recipe) else load_recipe(recipe, settings, overrides)
-    source = _source(texts, whole)
+    source = open_text(texts, whole.text)
     with _told(display), Signals() as signals:
         world = discover(whole.train.precision, whole.train.threads)
-        if not dry_run:
-            _check_writable(run)
+        if world.first and not dry_run:
+            store.check_writable(run)
         workshop = Workshop(whole, source, world, display)
         measured = workshop.probe()
         plan = make_plan(
@@ -128,19 +123,16 @@ def launch(
                 display.say(warning)
         if dry_run:
             return Result(None, None, forecast, None)
+        signals.remember_from_now_on()  # before anything is written, so that what is written can go on
         if world.first:
             with store.saying_where(run):
                 run.mkdir(parents=True)
             write_recipe(run, whole, plan)
-            store.write_json(run / ENVIRONMENT, _environment(world, workshop, texts, forecast))
-            if isinstance(source, MemorySource):  # a run must be able to go on when this process is gone
-                store.write_text(run / TEXTS, "".join(json.dumps(str(text)) + "\n" for text in texts))
+            write_environment(run, workshop, texts, forecast.flops_per_second)
         world.barrier()
-        signals.remember_from_now_on()
-        summary = _work(run, workshop, plan, Standing(), forecast, display, signals)
-        return Result(
-            run, workshop.model(workshop.learner, workshop.card(Standing(), None), str(run)), forecast, summary
-        )
+        standing = Standing()
+        summary = _work(run, workshop, plan, standing, forecast, display, signals)
+        return Result(run, workshop.model(workshop.learner, workshop.card(standing, None), str(run)), forecast, summary)
 
 
 def resume(
@@ -167,8 +159,8 @@ def resume(
     folder = Path(run)
     recipe, plan = read_recipe(folder)
     recipe = change(recipe, settings)
-    environment = store.read_json(folder / ENVIRONMENT)
-    saved = checkpoint.standing(checkpoint.latest(folder)) if (folder / LATEST).exists() else None
+    environment = read_environment(folder)
+    saved = checkpoint.standing(checkpoint.latest(folder)) if os.path.lexists(folder / LATEST) else None
     if saved and saved.step >= plan.steps and budget is None:
         display.say(f'{folder} is finished: {plan.steps} steps. Prolong it with --budget "+1 epoch".')
         display.close()
@@ -183,8 +175,7 @@ def resume(
                 where=str(folder / ENVIRONMENT),
                 next="resume where the run was started, or accept other bits with --elsewhere",
             )
-        source = _source_again(folder, environment, recipe)
-        _check_same_text(source, environment, folder)
+        source = open_text_again(folder, environment, recipe.text)
         workshop = Workshop(recipe, source, world, display)
         if workshop.tokenizer.fingerprint != environment["text"]["tokenizer"]:
             raise RunError(
@@ -306,74 +297,6 @@ def _line(now: Standing) -> dict[str, Any]:
     }
     # JSON has no NaN; a window in which nothing was asked has no loss.
     return {name: None if isinstance(value, float) and math.isnan(value) else value for name, value in line.items()}
-
-
-def _source(texts: Sequence[str | Path], recipe: Recipe) -> Source:
-    """Files where the names exist, else the texts themselves."""
-    if not texts:
-        raise RecipeError("no text was given", next="name text files or folders: unmask pretrain notes.txt")
-    if any(isinstance(text, str) and ("\n" in text or len(text) > 255) for text in texts):
-        return MemorySource([str(text) for text in texts])
-    return open_source([Path(text) for text in texts], recipe.text)
-
-
-def _source_again(run: Path, environment: Mapping[str, Any], recipe: Recipe) -> Source:
-    """The text that a run was started with: the files again, or what it kept of texts in memory."""
-    if paths := environment["text"]["paths"]:
-        return open_source([Path(path) for path in paths], recipe.text)
-    kept = run / TEXTS
-    if not kept.is_file():
-        raise RunError("the run's text is gone", where=str(kept), next="restore this file, or start a new run")
-    return MemorySource([json.loads(line) for line in kept.read_text(encoding="utf-8").splitlines()])
-
-
-def bits(world: World) -> dict[str, Any]:
-    """What the bits of a run depend on beside its recipe and text."""
-    versions = {name: metadata.version(name) for name in _PACKAGES}
-    return {**world.facts(), **versions, "python": platform.python_version()}
-
-
-def _environment(world: World, workshop: Workshop, texts: Sequence[str | Path], forecast: Forecast) -> dict[str, Any]:
-    in_memory = isinstance(workshop.source, MemorySource)
-    return {
-        "bits": bits(world),
-        "unmask": metadata.version("unmask"),
-        "platform": platform.platform(),
-        "command": sys.argv,
-        "back_ends": workshop.back_ends(),
-        "matmul_flops_per_second": forecast.flops_per_second,
-        "text": {
-            "paths": [] if in_memory else [str(Path(text).absolute()) for text in texts],
-            "fingerprint": workshop.source.fingerprint,
-            "tokenizer": workshop.tokenizer.fingerprint,
-            "facts": workshop.corpus.facts,
-        },
-    }
-
-
-def _check_same_text(source: Source, environment: Mapping[str, Any], run: Path) -> None:
-    then = environment["text"]
-    if source.fingerprint != then["fingerprint"]:
-        raise RunError(
-            "the text is not what this run was started with",
-            where=", ".join(then["paths"]) or str(run),
-            next="bring the old text back, or start a new run on the new one",
-        )
-
-
-def _check_writable(run: Path) -> None:
-    """Refuse a place that can't be written before any work is done; what the check makes it takes away again."""
-    made: list[Path] = []
-    with store.saying_where(run):
-        for folder in [*reversed(run.parents), run]:
-            if not folder.exists():
-                folder.mkdir()
-                made.append(folder)
-        probe = run / ".writable"
-        probe.touch()
-        probe.unlink()
-    for folder in reversed(made):
-        folder.rmdir()
 
 
 @contextmanager

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 import re
 import tomllib
 from collections.abc import Mapping, Sequence
@@ -91,7 +92,7 @@ def _find(name: str, beside: Path | None, shipped: Traversable) -> Path | Traver
     if name in names:
         return shipped / f"{name}.toml"
     path = (beside or Path()) / name
-    if path.is_file():
+    if os.path.isfile(path):  # Path.is_file raises where a name is too long to be one
         return path
     near = nearest(name, names)
     raise RecipeError(

@@ -15,6 +15,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
 from unmask.errors import DamagedError, StoreError
 
 _CHUNK_BYTES = 1 << 22
@@ -60,12 +62,33 @@ def saying_where(path: Path) -> Generator[None]:
     """Turn the system's refusal to write into a message that names the place and the mend."""
     try:
         yield
-    except OSError as error:
+    except (OSError, SafetensorError) as error:  # safetensors wraps what the system said, a full disk for one
         raise StoreError(
-            f"can't write here: {error.strerror or error}",
-            where=str(error.filename or path),
+            f"can't write here: {getattr(error, 'strerror', None) or error}",
+            where=str(getattr(error, "filename", None) or path),
             next="choose another place (--out), make room on the disk, or give yourself the right to write there",
         ) from error
+
+
+def check_writable(folder: Path) -> None:
+    """Refuse a place that can't be written before any work is done; what the check makes it takes away again.
+
+    Raises:
+        StoreError: a folder of this name can't be made, or nothing can be written in it.
+    """
+    made: list[Path] = []
+    try:
+        with saying_where(folder):
+            for place in [*reversed(folder.parents), folder]:
+                if not os.path.lexists(place):
+                    place.mkdir()
+                    made.append(place)
+            probe = folder / ".writable"
+            probe.touch()
+            probe.unlink()
+    finally:
+        for place in reversed(made):
+            place.rmdir()
 
 
 def write_text(path: Path, text: str) -> None:
@@ -88,10 +111,13 @@ def read_json(path: Path) -> Any:
     """A JSON file's value.
 
     Raises:
-        DamagedError: it is cut short or not JSON.
+        DamagedError: it is missing, cut short or not JSON.
     """
     try:
         return json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        what = f"this file can't be read: {error.strerror or error}"
+        raise DamagedError(what, where=str(path), next=_REPLACE_IT) from error
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise DamagedError(f"not readable as JSON: {error}", where=str(path), next=_REPLACE_IT) from error
 

@@ -28,7 +28,7 @@ from unmask.objectives.masking import Integers
 from unmask.objectives.mlm import Mlm
 from unmask.optim import Optimiser, build_optimiser
 from unmask.schedule import rate_factor
-from unmask.text.corpus import Corpus, default_cache, prepare
+from unmask.text.corpus import Corpus, default_cache, places, prepare
 from unmask.text.shards import Shards
 from unmask.text.tokenizer import Tokenizer
 from unmask.train import checkpoint
@@ -36,7 +36,7 @@ from unmask.train.feed import StageFeed
 from unmask.train.forecast import disk_bytes, memory_bytes, probe
 from unmask.train.loop import Standing, Training
 from unmask.train.panel import Panel, Seen, as_seen
-from unmask.train.plan import Measured, Plan
+from unmask.train.plan import SHORTEST, Measured, Plan
 from unmask.train.show import Display, Forecast, Validation
 from unmask.world import World, matmul_rate
 
@@ -53,6 +53,7 @@ class Workshop:
         self.corpus: Corpus = prepare(source, recipe.text, default_cache(), display.preparing, tokenizer)
         for sentence in self.corpus.said:
             display.say(sentence)
+        _require_one_text(self.corpus, source, recipe)
         self.tokenizer = self.corpus.tokenizer
         self.vocabulary = self.tokenizer.size
         torch.manual_seed(rng.integer(recipe.seed, "weights"))
@@ -219,6 +220,21 @@ class Workshop:
             precision=self.world.precision,
             threads=self.world.threads,
             optimiser=self._optimiser_in_words(),
+        )
+
+
+def _require_one_text(corpus: Corpus, source: Source, recipe: Recipe) -> None:
+    """Refuse a corpus that doesn't fill one text of the shortest stage: the budget would go to a few words."""
+    framing = 2 if corpus.tokenizer.frame else 0
+    number, shortest = min(enumerate(recipe.stage), key=lambda numbered: numbered[1].length)
+    has = corpus.train.tokens + framing
+    if has < shortest.length:
+        shorten = f", or shorten the stage: --set stage.{number}.length={has}" if has >= SHORTEST else ""
+        raise TextError(
+            f"all that there is to train on, {corpus.train.tokens:,} tokens, is shorter than one text of "
+            f"stage.{number}, which takes {shortest.length - framing:,}",
+            where=places(source),
+            next=f"give more text{shorten}",
         )
 
 

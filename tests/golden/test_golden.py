@@ -23,7 +23,7 @@ RUNS = {
     "modern": [
         "text.tokenizer.kind=characters", "text.document=file", "encoder.layers=3", "encoder.width=48",
         "encoder.heads=3", "encoder.feed_forward=64", "encoder.local_window=16",
-        "train.precision=float32", "objective.choose=word",
+        "train.precision=float32", "objective.choose=word", "objective.rate=0.2",
         "stage=[{until = '50%', length = 32, batch = '1k tokens'}, {until = '100%', length = 64, batch = '1k tokens'}]",
     ],
 }  # fmt: skip

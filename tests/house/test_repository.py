@@ -72,3 +72,11 @@ def test_continuous_integration_runs_what_a_person_runs() -> None:
     script = ROOT / ".ci" / "run"
     assert "make test" in script.read_text(encoding="utf-8")
     assert os.access(script, os.X_OK)
+
+
+def test_the_readme_names_every_module() -> None:
+    """The tree in the README has one line per file."""
+    tree = (ROOT / "README.md").read_text(encoding="utf-8").partition("## The tree")[2]
+    modules = [path for path in (ROOT / "src" / "unmask").rglob("*.py") if path.name != "__init__.py"]
+    missing = [str(path.relative_to(ROOT)) for path in modules if f"{path.name} " not in tree]
+    assert not missing

@@ -106,7 +106,8 @@ def freeze(
     answer_N = np.concatenate([a for _, a in asked]) if asked else np.empty(0, np.int64)
     if not len(answer_N):
         raise TextError(
-            "the held-out text has nothing to ask about", next="hold out more of it: --set text.held_out.share=10%"
+            "the held-out text has nothing to ask about: the tokenizer knows none of it",
+            next="give more text, or text that the tokenizer knows",
         )
     ordinary = (counts_V + 1)[tokenizer.ordinary_N]
     unigram_V = np.zeros(len(counts_V))

@@ -203,6 +203,8 @@ def settings_of(config: Mapping[str, Any]) -> EncoderSettings:
     Raises:
         ModelError: another architecture, or one of its variants that isn't held here; the key is named.
     """
+    if not isinstance(config, dict):
+        raise ModelError("config.json holds no table of settings", where="config.json", next="restore it from a copy")
     kind = config.get("model_type")
     try:
         if kind == SEED_TYPE:
@@ -220,6 +222,20 @@ def settings_of(config: Mapping[str, Any]) -> EncoderSettings:
         where="config.json: model_type",
         next=f"give a {MODERN_TYPE} folder",
     )
+
+
+def vocabulary_of(config: Mapping[str, Any]) -> int:
+    """The rows of the token table that a config.json means.
+
+    Raises:
+        ModelError: it doesn't say.
+    """
+    rows = config.get("vocab_size")
+    if not isinstance(rows, int) or rows < 1:
+        raise ModelError(
+            f"`vocab_size` is {rows!r}", where="config.json: vocab_size", next="restore config.json from a copy"
+        )
+    return rows
 
 
 def _modern_settings(config: Mapping[str, Any]) -> ModernSettings:

@@ -32,7 +32,7 @@ from unmask.text.survey import Division, HeldOutSettings, Progress, Side, Stretc
 from unmask.text.tokenizer import Tokenizer, TokenizerSettings, WordPieceSettings, train_tokenizer
 from unmask.text.words import WordsRule, detect_words
 
-__all__ = ["Corpus", "HeldOutSettings", "TextSettings", "default_cache", "open_source", "prepare", "quiet"]
+__all__ = ["Corpus", "HeldOutSettings", "TextSettings", "default_cache", "open_source", "places", "prepare", "quiet"]
 
 _FORMAT: Final = "corpus-1"
 _TOLD: Final = "told"  # the folder of the tokenizer and the facts
@@ -158,7 +158,7 @@ def _make(
             encoded = _encoded(stretches, tokenizer, words)
             write_shards(aside / which, encoded, tokenizer.size, tokenizer.fingerprint)
             sides[which] = open_shards(aside / which)
-        _require_tokens(sides)
+        _require_tokens(sides, source)
         facts: Facts = {
             "documents": found.documents,
             "characters": found.characters,
@@ -178,16 +178,26 @@ def _make(
         seal(aside / _TOLD)
 
 
-def _require_tokens(sides: dict[Side, Shards]) -> None:
+def _require_tokens(sides: dict[Side, Shards], source: Source) -> None:
     if not sides["train"].tokens:
         raise TextError(
-            "there is no text left to train on", next="give more text, or hold out less: --set text.held_out.share=5%"
+            "there is no text left to train on",
+            where=places(source),
+            next="give more text, or hold out less: --set text.held_out.share=5%",
         )
     if not sides["held-out"].tokens:
         raise TextError(
             "there is no text to hold out for validation",
+            where=places(source),
             next="give more text, or hold out more: --set text.held_out.share=20%",
         )
+
+
+def places(source: Source) -> str:
+    """Where a source's text lies, for a message: its first files, and how many more there are."""
+    first = [part.path for part in source.parts()[:4]]
+    further = len(source.parts()) - 3
+    return ", ".join(first) if further <= 1 else f"{', '.join(first[:3])} and {further} more"
 
 
 def _open(folder: Path, source: Source) -> Corpus:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import codecs
 import gzip
+import os
 import re
 import unicodedata
 import zlib
@@ -185,9 +186,9 @@ def _empty(file: Path) -> TextError:
 
 def _files_of(path: Path) -> list[Path]:
     """The file itself, or the text files below a folder."""
-    if path.is_file():
+    if os.path.isfile(path):  # Path.is_file raises where a name is too long to be one
         return [path]
-    if not path.exists():
+    if not os.path.exists(path):
         raise TextError("there is no such file or folder", where=str(path), next="check the path")
     if not path.is_dir():
         raise TextError("neither a file nor a folder", where=str(path), next="give a text file")

@@ -254,7 +254,7 @@ class Tokenizer:
         try:
             return cls(inner, _roles_in(file.parent))
         except TokenizerError as error:
-            raise TokenizerError(error.what, where=str(file), next=error.next) from error
+            raise TokenizerError(error.what, where=error.where or str(file), next=error.next) from error
 
 
 def _roles_in(folder: Path) -> dict[str, str]:
@@ -263,6 +263,8 @@ def _roles_in(folder: Path) -> dict[str, str]:
     for name in ("special_tokens_map.json", _CONFIG):
         if (folder / name).is_file():
             told = cast("Mapping[str, Any]", read_json(folder / name))
+            if not isinstance(told, dict):
+                raise TokenizerError("no table of settings", where=str(folder / name), next="restore it from a copy")
             for role in _ROLES:
                 piece = told.get(role)
                 content = cast("Any", piece["content"]) if isinstance(piece, dict) else piece

@@ -20,7 +20,7 @@ import tokenizers
 from numpy.typing import NDArray
 from tokenizers import models, normalizers, pre_tokenizers, trainers
 
-from unmask.errors import TokenizerError
+from unmask.errors import RecipeError, TokenizerError
 from unmask.text.words import codes
 
 PREFIX: Final = "##"  # of a piece that continues a word
@@ -45,6 +45,9 @@ class WordPieceSettings:
     minimum_count: int = 2  # of a character, or of a pair of pieces that becomes one
     sample_characters: int = 20_000_000  # of training text that is looked at; 3-7 s for 20 MB
 
+    def __post_init__(self) -> None:
+        _at_least(self, vocab=len(self.specials) + 1, minimum_count=1, sample_characters=1)
+
 
 @dataclass(frozen=True)
 class CharacterSettings:
@@ -53,6 +56,15 @@ class CharacterSettings:
     kind: Literal["characters"] = "characters"
     specials: tuple[str, ...] = SPECIALS
     minimum_count: int = 1
+
+    def __post_init__(self) -> None:
+        _at_least(self, minimum_count=1)
+
+
+def _at_least(settings: object, **least: int) -> None:
+    for name, bound in least.items():
+        if getattr(settings, name) < bound:
+            raise RecipeError(f"`{name}` is {getattr(settings, name)}", where=name, next=f"give {bound} or more")
 
 
 TokenizerSettings = WordPieceSettings | CharacterSettings

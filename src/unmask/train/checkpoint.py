@@ -8,6 +8,7 @@ again, bit for bit. Called by: pretrain.
 from __future__ import annotations
 
 import dataclasses
+import os
 import shutil
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -61,25 +62,48 @@ def load(run: Path, learner: Any, optimiser: Optimiser) -> Standing:
     """Put a run's latest step back into the learner and the optimiser; the cost does not grow with the steps done.
 
     Raises:
-        RunError: nothing was saved yet.
-        DamagedError: a file was cut short or changed; it is named.
+        RunError: nothing was saved yet, or recipe.toml was changed into one of another shape.
+        DamagedError: a file is missing, was cut short or changed; it is named.
     """
     folder = latest(run)
-    store.check_seal(folder)
+    try:
+        store.check_seal(folder)
+    except DamagedError as error:
+        others = [one.name for one in sorted(run.glob("step-*")) if one != folder]
+        earlier = f", or go on from an earlier step: ln -sfn {others[-1]} {run / bundle.LATEST}" if others else ""
+        raise DamagedError(error.what, where=error.where, next=f"restore it from a copy{earlier}") from error
     resume = folder / RESUME
-    learner.load_state_dict(_tensors(resume / _MASTER))
+    try:
+        learner.load_state_dict(_tensors(resume / _MASTER))
+    except RuntimeError as error:  # torch names every tensor that differs
+        raise RunError(
+            f"these weights are not those of the run's recipe: {error}",
+            where=str(resume / _MASTER),
+            next="undo what was changed in recipe.toml",
+        ) from error
     optimiser.load_state_tensors(_tensors(resume / _OPTIMISER))
     return standing(folder)
 
 
 def latest(run: Path) -> Path:
-    """The folder of the last step that was saved whole."""
+    """The folder of the last step that was saved whole.
+
+    Raises:
+        RunError: nothing was saved yet, or copying has made `latest` a folder.
+        DamagedError: what `latest` names is gone.
+    """
     link = run / bundle.LATEST
-    if not link.exists():
+    if not os.path.lexists(link):
         raise RunError(
             "this run has not saved a step yet", where=str(run), next="remove the folder and start again with pretrain"
         )
-    return run / link.readlink()
+    if not link.is_symlink():
+        raise RunError(
+            "`latest` is a folder, where the next save would put a link",
+            where=str(link),
+            next="remove it and link the last step: ln -s step-… latest (cp -a and rsync -a keep links)",
+        )
+    return bundle.follow(link)
 
 
 def standing(folder: Path) -> Standing:

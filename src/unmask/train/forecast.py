@@ -52,11 +52,14 @@ def probe(
     validated = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
         save(Path(folder), learner, optimiser)
-    return Measured(tuple(step_seconds), validated - begin, time.perf_counter() - validated)
+    world = training.world
+    seconds = world.sum([*step_seconds, validated - begin, time.perf_counter() - validated])
+    *steps, validate_seconds, save_seconds = [value / world.ranks for value in seconds]  # one plan for all ranks
+    return Measured(tuple(steps), validate_seconds, save_seconds)
 
 
 def _seconds_per_step(trial: Training) -> float:
-    """The median step after the warm-up, averaged over ranks."""
+    """The median step after the warm-up."""
     times: list[float] = []
     last = time.perf_counter()
 
@@ -72,8 +75,7 @@ def _seconds_per_step(trial: Training) -> float:
 
     train(trial, Standing(), [Duty(always, note)], enough)
     measured = sorted(times[_WARM_UP_STEPS:] or times)
-    median = measured[len(measured) // 2]
-    return trial.world.sum([median])[0] / trial.world.ranks
+    return measured[len(measured) // 2]
 
 
 def memory_bytes(

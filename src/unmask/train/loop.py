@@ -133,7 +133,8 @@ def train(training: Training, standing: Standing, duties: Sequence[Duty], asked_
         with standing.timed("data"):
             batches, cursor = feed.step(standing.cursor, plan.stages[stage].batch_tokens, world.rank, world.ranks)
             puzzles = [training.objective.corrupt(batch, training.seed) for batch in batches]
-            wish, tokens, counts = _agree(world, puzzles, training.objective, asked_to_stop())
+            clock = time.perf_counter() - begin
+            wish, clock, tokens, counts = _agree(world, puzzles, training.objective, asked_to_stop(), clock)
 
         seen = _accumulate(training, standing, puzzles, counts)
 
@@ -155,24 +156,31 @@ def train(training: Training, standing: Standing, duties: Sequence[Duty], asked_
         _check_finite(standing)
 
         for number, duty in enumerate(duties):
-            if duty.due(standing.step, standing.tokens, standing.seconds - last_done[number]):
+            if duty.due(standing.step, standing.tokens, clock - last_done[number]):
                 duty.act(standing)
                 training.learner.train()
                 standing.seconds = time.perf_counter() - begin
-                last_done[number] = standing.seconds
+                last_done[number] = clock
         if wish:
             return wish
     return 0
 
 
-def _agree(world: World, puzzles: Sequence[Puzzle], objective: Objective, wish: int) -> tuple[int, int, dict[str, int]]:
-    """What all ranks share before the first forward: the wish to stop, the step's tokens and the count of each term."""
+def _agree(
+    world: World, puzzles: Sequence[Puzzle], objective: Objective, wish: int, clock: float
+) -> tuple[int, float, int, dict[str, int]]:
+    """What all ranks share before the first forward: the wish to stop, one clock, the step's tokens, each term's count.
+
+    The clock is the mean of all ranks', so that what is due after some seconds is due on all of them.
+    """
     terms = list(objective.terms)
     mine = [sum(puzzle.counts[term] for puzzle in puzzles) for term in terms]
     tokens = sum(puzzle.batch.tokens for puzzle in puzzles)
-    interrupted, wished, all_tokens, *totals = world.sum([wish == INTERRUPTED, wish, tokens, *mine])
+    shared = world.sum([wish == INTERRUPTED, wish, clock, tokens, *mine])
+    interrupted, wished, clocks, all_tokens, *totals = shared
     stop = INTERRUPTED if interrupted else TERMINATED if wished else 0
-    return stop, int(all_tokens), {term: int(total) for term, total in zip(terms, totals, strict=True)}
+    counts = {term: int(total) for term, total in zip(terms, totals, strict=True)}
+    return stop, clocks / world.ranks, int(all_tokens), counts
 
 
 def _accumulate(

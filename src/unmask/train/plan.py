@@ -15,6 +15,7 @@ from itertools import accumulate, pairwise
 from unmask.errors import RecipeError
 from unmask.recipe import Amount, Share
 
+SHORTEST = 3  # slots of a text: one token between [CLS] and [SEP]
 EPOCH_STRIDE = 1 << 20  # epochs of stage k are numbered from k times this, so that no two stages share a draw
 
 
@@ -34,11 +35,17 @@ class StageSettings:
 
 @dataclass(frozen=True)
 class EverySettings:
-    """How often something is done: a share of the plan, steps, tokens or seconds."""
+    """How often something is done: a share of the plan, steps or seconds."""
 
     log: Share | Amount = Share(0.01)
     validate: Share | Amount = Share(0.05)
     save: Share | Amount = Share(0.2)
+
+    def __post_init__(self) -> None:
+        for name in ("log", "validate", "save"):
+            every = getattr(self, name)
+            if isinstance(every, Amount) and every.unit not in ("steps", "seconds"):
+                raise RecipeError(f"every {every}", where=name, next='write a share ("5%"), steps or seconds')
 
 
 @dataclass(frozen=True)
@@ -205,8 +212,9 @@ def check_stages(stages: Sequence[StageSettings]) -> None:
                 where=where,
                 next="let `until` rise from stage to stage",
             )
-        if stage.length < 3:
-            raise RecipeError(f"length = {stage.length} leaves no room for text", where=where, next="use 3 or more")
+        if stage.length < SHORTEST:
+            what = f"length = {stage.length} leaves no room for text"
+            raise RecipeError(what, where=where, next=f"use {SHORTEST} or more")
         if stage.batch.unit not in ("tokens", "texts"):
             raise RecipeError(f"a batch in {stage.batch.unit}", where=where, next='write "16k tokens" or "64 texts"')
         if stage.batch_tokens < 1:
@@ -245,9 +253,8 @@ def due(every: Share | Amount, plan: Plan) -> Callable[[int, int, float], bool]:
     if every.unit == "steps":
         interval = max(1, round(every.number))
         return lambda step, tokens, since: step % interval == 0 or step == plan.steps
-    if every.unit == "seconds":
-        return lambda step, tokens, since: since >= every.number or step == plan.steps
-    raise RecipeError(f"every {every}", where="train.every", next='write a share ("5%"), steps or seconds')
+    assert every.unit == "seconds", f"settings refuse what is due every {every}"
+    return lambda step, tokens, since: since >= every.number or step == plan.steps
 
 
 def _step_at(plan: Plan, share: float) -> int:

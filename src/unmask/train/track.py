@@ -10,7 +10,7 @@ import json
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from unmask import store
 from unmask.errors import DamagedError
@@ -42,7 +42,7 @@ def read_log(path: Path) -> Iterator[dict[str, Any]]:
     """The lines of a log; a last line that a kill cut short is left out.
 
     Raises:
-        DamagedError: a line in the middle that isn't JSON; file and line are named.
+        DamagedError: a line in the middle that isn't JSON or names no step; file and line are named.
     """
     if not path.is_file():
         return
@@ -51,13 +51,21 @@ def read_log(path: Path) -> Iterator[dict[str, Any]]:
         if not line:
             continue
         try:
-            yield json.loads(line)
-        except json.JSONDecodeError as error:
+            yield _measured(line)
+        except ValueError as error:
             if number == len(lines) - 1:  # no line end after it: the write was cut
                 return
             raise DamagedError(
-                "a line of this log is not JSON", where=f"{path}, line {number + 1}", next="mend or remove that line"
+                "no line of a log", where=f"{path}, line {number + 1}", next="mend or remove that line"
             ) from error
+
+
+def _measured(line: str) -> dict[str, Any]:
+    """A line as JSON; a ValueError where it is none, or doesn't say of which step it is."""
+    found: Any = json.loads(line)
+    if not isinstance(found, dict) or not isinstance(found.get("step"), int):
+        raise ValueError(line)
+    return cast("dict[str, Any]", found)
 
 
 def discard_after(folder: Path, step: int) -> int:

@@ -1,0 +1,109 @@
+"""The command line in this process, in a folder of its own, and a run to ask things of."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import pytest
+
+from unmask.cli import main
+from unmask.pretrain import launch
+
+SMALL = """\
+about = "Small enough for a test."
+[text]
+document = "file"
+held_out = { by = "tail", share = "10%" }
+tokenizer = { kind = "characters" }
+[encoder]
+kind = "modern"
+layers = 1
+width = 16
+heads = 2
+feed_forward = 16
+[[stage]]
+length = 32
+batch = "8 texts"
+[train]
+budget = "3 steps"
+every = { log = "1 steps", validate = "2 steps", save = "2 steps" }
+threads = 1
+"""
+TEXT = "The cat sat on the mat and the dog sat on the log. " * 60
+
+Command = Callable[..., tuple[int, str, str]]
+Refused = Callable[..., str]
+
+
+def contents(folder: Path) -> Mapping[str, bytes | str]:
+    """Every path below a folder: what a file holds, where a link points."""
+    return {
+        str(path.relative_to(folder)): str(path.readlink())
+        if path.is_symlink()
+        else path.read_bytes()
+        if path.is_file()
+        else "a folder"
+        for path in folder.rglob("*")
+    }
+
+
+@pytest.fixture
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A working folder with cat.txt and small.toml in it."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "small.toml").write_text(SMALL)
+    (tmp_path / "cat.txt").write_text(TEXT)
+    return tmp_path
+
+
+@pytest.fixture
+def unmask(place: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Command:
+    """The command in this process: (exit code, standard output, standard error)."""
+
+    def run(*arguments: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["unmask", *arguments])
+        with pytest.raises(SystemExit) as ended:
+            main()
+        out, err = capfd.readouterr()
+        code = ended.value.code
+        return (code if isinstance(code, int) else 0), out, err
+
+    return run
+
+
+@pytest.fixture
+def refused(unmask: Command, place: Path) -> Refused:
+    """A command that a person can mend: exit 2, culprit and mend named, no traceback, nothing written or lost."""
+
+    def run(*arguments: str, says: str | tuple[str, ...]) -> str:
+        before = contents(place)
+        code, _, err = unmask(*arguments)
+        assert code == 2, err
+        assert err.startswith("error: ") and "Traceback" not in err
+        assert "  next:  " in err, "a message ends with the mend"
+        for words in (says,) if isinstance(says, str) else says:
+            assert words in " ".join(err.split()), err
+        assert contents(place) == before
+        return err
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def small_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run of small.toml; only to be looked at."""
+    folder = tmp_path_factory.mktemp("small")
+    (folder / "small.toml").write_text(SMALL)
+    (folder / "cat.txt").write_text(TEXT)
+    run = folder / "run"
+    launch([folder / "cat.txt"], recipe=folder / "small.toml", out=run)
+    return run
+
+
+@pytest.fixture
+def run(small_run: Path, place: Path) -> Path:
+    """A copy of it in the working folder, to do harm to."""
+    return Path(shutil.copytree(small_run, place / "run", symlinks=True))

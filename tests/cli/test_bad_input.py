@@ -1,0 +1,397 @@
+"""What a person can get wrong: exit code 2, the culprit and the mend named, nothing written, nothing lost.
+
+`refused` (conftest) holds these laws for each command; here stand the commands.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+import unmask as front
+from unmask.errors import ModelError
+from unmask.text.corpus import default_cache
+
+Command = Callable[..., tuple[int, str, str]]
+Refused = Callable[..., str]
+
+PRETRAIN = ("pretrain", "--recipe", "small.toml", "--out", "runs/new")
+UTF_8 = "Ein Märchen von einem König und einer Königin. " * 100
+
+
+@pytest.fixture
+def own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
+    folder = tmp_path_factory.mktemp("own-cache")
+    monkeypatch.setenv("UNMASK_CACHE", str(folder))
+    return folder
+
+
+# Text that can't be read ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("arguments", [PRETRAIN, ("evaluate", "run", "--text"), ("fill", "run", "--file")])
+def test_a_path_that_is_not_there(refused: Refused, run: Path, arguments: tuple[str, ...]) -> None:
+    refused(*arguments, "nothing.txt", says="nothing.txt")
+
+
+def test_a_name_that_is_too_long_to_be_one(refused: Refused) -> None:
+    refused(*PRETRAIN, "x" * 300, says="there is no such file or folder")
+    refused("pretrain", "cat.txt", "--recipe", "x" * 300, says="unknown recipe")
+    refused("fill", "x" * 300, "a [MASK]", says="nothing at this path")
+    refused("pretrain", "cat.txt", "--recipe", "small.toml", "--out", "x" * 300, says="can't write here")
+
+
+@pytest.mark.parametrize("content", [b"", b" \n\n\t\r\n"])
+def test_an_empty_file(refused: Refused, run: Path, content: bytes) -> None:
+    Path("empty.txt").write_bytes(content)
+    refused(*PRETRAIN, "empty.txt", says=("empty.txt", "empty"))
+    refused(*PRETRAIN, "cat.txt", "empty.txt", says=("empty.txt", "leave it out"))
+    refused("evaluate", "run", "--text", "empty.txt", says=("empty.txt", "empty"))
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        (b"some text\0and more", "byte 9 is zero"),
+        (b"%PDF-1.7\n%\xe2\xe3\xcf\xd3", "a PDF"),
+        (b"PK\x03\x04" + bytes(40), "a zip archive"),
+        (gzip.compress(b"text " * 100), "gzip"),
+        ("text".encode("utf-16"), "UTF-16"),
+    ],
+)
+def test_a_binary_file(refused: Refused, run: Path, content: bytes, says: str) -> None:
+    Path("blob.txt").write_bytes(content)
+    refused(*PRETRAIN, "blob.txt", says=("blob.txt", says))
+    refused("evaluate", "run", "--text", "blob.txt", says=("blob.txt", says))
+
+
+@pytest.mark.parametrize("before", [100, 2_000_000])
+def test_bytes_that_are_not_utf_8(refused: Refused, run: Path, before: int) -> None:
+    """In the first bytes and after the first MiB, where a source has looked no further before the work begins."""
+    at = before // 2 * 2
+    Path("broken.txt").write_bytes(b"a " * (at // 2) + b"\xe9t\xe9 " + b"a " * 50)
+    for command in (PRETRAIN, ("evaluate", "run", "--text")):
+        refused(*command, "broken.txt", says=(f"broken.txt, byte {at}", "0xe9", "--errors replace"))
+
+
+def test_such_bytes_can_be_replaced(unmask: Command, run: Path) -> None:
+    Path("broken.txt").write_bytes(UTF_8.encode("latin-1"))
+    code, _, err = unmask(*PRETRAIN, "broken.txt", "--errors", "replace")
+    assert code == 0, err
+    assert front.load("runs/new").tokenizer.token_to_id("\ufffd") is not None
+    assert unmask("evaluate", "run", "--text", "broken.txt", "--errors", "replace")[0] == 0
+
+
+def test_a_question_that_is_not_utf_8(refused: Refused, run: Path) -> None:
+    Path("broken.txt").write_bytes(b"ab\xff[MASK]\n")
+    refused("fill", "run", "--file", "broken.txt", says=("broken.txt, byte 2", "UTF-8"))
+    refused("fill", "run", "ab\udcff[MASK]", says="UTF-8")
+
+
+# Too little text -----------------------------------------------------------------------------------------------------
+
+
+def mend(message: str) -> list[str]:
+    """The `--set key=value` of the line that says what next."""
+    found = re.search(r"next:.*?--set (\S+=[^\s,]+)", message)
+    assert found, message
+    return ["--set", found[1]]
+
+
+def test_a_corpus_shorter_than_one_text(refused: Refused, unmask: Command) -> None:
+    Path("short.txt").write_text("A cat sat on a mat.")  # 17 of its 19 characters are left for training
+    message = refused(*PRETRAIN, "short.txt", says=("short.txt", "17 tokens", "shorter than one text", "30"))
+    assert mend(message) == ["--set", "stage.0.length=19"]
+    Path("single.txt").write_text("a")
+    refused(*PRETRAIN, "single.txt", says=("single.txt", "give more text"))
+    code, _, err = unmask(*PRETRAIN, "short.txt", *mend(message))
+    assert code == 0, err
+
+
+def test_a_vocabulary_that_the_text_cannot_give(refused: Refused, unmask: Command) -> None:
+    words = ["--set", "text.tokenizer.kind=wordpiece", "--set", "text.tokenizer.vocab=8192"]
+    message = refused(*PRETRAIN, "cat.txt", *words, says=("a vocabulary of 8,192", "text.tokenizer.vocab"))
+    code, _, err = unmask(*PRETRAIN, "cat.txt", *words, *mend(message))
+    assert code == 0, err
+
+
+def test_no_text_at_all(refused: Refused) -> None:
+    refused(*PRETRAIN, says="no text was given")
+    Path("folder").mkdir()
+    refused(*PRETRAIN, "folder", says=("folder", "no text"))
+
+
+# Questions that a model can't answer ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("ids", "says"), [([1, 10**6], "id 1000000"), ([-1, 2], "id -1")])
+def test_ids_beyond_the_vocabulary(small_run: Path, ids: list[int], says: str) -> None:
+    with pytest.raises(ModelError, match=f"{says} is beyond the vocabulary of 20") as refusal:
+        front.load(small_run).log_probabilities([[1], ids], [[0], [0]])
+    assert refusal.value.where == "text 1" and refusal.value.next
+
+
+def test_a_tokenizer_with_more_pieces_than_the_weights_have_rows(refused: Refused, run: Path) -> None:
+    step = run / "latest"
+    tokenizer = json.loads((step / "tokenizer.json").read_text())
+    tokenizer["model"]["vocab"]["Ж"] = len(tokenizer["model"]["vocab"])
+    (step / "tokenizer.json").write_text(json.dumps(tokenizer))
+    refused("fill", "run", "a [MASK]", says="tokenizer.json")  # the seal was broken
+    (step / "digests.json").unlink()
+    refused("fill", "run", "a [MASK]", says=("tokenizer", "21 pieces", "20 rows"))
+    refused("evaluate", "run", "--text", "cat.txt", says=("21 pieces", "20 rows"))
+
+
+def test_a_text_without_a_mask(refused: Refused, run: Path) -> None:
+    refused("fill", "run", "The cat sat.", says=("no [MASK]", "The cat sat."))
+    refused("fill", "run", "", says="no [MASK]")
+    Path("questions.txt").write_text("a [MASK]\nnothing here\n")
+    refused("fill", "run", "--file", "questions.txt", says=("no [MASK]", "text 2: 'nothing here'"))
+
+
+@pytest.mark.parametrize("top", ["0", "-3", "1000"])
+def test_more_answers_than_there_are_pieces(refused: Refused, run: Path, top: str) -> None:
+    refused("fill", "run", "a [MASK]", "--top", top, says=f"top = {top}")
+
+
+def test_a_folder_that_is_no_model(refused: Refused, run: Path) -> None:
+    Path("folder").mkdir()
+    for folder in ("folder", "nowhere"):
+        refused("fill", folder, "a [MASK]", says=folder)
+        refused("evaluate", folder, "--text", "cat.txt", says=folder)
+    config = run / "latest" / "config.json"
+    config.write_text(config.read_text().replace('"modernbert"', '"bert"'))
+    (run / "latest" / "digests.json").unlink()
+    refused("fill", "run", "a [MASK]", says=("'bert'", "config.json"))
+    config.write_text("{}")
+    refused("fill", "run", "a [MASK]", says="config.json")
+
+
+def test_text_longer_than_the_context_is_windowed(unmask: Command, run: Path) -> None:
+    long = "The cat sat on the mat. " * 20 + "The d[MASK]g sat." + " The cat sat on the mat." * 20
+    code, out, err = unmask("fill", "run", long, "--json", "--top", "2")
+    assert code == 0, err
+    ((mask,),) = [one["masks"] for one in json.loads(out)]
+    assert mask["position"] > 400, "the slot in the whole text"
+    assert all(candidate["text"].count("cat") == 40 for candidate in mask["candidates"])
+    code, out, _ = unmask("evaluate", "run", "--text", "cat.txt", "--json")
+    assert code == 0
+    assert json.loads(out)["asked"] == pytest.approx(0.15 * 3059, rel=0.05), "all of the text, not its first window"
+
+
+# Recipes, keys, values, budgets --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (("--recipe", "tinny"), ("`tinny`", "did you mean `tiny`?")),
+        (("--recipe", "nothing.toml"), ("nothing.toml", "char")),
+        (("--set", "train.bugdet=3 steps"), ("`bugdet`", "did you mean `budget`?", "--set train.bugdet=3 steps")),
+        (("--set", "stag.0.length=16"), ("stag",)),
+        (("--set", "encoder.kind=modrn"), ("did you mean", "modern")),
+        (("--set", "objective.choose=words"), ("did you mean", "word")),
+        (("--set", "encoder.width=wide"), ("encoder.width", "a whole number")),
+        (("--set", "encoder.heads=3"), ("encoder.heads", "multiple")),
+        (("--set", "objective.rate=1.5"), ("rate = 1.5", "0 < rate <= 1")),
+        (("--set", "seed"), ("--set seed", "key")),
+        (("--set", "stage.0.length=100000"), ("100000", "encoder.longest")),
+        (("--set", "stage.3.length=16"), ("stage.3",)),
+        (("--set", "train.every.save=20 tokens"), ("train.every.save", "steps or seconds")),
+        (("--set", "train.micro_batch=0 tokens"), ("train.micro_batch", "16k tokens")),
+        (("--set", "text.tokenizer.minimum_count=0"), ("text.tokenizer.minimum_count", "1 or more")),
+        (("--set", "optimiser.rate=inf"), ("optimiser.rate", "above 0")),
+        (("--set", "show.lines=-1"), ("show.lines", "0 or more")),
+        (("--set", "text.held_out.share=100%"), ("100%", "less than 100%")),
+        (("--set", "train.threads=4096"), ("4096 threads", "train.threads")),
+        (("--budget", "20"), ("`20` needs a unit", "120 steps")),
+        (("--budget", "20 stps"), ("`stps`", "did you mean `steps`?")),
+        (("--budget", "twenty"), ("`twenty`", "300 s")),
+        (("--budget", ""), ("not an amount", "300 s")),
+        (("--budget", "0 steps"), ("0 steps", "larger budget")),
+        (("--budget", "5 characters"), ("characters", "seconds, steps, tokens or epochs")),
+        (("--budget", "+1 epoch"), ("+1 epoch", "--resume")),
+        (("--set", "train.budget=20"), ("`20` needs a unit",)),
+    ],
+)
+def test_what_a_recipe_cannot_be(refused: Refused, arguments: tuple[str, ...], says: tuple[str, ...]) -> None:
+    refused(*PRETRAIN, "cat.txt", *arguments, says=says)
+
+
+def test_a_recipe_file_with_a_fault_in_it(refused: Refused) -> None:
+    good = Path("small.toml").read_text()
+    for bad, says in (
+        (good.replace("layers", "leyers"), ("bad.toml", "encoder.leyers", "did you mean `layers`?")),
+        (good.replace('"8 texts"', "8"), ("bad.toml", "stage.0.batch", "needs a unit")),
+        (good.replace("[text]", "[text"), ("bad.toml, line 2",)),
+        ('extends = "tinny"\n', ("did you mean `tiny`?",)),
+        ('extends = "./bad.toml"\n', ("extend each other",)),
+    ):
+        Path("bad.toml").write_text(bad)
+        refused("pretrain", "cat.txt", "--recipe", "bad.toml", says=says)
+    Path("bad.toml").write_bytes(b"\xff\xfe\x00")
+    refused("recipe", "check", "bad.toml", says=("bad.toml", "UTF-8"))
+
+
+# Damage --------------------------------------------------------------------------------------------------------------
+
+
+def flip(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 4
+    path.write_bytes(data)
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-7])
+
+
+@pytest.mark.parametrize(
+    ("harm", "name"),
+    [
+        (flip, "train/shard-00000.safetensors"),
+        (cut, "train/shard-00000.safetensors"),
+        (Path.unlink, "held-out/shard-00000.safetensors"),
+        (flip, "held-out/arrays.safetensors"),
+        (cut, "told/tokenizer.json"),
+    ],
+)
+def test_a_damaged_shard(
+    refused: Refused, unmask: Command, own_cache: Path, harm: Callable[[Path], None], name: str
+) -> None:
+    assert unmask(*PRETRAIN, "cat.txt", "--dry-run")[0] == 0
+    (victim,) = own_cache.glob(f"*/{name}")
+    harm(victim)
+    refused(*PRETRAIN, "cat.txt", says=(str(victim), "remove the folder it is in"))
+    shutil.rmtree(victim.parent)  # as the message says
+    assert unmask(*PRETRAIN, "cat.txt", "--dry-run")[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("harm", "name"),
+    [(flip, "model.safetensors"), (cut, "resume/optimiser.safetensors"), (Path.unlink, "tokenizer.json")],
+)
+def test_a_damaged_checkpoint(
+    refused: Refused, unmask: Command, run: Path, harm: Callable[[Path], None], name: str
+) -> None:
+    victim = run / "latest" / name
+    harm(victim)
+    refused("fill", "run", "a [MASK]", says=Path(name).name)
+    message = refused("pretrain", "--resume", "run", "--budget", "+1 steps", says=(Path(name).name, "latest"))
+    command = re.search(r"ln -sfn (\S+) (\S+)", message)  # go on from the step before, as the message says
+    assert command and (run / command[1]).is_dir() and Path(command[2]).is_symlink()
+    Path(command[2]).unlink()
+    Path(command[2]).symlink_to(command[1])
+    code, out, err = unmask("pretrain", "--resume", "run", "--json")
+    assert code == 0, err
+    assert json.loads(out)["summary"]["steps"] == 3
+
+
+@pytest.mark.parametrize("name", ["env.json", "recipe.toml", "log.jsonl"])
+def test_a_damaged_run(refused: Refused, run: Path, name: str) -> None:
+    (run / name).write_text('{"half\n')
+    refused("pretrain", "--resume", "run", "--budget", "+1 steps", says=name)
+
+
+def test_a_run_that_has_lost_its_steps(refused: Refused, run: Path) -> None:
+    shutil.rmtree(run / (run / "latest").readlink())
+    for command in (("fill", "run", "a [MASK]"), ("pretrain", "--resume", "run")):
+        refused(*command, says=("step-0000003", "gone"))
+    (run / "latest").unlink()
+    refused("fill", "run", "a [MASK]", says="not saved a step yet")
+
+
+# What a run was started with -----------------------------------------------------------------------------------------
+
+
+def test_a_changed_corpus(refused: Refused, small_run: Path, run: Path) -> None:
+    text = Path("changed.txt")
+    text.write_text("The cat sat on the mat and the dog sat on the dog. " * 60)
+    environment = json.loads((run / "env.json").read_text())
+    environment["text"]["paths"] = [str(text.absolute())]
+    (run / "env.json").write_text(json.dumps(environment))
+    refused("pretrain", "--resume", "run", "--budget", "+1 steps", says=("changed.txt", "text is not what"))
+    text.unlink()
+    refused("pretrain", "--resume", "run", "--budget", "+1 steps", says="changed.txt")
+
+
+def test_a_changed_tokenizer(refused: Refused, run: Path) -> None:
+    recipe = (run / "recipe.toml").read_text()
+    (run / "recipe.toml").write_text(recipe.replace("minimum_count = 1", "minimum_count = 100"))
+    refused("pretrain", "--resume", "run", "--budget", "+1 steps", says=("tokenizer", "is not the run's"))
+
+
+def test_a_recipe_of_another_shape(refused: Refused, run: Path) -> None:
+    recipe = (run / "recipe.toml").read_text()
+    (run / "recipe.toml").write_text(recipe.replace("width = 16", "width = 32"))
+    refused("pretrain", "--resume", "run", "--budget", "+1 steps", says=("weights", "recipe.toml"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (("--budget", "5"), ("`5` needs a unit",)),
+        (("--budget", "2 steps"), ("2 steps is no more than", "+1 epoch")),
+        (("--set", "objective.rate=0.3"), ("objective.rate", "train.every, train.keep, show")),
+        (("--set", "train.every.save=5 tokens"), ("train.every.save",)),
+        (("--out", "elsewhere"), ("--out",)),
+        (("--recipe", "small.toml"), ("--recipe",)),
+    ],
+)
+def test_what_may_not_change(refused: Refused, run: Path, arguments: tuple[str, ...], says: tuple[str, ...]) -> None:
+    refused("pretrain", "--resume", "run", *arguments, says=says)
+
+
+def test_a_folder_that_is_no_run(refused: Refused, run: Path) -> None:
+    refused("pretrain", "--resume", "nowhere", says=("nowhere", "no run"))
+    refused("pretrain", "--resume", "run/latest", says=("run/latest", "no run"))
+
+
+# Places --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("out", ["cat.txt/run", "/proc/nowhere/run", "/dev/null/run"])
+def test_a_folder_that_cannot_be_written(refused: Refused, out: str) -> None:
+    refused("pretrain", "cat.txt", "--recipe", "small.toml", "--out", out, says=("can't write here", out[:9], "--out"))
+
+
+def test_a_place_below_new_folders_that_cannot_be_written(refused: Refused) -> None:
+    """What the check has made by then, it takes away."""
+    out = f"a/b/{'x' * 300}"
+    refused("pretrain", "cat.txt", "--recipe", "small.toml", "--out", out, says=("can't write here", "--out"))
+
+
+def test_a_cache_that_cannot_be_written(refused: Refused, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("UNMASK_CACHE", str(place / "cat.txt" / "cache"))
+    assert default_cache() == place / "cat.txt" / "cache"
+    refused(*PRETRAIN, "cat.txt", says=("can't write here", "UNMASK_CACHE"))
+
+
+def test_an_earlier_demo_outlives_one_that_cannot_begin(
+    refused: Refused, unmask: Command, run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = (run / "recipe.toml").read_text()
+    refused("demo", "--out", "run", says="not made by a demo")
+    (run / "recipe.toml").write_text(recipe.replace('name = "small"', 'name = "demo"'))
+    refused("demo", "--out", "run", "--budget", "20", says="needs a unit")
+
+    def stopped_while_reading() -> list[str]:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("unmask.demo.english_of_python", stopped_while_reading)
+    before = sorted(run.rglob("*"))
+    assert unmask("demo", "--out", "run")[0] == 130
+    assert sorted(run.rglob("*")) == before
+
+
+@pytest.mark.parametrize("out", ["run", "cat.txt", "dangling"])
+def test_an_out_that_exists(refused: Refused, run: Path, out: str) -> None:
+    Path("dangling").symlink_to("nowhere")
+    message = refused("pretrain", "cat.txt", "--recipe", "small.toml", "--out", out, says=(out, "--resume"))
+    assert f"unmask pretrain --resume {out}" in message

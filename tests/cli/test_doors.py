@@ -1,0 +1,225 @@
+"""The doors that others script against: options and what beats what, the folder of a run, answers as JSON."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+import unmask as front
+from unmask.objectives.mlm import Mlm
+
+Command = Callable[..., tuple[int, str, str]]
+
+
+def shown(unmask: Command, *settings: str, recipe: str = "tiny") -> dict[str, object]:
+    code, out, err = unmask("recipe", "show", recipe, "--json", *(f"--set={setting}" for setting in settings))
+    assert code == 0, err
+    return json.loads(out)
+
+
+def at(tree: object, key: str) -> object:
+    for part in key.split("."):
+        tree = tree[int(part)] if isinstance(tree, list) else tree[part]  # type: ignore[index]
+    return tree
+
+
+@pytest.mark.parametrize(
+    ("setting", "key", "value"),
+    [
+        ("stage.1.length=256", "stage.1.length", 256),  # a TOML number; entries are counted from 0
+        ("objective.rate=0.3", "objective.rate", 0.3),
+        ("train.every.save=20 steps", "train.every.save", "20 steps"),  # no TOML, so a string
+        ('train.every.save="20 steps"', "train.every.save", "20 steps"),
+        ("text.tokenizer={kind = 'wordpiece', vocab = 900}", "text.tokenizer.vocab", 900),
+        ("objective.choose=word", "objective.choose", "word"),
+        ("show.prompts=['a b', 'c']", "show.prompts.1", "c"),
+        ("seed = 5", "seed", 5),
+    ],
+)
+def test_the_right_side_of_set(unmask: Command, setting: str, key: str, value: object) -> None:
+    assert at(shown(unmask, setting), key) == value
+
+
+def test_extends_merges_tables_and_replaces_lists(unmask: Command) -> None:
+    Path("mine.toml").write_text('extends = "./small.toml"\n[encoder]\nwidth = 32\n[[stage]]\nlength = 24\n')
+    mine, small = shown(unmask, recipe="mine.toml"), shown(unmask, recipe="small.toml")
+    assert at(mine, "encoder.width") == 32 and at(mine, "encoder.layers") == 1
+    assert at(mine, "stage.0.length") == 24 and at(mine, "stage.0.batch") != at(small, "stage.0.batch") == "8 texts"
+
+
+def test_a_flag_beats_set_and_set_beats_the_file(unmask: Command) -> None:
+    def planned(*more: str) -> tuple[int, int]:
+        code, out, err = unmask("pretrain", "cat.txt", "--recipe", "small.toml", "--dry-run", "--json", *more)
+        assert code == 0, err
+        forecast = json.loads(out)["forecast"]
+        return sum(stage["steps"] for stage in forecast["plan"]["stages"]), forecast["parameters"]
+
+    assert planned() == planned("--set", "train.budget=3 steps")
+    assert planned("--set", "train.budget=5 steps")[0] == 5
+    assert planned("--budget", "7 steps", "--set", "train.budget=5 steps")[0] == 7
+    assert planned("--set", "encoder.width=32")[1] > planned()[1]
+
+
+def test_a_run_on_disk(unmask: Command) -> None:
+    where = ("--recipe", "small.toml", "--out", "runs/new", "--quiet")
+    code, out, err = unmask("pretrain", "cat.txt", *where, "--seed", "5", "--set", "seed=4")
+    assert (code, out) == (0, "runs/new\n"), err
+    run = Path("runs/new")
+    assert {path.name for path in run.iterdir()} == {
+        "recipe.toml", "env.json", "log.jsonl", "latest", "step-0000002", "step-0000003",
+    }  # fmt: skip
+    assert (run / "latest").is_symlink() and str((run / "latest").readlink()) == "step-0000003"
+    assert {"config.json", "model.safetensors", "tokenizer.json", "card.json"} <= {
+        path.name for path in (run / "latest").iterdir()
+    }
+    code, out, _ = unmask("recipe", "show", "small.toml", "--set", "seed=5")
+    kept = (run / "recipe.toml").read_text()
+    assert code == 0 and kept.startswith(out.partition("[")[0]), "every value, defaults filled in"
+    assert "seed = 5\n" in kept and "[[plan.stages]]" in kept
+    lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    training = [line for line in lines if "validation" not in line]
+    assert [line["step"] for line in training] == [1, 2, 3]
+    for line in training:
+        assert {
+            "step", "tokens", "seconds", "loss", "accuracy", "tokens_per_second", "learning_rate",
+        } <= set(line)  # fmt: skip
+    validations = [line for line in lines if "validation" in line]
+    assert [line["step"] for line in validations] == [2, 3]
+    assert {"loss", "accuracy", "bits_per_character", "unigram_loss"} <= set(validations[0]["validation"])
+
+
+def test_a_run_a_step_and_a_plain_folder_are_one_model(unmask: Command, run: Path) -> None:
+    plain = Path("plain")
+    plain.mkdir()
+    for name in ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"):
+        (plain / name).write_bytes((run / "latest" / name).read_bytes())
+    answers = [unmask("fill", str(folder), "a [MASK]", "--json") for folder in (run, run / "step-0000003", plain)]
+    assert answers[0][0] == 0 and answers[0] == answers[1] == answers[2]
+
+
+def test_the_shape_of_an_answer(unmask: Command, run: Path) -> None:
+    text = "The [MASK]at s[MASK]t."
+    code, out, _ = unmask("fill", "run", text, "another [MASK]", "--json", "--top", "3")
+    answers = json.loads(out)
+    assert code == 0 and [answer["text"] for answer in answers] == [text, "another [MASK]"]
+    assert all(set(answer) == {"text", "masks"} for answer in answers)
+    tokenizer = front.load(run).tokenizer
+    first, second = answers[0]["masks"]
+    assert (first["position"], second["position"]) == (1 + 4, 1 + 9), "slots of the model's ids, after [CLS]"
+    for mask, pieces in ((first, ("The ", "at s[MASK]t.")), (second, ("The [MASK]at s", "t."))):
+        assert set(mask) == {"position", "candidates"} and len(mask["candidates"]) == 3
+        probabilities = [candidate["probability"] for candidate in mask["candidates"]]
+        assert probabilities == sorted(probabilities, reverse=True) and 0 < sum(probabilities) <= 1
+        for candidate in mask["candidates"]:
+            assert set(candidate) == {"token", "id", "probability", "text"}
+            assert tokenizer.id_to_token(candidate["id"]) == candidate["token"]
+            assert candidate["text"] == candidate["token"].join(pieces)
+
+
+def test_batch_files_and_standard_input(unmask: Command, run: Path) -> None:
+    questions = "The c[MASK]t\r\n\n[MASK]og\n"
+    Path("questions.txt").write_bytes(questions.encode("utf-8-sig"))
+    code, out, _ = unmask("fill", "run", "first [MASK]", "--file", "questions.txt", "--json")
+    assert code == 0
+    assert [one["text"] for one in json.loads(out)] == ["first [MASK]", "The c[MASK]t", "[MASK]og"]
+    piped = subprocess.run(
+        [sys.executable, "-m", "unmask", "fill", "run", "--json"],
+        input=questions, text=True, capture_output=True, timeout=120, check=False,
+    )  # fmt: skip
+    assert piped.returncode == 0, piped.stderr
+    assert [one["text"] for one in json.loads(piped.stdout)] == ["The c[MASK]t", "[MASK]og"]
+
+
+def test_the_keys_of_a_judgement(unmask: Command, run: Path) -> None:
+    code, out, _ = unmask("evaluate", "run", "--text", "cat.txt", "--json")
+    judged = json.loads(out)
+    assert code == 0 and {"loss", "accuracy", "bits_per_character", "asked"} <= set(judged)
+    assert 0 <= judged["accuracy"] <= 1 and judged["asked"] > 0
+    again = json.loads(unmask("evaluate", "run", "--text", "cat.txt", "--json")[1])
+    assert again == judged, "the masks never change"
+    first = json.loads(unmask("evaluate", "run/step-0000002", "--text", "cat.txt", "--json")[1])
+    assert first["asked"] == judged["asked"] and first["loss"] != judged["loss"]
+
+
+def test_a_finished_run_says_so_and_can_be_prolonged(unmask: Command, run: Path) -> None:
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    code, out, _ = unmask("pretrain", "--resume", "run")
+    assert code == 0 and "finished" in out and "+1 epoch" in out
+    assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
+    code, out, err = unmask("pretrain", "--resume", "run", "--budget", "+1 epoch", "--json")
+    assert code == 0, err
+    # 2,754 characters in windows of 30 make 92 texts of 32 slots; eight of them are a step.
+    assert json.loads(out)["summary"]["steps"] == 3 + 12
+    code, out, _ = unmask("pretrain", "--resume", "run", "--json")
+    assert code == 0 and json.loads(out)["finished_before"]
+
+
+def test_a_fault_of_ours(unmask: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Exit code 1; the traceback is kept, and shown where --debug asks for it."""
+    whole = Mlm.loss
+
+    def faulty(self: Mlm, encoder, head, puzzle):
+        if Path("runs").exists():  # the forecast is over
+            raise ZeroDivisionError("a planted fault")
+        return whole(self, encoder, head, puzzle)
+
+    monkeypatch.setattr(Mlm, "loss", faulty)
+    code, _, err = unmask("pretrain", "cat.txt", "--recipe", "small.toml", "--out", "runs/new")
+    assert code == 1 and "ZeroDivisionError: a planted fault" in err and "runs/new/crash.txt" in err
+    assert "Traceback" not in err
+    kept = Path("runs/new/crash.txt").read_text()
+    assert kept.startswith("Traceback") and "a planted fault" in kept
+    assert "Traceback" in unmask("pretrain", "--resume", "runs/new", "--debug")[2]
+    monkeypatch.setattr(Mlm, "loss", whole)
+    code, _, err = unmask("pretrain", "--resume", "runs/new")
+    assert code == 0, err
+
+
+def test_texts_in_memory_and_a_notebook_s_thread(place: Path, unmask: Command) -> None:
+    """A thread other than the main one can't be sent signals; training works there all the same."""
+    texts = [f"The cat number {number} sat on the mat, and the dog sat on the log." for number in range(60)]
+    made: list[object] = []
+
+    def work() -> None:
+        made.append(front.pretrain(texts, recipe="small.toml", budget="2 steps", out="runs/memory", seed=3))
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    (model,) = made
+    assert isinstance(model, front.Model) and model.card["step"] == 2 and model.card["seed"] == 3
+    (answer,) = front.fill(model, "The c[MASK]t")
+    assert [one.token for one in answer.masks[0].candidates] == [
+        one.token for one in front.fill(front.load("runs/memory"), "The c[MASK]t")[0].masks[0].candidates
+    ]
+    code, _, err = unmask("pretrain", "--resume", "runs/memory", "--budget", "+1 steps")
+    assert code == 0, err
+
+
+def test_what_texts_are_and_what_paths_are(place: Path) -> None:
+    def documents(texts: list[str | Path]) -> int:
+        out = place / "runs" / str(len(list(place.glob("runs/*"))))
+        front.pretrain(texts, recipe="small.toml", budget="1 steps", out=out)
+        return json.loads((out / "env.json").read_text())["text"]["facts"]["documents"]
+
+    (place / "a name with spaces.txt").write_text("The cat sat on the mat. " * 60)
+    assert documents(["a name with spaces.txt"]) == 1
+    assert documents([place / "cat.txt", "small.toml"]) == 2
+    assert documents(["The cat sat on the mat."] * 70) == 70
+    with pytest.raises(front.UnmaskError, match=r"nothing\.txt"):
+        front.pretrain("nothing.txt", recipe="small.toml", out="runs/none")
+    with pytest.raises(front.UnmaskError, match="no such file"):
+        front.pretrain("nothing", recipe="small.toml", out="runs/none")
+    with pytest.raises(front.UnmaskError, match="a file among texts") as refusal:
+        front.pretrain(["cat.txt", "The cat sat."], recipe="small.toml", out="runs/none")
+    assert "cat.txt" in str(refusal.value)
+    for blank in ("", ["", " \n"]):
+        with pytest.raises(front.UnmaskError, match="nothing but white space"):
+            front.pretrain(blank, recipe="small.toml", out="runs/none")
+    assert not (place / "runs" / "none").exists()

@@ -1,0 +1,106 @@
+"""Real processes and real signals: Ctrl-C, a scheduler's SIGTERM, and the command that goes on."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+PATIENCE = 90.0  # seconds; a busy machine is slow
+
+
+def environment(**more: str) -> dict[str, str]:
+    """The command `unmask` of this Python comes first on the path, as after `make install`."""
+    binaries = str(Path(sys.executable).parent)
+    return {**os.environ, "PATH": f"{binaries}{os.pathsep}{os.environ['PATH']}", "PYTHONUNBUFFERED": "1", **more}
+
+
+def start(place: Path, *arguments: str, **more: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-m", "unmask", *arguments],
+        cwd=place, env=environment(**more), text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    )  # fmt: skip
+
+
+def wait_for(what: Callable[[], bool], process: subprocess.Popen[str]) -> None:
+    until = time.monotonic() + PATIENCE
+    while not what():
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < until, "it never happened"
+        time.sleep(0.02)
+
+
+def logged(run: Path) -> list[dict[str, object]]:
+    log = run / "log.jsonl"
+    lines = log.read_text().splitlines() if log.exists() else []
+    return [json.loads(line) for line in lines if line.endswith("}")]
+
+
+def steps(run: Path) -> list[object]:
+    return [line["step"] for line in logged(run) if "loss" in line]
+
+
+def stop_while_training(place: Path, number: int, *arguments: str) -> tuple[int, str]:
+    """Start it, wait for five lines of the log, send a signal: exit code and standard error."""
+    seldom = [f"--set=train.every.{what}=50%" for what in ("validate", "save")]
+    process = start(place, "pretrain", "cat.txt", "--recipe", "small.toml", "--out", "my run", *seldom, *arguments)
+    wait_for(lambda: len(steps(place / "my run")) > 5, process)
+    process.send_signal(number)
+    _, err = process.communicate(timeout=PATIENCE)
+    assert "Traceback" not in err
+    return process.returncode, err
+
+
+def test_control_c_saves_and_names_the_command_that_goes_on(place: Path) -> None:
+    code, err = stop_while_training(place, signal.SIGINT, "--budget", "300 steps")
+    assert code == 130, err
+    told = re.search(r"saved at step ([\d,]+)\n +next: +(unmask pretrain --resume .+)\n", err)
+    assert told, err
+    stopped_at = int(told[1].replace(",", ""))
+    run = place / "my run"
+    assert (run / "latest").is_symlink() and str((run / "latest").readlink()) == f"step-{stopped_at:07d}"
+    assert 5 < stopped_at < 300, "the signal came in time"
+    # Literally, as a person would paste it into a shell.
+    done = subprocess.run(
+        ["sh", "-c", told[2]],
+        cwd=place, env=environment(), text=True, capture_output=True, timeout=PATIENCE, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert f"going on at step {stopped_at} of 300" in done.stdout
+    assert steps(run) == list(range(1, 301)), "each step once"
+    assert not (run / "discarded.jsonl").exists()
+
+
+def test_a_scheduler_s_signal_ends_with_75(place: Path) -> None:
+    code, err = stop_while_training(place, signal.SIGTERM, "--budget", "1M steps")
+    assert code == 75 and "saved at step" in err, err
+    assert (place / "my run" / "latest" / "resume" / "state.json").is_file()
+
+
+def test_control_c_before_there_is_anything_to_save(place: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """While the tokenizer is trained: 130, no run, and nothing half made in the cache."""
+    words = [f"w{number * 7919 % 20011}" for number in range(300_000)]
+    (place / "long.txt").write_text(" ".join(words))
+    cache = tmp_path_factory.mktemp("cache-of-its-own")
+    before = sorted(place.iterdir())
+    process = start(
+        place, "pretrain", "long.txt", "--out", "runs/new", "--threads", "1",
+        UNMASK_CACHE=str(cache), RAYON_NUM_THREADS="1",
+    )  # fmt: skip
+    assert process.stdout
+    for line in process.stdout:
+        if line.startswith("training the tokenizer"):
+            break
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=PATIENCE)
+    assert process.returncode == 130 and "nothing was written" in err and "Traceback" not in err, err
+    assert sorted(place.iterdir()) == before
+    assert all(path.name.endswith(".lock") for path in cache.iterdir())

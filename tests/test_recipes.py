@@ -1,0 +1,51 @@
+"""Every shipped recipe loads, says what it is for, and takes shrunken steps: two, or one in each of its stages."""
+
+from __future__ import annotations
+
+import json
+import math
+import tomllib
+from pathlib import Path
+
+import pytest
+
+import unmask
+from unmask.blueprint import Recipe, load_recipe
+from unmask.nn.build import parameters
+from unmask.nn.names import config, settings_of
+from unmask.pretrain import launch
+from unmask.recipe import build, dump, resolve, shipped_recipes
+
+SHRUNKEN = [
+    "encoder.layers=2", "encoder.width=32", "encoder.heads=2", "encoder.feed_forward=48",
+    "train.every.log=1 steps", "train.threads=1", "train.micro_batch=500 tokens",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", shipped_recipes())
+def test_a_shipped_recipe_is_whole(name: str) -> None:
+    recipe = load_recipe(name)
+    assert recipe.name == name
+    assert recipe.about.endswith(".") and len(recipe.about) < 120, "one sentence, for `unmask recipe list`"
+    assert build(Recipe, tomllib.loads(dump(recipe)), name) == recipe
+    assert parameters(recipe.encoder, 1000) > 0
+    # What a folder of this encoder says of itself leads back to the encoder: nothing shipped can't be held there.
+    assert settings_of(config(recipe.encoder, 1000, {"pad": 0, "mask": 4})) == recipe.encoder
+
+
+@pytest.mark.parametrize("name", shipped_recipes())
+def test_shrunken_steps(name: str, prose: Path, tmp_path: Path) -> None:
+    tree = resolve(name)
+    stages = len(tree["stage"])
+    steps = max(2, stages)
+    settings = [*SHRUNKEN, f"train.budget={steps} steps", *(f"stage.{n}.batch=1k tokens" for n in range(stages))]
+    if tree["text"]["tokenizer"]["kind"] == "wordpiece":
+        settings.append("text.tokenizer.vocab=120")
+    result = launch([prose], recipe=name, out=tmp_path / "run", settings=settings)
+    assert result.summary is not None and result.summary.steps == steps
+    assert result.summary.tokens >= steps * 1000
+    lines = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    losses = [line["loss"] for line in lines if "loss" in line]
+    assert len(losses) == steps and all(map(math.isfinite, losses))
+    (answer,) = unmask.fill(unmask.load(tmp_path / "run"), "the [MASK] sat on the mat")
+    assert len(answer.masks[0].candidates) == 5
