@@ -33,5 +33,8 @@ check: install ## style, types and floors
 	$(BIN)/basedpyright
 	$(BIN)/lint-imports --no-cache
 
-bench: install ## time to loss, the seed recipe against char: a quiet machine, a quarter of an hour
-	$(BIN)/python benchmarks/time_to_loss.py
+bench: ## time to loss, the seed recipe against char: TEXT=tinyshakespeare.txt, a quiet machine, a quarter of an hour
+	@test -n "$(TEXT)" || { echo "no text to race on: name it, make bench TEXT=path/to/tinyshakespeare.txt" >&2; exit 2; }
+	@test -f "$(TEXT)" || { echo "there is no file $(TEXT): make bench TEXT=path/to/tinyshakespeare.txt" >&2; exit 2; }
+	@$(MAKE) --no-print-directory install
+	$(BIN)/python benchmarks/time_to_loss.py "$(TEXT)"

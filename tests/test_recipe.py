@@ -189,13 +189,89 @@ def test_shipped_recipes_resolve() -> None:
         assert "extends" not in resolve(name)
 
 
-def test_merge_goes_key_by_key_and_replaces_lists_and_other_kinds() -> None:
+def test_merge_goes_key_by_key_and_replaces_lists() -> None:
     base = {"a": {"kind": "x", "old": 1}, "list": [1, 2], "b": {"c": 1, "d": {"e": 2}}}
     over = {"a": {"kind": "y", "new": 2}, "list": [3], "b": {"d": {"f": 3}}}
-    merged = {"a": {"kind": "y", "new": 2}, "list": [3], "b": {"c": 1, "d": {"e": 2, "f": 3}}}
+    merged = {"a": {"kind": "y", "old": 1, "new": 2}, "list": [3], "b": {"c": 1, "d": {"e": 2, "f": 3}}}
     assert merge(base, over) == merged
     assert merge(base, {"a": {"kind": "x", "new": 2}})["a"] == {"kind": "x", "old": 1, "new": 2}
     assert base["list"] == [1, 2], "merge leaves what it was given alone"
+
+
+# Kinds
+
+
+def held_out(*layers: dict[str, Any], sets: tuple[str, ...] = ()) -> Hash | Tail:
+    """What the recipes, the lowest first, and what was set by hand make of `text.held_out`."""
+    tree: dict[str, Any] = {"name": "x"}
+    for layer in layers:
+        tree = merge(tree, {"text": {"held_out": layer}})
+    for text in sets:
+        tree = apply_set(tree, text)
+    return build(Sample, tree, WHERE, sets).text.held_out
+
+
+HASH = {"kind": "hash", "share": "3%", "at_most": "5 characters"}
+AS_HASH = Hash(share=Share(0.03), at_most=Amount(5, "characters"))
+
+
+@pytest.mark.parametrize(
+    ("layers", "sets", "expected"),
+    [
+        # What only the other kind knows is left out where it lies below; what both know stays.
+        ([HASH, {"kind": "tail"}], (), Tail(share=Share(0.03))),
+        ([HASH], ("text.held_out.kind=tail",), Tail(share=Share(0.03))),
+        ([HASH], ('text={held_out={kind="tail"}}',), Tail(share=Share(0.03))),
+        ([HASH, {"kind": "tail"}, {"kind": "tail", "share": "4%"}], (), Tail(share=Share(0.04))),
+        ([{"at_most": "5 characters"}, {"kind": "tail"}], (), Tail()),
+        ([HASH, {"kind": "tail"}], ("seed=2",), Tail(share=Share(0.03))),
+        # Back again, by hand: what the recipe says for that kind holds.
+        ([HASH], ("text.held_out.kind=tail", "text.held_out.kind=hash"), AS_HASH),
+        # The same kind once more changes nothing.
+        ([HASH, {"kind": "hash"}], (), AS_HASH),
+    ],
+)
+def test_another_kind_leaves_out_what_a_recipe_below_gave_the_first(
+    layers: list[dict[str, Any]], sets: tuple[str, ...], expected: Hash | Tail
+) -> None:
+    assert held_out(*layers, sets=sets) == expected
+
+
+@pytest.mark.parametrize(
+    ("layers", "sets"),
+    [
+        ([{"kind": "tail", "at_most": "5 characters"}], ()),
+        ([HASH, {"kind": "tail", "at_most": "6 characters"}], ()),
+        ([HASH, {"kind": "tail"}, {"at_most": "6 characters"}], ()),
+        ([HASH], ("text.held_out.kind=tail", "text.held_out.at_most=6 characters")),
+        ([HASH], ("text.held_out.at_most=6 characters", "text.held_out.kind=tail")),
+        ([HASH, {"kind": "tail"}], ("text.held_out.at_most=6 characters",)),
+        ([HASH], ('text.held_out={kind="tail", at_most="6 characters"}',)),
+        ([{"kind": "tail", "at_most": "5 characters"}, {"kind": "tail"}], ()),
+    ],
+)
+def test_what_was_given_together_with_a_kind_must_belong_to_it(
+    layers: list[dict[str, Any]], sets: tuple[str, ...]
+) -> None:
+    with pytest.raises(RecipeError, match="unknown key `at_most` of kind `tail`"):
+        held_out(*layers, sets=sets)
+
+
+def test_what_no_kind_knows_is_refused_wherever_it_lies() -> None:
+    with pytest.raises(RecipeError, match="unknown key `shrae` of kind `tail`: did you mean `share`"):
+        held_out({"kind": "hash", "shrae": "3%"}, {"kind": "tail"})
+
+
+def test_a_kind_that_is_one_choice_of_many_takes_nothing_with_it() -> None:
+    @dataclass(frozen=True)
+    class Schedule:
+        kind: Literal["stable", "cosine"] = "stable"
+        warmup: Share = Share(0.02)
+
+    tree = merge({"kind": "stable", "warmup": "0.1%"}, {"kind": "cosine"})
+    assert build(Schedule, tree, WHERE) == Schedule("cosine", Share(0.001))
+    tree = apply_set(apply_set({}, "warmup=3%"), "kind=cosine")
+    assert build(Schedule, tree, WHERE) == Schedule("cosine", Share(0.03))
 
 
 # --set
@@ -218,13 +294,13 @@ def test_set_reads_toml_and_else_a_string(text: str, expected: dict[str, Any]) -
     assert apply_set({}, text) == expected
 
 
-def test_set_reaches_into_lists_and_kinds() -> None:
+def test_set_reaches_into_lists_and_tables() -> None:
     tree = {
         "stage": [{"length": 1, "until": "60%"}, {"length": 2}],
         "text": {"held_out": {"kind": "hash", "at_most": "x"}},
     }
     assert apply_set(tree, "stage.1.length=256")["stage"] == [tree["stage"][0], {"length": 256}]
-    assert apply_set(tree, "text.held_out.kind=tail")["text"] == {"held_out": {"kind": "tail"}}
+    assert apply_set(tree, "text.held_out.kind=tail")["text"] == {"held_out": {"kind": "tail", "at_most": "x"}}
     assert tree["stage"][1] == {"length": 2}, "apply_set leaves what it was given alone"
     for text, message in {
         "stage.2.length=3": "2 entries, counted from 0",
@@ -238,6 +314,20 @@ def test_set_reaches_into_lists_and_kinds() -> None:
             apply_set(tree, text)
         assert message in str(caught.value)
         assert f"--set {text}" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("entries", "have", "mend"),
+    [
+        ([], "`stage` has no entry", "set the whole list: stage=[...]"),
+        ([{}], "`stage` has one entry, which is number 0", "set stage.0, or the whole list: stage=[...]"),
+        ([{}, {}, {}], "`stage` has 3 entries, counted from 0", "set one of stage.0 to stage.2"),
+    ],
+)
+def test_an_entry_that_is_not_there(entries: list[dict[str, Any]], have: str, mend: str) -> None:
+    with pytest.raises(RecipeError) as caught:
+        apply_set({"stage": entries}, "stage.3.length=8")
+    assert caught.value.what == f"there is no `stage.3`: {have}" and caught.value.next == mend
 
 
 # Validation
@@ -319,6 +409,14 @@ def test_a_mistake_of_set_is_laid_at_its_door() -> None:
     sets = ("seed=2", "stage.0.length=0")
     assert "--set stage.0.length=0: stage.0.length" in refusal({"stage": [{"length": "x"}]}, sets)
     assert "my.toml: rate" in refusal({"rate": "x"}, sets)
+
+
+def test_a_mistake_of_a_flag_is_laid_at_its_own_door() -> None:
+    flags = {"seed": "--seed x", "stage": "--stage 3"}
+    for tree, where in (({"seed": "x"}, "--seed x"), ({"stage": 3}, "--stage 3"), ({"rate": "x"}, "my.toml: rate")):
+        with pytest.raises(RecipeError) as caught:
+            build(Sample, {"name": "x"} | tree, WHERE, ("seed=2", "stage=[]"), flags)
+        assert caught.value.where == where
 
 
 # The round trip

@@ -11,10 +11,12 @@ import pytest
 
 import unmask
 from unmask.blueprint import Recipe, load_recipe
+from unmask.errors import RecipeError
 from unmask.nn.build import parameters
 from unmask.nn.names import config, settings_of
 from unmask.pretrain import launch
-from unmask.recipe import build, dump, resolve, shipped_recipes
+from unmask.recipe import Share, build, dump, resolve, shipped_recipes
+from unmask.text.tokenizer import CharacterSettings
 
 SHRUNKEN = [
     "encoder.layers=2", "encoder.width=32", "encoder.heads=2", "encoder.feed_forward=48",
@@ -49,3 +51,23 @@ def test_shrunken_steps(name: str, prose: Path, tmp_path: Path) -> None:
     assert len(losses) == steps and all(map(math.isfinite, losses))
     (answer,) = unmask.fill(unmask.load(tmp_path / "run"), "the [MASK] sat on the mat")
     assert len(answer.masks[0].candidates) == 5
+
+
+def test_another_kind_keeps_what_the_recipe_says_for_both() -> None:
+    char = load_recipe("char", ["schedule.kind=cosine", "optimiser.kind=adamw"])
+    assert char.schedule.kind == "cosine" and char.schedule.warmup == Share(0.001)
+    assert char.optimiser.kind == "adamw" and char.optimiser.rate == load_recipe("char").optimiser.rate
+    tiny = load_recipe("tiny", ["optimiser.rate=1e-3", "optimiser.kind=adamw"])
+    assert tiny.optimiser.rate == 1e-3
+    letters = load_recipe("tiny", ["text.tokenizer.kind=characters"])
+    assert letters.text.tokenizer == CharacterSettings(), "the vocabulary's size is WordPiece's own"
+    assert load_recipe("tiny", ["encoder.kind=tutorial"]).encoder.width == load_recipe("tiny").encoder.width
+    with pytest.raises(RecipeError, match="unknown key `vocab` of kind `characters`"):
+        load_recipe("tiny", ["text.tokenizer.kind=characters", "text.tokenizer.vocab=5"])
+
+
+@pytest.mark.parametrize("budget", ["300", "5 texts", "5 characters", "+1 epoch", ""])
+def test_a_flag_that_says_nothing_is_named_as_it_was_written(budget: str) -> None:
+    with pytest.raises(RecipeError) as caught:
+        load_recipe("tiny", ["train.budget=3 steps"], {"train.budget": budget})
+    assert caught.value.where == ("--budget 300" if budget == "300" else f'--budget "{budget}"')

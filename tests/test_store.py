@@ -55,8 +55,7 @@ def test_a_kill_leaves_the_old_folder_and_the_next_write_cleans_up(tmp_path: Pat
 
 @pytest.mark.parametrize("harm", ["flip", "cut", "remove"])
 def test_a_seal_names_the_damaged_file(tmp_path: Path, harm: str) -> None:
-    (tmp_path / "sub").mkdir()
-    victim = tmp_path / "sub" / "ids"
+    victim = tmp_path / "ids"
     victim.write_bytes(bytes(range(256)) * 40)
     (tmp_path / "other").write_text("fine")
     store.seal(tmp_path)
@@ -69,7 +68,7 @@ def test_a_seal_names_the_damaged_file(tmp_path: Path, harm: str) -> None:
         victim.write_bytes(data[:-1])
     else:
         victim.unlink()
-    with pytest.raises(DamagedError, match=r"sub.ids"):
+    with pytest.raises(DamagedError, match="ids"):
         store.check_seal(tmp_path)
 
 

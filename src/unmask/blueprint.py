@@ -23,8 +23,9 @@ from unmask.objectives.mlm import MlmSettings
 from unmask.optim import OptimiserSettings
 from unmask.recipe import Amount
 from unmask.schedule import ScheduleSettings
+from unmask.tables import assign
 from unmask.text.corpus import TextSettings
-from unmask.train.plan import EverySettings, Plan, StageSettings, check_stages
+from unmask.train.plan import EverySettings, Plan, StageSettings, check_budget, check_stages
 from unmask.world import Precision
 
 RECIPE, PLAN = "recipe.toml", "plan"
@@ -44,6 +45,7 @@ class TrainSettings:
     keep: int = 2  # step folders
 
     def __post_init__(self) -> None:
+        check_budget(self.budget, where="budget")
         if self.micro_batch.unit != "tokens":
             raise RecipeError(
                 f"a micro-batch in {self.micro_batch.unit}", where="micro_batch", next='write "16k tokens"'
@@ -107,14 +109,18 @@ def load_recipe(
     tree.pop(PLAN, None)
     for text in settings:
         tree = recipes.apply_set(tree, text)
+    flags = {key: _flag(key, value) for key, value in (overrides or {}).items()}
     for key, value in (overrides or {}).items():
-        tree = recipes.apply_set(tree, f"{key}={_toml(value)}")
+        is_toml = isinstance(value, bool | int | float | str | list | dict)
+        tree = assign(tree, key, value if is_toml else str(value), flags[key])
     tree.setdefault("name", Path(name_or_path).stem)
-    return recipes.build(Recipe, tree, str(name_or_path), settings)
+    return recipes.build(Recipe, tree, str(name_or_path), settings, flags)
 
 
-def _toml(value: Any) -> str:
-    return f'"{value}"' if isinstance(value, str | Amount) else str(value)
+def _flag(key: str, value: Any) -> str:
+    """The option that stands for a key, as a person writes it: train.budget is `--budget`."""
+    shown = str(value) if str(value) and not any(map(str.isspace, str(value))) else f'"{value}"'
+    return f"--{key.rpartition('.')[2].replace('_', '-')} {shown}"
 
 
 def write_recipe(run: Path, recipe: Recipe, plan: Plan) -> None:

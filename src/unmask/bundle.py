@@ -102,8 +102,9 @@ class Model:
                 next="make the ids with this model's own tokenizer",
             )
         if len(at) and not (min(at) >= 0 and max(at) < len(ids)):
+            culprit = max(at) if min(at) >= 0 else min(at)
             raise ModelError(
-                f"position {max(at)} of a text of {len(ids)} ids", where=where, next="positions start at 0"
+                f"position {culprit} of a text of {len(ids)} ids", where=where, next="positions start at 0"
             )
 
     @torch.inference_mode()
@@ -136,7 +137,7 @@ def save(folder: Path, model: Model) -> None:
         }
         vocabulary = int(cast(Any, model.encoder).vocabulary)
         store.write_json(folder / CONFIG, config(model.settings, vocabulary, special))
-        model.tokenizer.save(folder)
+        model.tokenizer.save(folder, longest=model.context)
         store.write_json(folder / CARD, model.card)
 
 

@@ -150,6 +150,7 @@ class Puzzle:
     weight_M: Float[Tensor, "M"]
     chance_M: Float[Tensor, "M"]  # one uniform draw per asked slot, for objectives that sample
     counts: Mapping[str, int]  # term -> what its sum is divided by, e.g. {"mlm": M, "pair": B}
+    askable: int  # slots that might have been asked about: the realised rate is M ÷ askable
 
     def to(self, device: torch.device | str) -> Puzzle:
         """The same puzzle on another device."""
@@ -203,6 +204,7 @@ class Objective(Protocol):
     """What is hidden, what is asked, what it costs."""
 
     terms: Mapping[str, float]  # name -> weight in the step's loss
+    metrics: Sequence[str]  # the names in a loss's `seen`
     cutter: str  # which cutter its samples come from: "windows"
     parts: nn.Module  # its own parameters, saved as objective.safetensors (an empty module where it has none)
     fills: bool  # whether encoder + head answer masks

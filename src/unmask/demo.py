@@ -21,6 +21,7 @@ from unmask.text.library import english_of_python
 from unmask.train.show import Display
 from unmask.use.fill import Filled, fill
 
+MARK: Final = "demonstration"  # the name of a demo's recipe: a person's own run of the recipe `demo` is not replaced
 SENTENCES: Final[tuple[tuple[str, str], ...]] = (
     ("If the argument is omitted, the [MASK] value is used.", "default"),
     ("Return the number of [MASK] in the list.", "items"),
@@ -49,7 +50,7 @@ def demo(
         RunError: `out` holds something that no demo made.
     """
     folder = Path(out)
-    recipe = load_recipe("demo", (), overrides)
+    recipe = replace(load_recipe("demo", (), overrides), name=MARK)
     with _earlier_set_aside(folder):
         result = launch(list(english_of_python()), recipe=recipe, out=folder, display=display)
     filled = tuple(fill(load(folder), [sentence for sentence, _ in SENTENCES], top=5))
@@ -63,13 +64,15 @@ def demo(
 @contextmanager
 def _earlier_set_aside(folder: Path) -> Generator[None]:
     """An earlier demo goes when the new one has begun to be written; until then it comes back, whatever happens."""
+    aside = folder.with_name(f".{folder.name}.earlier")
+    if aside.exists() and not os.path.lexists(folder):  # a kill came before the new one had begun
+        aside.rename(folder)
     if not os.path.lexists(folder):
         yield
         return
     recipe = folder / RECIPE
-    if not (recipe.is_file() and 'name = "demo"' in recipe.read_text(encoding="utf-8")):
+    if not (recipe.is_file() and f'name = "{MARK}"' in recipe.read_text(encoding="utf-8")):
         raise RunError("this folder was not made by a demo", where=str(folder), next="choose another --out")
-    aside = folder.with_name(f".{folder.name}.earlier")
     shutil.rmtree(aside, ignore_errors=True)
     folder.rename(aside)
     try:

@@ -16,7 +16,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from unmask import store
+from unmask import __version__, store
 from unmask.contracts import Source
 from unmask.errors import DamagedError, RecipeError, RunError, TextError
 from unmask.text.corpus import TextSettings, open_source
@@ -97,7 +97,7 @@ def _read_texts(path: Path) -> list[str]:
 def bits(world: World) -> dict[str, Any]:
     """What the bits of a run depend on beside its recipe and text."""
     versions = {name: metadata.version(name) for name in _PACKAGES}
-    return {**world.facts(), **versions, "python": platform.python_version()}
+    return {**world.facts(), **versions, "python": platform.python_version(), "unmask": __version__}
 
 
 def write_environment(run: Path, workshop: Workshop, texts: Sequence[str | Path], flops_per_second: float) -> None:
@@ -107,7 +107,6 @@ def write_environment(run: Path, workshop: Workshop, texts: Sequence[str | Path]
         store.write_text(run / TEXTS, "".join(json.dumps(str(text)) + "\n" for text in texts))
     told = {
         "bits": bits(workshop.world),
-        "unmask": metadata.version("unmask"),
         "platform": platform.platform(),
         "command": sys.argv,
         "back_ends": workshop.back_ends(),

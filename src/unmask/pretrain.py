@@ -7,6 +7,7 @@ command line, demo.
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import traceback
@@ -30,7 +31,7 @@ from unmask.train.show import Display, Forecast, Summary, Validation
 from unmask.train.signals import Interrupted, Signals
 from unmask.train.track import LOG, JsonLines, discard_after
 from unmask.workshop import Workshop
-from unmask.world import differences, discover, load_warning
+from unmask.world import cores, differences, discover, load_warning
 
 __all__ = ["Recipe", "Result", "launch", "load_recipe", "pretrain", "resume"]
 
@@ -132,7 +133,7 @@ def launch(
         world.barrier()
         standing = Standing()
         summary = _work(run, workshop, plan, standing, forecast, display, signals)
-        return Result(run, workshop.model(workshop.learner, workshop.card(standing, None), str(run)), forecast, summary)
+        return Result(run, workshop.model(workshop.learner, workshop.card(standing), str(run)), forecast, summary)
 
 
 def resume(
@@ -167,7 +168,8 @@ def resume(
         return Result(folder, load(folder), None, None, finished_before=True)
     with _told(display), Signals() as signals:
         facts = environment["bits"]
-        world = discover(recipe.train.precision, int(facts["threads"]) if not elsewhere else recipe.train.threads)
+        threads = min(int(facts["threads"]), cores())
+        world = discover(recipe.train.precision, threads)
         changed = differences(bits(world), facts)
         if changed and not elsewhere:
             raise RunError(
@@ -193,6 +195,8 @@ def resume(
                 epoch_tokens=workshop.feeds[-1].epoch_tokens,
             )
         standing = checkpoint.load(folder, workshop.learner, workshop.optimiser) if saved else Standing()
+        forecast = workshop.forecast(plan)
+        signals.remember_from_now_on()  # before anything is written
         if world.first:
             moved = discard_after(folder, standing.step)
             if moved:
@@ -202,13 +206,9 @@ def resume(
                 environment["resumed_elsewhere"] = [*environment.get("resumed_elsewhere", []), *changed]
                 environment["bits"] = bits(world)
                 store.write_json(folder / ENVIRONMENT, environment)
-        forecast = workshop.forecast(plan)
         display.say(f"going on at step {standing.step} of {plan.steps}")
-        signals.remember_from_now_on()
         summary = _work(folder, workshop, plan, standing, forecast, display, signals)
-        return Result(
-            folder, workshop.model(workshop.learner, workshop.card(standing, None), str(folder)), forecast, summary
-        )
+        return Result(folder, workshop.model(workshop.learner, workshop.card(standing), str(folder)), forecast, summary)
 
 
 def _work(
@@ -225,7 +225,8 @@ def _work(
     every = recipe.train.every
     sink = JsonLines(run / LOG) if world.first else None
     last: list[Validation] = []
-    began_at, planned = standing.tokens, plan.seconds
+    saved: list[int] = []
+    tokens_before, seconds_before = standing.tokens, standing.training_seconds
 
     def log(now: Standing) -> None:
         line = _line(now)
@@ -237,6 +238,7 @@ def _work(
     def validate(now: Standing) -> None:
         found = workshop.validate(workshop.learner, plan.stage_at(now.step - 1))
         last[:] = [found]
+        now.validation = {"step": now.step, **json.loads(json.dumps(asdict(found)))}  # as it will be read back
         if sink:
             clock = {"seconds": round(now.seconds, 4), "training_seconds": round(now.training_seconds, 4)}
             sink.write(now.step, {"tokens": now.tokens, **clock, "validation": asdict(found)})
@@ -246,7 +248,10 @@ def _work(
 
     def save(now: Standing) -> None:
         if world.first:
-            display.saved(workshop.save(run, workshop.learner, workshop.optimiser, now, last[0] if last else None))
+            if sink:
+                sink.sync()  # a step on the disk has its log lines there too
+            display.saved(workshop.save(run, workshop.learner, workshop.optimiser, now))
+        saved[:] = [now.step]
         world.barrier()
 
     duties = [
@@ -260,7 +265,8 @@ def _work(
         with _crash_kept(run):
             wish = train(workshop.training(plan), standing, duties, signals.wish)
             if wish and standing.step < plan.steps:
-                save(standing)
+                if saved != [standing.step]:
+                    save(standing)
                 raise Stopped(wish, str(run), standing.step)
     finally:
         if sink:
@@ -270,9 +276,9 @@ def _work(
         steps=standing.step,
         tokens=standing.tokens,
         seconds=standing.seconds,
-        planned_seconds=planned,
+        planned_seconds=plan.seconds,
         training_seconds=standing.training_seconds,
-        tokens_per_second=(standing.tokens - began_at) / max(standing.training_seconds, 1e-9),
+        tokens_per_second=(standing.tokens - tokens_before) / max(standing.training_seconds - seconds_before, 1e-9),
         validation=last[0] if last else None,
     )
     if world.first:
@@ -292,6 +298,7 @@ def _line(now: Standing) -> dict[str, Any]:
         "learning_rate": now.rate,
         "gradient_norm": now.gradient_norm,
         "asked": window.counts.get("loss", 0),
+        "rate": window.mean("rate"),  # realised: asked of what might have been
         "training_seconds": round(now.training_seconds, 4),
         "phase_seconds": {name: round(value, 4) for name, value in now.phase_seconds.items()},
     }

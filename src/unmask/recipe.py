@@ -25,11 +25,11 @@ import tomli_w
 
 from unmask.amounts import UNIT_EXAMPLES, Amount, Share, nearest
 from unmask.errors import RecipeError
+from unmask.tables import Tree, apply_set, layer_of, merge
 
 __all__ = ["Amount", "Share", "Tree", "apply_set", "build", "dump", "load_toml", "merge", "resolve", "shipped_recipes"]
 
 Settings = TypeVar("Settings")
-Tree = dict[str, Any]  # what TOML reads as: tables, lists, texts, numbers, true and false
 
 
 # TOML on disk -------------------------------------------------------------------------------------------------------
@@ -56,21 +56,6 @@ def load_toml(path: Path | Traversable) -> Tree:
         line = int(found[1]) if found else text.count("\n") + 1
         reason = str(error).partition(" (at ")[0]
         raise RecipeError(f"not TOML: {reason}", where=f"{path}, line {line}", next="mend that line") from error
-
-
-def merge(base: Tree, over: Tree) -> Tree:
-    """`over` laid on `base`: tables key by key, all else replaced, lists whole.
-
-    A table that names another `kind` than the one below replaces it: the keys of one kind mean nothing to another.
-    """
-    if "kind" in over and "kind" in base and over["kind"] != base["kind"]:
-        return dict(over)
-    merged = dict(base)
-    for key, value in over.items():
-        below = base.get(key)
-        both_tables = isinstance(below, dict) and isinstance(value, dict)
-        merged[key] = merge(cast("Tree", below), cast("Tree", value)) if both_tables else value
-    return merged
 
 
 def _shipped_folder() -> Traversable:
@@ -136,56 +121,6 @@ def resolve(name_or_path: str | Path, *, shipped: Traversable | None = None) -> 
     return whole
 
 
-def apply_set(tree: Tree, text: str) -> Tree:
-    """The tree with one `key=value` laid on it; the right side is read as TOML and, where that fails, as a string.
-
-    Keys are dotted; a whole number is an entry of a list, counted from 0: `stage.1.length=256` is the second stage.
-
-    Raises:
-        RecipeError: no "=", no key, a list entry that isn't there, or a key below something that is no table.
-    """
-    key, equals, right = text.partition("=")
-    path = [part.strip() for part in key.split(".")]
-    where = f"--set {text}"
-    if not equals or not all(path):
-        raise RecipeError(
-            "a setting is a dotted key, = and a value", where=where, next='--set "train.every.save=20 steps"'
-        )
-    right = right.strip()
-    try:
-        read = tomllib.loads(f"value = {right}")
-    except tomllib.TOMLDecodeError:
-        read = {}
-    value: Any = read["value"] if set(read) == {"value"} else right
-    return cast("Tree", _assigned(tree, path, 0, value, where))
-
-
-def _assigned(below: Any, path: Sequence[str], depth: int, value: Any, where: str) -> Any:
-    """What `below`, found after `depth` parts of the path, becomes once the value stands at the end of the path."""
-    done = ".".join(path[:depth])
-    if depth == len(path):
-        both_tables = isinstance(below, dict) and isinstance(value, dict)
-        return merge(cast("Tree", below), cast("Tree", value)) if both_tables else value
-    part = path[depth]
-    if isinstance(below, list):
-        entries = cast("list[Any]", below)
-        if not part.isdecimal() or int(part) >= len(entries):
-            have = f"{len(entries)} entries, counted from 0" if entries else "no entry"
-            last = f"{done}.0 to {done}.{len(entries) - 1}" if entries else f"the whole list: {done}=[...]"
-            raise RecipeError(f"there is no `{done}.{part}`: `{done}` has {have}", where=where, next=f"set {last}")
-        at = int(part)
-        return [*entries[:at], _assigned(entries[at], path, depth + 1, value, where), *entries[at + 1 :]]
-    if not isinstance(below, dict):
-        raise RecipeError(f"`{done}` is a single value: it has no `{part}`", where=where, next=f"set `{done}` itself")
-    table = cast("Tree", below)
-    if part not in table and depth + 1 < len(path) and path[depth + 1].isdecimal():
-        listed = ".".join(path[: depth + 1])
-        raise RecipeError(
-            f"there is no list `{listed}` in this recipe", where=where, next=f"set it whole: {listed}=[...]"
-        )
-    return merge(table, {part: _assigned(table.get(part, {}), path, depth + 1, value, where)})
-
-
 # Settings in hand ---------------------------------------------------------------------------------------------------
 
 
@@ -195,12 +130,16 @@ class _Place:
 
     where: str
     sets: tuple[str, ...]
+    flags: Mapping[str, str]
     key: str = ""
 
     def inside(self, name: str | int) -> _Place:
         return dataclasses.replace(self, key=f"{self.key}.{name}" if self.key else str(name))
 
     def error(self, what: str, next: str = "") -> RecipeError:
+        for key, text in self.flags.items():  # a flag beats what was set
+            if f"{self.key}.".startswith(f"{key}."):
+                return RecipeError(what, where=text, next=next)
         for text in reversed(self.sets):  # the last one to touch this key, or a table around it, is to blame
             name = text.partition("=")[0].strip()
             if f"{self.key}.".startswith(f"{name}."):
@@ -239,16 +178,22 @@ def _shown(value: Any) -> str:
     return tomli_w.dumps({"": value}).partition("= ")[2].strip()
 
 
-def build(settings: type[Settings], tree: Mapping[str, Any], where: str, sets: Sequence[str] = ()) -> Settings:
+def build(
+    settings: type[Settings],
+    tree: Tree,
+    where: str,
+    sets: Sequence[str] = (),
+    flags: Mapping[str, str] | None = None,
+) -> Settings:
     """The settings that a tree of TOML values says, defaults filled in.
 
-    `where` names the file; `sets` are the `--set` texts that were laid on it, so that a message can name the one at
-    fault.
+    `where` names the file; `sets` are the `--set` texts that were laid on it and `flags` the options that stand for a
+    dotted key, as a person wrote them, so that a message can name the one at fault.
 
     Raises:
         RecipeError: an unknown or missing key, a wrong type, an unknown choice, or what the settings themselves refuse.
     """
-    return cast("Settings", _table((settings,), dict(tree), _Place(where, tuple(sets))))
+    return cast("Settings", _table((settings,), tree, _Place(where, tuple(sets), flags or {})))
 
 
 def _kinds(member: Any) -> tuple[str, ...]:
@@ -263,6 +208,11 @@ def _table(members: Sequence[Any], tree: Tree, place: _Place) -> Any:
         if not fitting:
             _choice([kind for member in members for kind in _kinds(member)], tree["kind"], place.inside("kind"))
         chosen = fitting[0]
+        others = {field.name for member in members for field in dataclasses.fields(member)} - {
+            field.name for field in dataclasses.fields(chosen)
+        }
+        # What another kind was given in a recipe below the one that chose this kind means nothing to it.
+        tree = {k: v for k, v in tree.items() if k not in others or layer_of(tree, k) >= layer_of(tree, "kind")}
     fields = [field for field in dataclasses.fields(chosen) if field.init]
     hints, known = get_type_hints(chosen), [field.name for field in fields]
     for key in tree:

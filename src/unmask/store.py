@@ -134,6 +134,9 @@ def new_folder(path: Path) -> Generator[Path]:
     """
     with saying_where(path):
         path.parent.mkdir(parents=True, exist_ok=True)
+        old = path.parent / f".{path.name}.aside-old"
+        if old.exists() and not path.exists():  # a kill came between the two renames below
+            os.rename(old, path)
         for leftover in path.parent.glob(f".{path.name}.aside-*"):
             shutil.rmtree(leftover, ignore_errors=True)
         aside = path.parent / f".{path.name}.aside-{os.getpid()}"
@@ -143,13 +146,14 @@ def new_folder(path: Path) -> Generator[Path]:
             for file in sorted(aside.rglob("*")):
                 _sync(file)
             _sync(aside)
-            old = path.parent / f".{path.name}.aside-old-{os.getpid()}"
             if path.exists():  # os.rename onto a folder that is not empty fails
                 os.rename(path, old)
             os.rename(aside, path)
             _sync(path.parent)
             shutil.rmtree(old, ignore_errors=True)
         except BaseException:
+            if old.exists() and not path.exists():
+                os.rename(old, path)
             shutil.rmtree(aside, ignore_errors=True)
             raise
 
@@ -165,8 +169,11 @@ def point(link: Path, target: str) -> None:
 
 
 def seal(folder: Path) -> None:
-    """Write down the size and digest of every file in a folder, so that `check_seal` can find damage later."""
-    files = sorted(file for file in folder.rglob("*") if file.is_file() and file.name != DIGESTS)
+    """Write down size and digest of the files of a folder, so that `check_seal` can find damage later.
+
+    Folders inside have seals of their own: a step folder without its resume/ is still a whole model.
+    """
+    files = sorted(file for file in folder.iterdir() if file.is_file() and file.name != DIGESTS)
     entries = {
         file.relative_to(folder).as_posix(): {"bytes": file.stat().st_size, "digest": file_digest(file)}
         for file in files

@@ -8,7 +8,6 @@ pretrain.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,7 @@ from unmask.bundle import Model
 from unmask.contracts import SENTENCE_START, WORD_START, Learner, Source
 from unmask.errors import TextError
 from unmask.eval.heldout import Document, Frozen, evaluate, freeze
-from unmask.nn import build, flops_per_token
+from unmask.nn import ModernSettings, build, flops_per_token
 from unmask.nn.attention import backend_of
 from unmask.objectives.masking import Integers
 from unmask.objectives.mlm import Mlm
@@ -153,7 +152,7 @@ class Workshop:
         puzzle = self.objective.corrupt(batches[0], self.recipe.seed)
         return self.tokenizer.decode(original[: puzzle.batch.starts[1]]), as_seen(puzzle, original, self.tokenizer)
 
-    def card(self, standing: Standing, validation: Validation | None) -> dict[str, Any]:
+    def card(self, standing: Standing) -> dict[str, Any]:
         """What is ours to say of a model: how it was made, how far, how good."""
         return {
             "unmask": __version__,
@@ -165,18 +164,16 @@ class Workshop:
             "step": standing.step,
             "tokens": standing.tokens,
             "text_fingerprint": self.corpus.fingerprint,
-            "validation": None if validation is None else asdict(validation),
+            "validation": standing.validation,
         }
 
     def model(self, learner: Learner, card: dict[str, Any], path: str = "") -> Model:
         """The learner as a model in hand."""
         return Model(learner.encoder, learner.head, self.tokenizer, self.recipe.encoder, card, path)
 
-    def save(
-        self, run: Path, learner: Learner, optimiser: Optimiser, standing: Standing, validation: Validation | None
-    ) -> Path:
+    def save(self, run: Path, learner: Learner, optimiser: Optimiser, standing: Standing) -> Path:
         """A step folder."""
-        model = self.model(learner, self.card(standing, validation))
+        model = self.model(learner, self.card(standing))
         return checkpoint.save(run, model, learner.state_dict(), optimiser, standing, self.recipe.train.keep)
 
     def probe(self) -> Measured:
@@ -186,19 +183,21 @@ class Workshop:
             self.recipe.stage,
             self.build_optimiser,
             lambda learner: self.validate(learner, 0),
-            lambda folder, learner, optimiser: self.save(folder, learner, optimiser, Standing(), None),
+            lambda folder, learner, optimiser: self.save(folder, learner, optimiser, Standing()),
         )
 
     def forecast(self, plan: Plan) -> Forecast:
         """What the plan will cost here."""
         recipe = self.recipe
-        shapes = _shapes(
-            recipe, self.vocabulary, min(plan.stages[0].batch_tokens, round(recipe.train.micro_batch.number))
-        )
+        micro_tokens = round(recipe.train.micro_batch.number)
+        planned = [stage.steps * stage.batch_tokens for stage in plan.stages]
+        longest = planned.index(max(planned))  # the stage that most of the time goes to
+        shapes = _shapes(recipe, self.vocabulary, min(plan.stages[longest].batch_tokens, micro_tokens))
         return Forecast(
             recipe=recipe.name,
             parameters=self.parameters,
-            flops_per_token=self.flops_per_token(0),
+            flops_per_token=sum(tokens * self.flops_per_token(stage) for stage, tokens in enumerate(planned))
+            / sum(planned),
             documents=self.corpus.train.documents,
             corpus_tokens=self.corpus.train.tokens,
             plan=plan,
@@ -211,7 +210,7 @@ class Workshop:
                 self.parameters,
                 recipe.encoder.width,
                 recipe.encoder.layers,
-                round(recipe.train.micro_batch.number),
+                min(micro_tokens, max(stage.batch_tokens for stage in plan.stages)),
                 self.vocabulary,
                 recipe.objective.rate,
             ),
@@ -263,6 +262,8 @@ def _from_a_beginning(document: Document) -> Integers:
 def _shapes(recipe: Recipe, vocabulary: int, tokens: int) -> list[tuple[int, int, int]]:
     """The matrix products of one forward pass: projections, feed-forward, head."""
     width, inner = recipe.encoder.width, recipe.encoder.feed_forward
-    layer = [(tokens, width, width)] * 4 + [(tokens, width, 2 * inner), (tokens, inner, width)]
+    gated = isinstance(recipe.encoder, ModernSettings)
+    layer = [(tokens, width, width)] * 4 + [(tokens, width, 2 * inner if gated else inner), (tokens, inner, width)]
     asked = max(1, round(tokens * recipe.objective.rate))
-    return layer * recipe.encoder.layers + [(asked, width, width), (asked, width, vocabulary)]
+    dense = [(asked, width, width)] if gated else []
+    return layer * recipe.encoder.layers + dense + [(asked, width, vocabulary)]

@@ -124,10 +124,11 @@ def test_the_shape_of_an_answer(unmask: Command, run: Path) -> None:
 
 def test_batch_files_and_standard_input(unmask: Command, run: Path) -> None:
     questions = "The c[MASK]t\r\n\n[MASK]og\n"
-    Path("questions.txt").write_bytes(questions.encode("utf-8-sig"))
+    strange = "one[MASK]\u2028the \x85same\x0ctext"  # none of these ends a line
+    Path("questions.txt").write_bytes((questions + strange).encode("utf-8-sig"))
     code, out, _ = unmask("fill", "run", "first [MASK]", "--file", "questions.txt", "--json")
     assert code == 0
-    assert [one["text"] for one in json.loads(out)] == ["first [MASK]", "The c[MASK]t", "[MASK]og"]
+    assert [one["text"] for one in json.loads(out)] == ["first [MASK]", "The c[MASK]t", "[MASK]og", strange]
     piped = subprocess.run(
         [sys.executable, "-m", "unmask", "fill", "run", "--json"],
         input=questions, text=True, capture_output=True, timeout=120, check=False,

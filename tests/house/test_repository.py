@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import subprocess
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
@@ -72,6 +73,16 @@ def test_continuous_integration_runs_what_a_person_runs() -> None:
     script = ROOT / ".ci" / "run"
     assert "make test" in script.read_text(encoding="utf-8")
     assert os.access(script, os.X_OK)
+
+
+def test_the_benchmark_asks_for_its_text() -> None:
+    """Before it installs or measures anything."""
+    quiet = {name: value for name, value in os.environ.items() if name not in ("TEXT", "MAKEFLAGS", "MAKELEVEL")}
+    for arguments, says in (([], "make bench TEXT="), (["TEXT=no/such.txt"], "there is no file no/such.txt")):
+        made = subprocess.run(
+            ["make", "bench", *arguments], cwd=ROOT, env=quiet, capture_output=True, text=True, timeout=60, check=False
+        )
+        assert made.returncode == 2 and says in made.stderr and not made.stdout
 
 
 def test_the_readme_names_every_module() -> None:

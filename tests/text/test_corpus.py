@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -53,17 +52,18 @@ def test_a_marker_in_the_tail_is_in_no_training_text(tmp_path: Path) -> None:
 
 def test_a_marker_in_the_held_out_documents_is_in_no_training_text(tmp_path: Path) -> None:
     plain = [f"document {number} says {number * 7919}" for number in range(300)]
-    settings = TextSettings(tokenizer=LETTERS)
+    settings = TextSettings(tokenizer=LETTERS, held_out=HeldOutSettings(share=Share(0.05)))
     found = survey(MemorySource(plain), quiet)
     division = divide(found, settings.held_out)
     assert division.by == "hash"
     first = next(iter(side(MemorySource(plain), found, division, "held-out"))).text
-    # The marker goes into a document of the held-out side and, so that it stays there, into a copy of it.
+    # The marker goes into a document of the held-out side and into a copy of it, with a hash before all others: both
+    # fit in, so they are held out.
     at = plain.index(first)
     marked = next(
         f"{first} {MARKER}{tries}"
-        for tries in range(10_000)
-        if survey(MemorySource([f"{first} {MARKER}{tries}"]), quiet).hashes_N[0] < np.uint64(division.threshold // 2)
+        for tries in range(100_000)
+        if survey(MemorySource([f"{first} {MARKER}{tries}"]), quiet).hashes_N[0] < found.hashes_N.min()
     )
     documents = [*plain[:at], marked, *plain[at + 1 :], marked]
     corpus = prepare(MemorySource(documents), settings, tmp_path, quiet)
@@ -128,6 +128,53 @@ def test_the_share_and_the_most_that_is_held_out() -> None:
     division = divide(few, HeldOutSettings())
     assert division.by == "tail" and set(division.first_held_N.tolist()) == {900}
     assert divide(found, HeldOutSettings()).by == "hash"
+
+
+def held_sizes(documents: list[str], settings: HeldOutSettings) -> list[int]:
+    found = survey(MemorySource(documents), quiet)
+    held_N = divide(found, settings).first_held_N == 0
+    return sorted(found.lengths_N[held_N & (found.lengths_N > 0)].tolist())
+
+
+def test_a_large_document_is_passed_over_whatever_its_hash() -> None:
+    small = [f"{number:020d}" for number in range(200)]
+    for number in range(60):  # its hash falls anywhere: first of all, in the middle, last
+        large = f"{number} " * 2000
+        assert held_sizes([*small, large], HeldOutSettings("hash", Share(0.01), Amount(110, "characters"))) == [20] * 5
+
+
+def test_where_nothing_fits_the_smallest_is_held_out() -> None:
+    documents = [f"{number} " * (number + 200) for number in range(10, 30)]
+    assert held_sizes(documents, HeldOutSettings("hash", Share(0.001))) == [min(map(len, documents))]
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    counts=st.lists(st.integers(0, 60), min_size=2, max_size=60),
+    share=st.sampled_from([0.01, 0.1, 0.5, 0.99]),
+    most=st.sampled_from([1, 50, 2_000_000]),
+)
+def test_what_is_held_out_is_what_fits(counts: list[int], share: float, most: int) -> None:
+    documents = ["x" * count for count in counts]
+    different = {text for text in documents if text}
+    if len(different) < 2:
+        return
+    chosen = HeldOutSettings("hash", Share(share), Amount(most, "characters"))
+    held, budget = held_sizes(documents, chosen), min(share * sum(counts), most)
+    assert 0 < len(set(held)) < len(different), "something on both sides"
+    groups = {len(text): documents.count(text) * len(text) for text in different}
+    if min(groups.values()) > budget:
+        assert sum(held) == min(groups.values())
+    else:
+        assert sum(held) <= budget
+        left = [size for length, size in groups.items() if length not in held]
+        assert len(left) == 1 or min(left) > budget - sum(held), "whatever still fits is in"
+
+
+def test_a_division_says_whether_it_is_the_same() -> None:
+    found = survey(MemorySource([f"{number:020d}" for number in range(200)]), quiet)
+    digests = [divide(found, held_out("hash", share)).digest for share in ("5%", "5%", "6%")]
+    assert digests[0] == digests[1] != digests[2]
 
 
 def test_a_second_run_starts_at_once(tmp_path: Path) -> None:

@@ -132,6 +132,17 @@ def test_what_is_no_text_is_refused_by_name(tmp_path: Path, data: bytes, says: s
         passages(path)
 
 
+@pytest.mark.parametrize("name", ["late.txt", "late.txt.gz"])
+@pytest.mark.parametrize("before", [(1 << 20) - 1, 1 << 20, (1 << 21) + 7])
+def test_a_zero_byte_far_into_a_file_is_named(tmp_path: Path, before: int, name: str) -> None:
+    # Characters of three bytes: a chunk ends inside one, so what is pending must be counted.
+    text = ("\ufeff" + "語" * (before // 3)).encode()
+    path = written(tmp_path, text + b"\0 rest" + b"x" * (1 << 20), name)
+    with pytest.raises(TextError, match=f"byte {len(text):,} .*is zero") as caught:
+        passages(path, errors="replace")
+    assert caught.value.where == str(path) and ("unpacked" in caught.value.what) == name.endswith(".gz")
+
+
 def test_missing_paths_and_empty_folders(tmp_path: Path) -> None:
     for path in (tmp_path / "absent.txt", tmp_path):
         with pytest.raises(TextError) as caught:

@@ -26,8 +26,9 @@ VOCABULARY, TOKENS = 60, 1600
 class Numbers:
     """A feed of made-up texts of very different lengths, dealt by the real dealer."""
 
-    def __init__(self, micro_tokens: int) -> None:
+    def __init__(self, micro_tokens: int, texts: int) -> None:
         self._micro_tokens = micro_tokens
+        self._texts = texts
         self.used: list[tuple[int, int]] = []
 
     def first_cursor(self, stage: int) -> int:
@@ -37,7 +38,7 @@ class Numbers:
         from unmask.contracts import WORD_START, Text
 
         rng = np.random.default_rng(cursor)
-        sizes = rng.integers(3, 90, 34).tolist()
+        sizes = rng.integers(3, 90, self._texts).tolist()
         texts = [
             Text(rng.integers(5, VOCABULARY, n), np.full(n, WORD_START, np.uint8), cursor, i)
             for i, n in enumerate(sizes)
@@ -47,7 +48,9 @@ class Numbers:
         return [pack([texts[index] for index in micro]) for micro in dealt if micro], cursor + 1
 
 
-def after_three_steps(micro_tokens: int, world: World) -> tuple[dict[str, torch.Tensor], Standing, Numbers]:
+def after_three_steps(
+    micro_tokens: int, world: World, texts: int = 34
+) -> tuple[dict[str, torch.Tensor], Standing, Numbers]:
     torch.manual_seed(3)
     settings = ModernSettings(layers=2, width=32, heads=2, feed_forward=48)
     encoder, head = build(settings, VOCABULARY)
@@ -56,7 +59,7 @@ def after_three_steps(micro_tokens: int, world: World) -> tuple[dict[str, torch.
     # AdamW's division by the root of tiny second moments would turn rounding into steps of full size; SGD-like momentum
     # on every parameter shows the gradients themselves.
     optimiser = build_optimiser(learner, OptimiserSettings(kind="adam", rate=1e-3, epsilon=1e-2), bf16=False)
-    feed = Numbers(micro_tokens)
+    feed = Numbers(micro_tokens, texts)
     plan = Plan((StagePlan(90, TOKENS, 0, 3, 0.0),))
     standing = Standing()
     train(
@@ -90,13 +93,18 @@ def test_two_ranks_are_one_step(whole, tmp_path: Path) -> None:
     for name, tensor in whole[0].items():
         assert torch.equal(ranks[0][name], ranks[1][name]), "both ranks hold the same weights"
         torch.testing.assert_close(ranks[0][name], tensor, rtol=0, atol=2e-6)
+    alone, _, _ = after_three_steps(10**6, discover("float32", 1), texts=1)
+    for name, tensor in alone.items():  # steps of one text: a rank has nothing to do, and waits with the other
+        torch.testing.assert_close(load_file(tmp_path / "1-alone.safetensors")[name], tensor, rtol=0, atol=2e-6)
     samples = [np.loadtxt(tmp_path / f"{rank}.txt", dtype=int).tolist() for rank in (0, 1)]
     assert sorted(map(tuple, samples[0] + samples[1])) == sorted(whole[2].used)
 
 
 if __name__ == "__main__":
     here = discover("float32", 1)
-    final, _, numbers = after_three_steps(800, here)
     folder = Path(sys.argv[1])
+    final, _, numbers = after_three_steps(800, here)
     save_file({name: tensor.contiguous() for name, tensor in final.items()}, folder / f"{here.rank}.safetensors")
     np.savetxt(folder / f"{here.rank}.txt", numbers.used, fmt="%d")
+    final, _, _ = after_three_steps(800, here, texts=1)
+    save_file({name: tensor.contiguous() for name, tensor in final.items()}, folder / f"{here.rank}-alone.safetensors")

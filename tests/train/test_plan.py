@@ -45,6 +45,53 @@ def test_seconds_pay_for_validation_and_saving() -> None:
     assert shares == pytest.approx([0.6, 0.4], abs=0.01)
 
 
+def counted(made: Plan, every: EverySettings, measured: Measured) -> float:
+    """Seconds that a run of this plan takes, counted step by step as the loop does."""
+    clock, since = 0.0, {"validate": 0.0, "save": 0.0}
+    duties = {name: due(getattr(every, name), made) for name in since}
+    costs = {"validate": measured.validate_seconds, "save": measured.save_seconds}
+    for step in range(1, made.steps + 1):
+        clock += made.stages[made.stage_at(step - 1)].seconds_per_step
+        asked = clock  # all duties of a step see the clock before the first of them
+        for name, is_due in duties.items():
+            if is_due(step, 0, asked - since[name]):
+                clock += costs[name]
+                since[name] = asked
+    return clock
+
+
+INTERVALS = st.one_of(
+    st.sampled_from([0.0, 0.01, 0.05, 0.3, 1.0]).map(Share),
+    st.builds(Amount, st.sampled_from([1.0, 7.0, 100.0, 10_000.0]), st.just("steps")),
+    st.builds(Amount, st.sampled_from([0.5, 7.0, 60.0, 1e6]), st.just("seconds")),
+)
+
+
+@given(INTERVALS, INTERVALS, st.sampled_from([0.0, 0.3, 5.0]), st.sampled_from([0.0, 0.1, 2.0]), st.integers(60, 1000))
+def test_a_budget_in_seconds_is_kept_however_often_it_validates_and_saves(
+    validate: Share | Amount, save: Share | Amount, validate_seconds: float, save_seconds: float, seconds: int
+) -> None:
+    every = EverySettings(validate=validate, save=save)
+    measured = Measured((0.1, 0.5), validate_seconds, save_seconds)
+    made = make_plan(TWO, Amount(seconds, "seconds"), every, [100_000] * 2, measured)
+    longest_step = 0.5 + validate_seconds + save_seconds
+    assert counted(made, every, measured) <= made.seconds + longest_step <= seconds + 2 * longest_step
+    more = prolong(made, Amount(seconds, "seconds"), added=True, every=every, epoch_tokens=100_000)
+    assert more.overhead_seconds >= made.overhead_seconds
+    assert more.seconds - made.seconds <= seconds + longest_step
+    assert counted(more, every, measured) <= 2 * seconds + 3 * longest_step
+
+
+def test_a_validation_every_so_many_steps_is_paid_for() -> None:
+    every = EverySettings(validate=Amount(10, "steps"), save=Amount(60, "seconds"))
+    made = make_plan(TWO[1:], Amount(300, "seconds"), every, [100_000], Measured((0.5,), 5.0, 1.0))
+    assert 300 - 6 < made.seconds <= 300, "one step is half a second, and another half of its validation"
+    assert made.overhead_seconds == 5.0 * -(-made.steps // 10) + 1.0 * 5
+    assert counted(made, every, Measured((0.5,), 5.0, 1.0)) == pytest.approx(made.seconds, abs=1.5)
+    other = make_plan(TWO[1:], Amount(100, "steps"), every, [100_000], Measured((0.5,), 5.0, 1.0))
+    assert other.overhead_seconds == 10 * 5.0 + 2 * 1.0, "a budget in steps forecasts the same way"
+
+
 @given(st.integers(2, 5000))
 def test_progress_rises_from_zero_to_one(steps: int) -> None:
     made = plan(f"{steps} steps")
@@ -83,6 +130,25 @@ def test_prolonging() -> None:
     assert epoch.tokens - made.tokens == 100_000
     with pytest.raises(RecipeError, match="no more than"):
         prolong(made, Amount(100, "steps"), added=False, every=EVERY, epoch_tokens=100_000)
+
+
+def test_prolonging_by_seconds_pays_for_what_is_due_and_says_so() -> None:
+    made = plan("300 s")
+    longer = prolong(made, Amount(300, "seconds"), added=True, every=EVERY, epoch_tokens=100_000)
+    assert longer.seconds == pytest.approx(600, abs=2)
+    assert longer.overhead_seconds > made.overhead_seconds
+    total = prolong(made, Amount(600, "seconds"), added=False, every=EVERY, epoch_tokens=100_000)
+    assert total.steps == pytest.approx(longer.steps, abs=2)
+
+
+@pytest.mark.parametrize("unit", ["texts", "characters"])
+def test_a_budget_in_what_a_run_is_not_counted_in(unit: str) -> None:
+    said = f"not counted in {unit}"
+    with pytest.raises(RecipeError, match=said):
+        plan(f"5 {unit}")
+    with pytest.raises(RecipeError, match=said) as caught:
+        prolong(plan("100 steps"), Amount(5, unit, relative=True), added=True, every=EVERY, epoch_tokens=100_000)
+    assert caught.value.next == "give it in seconds, steps, tokens or epochs"
 
 
 @pytest.mark.parametrize(

@@ -96,7 +96,8 @@ def _read(file: Path) -> bytes:
 def _lines(content: bytes, where: str) -> list[str]:
     """The lines that hold something."""
     try:
-        lines = content.decode("utf-8-sig").splitlines()
+        # Not splitlines, which also cuts at U+2028, U+0085 and form feeds.
+        lines = [line.removesuffix("\r") for line in content.decode("utf-8-sig").split("\n")]
     except UnicodeDecodeError as error:
         raise TextError(
             "this text is not UTF-8", where=f"{where}, byte {error.start}", next="convert it: iconv -t UTF-8"

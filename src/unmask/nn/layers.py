@@ -47,19 +47,24 @@ class LayerNorm(nn.Module):
 
 
 class Rotary:
-    """Rotary positions (arXiv 2104.09864, rotate-half form): float32 tables, made once per theta and length."""
+    """Rotary positions (arXiv 2104.09864, rotate-half form): float32 tables, made once per theta.
 
-    def __init__(self, head_width: int) -> None:
+    They always hold all positions: were they made for what a batch needs, a resumed run could make them in another size
+    than the undisturbed one, and vectorised cosines may differ in the last bit with the size.
+    """
+
+    def __init__(self, head_width: int, longest: int) -> None:
         self._head_width = head_width
+        self._longest = longest
         self._tables: dict[tuple[float, torch.device], tuple[Tensor, Tensor]] = {}
 
     def turns(
-        self, position_T: Int[Tensor, "T"], longest: int, theta: float, dtype: torch.dtype
+        self, position_T: Int[Tensor, "T"], theta: float, dtype: torch.dtype
     ) -> tuple[Float[Tensor, "T 1 K"], Float[Tensor, "T 1 K"]]:
-        """Cosine and signed sine for each slot, shared by all layers and heads; `longest` bounds the positions."""
+        """Cosine and signed sine for each slot, shared by all layers and heads."""
         key = (theta, position_T.device)
-        if key not in self._tables or len(self._tables[key][0]) < longest:
-            self._tables[key] = self._make(1 << (longest - 1).bit_length(), theta, position_T.device)
+        if key not in self._tables:
+            self._tables[key] = self._make(self._longest, theta, position_T.device)
         cos_SK, sin_SK = self._tables[key]
         return tuple(table.index_select(0, position_T).to(dtype)[:, None] for table in (cos_SK, sin_SK))  # pyright: ignore[reportReturnType]
 

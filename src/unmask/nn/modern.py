@@ -148,7 +148,7 @@ class ModernEncoder(nn.Module):
         self.embedding_norm = LayerNorm(settings.width, settings.norm_epsilon)
         self.blocks = nn.ModuleList(ModernBlock(settings, layer) for layer in range(settings.layers))
         self.final_norm = LayerNorm(settings.width, settings.norm_epsilon)
-        self._rotary = Rotary(settings.head_width)
+        self._rotary = Rotary(settings.head_width, settings.longest)
 
     def forward(self, batch: Batch) -> Float[Tensor, "T D"]:
         """One vector per slot, in the batch's order."""
@@ -159,7 +159,7 @@ class ModernEncoder(nn.Module):
         hidden_TD = self.embedding_norm(F.embedding(layout.arranged(batch.ids_T), self.token_table))
         hidden_TD = F.dropout(hidden_TD, settings.embedding_dropout, self.training)
         thetas = {block.theta for block in self.blocks if isinstance(block, ModernBlock)}
-        turns = {theta: self._rotary.turns(layout.position_T, layout.longest, theta, dtype) for theta in thetas}
+        turns = {theta: self._rotary.turns(layout.position_T, theta, dtype) for theta in thetas}
         for block in self.blocks:
             assert isinstance(block, ModernBlock)
             hidden_TD = block(hidden_TD, layout, turns[block.theta])

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from unmask import rng
-from unmask.contracts import Batch, Loss, Puzzle, logits_at
+from unmask.contracts import SPECIAL, Batch, Loss, Puzzle, logits_at
 from unmask.objectives.masking import Laid, MaskingSettings, choose, hide
 
 
@@ -32,6 +32,7 @@ class Mlm:
     """The objective: asks by `masking`, answers by cross-entropy."""
 
     terms: Mapping[str, float] = {"mlm": 1.0}
+    metrics = ("loss", "accuracy", "rate")
     cutter = "windows"
     fills = True
 
@@ -57,7 +58,11 @@ class Mlm:
         asked = puzzle.counts["mlm"]
         return Loss(
             sums={"mlm": (nats_M * puzzle.weight_M).sum()},
-            seen={"loss": (nats_M.detach().sum(), asked), "accuracy": (right, asked)},
+            seen={
+                "loss": (nats_M.detach().sum(), asked),
+                "accuracy": (right, asked),
+                "rate": (torch.tensor(float(asked)), puzzle.askable),
+            },
         )
 
 
@@ -76,4 +81,5 @@ def puzzle(
         weight_M=torch.ones(len(at_M)),
         chance_M=torch.from_numpy(chance_M.astype(np.float32)),
         counts={"mlm": len(at_M)},
+        askable=int(((batch.marks_T & SPECIAL) == 0).sum()),
     )

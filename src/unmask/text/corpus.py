@@ -34,7 +34,7 @@ from unmask.text.words import WordsRule, detect_words
 
 __all__ = ["Corpus", "HeldOutSettings", "TextSettings", "default_cache", "open_source", "places", "prepare", "quiet"]
 
-_FORMAT: Final = "corpus-1"
+_FORMAT: Final = "corpus-2"
 _TOLD: Final = "told"  # the folder of the tokenizer and the facts
 _FACTS: Final = "facts.json"
 _BATCH_CHARACTERS: Final = 1_000_000  # encoded at a time; what an encoding holds is many times its text
@@ -47,7 +47,7 @@ Facts = dict[str, str | int | float]
 class TextSettings:
     """How text is read."""
 
-    document: Literal["by-ending", "blank-line", "line", "file"] = "by-ending"  # blank-line for .txt and .txt.gz
+    document: Literal["by-ending", "blank-line", "line", "file"] = "by-ending"  # *.txt, as all there is: blank-line
     words: Literal["by-script", "spaces", "characters"] = "by-script"  # characters for Chinese and Japanese
     errors: ErrorsRule = "strict"
     held_out: HeldOutSettings = field(default_factory=HeldOutSettings)
@@ -55,7 +55,11 @@ class TextSettings:
 
     @property
     def rule(self) -> DocumentRule:
-        """What a document is, once `by-ending` has become what the ending asks for."""
+        """What a document is.
+
+        `by-ending` leaves the choice to the format. Plain text is the only one that is read, whatever a file's name
+        ends in, so it means blank-line here.
+        """
         return "blank-line" if self.document == "by-ending" else self.document
 
 
@@ -84,7 +88,7 @@ def default_cache() -> Path:
 
 
 def open_source(paths: Sequence[Path], settings: TextSettings) -> FileSource:
-    """The source of these files and folders; `by-ending` becomes what their ending asks for."""
+    """The source of these files and folders."""
     return FileSource(paths, settings.rule, settings.errors)
 
 
@@ -166,7 +170,7 @@ def _make(
             "words_by": settings.words,
             "held_out_by": division.by,
             "held_out_share": str(division.share),
-            "held_out_threshold": f"{division.threshold:016x}",
+            "held_out_digest": division.digest,
             "tokenizer": tokenizer.fingerprint,
             "vocabulary": tokenizer.size,
         }

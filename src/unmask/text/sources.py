@@ -216,16 +216,21 @@ def _chunks(path: Path) -> Iterator[bytes]:
         ) from error
 
 
-def _refuse_binary(first: bytes, path: Path) -> None:
+def _refuse_binary(chunk: bytes, path: Path, base: int) -> None:
+    """Look at the bytes of a file from byte `base` on."""
     for magic, what, mend in _MAGIC:
-        if first.startswith(magic):
+        if base == 0 and chunk.startswith(magic):
             raise TextError(f"this file is not UTF-8 text; it looks like {what}", where=str(path), next=mend)
-    if b"\0" in first:
+    if b"\0" in chunk:
         raise TextError(
-            f"this file is binary: byte {first.index(0):,} is zero, which no text has",
+            f"this file is binary: byte {base + chunk.index(0):,}{_unpacked(path)} is zero, which no text has",
             where=str(path),
             next="give a text file, saved as UTF-8",
         )
+
+
+def _unpacked(path: Path) -> str:
+    return " of the unpacked text" if _is_packed(path) else ""
 
 
 def _decoded(path: Path, errors: ErrorsRule) -> Iterator[str]:
@@ -233,7 +238,7 @@ def _decoded(path: Path, errors: ErrorsRule) -> Iterator[str]:
     pending, base = b"", 0
     chunks = _chunks(path)
     chunk = next(chunks, b"")
-    _refuse_binary(chunk, path)
+    _refuse_binary(chunk, path, 0)
     if chunk.startswith(codecs.BOM_UTF8):
         chunk, base = chunk[len(codecs.BOM_UTF8) :], len(codecs.BOM_UTF8)
     while True:
@@ -241,9 +246,9 @@ def _decoded(path: Path, errors: ErrorsRule) -> Iterator[str]:
         try:
             text, used = codecs.utf_8_decode(data, errors, final)
         except UnicodeDecodeError as error:
-            place = " of the unpacked text" if _is_packed(path) else ""
+            byte = f"byte {base + error.start:,}{_unpacked(path)}"
             raise TextError(
-                f"not UTF-8: {error.reason} at byte {base + error.start:,}{place} (0x{data[error.start]:02x})",
+                f"not UTF-8: {error.reason} at {byte} (0x{data[error.start]:02x})",
                 where=f"{path}, byte {base + error.start}",
                 next="save it as UTF-8, or let such bytes become U+FFFD: --errors replace",
             ) from error
@@ -253,6 +258,7 @@ def _decoded(path: Path, errors: ErrorsRule) -> Iterator[str]:
             return
         pending, base = data[used:], base + used
         chunk = next(chunks, b"")
+        _refuse_binary(chunk, path, base + len(pending))
 
 
 def _composed(pieces: Iterator[str]) -> Iterator[str]:

@@ -3,8 +3,9 @@
 Comes in: a source, the settings of what is held out. Goes out: a Survey (24 bytes per document), a Division of every
 document into training and held-out characters, and the text of either side. Called by: corpus.
 
-By "hash", whole documents are held out, in the order of the hash of their text, so that copies of one text fall on one
-side. By "tail", the last part of every document is held out, for corpora of few documents.
+By "hash", whole documents are held out: in the order of the hash of their text, each that fits into what may be held
+out; copies of one text fall on one side. By "tail", the last part of every document is held out, for corpora of few
+documents.
 """
 
 from __future__ import annotations
@@ -71,7 +72,11 @@ class Division:
     by: Literal["hash", "tail"]
     share: Share
     first_held_N: Int[np.ndarray, "N"]
-    threshold: int  # by hash: the highest hash that is held out; by tail 0
+
+    @property
+    def digest(self) -> str:
+        """The same for two divisions that hold out the same characters of the same documents."""
+        return hashlib.blake2b(np.ascontiguousarray(self.first_held_N, dtype="<i8"), digest_size=8).hexdigest()
 
 
 class Stretch(NamedTuple):
@@ -141,7 +146,7 @@ def divide(found: Survey, settings: HeldOutSettings) -> Division:
     if by == "tail":
         # Rounded first: 100 × (1 - 0.07) is 92.99999999999999 in floating point.
         kept_N = np.floor(np.round(lengths_N * (1 - share.fraction), 6)).astype(np.int64)
-        return Division(by, share, kept_N, 0)
+        return Division(by, share, kept_N)
     full_N = lengths_N > 0
     distinct_K, group_N = np.unique(found.hashes_N[full_N], return_inverse=True)
     if len(distinct_K) < 2:
@@ -151,10 +156,33 @@ def divide(found: Survey, settings: HeldOutSettings) -> Division:
             "(--set text.document=line)",
         )
     sizes_K = np.bincount(group_N.ravel(), weights=lengths_N[full_N])
-    budget = min(share.fraction * found.characters, settings.at_most.number)
-    fitting = int(np.searchsorted(np.cumsum(sizes_K), budget, side="right"))
-    threshold = distinct_K[min(max(fitting, 1), len(distinct_K) - 1) - 1]
-    return Division(by, share, np.where(found.hashes_N <= threshold, 0, lengths_N), int(threshold))
+    held_K = _fitting(sizes_K.astype(np.int64), min(share.fraction * found.characters, settings.at_most.number))
+    first_held_N = lengths_N.copy()
+    first_held_N[full_N] = np.where(held_K[group_N.ravel()], 0, lengths_N[full_N])
+    return Division(by, share, first_held_N)
+
+
+def _fitting(sizes_K: Int[np.ndarray, "K"], most: float) -> NDArray[np.bool_]:
+    """Which groups are held out: in their order, each that fits into what is left of `most`; at least one, never all.
+
+    Where none fits, it is the smallest: something must be measured, and the least text is lost to training that way.
+    """
+    held_K = np.zeros(len(sizes_K), dtype=np.bool_)
+    left = most
+    waiting = np.flatnonzero(sizes_K <= left)
+    while len(waiting):
+        # All up to the first that doesn't fit, at once; that one is passed over, and so is all that can't fit any more.
+        sums = np.cumsum(sizes_K[waiting])
+        fitting = int(np.searchsorted(sums, left, side="right"))
+        held_K[waiting[:fitting]] = True
+        left -= int(sums[fitting - 1])
+        waiting = waiting[fitting + 1 :]
+        waiting = waiting[sizes_K[waiting] <= left]
+    if not held_K.any():
+        held_K[np.argmin(sizes_K)] = True
+    if held_K.all():
+        held_K[-1] = False
+    return held_K
 
 
 def side(source: Source, found: Survey, division: Division, which: Side) -> Iterator[Stretch]:

@@ -50,6 +50,7 @@ def save(
         state = {name: tensor.detach().cpu().contiguous() for name, tensor in optimiser.state_tensors().items()}
         save_file(state, resume / _OPTIMISER)
         store.write_json(resume / _STATE, asdict(standing))
+        store.seal(resume)
         store.seal(folder)
     store.point(run / bundle.LATEST, target.name)
     for old in sorted(run.glob("step-*"))[:-keep]:
@@ -68,6 +69,7 @@ def load(run: Path, learner: Any, optimiser: Optimiser) -> Standing:
     folder = latest(run)
     try:
         store.check_seal(folder)
+        store.check_seal(folder / RESUME)
     except DamagedError as error:
         others = [one.name for one in sorted(run.glob("step-*")) if one != folder]
         earlier = f", or go on from an earlier step: ln -sfn {others[-1]} {run / bundle.LATEST}" if others else ""
@@ -82,6 +84,8 @@ def load(run: Path, learner: Any, optimiser: Optimiser) -> Standing:
             next="undo what was changed in recipe.toml",
         ) from error
     optimiser.load_state_tensors(_tensors(resume / _OPTIMISER))
+    for leftover in run.glob(".step-*.aside-*"):  # of saves that a kill cut short
+        shutil.rmtree(leftover, ignore_errors=True)
     return standing(folder)
 
 

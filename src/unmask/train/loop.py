@@ -10,11 +10,12 @@ each sum is divided by them once: accumulation 1×8, 2×4, 4×2 and two ranks gi
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -75,6 +76,7 @@ class Standing:
     window: Window = field(default_factory=Window)
     rate: float = 0.0  # of AdamW's parameters in the last step
     gradient_norm: float = 0.0
+    validation: dict[str, Any] | None = None  # the last one, with its step
 
     @property
     def training_seconds(self) -> float:
@@ -118,7 +120,7 @@ def train(training: Training, standing: Standing, duties: Sequence[Duty], asked_
         0, or INTERRUPTED or TERMINATED where any rank's `asked_to_stop` said so; all ranks stop after the same step.
 
     Raises:
-        RunError: the loss is not a finite number.
+        RunError: the gradient is no finite number.
     """
     plan, world, begin = training.plan, training.world, time.perf_counter() - standing.seconds
     last_done = [standing.seconds] * len(duties)
@@ -141,6 +143,7 @@ def train(training: Training, standing: Standing, duties: Sequence[Duty], asked_
         with standing.timed("optimiser"):
             world.sum_gradients(training.learner)
             standing.gradient_norm = training.optimiser.clip()
+            _check_finite(standing)
             factor = training.rate_factor(plan.progress(standing.step), standing.step)
             standing.rate = training.optimiser.settings.rate * factor
             training.optimiser.step(factor)
@@ -153,7 +156,6 @@ def train(training: Training, standing: Standing, duties: Sequence[Duty], asked_
         standing.window.tokens += tokens
         standing.window.seconds += time.perf_counter() - step_began
         standing.seconds = time.perf_counter() - begin
-        _check_finite(standing)
 
         for number, duty in enumerate(duties):
             if duty.due(standing.step, standing.tokens, clock - last_done[number]):
@@ -187,7 +189,9 @@ def _accumulate(
     training: Training, standing: Standing, puzzles: Sequence[Puzzle], counts: Mapping[str, int]
 ) -> dict[str, tuple[Tensor, int]]:
     """Forward and backward over this rank's micro-batches, each sum divided by the count of the whole step."""
-    seen: dict[str, tuple[Tensor, int]] = {}
+    # A rank that was dealt nothing still names every metric: all ranks must sum the same numbers.
+    nothing = torch.zeros((), device=training.world.device)
+    seen: dict[str, tuple[Tensor, int]] = dict.fromkeys(training.objective.metrics, (nothing, 0))
     for micro, puzzle in enumerate(puzzles):
         # Dropout is the one draw that torch makes; its generator starts anew for each micro-batch, so a resumed run and
         # an undisturbed one drop the same units.
@@ -200,7 +204,7 @@ def _accumulate(
         with standing.timed("backward"):
             total.backward()
         for name, (value, count) in loss.seen.items():
-            before, number = seen.get(name, (torch.zeros((), device=value.device), 0))
+            before, number = seen[name]
             seen[name] = (before + value, number + count)
     return seen
 
@@ -212,12 +216,10 @@ def _sum_seen(world: World, seen: Mapping[str, tuple[Tensor, int]]) -> dict[str,
 
 
 def _check_finite(standing: Standing) -> None:
-    """Stop at the first loss that is no number; nothing is saved over the last good checkpoint."""
-    loss = standing.window.sums.get("loss", 0.0)
-    if loss != loss or loss in (float("inf"), float("-inf")):
+    """Stop before a step that would make the weights no numbers; nothing is saved over the last good checkpoint."""
+    if not math.isfinite(standing.gradient_norm):
         raise RunError(
-            f"the loss is {loss} after step {standing.step}",
+            f"the gradient's norm is {standing.gradient_norm} in step {standing.step + 1}",
             where="training",
-            next="resume from the last checkpoint with a lower rate, e.g. start again with --set optimiser.rate=1e-3; "
-            "nothing was saved over it",
+            next="start a new run with lower rates, e.g. --set optimiser.rate=1e-3 --set optimiser.matrix_rate=0.01",
         )

@@ -15,6 +15,7 @@ from itertools import accumulate, pairwise
 from unmask.errors import RecipeError
 from unmask.recipe import Amount, Share
 
+BUDGET_UNITS = ("seconds", "steps", "tokens", "epochs")
 SHORTEST = 3  # slots of a text: one token between [CLS] and [SEP]
 EPOCH_STRIDE = 1 << 20  # epochs of stage k are numbered from k times this, so that no two stages share a draw
 
@@ -126,23 +127,21 @@ def make_plan(
         RecipeError: a stage that is never reached, a budget too small for one step.
     """
     check_stages(stages)
+    check_budget(budget)
     shares = [stage.until.fraction - before for stage, before in zip(stages, _befores(stages), strict=True)]
     sizes = [stage.batch_tokens for stage in stages]
     step_share = [share / size for share, size in zip(shares, sizes, strict=True)]  # steps per planned token
-    overhead = (
-        _count(every.validate, budget) * measured.validate_seconds + _count(every.save, budget) * measured.save_seconds
-    )
-    if budget.unit == "steps":
-        tokens = budget.number / sum(step_share)
-    elif budget.unit == "tokens":
+    duties = ((every.validate, measured.validate_seconds), (every.save, measured.save_seconds))
+    if budget.unit == "tokens":
         tokens = budget.number
     elif budget.unit == "epochs":
         tokens = budget.number / sum(share / epoch for share, epoch in zip(shares, epoch_tokens, strict=True))
-    elif budget.unit == "seconds":
-        per_token = sum(steps * seconds for steps, seconds in zip(step_share, measured.step_seconds, strict=True))
-        tokens = max(budget.number - overhead, 0.0) / per_token
     else:
-        raise RecipeError(f"a budget in {budget.unit}", next="give it in seconds, steps, tokens or epochs")
+        steps = budget.number
+        if budget.unit == "seconds":
+            per_token = sum(share * seconds for share, seconds in zip(step_share, measured.step_seconds, strict=True))
+            steps = _steps_within(budget.number, per_token / sum(step_share), lambda n, s: _overhead(n, s, duties))
+        tokens = steps / sum(step_share)
     edges = [0.0, *accumulate(tokens * steps for steps in step_share)]
     up = math.ceil if budget.unit in ("tokens", "epochs") else round
     whole = [up(round(edge, 6)) for edge in edges]
@@ -164,6 +163,8 @@ def make_plan(
                 where=f"stage.{number}",
                 next="give a larger budget, a smaller batch, or take the stage out",
             )
+    training = sum(stage.steps * stage.seconds_per_step for stage in plans)
+    overhead = _overhead(whole[-1], training, duties)
     return Plan(plans, measured.validate_seconds, measured.save_seconds, overhead)
 
 
@@ -171,33 +172,42 @@ def prolong(plan: Plan, budget: Amount, *, added: bool, every: EverySettings, ep
     """The same plan with a longer last stage, for a budget that is a new total or, with `added`, comes on top.
 
     Raises:
-        RecipeError: the new total lies before the steps that the plan has already.
+        RecipeError: the new total lies before the steps that the plan has already, or the unit is none of a budget's.
     """
+    check_budget(budget)
     last = plan.stages[-1]
-    if budget.unit == "epochs":
-        total = budget.number * epoch_tokens
-    elif budget.unit == "tokens":
-        total = budget.number
-    else:
-        total = 0.0
-    before = plan.tokens - last.steps * last.batch_tokens
+    duties = ((every.validate, plan.validate_seconds), (every.save, plan.save_seconds))
+
+    def overhead(steps: int, seconds: float) -> float:
+        tokens = steps * last.batch_tokens
+        return _overhead(steps, seconds, duties, part=tokens / (plan.tokens + tokens))
+
     if budget.unit == "steps":
         more = budget.number if added else budget.number - plan.steps
     elif budget.unit == "seconds":
         left = budget.number if added else budget.number - plan.seconds
-        overhead = (
-            _count(every.validate, budget) * plan.validate_seconds + _count(every.save, budget) * plan.save_seconds
-        )
-        more = (left - overhead) / max(last.seconds_per_step, 1e-9)
+        more = _steps_within(left, last.seconds_per_step, overhead)
     else:
-        more = (total if added else total - before - last.steps * last.batch_tokens) / last.batch_tokens
+        total = budget.number * (epoch_tokens if budget.unit == "epochs" else 1)
+        more = (total if added else total - plan.tokens) / last.batch_tokens
     steps = math.ceil(more - 1e-9)
     if steps < 1:
         raise RecipeError(
             f"{budget} is no more than the run's plan of {plan.steps} steps and {plan.tokens:,} tokens",
             next='give a larger total, or what comes on top: --budget "+1 epoch"',
         )
-    return replace(plan, stages=(*plan.stages[:-1], replace(last, steps=last.steps + steps)))
+    return replace(
+        plan,
+        stages=(*plan.stages[:-1], replace(last, steps=last.steps + steps)),
+        overhead_seconds=plan.overhead_seconds + overhead(steps, steps * last.seconds_per_step),
+    )
+
+
+def check_budget(budget: Amount, where: str = "") -> None:
+    """Refuse a budget in a unit that a run is not counted in."""
+    if budget.unit not in BUDGET_UNITS:
+        what = f"a budget of {budget}: a run is not counted in {budget.unit}"
+        raise RecipeError(what, where=where, next="give it in seconds, steps, tokens or epochs")
 
 
 def check_stages(stages: Sequence[StageSettings]) -> None:
@@ -231,11 +241,45 @@ def _befores(stages: Sequence[StageSettings]) -> list[float]:
     return [0.0, *(stage.until.fraction for stage in stages[:-1])]
 
 
-def _count(every: Share | Amount, budget: Amount) -> int:
-    """How often something that is due `every` so much happens in a run of this budget; once at the end at least."""
-    if isinstance(every, Share):
-        return max(1, round(1 / every.fraction)) if every.fraction else 1
-    return max(1, math.ceil(budget.number / every.number)) if every.unit == budget.unit else 1
+def _steps_within(seconds: float, step_seconds: float, overhead: Callable[[int, float], float]) -> int:
+    """The most steps that fit, with all that is due meanwhile, in so many seconds.
+
+    `overhead` gives the seconds of what is due, for a number of steps and their seconds; it must not fall.
+    """
+    step_seconds = max(step_seconds, 1e-9)
+    fits, most = 0, max(0, math.floor(seconds / step_seconds))
+    while fits < most:
+        middle = (fits + most + 1) // 2
+        if middle * step_seconds + overhead(middle, middle * step_seconds) <= seconds:
+            fits = middle
+        else:
+            most = middle - 1
+    return fits
+
+
+def _overhead(
+    steps: int, training_seconds: float, duties: Sequence[tuple[Share | Amount, float]], part: float = 1.0
+) -> float:
+    """Seconds of all that is due, each (how often, seconds each time), in so many steps: `part` of the plan.
+
+    What is due is due at the end too, and never more often than after every step.
+    """
+    known, by_clock = 0.0, list[tuple[float, float]]()
+    for every, cost in duties:
+        if isinstance(every, Share):
+            times = math.ceil(part / every.fraction - 1e-9) if every.fraction else 1
+        elif every.unit == "steps":
+            times = math.ceil(steps / max(1, round(every.number)))
+        else:
+            by_clock.append((every.number, cost))
+            continue
+        known += cost * min(max(times, 1), steps)
+    # What is due by the clock takes time itself, in which it becomes due again.
+    busy = sum(cost / max(interval, 1e-9) for interval, cost in by_clock)
+    if busy >= 1:  # due again before it is done
+        return known + steps * sum(cost for _, cost in by_clock)
+    seconds = (training_seconds + known) / (1 - busy)
+    return known + sum(cost * min(steps, seconds // max(interval, 1e-9) + 1) for interval, cost in by_clock)
 
 
 def always(step: int, tokens: int, since: float) -> bool:

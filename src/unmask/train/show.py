@@ -24,7 +24,7 @@ class Forecast:
 
     recipe: str
     parameters: int
-    flops_per_token: float  # training: forward and backward, at the first stage's length
+    flops_per_token: float  # training: forward and backward, the mean over the planned tokens
     documents: int
     corpus_tokens: int
     plan: Plan

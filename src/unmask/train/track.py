@@ -31,10 +31,14 @@ class JsonLines:
             self._file.write(json.dumps({"step": step, **metrics}, ensure_ascii=False) + "\n")
             self._file.flush()
 
+    def sync(self) -> None:
+        """Force what was written to the disk."""
+        os.fsync(self._file.fileno())
+
     def close(self) -> None:
         """Sync and close."""
         if not self._file.closed:
-            os.fsync(self._file.fileno())
+            self.sync()
             self._file.close()
 
 

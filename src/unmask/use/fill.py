@@ -79,7 +79,7 @@ def fill(model: Model, text: str | Sequence[str], top: int = 5) -> list[Filled]:
     for one, (_, at) in zip(texts, asked, strict=True):
         masks: list[MaskAnswer] = []
         for order, slot in enumerate(at):
-            values, ids = answers[done][0].exp().topk(top)
+            values, ids = answers[done][0][: model.tokenizer.size].exp().topk(top)  # rows beyond have no piece
             done += 1
             pairs = zip(ids.tolist(), values.tolist(), strict=True)
             masks.append(MaskAnswer(slot, tuple(_candidate(model, one, order, id_, p) for id_, p in pairs)))
@@ -88,6 +88,8 @@ def fill(model: Model, text: str | Sequence[str], top: int = 5) -> list[Filled]:
 
 
 def _ids(model: Model, text: str) -> list[int]:
+    # A model that others made may call its mask <mask>; a person writes [MASK] all the same.
+    text = text.replace(MASK, model.tokenizer.id_to_token(model.tokenizer.mask_id))
     encoded = model.tokenizer.encode(text, model.words, specials_in_text=True)
     ids, _ = model.tokenizer.framed(encoded.ids, encoded.marks)
     return np.asarray(ids).tolist()
@@ -108,7 +110,12 @@ def _window(ids: list[int], slot: int, model: Model) -> tuple[list[int], int]:
 def _candidate(model: Model, text: str, order: int, id_: int, probability: float) -> Candidate:
     """The candidate with the text it makes; a piece that continues a word is joined to what stands before it."""
     token = model.tokenizer.id_to_token(id_)
-    parts = text.split(MASK)
+    parts = text.replace(model.tokenizer.id_to_token(model.tokenizer.mask_id), MASK).split(MASK)
     before, after = MASK.join(parts[: order + 1]), MASK.join(parts[order + 1 :])
-    joined = before.rstrip(" ") + token[2:] if token.startswith("##") else before + token
-    return Candidate(token, id_, probability, joined + after)
+    if token.startswith("##"):
+        return Candidate(token, id_, probability, before.rstrip(" ") + token[2:] + after)
+    # A byte-level piece is not its own text, and may bring the space that parts it from the word before.
+    shown = model.tokenizer.decode([id_], skip_specials=False)
+    if shown.startswith(" ") and before.endswith(" "):
+        shown = shown[1:]
+    return Candidate(token, id_, probability, before + shown + after)
