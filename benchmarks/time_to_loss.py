@@ -121,7 +121,7 @@ def main() -> int:
     names = [given.only] if given.only else ["char", "seed"]
     if warning := load_warning(discover()):
         print(f"warning: {warning}", file=sys.stderr)
-    began = time.time()
+    began, load = time.time(), os.getloadavg()[0]
     runs = {name: race(name, given.text, given.settings) for name in names}
     if len(runs) == 2:
         asked = [answers for _, answers in runs.values()]
@@ -145,7 +145,7 @@ def main() -> int:
             "command": " ".join(["python", *sys.argv[:1], given.text.name, *(f"--set {s}" for s in given.settings)]),
             "unmask": __version__,
             "torch": torch.__version__,
-            "load_before": os.getloadavg()[0],
+            "load_before": load,
             "wall_seconds": round(time.time() - began, 1),
             "target_nats": TARGET_NATS,
             "times_sooner": ratio,

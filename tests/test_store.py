@@ -115,3 +115,13 @@ def test_a_full_disk_is_a_place_that_cannot_be_written(tmp_path: Path) -> None:
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, allowed)
     assert [file.name for file in (tmp_path / "step").iterdir()] == ["a"]
+
+
+def test_a_kill_between_the_two_renames_loses_nothing(tmp_path: Path) -> None:
+    """Then the old folder stands aside and nothing under the name: the next write puts it back before it begins."""
+    aside = tmp_path / ".x.aside-old"
+    aside.mkdir()
+    (aside / "a").write_text("old")
+    with pytest.raises(RuntimeError), store.new_folder(tmp_path / "x"):
+        raise RuntimeError
+    assert (tmp_path / "x" / "a").read_text() == "old" and [entry.name for entry in tmp_path.iterdir()] == ["x"]

@@ -26,7 +26,7 @@ from unmask.recipe import Amount
 from unmask.train import checkpoint
 from unmask.train.loop import Duty, Standing, train
 from unmask.train.plain import SilentDisplay
-from unmask.train.plan import Plan, always, due, make_plan, prolong
+from unmask.train.plan import Plan, always, check_budget, due, make_plan, prolong
 from unmask.train.show import Display, Forecast, Summary, Validation
 from unmask.train.signals import Interrupted, Signals
 from unmask.train.track import LOG, JsonLines, discard_after
@@ -161,6 +161,8 @@ def resume(
     recipe, plan = read_recipe(folder)
     recipe = change(recipe, settings)
     environment = read_environment(folder)
+    if budget is not None:
+        check_budget(Amount.parse(budget, relative=True), where=f"--budget {budget}")
     saved = checkpoint.standing(checkpoint.latest(folder)) if os.path.lexists(folder / LATEST) else None
     if saved and saved.step >= plan.steps and budget is None:
         display.say(f'{folder} is finished: {plan.steps} steps. Prolong it with --budget "+1 epoch".')

@@ -6,7 +6,7 @@ the vocabulary head never sees another slot). Called by: the loop through the Ob
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -32,7 +32,7 @@ class Mlm:
     """The objective: asks by `masking`, answers by cross-entropy."""
 
     terms: Mapping[str, float] = {"mlm": 1.0}
-    metrics = ("loss", "accuracy", "rate")
+    metrics: Sequence[str] = ("loss", "accuracy", "rate")
     cutter = "windows"
     fills = True
 

@@ -76,7 +76,7 @@ class Division:
     @property
     def digest(self) -> str:
         """The same for two divisions that hold out the same characters of the same documents."""
-        return hashlib.blake2b(np.ascontiguousarray(self.first_held_N, dtype="<i8"), digest_size=8).hexdigest()
+        return hashlib.blake2b(np.ascontiguousarray(self.first_held_N, "<i8").data, digest_size=8).hexdigest()
 
 
 class Stretch(NamedTuple):

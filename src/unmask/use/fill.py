@@ -116,6 +116,6 @@ def _candidate(model: Model, text: str, order: int, id_: int, probability: float
         return Candidate(token, id_, probability, before.rstrip(" ") + token[2:] + after)
     # A byte-level piece is not its own text, and may bring the space that parts it from the word before.
     shown = model.tokenizer.decode([id_], skip_specials=False)
-    if shown.startswith(" ") and before.endswith(" "):
+    if shown != token and shown.startswith(" ") and before.endswith(" "):
         shown = shown[1:]
     return Candidate(token, id_, probability, before + shown + after)
