@@ -109,6 +109,8 @@ def launch(
     source = open_text(texts, whole.text)
     with _told(display), Signals() as signals:
         world = discover(whole.train.precision, whole.train.threads)
+        if warning := load_warning(world):  # asked now, while the load is not yet our own
+            display.say(warning)
         if world.first and not dry_run:
             store.check_writable(run)
         workshop = Workshop(whole, source, world, display)
@@ -120,8 +122,6 @@ def launch(
         if world.first:
             display.forecast(forecast)
             display.text(*workshop.text_as_seen())
-            if warning := load_warning(world):
-                display.say(warning)
         if dry_run:
             return Result(None, None, forecast, None)
         signals.remember_from_now_on()  # before anything is written, so that what is written can go on
