@@ -392,7 +392,7 @@ def test_an_earlier_demo_outlives_one_that_cannot_begin(
 ) -> None:
     recipe = (run / "recipe.toml").read_text()
     refused("demo", "--out", "run", says="not made by a demo")
-    (run / "recipe.toml").write_text(recipe.replace('name = "small"', 'name = "demo"'))
+    (run / "recipe.toml").write_text(recipe.replace('name = "small"', 'name = "demonstration"'))
     refused("demo", "--out", "run", "--budget", "20", says="needs a unit")
 
     def stopped_while_reading() -> list[str]:
