@@ -161,8 +161,9 @@ def resume(
     recipe, plan = read_recipe(folder)
     recipe = change(recipe, settings)
     environment = read_environment(folder)
-    if budget is not None:
-        check_budget(Amount.parse(budget, relative=True), where=f"--budget {budget}")
+    more = None if budget is None else Amount.parse(budget, relative=True)
+    if more is not None:
+        check_budget(more, where=f"--budget {budget}")
     saved = checkpoint.standing(checkpoint.latest(folder)) if os.path.lexists(folder / LATEST) else None
     if saved and saved.step >= plan.steps and budget is None:
         display.say(f'{folder} is finished: {plan.steps} steps. Prolong it with --budget "+1 epoch".')
@@ -187,15 +188,8 @@ def resume(
                 where=str(folder),
                 next="resume with the versions that env.json names, or start a new run",
             )
-        if budget is not None:
-            amount = Amount.parse(budget, relative=True)
-            plan = prolong(
-                plan,
-                amount,
-                added=budget.strip().startswith("+"),
-                every=recipe.train.every,
-                epoch_tokens=workshop.feeds[-1].epoch_tokens,
-            )
+        if more is not None:
+            plan = prolong(plan, more, every=recipe.train.every, epoch_tokens=workshop.feeds[-1].epoch_tokens)
         standing = checkpoint.load(folder, workshop.learner, workshop.optimiser) if saved else Standing()
         forecast = workshop.forecast(plan)
         signals.remember_from_now_on()  # before anything is written

@@ -29,7 +29,6 @@ from unmask.optim import Optimiser, build_optimiser
 from unmask.schedule import rate_factor
 from unmask.text.corpus import Corpus, default_cache, places, prepare
 from unmask.text.shards import Shards
-from unmask.text.tokenizer import Tokenizer
 from unmask.train import checkpoint
 from unmask.train.feed import StageFeed
 from unmask.train.forecast import disk_bytes, memory_bytes, probe
@@ -43,13 +42,11 @@ from unmask.world import World, matmul_rate
 class Workshop:
     """Everything that a run works with. Building it reads and tokenizes the text; it writes to the cache alone."""
 
-    def __init__(
-        self, recipe: Recipe, source: Source, world: World, display: Display, tokenizer: Tokenizer | None = None
-    ) -> None:
+    def __init__(self, recipe: Recipe, source: Source, world: World, display: Display) -> None:
         self.recipe = recipe
         self.source = source
         self.world = world
-        self.corpus: Corpus = prepare(source, recipe.text, default_cache(), display.preparing, tokenizer)
+        self.corpus: Corpus = prepare(source, recipe.text, default_cache(), display.preparing)
         for sentence in self.corpus.said:
             display.say(sentence)
         _require_one_text(self.corpus, source, recipe)

@@ -76,7 +76,7 @@ def test_a_budget_in_seconds_is_kept_however_often_it_validates_and_saves(
     made = make_plan(TWO, Amount(seconds, "seconds"), every, [100_000] * 2, measured)
     longest_step = 0.5 + validate_seconds + save_seconds
     assert counted(made, every, measured) <= made.seconds + longest_step <= seconds + 2 * longest_step
-    more = prolong(made, Amount(seconds, "seconds"), added=True, every=every, epoch_tokens=100_000)
+    more = prolong(made, Amount(seconds, "seconds", relative=True), every=every, epoch_tokens=100_000)
     assert more.overhead_seconds >= made.overhead_seconds
     assert more.seconds - made.seconds <= seconds + longest_step
     assert counted(more, every, measured) <= 2 * seconds + 3 * longest_step
@@ -123,21 +123,21 @@ def test_steps_and_seconds_are_due() -> None:
 def test_prolonging() -> None:
     made = plan("100 steps")
     before = made.stages[0]
-    longer = prolong(made, Amount(50, "steps"), added=True, every=EVERY, epoch_tokens=100_000)
+    longer = prolong(made, Amount(50, "steps", relative=True), every=EVERY, epoch_tokens=100_000)
     assert longer.steps == 150 and longer.stages[0] == before
-    assert prolong(made, Amount(120, "steps"), added=False, every=EVERY, epoch_tokens=100_000).steps == 120
-    epoch = prolong(made, Amount(1, "epochs"), added=True, every=EVERY, epoch_tokens=100_000)
+    assert prolong(made, Amount(120, "steps"), every=EVERY, epoch_tokens=100_000).steps == 120
+    epoch = prolong(made, Amount(1, "epochs", relative=True), every=EVERY, epoch_tokens=100_000)
     assert epoch.tokens - made.tokens == 100_000
     with pytest.raises(RecipeError, match="no more than"):
-        prolong(made, Amount(100, "steps"), added=False, every=EVERY, epoch_tokens=100_000)
+        prolong(made, Amount(100, "steps"), every=EVERY, epoch_tokens=100_000)
 
 
 def test_prolonging_by_seconds_pays_for_what_is_due_and_says_so() -> None:
     made = plan("300 s")
-    longer = prolong(made, Amount(300, "seconds"), added=True, every=EVERY, epoch_tokens=100_000)
+    longer = prolong(made, Amount(300, "seconds", relative=True), every=EVERY, epoch_tokens=100_000)
     assert longer.seconds == pytest.approx(600, abs=2)
     assert longer.overhead_seconds > made.overhead_seconds
-    total = prolong(made, Amount(600, "seconds"), added=False, every=EVERY, epoch_tokens=100_000)
+    total = prolong(made, Amount(600, "seconds"), every=EVERY, epoch_tokens=100_000)
     assert total.steps == pytest.approx(longer.steps, abs=2)
 
 
@@ -147,7 +147,7 @@ def test_a_budget_in_what_a_run_is_not_counted_in(unit: str) -> None:
     with pytest.raises(RecipeError, match=said):
         plan(f"5 {unit}")
     with pytest.raises(RecipeError, match=said) as caught:
-        prolong(plan("100 steps"), Amount(5, unit, relative=True), added=True, every=EVERY, epoch_tokens=100_000)
+        prolong(plan("100 steps"), Amount(5, unit, relative=True), every=EVERY, epoch_tokens=100_000)
     assert caught.value.next == "give it in seconds, steps, tokens or epochs"
 
 

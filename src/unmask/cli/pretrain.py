@@ -127,6 +127,7 @@ def demo(
     made = run_demo(out, display=_display(as_json=False, quiet=False), overrides=chosen)
     print()
     print_filled(made.filled)
+    print(f"\nthe right word is among the first five in {made.right} of {len(made.filled)} sentences")
     _print_next([
         f'unmask fill {_quoted(out)} "Return the [MASK] of the list."',
         f"unmask evaluate {_quoted(out)} --text FILE",

@@ -168,8 +168,8 @@ def make_plan(
     return Plan(plans, measured.validate_seconds, measured.save_seconds, overhead)
 
 
-def prolong(plan: Plan, budget: Amount, *, added: bool, every: EverySettings, epoch_tokens: int) -> Plan:
-    """The same plan with a longer last stage, for a budget that is a new total or, with `added`, comes on top.
+def prolong(plan: Plan, budget: Amount, *, every: EverySettings, epoch_tokens: int) -> Plan:
+    """The same plan with a longer last stage, for a budget that is a new total or, `relative`, comes on top.
 
     Raises:
         RecipeError: the new total lies before the steps that the plan has already, or the unit is none of a budget's.
@@ -183,13 +183,13 @@ def prolong(plan: Plan, budget: Amount, *, added: bool, every: EverySettings, ep
         return _overhead(steps, seconds, duties, part=tokens / (plan.tokens + tokens))
 
     if budget.unit == "steps":
-        more = budget.number if added else budget.number - plan.steps
+        more = budget.number if budget.relative else budget.number - plan.steps
     elif budget.unit == "seconds":
-        left = budget.number if added else budget.number - plan.seconds
+        left = budget.number if budget.relative else budget.number - plan.seconds
         more = _steps_within(left, last.seconds_per_step, overhead)
     else:
         total = budget.number * (epoch_tokens if budget.unit == "epochs" else 1)
-        more = (total if added else total - plan.tokens) / last.batch_tokens
+        more = (total if budget.relative else total - plan.tokens) / last.batch_tokens
     steps = math.ceil(more - 1e-9)
     if steps < 1:
         raise RecipeError(
