@@ -24,7 +24,7 @@ from unmask.optim import OptimiserSettings
 from unmask.recipe import Amount
 from unmask.schedule import ScheduleSettings
 from unmask.tables import assign
-from unmask.text.corpus import TextSettings
+from unmask.text.settings import TextSettings
 from unmask.train.plan import EverySettings, Plan, StageSettings, check_budget, check_stages
 from unmask.world import Precision
 

@@ -248,8 +248,21 @@ class Passage(NamedTuple):
     last: bool  # whether the document ends here
 
 
+class Group(NamedTuple):
+    """One of the texts that a person named: so many of a source's parts, in order."""
+
+    name: str
+    weight: float  # share of the training tokens that it shall have; 0.0: no weight was given
+    parts: int
+
+
 class Source(Protocol):
-    """Where documents come from."""
+    """Where documents come from.
+
+    A source of several texts may say so in `groups` (a sequence of Group that covers its parts in order); one that
+    leaves out what it can't read counts it in `left_out` (a mapping from Part to a number, complete for a part when its
+    `documents` have been read to the end).
+    """
 
     @property
     def fingerprint(self) -> str:

@@ -19,7 +19,8 @@ from typing import Any
 from unmask import __version__, store
 from unmask.contracts import Source
 from unmask.errors import DamagedError, RecipeError, RunError, TextError
-from unmask.text.corpus import TextSettings, open_source
+from unmask.text.corpus import open_source
+from unmask.text.settings import TextSettings
 from unmask.text.sources import MemorySource
 from unmask.workshop import Workshop
 from unmask.world import World

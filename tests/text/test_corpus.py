@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from unmask.contracts import WORD_START
 from unmask.errors import DamagedError, RecipeError, StoreError, TextError, TokenizerError
 from unmask.recipe import Amount, Share, build, dump, load_toml
-from unmask.text.corpus import Corpus, HeldOutSettings, TextSettings, default_cache, open_source, prepare
+from unmask.text.corpus import Corpus, default_cache, open_source, prepare
+from unmask.text.settings import HeldOutSettings, TextSettings
 from unmask.text.shards import Shards
 from unmask.text.sources import MemorySource
 from unmask.text.survey import divide, side, survey

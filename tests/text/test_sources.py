@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from unmask.contracts import Passage
 from unmask.errors import TextError
 from unmask.text import sources
-from unmask.text.sources import DocumentRule, ErrorsRule, FileSource, MemorySource
+from unmask.text.settings import DocumentRule, ErrorsRule
+from unmask.text.sources import FileSource, MemorySource
 
 RULES: tuple[DocumentRule, ...] = ("blank-line", "line", "file")
 

@@ -14,7 +14,8 @@ import numpy as np
 from unmask.bundle import Model
 from unmask.errors import ModelError
 from unmask.eval.heldout import Document, Heldout, evaluate, freeze
-from unmask.text.sources import DocumentRule, ErrorsRule, FileSource
+from unmask.text.settings import DocumentRule, ErrorsRule
+from unmask.text.sources import FileSource
 from unmask.world import World
 
 

@@ -15,9 +15,9 @@ import os
 import unicodedata
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Final, Literal, cast
+from typing import Final, cast
 
 import numpy as np
 import tokenizers
@@ -26,13 +26,14 @@ from unmask import rng
 from unmask.contracts import Source
 from unmask.errors import DamagedError, StoreError, TextError
 from unmask.store import DIGESTS, check_seal, digest, new_folder, read_json, saying_where, seal, write_json
+from unmask.text.settings import TextSettings
 from unmask.text.shards import EncodedPassage, Shards, open_shards, write_shards
-from unmask.text.sources import DocumentRule, ErrorsRule, FileSource, MemorySource
-from unmask.text.survey import Division, HeldOutSettings, Progress, Side, Stretch, Survey, divide, side, survey
+from unmask.text.sources import FileSource, MemorySource
+from unmask.text.survey import Division, Progress, Side, Stretch, Survey, divide, side, survey
 from unmask.text.tokenizer import Tokenizer, TokenizerSettings, WordPieceSettings, train_tokenizer
 from unmask.text.words import WordsRule, detect_words
 
-__all__ = ["Corpus", "HeldOutSettings", "TextSettings", "default_cache", "open_source", "places", "prepare", "quiet"]
+__all__ = ["Corpus", "default_cache", "open_source", "places", "prepare", "quiet"]
 
 _FORMAT: Final = "corpus-2"
 _TOLD: Final = "told"  # the folder of the tokenizer and the facts
@@ -41,26 +42,6 @@ _BATCH_CHARACTERS: Final = 1_000_000  # encoded at a time; what an encoding hold
 _BATCH_PASSAGES: Final = 8192
 
 Facts = dict[str, str | int | float]
-
-
-@dataclass(frozen=True)
-class TextSettings:
-    """How text is read."""
-
-    document: Literal["by-ending", "blank-line", "line", "file"] = "by-ending"  # *.txt, as all there is: blank-line
-    words: Literal["by-script", "spaces", "characters"] = "by-script"  # characters for Chinese and Japanese
-    errors: ErrorsRule = "strict"
-    held_out: HeldOutSettings = field(default_factory=HeldOutSettings)
-    tokenizer: TokenizerSettings = field(default_factory=WordPieceSettings)
-
-    @property
-    def rule(self) -> DocumentRule:
-        """What a document is.
-
-        `by-ending` leaves the choice to the format. Plain text is the only one that is read, whatever a file's name
-        ends in, so it means blank-line here.
-        """
-        return "blank-line" if self.document == "by-ending" else self.document
 
 
 @dataclass(frozen=True)

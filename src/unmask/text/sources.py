@@ -19,14 +19,12 @@ import zlib
 from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Final, Literal, NamedTuple
+from typing import Final, NamedTuple
 
 from unmask.contracts import Part, Passage
 from unmask.errors import TextError
 from unmask.store import digest, file_digest
-
-DocumentRule = Literal["blank-line", "line", "file"]
-ErrorsRule = Literal["strict", "replace"]
+from unmask.text.settings import DocumentRule, ErrorsRule
 
 PASSAGE_CHARACTERS: Final = 1_000_000
 _CHUNK_BYTES: Final = 1 << 20

@@ -13,7 +13,7 @@ from __future__ import annotations
 import hashlib
 from array import array
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Final, Literal, NamedTuple
 
 import numpy as np
@@ -21,8 +21,9 @@ from jaxtyping import Int
 from numpy.typing import NDArray
 
 from unmask.contracts import Passage, Source
-from unmask.errors import RecipeError, TextError
-from unmask.recipe import Amount, Share
+from unmask.errors import TextError
+from unmask.recipe import Share
+from unmask.text.settings import HeldOutSettings
 
 FEW_DOCUMENTS: Final = 100  # below, one document more or less would decide what is measured
 _SHARES: Final = {"hash": Share(0.01), "tail": Share(0.10)}
@@ -31,23 +32,6 @@ _REPORT_CHARACTERS: Final = 1_000_000
 
 Side = Literal["train", "held-out"]
 Progress = Callable[[str, float], None]
-
-
-@dataclass(frozen=True)
-class HeldOutSettings:
-    """What validation sees and training doesn't."""
-
-    by: Literal["count-decides", "hash", "tail"] = "count-decides"  # hash from 100 documents on, else tail
-    share: Share | Literal["by-rule"] = "by-rule"  # 1% of all characters by hash, 10% of each document's by tail
-    at_most: Amount = field(default_factory=lambda: Amount(2_000_000, "characters"))  # by hash only
-
-    def __post_init__(self) -> None:
-        self.at_most.require("characters")
-        if isinstance(self.share, Share) and not 0 < self.share.fraction < 1:
-            raise RecipeError(
-                f"a share of {self.share} leaves nothing on one side",
-                next="hold out more than 0% and less than 100%",
-            )
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,56 @@
+"""Room card: how text is read, as a person says it.
+
+Comes in: the [text] table of a recipe. Goes out: frozen settings. Called by: sources, survey, corpus, blueprint.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from dataclasses import field as default
+from typing import Literal
+
+from unmask.errors import RecipeError
+from unmask.recipe import Amount, Share
+from unmask.text.vocabulary import TokenizerSettings, WordPieceSettings
+
+DocumentRule = Literal["blank-line", "line", "file"]
+ErrorsRule = Literal["strict", "replace", "skip"]
+UnicodeForm = Literal["NFC", "NFKC", "as-is"]
+
+
+@dataclass(frozen=True)
+class HeldOutSettings:
+    """What validation sees and training doesn't."""
+
+    by: Literal["count-decides", "hash", "tail"] = "count-decides"  # hash from 100 documents on, else tail
+    share: Share | Literal["by-rule"] = "by-rule"  # 1% of all characters by hash, 10% of each document's by tail
+    at_most: Amount = default(default_factory=lambda: Amount(2_000_000, "characters"))  # by hash only
+
+    def __post_init__(self) -> None:
+        self.at_most.require("characters")
+        if isinstance(self.share, Share) and not 0 < self.share.fraction < 1:
+            raise RecipeError(
+                f"a share of {self.share} leaves nothing on one side",
+                next="hold out more than 0% and less than 100%",
+            )
+
+
+@dataclass(frozen=True)
+class TextSettings:
+    """How text is read."""
+
+    document: Literal["by-ending", "blank-line", "line", "file"] = "by-ending"  # *.txt: blank-line; tables: a row
+    field: str = "text"  # of a .jsonl line; the column of .csv, .tsv, .parquet and data sets
+    unicode: UnicodeForm = "NFC"
+    words: Literal["by-script", "spaces", "characters"] = "by-script"  # characters for Chinese and Japanese
+    errors: ErrorsRule = "strict"  # replace: U+FFFD for bytes that are not UTF-8; skip: leave out and count
+    drop_duplicates: bool = False  # documents whose text was seen before
+    valid: Mapping[str, str] = default(default_factory=dict[str, str])  # name -> text that is measured beside held-out
+    held_out: HeldOutSettings = default(default_factory=HeldOutSettings)
+    tokenizer: TokenizerSettings = default(default_factory=WordPieceSettings)
+
+    @property
+    def rule(self) -> DocumentRule:
+        """What a document of plain text is; a row of a table is one document whatever this says."""
+        return "blank-line" if self.document == "by-ending" else self.document
