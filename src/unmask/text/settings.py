@@ -41,10 +41,10 @@ class TextSettings:
     """How text is read."""
 
     document: Literal["by-ending", "blank-line", "line", "file"] = "by-ending"  # *.txt: blank-line; tables: a row
-    field: str = "text"  # of a .jsonl line; the column of .csv, .tsv, .parquet and data sets
-    unicode: UnicodeForm = "NFC"
     words: Literal["by-script", "spaces", "characters"] = "by-script"  # characters for Chinese and Japanese
     errors: ErrorsRule = "strict"  # replace: U+FFFD for bytes that are not UTF-8; skip: leave out and count
+    field: str = "text"  # of a .jsonl line; the column of .csv, .tsv, .parquet and data sets
+    unicode: UnicodeForm = "NFC"
     drop_duplicates: bool = False  # documents whose text was seen before
     valid: Mapping[str, str] = default(default_factory=dict[str, str])  # name -> text that is measured beside held-out
     held_out: HeldOutSettings = default(default_factory=HeldOutSettings)
