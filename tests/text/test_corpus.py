@@ -240,7 +240,14 @@ def test_chinese_is_read_by_characters(tmp_path: Path) -> None:
 def test_settings_survive_toml(tmp_path: Path) -> None:
     for chosen in (
         TextSettings(),
-        TextSettings("line", "characters", "replace", held_out("tail", "12.5%"), CharacterSettings(minimum_count=3)),
+        TextSettings(
+            document="line",
+            words="characters",
+            errors="replace",
+            valid={"news": "news.txt"},
+            held_out=held_out("tail", "12.5%"),
+            tokenizer=CharacterSettings(minimum_count=3),
+        ),
     ):
         path = tmp_path / "text.toml"
         path.write_text(dump(chosen))
