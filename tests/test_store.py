@@ -28,6 +28,19 @@ def test_a_folder_appears_whole(tmp_path: Path) -> None:
     assert [entry.name for entry in tmp_path.iterdir()] == ["step-1"]
 
 
+def test_a_file_that_could_not_be_replaced_stands_and_nothing_lies_about(tmp_path: Path) -> None:
+    resource = pytest.importorskip("resource", reason="this system has no limits to set")
+    store.write_text(tmp_path / "recipe.toml", "old")
+    allowed = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, allowed[1]))
+    try:
+        with pytest.raises(StoreError, match="File too large"):
+            store.write_text(tmp_path / "recipe.toml", "new" * 100)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, allowed)
+    assert [(file.name, file.read_text()) for file in tmp_path.iterdir()] == [("recipe.toml", "old")]
+
+
 def test_an_error_leaves_the_old_folder(tmp_path: Path) -> None:
     with store.new_folder(tmp_path / "x") as folder:
         (folder / "a").write_text("old")

@@ -21,16 +21,18 @@ from unmask.errors import RecipeError, RunError
 from unmask.nn import EncoderSettings, ModernSettings
 from unmask.objectives.mlm import MlmSettings
 from unmask.optim import OptimiserSettings
+from unmask.outside import Outside, OutsideObjective
 from unmask.recipe import Amount
 from unmask.schedule import ScheduleSettings
 from unmask.tables import assign
 from unmask.text.settings import TextSettings
-from unmask.train.plan import EverySettings, Plan, StageSettings, check_budget, check_stages
-from unmask.world import Precision
+from unmask.train.plan import EverySettings, Plan, StageSettings, check_budget, check_stages, patience
+from unmask.train.sinks import SinkKind
+from unmask.world import Device, Precision
 
 RECIPE, PLAN = "recipe.toml", "plan"
-MAY_CHANGE = ("train.every", "train.keep", "show")
-"""What a resumed run may be given anew, beside its budget: nothing here changes a bit of what it computes."""
+MAY_CHANGE = ("train.stop_after", "train.sinks", "train.every", "train.keep", "show")
+"""What a resumed run may be given anew, beside its budget: nothing here changes a bit of what a step computes."""
 
 
 @dataclass(frozen=True)
@@ -40,9 +42,19 @@ class TrainSettings:
     budget: Amount = Amount(600, "seconds")
     every: EverySettings = field(default_factory=EverySettings)
     micro_batch: Amount = Amount(16_384, "tokens")  # a step's tokens are dealt in pieces of at most this
+    device: Device = "by-machine"
     precision: Precision = "by-machine"
     threads: int | Literal["all"] = "all"
     keep: int = 2  # step folders
+    keep_best: bool = True  # the model of the best validation, in best/
+    stop_after: str = "never"  # or "3 validations without gain"
+    average: float = 0.0  # the decay of an average of the weights, per step, e.g. 0.999; 0: none
+    sinks: tuple[SinkKind, ...] = ()  # what repeats the log: "tensorboard", "trackio"
+
+    @property
+    def patience(self) -> int:
+        """After how many validations without gain a run ends; 0: never."""
+        return patience(self.stop_after)
 
     def __post_init__(self) -> None:
         check_budget(self.budget, where="budget")
@@ -52,6 +64,11 @@ class TrainSettings:
             )
         if self.micro_batch.number < 1:
             raise RecipeError(f"a micro-batch of {self.micro_batch}", where="micro_batch", next='write "16k tokens"')
+        patience(self.stop_after)
+        if not 0 <= self.average < 1:
+            raise RecipeError(
+                f"`average` is {self.average}", where="average", next="give a decay below 1, e.g. 0.999, or 0 for none"
+            )
         if self.keep < 1:
             raise RecipeError(f"keep = {self.keep} would remove every step", where="keep", next="keep 1 or more")
 
@@ -79,7 +96,7 @@ class Recipe:
     seed: int = 17
     text: TextSettings = field(default_factory=TextSettings)
     encoder: EncoderSettings = field(default_factory=ModernSettings)
-    objective: MlmSettings = field(default_factory=MlmSettings)
+    objective: MlmSettings | OutsideObjective = field(default_factory=MlmSettings)
     stage: tuple[StageSettings, ...] = (StageSettings(),)
     optimiser: OptimiserSettings = field(default_factory=OptimiserSettings)
     schedule: ScheduleSettings = field(default_factory=ScheduleSettings)
@@ -95,6 +112,12 @@ class Recipe:
                 where="stage",
                 next=f"shorten the stage or set encoder.longest={longest}",
             )
+
+    @property
+    def outside(self) -> Sequence[Outside]:
+        """The kinds of a person's own that this recipe names, whose code it runs."""
+        named = (self.objective, self.text.source, self.text.cutter)
+        return [kind for kind in named if isinstance(kind, Outside)]
 
 
 def load_recipe(

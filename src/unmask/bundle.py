@@ -21,20 +21,24 @@ from torch import Tensor, nn
 
 from unmask import store
 from unmask.contracts import SPECIAL, Text, logits_at, pack
-from unmask.errors import DamagedError, ModelError
-from unmask.nn import EncoderSettings, build
-from unmask.nn.names import config, from_ecosystem, settings_of, to_ecosystem, vocabulary_of
+from unmask.errors import DamagedError, ModelError, UnmaskError
+from unmask.nn import ClassicSettings, EncoderSettings, build, build_pair
+from unmask.nn.names import States, config, from_ecosystem, settings_of, to_ecosystem, vocabulary_of
 from unmask.text.tokenizer import Tokenizer
 
-LATEST = "latest"
+LATEST, BEST = "latest", "best"
 CONFIG, WEIGHTS, CARD = "config.json", "model.safetensors", "card.json"
 _BATCH_TOKENS = 8192
+_REPLACED_AT_MOST = 5  # times while it is being read; a run writes its best model every few seconds at the most
 _NEXT_A_MODEL = "give a run of `unmask pretrain`, one of its step folders, or a folder that transformers saved"
 
 
 @dataclass
 class Model:
-    """An encoder with its vocabulary head and its tokenizer, ready to answer; float32, no dropout."""
+    """An encoder with its vocabulary head and its tokenizer, ready to answer; float32, no dropout.
+
+    A classic one may have a pair head, which reads two logits from each text: `pair(encoder(batch), batch)`.
+    """
 
     encoder: nn.Module
     head: nn.Module
@@ -42,6 +46,7 @@ class Model:
     settings: EncoderSettings
     card: dict[str, Any] = field(default_factory=dict)
     path: str = ""
+    pair: nn.Module | None = None
 
     @property
     def context(self) -> int:
@@ -127,43 +132,63 @@ def save(folder: Path, model: Model) -> None:
     """
     with store.saying_where(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        tensors = to_ecosystem(model.encoder.state_dict(), model.head.state_dict(), model.settings)
+        pair = None if model.pair is None else model.pair.state_dict()
+        tensors = to_ecosystem(States(model.encoder.state_dict(), model.head.state_dict(), pair), model.settings)
         ready = {name: tensors[name].detach().cpu().contiguous() for name in sorted(tensors)}
         save_file(ready, folder / WEIGHTS, metadata={"format": "pt"})
-        special = {
-            name: found
-            for name, piece in _SPECIAL_PIECES.items()
-            if (found := model.tokenizer.token_to_id(piece)) is not None
-        }
+        ids = {name: found for name in _ROLES if (found := model.tokenizer.role_id(f"{name}_token")) is not None}
         vocabulary = int(cast(Any, model.encoder).vocabulary)
-        store.write_json(folder / CONFIG, config(model.settings, vocabulary, special))
-        model.tokenizer.save(folder, longest=model.context)
+        store.write_json(folder / CONFIG, config(model.settings, vocabulary, ids, pair=pair is not None))
+        inputs = _CLASSIC_INPUTS if isinstance(model.settings, ClassicSettings) else _INPUTS
+        model.tokenizer.save(folder, inputs=inputs, longest=model.context)
         store.write_json(folder / CARD, model.card)
 
 
-_SPECIAL_PIECES = {"pad": "[PAD]", "unk": "[UNK]", "cls": "[CLS]", "sep": "[SEP]", "mask": "[MASK]"}
+_ROLES = ("pad", "unk", "cls", "sep", "mask")
+_INPUTS = ("input_ids", "attention_mask")  # what a forward takes there; the modern one refuses segments
+_CLASSIC_INPUTS = ("input_ids", "token_type_ids", "attention_mask")
 
 
 def follow(latest: Path) -> Path:
-    """The step folder that a run's `latest` is: a symbolic link, or the folder itself where copying made it one.
+    """The step folder that a run's `latest` is.
+
+    That is a symbolic link, a small file with its name where links can't be made, or the folder itself where copying
+    made it one.
 
     Raises:
         DamagedError: the step folder that it names is gone.
     """
-    if not latest.is_symlink():
+    folder = store.pointed(latest)
+    if folder is None:
         return latest
-    folder = latest.parent / latest.readlink()
     if not folder.is_dir():
         raise DamagedError(
             f"the step that `latest` names is gone: {folder.name}",
             where=str(latest),
-            next="restore that folder, or point the link at another step-… of this run: ln -sfn step-… latest",
+            next=f"restore that folder, or name another of this run: {how_to_point(latest.parent, 'step-…')}",
         )
     return folder
 
 
+def last_step(run: Path) -> int | None:
+    """The number of a run's last step, if its `latest` says."""
+    folder = store.pointed(run / LATEST)
+    number = folder.name.removeprefix("step-") if folder else ""
+    return int(number) if number.isdecimal() else None
+
+
+def how_to_point(run: Path, step: str) -> str:
+    """The command that makes a run's `latest` name a step, for a message."""
+    return f"echo {step} > {run / LATEST}" if os.name == "nt" else f"ln -sfn {step} {run / LATEST}"
+
+
+def best_of(run: Path) -> Path | None:
+    """The folder of a run's best model by validation, if there is one; while it is being replaced, the old one."""
+    return next((place for place in (run / BEST, store.set_aside(run / BEST)) if place.is_dir()), None)
+
+
 def find(path: str | Path) -> Path:
-    """The model folder that a path means: a run's latest step, or the folder itself.
+    """The model folder that a path means: a run's best model, else its latest step; or the folder itself.
 
     Raises:
         ModelError: there is no model there.
@@ -171,8 +196,13 @@ def find(path: str | Path) -> Path:
     folder = Path(path)
     if not os.path.exists(folder):  # Path.exists raises where a name is too long to be one
         raise ModelError("there is nothing at this path", where=str(folder), next=_NEXT_A_MODEL)
-    if os.path.lexists(folder / LATEST):
+    best = best_of(folder)
+    if best is not None and not (folder / CONFIG).is_file():
+        folder = best
+    elif os.path.lexists(folder / LATEST):
         folder = follow(folder / LATEST)
+    elif folder.name == LATEST and folder.is_file():
+        folder = follow(folder)
     if not (folder / CONFIG).is_file():
         is_run = (folder / "recipe.toml").is_file()
         raise ModelError(
@@ -190,7 +220,27 @@ def load(path: str | Path) -> Model:
         ModelError: no model there, of an architecture that isn't held here, or a tokenizer that doesn't fit it.
         DamagedError: a file was cut short or changed; it is named.
     """
-    folder = find(path)
+    for _ in range(_REPLACED_AT_MOST):
+        folder = find(path)
+        before = _identity(folder)
+        try:
+            return _opened(folder)
+        except (UnmaskError, OSError):
+            if _identity(folder) == before:
+                raise
+    return _opened(find(path))
+
+
+def _identity(folder: Path) -> tuple[int, int] | None:
+    """What tells a folder from one that has taken its name: a run at work replaces its best model."""
+    try:
+        found = folder.stat()
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino
+
+
+def _opened(folder: Path) -> Model:
     if (folder / store.DIGESTS).is_file():
         store.check_seal(folder)
     description = store.read_json(folder / CONFIG)
@@ -212,31 +262,36 @@ def load(path: str | Path) -> Model:
             where=str(folder),
             next="use the tokenizer that this model was trained with",
         )
-    encoder, head = build(settings, vocabulary)
-    _fill(encoder, head, weights, settings)
-    encoder.eval()
-    head.eval()
+    encoder, head, pair = _filled(settings, vocabulary, weights)
     card: Any = store.read_json(folder / CARD) if (folder / CARD).is_file() else {}
     if not isinstance(card, dict):
         raise DamagedError(
             "no card that we wrote", where=str(folder / CARD), next="restore it from a copy, or remove it"
         )
-    return Model(encoder, head, tokenizer, settings, cast("dict[str, Any]", card), str(folder))
+    return Model(encoder, head, tokenizer, settings, cast("dict[str, Any]", card), str(folder), pair)
 
 
-def _fill(encoder: nn.Module, head: nn.Module, weights: Path, settings: EncoderSettings) -> None:
-    """Read the weights into the modules, strictly: a missing, foreign or misshapen tensor is an error."""
+def _filled(settings: EncoderSettings, vocabulary: int, weights: Path) -> tuple[nn.Module, nn.Module, nn.Module | None]:
+    """Encoder, head and pair head, if any, filled strictly: a missing, foreign or misshapen tensor is an error."""
     try:
         tensors: Mapping[str, Tensor] = load_file(weights)
     except SafetensorError as error:
         raise DamagedError(
             f"not readable as safetensors: {error}", where=str(weights), next="restore it from a copy or another step"
         ) from error
-    encoder_state, head_state = from_ecosystem({name: t.float() for name, t in tensors.items()}, settings)
     try:
-        encoder.load_state_dict(encoder_state)
-        head.load_state_dict(head_state)
+        states = from_ecosystem({name: t.float() for name, t in tensors.items()}, settings)
+    except ModelError as error:
+        raise ModelError(error.what, where=str(weights), next=error.next) from error
+    encoder, head = build(settings, vocabulary)
+    pair = None if states.pair is None else build_pair(settings)
+    try:
+        for module, state in zip((encoder, head, pair), states, strict=True):
+            if module is not None and state is not None:
+                module.load_state_dict(state)
+                module.eval()
     except RuntimeError as error:
         raise ModelError(
             f"the weights don't fit the configuration: {error}", where=str(weights), next=_NEXT_A_MODEL
         ) from error
+    return encoder, head, pair

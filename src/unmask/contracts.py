@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
@@ -200,11 +201,62 @@ class Head(Protocol):
         ...
 
 
+class Vocabulary(Protocol):
+    """The pieces that ids stand for."""
+
+    @property
+    def size(self) -> int:
+        """Ids run from 0 to size - 1."""
+        ...
+
+    @property
+    def mask_id(self) -> int:
+        """The id of [MASK]."""
+        ...
+
+    @property
+    def ordinary_N(self) -> NDArray[np.int64]:
+        """The ids that may stand in another's place: all but special pieces."""
+        ...
+
+    def token_to_id(self, piece: str) -> int | None:
+        """The id of a piece, or None where there is no such piece."""
+        ...
+
+    def id_to_token(self, id: int) -> str:
+        """The piece of an id."""
+        ...
+
+
+@dataclass(frozen=True)
+class ObjectiveTools:
+    """What an objective from outside is made with, beside its settings."""
+
+    vocabulary: Vocabulary
+    width: int  # of the encoder's vectors, for an objective with parts of its own
+
+
+@dataclass(frozen=True)
+class CutterTools:
+    """What a cutter from outside is made with, beside its settings."""
+
+    lengths_N: Int[np.ndarray, "N"]  # tokens of each document; some may have none
+    length: int  # tokens that a sample may hold, special pieces not counted
+    seed: int
+
+
+@dataclass(frozen=True)
+class SourceTools:
+    """What a source from outside is made with, beside its settings."""
+
+    paths: tuple[Path, ...]  # what was given as TEXT, absolute; may be empty
+
+
 class Objective(Protocol):
     """What is hidden, what is asked, what it costs."""
 
     terms: Mapping[str, float]  # name -> weight in the step's loss
-    metrics: Sequence[str]  # the names in a loss's `seen`
+    metrics: Sequence[str]  # the names in a loss's `seen`; "loss" is one, nats over what was asked
     cutter: str  # which cutter its samples come from: "windows"
     parts: nn.Module  # its own parameters, saved as objective.safetensors (an empty module where it has none)
     fills: bool  # whether encoder + head answer masks

@@ -18,6 +18,7 @@ from unmask.bundle import load
 from unmask.errors import RunError
 from unmask.pretrain import Result, launch
 from unmask.text.library import english_of_python
+from unmask.train.lock import refuse_in_use
 from unmask.train.show import Display
 from unmask.use.fill import Filled, fill
 
@@ -47,7 +48,7 @@ def demo(
     """Pretrain on the standard library's English, then fill five masks. An earlier demo in `out` is replaced.
 
     Raises:
-        RunError: `out` holds something that no demo made.
+        RunError: `out` holds something that no demo made, or one is at work there.
     """
     folder = Path(out)
     recipe = replace(load_recipe("demo", (), overrides), name=MARK)
@@ -73,6 +74,7 @@ def _earlier_set_aside(folder: Path) -> Generator[None]:
     recipe = folder / RECIPE
     if not (recipe.is_file() and f'name = "{MARK}"' in recipe.read_text(encoding="utf-8")):
         raise RunError("this folder was not made by a demo", where=str(folder), next="choose another --out")
+    refuse_in_use(folder)
     shutil.rmtree(aside, ignore_errors=True)
     folder.rename(aside)
     try:

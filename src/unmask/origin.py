@@ -12,16 +12,20 @@ import os
 import platform
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from unmask import __version__, store
-from unmask.contracts import Source
+from unmask.blueprint import Recipe
+from unmask.contracts import Source, SourceTools
 from unmask.errors import DamagedError, RecipeError, RunError, TextError
-from unmask.text.corpus import open_source
+from unmask.outside import OutsideSource, facts, make
+from unmask.text.listing import absolute, is_name, weighted
+from unmask.text.opening import open_source
 from unmask.text.settings import TextSettings
-from unmask.text.sources import MemorySource
+from unmask.text.sources import FileSource, MemorySource
 from unmask.workshop import Workshop
 from unmask.world import World
 
@@ -32,16 +36,20 @@ _LONGEST_NAME = 255  # bytes that a file's name may have almost everywhere
 
 
 def open_text(texts: Sequence[str | Path], settings: TextSettings) -> Source:
-    """Files and folders; or the texts themselves, one document each, where one of them can't be meant as a path.
+    """Files, folders, patterns, data sets, "-" for standard input, each perhaps with a weight (`TEXT:0.7`).
+
+    Or the texts themselves, one document each, where one of them can't be meant as the name of something.
 
     Raises:
         RecipeError: nothing was given.
         TextError: paths among texts; or, now or on reading, text that can't be read.
     """
+    if isinstance(settings.source, OutsideSource):
+        return _open_outside(settings.source, texts)
     if not texts:
         raise RecipeError("no text was given", next="name text files or folders: unmask pretrain notes.txt")
     if not any(_is_prose(text) for text in texts):
-        return open_source([Path(text) for text in texts], settings)
+        return open_source(texts, settings)
     for text in texts:
         if isinstance(text, Path) or (len(text) <= _LONGEST_NAME and os.path.isfile(text)):
             raise TextError(
@@ -49,17 +57,22 @@ def open_text(texts: Sequence[str | Path], settings: TextSettings) -> Source:
                 where=str(text),
                 next="give paths alone, or texts alone",
             )
-    return MemorySource([str(text) for text in texts])
+    return MemorySource([str(text) for text in texts], settings.unicode)
+
+
+def _open_outside(settings: OutsideSource, texts: Sequence[str | Path]) -> Source:
+    """A source of a person's own, which is told what was named on the command line."""
+    return make(settings, SourceTools(tuple(Path(text).absolute() for text in texts)))
 
 
 def _is_prose(text: str | Path) -> bool:
-    """Whether this is no path: it is blank, has lines, or has spaces where nothing of that name exists."""
+    """Whether this names nothing: it is blank, has lines, or has spaces where nothing of that name exists."""
     if isinstance(text, Path):
         return False
     if not text.strip() or "\n" in text or len(text) > 16 * _LONGEST_NAME:
         return True
     # Not Path.exists, which raises where a name is too long to be one.
-    return len(text.split()) > 1 and not text.endswith((".txt", ".gz")) and not os.path.exists(text)
+    return len(text.split()) > 1 and not is_name(text) and not os.path.exists(weighted(text)[0])
 
 
 def open_text_again(run: Path, environment: Mapping[str, Any], settings: TextSettings) -> Source:
@@ -70,13 +83,15 @@ def open_text_again(run: Path, environment: Mapping[str, Any], settings: TextSet
         RunError: the text has changed, or the run has lost the texts that it kept.
     """
     then = environment["text"]
-    if then["paths"]:
-        source: Source = open_source([Path(path) for path in then["paths"]], settings)
+    if isinstance(settings.source, OutsideSource):
+        source: Source = _open_outside(settings.source, then["paths"])
+    elif then["paths"]:
+        source = open_source(then["paths"], settings)
     else:
         kept = run / TEXTS
         if not kept.is_file():
             raise RunError("the run's text is gone", where=str(kept), next="restore this file, or start a new run")
-        source = MemorySource(_read_texts(kept))
+        source = MemorySource(_read_texts(kept), settings.unicode)
     if source.fingerprint != then["fingerprint"]:
         raise RunError(
             "the text is not what this run was started with",
@@ -84,6 +99,43 @@ def open_text_again(run: Path, environment: Mapping[str, Any], settings: TextSet
             next="bring the old text back, or start a new run on the new one",
         )
     return source
+
+
+def open_valid(settings: TextSettings) -> dict[str, FileSource]:
+    """The further texts that validations measure, by name.
+
+    Raises:
+        TextError: one of them is missing, or its first bytes can't be read.
+    """
+    opened: dict[str, FileSource] = {}
+    for name, path in settings.valid.items():
+        source = opened[name] = open_source([path], settings)
+        try:
+            source.check()
+        except TextError as error:
+            where = f"text.valid.{name}: {error.where or path}"
+            raise TextError(error.what, where=where, next=error.next) from error
+    return opened
+
+
+def open_valid_again(environment: Mapping[str, Any], settings: TextSettings) -> dict[str, FileSource]:
+    """The further texts that a run was started with.
+
+    Raises:
+        TextError: one of them is gone or can't be read.
+        RunError: one of them has changed.
+    """
+    then = environment["text"].get("valid", {})
+    paths = {name: then[name]["path"] if name in then else path for name, path in settings.valid.items()}
+    opened = open_valid(replace(settings, valid=paths))
+    for name, source in opened.items():
+        if name not in then or source.fingerprint != then[name]["fingerprint"]:
+            raise RunError(
+                f"the validation text `{name}` is not what this run was started with",
+                where=paths[name],
+                next="bring the old text back, or start a new run on the new one",
+            )
+    return opened
 
 
 def _read_texts(path: Path) -> list[str]:
@@ -95,31 +147,43 @@ def _read_texts(path: Path) -> list[str]:
         ) from error
 
 
-def bits(world: World) -> dict[str, Any]:
-    """What the bits of a run depend on beside its recipe and text."""
+def bits(world: World, recipe: Recipe) -> dict[str, Any]:
+    """What the bits of a run depend on beside its recipe and text; the code of a person's own is part of it."""
     versions = {name: metadata.version(name) for name in _PACKAGES}
-    return {**world.facts(), **versions, "python": platform.python_version(), "unmask": __version__}
+    own = {f"{kind.role} {kind.kind}": facts(kind)["digest"] for kind in recipe.outside}
+    return {**world.facts(), **versions, "python": platform.python_version(), "unmask": __version__, **own}
 
 
 def write_environment(run: Path, workshop: Workshop, texts: Sequence[str | Path], flops_per_second: float) -> None:
     """RUN/env.json, and RUN/texts.jsonl where the texts are in no file."""
-    in_memory = isinstance(workshop.source, MemorySource)
-    if in_memory:
+    if isinstance(workshop.source, MemorySource):
         store.write_text(run / TEXTS, "".join(json.dumps(str(text)) + "\n" for text in texts))
     told = {
-        "bits": bits(workshop.world),
+        "bits": bits(workshop.world, workshop.recipe),
+        "outside": {kind.role: facts(kind) for kind in workshop.recipe.outside},
         "platform": platform.platform(),
         "command": sys.argv,
         "back_ends": workshop.back_ends(),
         "matmul_flops_per_second": flops_per_second,
         "text": {
-            "paths": [] if in_memory else [str(Path(text).absolute()) for text in texts],
+            "paths": _paths(workshop.source, texts),
             "fingerprint": workshop.source.fingerprint,
+            "valid": {
+                name: {"path": absolute(text.paths[0]), "fingerprint": text.fingerprint}
+                for name, text in workshop.valid.items()
+            },
             "tokenizer": workshop.tokenizer.fingerprint,
             "facts": workshop.corpus.facts,
         },
     }
     store.write_json(run / ENVIRONMENT, told)
+
+
+def _paths(source: Source, texts: Sequence[str | Path]) -> list[str]:
+    """What opens the source again, whatever the working folder; nothing where the texts are in memory."""
+    if isinstance(source, FileSource):
+        return [absolute(path) for path in source.paths]  # standard input by now has a file
+    return [] if isinstance(source, MemorySource) else [str(Path(text).absolute()) for text in texts]
 
 
 def read_environment(run: Path) -> dict[str, Any]:

@@ -2,8 +2,9 @@
 
 Comes in: TOML (a shipped recipe's name, a file, `--set a.b=c`) and a tree of frozen dataclasses, each defined beside
 its owner. Goes out: that tree filled in, and its written form with every value. All is strict: an unknown key, a wrong
-type, an unknown choice or a missing unit is a RecipeError with file, key and nearest name. Called by: pretrain, cli,
-and every room whose settings hold a Share ("60%") or an Amount ("64k tokens").
+type, an unknown choice or a missing unit is a RecipeError with file, key and nearest name. A kind from outside
+("package.module:Name", where a union has an Outside) is imported, and its settings walked as strictly. Called by:
+pretrain, cli, and every room whose settings hold a Share ("60%") or an Amount ("64k tokens").
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import math
 import os
 import re
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from importlib.resources.abc import Traversable
@@ -25,11 +26,25 @@ import tomli_w
 
 from unmask.amounts import UNIT_EXAMPLES, Amount, Share, nearest
 from unmask.errors import RecipeError
+from unmask.outside import NoSettings, Outside, find, guarded, is_outside, settings_class
 from unmask.tables import Tree, apply_set, layer_of, merge
 
-__all__ = ["Amount", "Share", "Tree", "apply_set", "build", "dump", "load_toml", "merge", "resolve", "shipped_recipes"]
+__all__ = [
+    "Amount",
+    "Share",
+    "Tree",
+    "apply_set",
+    "build",
+    "build_outside",
+    "dump",
+    "load_toml",
+    "merge",
+    "resolve",
+    "shipped_recipes",
+]
 
 Settings = TypeVar("Settings")
+OutsideKind = TypeVar("OutsideKind", bound=Outside)
 
 
 # TOML on disk -------------------------------------------------------------------------------------------------------
@@ -196,31 +211,79 @@ def build(
     return cast("Settings", _table((settings,), tree, _Place(where, tuple(sets), flags or {})))
 
 
+def build_outside(role: type[OutsideKind], tree: Tree, where: str, sets: Sequence[str] = ()) -> OutsideKind:
+    """A kind from outside and its settings, from a table of its own.
+
+    Raises:
+        RecipeError: as by `build`; or the kind names nothing that can be what `role` says.
+    """
+    return cast("OutsideKind", _from_outside(role, tree, _Place(where, tuple(sets), {})))
+
+
 def _kinds(member: Any) -> tuple[str, ...]:
     return get_args(get_type_hints(member).get("kind", Literal["kind"]))
 
 
 def _table(members: Sequence[Any], tree: Tree, place: _Place) -> Any:
     """One of the dataclasses `members`, chosen by the table's `kind`; without one, the first."""
-    chosen = members[0]
+    inside = [member for member in members if not issubclass(member, Outside)]
+    outside = [member for member in members if issubclass(member, Outside)]
+    chosen = inside[0]
+    if "kind" in tree and outside and is_outside(tree["kind"]):
+        return _from_outside(outside[0], tree, place)
     if "kind" in tree and len(members) > 1:
-        fitting = [member for member in members if tree["kind"] in _kinds(member)]
+        fitting = [member for member in inside if tree["kind"] in _kinds(member)]
         if not fitting:
-            _choice([kind for member in members for kind in _kinds(member)], tree["kind"], place.inside("kind"))
+            kinds = [kind for member in inside for kind in _kinds(member)]
+            _choice(kinds, tree["kind"], place.inside("kind"), or_outside=bool(outside))
         chosen = fitting[0]
-        others = {field.name for member in members for field in dataclasses.fields(member)} - {
-            field.name for field in dataclasses.fields(chosen)
-        }
-        # What another kind was given in a recipe below the one that chose this kind means nothing to it.
-        tree = {k: v for k, v in tree.items() if k not in others or layer_of(tree, k) >= layer_of(tree, "kind")}
+        known = {field.name for field in dataclasses.fields(chosen)}
+        others = {field.name for member in inside for field in dataclasses.fields(member)} - known
+        others |= set(tree) - known if outside else set()  # nobody knows here what a kind from outside was given
+        tree = _above_its_kind(tree, others)
+    return _filled(chosen, tree, place)
+
+
+def _above_its_kind(tree: Tree, others: Collection[str]) -> Tree:
+    """The table without what another kind was given in a recipe below the one that chose this kind."""
+    return {k: v for k, v in tree.items() if k not in others or layer_of(tree, k) >= layer_of(tree, "kind")}
+
+
+def _from_outside(member: type[Outside], tree: Tree, place: _Place) -> Outside:
+    """A kind from outside and its own settings, walked as any other's."""
+    kind = cast("str", tree["kind"])
+    try:
+        cls = find(kind, member)
+        chosen = settings_class(cls)
+        hints: dict[str, Any] = guarded(
+            f"the types of `{cls.__name__}.Settings` can't be read", lambda: get_type_hints(chosen), cls
+        )
+    except RecipeError as error:
+        raise place.inside("kind").error(error.what, error.next) from error
+    tree = _above_its_kind(tree, set(tree) - set(hints) - {"kind"})
+    if "kind" not in hints:
+        tree = {key: value for key, value in tree.items() if key != "kind"}
+    settings = _filled(chosen, tree, place, kind, cls)
+    try:
+        _written(settings)
+    except AssertionError as error:
+        raise place.error(
+            f"`{cls.__name__}.Settings`: {error}", "hold what TOML holds: numbers, texts, lists"
+        ) from error
+    return member(kind, settings)
+
+
+def _filled(chosen: Any, tree: Tree, place: _Place, kind: str = "", cls: type = NoSettings) -> Any:
+    """The dataclass `chosen` with what its table says; `kind` and its class are given for one from outside."""
     fields = [field for field in dataclasses.fields(chosen) if field.init]
     hints, known = get_type_hints(chosen), [field.name for field in fields]
     for key in tree:
         if key not in known:
             near = nearest(key, known)
-            kind = f" of kind `{_kinds(chosen)[0]}`" if "kind" in known else ""
-            what = f"unknown key `{key}`{kind}" + (f": did you mean `{near}`?" if near else "")
-            raise place.inside(key).error(what, next=f"the keys here are {', '.join(known)}")
+            whose = kind or (_kinds(chosen)[0] if "kind" in known else "")
+            what = f"unknown key `{key}`{f' of kind `{whose}`' if whose else ''}"
+            keys = f"the keys here are {', '.join(known)}" if known else "there are no keys here"
+            raise place.inside(key).error(what + (f": did you mean `{near}`?" if near else ""), next=keys)
     values = {key: _value(hints[key], value, place.inside(key)) for key, value in tree.items()}
     for field in fields:
         has_default = (field.default, field.default_factory) != (dataclasses.MISSING, dataclasses.MISSING)
@@ -229,20 +292,25 @@ def _table(members: Sequence[Any], tree: Tree, place: _Place) -> Any:
                 f"`{field.name}` is missing", next=f"give {_spoken(hints[field.name])}"
             )
     try:
-        return chosen(**values)
+        return (
+            guarded(f"the settings of `{kind}` are refused", lambda: chosen(**values), cls)
+            if kind
+            else chosen(**values)
+        )
     except RecipeError as error:
         # Settings may say in `where` which of their own fields is at fault.
         raise (place.inside(error.where) if error.where else place).error(error.what, error.next) from error
 
 
-def _choice(choices: Sequence[Any], value: Any, place: _Place) -> Any:
+def _choice(choices: Sequence[Any], value: Any, place: _Place, *, or_outside: bool = False) -> Any:
     """The value, where it is one of the choices."""
     for choice in choices:
         if type(choice) is type(value) and choice == value:
             return choice
     near = nearest(value, [choice for choice in choices if isinstance(choice, str)]) if isinstance(value, str) else ""
     what = f"unknown choice {_shown(value)}" + (f": did you mean {_shown(near)}?" if near else "")
-    raise place.error(what, next=f"choose one of {', '.join(map(_shown, choices))}")
+    own = ", or name a class of your own: package.module:Name" if or_outside else ""
+    raise place.error(what, next=f"choose one of {', '.join(map(_shown, choices))}{own}")
 
 
 def _value(hint: Any, value: Any, place: _Place) -> Any:
@@ -315,6 +383,8 @@ def _written(value: Any) -> Any:
     """A settings value as TOML holds it; a field that is None is left out, so None must be its default."""
     if isinstance(value, Share | Amount | Path):
         return str(value)
+    if isinstance(value, Outside):
+        return {"kind": value.kind, **_written(value.settings)}
     if dataclasses.is_dataclass(value):
         held = {field.name: getattr(value, field.name) for field in dataclasses.fields(value) if field.init}
         return {name: _written(entry) for name, entry in held.items() if entry is not None}

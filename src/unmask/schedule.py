@@ -44,6 +44,15 @@ class ScheduleSettings:
             raise RecipeError(f"`warmup_steps` is {self.warmup_steps}", where="warmup_steps", next="give at least 1")
 
 
+def decay_in_words(settings: ScheduleSettings) -> str:
+    """When the rates come down, for a person; empty where they don't, or have no end to come down to."""
+    if settings.floor == 1 or settings.kind == "noam":
+        return ""
+    if settings.kind == "stable":
+        return f"over the last {settings.decay} of the plan" if settings.decay.fraction else ""
+    return "until the end of the plan"
+
+
 def rate_factor(settings: ScheduleSettings, progress: float, step: int, width: int) -> float:
     """The factor on all peak rates of step `step` (from 0), begun when the share `progress` of planned tokens was done.
 

@@ -20,6 +20,7 @@ from safetensors import SafetensorError
 from unmask.errors import DamagedError, StoreError
 
 _CHUNK_BYTES = 1 << 22
+_LONGEST_NAME_BYTES = 1 << 10
 DIGESTS = "digests.json"
 
 
@@ -44,8 +45,9 @@ def file_digest(path: Path) -> str:
 
 def _sync(path: Path) -> None:
     """Force a file or folder to the disk; folders can't be synced on every system, and there it does nothing."""
+    # Windows syncs only what was opened for writing; a folder can be opened for reading alone, and there not even that.
     try:
-        handle = os.open(path, os.O_RDONLY)
+        handle = os.open(path, os.O_RDWR if path.is_file() else os.O_RDONLY)
     except OSError:
         return
     try:
@@ -63,8 +65,9 @@ def saying_where(path: Path) -> Generator[None]:
     try:
         yield
     except (OSError, SafetensorError) as error:  # safetensors wraps what the system said, a full disk for one
+        reason = getattr(error, "strerror", None) or str(error).removeprefix("Error while serializing: ")
         raise StoreError(
-            f"can't write here: {getattr(error, 'strerror', None) or error}",
+            f"can't write here: {reason}",
             where=str(getattr(error, "filename", None) or path),
             next="choose another place (--out), make room on the disk, or give yourself the right to write there",
         ) from error
@@ -96,9 +99,13 @@ def write_text(path: Path, text: str) -> None:
     with saying_where(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         aside = path.with_name(f".{path.name}.{os.getpid()}")
-        aside.write_text(text, encoding="utf-8")
-        _sync(aside)
-        os.replace(aside, path)
+        try:
+            aside.write_text(text, encoding="utf-8")
+            _sync(aside)
+            os.replace(aside, path)
+        except BaseException:  # what a full disk took of it would lie about for ever
+            aside.unlink(missing_ok=True)
+            raise
         _sync(path.parent)
 
 
@@ -134,9 +141,8 @@ def new_folder(path: Path) -> Generator[Path]:
     """
     with saying_where(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        old = path.parent / f".{path.name}.aside-old"
-        if old.exists() and not path.exists():  # a kill came between the two renames below
-            os.rename(old, path)
+        recover(path)
+        old = set_aside(path)
         for leftover in path.parent.glob(f".{path.name}.aside-*"):
             shutil.rmtree(leftover, ignore_errors=True)
         aside = path.parent / f".{path.name}.aside-{os.getpid()}"
@@ -158,14 +164,50 @@ def new_folder(path: Path) -> Generator[Path]:
             raise
 
 
-def point(link: Path, target: str) -> None:
-    """Make `link` a symbolic link to `target` (relative to the link's folder), replacing the old one in one step."""
+def set_aside(path: Path) -> Path:
+    """Where `new_folder` puts the folder that it is about to replace, for the moment between its two renames."""
+    return path.parent / f".{path.name}.aside-old"
+
+
+def recover(path: Path) -> None:
+    """Put back a folder that a kill between the two renames of `new_folder` left aside."""
+    if set_aside(path).exists() and not path.exists():
+        os.rename(set_aside(path), path)
+
+
+def point(link: Path, target: str) -> bool:
+    """Make `link` name `target` (relative to the link's folder), replacing what it named before in one step.
+
+    Returns:
+        Whether it is a symbolic link. Where none can be made (a file system or an account without them; Windows, where
+        none can be replaced in one step) it is a small file with the name in it; `pointed` reads both.
+    """
     with saying_where(link):
         aside = link.with_name(f".{link.name}.{os.getpid()}")
         aside.unlink(missing_ok=True)
-        aside.symlink_to(target)
-        os.replace(aside, link)
-        _sync(link.parent)
+        linked = os.name != "nt"
+        if linked:
+            try:
+                aside.symlink_to(target)
+            except (OSError, NotImplementedError):
+                linked = False
+        if linked:
+            os.replace(aside, link)
+            _sync(link.parent)
+        else:
+            write_text(link, target + "\n")
+    return linked
+
+
+def pointed(link: Path) -> Path | None:
+    """What `point` made `link` name, whether or not it exists; None where this is neither a link nor such a file."""
+    if link.is_symlink():
+        return link.parent / link.readlink()
+    if link.is_file() and link.stat().st_size <= _LONGEST_NAME_BYTES:
+        name = link.read_text(encoding="utf-8", errors="replace").strip()
+        if name and Path(name).name == name:
+            return link.parent / name
+    return None
 
 
 def seal(folder: Path) -> None:

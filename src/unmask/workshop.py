@@ -7,7 +7,8 @@ pretrain.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -18,34 +19,50 @@ import torch
 from unmask import __version__, rng
 from unmask.blueprint import Recipe
 from unmask.bundle import Model
-from unmask.contracts import SENTENCE_START, WORD_START, Learner, Source
+from unmask.contracts import SENTENCE_START, WORD_START, Learner, Objective, ObjectiveTools, Source
 from unmask.errors import TextError
+from unmask.eval.documents import documents_of_shards, documents_of_source
 from unmask.eval.heldout import Document, Frozen, evaluate, freeze
-from unmask.nn import ModernSettings, build, flops_per_token
+from unmask.nn import build, flops_per_token, products
 from unmask.nn.attention import backend_of
 from unmask.objectives.masking import Integers
 from unmask.objectives.mlm import Mlm
 from unmask.optim import Optimiser, build_optimiser
-from unmask.schedule import rate_factor
+from unmask.outside import OutsideCutter, OutsideObjective, make, said
+from unmask.schedule import decay_in_words, rate_factor
 from unmask.text.corpus import Corpus, default_cache, places, prepare
-from unmask.text.shards import Shards
+from unmask.text.sources import FileSource
+from unmask.text.tokenizer import Tokenizer
 from unmask.train import checkpoint
+from unmask.train.average import Average
 from unmask.train.feed import StageFeed
-from unmask.train.forecast import disk_bytes, memory_bytes, probe
+from unmask.train.forecast import PLANNED, TOLD, disk_bytes, memory_bytes, probe
 from unmask.train.loop import Standing, Training
 from unmask.train.panel import Panel, Seen, as_seen
 from unmask.train.plan import SHORTEST, Measured, Plan
-from unmask.train.show import Display, Forecast, Validation
+from unmask.train.show import Display, Forecast, SetValidation, Validation
 from unmask.world import World, matmul_rate
 
 
 class Workshop:
     """Everything that a run works with. Building it reads and tokenizes the text; it writes to the cache alone."""
 
-    def __init__(self, recipe: Recipe, source: Source, world: World, display: Display) -> None:
+    def __init__(
+        self,
+        recipe: Recipe,
+        source: Source,
+        world: World,
+        display: Display,
+        valid: Mapping[str, FileSource] | None = None,
+    ) -> None:
+        """`valid` are further texts that each validation measures, by name."""
         self.recipe = recipe
         self.source = source
+        self.valid: Mapping[str, FileSource] = valid or {}
         self.world = world
+        self._say = display.say
+        for kind in recipe.outside:
+            display.say(said(kind))
         self.corpus: Corpus = prepare(source, recipe.text, default_cache(), display.preparing)
         for sentence in self.corpus.said:
             display.say(sentence)
@@ -54,16 +71,25 @@ class Workshop:
         self.vocabulary = self.tokenizer.size
         torch.manual_seed(rng.integer(recipe.seed, "weights"))
         encoder, head = build(recipe.encoder, self.vocabulary)
-        self.objective = Mlm(recipe.objective, self.tokenizer.mask_id, self.tokenizer.ordinary_N)
+        self.objective = build_objective(recipe, self.tokenizer)
+        self.objective.parts.to(world.device)
         self.learner = Learner(encoder.to(world.device), head.to(world.device), self.objective)
         self.optimiser = self.build_optimiser(self.learner)
+        self.average = Average(self.learner, recipe.train.average) if recipe.train.average else None
         self.feeds = [
             StageFeed(
-                self.corpus.train, self.tokenizer, stage.length, round(recipe.train.micro_batch.number), recipe.seed
+                self.corpus.train,
+                self.tokenizer,
+                stage.length,
+                round(recipe.train.micro_batch.number),
+                recipe.seed,
+                self.corpus.groups,
+                outside=cutter if isinstance(cutter := recipe.text.cutter, OutsideCutter) else None,
             )
             for stage in recipe.stage
         ]
         self._frozen: dict[int, Frozen] = {}
+        self._sets = {name: self._frozen_set(name, text, display) for name, text in self.valid.items()}
 
     def build_optimiser(self, learner: Learner) -> Optimiser:
         """A fresh optimiser for a learner, as the recipe says."""
@@ -81,7 +107,8 @@ class Workshop:
 
     def flops_per_token(self, stage: int) -> float:
         """Floating-point operations of training per token at a stage's length."""
-        return flops_per_token(self.recipe.encoder, self.vocabulary, self.lengths[stage], self.recipe.objective.rate)
+        recipe = self.recipe
+        return flops_per_token(recipe.encoder, self.vocabulary, self.lengths[stage], recipe.objective.asked_share)
 
     def training(self, plan: Plan) -> Training:
         """What the loop is given."""
@@ -91,18 +118,38 @@ class Workshop:
             return rate_factor(self.recipe.schedule, progress, step, width)
 
         return Training(
-            self.learner, self.objective, self.feeds, self.optimiser, factor, plan, self.world, self.recipe.seed
+            self.learner,
+            self.objective,
+            self.feeds,
+            self.optimiser,
+            factor,
+            plan,
+            self.world,
+            self.recipe.seed,
+            self.average,
         )
 
     @cached_property
     def _documents(self) -> list[Document]:
-        return documents_of(self.corpus.held_out)
+        return documents_of_shards(self.corpus.held_out)
 
     def frozen(self, length: int) -> Frozen:
         """The held-out set, cut at this length; made once."""
         if length not in self._frozen:
             self._frozen[length] = freeze(self._documents, self.tokenizer, length, self.corpus.train.counts_V)
         return self._frozen[length]
+
+    def _frozen_set(self, name: str, source: Source, display: Display) -> Frozen:
+        """One of the further texts, hidden and cut like the held-out set at the last stage's length."""
+        most = self.recipe.text.held_out.at_most
+        gathered = documents_of_source(source, self.tokenizer, self.corpus.words, most.number)
+        size = f"{gathered.characters:,} characters"
+        reach = "all of it" if gathered.whole else f"its first {most} (text.held_out.at_most)"
+        display.say(f"validation on {name}: {reach}; {size}")
+        try:
+            return freeze(gathered.documents, self.tokenizer, self.lengths[-1], self.corpus.train.counts_V)
+        except TextError as error:
+            raise TextError(error.what, where=f"text.valid.{name}: {places(source)}", next=error.next) from error
 
     def validate(self, learner: Learner, stage: int) -> Validation:
         """Held-out loss at the last stage's length and, in an earlier stage, also at that stage's."""
@@ -118,7 +165,20 @@ class Workshop:
             unigram_loss=last.unigram_loss,
             length=last.length,
             earlier={length: found.loss for length, found in here.items() if length != last.length},
+            sets={name: self._validated(learner, held) for name, held in self._sets.items()},
         )
+
+    def _validated(self, learner: Learner, held: Frozen) -> SetValidation:
+        found = evaluate(learner.encoder, learner.head, held, self.world)
+        return SetValidation(**{field.name: getattr(found, field.name) for field in fields(SetValidation)})
+
+    def seen(self, plan: Plan) -> dict[str, float]:
+        """How often each text is seen in the whole plan, by its name."""
+        times: dict[str, float] = {}
+        for stage, feed in zip(plan.stages, self.feeds, strict=True):
+            for name, seen in feed.seen(stage.steps * stage.batch_tokens).items():
+                times[name] = times.get(name, 0.0) + seen
+        return times
 
     @cached_property
     def panel(self) -> Panel:
@@ -165,23 +225,31 @@ class Workshop:
         }
 
     def model(self, learner: Learner, card: dict[str, Any], path: str = "") -> Model:
-        """The learner as a model in hand."""
+        """A learner as a model in hand."""
         return Model(learner.encoder, learner.head, self.tokenizer, self.recipe.encoder, card, path)
 
-    def save(self, run: Path, learner: Learner, optimiser: Optimiser, standing: Standing) -> Path:
+    def save(self, run: Path, training: Training, standing: Standing) -> Path:
         """A step folder."""
-        model = self.model(learner, self.card(standing))
-        return checkpoint.save(run, model, learner.state_dict(), optimiser, standing, self.recipe.train.keep)
+        model = self.model(training.judged, self.card(standing))
+        return checkpoint.save(run, model, training, standing, self.recipe.train.keep, self._say)
+
+    def save_best(self, run: Path, training: Training, standing: Standing) -> Path:
+        """The model as it is judged now, in the place of the best one."""
+        return checkpoint.save_best(run, self.model(training.judged, self.card(standing)))
 
     def probe(self) -> Measured:
         """Seconds per step, validation and save on this machine."""
-        return probe(
-            self.training(Plan(())),
-            self.recipe.stage,
-            self.build_optimiser,
-            lambda learner: self.validate(learner, 0),
-            lambda folder, learner, optimiser: self.save(folder, learner, optimiser, Standing()),
-        )
+
+        def validate(folder: Path, training: Training) -> None:
+            self.validate(training.judged, 0)
+            if self.recipe.train.keep_best and self.world.first:  # as if each validation were the best so far
+                self.save_best(folder, training, Standing())
+
+        def save(folder: Path, training: Training) -> None:
+            self.save(folder, training, Standing())
+
+        care = PLANNED if self.recipe.train.budget.unit == "seconds" else TOLD
+        return probe(self.training(Plan(())), self.recipe.stage, self.build_optimiser, validate, save, care)
 
     def forecast(self, plan: Plan) -> Forecast:
         """What the plan will cost here."""
@@ -189,7 +257,10 @@ class Workshop:
         micro_tokens = round(recipe.train.micro_batch.number)
         planned = [stage.steps * stage.batch_tokens for stage in plan.stages]
         longest = planned.index(max(planned))  # the stage that most of the time goes to
-        shapes = _shapes(recipe, self.vocabulary, min(plan.stages[longest].batch_tokens, micro_tokens))
+        tokens = min(plan.stages[longest].batch_tokens, micro_tokens)
+        asked = max(1, round(tokens * recipe.objective.asked_share))
+        shapes = products(recipe.encoder, self.vocabulary, tokens, asked)
+        averaged = recipe.train.average > 0
         return Forecast(
             recipe=recipe.name,
             parameters=self.parameters,
@@ -198,10 +269,8 @@ class Workshop:
             documents=self.corpus.train.documents,
             corpus_tokens=self.corpus.train.tokens,
             plan=plan,
-            epochs=sum(
-                stage.steps * stage.batch_tokens / feed.epoch_tokens
-                for stage, feed in zip(plan.stages, self.feeds, strict=True)
-            ),
+            epochs=tuple(tokens / feed.epoch_tokens for tokens, feed in zip(planned, self.feeds, strict=True)),
+            texts_seen=self.seen(plan),
             flops_per_second=matmul_rate(shapes, self.world),
             memory_bytes=memory_bytes(
                 self.parameters,
@@ -209,14 +278,32 @@ class Workshop:
                 recipe.encoder.layers,
                 min(micro_tokens, max(stage.batch_tokens for stage in plan.stages)),
                 self.vocabulary,
-                recipe.objective.rate,
+                recipe.objective.asked_share,
+                averaged=averaged,
             ),
-            disk_bytes=disk_bytes(self.parameters, recipe.train.keep, self.corpus.train.tokens, self.vocabulary),
+            disk_bytes=disk_bytes(
+                self.parameters,
+                recipe.train.keep,
+                self.corpus.train.tokens,
+                self.vocabulary,
+                averaged=averaged,
+                best=recipe.train.keep_best,
+            ),
             device=self.world.facts()["device_name"],
             precision=self.world.precision,
             threads=self.world.threads,
             optimiser=self._optimiser_in_words(),
+            patience=recipe.train.patience,
+            decay=decay_in_words(recipe.schedule),
         )
+
+
+def build_objective(recipe: Recipe, tokenizer: Tokenizer) -> Objective:
+    """What the recipe asks of the model: masked language modelling, or an objective from outside."""
+    settings = recipe.objective
+    if isinstance(settings, OutsideObjective):
+        return make(settings, ObjectiveTools(tokenizer, recipe.encoder.width))
+    return Mlm(settings, tokenizer.mask_id, tokenizer.ordinary_N)
 
 
 def _require_one_text(corpus: Corpus, source: Source, recipe: Recipe) -> None:
@@ -234,19 +321,6 @@ def _require_one_text(corpus: Corpus, source: Source, recipe: Recipe) -> None:
         )
 
 
-def documents_of(shards: Shards) -> list[Document]:
-    """The documents of a shard set with something in them, in hand."""
-    characters, unknown = shards.characters_N.tolist(), shards.unknown_characters_N.tolist()
-    lengths = shards.lengths_N.tolist()
-    documents = [
-        Document(shards.ids(number, 0, length), shards.marks(number, 0, length), characters[number], unknown[number])
-        for number, length in enumerate(lengths)
-    ]
-    if not any(lengths):
-        raise TextError("the held-out text is empty", next="hold out more: --set text.held_out.share=10%")
-    return documents
-
-
 def _from_a_beginning(document: Document) -> Integers:
     """The ids of a document from its first sentence or, failing that, word: a held-out tail begins anywhere."""
     for mark in (SENTENCE_START, WORD_START):
@@ -254,13 +328,3 @@ def _from_a_beginning(document: Document) -> Integers:
         if len(begins):
             return document.ids[begins[0] :]
     return document.ids
-
-
-def _shapes(recipe: Recipe, vocabulary: int, tokens: int) -> list[tuple[int, int, int]]:
-    """The matrix products of one forward pass: projections, feed-forward, head."""
-    width, inner = recipe.encoder.width, recipe.encoder.feed_forward
-    gated = isinstance(recipe.encoder, ModernSettings)
-    layer = [(tokens, width, width)] * 4 + [(tokens, width, 2 * inner if gated else inner), (tokens, inner, width)]
-    asked = max(1, round(tokens * recipe.objective.rate))
-    dense = [(asked, width, width)] if gated else []
-    return layer * recipe.encoder.layers + dense + [(asked, width, vocabulary)]

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from unmask.errors import RecipeError
 
 Precision = Literal["by-machine", "bfloat16", "float32"]
+Device = Literal["by-machine", "cpu", "cuda", "mps"]
 
 
 @dataclass(frozen=True)
@@ -84,18 +85,25 @@ class World:
         }
 
 
-def discover(precision: Precision = "by-machine", threads: int | Literal["all"] = "all") -> World:
+def discover(
+    precision: Precision = "by-machine", threads: int | Literal["all"] = "all", device: Device = "by-machine"
+) -> World:
     """Look at the machine, start the process group where torchrun asks for one, and set threads and determinism.
 
+    By the machine means a CUDA device where there is one, else the processor. Apple's GPU ("mps") is taken only where
+    it is asked for: that road is written and was never tried.
+
     Raises:
-        RecipeError: more threads than cores, or bfloat16 on a processor that has no instruction for it.
+        RecipeError: more threads than cores, bfloat16 on a processor that has no instruction for it, or a device that
+            isn't there.
     """
     ranks, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
     local_rank, local_ranks = int(os.environ.get("LOCAL_RANK", "0")), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    cuda = torch.cuda.is_available()
-    device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
+    kind = _device_kind(device, ranks)
+    cuda = kind == "cuda"
+    place = torch.device("cuda", local_rank) if cuda else torch.device(kind)
     if cuda:
-        torch.cuda.set_device(device)
+        torch.cuda.set_device(place)
     if ranks > 1 and not distributed.is_initialized():
         distributed.init_process_group("nccl" if cuda else "gloo")
     usable = max(1, cores() // local_ranks)
@@ -105,19 +113,41 @@ def discover(precision: Precision = "by-machine", threads: int | Literal["all"] 
             f"{wanted} threads on {cores()} cores", where="train.threads", next=f'choose 1 to {cores()}, or "all"'
         )
     torch.set_num_threads(wanted)
-    if not cuda:
+    if kind == "cpu":
         # Only the CPU promises the same bits; filling uninitialised memory would cost time and prove nothing.
         torch.use_deterministic_algorithms(True)
         torch.utils.deterministic.fill_uninitialized_memory = False  # pyright: ignore[reportAttributeAccessIssue]
-    fast = cuda or has_bfloat16()
+    fast = cuda or (kind == "cpu" and has_bfloat16())
     if precision == "bfloat16" and not fast:
         raise RecipeError(
-            "this processor has no bfloat16 instructions, so bfloat16 would only be slower",
+            "this processor has no bfloat16 instructions, so bfloat16 would only be slower"
+            if kind == "cpu"
+            else "bfloat16 was never tried on this device",
             where="train.precision",
             next='use "float32" or "by-machine"',
         )
     chosen = "bfloat16" if fast and precision != "float32" else "float32"
-    return World(device=device, precision=chosen, threads=wanted, rank=rank, ranks=ranks)
+    return World(device=place, precision=chosen, threads=wanted, rank=rank, ranks=ranks)
+
+
+def _device_kind(device: Device, ranks: int) -> Literal["cpu", "cuda", "mps"]:
+    """What a recipe's device is on this machine."""
+    if device == "by-machine":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    there = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available() and ranks == 1}
+    if not there[device]:
+        what = "several ranks on Apple's GPU" if device == "mps" and ranks > 1 else f"there is no {device} device here"
+        raise RecipeError(what, where="train.device", next='use "by-machine" or "cpu"')
+    return device
+
+
+def device_note(world: World) -> str:
+    """A sentence where a GPU of the machine is left alone, or one is taken that nobody has tried; else nothing."""
+    if world.device.type == "mps":
+        return "Apple's GPU (mps) is written for and was never tried: watch the loss, expect no bit-identical resume"
+    if world.device.type == "cpu" and torch.backends.mps.is_available():
+        return 'this machine\'s GPU (mps) is left alone, because it was never tried; --set train.device="mps" takes it'
+    return ""
 
 
 def cores() -> int:
@@ -174,6 +204,8 @@ def matmul_rate(shapes: Iterable[tuple[int, int, int]], world: World, seconds: f
             torch.mm(a, b)
         if world.device.type == "cuda":
             torch.cuda.synchronize()
+        elif world.device.type == "mps":
+            torch.mps.synchronize()
         return time.perf_counter() - begin
 
     run()

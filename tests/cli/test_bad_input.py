@@ -94,6 +94,105 @@ def test_a_question_that_is_not_utf_8(refused: Refused, run: Path) -> None:
     refused("fill", "run", "ab\udcff[MASK]", says="UTF-8")
 
 
+# Tables, patterns, data sets ------------------------------------------------------------------------------------------
+
+
+ROW = '{"body": "The cat sat on the mat and the dog sat on the log."}\n'
+
+
+@pytest.mark.parametrize(
+    ("bad", "says"),
+    [
+        ('{"body": "half\n', ("not JSON", "--errors skip")),
+        ('["a list"]\n', ("holds a list",)),
+        ('{"bodies": "a", "id": 3}\n', ("there is no field `body`", "did you mean `bodies`?", "`id`", "--field")),
+        ('{"body": null}\n', ("`body` holds null", "--errors skip")),
+        ('{"body": "caf\udce9"}\n', ("not UTF-8", "0xe9", "--errors replace", "--errors skip")),
+    ],
+)
+def test_a_line_that_is_not_as_the_others(refused: Refused, run: Path, bad: str, says: tuple[str, ...]) -> None:
+    Path("rows.jsonl").write_bytes((ROW * 30 + bad + ROW * 30).encode("utf-8", "surrogateescape"))
+    for command in (PRETRAIN, ("evaluate", "run", "--text")):
+        refused(*command, "rows.jsonl", "--field", "body", says=("rows.jsonl, line 31", *says))
+
+
+def test_such_lines_can_be_left_out(unmask: Command, run: Path) -> None:
+    Path("rows.jsonl").write_text(ROW * 30 + '{"body": "half\n{"body": null}\n' + ROW * 30)
+    options = ("rows.jsonl", "--field", "body", "--errors", "skip")
+    code, out, err = unmask(*PRETRAIN, *options, "--dry-run")
+    assert code == 0, err
+    assert "60 documents" in out
+    assert unmask("evaluate", "run", "--text", *options)[0] == 0
+
+
+def test_a_column_that_is_not_there(refused: Refused, run: Path) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    pq.write_table(pa.table({"id": [1], "sentence": ["The cat sat."]}), "rows.parquet")
+    Path("rows.csv").write_text("id,sentence\n1,The cat sat.\n")
+    Path("rows.tsv").write_text("id\tsentence\n1\tThe cat sat.\n")
+    for name in ("rows.parquet", "rows.csv", "rows.tsv"):
+        says = (name, "there is no column `text`", "`id`, `sentence`", "--field")
+        refused(*PRETRAIN, name, says=says)
+        refused("evaluate", "run", "--text", name, says=says)
+    refused(*PRETRAIN, "rows.parquet", "--field", "id", says=("`id` holds int64, no text", "`sentence`"))
+    Path("torn.parquet").write_bytes(Path("rows.parquet").read_bytes()[:-9])
+    refused(*PRETRAIN, "torn.parquet", says=("torn.parquet", "no Parquet file", "cut short"))
+
+
+def test_a_broken_row(refused: Refused) -> None:
+    Path("rows.csv").write_text("id,text\n1,The cat sat.\n2\n")
+    refused(*PRETRAIN, "rows.csv", says=("rows.csv, line 3", "1 columns", "--errors skip"))
+    Path("rows.csv").write_text('id,text\n1,The cat sat.\n2,"and\nnever ends\n')
+    refused(*PRETRAIN, "rows.csv", says=("rows.csv, line 3", "never closed"))
+
+
+@pytest.mark.parametrize("name", ["text.txt.gz", "text.txt.zst", "rows.jsonl.zst", "rows.csv.gz"])
+def test_a_packed_file_that_is_cut_short(refused: Refused, run: Path, name: str) -> None:
+    import zstandard
+
+    data = {"txt": "a cat\n", "jsonl": '{"text": "a cat"}\n', "csv": "text\n"}[name.split(".")[1]] * 5000
+    packed = gzip.compress(data.encode()) if name.endswith(".gz") else zstandard.compress(data.encode())
+    Path(name).write_bytes(packed[:-8])
+    says = (name, "damaged or cut short", "fetch or pack it anew")
+    refused(*PRETRAIN, name, says=says)
+    refused("evaluate", "run", "--text", name, says=says)
+
+
+def test_cp1252_in_the_middle_of_utf_8(refused: Refused, unmask: Command) -> None:
+    Path("mixed.txt").write_bytes(UTF_8.encode() + b"\nw\xe4hrend\n" + UTF_8.encode())
+    byte = len(UTF_8.encode()) + 2
+    refused(
+        *PRETRAIN,
+        "mixed.txt",
+        says=(
+            f"mixed.txt, byte {byte} (line 2)",
+            "0xe4",
+            "iconv -f CP1252 -t UTF-8",
+            "--errors replace",
+            "--errors skip",
+        ),
+    )
+    code, _, err = unmask(*PRETRAIN, "mixed.txt", "--errors", "skip", "--dry-run")
+    assert code == 0, err
+
+
+def test_names_that_mean_nothing(refused: Refused, monkeypatch: pytest.MonkeyPatch) -> None:
+    import huggingface_hub.constants
+
+    refused(*PRETRAIN, "notes/*.txt", says=("notes/*.txt", "no file matches this pattern"))
+    refused(*PRETRAIN, "cat.txt:0", says=("cat.txt:0", "above 0"))
+    refused(*PRETRAIN, "cat.txt:0.7", "small.toml", says=("small.toml", "without a weight", "small.toml:1"))
+    refused(*PRETRAIN, "dataset:@train", says=("dataset:@train", "dataset:NAME#CONFIG@SPLIT"))
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")
+    refused(
+        *PRETRAIN,
+        "dataset:nobody/nothing",
+        says=("`nobody/nothing`", "not in the local cache", "can't be reached", "save_to_disk"),
+    )
+
+
 # Too little text -----------------------------------------------------------------------------------------------------
 
 
@@ -138,7 +237,7 @@ def test_ids_beyond_the_vocabulary(small_run: Path, ids: list[int], says: str) -
 
 
 def test_a_tokenizer_with_more_pieces_than_the_weights_have_rows(refused: Refused, run: Path) -> None:
-    step = run / "latest"
+    step = run / "best"
     tokenizer = json.loads((step / "tokenizer.json").read_text())
     tokenizer["model"]["vocab"]["Ж"] = len(tokenizer["model"]["vocab"])
     (step / "tokenizer.json").write_text(json.dumps(tokenizer))
@@ -165,10 +264,10 @@ def test_a_folder_that_is_no_model(refused: Refused, run: Path) -> None:
     for folder in ("folder", "nowhere"):
         refused("fill", folder, "a [MASK]", says=folder)
         refused("evaluate", folder, "--text", "cat.txt", says=folder)
-    config = run / "latest" / "config.json"
-    config.write_text(config.read_text().replace('"modernbert"', '"bert"'))
-    (run / "latest" / "digests.json").unlink()
-    refused("fill", "run", "a [MASK]", says=("'bert'", "config.json"))
+    config = run / "best" / "config.json"
+    config.write_text(config.read_text().replace('"modernbert"', '"gpt2"'))
+    (run / "best" / "digests.json").unlink()
+    refused("fill", "run", "a [MASK]", says=("'gpt2'", "config.json"))
     config.write_text("{}")
     refused("fill", "run", "a [MASK]", says="config.json")
 
@@ -292,10 +391,9 @@ def test_a_damaged_checkpoint(
 ) -> None:
     victim = run / "latest" / name
     harm(victim)
-    if name.startswith("resume/"):  # the model beside it is whole
-        assert unmask("fill", "run", "a [MASK]")[0] == 0
-    else:
-        refused("fill", "run", "a [MASK]", says=Path(name).name)
+    assert unmask("fill", "run", "a [MASK]")[0] == 0, "the best model is whole"
+    if not name.startswith("resume/"):
+        refused("fill", "run/latest", "a [MASK]", says=Path(name).name)
     message = refused("pretrain", "--resume", "run", "--budget", "+1 steps", says=(Path(name).name, "latest"))
     command = re.search(r"ln -sfn (\S+) (\S+)", message)  # go on from the step before, as the message says
     assert command and (run / command[1]).is_dir() and Path(command[2]).is_symlink()
@@ -314,6 +412,7 @@ def test_a_damaged_run(refused: Refused, run: Path, name: str) -> None:
 
 def test_a_run_that_has_lost_its_steps(refused: Refused, run: Path) -> None:
     shutil.rmtree(run / (run / "latest").readlink())
+    shutil.rmtree(run / "best")
     for command in (("fill", "run", "a [MASK]"), ("pretrain", "--resume", "run")):
         refused(*command, says=("step-0000003", "gone"))
     (run / "latest").unlink()

@@ -72,7 +72,7 @@ def test_a_run_on_disk(unmask: Command) -> None:
     assert (code, out) == (0, "runs/new\n"), err
     run = Path("runs/new")
     assert {path.name for path in run.iterdir()} == {
-        "recipe.toml", "env.json", "log.jsonl", "latest", "step-0000002", "step-0000003",
+        "recipe.toml", "env.json", "log.jsonl", "latest", "best", "step-0000002", "step-0000003",
     }  # fmt: skip
     assert (run / "latest").is_symlink() and str((run / "latest").readlink()) == "step-0000003"
     assert {"config.json", "model.safetensors", "tokenizer.json", "card.json"} <= {
@@ -80,7 +80,8 @@ def test_a_run_on_disk(unmask: Command) -> None:
     }
     code, out, _ = unmask("recipe", "show", "small.toml", "--set", "seed=5")
     kept = (run / "recipe.toml").read_text()
-    assert code == 0 and kept.startswith(out.partition("[")[0]), "every value, defaults filled in"
+    values = "".join(line for line in out.splitlines(keepends=True) if not line.startswith("#"))
+    assert code == 0 and kept.startswith(values.partition("[")[0]), "every value, defaults filled in"
     assert "seed = 5\n" in kept and "[[plan.stages]]" in kept
     lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
     training = [line for line in lines if "validation" not in line]
@@ -117,7 +118,7 @@ def test_the_shape_of_an_answer(unmask: Command, run: Path) -> None:
         probabilities = [candidate["probability"] for candidate in mask["candidates"]]
         assert probabilities == sorted(probabilities, reverse=True) and 0 < sum(probabilities) <= 1
         for candidate in mask["candidates"]:
-            assert set(candidate) == {"token", "id", "probability", "text"}
+            assert set(candidate) == {"token", "id", "probability", "text", "shown"}
             assert tokenizer.id_to_token(candidate["id"]) == candidate["token"]
             assert candidate["text"] == candidate["token"].join(pieces)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import platform
 import re
 import signal
 import subprocess
@@ -14,6 +15,7 @@ from pathlib import Path
 
 import pytest
 
+Command = Callable[..., tuple[int, str, str]]
 PATIENCE = 90.0  # seconds; a busy machine is slow
 
 
@@ -83,6 +85,20 @@ def test_a_scheduler_s_signal_ends_with_75(place: Path) -> None:
     code, err = stop_while_training(place, signal.SIGTERM, "--budget", "1M steps")
     assert code == 75 and "saved at step" in err, err
     assert (place / "my run" / "latest" / "resume" / "state.json").is_file()
+
+
+def test_a_run_belongs_to_one_process_and_to_the_next_when_that_is_killed(place: Path, unmask: Command) -> None:
+    process = start(place, "pretrain", "cat.txt", "--recipe", "small.toml", "--out", "run", "--budget", "1M steps")
+    wait_for(lambda: (place / "run" / "latest").exists(), process)
+    code, _, err = unmask("pretrain", "--resume", "run")
+    assert code == 2 and f"in use by process {process.pid} on {platform.node()}, since" in err, err
+    assert json.loads(unmask("runs", ".", "--json")[1])[0]["state"] == "running"
+    process.kill()
+    process.communicate()
+    assert json.loads(unmask("runs", ".", "--json")[1])[0]["state"] == "killed"
+    code, _, err = unmask("pretrain", "--resume", "run", "--budget", "1000000 steps")
+    assert code == 2 and "no more than" in err, "the lock was free, and is free again"
+    assert not (place / "run" / "lock.json").exists()
 
 
 def test_control_c_before_there_is_anything_to_save(place: Path, tmp_path_factory: pytest.TempPathFactory) -> None:

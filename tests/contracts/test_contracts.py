@@ -1,10 +1,14 @@
-"""What contracts.py promises, of everything that claims to keep it: encoders, objectives, sources, sinks.
+"""What contracts.py promises, of everything that claims to keep it: encoders, objectives, cutters, sources, sinks.
 
-A new encoder, objective, source or sink joins by one line in a list below.
+A new one joins by one line in a list below. The laws of objectives, cutters and sources are those of
+unmask.conformance, by which `unmask check` judges what comes from outside; tests/conformance plants faults in such, to
+see that they are found.
 """
 
 from __future__ import annotations
 
+import csv
+import gzip
 import itertools
 import json
 import unicodedata
@@ -12,16 +16,42 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
+import pyarrow
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor, nn
+from pyarrow import parquet
+from torch import nn
 
-from unmask.contracts import FILLER_ID, SPECIAL, WORD_START, Encoder, Head, Objective, Sink, Source, Text, pack, unpack
-from unmask.nn import EncoderSettings, ModernSettings, TutorialSettings, build
+from unmask.conformance.cutters import CUTTER_LAWS, CutterSubject
+from unmask.conformance.laws import Verdict, judge
+from unmask.conformance.models import objective_subject
+from unmask.conformance.objectives import OBJECTIVE_LAWS
+from unmask.conformance.samples import cutter_cases
+from unmask.conformance.sources import SOURCE_LAWS, SourceSubject
+from unmask.contracts import (
+    FILLER_ID,
+    SPECIAL,
+    WORD_START,
+    Cutter,
+    CutterTools,
+    Encoder,
+    Head,
+    Objective,
+    Sink,
+    Source,
+    Text,
+    pack,
+    unpack,
+)
+from unmask.nn import ClassicSettings, EncoderSettings, ModernSettings, TutorialSettings, build
 from unmask.objectives.mlm import Mlm, MlmSettings
+from unmask.text.corpus import CorpusGroup
+from unmask.text.cutter import Windows
+from unmask.text.mixture import Mixture
 from unmask.text.sources import FileSource, MemorySource
+from unmask.train.plan import EPOCH_STRIDE
 from unmask.train.track import JsonLines, read_log
 
 VOCABULARY, SPECIALS, MASK = 40, 5, 4
@@ -29,6 +59,7 @@ ORDINARY = np.arange(SPECIALS, VOCABULARY)
 
 ENCODERS: list[EncoderSettings] = [
     ModernSettings(layers=3, width=32, heads=2, feed_forward=24, local_window=8),
+    ClassicSettings(layers=2, width=32, heads=2, feed_forward=24, longest=80),
     TutorialSettings(layers=2, width=32, heads=2, feed_forward=24),
 ]
 OBJECTIVES: list[Objective] = [
@@ -40,12 +71,18 @@ SOURCES: list[Callable[[Path, Sequence[str]], Source]] = [
     lambda folder, texts: MemorySource(texts),
     lambda folder, texts: FileSource(files(folder, texts), "file", "strict"),
     lambda folder, texts: FileSource([files(folder, texts)[0].parent], "blank-line", "strict"),
+    lambda folder, texts: FileSource([rows(folder / "rows.jsonl", texts)], "line", "strict"),
+    lambda folder, texts: FileSource([rows(folder / "rows.jsonl.gz", texts)], "line", "strict"),
+    lambda folder, texts: FileSource([rows(folder / "rows.csv", texts)], "line", "strict"),
+    lambda folder, texts: FileSource([rows(folder / "rows.parquet", texts)], "line", "strict"),
 ]
 SINKS: list[Callable[[Path], Sink]] = [JsonLines]
 
 encoders = pytest.mark.parametrize("shape", ENCODERS, ids=lambda shape: shape.kind)
 objectives = pytest.mark.parametrize("objective", OBJECTIVES, ids=["token", "word", "span"])
-sources = pytest.mark.parametrize("source_of", SOURCES, ids=["memory", "files", "folder"])
+sources = pytest.mark.parametrize(
+    "source_of", SOURCES, ids=["memory", "files", "folder", "jsonl", "jsonl.gz", "csv", "parquet"]
+)
 sinks = pytest.mark.parametrize("sink_of", SINKS, ids=["json lines"])
 
 
@@ -116,7 +153,7 @@ def test_gradients_are_finite_beside_a_filler_text(shape: EncoderSettings, objec
     gradients = [parameter.grad for module in (encoder, head) for parameter in module.parameters()]
     assert all(gradient is not None and gradient.isfinite().all() for gradient in gradients)
     assert any(gradient is not None and gradient.any() for gradient in gradients)
-    tied = isinstance(shape, ModernSettings)  # a tied table also has the gradient of the decoder
+    tied = isinstance(shape, ModernSettings | ClassicSettings)  # a tied table also has the gradient of the decoder
     assert FILLER_ID not in puzzle.batch.ids_T[: sum(lengths)] and encoder.token_table.grad is not None
     assert tied or not encoder.token_table.grad[FILLER_ID].any(), "nobody asks about the filler text"
 
@@ -124,73 +161,52 @@ def test_gradients_are_finite_beside_a_filler_text(shape: EncoderSettings, objec
 # Objectives ----------------------------------------------------------------------------------------------------------
 
 
-def everything_random() -> tuple[Tensor, str]:
-    return torch.get_rng_state(), str(np.random.get_state())
+def broken(verdicts: Sequence[Verdict]) -> list[str]:
+    return [f"{verdict.law}: {verdict.detail}" for verdict in verdicts if not verdict.passed]
 
 
 @objectives
-def test_an_objective_says_what_it_is(objective: Objective) -> None:
-    assert objective.terms and all(weight > 0 for weight in objective.terms.values())
-    assert isinstance(objective.parts, nn.Module) and isinstance(objective.fills, bool)
-    assert objective.cutter == "windows"
+@encoders
+@settings(max_examples=8, deadline=None)
+@given(lengths=st.lists(st.integers(2, 60), max_size=7), seed=st.integers(0, 2**63))
+def test_an_objective_keeps_its_laws(
+    objective: Objective, shape: EncoderSettings, lengths: list[int], seed: int
+) -> None:
+    texts = [text(length, number) for number, length in enumerate([*lengths, 9])]
+    assert not broken(judge(OBJECTIVE_LAWS, objective_subject(objective, shape, texts, VOCABULARY, seed)))
 
 
 @objectives
 @settings(max_examples=20, deadline=None)
 @given(lengths=st.lists(st.integers(2, 60), min_size=1, max_size=8), seed=st.integers(0, 2**63))
-def test_corrupting_is_pure_and_counts_what_it_asks(objective: Objective, lengths: list[int], seed: int) -> None:
+def test_what_is_not_asked_is_not_hidden(objective: Objective, lengths: list[int], seed: int) -> None:
     batch = pack([text(length, number) for number, length in enumerate(lengths)])
-    before, generators = batch.ids_T.clone(), everything_random()
-    puzzle, again = objective.corrupt(batch, seed), objective.corrupt(batch, seed)
-    assert torch.equal(batch.ids_T, before), "the batch is as it was"
-    assert torch.equal(generators[0], torch.get_rng_state()) and generators[1] == everything_random()[1]
-    for name in ("at_M", "answer_M", "weight_M", "chance_M"):
-        assert torch.equal(getattr(puzzle, name), getattr(again, name))
-    assert torch.equal(puzzle.batch.ids_T, again.batch.ids_T) and puzzle.counts == again.counts
-    assert set(puzzle.counts) == set(objective.terms)
-    assert puzzle.counts["mlm"] == len(puzzle.at_M) == len(puzzle.answer_M) == len(puzzle.chance_M)
-    assert (puzzle.at_M.diff() > 0).all() and torch.equal(puzzle.answer_M, before[puzzle.at_M])
-    untouched = torch.ones(len(before), dtype=torch.bool).index_fill_(0, puzzle.at_M, False)
-    assert torch.equal(puzzle.batch.ids_T[untouched], before[untouched])
-    assert ((puzzle.chance_M >= 0) & (puzzle.chance_M < 1)).all()
+    puzzle = objective.corrupt(batch, seed)
+    untouched = torch.ones(len(batch.ids_T), dtype=torch.bool).index_fill_(0, puzzle.at_M, False)
+    assert torch.equal(puzzle.batch.ids_T[untouched], batch.ids_T[untouched])
+    assert puzzle.counts["mlm"] == len(puzzle.at_M)
 
 
-@objectives
-@encoders
-@settings(max_examples=10, deadline=None)
-@given(lengths=st.lists(st.integers(2, 50), min_size=2, max_size=8), data=st.data())
-def test_sums_add_over_any_split_into_batches(
-    objective: Objective, shape: EncoderSettings, lengths: list[int], data: st.DataObject
-) -> None:
-    encoder, head = made(shape)
-    texts = [text(length, number) for number, length in enumerate(lengths)]
-    group_of = data.draw(st.lists(st.integers(0, 3), min_size=len(texts), max_size=len(texts)))
-    order = sorted(range(len(texts)), key=lambda number: group_of[number])
-    groups = [[texts[i] for i in members] for _, members in itertools.groupby(order, key=lambda i: group_of[i])]
-    with torch.no_grad():
-        puzzles = [objective.corrupt(pack(group), 9) for group in [texts, *groups]]
-        whole, *parts = [objective.loss(encoder, head, puzzle) for puzzle in puzzles]
-    for term in objective.terms:
-        assert puzzles[0].counts[term] == sum(puzzle.counts[term] for puzzle in puzzles[1:])
-        total = torch.stack([part.sums[term] for part in parts]).sum()
-        torch.testing.assert_close(whole.sums[term], total, rtol=1e-4, atol=1e-4)
-    for name, (value, count) in whole.seen.items():
-        assert count == sum(part.seen[name][1] for part in parts)
-        assert float(value) == pytest.approx(sum(float(part.seen[name][0]) for part in parts), rel=1e-4, abs=1e-4)
+# Cutters -------------------------------------------------------------------------------------------------------------
 
 
-@objectives
-@encoders
-def test_a_text_with_nothing_to_ask_costs_nothing(objective: Objective, shape: EncoderSettings) -> None:
-    encoder, head = made(shape)
-    puzzle = objective.corrupt(pack([text(6, 1, askable=False)]), 0)
-    assert all(count == 0 for count in puzzle.counts.values()) and not len(puzzle.at_M)
-    loss = objective.loss(encoder.train(), head.train(), puzzle)
-    assert all(float(total.detach()) == 0 for total in loss.sums.values())
-    assert all(float(value) == 0 and count == 0 for value, count in loss.seen.values())
-    sum(loss.sums.values(), torch.zeros(())).backward()
-    for module in (encoder, head):
-        assert all(p.grad is None or not p.grad.any() for p in module.parameters()), "zero, and finite"
+def mixed(tools: CutterTools) -> Cutter:
+    """Two texts, the second seen more often than it is long; one text alone where there is but one document."""
+    half = max(1, len(tools.lengths_N) // 2)
+    bounds = [(0, half, 0.3), (half, len(tools.lengths_N), 0.7)]
+    groups = [CorpusGroup(f"text {first}", weight, first, last) for first, last, weight in bounds if first < last]
+    return Mixture(tools.lengths_N, groups, tools.length, tools.seed, framing=2, stride=EPOCH_STRIDE)
+
+
+CUTTERS: list[Callable[[CutterTools], Cutter]] = [
+    lambda tools: Windows(tools.lengths_N, tools.length, tools.seed),
+    mixed,
+]
+
+
+@pytest.mark.parametrize("cutter_of", CUTTERS, ids=["windows", "mixture"])
+def test_a_cutter_keeps_its_laws(cutter_of: Callable[[CutterTools], Cutter]) -> None:
+    assert not broken(judge(CUTTER_LAWS, CutterSubject(cutter_of, cutter_cases())))
 
 
 # Sources -------------------------------------------------------------------------------------------------------------
@@ -205,39 +221,45 @@ def files(folder: Path, texts: Sequence[str]) -> list[Path]:
     return paths
 
 
+def rows(path: Path, texts: Sequence[str]) -> Path:
+    """A table with one text a row."""
+    if path.suffix == ".parquet":
+        parquet.write_table(pyarrow.table({"text": list(texts)}), path)
+    elif path.suffix == ".csv":
+        with path.open("w", encoding="utf-8", newline="") as file:
+            csv.writer(file).writerows([["number", "text"], *enumerate(texts)])
+    else:
+        lines = "".join(json.dumps({"text": one}) + "\n" for one in texts).encode()
+        path.write_bytes(gzip.compress(lines, mtime=0) if path.suffix == ".gz" else lines)
+    return path
+
+
 TEXTS = ["One text.\nOf two lines.", "Une the\u0301ière, et du cafe\u0301.", "가나다 " * 50, "the last"]
+CHANGED = [
+    [*TEXTS, "one more"], TEXTS[:-1], [TEXTS[1], TEXTS[0], *TEXTS[2:]],
+    [TEXTS[0] + ".", *TEXTS[1:]], [TEXTS[0][:-1], TEXTS[0][-1] + TEXTS[1], *TEXTS[2:]],
+]  # fmt: skip
 
 
 @sources
-def test_a_source_reads_the_same_each_time(tmp_path: Path, source_of: Callable[..., Source]) -> None:
+def test_a_source_keeps_its_laws(tmp_path: Path, source_of: Callable[..., Source]) -> None:
+    def made(name: str, texts: Sequence[str]) -> Callable[[], Source]:
+        (tmp_path / name).mkdir()
+        return lambda: source_of(tmp_path / name, texts)
+
+    variants = [(f"change {number}", made(str(number), texts)) for number, texts in enumerate(CHANGED)]
+    assert not broken(judge(SOURCE_LAWS, SourceSubject(made("as it is", TEXTS), variants)))
+    fingerprints = {source().fingerprint for _, source in variants} | {made("a", TEXTS)().fingerprint}
+    assert len(fingerprints) == 1 + len(CHANGED)
+    assert made("b", TEXTS)().fingerprint in fingerprints, "where files lie is no part of it"
+
+
+@sources
+def test_a_source_gives_the_texts(tmp_path: Path, source_of: Callable[..., Source]) -> None:
     source = source_of(tmp_path, TEXTS)
-    parts = list(source.parts())
-    assert parts and parts == list(source.parts())
-    first = {part: list(source.documents(part)) for part in parts}
-    assert {part: list(source.documents(part)) for part in reversed(parts)} == first, (
-        "in any order, any number of times"
-    )
-    passages = [passage for part in parts for passage in first[part]]
+    passages = [passage for part in source.parts() for passage in source.documents(part)]
     assert [passage.text for passage in passages] == [unicodedata.normalize("NFC", one) for one in TEXTS]
     assert sum(passage.characters for passage in passages) == sum(len(unicodedata.normalize("NFC", x)) for x in TEXTS)
-    for found in first.values():
-        assert [passage.document for passage in found] == list(range(len(found)))
-        assert all(passage.last and passage.piece == 0 for passage in found)
-
-
-@sources
-def test_a_fingerprint_changes_with_the_text(tmp_path: Path, source_of: Callable[..., Source]) -> None:
-    def fingerprint(name: str, texts: Sequence[str]) -> str:
-        (tmp_path / name).mkdir()
-        return source_of(tmp_path / name, texts).fingerprint
-
-    assert fingerprint("a", TEXTS) == fingerprint("b", TEXTS), "where files lie is no part of it"
-    changed = [
-        [*TEXTS, "one more"], TEXTS[:-1], [TEXTS[1], TEXTS[0], *TEXTS[2:]],
-        [TEXTS[0] + ".", *TEXTS[1:]], [TEXTS[0][:-1], TEXTS[0][-1] + TEXTS[1], *TEXTS[2:]],
-    ]  # fmt: skip
-    fingerprints = [fingerprint(str(number), texts) for number, texts in enumerate([TEXTS, *changed])]
-    assert len(set(fingerprints)) == len(fingerprints)
 
 
 def test_a_fingerprint_changes_with_the_rules(tmp_path: Path) -> None:

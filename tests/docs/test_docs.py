@@ -2,13 +2,17 @@
 
 What runs: every command of a ```sh block, every line after `$ ` in a ```console block, every ```python block, page by
 page, top to bottom, in a folder of the page's own. What a page speaks of is there: notes.txt and other text files, runs
-that another page made. A ```toml block whose first line is a comment with a file's name (`# mine.toml`) is that file.
+that another page made. A ```toml or ```python block whose first line is a comment with a file's name (`# mine.toml`,
+`# mine.py`) is that file: it is laid on the desk and, if it is Python, run by who imports it.
 What doesn't run: `make …`, and what carries a reason at its end: `# not run: needs two GPUs`.
 """
 
 from __future__ import annotations
 
+import csv
+import gzip
 import io
+import json
 import os
 import re
 import shlex
@@ -19,7 +23,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pyarrow
 import pytest
+import zstandard
+from pyarrow import parquet
 
 import unmask
 from unmask.cli import main
@@ -31,7 +38,7 @@ NOT_RUN = re.compile(r"#\s*not run:\s*\S")
 OPERATORS = {"|", "||", "&&", ";", "&"}
 QUESTIONS = "The [MASK] sat on the mat.\nA dog ran over the [MASK].\n"
 BUDGET, MORE = "4 steps", "+2 steps"
-PIECES = 120  # of a vocabulary; the text on the desk gives some more
+PIECES = {"wordpiece": 120, "unigram": 120, "bpe": 280}  # of a vocabulary; the text on the desk gives some more
 SMALL = ["encoder.layers=1", "encoder.width=32", "encoder.heads=2", "encoder.feed_forward=32"]
 
 
@@ -59,6 +66,13 @@ def blocks(page: str) -> Iterator[Block]:
         elif fence:
             held.append(line)
     assert not fence, f"the block that begins before line {first} is not closed"
+
+
+def title_of(block: Block) -> str:
+    """The name of the file that a block is, or nothing."""
+    ending = {"toml": "toml", "python": "py"}.get(block.language, "")
+    title = re.match(rf"#\s*(\S+\.{ending})\s*$", block.lines[0] if block.lines else "") if ending else None
+    return title[1] if title else ""
 
 
 def commands(block: Block) -> Iterator[tuple[int, str]]:
@@ -115,10 +129,20 @@ def option(arguments: Sequence[str], name: str, default: str) -> str:
     return default
 
 
-def cut_numbers(arguments: Sequence[str]) -> list[str]:
+def kind_of_tokenizer(arguments: Sequence[str], default: str) -> str:
+    """The kind that a command names, by --kind or --set."""
+    found = re.search(r"(?:^|\s)text\.tokenizer\.kind=(\w+)|--kind[= ](\w+)", " ".join(arguments))
+    return (found[1] or found[2]) if found else default
+
+
+def cut_numbers(arguments: Sequence[str], kind: str) -> list[str]:
     """Budgets and vocabularies of a size that the text on the desk allows."""
-    cut = [re.sub(r"(text\.tokenizer\.vocab=)\d+", rf"\g<1>{PIECES}", word) for word in arguments]
+    cut = [
+        re.sub(r"((?:text\.tokenizer\.|--)vocab=)[\d_]+", rf"\g<1>{PIECES.get(kind, 120)}", word) for word in arguments
+    ]
     for place, word in enumerate(cut):
+        if word == "--vocab" and place + 1 < len(cut):
+            cut[place + 1] = str(PIECES.get(kind, 120))
         if word == "--budget" and place + 1 < len(cut):
             cut[place + 1] = MORE if cut[place + 1].startswith("+") else BUDGET
         elif word.startswith("--budget="):
@@ -126,28 +150,61 @@ def cut_numbers(arguments: Sequence[str]) -> list[str]:
     return cut
 
 
-def small_settings(recipe: str) -> list[str]:
+def small_settings(recipe: str, arguments: Sequence[str] = ()) -> list[str]:
     tree = resolve(recipe)
+    kind = kind_of_tokenizer(arguments, tree["text"]["tokenizer"]["kind"])
     stages = [f"stage.{number}.batch=500 tokens" for number in range(len(tree["stage"]))]
-    pieces = [f"text.tokenizer.vocab={PIECES}"] if tree["text"]["tokenizer"]["kind"] == "wordpiece" else []
+    pieces = [f"text.tokenizer.vocab={PIECES[kind]}"] if kind in PIECES else []
     return [*SMALL, *stages, *pieces, "train.threads=1"]
 
 
 def cut_down(arguments: Sequence[str]) -> list[str]:
     """The arguments of a verb that trains, made small; what the page itself sets comes later and wins."""
     verb, *rest = arguments
+    if verb == "tokenizer":
+        return [verb, *cut_numbers(rest, kind_of_tokenizer(rest, "wordpiece"))]
     if verb not in ("pretrain", "demo") or "--help" in rest:
         return list(arguments)
-    rest = cut_numbers(rest)
+    recipe = option(rest, "--recipe", "tiny")
+    rest = cut_numbers(rest, kind_of_tokenizer(rest, resolve(recipe)["text"]["tokenizer"]["kind"]))
     if verb == "demo":
         return [verb, *([] if "--budget" in rest else ["--budget", BUDGET]), "--threads", "1", *rest]
     if "--resume" in rest:
         return [verb, *rest]
-    small = [f"--set={setting}" for setting in small_settings(option(rest, "--recipe", "tiny"))]
+    small = [f"--set={setting}" for setting in small_settings(recipe, rest)]
     return [verb, *small, *([] if any(word.startswith("--budget") for word in rest) else ["--budget", BUDGET]), *rest]
 
 
 # A folder where a page's commands find what they speak of ------------------------------------------------------------
+
+
+def fields_named(text: str) -> list[str]:
+    """The columns that a page's commands ask for; "text" is always one."""
+    return sorted({"text", *re.findall(r"(?:--field[ =]|text\.field=)[\"']?([\w.]+)", text)})
+
+
+def in_the_form_of(name: str, prose: str, fields: Sequence[str]) -> bytes:
+    """Prose as a file of this name holds it: plain or as a table with these fields, packed or not."""
+    documents = [" ".join(document.split()) for document in prose.split("\n\n")]
+    plain = name.removesuffix(".gz").removesuffix(".zst")
+    rows = [dict.fromkeys(fields, document) for document in documents]
+    if plain.endswith(".parquet"):
+        held = io.BytesIO()
+        parquet.write_table(pyarrow.Table.from_pylist(rows), held)
+        content = held.getvalue()
+    elif plain.endswith(".jsonl"):
+        content = "".join(json.dumps(row) + "\n" for row in rows).encode()
+    elif plain.endswith((".csv", ".tsv")):
+        table = io.StringIO()
+        writer = csv.DictWriter(table, fields, delimiter="\t" if plain.endswith(".tsv") else ",")
+        writer.writeheader()
+        writer.writerows(rows)
+        content = table.getvalue().encode()
+    else:
+        content = prose.encode()
+    if name.endswith(".gz"):
+        return gzip.compress(content)
+    return zstandard.compress(content) if name.endswith(".zst") else content
 
 
 class Desk:
@@ -161,25 +218,25 @@ class Desk:
         """Files that the page's blocks name: texts, folders of texts, questions, recipes."""
         code = [block for block in blocks(page) if block.language in ("sh", "console", "python", "toml")]
         for block in code:
-            title = re.match(r"#\s*(\S+\.toml)\s*$", block.lines[0] if block.lines else "")
-            if block.language == "toml" and title:
-                self._write(title[1], "\n".join(block.lines))
+            if title := title_of(block):
+                self._write(title, "\n".join([*block.lines, ""]))
         text = "\n".join(line for block in code if block.language != "toml" for line in block.lines)
-        for name in re.findall(r"[\w./-]+\.txt\b", text):
-            self._write(name, self._prose)
+        for name in re.findall(r"[\w./-]+\.(?:txt|jsonl|csv|tsv|parquet)\b(?:\.gz|\.zst)?", text):
+            if not name.startswith("runs/"):  # what a run writes is not what it reads
+                self._write(name, in_the_form_of(name, self._prose, fields_named(text)))
         for name in re.findall(r"(?:--file|<|cat)[ =]([\w./-]+\.txt)(?=[^\n]*)", text):
             asks = re.search(
-                rf"--file[ =]{re.escape(name)}|{re.escape(name)} *\| *unmask fill|fill [^\n]*< *{name}", text
+                rf"fill [^\n]*--file[ =]{re.escape(name)}|{re.escape(name)} *\| *unmask fill|fill [^\n]*< *{name}", text
             )
             if asks:
                 self._write(name, QUESTIONS)
         for name in re.findall(r"pretrain ([\w-]+)/(?=\s|$)", text):
             self._write(f"{name}/part.txt", self._prose)
 
-    def _write(self, name: str, content: str) -> None:
+    def _write(self, name: str, content: str | bytes) -> None:
         path = self._folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(content, encoding="utf-8")
+        path.write_bytes(content.encode() if isinstance(content, str) else content)
 
     def _make_runs(self, text: str, but: str) -> None:
         """Runs that a command speaks of, though this page has made none of that name."""
@@ -223,7 +280,8 @@ class Desk:
         self._make_runs(program, out[1] if out else "runs/model")
 
         def small(texts: Any, **more: Any) -> Any:
-            settings = [*small_settings(str(more.get("recipe", "tiny"))), *more.pop("settings", ())]
+            given = more.pop("settings", ())
+            settings = [*small_settings(str(more.get("recipe", "tiny")), given), *given]
             return whole(texts, settings=settings, **{**more, "budget": BUDGET})
 
         with pytest.MonkeyPatch.context() as patch:
@@ -235,6 +293,8 @@ def carry_out(page: str, name: str, folder: Path, prose: str) -> None:
     desk = Desk(folder, prose)
     desk.lay_out(page)
     for block in blocks(page):
+        if title_of(block):
+            continue
         if block.language == "python" and not NOT_RUN.search(block.lines[0]):
             # Blank lines before it, so that a traceback names the page's own line.
             desk.execute("\n" * (block.first - 1) + "\n".join(block.lines), name)
@@ -300,7 +360,7 @@ unmask nothing
 ```
 """
     carry_out(page, "page.md", folder, prose.read_text())
-    assert (folder / "mine.toml").read_text().startswith("name = ")
+    assert "\nname = " in (folder / "mine.toml").read_text()
 
 
 def test_budgets_are_cut_and_what_a_page_sets_wins() -> None:
@@ -310,5 +370,8 @@ def test_budgets_are_cut_and_what_a_page_sets_wins() -> None:
     assert cut_down(["pretrain", "--resume", "runs/a", "--budget=+1 epoch"])[-1] == f"--budget={MORE}"
     assert not any("vocab" in word for word in cut_down(["pretrain", "play.txt", "--recipe", "char"]))
     assert cut_down(["pretrain", "a.txt", "--set", "text.tokenizer.vocab=30000"])[-1] == "text.tokenizer.vocab=120"
+    assert cut_down(["tokenizer", "train", "a.txt", "--kind", "bpe", "--vocab", "30000"])[-1] == "280"
+    for chosen in (["--set", "text.tokenizer.kind=bpe"], ["--recipe", "modern-tiny"]):
+        assert "--set=text.tokenizer.vocab=280" in cut_down(["pretrain", "a.txt", *chosen])
     (part,) = simple_commands('python -m unmask fill runs/a "The [MASK] | sat."  # a remark')
     assert part == ["python", "-m", "unmask", "fill", "runs/a", "The [MASK] | sat."] and arguments_of(part) == 3

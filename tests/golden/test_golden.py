@@ -26,6 +26,11 @@ RUNS = {
         "train.precision=float32", "objective.choose=word", "objective.rate=0.2",
         "stage=[{until = '50%', length = 32, batch = '1k tokens'}, {until = '100%', length = 64, batch = '1k tokens'}]",
     ],
+    "classic": [
+        "text.tokenizer.kind=characters", "text.document=file", "encoder={kind = 'classic', layers = 2, width = 32}",
+        "encoder.heads=2", "encoder.feed_forward=64", "optimiser.kind=adamw", "train.precision=float32",
+        "stage=[{length = 32, batch = '512 tokens'}]",
+    ],
 }  # fmt: skip
 
 

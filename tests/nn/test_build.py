@@ -2,12 +2,27 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
-from unmask.nn import EncoderSettings, ModernSettings, TutorialSettings, build, flops_per_token, parameters
+from unmask.contracts import Text, pack
+from unmask.nn import (
+    ClassicSettings,
+    EncoderSettings,
+    ModernSettings,
+    TutorialSettings,
+    build,
+    flops_per_token,
+    parameters,
+    products,
+)
+from unmask.nn.build import parameters_beside_the_table
 
 SHAPES: list[EncoderSettings] = [
     ModernSettings(),
     ModernSettings(layers=1, width=32, heads=2, feed_forward=40, global_every=1),
+    ClassicSettings(),
+    ClassicSettings(layers=1, width=16, heads=4, feed_forward=24, longest=9, segments=3),
     TutorialSettings(),
     TutorialSettings(layers=1, width=16, heads=2, feed_forward=24),
 ]
@@ -16,7 +31,9 @@ SHAPES: list[EncoderSettings] = [
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_parameters_are_those_of_the_modules(shape: EncoderSettings):
     modules = build(shape, 100)
-    assert parameters(shape, 100) == sum(p.numel() for module in modules for p in module.parameters())
+    counted = sum(p.numel() for module in modules for p in module.parameters())
+    assert parameters(shape, 100) == counted
+    assert parameters_beside_the_table(shape, 100) == counted - modules[0].get_parameter("token_table").numel()
 
 
 def test_flops_count_matrices_attention_and_the_asked_share():
@@ -27,18 +44,27 @@ def test_flops_count_matrices_attention_and_the_asked_share():
     assert flops_per_token(shape, 100, 16, 0.25) == 3 * (matrices + attention + 0.25 * head)
 
 
-def test_flops_of_a_forward_are_those_that_torch_counts():
-    from torch.utils.flop_counter import FlopCounterMode
-
-    from unmask.contracts import Text as Sample
-    from unmask.contracts import pack
-
-    shape = TutorialSettings(layers=2, width=32, heads=2, feed_forward=40, dropout=0.0)
+@pytest.mark.parametrize(
+    "shape",
+    [
+        TutorialSettings(layers=2, width=32, heads=2, feed_forward=40, dropout=0.0),
+        ClassicSettings(layers=2, width=32, heads=2, feed_forward=40),
+        ModernSettings(layers=2, width=32, heads=2, feed_forward=40, global_every=1),
+    ],
+    ids=lambda shape: shape.kind,
+)
+def test_flops_of_a_step_are_those_that_torch_counts(shape: EncoderSettings):
+    """To the last one, forward and backward, for texts of one length and no local window."""
     encoder, head = build(shape, 50)
     ids = torch.arange(24).numpy()
-    batch = pack([Sample(ids, ids.astype("uint8") * 0)] * 3)
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        head(encoder(batch)[::2], encoder.token_table)
-    # torch doesn't know the CPU's fused attention kernel
-    counted = counter.get_total_flops() + 72 * 2 * 4 * 24 * 32
-    assert 72 * flops_per_token(shape, 50, 24, 0.5) / 3 == counted
+    batch = pack([Text(ids, ids.astype("uint8") * 0)] * 3)
+    # torch doesn't know what the CPU's fused attention kernel costs
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        head(encoder(batch)[::2], encoder.token_table).sum().backward()
+    assert 72 * flops_per_token(shape, 50, 24, 0.5) == counter.get_total_flops()
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_products_are_the_forward_without_attention(shape: EncoderSettings):
+    operations = sum(2 * rows * inner * columns for rows, inner, columns in products(shape, 100, 1000, 150))
+    assert 3 * operations == pytest.approx(1000 * flops_per_token(shape, 100, 0, 0.15))

@@ -13,8 +13,8 @@ from torch import nn
 
 from unmask.contracts import Text, logits_at, pack
 from unmask.errors import ModelError
-from unmask.nn import EncoderSettings, ModernSettings, TutorialSettings, build
-from unmask.nn.names import config, from_ecosystem, settings_of, to_ecosystem
+from unmask.nn import ClassicSettings, EncoderSettings, ModernSettings, TutorialSettings, build, build_pair
+from unmask.nn.names import States, config, from_ecosystem, settings_of, to_ecosystem
 
 VOCABULARY = 61
 IDS = {"pad": 0, "unk": 1, "cls": 2, "sep": 3, "mask": 4}
@@ -55,8 +55,12 @@ def their_logits(model: nn.Module) -> list[torch.Tensor]:
         return [model(input_ids=torch.from_numpy(ids)[None]).logits[0] for ids in texts()]
 
 
+def states(encoder: nn.Module, head: nn.Module, pair: nn.Module | None = None) -> States:
+    return States(encoder.state_dict(), head.state_dict(), None if pair is None else pair.state_dict())
+
+
 def write(folder: Path, encoder: nn.Module, head: nn.Module, shape: EncoderSettings) -> None:
-    tensors = to_ecosystem(encoder.state_dict(), head.state_dict(), shape)
+    tensors = to_ecosystem(states(encoder, head), shape)
     save_file({name: t.contiguous() for name, t in tensors.items()}, folder / "model.safetensors", {"format": "pt"})
     (folder / "config.json").write_text(json.dumps(config(shape, VOCABULARY, IDS)))
 
@@ -97,29 +101,36 @@ def test_we_open_what_transformers_saved_with_equal_logits(every: int, tmp_path:
     assert isinstance(shape, ModernSettings)
     assert (shape.global_every, shape.local_window, shape.longest) == (every, 64, 512)
     encoder, head = build(shape, VOCABULARY)
-    for module, state in zip(
-        (encoder, head), from_ecosystem(load_file(tmp_path / "model.safetensors"), shape), strict=True
-    ):
-        module.load_state_dict(state)
+    found = from_ecosystem(load_file(tmp_path / "model.safetensors"), shape)
+    encoder.load_state_dict(found.encoder)
+    head.load_state_dict(found.head)
+    assert found.pair is None
     for mine, other in zip(our_logits(encoder, head), their_logits(theirs), strict=True):
         torch.testing.assert_close(mine, other, atol=1e-4, rtol=0)
 
 
-@pytest.mark.parametrize("shape", [*SHAPES, TutorialSettings(layers=2, width=32, heads=2, feed_forward=40)], ids=str)
-def test_a_round_trip_changes_nothing(shape: EncoderSettings):
-    encoder, head = build(shape, VOCABULARY)
-    tensors = to_ecosystem(encoder.state_dict(), head.state_dict(), shape)
-    for module, state in zip((encoder, head), from_ecosystem(tensors, shape), strict=True):
-        mine = module.state_dict()
-        assert state.keys() == mine.keys()
-        assert all(torch.equal(state[name], mine[name]) for name in mine)
-    written = json.loads(json.dumps(config(shape, VOCABULARY, IDS)))
+CLASSIC = ClassicSettings(layers=2, width=32, heads=4, feed_forward=40, longest=70, segments=3, hidden_dropout=0.2)
+OTHERS = [TutorialSettings(layers=2, width=32, heads=2, feed_forward=40), CLASSIC]
+
+
+@pytest.mark.parametrize(
+    ("shape", "pair"), [*((shape, False) for shape in (*SHAPES, *OTHERS)), (CLASSIC, True)], ids=str
+)
+def test_a_round_trip_changes_nothing(shape: EncoderSettings, pair: bool):
+    modules = (*build(shape, VOCABULARY), build_pair(shape) if pair else None)
+    found = from_ecosystem(to_ecosystem(states(*modules), shape), shape)
+    assert (found.pair is None) is not pair
+    for module, state in zip(modules, found, strict=True):
+        mine = {} if module is None else module.state_dict()
+        assert (state or {}).keys() == mine.keys()
+        assert all(torch.equal((state or {})[name], mine[name]) for name in mine)
+    written = json.loads(json.dumps(config(shape, VOCABULARY, IDS, pair=pair)))
     assert settings_of(written) == shape
 
 
 def test_the_tied_decoder_is_not_written_and_an_untied_one_not_read():
     encoder, head = build(SHAPES[0], VOCABULARY)
-    tensors = to_ecosystem(encoder.state_dict(), head.state_dict(), SHAPES[0])
+    tensors = to_ecosystem(states(encoder, head), SHAPES[0])
     assert "decoder.weight" not in tensors
     table = tensors["model.embeddings.tok_embeddings.weight"]
     from_ecosystem(tensors | {"decoder.weight": table.clone()}, SHAPES[0])
@@ -129,7 +140,7 @@ def test_the_tied_decoder_is_not_written_and_an_untied_one_not_read():
 
 def test_missing_and_unknown_tensors_are_named():
     encoder, head = build(SHAPES[0], VOCABULARY)
-    tensors = to_ecosystem(encoder.state_dict(), head.state_dict(), SHAPES[0])
+    tensors = to_ecosystem(states(encoder, head), SHAPES[0])
     with pytest.raises(ModelError, match=r"model\.layers\.0\.attn\.Wqkv\.bias"):
         from_ecosystem(tensors | {"model.layers.0.attn.Wqkv.bias": torch.zeros(3)}, SHAPES[0])
     del tensors["head.dense.weight"]
@@ -157,7 +168,7 @@ def test_version_4_is_read():
 @pytest.mark.parametrize(
     ("change", "culprit"),
     [
-        ({"model_type": "bert"}, "bert"),
+        ({"model_type": "roberta"}, "roberta"),
         ({"model_type": None}, "None"),
         ({"attention_bias": True}, "attention_bias"),
         ({"norm_bias": True}, "norm_bias"),

@@ -37,6 +37,16 @@ def test_every_token_stands_in_exactly_one_window(lengths: list[int], length: in
         assert windows.cuts(epoch, place // 2, place) == cuts[place // 2 : place]
 
 
+def test_many_documents_are_found_by_counting() -> None:
+    lengths = np.random.default_rng(1).integers(0, 40, 1000)
+    lengths[100:400] = 0
+    windows = Windows(lengths, 7, seed=1)
+    cuts = sorted(windows.cuts(0, 0, windows.count(0)), key=lambda cut: cut.number)
+    assert all((seen == 1).all() for seen in covered(cuts, lengths.tolist()))
+    assert [cut.spans[0][:2] for cut in cuts] == sorted(cut.spans[0][:2] for cut in cuts)
+    assert len(cuts) == int((-(-lengths // 7)).sum())
+
+
 @given(lengths=LENGTHS, length=st.integers(1, 20))
 def test_frozen_windows_cover_everything_in_order(lengths: list[int], length: int) -> None:
     cuts = frozen(np.array(lengths), length)

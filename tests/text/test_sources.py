@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import re
 import unicodedata
 from pathlib import Path
 
@@ -12,9 +13,10 @@ from hypothesis import strategies as st
 
 from unmask.contracts import Passage
 from unmask.errors import TextError
-from unmask.text import sources
+from unmask.text import passages as passages_module
+from unmask.text import streams
 from unmask.text.settings import DocumentRule, ErrorsRule
-from unmask.text.sources import FileSource, MemorySource
+from unmask.text.sources import PASSAGE_CHARACTERS, FileSource, MemorySource
 
 RULES: tuple[DocumentRule, ...] = ("blank-line", "line", "file")
 
@@ -52,6 +54,21 @@ def test_what_a_document_is(tmp_path: Path) -> None:
 TEXT = st.text(st.sampled_from("ab \n\n\r\t.é́̈가ᄀ\u1161\u11a8い𐀀\u2028\x0b"), max_size=200)
 
 
+def plainly(text: str, rule: DocumentRule) -> list[str]:
+    """What documents are, said line by line."""
+    found: list[str] = []
+    parted = True
+    for line in re.findall(r"[^\n]*\n|[^\n]+", text):
+        if not line.strip():
+            parted = True
+        elif parted or rule == "line":
+            found.append(line)
+            parted = False
+        else:
+            found[-1] += line
+    return [text] if rule == "file" else [one.removesuffix("\n") for one in found]
+
+
 @settings(max_examples=60, deadline=None)
 @given(text=TEXT, rule=st.sampled_from(RULES), limit=st.sampled_from([5, 12, 1000]), chunk=st.integers(1, 40))
 def test_characters_add_up_and_passages_join(
@@ -62,8 +79,8 @@ def test_characters_add_up_and_passages_join(
     path = written(tmp_path_factory.mktemp("source"), text)
     normal = unicodedata.normalize("NFC", text.replace("\r\n", "\n"))
     with pytest.MonkeyPatch.context() as patch:  # a passage of a million characters takes too long to make by the dozen
-        patch.setattr(sources, "PASSAGE_CHARACTERS", limit)
-        patch.setattr(sources, "_CHUNK_BYTES", chunk)
+        patch.setattr(passages_module, "PASSAGE_CHARACTERS", limit)
+        patch.setattr(streams, "CHUNK_BYTES", chunk)
         found = passages(path, rule)
     whole = documents(found)
     # A cluster of marks longer than a passage may have to be broken; there NFC isn't the sum of its parts.
@@ -72,14 +89,12 @@ def test_characters_add_up_and_passages_join(
         assert "".join("".join(whole).split()) == "".join(normal.split())
         assert all(unicodedata.is_normalized("NFC", passage.text) for passage in found)
     assert all(len(passage.text) <= limit for passage in found)
-    if rule == "line" and limit == 1000:
-        assert whole == [line for line in normal.split("\n") if line.strip()]
-    if rule == "file" and limit > 5:
-        assert whole == [normal]
+    if limit == 1000 or (rule == "file" and limit > 5):
+        assert whole == plainly(normal, rule)
 
 
 def test_a_long_document_is_broken_where_it_hurts_least(tmp_path: Path) -> None:
-    limit = sources.PASSAGE_CHARACTERS
+    limit = PASSAGE_CHARACTERS
     line = "word " * 19 + "end.\n"
     found = passages(written(tmp_path, line * (limit // len(line) + 2)))
     assert len(found) == 2 and found[0].text.endswith("end.\n") and not found[0].last and found[1].last
@@ -97,7 +112,7 @@ def test_folders_and_gzip_and_a_byte_order_mark(tmp_path: Path) -> None:
     (tmp_path / "b").mkdir()
     written(tmp_path / "b", "two", "z.txt.gz")
     written(tmp_path, "\ufeffone", "a.txt")
-    written(tmp_path, "left out", "a.csv")
+    written(tmp_path, "left out", "a.md")
     source = FileSource([tmp_path], "file", "strict")
     source.check()
     assert [passage.text for part in source.parts() for passage in source.documents(part)] == ["one", "two"]
@@ -158,8 +173,38 @@ def test_invalid_utf8_is_named_by_its_byte(tmp_path: Path, before: int) -> None:
     path = written(tmp_path, b"a" * before + b"\xc3\x28 rest")
     with pytest.raises(TextError, match=f"byte {before:,} ") as caught:
         passages(path)
-    assert caught.value.where == f"{path}, byte {before}" and "--errors replace" in caught.value.next
+    assert caught.value.where == f"{path}, byte {before} (line 1)" and "--errors replace" in caught.value.next
     assert "".join(passage.text for passage in passages(path, errors="replace")) == "a" * before + "\ufffd( rest"
+
+
+def test_lines_that_are_not_utf_8_are_left_out_and_counted(tmp_path: Path) -> None:
+    path = written(tmp_path, b"one\ntw\xe9o\nthree\rstill\n\nfour\n\xff")
+    source = FileSource([path], "blank-line", "skip")
+    (part,) = source.parts()
+    assert documents(list(source.documents(part))) == ["one\nthree\rstill", "four"]
+    assert source.left_out == {part: 2}
+    path.write_bytes(b"\xff\n\xff\n")
+    with pytest.raises(TextError, match="2 lines or rows were left out"):
+        passages(path, errors="skip")
+
+
+def test_a_line_too_long_to_be_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(streams, "LONGEST_LEFT_OUT", 100)
+    monkeypatch.setattr(streams, "CHUNK_BYTES", 16)
+    good = "x" * 99 + "é" * 300
+    path = written(tmp_path, good + "\nshort\n")
+    assert documents(passages(path, "line", "skip")) == [good, "short"]
+    for bad in (b"x" * 150 + b"\xff" + b"x" * 90, b"x" * 200 + b"\xff\n"):
+        with pytest.raises(TextError, match="too long to be left out"):
+            passages(written(tmp_path, bad), "line", "skip")
+
+
+def test_unicode_forms(tmp_path: Path) -> None:
+    path = written(tmp_path, "ﬁne e\u0301\n")
+    for form, text in (("NFC", "ﬁne é"), ("NFKC", "fine é"), ("as-is", "ﬁne e\u0301")):
+        source = FileSource([path], "line", "strict", unicode=form)
+        assert [passage.text for part in source.parts() for passage in source.documents(part)] == [text]
+    assert MemorySource(["ﬁ"], "NFKC").fingerprint != MemorySource(["ﬁ"]).fingerprint
 
 
 def test_a_character_cut_short_at_the_end_is_named(tmp_path: Path) -> None:
@@ -176,12 +221,12 @@ def test_a_damaged_gz_is_refused(tmp_path: Path) -> None:
 
 
 def test_texts_in_memory() -> None:
-    source = MemorySource(["e\u0301\r\nx", "", "a" * (sources.PASSAGE_CHARACTERS + 1)])
+    source = MemorySource(["e\u0301\r\nx", "", "a" * (PASSAGE_CHARACTERS + 1)])
     found = [passage for part in source.parts() for passage in source.documents(part)]
     assert [(passage.document, passage.piece, passage.characters) for passage in found] == [
         (0, 0, 3),
         (1, 0, 0),
-        (2, 0, sources.PASSAGE_CHARACTERS),
+        (2, 0, PASSAGE_CHARACTERS),
         (2, 1, 1),
     ]
     assert found[0].text == "é\nx"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -19,8 +20,9 @@ from unmask.train.terminal import LiveDisplay
 
 PLAN = Plan((StagePlan(64, 4096, 0, 300, 0.02), StagePlan(128, 4096, 300, 200, 0.03)), 0.1, 0.1, 2.0)
 FORECAST = Forecast(
-    "tiny", 1_482_240, 9.2e6, 312, 1_200_000, PLAN, 63.0, 1.6e11, 420_000_000, 38_000_000, "cpu", "bfloat16", 2, "muon"
-)
+    "tiny", 1_482_240, 9.2e6, 312, 1_200_000, PLAN, (60.8, 2.2), {"notes.txt": 63.0}, 1.6e11, 420_000_000, 38_000_000,
+    "cpu", "bfloat16", 2, "muon",
+)  # fmt: skip
 LETTERS: list[Line] = [
     (Cell("We are acc"), Cell("o", "right", "o"), Cell("u"), Cell("x", "wrong", "n"), Cell("ted\npoor"))
 ]
@@ -61,6 +63,33 @@ def run(display: Display, panel: list[Line]) -> None:
     display.saved(Path("runs/x/step-0000500"))
     display.done(Summary(Path("runs/x"), 500, 2_048_000, 20.0, 14.0, 18.0, 8000.0, validation(2.4)))
     display.close()
+
+
+def test_how_often_the_text_is_seen_is_told_in_all_by_stage_and_by_text() -> None:
+    assert [row[4] for row in figures.stage_rows(FORECAST)] == ["61 times", "2.2 times"]
+    assert ("text", "312 documents, 1.2M tokens, which will be seen 63 times") in figures.forecast_rows(FORECAST)
+    (warned,) = figures.notes(FORECAST)
+    assert "by heart" in warned and "stop_after" in warned
+    fits = replace(FORECAST, epochs=(1.0, 2.2), texts_seen={"notes.txt": 3.2})
+    assert figures.notes(fits) == []
+    two = replace(FORECAST, epochs=(1.0, 0.5), texts_seen={"notes.txt": 3.2, "wiki": 0.4})
+    told, unread = figures.notes(two)
+    assert told == "of the texts, notes.txt will be seen 3.2 times, wiki will be seen 0.4 times" and "unread" in unread
+
+
+def test_a_run_that_may_end_early_says_what_that_means_for_its_rates() -> None:
+    early = replace(FORECAST, epochs=(1.0, 2.2), texts_seen={}, patience=3, decay="over the last 40% of the plan")
+    assert "after 3 validations without gain: maybe before the rates come down over the last" in figures.notes(early)[0]
+
+
+def test_the_summary_names_the_best_step_and_why_it_ended_early() -> None:
+    summary = Summary(
+        Path("r"), 300, 1_228_800, 20.0, 14.0, 18.0, 8000.0, validation(2.5), 200, 2.4, "3 validations w.g."
+    )
+    rows = {row.label: row.fact for row in figures.comparison_rows(summary, PLAN)}
+    assert rows["best validation loss"] == "2.400 at step 200" and rows["ended early"] == "3 validations w.g."
+    whole = {row.label for row in figures.comparison_rows(replace(summary, best_step=300, early=""), PLAN)}
+    assert not whole & {"best validation loss", "ended early"}
 
 
 def plain(panel: list[Line]) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -12,7 +13,14 @@ from unmask import bundle
 from unmask.bundle import Model
 from unmask.errors import DamagedError, ModelError
 from unmask.nn import ModernSettings, build
-from unmask.text.tokenizer import CharacterSettings, WordPieceSettings, train_tokenizer
+from unmask.text.tokenizer import (
+    ByteBpeSettings,
+    ByteSettings,
+    CharacterSettings,
+    UnigramSettings,
+    WordPieceSettings,
+    train_tokenizer,
+)
 
 TEXT = (
     "the player plays and the walker walks . playing and walking are played and walked by players and walkers . " * 30
@@ -54,7 +62,8 @@ def test_the_answers_are_those_of_log_probabilities(model: Model) -> None:
     row = model.log_probabilities([ids.tolist()], [[one.position]])[0][0]
     assert row.exp().sum() == pytest.approx(1.0, abs=1e-5)
     assert [row.exp()[c.id].item() for c in one.candidates] == pytest.approx([c.probability for c in one.candidates])
-    assert one.candidates[0].id == int(row.argmax())
+    ordinary_N = torch.from_numpy(model.tokenizer.ordinary_N)
+    assert one.candidates[0].id == int(ordinary_N[row[ordinary_N].argmax()])
 
 
 def test_a_piece_that_continues_a_word_is_joined(model: Model) -> None:
@@ -66,6 +75,11 @@ def test_a_piece_that_continues_a_word_is_joined(model: Model) -> None:
     for candidate in everything:
         if candidate.token in pieces:
             assert candidate.text == f"play{candidate.token[2:]} now"
+
+
+def test_special_pieces_are_no_answer(model: Model) -> None:
+    candidates = unmask.fill(model, "play [MASK] now", top=model.tokenizer.size)[0].masks[0].candidates
+    assert {one.id for one in candidates} == set(model.tokenizer.ordinary_N.tolist())
 
 
 def test_a_text_longer_than_the_context_is_windowed(model: Model) -> None:
@@ -166,3 +180,83 @@ def test_what_is_no_model_is_named(model: Model, tmp_path: Path) -> None:
     weights.unlink()
     with pytest.raises(ModelError, match="pickles"):
         unmask.load(tmp_path / "m")
+
+
+# What a filled text reads like, for every kind -----------------------------------------------------------------------
+
+SPOKEN = "the cat sat on the mat . 서울에 간다 . 서울은 크다 . 집에서 간다 . 天氣很好，我們去公園。 " * 40  # noqa: RUF001
+SENTENCES = (
+    "sat on the [MASK].",
+    "[MASK] cat sat",
+    "서울[MASK] 간다",
+    "[MASK]에서 간다",
+    "天[MASK]很好",
+    "on [MASK] [MASK] .",
+)
+
+
+@pytest.fixture(
+    scope="module",
+    params=[
+        WordPieceSettings(vocab=60),
+        ByteBpeSettings(vocab=330),
+        UnigramSettings(vocab=60),
+        ByteSettings(),
+        CharacterSettings(),
+    ],
+    ids=lambda value: value.kind,
+)
+def speaker(request: pytest.FixtureRequest) -> Model:
+    tokenizer = train_tokenizer([SPOKEN], request.param)
+    torch.manual_seed(1)
+    shape = ModernSettings(layers=1, width=16, heads=2, feed_forward=16)
+    encoder, head = build(shape, tokenizer.size)
+    return Model(encoder, head, tokenizer, shape, {"context": 64, "words": "spaces"})
+
+
+@pytest.mark.parametrize("sentence", SENTENCES)
+def test_no_space_is_doubled_or_lost(speaker: Model, sentence: str) -> None:
+    (one,) = unmask.fill(speaker, [sentence], top=speaker.tokenizer.size)
+    before, after = sentence.split("[MASK]", 1)
+    for candidate in one.masks[0].candidates:
+        letters = candidate.shown.removeprefix("##").strip("␣")
+        assert candidate.text.startswith(before.rstrip(" ")) and candidate.text.endswith(after)
+        assert letters in candidate.text and (not letters or "  " not in candidate.text)
+        assert not set(candidate.shown) & set("Ġ▁")
+        if candidate.shown.startswith("␣") and before and letters:
+            assert candidate.text == f"{before.rstrip(' ')} {letters}{after}"
+
+
+def test_a_word_with_its_space(speaker: Model) -> None:
+    (one,) = unmask.fill(speaker, "sat on the [MASK].", top=speaker.tokenizer.size)
+    texts = {candidate.shown: candidate.text for candidate in one.masks[0].candidates}
+    is_spelled = speaker.tokenizer.size in (261, 5 + len(set(SPOKEN)))  # bytes or characters
+    assert texts["c" if is_spelled else "␣cat" if "␣cat" in texts else "cat"] == (
+        "sat on the c." if is_spelled else "sat on the cat."
+    )
+    assert not any("\ufffd" in shown for shown in texts), "bytes that are no letter are shown as numbers"
+
+
+def test_a_mask_behind_a_letter_goes_on_there(speaker: Model) -> None:
+    candidates = unmask.fill(speaker, "서울[MASK] 간다", top=speaker.tokenizer.size)[0].masks[0].candidates
+    assert candidates and all(candidate.text.startswith("서울") for candidate in candidates)
+    assert not any(candidate.shown.startswith("␣") and len(candidate.shown) > 1 for candidate in candidates)
+    texts = {candidate.text for candidate in candidates}
+    assert "서울에 간다" in texts or "⟨EC⟩" in {candidate.shown for candidate in candidates}
+    if speaker.tokenizer.token_to_id("##에") is not None:
+        assert not any(candidate.token == "cat" for candidate in candidates), "a new word needs a space"
+
+
+def test_letters_behind_a_mask_continue_its_word(speaker: Model) -> None:
+    tokenizer = speaker.tokenizer
+    following = tokenizer.token_to_id("##에")
+    if following is None:
+        encoded = tokenizer.encode("[MASK]에 간다", specials_in_text=True)
+        assert not tokenizer.id_to_token(int(encoded.ids[1])).startswith(("▁", "Ġ"))
+        ids = encoded.ids
+    else:
+        ids = np.array([tokenizer.mask_id, following, *tokenizer.encode("간다").ids])
+    framed, _ = tokenizer.framed(ids, np.zeros(len(ids), dtype=np.uint8))
+    row = speaker.log_probabilities([framed.tolist()], [[1]])[0][0].exp()
+    answered = unmask.fill(speaker, "[MASK]에 간다", top=3)[0].masks[0].candidates
+    assert [one.probability for one in answered] == pytest.approx([row[one.id].item() for one in answered], rel=1e-4)

@@ -14,11 +14,15 @@ import shlex
 import sys
 import traceback
 from collections.abc import Callable
-from typing import Annotated, Any, ParamSpec
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, ParamSpec
 
 import typer
 
 from unmask.errors import Stopped, UnmaskError
+
+if TYPE_CHECKING:
+    from unmask.bundle import Model
 
 Arguments = ParamSpec("Arguments")
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.", show_default=False)]
@@ -69,6 +73,15 @@ def _told(error: Exception) -> int:
         complain("stopped:", str(error).removeprefix("stopped "))
         return code
     crash_file = getattr(error, "crash_file", None)
+    from unmask.outside import culprit
+
+    if place := culprit(error):
+        kept = crash_file or "--debug shows it"
+        complain(
+            "a fault in your module:",
+            f"{type(error).__name__}: {error}\n  where: {place}\n  next:  mend it; the whole traceback: {kept}",
+        )
+        return FAULT
     kept = (
         f"the traceback is in {crash_file}" if crash_file else "run the same command with --debug to see the traceback"
     )
@@ -82,6 +95,18 @@ def complain(label: str, message: str) -> None:
     from rich.text import Text
 
     Console(stderr=True, highlight=False, soft_wrap=True).print(Text.assemble((label, "bold red"), " ", message))
+
+
+def open_model(path: str | Path) -> Model:
+    """`unmask.load`, which says on standard error where a run's best model is not its last step."""
+    from unmask.bundle import last_step, load
+
+    model = load(path)
+    last = last_step(Path(path)) if model.card.get("step") and Path(model.path) != Path(path) else None
+    if last is not None and last != model.card["step"]:
+        step = f"step {model.card['step']:,}, the best of this run by validation"
+        print(f"this is {step}; the last is {last:,}", file=sys.stderr)
+    return model
 
 
 def print_json(value: Any) -> None:

@@ -11,7 +11,7 @@ from typing import Annotated
 
 import typer
 
-from unmask.cli import evaluate, fill, pretrain, recipe
+from unmask.cli import check, evaluate, fill, look, pretrain, recipe, runs, text, tokenizer
 from unmask.cli.answer import answered, debug_everywhere
 
 _EPILOG = """\
@@ -37,12 +37,25 @@ app = typer.Typer(
 app.command("pretrain", epilog=pretrain.PRETRAIN_EXAMPLES)(answered(pretrain.pretrain))
 app.command("fill", epilog=fill.EXAMPLES)(answered(fill.fill))
 app.command("evaluate", epilog=evaluate.EXAMPLES)(answered(evaluate.evaluate))
+app.command("check", epilog=check.EXAMPLES)(answered(check.check))
+app.command("runs", epilog=runs.EXAMPLES)(answered(runs.runs))
 app.command("demo", epilog=pretrain.DEMO_EXAMPLES)(answered(pretrain.demo))
 _recipes = typer.Typer(no_args_is_help=True, help="List, show and check recipes.", rich_markup_mode="rich")
 _recipes.command("list")(answered(recipe.list_recipes))
 _recipes.command("show", epilog=recipe.SHOW_EXAMPLES)(answered(recipe.show))
 _recipes.command("check", epilog=recipe.CHECK_EXAMPLES)(answered(recipe.check))
 app.add_typer(_recipes, name="recipe")
+_texts = typer.Typer(no_args_is_help=True, help="Look at text, and prepare it, before training on it.", rich_markup_mode="rich")
+_texts.command("look", epilog=look.EXAMPLES)(answered(look.look))
+_texts.command("build", epilog=text.BUILD_EXAMPLES)(answered(text.build))
+app.add_typer(_texts, name="text")
+_tokenizers = typer.Typer(
+    no_args_is_help=True, help="Train, look at and compare tokenizers.", rich_markup_mode="rich"
+)
+_tokenizers.command("train", epilog=tokenizer.TRAIN_EXAMPLES)(answered(tokenizer.train))
+_tokenizers.command("look", epilog=tokenizer.LOOK_EXAMPLES)(answered(tokenizer.look))
+_tokenizers.command("compare", epilog=tokenizer.COMPARE_EXAMPLES)(answered(tokenizer.compare))
+app.add_typer(_tokenizers, name="tokenizer")
 
 
 def _say_version(wanted: bool) -> None:

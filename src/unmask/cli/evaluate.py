@@ -11,7 +11,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from unmask.cli.answer import Debug, Json, print_json
+from unmask.cli.answer import Debug, Json, open_model, print_json
 
 EXAMPLES = """\
 [bold]Examples[/bold]
@@ -32,11 +32,17 @@ def evaluate(
     ] = None,
     document: Annotated[
         Literal["blank-line", "line", "file"] | None,
-        typer.Option(help="What a document is.", show_default="what it was in training, else blank-line"),
+        typer.Option(help="What a document of plain text is.", show_default="what it was in training, else blank-line"),
     ] = None,
     errors: Annotated[
-        Literal["strict", "replace"], typer.Option(help="Bytes that are not UTF-8: refuse, or replace.")
+        Literal["strict", "replace", "skip"],
+        typer.Option(help="Bytes that are not UTF-8 and broken rows: refuse, replace, or skip."),
     ] = "strict",
+    field: Annotated[str, typer.Option(help="Where the text of a .jsonl line or a table stands.")] = "text",
+    at_most: Annotated[
+        str | None,
+        typer.Option(metavar="AMOUNT", help='Read no further: "2M characters".', show_default="all of it"),
+    ] = None,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
@@ -44,11 +50,20 @@ def evaluate(
 
     Bits per character compare models of one tokenizer only.
     """
-    from unmask.bundle import load
+    from unmask.amounts import Amount
     from unmask.eval.evaluate import evaluate_text
     from unmask.world import discover
 
-    held = evaluate_text(load(model), texts, world=discover("float32"), length=length, document=document, errors=errors)
+    held = evaluate_text(
+        open_model(model),
+        texts,
+        world=discover("float32"),
+        length=length,
+        document=document,
+        errors=errors,
+        field=field,
+        at_most=Amount.parse(at_most).require("characters").number if at_most else float("inf"),
+    )
     if as_json:
         print_json(asdict(held))
         return

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from unmask.cli.answer import Debug, Json, complain, print_json
+from unmask.cli.answer import Debug, Json, complain, open_model, print_json
 from unmask.errors import TextError, UnmaskError
 
 if TYPE_CHECKING:
@@ -55,10 +55,9 @@ def fill(
     if file is not None:
         given += _lines(_read(file), str(file))
 
-    from unmask.bundle import load
     from unmask.use.fill import fill as answers
 
-    opened = load(model)
+    opened = open_model(model)
     if from_input and sys.stdin.isatty() and not as_json:
         _converse(opened, top)
         return
@@ -128,7 +127,7 @@ def print_filled(filled: Sequence[Filled]) -> None:
         for number, mask in enumerate(one.masks, start=1):
             if len(one.masks) > 1:
                 console.print(Text(f"  [MASK] {number}", "dim"))
-            pieces = ["␣" if candidate.token == " " else visible(candidate.token) for candidate in mask.candidates]
+            pieces = [visible(candidate.shown) for candidate in mask.candidates]
             wide = max(cell_len(piece) for piece in pieces)
             for piece, candidate in zip(pieces, mask.candidates, strict=True):
                 line = Text(f"    {piece}{' ' * (wide - cell_len(piece))}  {candidate.probability:>6.1%}  ")

@@ -10,7 +10,7 @@ import itertools
 import os
 import shlex
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -19,7 +19,7 @@ import typer
 
 from unmask.cli.answer import Debug, Json, print_json
 from unmask.cli.fill import print_filled
-from unmask.errors import RunError
+from unmask.errors import RecipeError, RunError
 
 if TYPE_CHECKING:
     from unmask.pretrain import Result
@@ -30,8 +30,12 @@ PRETRAIN_EXAMPLES = """\
 
 unmask pretrain notes.txt
 unmask pretrain notes/ --budget "30 min" --out runs/notes
+unmask pretrain "posts/**/*.jsonl.zst" --field body       a field of each line; also .csv, .tsv and .parquet
+unmask pretrain notes.txt:0.7 dataset:imdb:0.3            seven tokens in ten from your notes
+zcat notes.gz | unmask pretrain -                         standard input
 unmask pretrain play.txt --recipe char --set stage.0.length=64
 unmask pretrain notes.txt --dry-run                       the forecast alone
+unmask pretrain notes.txt --valid news=valid_news.txt     measure a text of yours at each validation
 unmask pretrain --resume runs/notes                       go on, bit for bit
 unmask pretrain --resume runs/notes --budget "+1 epoch"   prolong a run
 """
@@ -49,10 +53,31 @@ Budget = Annotated[
 Threads = Annotated[
     int | None, typer.Option(min=1, help="Processor threads; they decide the bits.", show_default="all cores")
 ]
+Texts = Annotated[
+    list[Path] | None,
+    typer.Argument(
+        metavar="TEXT", help="Files, folders, patterns, dataset:NAME, - for standard input; TEXT:0.7 gives weights."
+    ),
+]
+Errors = Annotated[
+    Literal["strict", "replace", "skip"] | None,
+    typer.Option(help="Bytes that are not UTF-8 and broken rows: refuse, replace, or skip.", show_default="strict"),
+]
+Rule = Annotated[
+    Literal["blank-line", "line", "file"] | None,
+    typer.Option(help="What a document of plain text is.", show_default="blank-line"),
+]
+Field = Annotated[
+    str | None, typer.Option(help="Where the text of a .jsonl line or a table stands.", show_default="text")
+]
+Valid = Annotated[
+    list[str] | None,
+    typer.Option("--valid", metavar="NAME=TEXT", help="Measure this text too at each validation; may be repeated."),
+]
 
 
 def pretrain(
-    texts: Annotated[list[Path] | None, typer.Argument(metavar="TEXT", help="Text files or folders.")] = None,
+    texts: Texts = None,
     recipe: Annotated[
         str | None, typer.Option(help="A shipped recipe's name or a TOML file.", show_default="tiny")
     ] = None,
@@ -69,10 +94,10 @@ def pretrain(
         bool, typer.Option("--elsewhere", help="With --resume: accept a machine that computes other bits.")
     ] = False,
     threads: Threads = None,
-    errors: Annotated[
-        Literal["strict", "replace"] | None,
-        typer.Option(help="Bytes that are not UTF-8: refuse, or replace.", show_default="strict"),
-    ] = None,
+    errors: Errors = None,
+    document: Rule = None,
+    field: Field = None,
+    valid: Valid = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the forecast and stop.")] = False,
     as_json: Json = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print the run's folder alone.")] = False,
@@ -82,14 +107,19 @@ def pretrain(
 
     An explicit flag beats --set, which beats the recipe. Ctrl-C saves and names the command that resumes.
     """
-    overrides = {"train.budget": budget, "seed": seed, "train.threads": threads, "text.errors": errors}
+    overrides: dict[str, Any] = {
+        "train.budget": budget, "seed": seed, "train.threads": threads, "text.errors": errors,
+        "text.document": document, "text.field": field,
+    }  # fmt: skip
+    if valid:
+        overrides["text.valid"] = _named(valid)
     if resume is None:
         if elsewhere:
             raise RunError("--elsewhere says how to resume", next="name the run: --resume RUN --elsewhere")
     else:
         _refuse_with_resume({
             "TEXT": texts, "--recipe": recipe, "--out": out, "--seed": seed, "--threads": threads, "--errors": errors,
-            "--dry-run": dry_run or None,
+            "--document": document, "--field": field, "--valid": valid, "--dry-run": dry_run or None,
         })  # fmt: skip
 
     from unmask.pretrain import launch
@@ -154,6 +184,20 @@ def _refuse_with_resume(given: Mapping[str, Any]) -> None:
                 f"{name} can't be given together with --resume: the run remembers what it was started with",
                 next="leave it out; beside --budget, --set and --elsewhere nothing may change",
             )
+
+
+def _named(valid: Sequence[str]) -> dict[str, str]:
+    """NAME=TEXT, each name once."""
+    named: dict[str, str] = {}
+    for given in valid:
+        name, equals, path = given.partition("=")
+        if not equals or not path or not name:
+            what = "a validation text without a name"
+            raise RecipeError(what, where=f"--valid {given}", next="name it: --valid news=news.txt")
+        if name in named:
+            raise RecipeError(f"`{name}` names two texts", where=f"--valid {given}", next="give each a name of its own")
+        named[name] = path
+    return named
 
 
 def _free_folder(name: str) -> Path:

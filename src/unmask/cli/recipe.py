@@ -1,17 +1,20 @@
 """Room card: the verbs on recipes: list, show, check.
 
-Comes in: a recipe's name or file, changes. Goes out: names, the whole recipe with every value, or what is wrong with
-it. Called by: door.
+Comes in: a recipe's name or file, changes. Goes out: names, the whole recipe with every value and the size of its
+model, or what is wrong with it. Called by: door.
 """
 
 from __future__ import annotations
 
 import tomllib
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from unmask.cli.answer import Debug, Json, print_json
+
+if TYPE_CHECKING:
+    from unmask.blueprint import Recipe
 
 SHOW_EXAMPLES = """\
 [bold]Examples[/bold]
@@ -24,6 +27,8 @@ CHECK_EXAMPLES = """\
 
 unmask recipe check mine.toml
 """
+
+ASSUMED = {"characters": 100, "file": 30_000}  # pieces, of kinds whose number only the text or a file decides
 
 Settings = Annotated[
     list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change one setting; may be repeated.")
@@ -49,15 +54,69 @@ def show(
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Show a recipe with every value, defaults filled in."""
+    """Show a recipe with every value, defaults filled in, and the size of its model."""
     from unmask.blueprint import load_recipe
+    from unmask.outside import said
     from unmask.recipe import dump
 
-    text = dump(load_recipe(name, settings or ()))
+    recipe = load_recipe(name, settings or ())
+    text, size = dump(recipe), _size(recipe)
     if as_json:
-        print_json(tomllib.loads(text))
+        print_json(tomllib.loads(text) | {"size": size})
     else:
-        print(text, end="")
+        told = [*map(said, recipe.outside), *_in_words(size)]
+        comments = (f"# {' '.join(line.split())}\n" for line in told)  # so that it stays a recipe
+        print("".join(comments) + text, end="")
+
+
+def _pieces(recipe: Recipe) -> tuple[int, str]:
+    """How many pieces the recipe's tokenizer has, and where the number is from."""
+    from unmask.errors import TokenizerError
+    from unmask.text.tokenizer import Tokenizer
+    from unmask.text.vocabulary import BYTES
+
+    tokenizer = recipe.text.tokenizer
+    if tokenizer.kind == "characters":
+        return ASSUMED["characters"], "assumed: the text decides"
+    if tokenizer.kind == "bytes":
+        return BYTES + len(tokenizer.specials), "bytes and special pieces"
+    if tokenizer.kind == "file":
+        try:
+            return Tokenizer.load(tokenizer.path).size, str(tokenizer.path)
+        except TokenizerError:
+            return ASSUMED["file"], f"assumed: {tokenizer.path} can't be read here"
+    return tokenizer.vocab, "text.tokenizer.vocab"
+
+
+def _size(recipe: Recipe) -> dict[str, Any]:
+    """Parameters and arithmetic of a recipe's model."""
+    from unmask.nn.build import flops_per_token, parameters, parameters_beside_the_table
+
+    (pieces, source), encoder, rate = _pieces(recipe), recipe.encoder, recipe.objective.asked_share
+    return {
+        "vocabulary": pieces,
+        "vocabulary_from": source,
+        "parameters": parameters(encoder, pieces),
+        "parameters_beside_the_table": parameters_beside_the_table(encoder, pieces),
+        "parameters_per_piece": parameters(encoder, pieces + 1) - parameters(encoder, pieces),
+        "stage": [
+            {"length": stage.length, "flops_per_token": flops_per_token(encoder, pieces, stage.length, rate)}
+            for stage in recipe.stage
+        ],
+    }
+
+
+def _in_words(size: dict[str, Any]) -> list[str]:
+    from unmask.train.figures import count
+
+    said = f"{size['parameters']:,} parameters with {size['vocabulary']:,} pieces ({size['vocabulary_from']})"
+    if size["vocabulary_from"].startswith("assumed"):
+        said += f", {size['parameters_per_piece']:,} for each one more"
+    lines = [f"{said}; {size['parameters_beside_the_table']:,} without the token table"]
+    for number, stage in enumerate(size["stage"]):
+        flops = count(stage["flops_per_token"])
+        lines.append(f"stage {number}, texts of {stage['length']:,}: {flops} FLOPs per training token")
+    return lines
 
 
 def check(
@@ -65,8 +124,11 @@ def check(
     settings: Settings = None,
     debug: Debug = False,
 ) -> None:
-    """Check a recipe: every key, value and unit."""
+    """Check a recipe: every key, value and unit. A module of your own that it names is imported, which runs it."""
     from unmask.blueprint import load_recipe
+    from unmask.outside import said
 
     whole = load_recipe(name, settings or ())
+    for kind in whole.outside:
+        print(said(kind))
     print(f"{name} is a recipe: {len(whole.stage)} stage{'s' * (len(whole.stage) > 1)}, budget {whole.train.budget}")

@@ -8,14 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 
 from unmask.bundle import Model
 from unmask.errors import ModelError
-from unmask.eval.heldout import Document, Heldout, evaluate, freeze
-from unmask.text.settings import DocumentRule, ErrorsRule
-from unmask.text.sources import FileSource
+from unmask.eval.documents import documents_of_source
+from unmask.eval.heldout import Heldout, evaluate, freeze
+from unmask.text.opening import open_source
+from unmask.text.settings import DocumentRule, ErrorsRule, TextSettings
 from unmask.world import World
 
 
@@ -27,6 +29,8 @@ def evaluate_text(
     length: int | None = None,
     document: DocumentRule | None = None,
     errors: ErrorsRule = "strict",
+    field: str = "text",
+    at_most: float = float("inf"),
 ) -> Heldout:
     """Hide 15 % of the text with the house's frozen masks and ask the model; float32.
 
@@ -41,6 +45,8 @@ def evaluate_text(
         document: what a document is; where it isn't given, what it was in the model's training text, if a card says so,
             else what stands between blank lines.
         errors: "replace" puts U+FFFD in the place of bytes that are not UTF-8.
+        field: of a table, where the text stands.
+        at_most: characters that are read; what is held in memory is some 30 bytes for each of their tokens.
 
     Raises:
         TextError: the text can't be read or holds nothing to ask about.
@@ -49,30 +55,11 @@ def evaluate_text(
     slots = model.context if length is None else length
     if not 3 <= slots <= model.settings.longest:
         raise ModelError(f"length = {slots}", next=f"choose 3 to {model.settings.longest}")
-    source = FileSource(paths, document or model.card.get("document", "blank-line"), errors)
-    documents: list[Document] = []
-    for part in source.parts():
-        pieces: list[Document] = []
-        for passage in source.documents(part):
-            encoded = model.tokenizer.encode(passage.text, model.words)
-            pieces.append(Document(encoded.ids, encoded.marks, passage.characters, encoded.characters_unknown))
-            if passage.last:
-                documents.append(_joined(pieces))
-                pieces = []
+    rule = document or cast("DocumentRule", model.card.get("document", "blank-line"))
+    source = open_source(paths, TextSettings(document=rule, errors=errors, field=field))
+    documents = documents_of_source(source, model.tokenizer, model.words, at_most).documents
     counts_V = np.zeros(model.tokenizer.size, np.int64)
     for one in documents:
         counts_V += np.bincount(one.ids, minlength=len(counts_V))
     held = freeze(documents, model.tokenizer, slots, counts_V)
     return evaluate(model.encoder.to(world.device), model.head.to(world.device), held, world)
-
-
-def _joined(pieces: Sequence[Document]) -> Document:
-    """The passages of one document as one."""
-    if len(pieces) == 1:
-        return pieces[0]
-    return Document(
-        np.concatenate([piece.ids for piece in pieces]),
-        np.concatenate([piece.marks for piece in pieces]),
-        sum(piece.characters for piece in pieces),
-        sum(piece.unknown_characters for piece in pieces),
-    )

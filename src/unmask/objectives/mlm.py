@@ -27,6 +27,11 @@ class MlmSettings(MaskingSettings):
 
     kind: Literal["mlm"] = "mlm"
 
+    @property
+    def asked_share(self) -> float:
+        """Share of the tokens that is asked about, by which costs are forecast."""
+        return self.rate
+
 
 class Mlm:
     """The objective: asks by `masking`, answers by cross-entropy."""

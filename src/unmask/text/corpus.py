@@ -1,47 +1,57 @@
 """Room card: a source made ready for training.
 
 Comes in: a Source, TextSettings, a cache folder. Goes out: a Corpus: token shards for training and for validation, the
-tokenizer, what was decided and in which words to say it. Called by: pretrain.
+tokenizer, what was decided and in which words to say it. Called by: pretrain, `unmask text build`.
 
 What is made stands in the cache under a digest of the text, the settings and the tokenizer, so a second run starts at
-once. The tokenizer learns from training text only.
+once. The same text and settings give the same bytes, however many processes make them and however often they were
+killed at it. The tokenizer learns from training text only.
 """
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
+import socket
+import time
 import unicodedata
-from collections.abc import Generator, Iterable, Iterator, Sequence
+from collections.abc import Generator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final, cast
 
-import numpy as np
 import tokenizers
+from filelock import FileLock, Timeout
 
-from unmask import rng
-from unmask.contracts import Source
-from unmask.errors import DamagedError, StoreError, TextError
-from unmask.store import DIGESTS, check_seal, digest, new_folder, read_json, saying_where, seal, write_json
-from unmask.text.settings import TextSettings
-from unmask.text.shards import EncodedPassage, Shards, open_shards, write_shards
+from unmask.contracts import Group, Source
+from unmask.errors import DamagedError, StoreError
+from unmask.store import DIGESTS, check_seal, digest, new_folder, read_json, saying_where
+from unmask.text.building import DOCUMENTS, FACTS, TOLD, Build, Facts, make, places
+from unmask.text.cache import default_cache
+from unmask.text.opening import open_source
+from unmask.text.settings import FilesSettings, TextSettings, WindowsSettings
+from unmask.text.shards import Shards, open_shards
 from unmask.text.sources import FileSource, MemorySource
-from unmask.text.survey import Division, Progress, Side, Stretch, Survey, divide, side, survey
-from unmask.text.tokenizer import Tokenizer, TokenizerSettings, WordPieceSettings, train_tokenizer
-from unmask.text.words import WordsRule, detect_words
+from unmask.text.survey import Progress
+from unmask.text.tokenizer import FileTokenizerSettings, Tokenizer, WordPieceSettings
+from unmask.text.words import WordsRule
+from unmask.text.workers import WorkersWanted
 
-__all__ = ["Corpus", "default_cache", "open_source", "places", "prepare", "quiet"]
+__all__ = ["Corpus", "CorpusGroup", "default_cache", "folder_of", "open_source", "places", "prepare", "quiet"]
 
-_FORMAT: Final = "corpus-2"
-_TOLD: Final = "told"  # the folder of the tokenizer and the facts
-_FACTS: Final = "facts.json"
-_BATCH_CHARACTERS: Final = 1_000_000  # encoded at a time; what an encoding holds is many times its text
-_BATCH_PASSAGES: Final = 8192
+_FORMAT: Final = "corpus-3"
+_PATIENCE_SECONDS: Final = 2.0
 
-Facts = dict[str, str | int | float]
+
+@dataclass(frozen=True)
+class CorpusGroup:
+    """One of the texts that a person named."""
+
+    name: str
+    weight: float  # 0: none was given
+    first_document: int  # of Corpus.train
+    last_document: int  # the first that is not its own any more
 
 
 @dataclass(frozen=True)
@@ -55,22 +65,12 @@ class Corpus:
     facts: Facts  # what was found and decided
     said: Sequence[str]  # the same, in sentences
     fingerprint: str  # changes with the text, what was decided, or the tokenizer
+    groups: Sequence[CorpusGroup]
+    folder: Path
 
 
 def quiet(stage: str, share: float) -> None:
     """Progress that nobody watches."""
-
-
-def default_cache() -> Path:
-    """$UNMASK_CACHE, else $XDG_CACHE_HOME/unmask, else ~/.cache/unmask."""
-    if own := os.environ.get("UNMASK_CACHE"):
-        return Path(own)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "unmask"
-
-
-def open_source(paths: Sequence[Path], settings: TextSettings) -> FileSource:
-    """The source of these files and folders."""
-    return FileSource(paths, settings.rule, settings.errors)
 
 
 def prepare(
@@ -79,15 +79,17 @@ def prepare(
     cache: Path,
     progress: Progress = quiet,
     tokenizer: Tokenizer | None = None,
+    workers: WorkersWanted = "all cores",
 ) -> Corpus:
     """Tokenize a source, or open what an earlier call made of it.
 
     Args:
-        source: the text.
+        source: the text, opened with these settings.
         settings: how it is read.
         cache: where the result is kept.
         progress: told what is being done and which share of it is.
         tokenizer: one that exists; without it one is trained on the training text.
+        workers: processes that work at once where the text is long; the result is the same.
 
     Raises:
         TextError: text that can't be read, or nothing to train on or to hold out.
@@ -97,110 +99,108 @@ def prepare(
     """
     if isinstance(source, FileSource | MemorySource):
         source.check()
-    given = "trained" if tokenizer is None else tokenizer.fingerprint
+    if tokenizer is None and isinstance(settings.tokenizer, FileTokenizerSettings):
+        tokenizer = Tokenizer.load(Path(settings.tokenizer.path))
+    folder = folder_of(source, settings, cache, tokenizer)
+    try:
+        with _alone(folder, progress):
+            if not all((folder / name / DIGESTS).is_file() for name in (TOLD, "train", "held-out")):
+                with new_folder(folder) as aside:
+                    make(Build(aside, source, settings, progress, tokenizer, workers))
+            return _open(folder, source)
+    except StoreError as error:
+        raise StoreError(
+            error.what,
+            where=error.where,
+            next=f"make room in {cache}, or set UNMASK_CACHE to a folder that you may write and that has room",
+        ) from error
+
+
+def folder_of(source: Source, settings: TextSettings, cache: Path, tokenizer: Tokenizer | None) -> Path:
+    """Where a corpus stands: called after all that decides its bytes."""
+    # What else settings say decides how the corpus is read, not what it is.
+    decisive = replace(settings, valid={}, source=FilesSettings(), cutter=WindowsSettings())
+    given = "trained"
+    if tokenizer is not None:
+        roles = [tokenizer.role_id(role) for role in ("unk_token", "cls_token", "sep_token", "mask_token")]
+        given = f"{tokenizer.fingerprint} {roles} {tokenizer.special_ids}"
+        decisive = replace(decisive, tokenizer=WordPieceSettings())
     versions = f"{_FORMAT} tokenizers-{tokenizers.__version__} unicode-{unicodedata.unidata_version}"
-    folder = cache / digest(versions, source.fingerprint, repr(settings), given)
-    with _alone(folder):
-        if not all((folder / name / DIGESTS).is_file() for name in (_TOLD, "train", "held-out")):
-            _make(folder, source, settings, progress, tokenizer)
-        return _open(folder, source)
+    return cache / digest(versions, source.fingerprint, repr(decisive), given)
 
 
 @contextmanager
-def _alone(folder: Path) -> Generator[None]:
+def _alone(folder: Path, progress: Progress) -> Generator[None]:
     """Wait until no other process (another rank, another run) makes the same corpus."""
+    lock = FileLock(folder.parent / f".{folder.name}.lock")
+    owner = folder.parent / f".{folder.name}.owner"
+    with saying_where(folder.parent):
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        begun, share = time.monotonic(), 0.0
+        while True:
+            try:
+                lock.acquire(timeout=_PATIENCE_SECONDS)
+                break
+            except Timeout:
+                share = 1 - 60 / (60 + time.monotonic() - begun)  # nobody knows when; it moves, ever slower
+                progress(f"waiting for {_owner(owner)}, which prepares the same text", share)
+        if share:
+            progress(f"waiting for {_owner(owner)}, which prepares the same text", 1.0)
     try:
         with saying_where(folder.parent):
-            folder.parent.mkdir(parents=True, exist_ok=True)
-            lock = os.open(folder.parent / f".{folder.name}.lock", os.O_RDWR | os.O_CREAT, 0o666)
-    except StoreError as error:
-        raise StoreError(
-            error.what, where=error.where, next="set UNMASK_CACHE to a folder that you may write"
-        ) from error
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+            owner.write_text(json.dumps({"pid": os.getpid(), "host": socket.gethostname()}), encoding="utf-8")
         yield
     finally:
-        os.close(lock)
+        owner.unlink(missing_ok=True)
+        lock.release()
 
 
-def _make(
-    folder: Path, source: Source, settings: TextSettings, progress: Progress, tokenizer: Tokenizer | None
-) -> None:
-    """Survey, divide, train the tokenizer, write both sides: all of it, or nothing."""
-    found = survey(source, progress)
-    division = divide(found, settings.held_out)
-    words: WordsRule = detect_words(found.sample) if settings.words == "by-script" else settings.words
-    with new_folder(folder) as aside:
-        if tokenizer is None:
-            progress("training the tokenizer", 0.0)
-            tokenizer = train_tokenizer(_sample(source, found, division, settings.tokenizer), settings.tokenizer)
-            progress("training the tokenizer", 1.0)
-        tokenizer.save(aside / _TOLD)
-        sides: dict[Side, Shards] = {}
-        for which in cast("tuple[Side, Side]", ("train", "held-out")):
-            stretches = _watched(side(source, found, division, which), found, division, which, progress)
-            encoded = _encoded(stretches, tokenizer, words)
-            write_shards(aside / which, encoded, tokenizer.size, tokenizer.fingerprint)
-            sides[which] = open_shards(aside / which)
-        _require_tokens(sides, source)
-        facts: Facts = {
-            "documents": found.documents,
-            "characters": found.characters,
-            "words": words,
-            "words_by": settings.words,
-            "held_out_by": division.by,
-            "held_out_share": str(division.share),
-            "held_out_digest": division.digest,
-            "tokenizer": tokenizer.fingerprint,
-            "vocabulary": tokenizer.size,
-        }
-        for which, shards in sides.items():
-            name = which.replace("-", "_")
-            facts |= {f"{name}_documents": shards.documents, f"{name}_characters": shards.characters}
-            facts |= {f"{name}_tokens": shards.tokens, f"{name}_unknown_characters": shards.unknown_characters}
-        write_json(aside / _TOLD / _FACTS, facts)
-        seal(aside / _TOLD)
-
-
-def _require_tokens(sides: dict[Side, Shards], source: Source) -> None:
-    if not sides["train"].tokens:
-        raise TextError(
-            "there is no text left to train on",
-            where=places(source),
-            next="give more text, or hold out less: --set text.held_out.share=5%",
-        )
-    if not sides["held-out"].tokens:
-        raise TextError(
-            "there is no text to hold out for validation",
-            where=places(source),
-            next="give more text, or hold out more: --set text.held_out.share=20%",
-        )
-
-
-def places(source: Source) -> str:
-    """Where a source's text lies, for a message: its first files, and how many more there are."""
-    first = [part.path for part in source.parts()[:4]]
-    further = len(source.parts()) - 3
-    return ", ".join(first) if further <= 1 else f"{', '.join(first[:3])} and {further} more"
+def _owner(file: Path) -> str:
+    """The process that holds a lock, as far as it has said who it is."""
+    try:
+        told = json.loads(file.read_text(encoding="utf-8"))
+        return f"process {told['pid']} on {told['host']}"
+    except (OSError, ValueError, KeyError, TypeError):
+        return "another process"
 
 
 def _open(folder: Path, source: Source) -> Corpus:
     """What an earlier call made."""
-    check_seal(folder / _TOLD)
-    facts = cast("Facts", read_json(folder / _TOLD / _FACTS))
-    tokenizer = Tokenizer.load(folder / _TOLD)
+    check_seal(folder / TOLD)
+    facts = cast("Facts", read_json(folder / TOLD / FACTS))
+    tokenizer = Tokenizer.load(folder / TOLD)
     train, held_out = open_shards(folder / "train"), open_shards(folder / "held-out")
     for shards in (train, held_out):
         if shards.tokenizer_fingerprint != tokenizer.fingerprint:
             raise DamagedError(
                 "this tokenizer is not the one that its shards were made with",
-                where=str(folder / _TOLD),
+                where=str(folder / TOLD),
                 next=f"remove {folder}; it is made anew from the text",
             )
-    words = cast("WordsRule", facts["words"])
-    fingerprint = digest(source.fingerprint, json.dumps(facts, sort_keys=True), tokenizer.fingerprint)
-    return Corpus(train, held_out, tokenizer, words, facts, _sentences(facts, source), fingerprint)
+    return Corpus(
+        train,
+        held_out,
+        tokenizer,
+        cast("WordsRule", facts["words"]),
+        facts,
+        _sentences(facts, source),
+        digest(source.fingerprint, json.dumps(facts, sort_keys=True), tokenizer.fingerprint),
+        _groups(folder, source),
+        folder,
+    )
+
+
+def _groups(folder: Path, source: Source) -> list[CorpusGroup]:
+    """The texts as the source names them now, by the documents that each part gave."""
+    documents: list[int] = read_json(folder / TOLD / DOCUMENTS)
+    groups: Sequence[Group] = getattr(source, "groups", (Group(places(source), 0.0, len(documents)),))
+    found: list[CorpusGroup] = []
+    part = first = 0
+    for name, weight, parts in groups:
+        last = first + sum(documents[part : part + parts])
+        found.append(CorpusGroup(name, weight, first, last))
+        part, first = part + parts, last
+    return found
 
 
 def _sentences(facts: Facts, source: Source) -> list[str]:
@@ -214,62 +214,17 @@ def _sentences(facts: Facts, source: Source) -> list[str]:
     reason = " (what its script asks for)" if facts["words_by"] == "by-script" else ""
     how = "each character is one" if facts["words"] == "characters" else "runs between spaces, punctuation apart"
     unknown = int(facts["train_unknown_characters"]) / max(1, int(facts["train_characters"]))
-    return [
-        f"text: {size}; {what} (text.document)",
+    said = [f"text: {size}; {what} (text.document)"]
+    if facts["left_out"]:
+        said.append(f"left out: {facts['left_out']:,} lines or rows that could not be read (text.errors = skip)")
+    if facts["drop_duplicates"]:
+        said.append(f"left out: {facts['duplicates']:,} documents whose text was there before (text.drop_duplicates)")
+    said += [
         f"held out: {held}; {facts['held_out_characters']:,} characters (text.held_out)",
         f"words: {how}{reason} (text.words)",
         f"tokens: {facts['train_tokens']:,} to train on, {facts['held_out_tokens']:,} held out, of a vocabulary of "
         f"{facts['vocabulary']:,}; {unknown:.3%} of the characters are [UNK]",
     ]
-
-
-def _sample(source: Source, found: Survey, division: Division, settings: TokenizerSettings) -> Iterator[str]:
-    """Training text for the tokenizer: all of it, or passages drawn evenly where there is more than it looks at."""
-    size = int(division.first_held_N.sum())
-    wanted = settings.sample_characters if isinstance(settings, WordPieceSettings) else size
-    share = wanted / max(1, size)
-    stretches = side(source, found, division, "train")
-    if share >= 1:
-        yield from (stretch.text for stretch in stretches)
-        return
-    drawn_N = rng.uniform(0, "tokenizer sample", np.arange(found.documents)) < share
-    for stretch in stretches:
-        # Further pieces of a long document are drawn one by one: they are long, so there are few of them.
-        later = stretch.piece and rng.uniform(0, "tokenizer sample", stretch.document, stretch.piece)[0] < share
-        if later or (not stretch.piece and drawn_N[stretch.document]):
-            yield stretch.text
-
-
-def _watched(
-    stretches: Iterable[Stretch], found: Survey, division: Division, which: Side, progress: Progress
-) -> Iterator[Stretch]:
-    """The same stretches, with a word on how far they are."""
-    kept = int(division.first_held_N.sum())
-    total = kept if which == "train" else int(found.lengths_N.sum()) - kept
-    done = reported = 0
-    for stretch in stretches:
-        yield stretch
-        done += len(stretch.text)
-        if done - reported >= _BATCH_CHARACTERS:
-            reported = done
-            progress(f"tokenizing ({which})", min(0.99, done / max(1, total)))
-    progress(f"tokenizing ({which})", 1.0)
-
-
-def _encoded(stretches: Iterable[Stretch], tokenizer: Tokenizer, words: WordsRule) -> Iterator[EncodedPassage]:
-    """Stretches as tokens, encoded some at a time."""
-    held: list[Stretch] = []
-    size = 0
-    for stretch in stretches:
-        held.append(stretch)
-        size += len(stretch.text)
-        if size >= _BATCH_CHARACTERS or len(held) >= _BATCH_PASSAGES:
-            yield from _encode(held, tokenizer, words)
-            held, size = [], 0
-    yield from _encode(held, tokenizer, words)
-
-
-def _encode(held: Sequence[Stretch], tokenizer: Tokenizer, words: WordsRule) -> Iterator[EncodedPassage]:
-    encodings = tokenizer.encode_batch([stretch.text for stretch in held], words)
-    for stretch, encoded in zip(held, encodings, strict=True):
-        yield EncodedPassage(encoded.ids, encoded.marks, stretch.characters, encoded.characters_unknown, stretch.last)
+    if facts["encoded_by"] == "texts-after-all":
+        said.append("this tokenizer doesn't part text at spaces as its settings promise; the text was encoded whole")
+    return said

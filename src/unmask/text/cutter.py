@@ -18,10 +18,15 @@ from jaxtyping import Int
 from numpy.typing import NDArray
 
 from unmask import rng
-from unmask.contracts import Cut, Span
+from unmask.contracts import Cut, Cutter, CutterTools, Span
+from unmask.errors import RecipeError
+from unmask.outside import OutsideCutter, make
 
 # From this many windows on, a document's borders move; in a shorter one the stubs at its ends would weigh too much.
 LONG: Final = 16
+_BLOCK: Final = 64  # documents
+_COUNTED_AT_ONCE: Final = _BLOCK << 12
+LOOKED_AT: Final = 4096  # samples by which the size of an epoch is estimated where a cutter is not ours
 
 
 class Windows:
@@ -29,11 +34,16 @@ class Windows:
 
     def __init__(self, lengths_N: Int[np.ndarray, "N"], length: int, seed: int) -> None:
         assert length > 0, "a window holds at least one token"
-        self._lengths_N = np.asarray(lengths_N, dtype=np.int64)
+        self._lengths_N = np.asarray(lengths_N, dtype=np.int64)  # often mapped from a file, and then left there
         self._length, self._seed = length, seed
-        self._windows_N = -(-self._lengths_N // length)
-        self._first_N1 = np.concatenate([[0], np.cumsum(self._windows_N)])
-        self._count = int(self._first_N1[-1])
+        # How many windows lie before every 64th document; the rest is counted when it is asked for. With a number per
+        # document, a billion of them would take 8 GB in every stage.
+        sums = [np.zeros(1, dtype=np.int64)]
+        for first in range(0, len(self._lengths_N), _COUNTED_AT_ONCE):
+            windows_N = -(-self._lengths_N[first : first + _COUNTED_AT_ONCE] // length)
+            sums.append(np.add.reduceat(windows_N, np.arange(0, len(windows_N), _BLOCK)))
+        self._before_K1 = np.cumsum(np.concatenate(sums))
+        self._count = int(self._before_K1[-1])
 
     def count(self, epoch: int) -> int:
         """Samples in an epoch; the same in each."""
@@ -58,10 +68,18 @@ class Windows:
         self, number_N: NDArray[np.int64], epoch: int
     ) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
         """Document, first and last token of windows, given by their numbers."""
-        # The last document that begins at or before a number; those without windows begin where the next one does.
-        document_N = np.searchsorted(self._first_N1, number_N, side="right") - 1
-        windows_N, tokens_N = self._windows_N[document_N], self._lengths_N[document_N]
-        place_N = number_N - self._first_N1[document_N]
+        # The first document with more windows before its end than the number; those without windows have none more.
+        block_N = np.searchsorted(self._before_K1, number_N, side="right") - 1
+        inside_N = number_N - self._before_K1[block_N]
+        each_NB = block_N[:, None] * _BLOCK + np.arange(_BLOCK)
+        length_NB = self._lengths_N[np.minimum(each_NB, len(self._lengths_N) - 1)]
+        until_NB = np.cumsum(-(-length_NB // self._length), axis=1)
+        offset_N = (until_NB <= inside_N[:, None]).sum(axis=1)
+        document_N = block_N * _BLOCK + offset_N
+        tokens_N = self._lengths_N[document_N]
+        windows_N = -(-tokens_N // self._length)
+        row_N = np.arange(len(number_N))
+        place_N = inside_N - until_NB[row_N, offset_N] + windows_N
         slack_N = windows_N * self._length - tokens_N
         shift_N = rng.below(slack_N + 1, self._seed, "window", epoch, document_N)
         long_N = windows_N >= LONG
@@ -74,6 +92,53 @@ class Windows:
             for at_N in (place_N, place_N + 1)
         ]
         return document_N, bounds[0], bounds[1]
+
+
+class FromOutside:
+    """A cutter of a person's own, whose cuts are looked at before anything is read by them."""
+
+    def __init__(self, settings: OutsideCutter, lengths_N: Int[np.ndarray, "N"], length: int, seed: int) -> None:
+        self._kind, self._lengths_N, self._length = settings.kind, np.asarray(lengths_N, dtype=np.int64), length
+        self._cutter: Cutter = make(settings, CutterTools(self._lengths_N, length, seed))
+        self._count = self._cutter.count(0)
+        if self._count < 1:
+            raise self._refused(f"it finds no sample in {len(self._lengths_N):,} documents")
+
+    def count(self, epoch: int) -> int:
+        """Samples in an epoch; the same in each."""
+        return self._count
+
+    def cuts(self, epoch: int, first: int, last: int) -> list[Cut]:
+        """The samples at places [first, last) of the epoch's order."""
+        return [self._looked_at(self._cutter.cut(epoch, sample), epoch, sample) for sample in range(first, last)]
+
+    @property
+    def mean_tokens(self) -> float:
+        """Tokens of a sample in the mean, special pieces not counted; of many samples, some are looked at."""
+        places = np.unique(np.linspace(0, self._count - 1, min(self._count, LOOKED_AT), dtype=np.int64)).tolist()
+        return float(np.mean([self.cuts(0, place, place + 1)[0].tokens for place in places]))
+
+    def _looked_at(self, cut: Cut, epoch: int, sample: int) -> Cut:
+        spans = cut.spans
+        wrong = f"it gave {len(spans)} spans where a sample has one" if len(spans) != 1 else ""
+        if not wrong:
+            document, first, last, _ = spans[0]
+            if not 0 <= document < len(self._lengths_N):
+                wrong = f"it names document {document} of {len(self._lengths_N)}"
+            elif not 0 <= first < last <= self._lengths_N[document]:
+                wrong = f"it cuts tokens {first} to {last} of a document that has {self._lengths_N[document]}"
+            elif last - first > self._length:
+                wrong = f"it gave {last - first} tokens where {self._length} fit"
+        if wrong:
+            raise self._refused(f"{wrong} (epoch {epoch}, sample {sample})")
+        return cut
+
+    def _refused(self, why: str) -> RecipeError:
+        return RecipeError(
+            f"the cutter `{self._kind}` breaks its promise: {why}",
+            where="text.cutter",
+            next=f"`unmask check {self._kind}` shows which promises it keeps",
+        )
 
 
 def frozen(lengths_N: Int[np.ndarray, "N"], length: int) -> list[Cut]:

@@ -5,18 +5,21 @@ Comes in: the [text] table of a recipe. Goes out: frozen settings. Called by: so
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from dataclasses import field as default
 from typing import Literal
 
 from unmask.errors import RecipeError
+from unmask.outside import OutsideCutter, OutsideSource
 from unmask.recipe import Amount, Share
-from unmask.text.vocabulary import TokenizerSettings, WordPieceSettings
+from unmask.text.vocabulary import FileTokenizerSettings, TokenizerSettings, WordPieceSettings
 
 DocumentRule = Literal["blank-line", "line", "file"]
 ErrorsRule = Literal["strict", "replace", "skip"]
 UnicodeForm = Literal["NFC", "NFKC", "as-is"]
+_NAME = re.compile(r"[\w-]+")
 
 
 @dataclass(frozen=True)
@@ -37,6 +40,20 @@ class HeldOutSettings:
 
 
 @dataclass(frozen=True)
+class FilesSettings:
+    """Text from what is named on the command line."""
+
+    kind: Literal["files"] = "files"
+
+
+@dataclass(frozen=True)
+class WindowsSettings:
+    """Samples are windows of a document, as long as the stage says."""
+
+    kind: Literal["windows"] = "windows"
+
+
+@dataclass(frozen=True)
 class TextSettings:
     """How text is read."""
 
@@ -49,8 +66,25 @@ class TextSettings:
     valid: Mapping[str, str] = default(default_factory=dict[str, str])  # name -> text that is measured beside held-out
     held_out: HeldOutSettings = default(default_factory=HeldOutSettings)
     tokenizer: TokenizerSettings = default(default_factory=WordPieceSettings)
+    source: FilesSettings | OutsideSource = default(default_factory=FilesSettings)
+    cutter: WindowsSettings | OutsideCutter = default(default_factory=WindowsSettings)
+
+    def __post_init__(self) -> None:
+        for name in self.valid:
+            if not _NAME.fullmatch(name):
+                raise RecipeError(
+                    f"`{name}` is no name for a validation text",
+                    where="valid",
+                    next="use letters, digits, - and _, as in --valid news=valid_news.txt",
+                )
 
     @property
     def rule(self) -> DocumentRule:
         """What a document of plain text is; a row of a table is one document whatever this says."""
         return "blank-line" if self.document == "by-ending" else self.document
+
+    def absolute(self) -> TextSettings:
+        """The same, but that a tokenizer's path no longer depends on the working folder."""
+        if not isinstance(self.tokenizer, FileTokenizerSettings):
+            return self
+        return replace(self, tokenizer=replace(self.tokenizer, path=self.tokenizer.path.absolute()))

@@ -1,39 +1,53 @@
 """Room card: tokenized text on disk, read in place.
 
 Comes in: encoded passages, streamed. Goes out: a sealed folder of token shards, and a Shards that reads any stretch of
-any document from it through memory maps. Called by: corpus, loader, pretrain.
+any document from it through memory maps. Called by: units, corpus, loader, pretrain.
 
     index.json            vocabulary, the tokenizer's fingerprint, tokens of each shard
     shard-00000.safetensors   ids (uint16 or uint32) and marks (uint8): all documents end to end, without special pieces
-    arrays.safetensors    document_starts_N1, characters_N, unknown_characters_N, counts_V (all int64)
+    arrays.safetensors    document_starts_N1, lengths_N, characters_N, unknown_characters_N, counts_V (all int64)
 
-A document may lie across two shards; where it starts is counted over all of them.
+A document may lie across shards; where it starts is counted over all of them. Nothing is held in memory per document,
+neither in writing nor in reading.
 """
 
 from __future__ import annotations
 
-import json
+import os
 import shutil
-from array import array
-from collections.abc import Generator, Iterable
+from bisect import bisect_right
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import accumulate
 from pathlib import Path
-from typing import Any, BinaryIO, Final, NamedTuple, cast
+from typing import Any, BinaryIO, Final, NamedTuple
 
 import numpy as np
 from jaxtyping import Int, UInt8
-from numpy.typing import DTypeLike, NDArray
-from safetensors.numpy import load_file, save_file
+from numpy.typing import NDArray
 
 from unmask.errors import DamagedError
 from unmask.store import DIGESTS, check_seal, new_folder, read_json, seal, write_json
+from unmask.text.arrays import (
+    CHUNK,
+    Column,
+    Kind,
+    Tensor,
+    append,
+    header,
+    map_tensors,
+    mapped,
+    tensor_chunks,
+    write_tensors,
+)
 
 SHARD_TOKENS: Final = 2**26
-_FORMAT: Final = "unmask-shards-1"
+_FORMAT: Final = "unmask-shards-2"
 _INDEX: Final = "index.json"
 _ARRAYS: Final = "arrays.safetensors"
 _HEADER_BYTES: Final = 256  # fixed, so that ids can be written before their number is known
-_LENGTH_BYTES: Final = 8
+_MAPS_KEPT: Final = 128  # each takes a file handle, of which some systems give 256
+_COLUMNS: Final = ("lengths", "characters", "unknown")
 _REMAKE: Final = "remove the folder it is in; it is made anew from the text"
 
 
@@ -47,8 +61,79 @@ class EncodedPassage(NamedTuple):
     last: bool  # whether the document ends here
 
 
-def _shard_name(number: int) -> str:
-    return f"shard-{number:05d}.safetensors"
+class Written(NamedTuple):
+    """Shards and columns that wait to become, with others, a folder of shards."""
+
+    stem: str  # what their names begin with, folder included
+    shards: list[int]  # tokens of each
+    documents: int
+    characters: int
+    unknown: int
+
+    @property
+    def files(self) -> list[Path]:
+        """The shards in their order."""
+        return [Path(f"{self.stem}-{number:05d}.safetensors") for number in range(len(self.shards))]
+
+
+def _id_kind(vocabulary: int) -> Kind:
+    return "<u2" if vocabulary <= 1 << 16 else "<u4"
+
+
+class ShardWriter:
+    """Writes shards and the columns of their documents, with memory for one batch."""
+
+    def __init__(self, stem: Path, vocabulary: int, shard_tokens: int = SHARD_TOKENS) -> None:
+        assert shard_tokens > 0, "a shard holds at least one token"
+        self._stem, self._vocabulary = stem, vocabulary
+        self._tokens = _TokenWriter(stem, _id_kind(vocabulary), shard_tokens)
+        self._columns = [Column(stem.with_name(f"{stem.name}.{name}")) for name in _COLUMNS]
+        self._counts_V = np.zeros(vocabulary, dtype=np.int64)
+        self._open_3 = np.zeros(3, dtype=np.int64)  # of the document that is not finished
+        self._is_open = False
+        self._documents = 0
+        self._sums_3 = np.zeros(3, dtype=np.int64)
+
+    def write(
+        self, ids: NDArray[np.integer[Any]], marks: NDArray[np.uint8], passages_B3: NDArray[np.int64], last_B: Any
+    ) -> None:
+        """Passages, their tokens end to end; of each: tokens, characters, unknown ones; whether it is the last."""
+        self._counts_V += np.bincount(ids, minlength=self._vocabulary)
+        self._tokens.write(ids, marks)
+        self._sums_3 += passages_B3.sum(axis=0)
+        ends = np.flatnonzero(last_B)
+        before_B3 = np.cumsum(passages_B3, axis=0)
+        documents_N3 = np.diff(before_B3[ends], axis=0, prepend=np.zeros((1, 3), dtype=np.int64))
+        if len(ends):
+            documents_N3[0] += self._open_3
+            self._open_3 = before_B3[-1] - before_B3[ends[-1]]
+            for column, numbers in zip(self._columns, documents_N3.T, strict=True):
+                column.extend(numbers)
+            self._documents += len(ends)
+        elif len(before_B3):
+            self._open_3 = self._open_3 + before_B3[-1]
+        if len(passages_B3):
+            self._is_open = not bool(last_B[-1])
+
+    def finish(self) -> Written:
+        """Close the files."""
+        assert not self._is_open, "the last document was not finished"
+        self._tokens.finish()
+        for column in self._columns:
+            column.close()
+        np.asarray(self._counts_V, dtype="<i8").tofile(self._stem.with_name(f"{self._stem.name}.counts"))
+        characters, unknown = self._sums_3[1:].tolist()
+        return Written(str(self._stem), self._tokens.shards, self._documents, characters, unknown)
+
+    @contextmanager
+    def closing(self) -> Generator[None]:
+        """Close all files at the end, whatever happens."""
+        try:
+            yield
+        finally:
+            self._tokens.abandon()
+            for column in self._columns:
+                column.abandon()
 
 
 def write_shards(
@@ -58,103 +143,150 @@ def write_shards(
     tokenizer_fingerprint: str,
     shard_tokens: int = SHARD_TOKENS,
 ) -> None:
-    """Write a folder of shards, whole or not at all, with memory for one passage and three numbers per document.
+    """Write a folder of shards, whole or not at all, with memory for one passage.
 
     Raises:
         StoreError: the place can't be written.
     """
-    assert shard_tokens > 0, "a shard holds at least one token"
-    starts, characters, unknown = array("q", [0]), array("q", [0]), array("q", [0])
-    counts_V = np.zeros(vocabulary, dtype=np.int64)
     with new_folder(folder) as aside:
-        writer = _Writer(aside, np.dtype("<u2" if vocabulary <= 1 << 16 else "<u4"), shard_tokens)
+        writer = ShardWriter(aside / "made", vocabulary, shard_tokens)
         with writer.closing():
-            for passage in passages:
-                counts_V += np.bincount(passage.ids.astype(np.int64), minlength=vocabulary)
-                writer.write(passage.ids, passage.marks)
-                characters[-1] += passage.characters
-                unknown[-1] += passage.characters_unknown
-                if passage.last:
-                    starts.append(writer.tokens)
-                    characters.append(0)
-                    unknown.append(0)
-        assert starts[-1] == writer.tokens and not characters[-1], "the last document was not finished"
-        arrays = {
-            "document_starts_N1": np.array(starts, dtype=np.int64),
-            "characters_N": np.array(characters[:-1], dtype=np.int64),
-            "unknown_characters_N": np.array(unknown[:-1], dtype=np.int64),
-            "counts_V": counts_V,
-        }
-        save_file(arrays, aside / _ARRAYS)
-        index = {
-            "format": _FORMAT,
-            "vocabulary": vocabulary,
-            "tokenizer": tokenizer_fingerprint,
-            "shard_tokens": shard_tokens,
-            "tokens": writer.shards,
-        }
-        write_json(aside / _INDEX, index)
-        seal(aside)
+            for ids, marks, characters, unknown, last in passages:
+                numbers = np.array([[len(ids), characters, unknown]], dtype=np.int64)
+                writer.write(ids.astype(np.int64), marks, numbers, [last])
+            written = writer.finish()
+        gather(aside, [written], vocabulary, tokenizer_fingerprint)
 
 
-class _Writer:
+def merge(stem: Path, several: Sequence[Written], vocabulary: int, shard_tokens: int = SHARD_TOKENS) -> Written:
+    """Copy small shards into few; the old ones go."""
+    tokens = _TokenWriter(stem, _id_kind(vocabulary), shard_tokens)
+    try:
+        for written in several:
+            for file in written.files:
+                shard = map_tensors(file)
+                for first in range(0, len(shard["ids"]), CHUNK):
+                    tokens.write(shard["ids"][first : first + CHUNK], shard["marks"][first : first + CHUNK])
+                del shard
+                file.unlink()
+        tokens.finish()
+    finally:
+        tokens.abandon()
+    for name in _COLUMNS:
+        append(_column(str(stem), name), [_column(written.stem, name) for written in several])
+    _sum_counts(several, vocabulary).tofile(_column(str(stem), "counts"))
+    sums = [sum(getattr(written, name) for written in several) for name in ("documents", "characters", "unknown")]
+    return Written(str(stem), tokens.shards, *sums)
+
+
+def _column(stem: str, name: str) -> Path:
+    return Path(f"{stem}.{name}")
+
+
+def _sum_counts(several: Sequence[Written], vocabulary: int) -> NDArray[np.int64]:
+    counts_V = np.zeros(vocabulary, dtype="<i8")
+    for written in several:
+        file = _column(written.stem, "counts")
+        counts_V += np.fromfile(file, dtype="<i8")
+        file.unlink()
+    return counts_V
+
+
+def gather(folder: Path, several: Sequence[Written], vocabulary: int, tokenizer_fingerprint: str) -> None:
+    """Make a sealed folder of shards of what was written, in this order."""
+    shards: list[int] = []
+    for written in several:
+        for file, tokens in zip(written.files, written.shards, strict=True):
+            os.rename(file, folder / f"shard-{len(shards):05d}.safetensors")
+            shards.append(tokens)
+    whole = {name: folder / f"all.{name}" for name in _COLUMNS}
+    for name, path in whole.items():
+        append(path, [_column(written.stem, name) for written in several])
+    counts_V = _sum_counts(several, vocabulary)
+    columns = {name: mapped(path) for name, path in whole.items()}
+    documents = len(columns["lengths"])
+    arrays = {
+        "document_starts_N1": Tensor("<i8", documents + 1, _starts(columns["lengths"])),
+        "lengths_N": Tensor("<i8", documents, _by_chunks(columns["lengths"])),
+        "characters_N": Tensor("<i8", documents, _by_chunks(columns["characters"])),
+        "unknown_characters_N": Tensor("<i8", documents, _by_chunks(columns["unknown"])),
+        "counts_V": Tensor("<i8", vocabulary, [counts_V]),
+    }
+    write_tensors(folder / _ARRAYS, arrays)
+    del arrays, columns  # a file that is mapped can't be removed everywhere
+    for path in whole.values():
+        path.unlink()
+    index = {"format": _FORMAT, "vocabulary": vocabulary, "tokenizer": tokenizer_fingerprint, "tokens": shards}
+    write_json(folder / _INDEX, index)
+    seal(folder)
+
+
+def _by_chunks(column: NDArray[np.int64]) -> Iterator[NDArray[np.int64]]:
+    for first in range(0, len(column), CHUNK):
+        yield column[first : first + CHUNK]
+
+
+def _starts(lengths_N: NDArray[np.int64]) -> Iterator[NDArray[np.int64]]:
+    start = np.zeros(1, dtype=np.int64)
+    yield start
+    for lengths in _by_chunks(lengths_N):
+        starts = start + np.cumsum(lengths)
+        yield starts
+        start = starts[-1:]
+
+
+class _TokenWriter:
     """Cuts a stream of tokens into shards; marks wait in a file of their own until their place is known."""
 
-    def __init__(self, folder: Path, kind: np.dtype[Any], shard_tokens: int) -> None:
-        self.tokens = 0
+    def __init__(self, stem: Path, kind: Kind, shard_tokens: int) -> None:
         self.shards: list[int] = []
-        self._folder, self._kind, self._limit = folder, kind, shard_tokens
+        self._stem, self._limit = stem, shard_tokens
+        self._kind: Kind = kind
         self._ids: BinaryIO | None = None
         self._marks: BinaryIO | None = None
 
-    @contextmanager
-    def closing(self) -> Generator[None]:
-        try:
-            yield
-            self._finish()
-        finally:
-            for file in (self._ids, self._marks):
-                if file is not None:
-                    file.close()
+    @property
+    def _waiting_marks(self) -> Path:
+        return self._stem.with_name(f"{self._stem.name}.marks")
 
     def write(self, ids: NDArray[np.integer[Any]], marks: NDArray[np.uint8]) -> None:
         assert len(ids) == len(marks), "a mark for every id"
         first = 0
         while first < len(ids):
             if self._ids is None or self._marks is None:
-                self._ids = (self._folder / _shard_name(len(self.shards))).open("w+b")
+                name = f"{self._stem.name}-{len(self.shards):05d}.safetensors"
+                self._ids = self._stem.with_name(name).open("w+b")
                 self._ids.write(b" " * _HEADER_BYTES)
-                self._marks = (self._folder / "marks").open("w+b")
+                self._marks = self._waiting_marks.open("w+b")
                 self.shards.append(0)
             last = min(len(ids), first + self._limit - self.shards[-1])
             self._ids.write(ids[first:last].astype(self._kind).tobytes())
             self._marks.write(marks[first:last].tobytes())
             self.shards[-1] += last - first
-            self.tokens += last - first
             first = last
             if self.shards[-1] == self._limit:
-                self._finish()
+                self.finish()
 
-    def _finish(self) -> None:
+    def finish(self) -> None:
         """Lay the marks behind the ids and write the header before them."""
         if self._ids is None or self._marks is None:
             return
         tokens = self.shards[-1]
-        middle, end = tokens * self._kind.itemsize, tokens * (self._kind.itemsize + 1)
-        header = {
-            "ids": {"dtype": f"U{8 * self._kind.itemsize}", "shape": [tokens], "data_offsets": [0, middle]},
-            "marks": {"dtype": "U8", "shape": [tokens], "data_offsets": [middle, end]},
-        }
-        told = json.dumps(header, separators=(",", ":")).encode()
-        assert len(told) <= _HEADER_BYTES - _LENGTH_BYTES, "the header outgrew its place"
         self._marks.seek(0)
-        shutil.copyfileobj(self._marks, self._ids)
+        shutil.copyfileobj(self._marks, self._ids, 1 << 20)
+        shape: dict[str, tuple[Kind, int]] = {"ids": (self._kind, tokens), "marks": ("u1", tokens)}
         self._ids.seek(0)
-        self._ids.write((_HEADER_BYTES - _LENGTH_BYTES).to_bytes(_LENGTH_BYTES, "little") + told)
+        self._ids.write(header(shape, _HEADER_BYTES))
         self._ids.close()
         self._marks.close()
-        (self._folder / "marks").unlink()
+        self._waiting_marks.unlink()
         self._ids = self._marks = None
+
+    def abandon(self) -> None:
+        """Close what is open."""
+        for file in (self._ids, self._marks):
+            if file is not None:
+                file.close()
 
 
 class Shards:
@@ -166,25 +298,31 @@ class Shards:
             raise DamagedError(
                 f"made by another version: {index['format']}, not {_FORMAT}", where=str(folder / _INDEX), next=_REMAKE
             )
+        self._folder = folder
         self.vocabulary: int = index["vocabulary"]
         self.tokenizer_fingerprint: str = index["tokenizer"]
-        arrays = cast("dict[str, NDArray[np.int64]]", load_file(folder / _ARRAYS))
+        arrays = _columns_of(folder / _ARRAYS)
         self.counts_V: Int[np.ndarray, "V"] = arrays["counts_V"]
+        self.lengths_N: Int[np.ndarray, "N"] = arrays["lengths_N"]
         self.characters_N: Int[np.ndarray, "N"] = arrays["characters_N"]
         self.unknown_characters_N: Int[np.ndarray, "N"] = arrays["unknown_characters_N"]
-        self._starts_N1 = arrays["document_starts_N1"]
-        self.lengths_N: Int[np.ndarray, "N"] = np.diff(self._starts_N1)
-        self._shard_tokens: int = index["shard_tokens"]
-        maps = [_map(folder / _shard_name(number), tokens) for number, tokens in enumerate(index["tokens"])]
-        self._ids: list[NDArray[np.integer[Any]]] = [ids for ids, _ in maps]
-        self._marks: list[NDArray[np.uint8]] = [marks for _, marks in maps]
-        for number, ids in enumerate(self._ids):
-            if len(ids) and int(ids.max()) >= self.vocabulary:
-                raise DamagedError(
-                    f"id {int(ids.max())} is beyond the vocabulary of {self.vocabulary:,}",
-                    where=str(folder / _shard_name(number)),
-                    next=_REMAKE,
-                )
+        self._starts_N1: NDArray[np.int64] = arrays["document_starts_N1"]
+        self._tokens: list[int] = index["tokens"]
+        self._first = [0, *accumulate(self._tokens)]
+        self._maps: dict[int, dict[str, NDArray[Any]]] = {}
+        self._kind = np.dtype(_id_kind(self.vocabulary))
+        for number in range(len(self._tokens)):
+            self._check(number)
+
+    def _check(self, number: int) -> None:
+        """Look at every id of a shard; read, not mapped: 200 MB may be more address space than there is left."""
+        file = self._file(number)
+        with _naming(file):
+            largest = max((int(ids.max()) for ids in tensor_chunks(file, "ids")), default=0)
+        if largest >= self.vocabulary:
+            raise DamagedError(
+                f"id {largest} is beyond the vocabulary of {self.vocabulary:,}", where=str(file), next=_REMAKE
+            )
 
     @property
     def documents(self) -> int:
@@ -194,7 +332,7 @@ class Shards:
     @property
     def tokens(self) -> int:
         """Tokens of all documents."""
-        return int(self._starts_N1[-1])
+        return self._first[-1]
 
     @property
     def characters(self) -> int:
@@ -208,46 +346,60 @@ class Shards:
 
     def ids(self, document: int, first: int, last: int) -> NDArray[np.integer[Any]]:
         """The ids of tokens [first, last) of a document, uint16 or uint32; a view where they lie in one shard."""
-        return self._stretch(self._ids, document, first, last)
+        return self._stretch("ids", document, first, last)
 
     def marks(self, document: int, first: int, last: int) -> UInt8[np.ndarray, "N"]:
         """The marks of tokens [first, last) of a document."""
-        return self._stretch(self._marks, document, first, last)
+        return self._stretch("marks", document, first, last)
 
-    def _stretch(self, maps: list[NDArray[Any]], document: int, first: int, last: int) -> NDArray[Any]:
+    def _stretch(self, name: str, document: int, first: int, last: int) -> NDArray[Any]:
         assert 0 <= first <= last <= self.lengths_N[document], "a stretch outside its document"
         if first == last:
-            return np.zeros(0, dtype=maps[0].dtype if maps else np.uint16)
-        start = int(self._starts_N1[document])
-        begin, end = start + first, start + last
-        shards = range(begin // self._shard_tokens, (end - 1) // self._shard_tokens + 1)
-        stretches = [
-            maps[shard][max(begin - shard * self._shard_tokens, 0) : end - shard * self._shard_tokens]
-            for shard in shards
-        ]
+            return np.zeros(0, dtype=self._kind if name == "ids" else np.uint8)
+        begin = int(self._starts_N1[document]) + first
+        end = begin + last - first
+        shard = bisect_right(self._first, begin) - 1
+        stretches: list[NDArray[Any]] = []
+        while begin < end:
+            start = self._first[shard]
+            stretches.append(self._mapped(shard)[name][begin - start : end - start])
+            begin += len(stretches[-1])
+            shard += 1
         return stretches[0] if len(stretches) == 1 else np.concatenate(stretches)
 
+    def _mapped(self, number: int) -> dict[str, NDArray[Any]]:
+        """A shard, mapped when it is first asked for; of many, those that were mapped last stay so."""
+        if number not in self._maps:
+            while len(self._maps) >= _MAPS_KEPT:
+                del self._maps[next(iter(self._maps))]
+            self._maps[number] = self._read(number)
+        return self._maps[number]
 
-def _map(file: Path, tokens: int) -> tuple[NDArray[np.integer[Any]], NDArray[np.uint8]]:
-    """The ids and marks of a shard, mapped into memory by what its header says."""
-    kinds: dict[str, DTypeLike] = {"U8": "u1", "U16": "<u2", "U32": "<u4"}
+    def _file(self, number: int) -> Path:
+        return self._folder / f"shard-{number:05d}.safetensors"
+
+    def _read(self, number: int) -> dict[str, NDArray[Any]]:
+        columns = _columns_of(self._file(number))
+        if any(len(columns.get(name, ())) != self._tokens[number] for name in ("ids", "marks")):
+            raise DamagedError(
+                f"not the {self._tokens[number]:,} tokens that were written",
+                where=str(self._file(number)),
+                next=_REMAKE,
+            )
+        return columns
+
+
+def _columns_of(file: Path) -> dict[str, NDArray[Any]]:
+    with _naming(file):
+        return map_tensors(file)
+
+
+@contextmanager
+def _naming(file: Path) -> Generator[None]:
     try:
-        with file.open("rb") as opened:
-            size = int.from_bytes(opened.read(_LENGTH_BYTES), "little")
-            header = json.loads(opened.read(min(size, _HEADER_BYTES)))
-        found = [
-            np.memmap(
-                file,
-                dtype=kinds[header[name]["dtype"]],
-                mode="r",
-                offset=_LENGTH_BYTES + size + header[name]["data_offsets"][0],
-                shape=(tokens,),
-            ).view(np.ndarray)  # a slice of a plain array is made several times sooner
-            for name in ("ids", "marks")
-        ]
+        yield
     except (OSError, ValueError, KeyError) as error:
         raise DamagedError(f"not a shard that can be read: {error}", where=str(file), next=_REMAKE) from error
-    return found[0], found[1]
 
 
 def open_shards(folder: Path) -> Shards:

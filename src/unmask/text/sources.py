@@ -1,119 +1,237 @@
 """Room card: where documents come from.
 
-Comes in: paths of text files and folders, or texts in memory, and the rule that says what a document is. Goes out:
-documents as passages of at most about a million characters, NFC, in a fixed order, read with bounded memory; or a
-TextError that names the file, the byte and the mend. Called by: corpus.
+Comes in: names of text files, folders, patterns and data sets, or texts in memory, and the rules of reading them. Goes
+out: documents as passages of at most about a million characters, NFC unless another form was asked for, in a fixed
+order, read with bounded memory; or a TextError that names the file, the line and the mend. Called by: opening, corpus,
+origin.
 
-A document's passages, joined, are its text. The characters of all passages of a file add up to the file's: line ends
-and blank lines that part two documents count to the first of them, blank lines before all documents to the first.
+A document's passages, joined, are its text. The characters of all passages of a plain file add up to the file's (see
+passages). A row of a table is one document, whatever the rule of plain text says; a row of nothing but white space is
+none, like a blank line.
 """
 
 from __future__ import annotations
 
-import codecs
-import gzip
-import os
-import re
-import unicodedata
-import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Final, NamedTuple
 
-from unmask.contracts import Part, Passage
+from unmask.contracts import Group, Part, Passage
 from unmask.errors import TextError
 from unmask.store import digest, file_digest
-from unmask.text.settings import DocumentRule, ErrorsRule
+from unmask.text.arrow import parquet_groups, parquet_rows
+from unmask.text.borders import PART_BYTES, part_starts
+from unmask.text.datasets import column_digest, column_of, dataset_rows
+from unmask.text.listing import Named, kind_of, listed
+from unmask.text.passages import PASSAGE_CHARACTERS, assembled, broken, composed, normal
+from unmask.text.rows import Rows, json_rows
+from unmask.text.separated import separated_rows
+from unmask.text.settings import DocumentRule, ErrorsRule, UnicodeForm
+from unmask.text.streams import decoded, packing
+from unmask.text.unpacking import seekable
 
-PASSAGE_CHARACTERS: Final = 1_000_000
-_CHUNK_BYTES: Final = 1 << 20
-_LINES = re.compile(r"[^\n]*\n|[^\n]+")
-_SAID: Final = {
-    "blank-line": "a document is what stands between blank lines",
-    "line": "a document is a line that is not blank",
-    "file": "a document is a whole file",
+__all__ = ["PASSAGE_CHARACTERS", "FileSource", "MemorySource"]
+
+_SAID = {
+    "blank-line": "what stands between blank lines",
+    "line": "a line that is not blank",
+    "file": "a whole file",
 }
-_MAGIC: Final = (  # what a file begins with, what it then is, and the mend
-    (b"%PDF-", "a PDF", "save its text as .txt"),
-    (b"PK\x03\x04", "a zip archive or an office document", "unpack it, or save its text as .txt"),
-    (b"\x1f\x8b", "packed with gzip, though its name does not end in .gz", "give it a name that ends in .gz"),
-    (b"\x28\xb5\x2f\xfd", "packed with zstandard", "unpack it, or pack it with gzip"),
-    (b"BZh", "packed with bzip2", "unpack it, or pack it with gzip"),
-    (b"\xfd7zXZ\x00", "packed with xz", "unpack it, or pack it with gzip"),
-    (b"7z\xbc\xaf\x27\x1c", "a 7-Zip archive", "unpack it"),
-    (b"PAR1", "a Parquet table", "save its text column as .txt"),
-    (b"SQLite format 3\x00", "an SQLite data base", "save its text as .txt"),
-    (b"\x89PNG", "a PNG picture", "give a text file"),
-    (b"\xff\xd8\xff", "a JPEG picture", "give a text file"),
-    (b"\x7fELF", "a program", "give a text file"),
-    (b"\xff\xfe", "UTF-16 text (its byte order mark says so)", "save it as UTF-8: iconv -f UTF-16 -t UTF-8"),
-    (b"\xfe\xff", "UTF-16 text (its byte order mark says so)", "save it as UTF-8: iconv -f UTF-16 -t UTF-8"),
-)
 
 
 class FileSource:
-    """UTF-8 text files, plain or packed with gzip (.gz); of a folder, all *.txt and *.txt.gz below it, sorted.
+    """UTF-8 text in files and data sets, plain, packed or in tables; of a folder, all that has a known ending, sorted.
 
-    `Passage.document` counts the documents of one part; a consumer that reads several parts adds them up. Line ends of
-    both kinds become a line feed; a byte order mark of UTF-8 is left out.
+    `Passage.document` counts the documents of one part; a consumer that reads several parts adds them up. A part is a
+    range of a file's bytes that begins and ends with a document; of a data set, a range of its rows. Line ends of both
+    kinds become a line feed; a byte order mark of UTF-8 is left out.
+
+    Args:
+        paths: files, folders, patterns (`notes/*.txt`), `dataset:NAME#CONFIG@SPLIT`; all of them with a weight
+            (`notes.txt:0.7`), or none.
+        document: what a document of plain text is.
+        errors: what becomes of bytes that are not UTF-8 and of broken rows.
+        field: of a .jsonl line, which may be dotted; the column of other tables.
+        unicode: the form that the text is brought to.
     """
 
-    def __init__(self, paths: Sequence[Path], document: DocumentRule, errors: ErrorsRule) -> None:
-        self._paths = [Path(path) for path in paths]
+    def __init__(
+        self,
+        paths: Sequence[str | Path],
+        document: DocumentRule,
+        errors: ErrorsRule,
+        field: str = "text",
+        unicode: UnicodeForm = "NFC",
+    ) -> None:
+        # What an equal source is made from. With slashes, so that Windows leaves the id of a data set as it is.
+        self.paths = tuple(path.as_posix() if isinstance(path, Path) else path for path in paths)
         self._document: DocumentRule = document
         self._errors: ErrorsRule = errors
+        self._field = field
+        self._unicode: UnicodeForm = unicode
+        self._left_out: dict[Part, int] = {}
 
     @property
     def said(self) -> str:
-        """What a document is, in words."""
-        return _SAID[self._document]
+        """What a document is, in words, and what else a person should know of how the text is read."""
+        kinds = {kind_of(entry) for entry in self._entries}
+        row = f"a row's `{self._field}`"
+        plain = _SAID[self._document]
+        told = [f"a document is {plain if kinds == {'text'} else row}"]
+        if len(kinds) > 1 and "text" in kinds:
+            told = [f"a document is {plain}; of a table, {row}"]
+        if any(named.weight for named in self._named):
+            told.append("weights: " + ", ".join(f"{named.name} {named.weight:.3g}" for named in self._named))
+        told += [f"standard input is kept as {entry}" for entry in self._spooled]
+        for entry in self._entries:
+            if kind_of(entry) == "parquet" and packing(Path(entry)):
+                told.append(f"{entry} is unpacked in the cache: {seekable(Path(entry))}")
+        return "; ".join(told)
+
+    @property
+    def _spooled(self) -> list[str]:
+        return [named.entries[0] for named in self._named if named.name == "standard input"]
 
     @cached_property
-    def _files(self) -> list[Path]:
-        if not self._paths:
-            raise TextError("no text was given", next="name a text file, or a folder with *.txt files")
-        return [file for path in self._paths for file in _files_of(path)]
+    def _named(self) -> list[Named]:
+        return listed(self.paths)
+
+    @property
+    def _entries(self) -> list[str]:
+        return [entry for named in self._named for entry in named.entries]
 
     @property
     def fingerprint(self) -> str:
-        """A digest of every file's bytes and of the rules; where the files lie and what they are called is left out."""
+        """A digest of the content and of the rules; where the files lie and what they are called is left out.
+
+        Weights, where there are any, belong to it: who keeps the parts of a corpus apart must not meet old ones.
+        """
         return self._fingerprint
 
     @cached_property
     def _fingerprint(self) -> str:
-        told = [f"{_is_packed(file)}:{file_digest(file)}" for file in self._files]
-        return digest("files", self._document, self._errors, *told)
+        rules = [self._document, self._errors, self._field, self._unicode]
+        if any(named.weight for named in self._named):
+            rules += [f"{named.weight:.6g} {len(named.entries)}" for named in self._named]
+        return digest("texts", *rules, *(self._told(entry) for entry in self._entries))
+
+    def _told(self, entry: str) -> str:
+        kind = kind_of(entry)
+        if kind == "dataset":
+            return f"{kind}:{column_digest(entry, self._field)}"
+        try:
+            return f"{kind}{packing(Path(entry))}:{file_digest(Path(entry))}"
+        except OSError as error:
+            what = f"this file can't be read: {error.strerror or error}"
+            raise TextError(what, where=entry, next="check that you may read it") from error
+
+    @property
+    def groups(self) -> Sequence[Group]:
+        """The names that were given, each with its weight and the number of its parts."""
+        return [
+            Group(named.name, named.weight, sum(len(self._parts_of[entry]) for entry in named.entries))
+            for named in self._named
+        ]
+
+    @property
+    def left_out(self) -> Mapping[Part, int]:
+        """Lines and rows that were left out, of each part that was read to its end."""
+        return self._left_out
 
     def parts(self) -> Sequence[Part]:
-        """One part per file, in the order given."""
-        return [Part(str(file), 0, file.stat().st_size) for file in self._files]
+        """Of each file, in the order given, one part or several of about PART_BYTES.
+
+        Raises:
+            TextError: a file can't be read.
+        """
+        return [part for entry in self._entries for part in self._parts_of[entry]]
+
+    @cached_property
+    def _parts_of(self) -> dict[str, list[Part]]:
+        return {entry: self._cut(entry) for entry in self._entries}
+
+    def _cut(self, entry: str) -> list[Part]:
+        kind, path = kind_of(entry), Path(entry)
+        if kind == "dataset":
+            column = column_of(entry, self._field)
+            rows = max(1, round(len(column) * PART_BYTES / max(PART_BYTES, column.data.nbytes)))
+            starts, size = list(range(0, len(column), rows)) or [0], len(column)
+        else:
+            starts, size = [0], _file_of(entry).stat().st_size
+            if kind == "parquet":
+                for byte in parquet_groups(path, self._field):
+                    if byte - starts[-1] >= PART_BYTES:
+                        starts.append(byte)
+            elif kind in ("text", "jsonl") and not packing(path):
+                starts = part_starts(path, self._document, self._errors, is_table=kind == "jsonl")
+        return [Part(entry, first, last) for first, last in zip(starts, [*starts[1:], size], strict=True)]
 
     def check(self) -> None:
-        """Open every file and look at its first bytes.
+        """Open every file and data set and look at its first document.
 
         Raises:
-            TextError: one is missing, unreadable, empty, binary, or not UTF-8 in its first MiB.
+            TextError: one is missing, unreadable, empty, binary, lacks the field, or can't be read at its beginning.
         """
-        for file in self._files:
-            for piece in _decoded(file, self._errors):
-                if piece.strip():
+        for entry in self._entries:
+            for part in self._parts_of[entry]:
+                if kind_of(entry) == "text":
+                    pieces = decoded(Path(entry), self._errors, _nothing, part.first_byte, part.last_byte)
+                    seen = any(piece.strip() for piece in pieces)
+                else:
+                    seen = any(row is not None and row.strip() for row in self._rows(part))
+                if seen:
                     break
             else:
-                raise _empty(file)
+                raise _empty(entry, 0)
 
     def documents(self, part: Part) -> Iterator[Passage]:
-        """The passages of one file.
+        """The passages of one part.
 
         Raises:
-            TextError: it can't be read, is empty, binary or not UTF-8 (the byte is named).
+            TextError: it can't be read, is empty, binary, not UTF-8 or has broken rows.
         """
-        path, seen = Path(part.path), False
-        for passage in _assembled(_composed(_decoded(path, self._errors)), self._document):
+        self._left_out[part] = 0
+        seen = False
+        passages = self._plain(part) if kind_of(part.path) == "text" else self._of_rows(part)
+        for passage in passages:
             seen = seen or bool(passage.text.strip())
             yield passage
-        if not seen:
-            raise _empty(path)
+        if not seen and part.first_byte == 0 and self._is_whole(part):
+            raise _empty(part.path, self._left_out[part])
+
+    def _is_whole(self, part: Part) -> bool:
+        is_dataset = kind_of(part.path) == "dataset"
+        return is_dataset or part.last_byte >= _file_of(part.path).stat().st_size
+
+    def _plain(self, part: Part) -> Iterator[Passage]:
+        def leave_out() -> None:
+            self._left_out[part] += 1
+
+        pieces = decoded(Path(part.path), self._errors, leave_out, part.first_byte, part.last_byte)
+        return assembled(composed(pieces, self._unicode), self._document, self._unicode)
+
+    def _of_rows(self, part: Part) -> Iterator[Passage]:
+        number = 0
+        for row in self._rows(part):
+            if row is None:
+                self._left_out[part] += 1
+            elif row and not row.isspace():
+                text = normal(row, self._unicode)
+                if len(text) <= PASSAGE_CHARACTERS:
+                    yield Passage(number, 0, text, len(text), last=True)
+                else:
+                    yield from broken(number, text, self._unicode)
+                number += 1
+
+    def _rows(self, part: Part) -> Rows:
+        kind, path = kind_of(part.path), Path(part.path)
+        if kind == "dataset":
+            return dataset_rows(part.path, self._field, self._errors, part.first_byte, part.last_byte)
+        if kind == "parquet":
+            return parquet_rows(path, self._field, self._errors, part.first_byte, part.last_byte)
+        if kind == "jsonl":
+            return json_rows(path, self._field, self._errors, part.first_byte, part.last_byte)
+        return separated_rows(path, "\t" if kind == "tsv" else ",", self._field, self._errors)
 
 
 class MemorySource:
@@ -121,8 +239,9 @@ class MemorySource:
 
     said = "a document is one of the texts given"
 
-    def __init__(self, texts: Sequence[str]) -> None:
+    def __init__(self, texts: Sequence[str], unicode: UnicodeForm = "NFC") -> None:
         self._texts = texts
+        self._unicode: UnicodeForm = unicode
 
     @property
     def fingerprint(self) -> str:
@@ -132,7 +251,7 @@ class MemorySource:
     @cached_property
     def _fingerprint(self) -> str:
         self.check()
-        return digest("memory", *self._texts)
+        return digest("memory", self._unicode, *self._texts)
 
     def parts(self) -> Sequence[Part]:
         """One part that holds all texts."""
@@ -159,184 +278,24 @@ class MemorySource:
     def documents(self, part: Part) -> Iterator[Passage]:
         """The passages of the texts [first_byte, last_byte) of a part, which count texts here."""
         for number in range(part.first_byte, part.last_byte):
-            text = _normal(self._texts[number].replace("\r\n", "\n"))
-            piece = 0
-            while len(text) > PASSAGE_CHARACTERS:
-                end = _break(text)
-                yield Passage(number, piece, text[:end], end, last=False)
-                text, piece = text[end:], piece + 1
-            yield Passage(number, piece, text, len(text), last=True)
+            yield from broken(number, normal(self._texts[number], self._unicode), self._unicode)
 
 
-def _normal(text: str) -> str:
-    return unicodedata.normalize("NFC", text)
+def _file_of(entry: str) -> Path:
+    """The file whose bytes a part counts."""
+    return seekable(Path(entry)) if kind_of(entry) == "parquet" else Path(entry)
 
 
-def _is_packed(file: Path) -> bool:
-    return file.suffix.lower() == ".gz"
+def _nothing() -> None:
+    """Nobody counts what is left out while only the beginning is looked at."""
 
 
-def _empty(file: Path) -> TextError:
-    return TextError(
-        "this file is empty: it has no characters but white space", where=str(file), next="leave it out, or fill it"
-    )
-
-
-def _files_of(path: Path) -> list[Path]:
-    """The file itself, or the text files below a folder."""
-    if os.path.isfile(path):  # Path.is_file raises where a name is too long to be one
-        return [path]
-    if not os.path.exists(path):
-        raise TextError("there is no such file or folder", where=str(path), next="check the path")
-    if not path.is_dir():
-        raise TextError("neither a file nor a folder", where=str(path), next="give a text file")
-    found = [file for file in path.rglob("*") if file.is_file() and file.name.endswith((".txt", ".txt.gz"))]
-    if not found:
-        raise TextError(
-            "this folder holds no text", where=str(path), next="name its files, or give them names that end in .txt"
-        )
-    return sorted(found, key=lambda file: file.as_posix())
-
-
-def _chunks(path: Path) -> Iterator[bytes]:
-    """The unpacked bytes of a file."""
-    try:
-        with gzip.open(path, "rb") if _is_packed(path) else path.open("rb") as file:
-            while chunk := file.read(_CHUNK_BYTES):
-                yield chunk
-    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-        raise TextError(
-            f"this .gz file is damaged or cut short ({error})", where=str(path), next="fetch or pack it anew"
-        ) from error
-    except OSError as error:
-        raise TextError(
-            f"this file can't be read: {error.strerror or error}", where=str(path), next="check that you may read it"
-        ) from error
-
-
-def _refuse_binary(chunk: bytes, path: Path, base: int) -> None:
-    """Look at the bytes of a file from byte `base` on."""
-    for magic, what, mend in _MAGIC:
-        if base == 0 and chunk.startswith(magic):
-            raise TextError(f"this file is not UTF-8 text; it looks like {what}", where=str(path), next=mend)
-    if b"\0" in chunk:
-        raise TextError(
-            f"this file is binary: byte {base + chunk.index(0):,}{_unpacked(path)} is zero, which no text has",
-            where=str(path),
-            next="give a text file, saved as UTF-8",
-        )
-
-
-def _unpacked(path: Path) -> str:
-    return " of the unpacked text" if _is_packed(path) else ""
-
-
-def _decoded(path: Path, errors: ErrorsRule) -> Iterator[str]:
-    """The characters of a file, chunk by chunk, without a byte order mark."""
-    pending, base = b"", 0
-    chunks = _chunks(path)
-    chunk = next(chunks, b"")
-    _refuse_binary(chunk, path, 0)
-    if chunk.startswith(codecs.BOM_UTF8):
-        chunk, base = chunk[len(codecs.BOM_UTF8) :], len(codecs.BOM_UTF8)
-    while True:
-        data, final = pending + chunk, not chunk
-        try:
-            text, used = codecs.utf_8_decode(data, errors, final)
-        except UnicodeDecodeError as error:
-            byte = f"byte {base + error.start:,}{_unpacked(path)}"
-            raise TextError(
-                f"not UTF-8: {error.reason} at {byte} (0x{data[error.start]:02x})",
-                where=f"{path}, byte {base + error.start}",
-                next="save it as UTF-8, or let such bytes become U+FFFD: --errors replace",
-            ) from error
-        if text:
-            yield text
-        if final:
-            return
-        pending, base = data[used:], base + used
-        chunk = next(chunks, b"")
-        _refuse_binary(chunk, path, base + len(pending))
-
-
-def _composed(pieces: Iterator[str]) -> Iterator[str]:
-    """The same text, NFC, its line ends line feeds: pieces that end with a line, or are about a passage long."""
-    carry = ""
-    for piece in pieces:
-        carry += piece
-        end = carry.rfind("\n") + 1
-        while end or len(carry) > PASSAGE_CHARACTERS:
-            end = end or _break(carry)
-            yield _normal(carry[:end].replace("\r\n", "\n"))
-            carry, end = carry[end:], 0
-    if carry:
-        yield _normal(carry.replace("\r\n", "\n"))
-
-
-def _break(text: str) -> int:
-    """Where to break a text that is longer than a passage: after a line end, else a space, else between characters."""
-    half = PASSAGE_CHARACTERS // 2
-    for parting in ("\n", " "):
-        found = text.rfind(parting, half, PASSAGE_CHARACTERS) + 1
-        if found:
-            return found
-    # Between characters that NFC does not join or reorder: what follows a break in a Hangul syllable, a cluster of
-    # marks or a "\r\n" would be counted twice or lost.
-    for end in range(PASSAGE_CHARACTERS, half, -1):
-        before, after = text[max(0, end - 32) : end], text[end : end + 32]
-        joined = _normal(before + after) == _normal(before) + _normal(after)
-        if joined and not unicodedata.combining(after[0]) and before[-1] != "\r":
-            return end
-    return PASSAGE_CHARACTERS
-
-
-class _Open(NamedTuple):
-    """A document that is being read."""
-
-    document: int
-    piece: int
-    lead: int  # characters before its text that it stands for
-
-
-def _assembled(pieces: Iterator[str], rule: DocumentRule) -> Iterator[Passage]:
-    """Cut composed text into documents, and documents into passages."""
-    now, held, size = _Open(0, 0, 0), list[str](), 0
-    apart = 0  # characters of blank lines since the last line that was not
-    inside_line = False
-    for line in _lines(pieces, rule):
-        if rule != "file" and not inside_line and not line.strip():
-            apart += len(line)
-            continue
-        is_open = bool(held)
-        if is_open and (apart or (rule == "line" and not inside_line)):
-            yield _last(now, held, size + apart, rule)
-            now, held, size = _Open(now.document + 1, 0, 0), [], 0
-        elif not is_open:
-            now = now._replace(lead=now.lead + apart)
-        apart = 0
-        held.append(line)
-        size += len(line)
-        inside_line = not line.endswith("\n")
-        while size > PASSAGE_CHARACTERS:
-            whole = "".join(held)
-            end = _break(whole)
-            yield Passage(now.document, now.piece, whole[:end], end + now.lead, last=False)
-            now, held, size = _Open(now.document, now.piece + 1, 0), [whole[end:]], size - end
-    if held:
-        yield _last(now, held, size + apart, rule)
-
-
-def _lines(pieces: Iterator[str], rule: DocumentRule) -> Iterator[str]:
-    """Lines with their ends, or, where a file is one document, the pieces as they come."""
-    for piece in pieces:
-        if rule == "file":
-            yield piece
-        else:
-            yield from (match[0] for match in _LINES.finditer(piece))
-
-
-def _last(now: _Open, held: list[str], size: int, rule: DocumentRule) -> Passage:
-    text = "".join(held)
-    return Passage(
-        now.document, now.piece, text if rule == "file" else text.removesuffix("\n"), size + now.lead, last=True
-    )
+def _empty(entry: str, left_out: int) -> TextError:
+    if left_out:
+        what = f"nothing of this file can be read: {left_out:,} lines or rows were left out, and no text is left"
+        return TextError(what, where=entry, next="see what is wrong with them: --errors strict")
+    if kind_of(entry) == "text":
+        what = "this file is empty: it has no characters but white space"
+    else:
+        what = "this table is empty: it has no row with text"
+    return TextError(what, where=entry, next="leave it out, or fill it")

@@ -21,24 +21,47 @@ import numpy as np
 import tokenizers
 from jaxtyping import Int, UInt8
 from numpy.typing import NDArray
-from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors
+from tokenizers import AddedToken, decoders, models, processors
 
-from unmask.contracts import SENTENCE_START, SPECIAL, WORD_START
+from unmask.contracts import SPECIAL
 from unmask.errors import TokenizerError
 from unmask.store import digest, read_json, write_json, write_text
+from unmask.text.bpe import spell_bytes, train_bpe
+from unmask.text.marks import token_marks
+from unmask.text.preparation import META, normalizer_of, pre_tokenizer_of
+from unmask.text.structure import leading_space, splits_at_spaces, without_specials
+from unmask.text.unigram import train_unigram
 from unmask.text.vocabulary import (
     LONGEST_WORD,
+    MASK,
     PREFIX,
     UNKNOWN,
+    ByteBpeSettings,
+    ByteSettings,
     CharacterSettings,
+    FileTokenizerSettings,
+    Progress,
     TokenizerSettings,
+    TrainedSettings,
+    UnigramSettings,
     WordPieceSettings,
-    choose_pieces,
-    wordpiece_normalizer,
+    check_specials,
 )
-from unmask.text.words import WordsRule, sentence_starts, word_starts
+from unmask.text.wordpiece import choose_characters, choose_wordpieces
+from unmask.text.words import WordsRule
 
-__all__ = ["CharacterSettings", "Encoded", "Tokenizer", "TokenizerSettings", "WordPieceSettings", "train_tokenizer"]
+__all__ = [
+    "ByteBpeSettings",
+    "ByteSettings",
+    "CharacterSettings",
+    "Encoded",
+    "FileTokenizerSettings",
+    "Tokenizer",
+    "TokenizerSettings",
+    "UnigramSettings",
+    "WordPieceSettings",
+    "train_tokenizer",
+]
 
 _FILE: Final = "tokenizer.json"
 _CONFIG: Final = "tokenizer_config.json"
@@ -61,36 +84,68 @@ class Encoded:
     characters_unknown: int  # characters that became [UNK]
 
 
-def train_tokenizer(texts: Iterable[str], settings: TokenizerSettings) -> Tokenizer:
-    """Learn a vocabulary from text: byte for byte the same in every process.
+def train_tokenizer(texts: Iterable[str], settings: TokenizerSettings, progress: Progress | None = None) -> Tokenizer:
+    """Learn a vocabulary from text, byte for byte the same in every process; or open a file, which reads no text.
+
+    Args:
+        texts: what is learnt from; at most `sample_characters` of it, where the kind has such a setting.
+        settings: the kind and its size.
+        progress: told what is done and which share of it is, while text is fed.
 
     Raises:
-        TokenizerError: the settings lack [UNK] or [MASK], or ask for more pieces than the text gives.
+        TokenizerError: the settings lack [UNK] or [MASK], ask for more pieces than the text gives, or name a file that
+            is no tokenizer.
     """
-    vocabulary = {piece: number for number, piece in enumerate(choose_pieces(texts, settings))}
-    if isinstance(settings, CharacterSettings):
-        built = tokenizers.Tokenizer(models.WordLevel(vocabulary, unk_token=UNKNOWN))
-        built.normalizer = normalizers.NFC()
-        # "(?s)." would say the same and is refused by the library's regex engine.
-        built.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
-        built.decoder = decoders.Fuse()
-    else:
-        built = tokenizers.Tokenizer(
-            models.WordPiece(
-                vocabulary, unk_token=UNKNOWN, continuing_subword_prefix=PREFIX, max_input_chars_per_word=LONGEST_WORD
-            )
-        )
-        built.normalizer = wordpiece_normalizer(settings.lowercase)
-        built.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-        built.decoder = decoders.WordPiece(prefix=PREFIX)
-    built.add_special_tokens([AddedToken(piece, special=True, normalized=False) for piece in settings.specials])
+    if isinstance(settings, FileTokenizerSettings):
+        return Tokenizer.load(settings.path)
+    check_specials(settings)
+    built = tokenizers.Tokenizer(_learn(texts, settings, progress))
+    built.normalizer, built.pre_tokenizer = normalizer_of(settings), pre_tokenizer_of(settings)
+    built.decoder = _decoder_of(settings)
+    # Where pieces carry the space before them, a mask takes it too: it stands for such a piece.
+    takes_space = isinstance(settings, ByteBpeSettings | UnigramSettings)
+    built.add_special_tokens(
+        [
+            AddedToken(piece, special=True, normalized=False, lstrip=takes_space and piece == MASK)
+            for piece in settings.specials
+        ]
+    )
     if {"[CLS]", "[SEP]"} <= set(settings.specials):
         built.post_processor = processors.TemplateProcessing(
             single="[CLS] $A [SEP]",
             pair="[CLS] $A [SEP] $B:1 [SEP]:1",
-            special_tokens=[(piece, vocabulary[piece]) for piece in ("[CLS]", "[SEP]")],
+            special_tokens=[(piece, built.token_to_id(piece)) for piece in ("[CLS]", "[SEP]")],
         )
     return Tokenizer(built)
+
+
+def _learn(texts: Iterable[str], settings: TrainedSettings, progress: Progress | None) -> models.Model:
+    if isinstance(settings, ByteBpeSettings):
+        return train_bpe(texts, settings, progress)
+    if isinstance(settings, ByteSettings):
+        return spell_bytes(settings)
+    if isinstance(settings, UnigramSettings):
+        return train_unigram(texts, settings, progress)
+    if isinstance(settings, CharacterSettings):
+        characters = choose_characters(texts, settings)
+        return models.WordLevel({piece: number for number, piece in enumerate(characters)}, unk_token=UNKNOWN)
+    pieces = choose_wordpieces(texts, settings, progress)
+    return models.WordPiece(
+        {piece: number for number, piece in enumerate(pieces)},
+        unk_token=UNKNOWN,
+        continuing_subword_prefix=PREFIX,
+        max_input_chars_per_word=LONGEST_WORD,
+    )
+
+
+def _decoder_of(settings: TrainedSettings) -> decoders.Decoder:
+    if isinstance(settings, WordPieceSettings):
+        return decoders.WordPiece(prefix=PREFIX)
+    if isinstance(settings, CharacterSettings):
+        return decoders.Fuse()
+    if isinstance(settings, UnigramSettings):
+        return decoders.Metaspace(replacement=META, prepend_scheme="first", split=False)
+    return decoders.ByteLevel()
 
 
 class Tokenizer:
@@ -106,7 +161,7 @@ class Tokenizer:
         inner.no_truncation()
         self._json = inner.to_str()
         self._marked = inner  # reads "[MASK]" as the special piece
-        self._plain = tokenizers.Tokenizer.from_str(self._json)
+        self._plain = tokenizers.Tokenizer.from_str(without_specials(self._json))
         self._plain.encode_special_tokens = True  # spells it as letters
         given = roles or {}
         usual = {
@@ -116,7 +171,10 @@ class Tokenizer:
         self._roles = {role: name for role in _ROLES if (name := given.get(role, usual[role])) is not None}
         if "mask_token" not in self._roles or self.token_to_id(self._roles["mask_token"]) is None:
             raise TokenizerError(
-                "this tokenizer has no piece for a mask", next="name its mask_token in tokenizer_config.json"
+                "this tokenizer has no piece for a mask",
+                next='name it in tokenizer_config.json beside tokenizer.json ("mask_token": ...), or add one: '
+                'AutoTokenizer.from_pretrained(FOLDER), then add_special_tokens({"mask_token": "[MASK]"}) and '
+                "save_pretrained(FOLDER)",
             )
         vocabulary = inner.get_vocab(with_added_tokens=True)
         self.size = max(vocabulary.values()) + 1
@@ -131,17 +189,23 @@ class Tokenizer:
     @property
     def mask_id(self) -> int:
         """The id of [MASK]."""
-        return cast("int", self._role_id("mask_token"))
+        return cast("int", self.role_id("mask_token"))
+
+    @property
+    def mask_takes_space(self) -> bool:
+        """Whether [MASK] in a text swallows the space before it, because it stands for a piece that has one."""
+        added = cast("Mapping[int, AddedToken]", self._marked.get_added_tokens_decoder())
+        return self.mask_id in added and bool(added[self.mask_id].lstrip)
 
     @property
     def unknown_id(self) -> int | None:
         """The id of [UNK]; None for a tokenizer that can spell everything."""
-        return self._role_id("unk_token")
+        return self.role_id("unk_token")
 
     @property
     def frame(self) -> tuple[int, int] | None:
         """The ids of [CLS] and [SEP] that a text is set between, where both exist."""
-        first, last = self._role_id("cls_token"), self._role_id("sep_token")
+        first, last = self.role_id("cls_token"), self.role_id("sep_token")
         return None if first is None or last is None else (first, last)
 
     @cached_property
@@ -149,8 +213,24 @@ class Tokenizer:
         """A digest of the whole tokenizer."""
         return digest(self._json)
 
-    def _role_id(self, role: str) -> int | None:
+    def role_id(self, role: str) -> int | None:
+        """The id of the piece for pad_token, unk_token, cls_token, sep_token or mask_token, where it has one."""
         return self.token_to_id(self._roles[role]) if role in self._roles else None
+
+    @cached_property
+    def splits_at_spaces(self) -> bool:
+        """Whether encoding a text equals joining the encodings of its pieces, cut before single spaces.
+
+        The spaces meant stand between two visible characters, and each piece keeps the one before it.
+        """
+        return splits_at_spaces(self._json)
+
+    @cached_property
+    def _space_id(self) -> int:
+        """The piece that is only the space before a word, where pieces carry theirs; else none."""
+        piece = leading_space(self._json)
+        found = self.token_to_id(piece) if piece else None
+        return -1 if found is None else found
 
     def token_to_id(self, piece: str) -> int | None:
         """The id of a piece, or None where the vocabulary has no such piece."""
@@ -183,10 +263,8 @@ class Tokenizer:
         ids = np.array(encoding.ids, dtype=np.int64)
         flat = np.fromiter(itertools.chain.from_iterable(encoding.offsets), dtype=np.int64, count=2 * len(ids))
         offsets = flat.reshape(-1, 2)
-        marks = np.where(self._special_V[ids], np.uint8(SPECIAL), np.uint8(0))
-        for starts_N, bit in ((word_starts(text, words), WORD_START), (sentence_starts(text), SENTENCE_START)):
-            before_N1 = np.concatenate([[0], np.cumsum(starts_N)])
-            marks[before_N1[offsets[:, 1]] > before_N1[offsets[:, 0]]] |= bit
+        marks = token_marks(text, offsets, words, ids == self._space_id)
+        marks[self._special_V[ids]] |= SPECIAL
         unknown = offsets[ids == self.unknown_id] if self.unknown_id is not None else offsets[:0]
         return Encoded(ids, marks, offsets, int((unknown[:, 1] - unknown[:, 0]).sum()))
 

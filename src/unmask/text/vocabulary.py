@@ -1,37 +1,30 @@
-"""Room card: which pieces a tokenizer has, and in which order.
+"""Room card: which tokenizers there are, as a person says it.
 
-Comes in: a sample of text and settings. Goes out: the same list of pieces in every process, or a TokenizerError that
-says how many the text gives. Called by: tokenizer, which builds the tokenizer around them.
-
-The trainer of the tokenizers library numbers its pieces by the order of a hash table, which differs from process to
-process, and breaks ties between equally frequent pairs by those numbers; with a limited alphabet even the pieces differ
-(0.23.3). So the alphabet is chosen here, handed over in a fixed order, and what comes back is ordered here.
+Comes in: the [text.tokenizer] table of a recipe. Goes out: frozen settings of each kind, and what all kinds share:
+their special pieces, the sample that they learn from. Called by: settings, tokenizer and the rooms that train each
+kind.
 """
 
 from __future__ import annotations
 
-import unicodedata
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Final, Literal
 
-import numpy as np
-import tokenizers
-from numpy.typing import NDArray
-from tokenizers import models, normalizers, pre_tokenizers, trainers
-
 from unmask.errors import RecipeError, TokenizerError
-from unmask.text.words import codes
 
 PREFIX: Final = "##"  # of a piece that continues a word
 LONGEST_WORD: Final = 100  # characters; a longer word becomes [UNK]
 UNKNOWN: Final = "[UNK]"
 MASK: Final = "[MASK]"
 SPECIALS: Final = ("[PAD]", UNKNOWN, "[CLS]", "[SEP]", MASK)
-_COVERAGE: Final = 0.9999  # of the sample's characters; English Wikipedia needs 440 different ones, Korean 6,400
+BYTES: Final = 256
+SPECIALS_AT: Final = "text.tokenizer.specials"
+VOCABULARY_AT: Final = "text.tokenizer.vocab"
 _BLOCK_CHARACTERS: Final = 1 << 18
-_SPACE: Final = 0x20
-_CODES: Final = 0x110000
+
+Progress = Callable[[str, float], None]
 
 
 @dataclass(frozen=True)
@@ -41,6 +34,9 @@ class WordPieceSettings:
     kind: Literal["wordpiece"] = "wordpiece"
     vocab: int = 8192  # pieces, special ones included
     lowercase: bool = False
+    strip_accents: bool = False
+    clean_text: bool = True  # control characters out, every white space becomes a space
+    handle_chinese_chars: bool = True  # each Han character is a word
     specials: tuple[str, ...] = SPECIALS
     minimum_count: int = 2  # of a character, or of a pair of pieces that becomes one
     sample_characters: int = 20_000_000  # of training text that is looked at; 3-7 s for 20 MB
@@ -50,15 +46,79 @@ class WordPieceSettings:
 
 
 @dataclass(frozen=True)
+class ByteBpeSettings:
+    """Pieces made by joining frequent pairs of bytes, as in RoBERTa and ModernBERT: nothing is unknown."""
+
+    kind: Literal["bpe"] = "bpe"
+    vocab: int = 8192  # pieces, special ones and the 256 bytes included
+    lowercase: bool = False
+    strip_accents: bool = False
+    clean_text: bool = False
+    specials: tuple[str, ...] = SPECIALS
+    minimum_count: int = 2  # of a pair of pieces that becomes one
+    sample_characters: int = 20_000_000
+
+    def __post_init__(self) -> None:
+        _at_least(self, vocab=len(self.specials) + BYTES, minimum_count=1, sample_characters=1)
+
+
+@dataclass(frozen=True)
+class UnigramSettings:
+    """Pieces that make the text likeliest, as in ALBERT, T5 and XLM-R (Kudo 2018, arXiv 1804.10959)."""
+
+    kind: Literal["unigram"] = "unigram"
+    vocab: int = 8192  # pieces, special ones included
+    lowercase: bool = False
+    strip_accents: bool = False
+    clean_text: bool = True  # control characters out, every white space becomes a space
+    specials: tuple[str, ...] = SPECIALS
+    minimum_count: int = 2  # of a character, or of a piece in the sample
+    longest_piece: int = 16  # characters
+    sample_characters: int = 10_000_000
+
+    def __post_init__(self) -> None:
+        _at_least(self, vocab=len(self.specials) + 1, minimum_count=1, longest_piece=1, sample_characters=1)
+
+
+@dataclass(frozen=True)
+class ByteSettings:
+    """Every byte of UTF-8 is a piece, as in ByT5: nothing to learn, nothing unknown, long texts."""
+
+    kind: Literal["bytes"] = "bytes"
+    lowercase: bool = False
+    strip_accents: bool = False
+    clean_text: bool = False
+    specials: tuple[str, ...] = SPECIALS
+
+
+@dataclass(frozen=True)
 class CharacterSettings:
     """Every character is a piece, white space too."""
 
     kind: Literal["characters"] = "characters"
+    lowercase: bool = False
+    strip_accents: bool = False
+    clean_text: bool = False
     specials: tuple[str, ...] = SPECIALS
     minimum_count: int = 1
 
     def __post_init__(self) -> None:
         _at_least(self, minimum_count=1)
+
+
+@dataclass(frozen=True)
+class FileTokenizerSettings:
+    """A tokenizer that exists: a tokenizer.json, or a folder with one."""
+
+    kind: Literal["file"]
+    path: Path
+
+
+TokenizerSettings = (
+    WordPieceSettings | ByteBpeSettings | UnigramSettings | ByteSettings | CharacterSettings | FileTokenizerSettings
+)
+TrainedSettings = WordPieceSettings | ByteBpeSettings | UnigramSettings | ByteSettings | CharacterSettings
+SampledSettings = WordPieceSettings | ByteBpeSettings | UnigramSettings
 
 
 def _at_least(settings: object, **least: int) -> None:
@@ -67,78 +127,46 @@ def _at_least(settings: object, **least: int) -> None:
             raise RecipeError(f"`{name}` is {getattr(settings, name)}", where=name, next=f"give {bound} or more")
 
 
-TokenizerSettings = WordPieceSettings | CharacterSettings
-
-
-def wordpiece_normalizer(lowercase: bool) -> normalizers.Normalizer:
-    """NFC, control characters out, spaces around Han, and lower case where asked; accents stay."""
-    bert = normalizers.BertNormalizer(
-        clean_text=True, handle_chinese_chars=True, strip_accents=False, lowercase=lowercase
-    )
-    return normalizers.Sequence([normalizers.NFC(), bert])
-
-
-def choose_pieces(texts: Iterable[str], settings: TokenizerSettings) -> list[str]:
-    """The vocabulary in its order: the special pieces, then by count in the sample, then by text.
+def check_specials(settings: TrainedSettings) -> None:
+    """Refuse special pieces that a model can't do without, or that stand there twice.
 
     Raises:
-        TokenizerError: the specials lack [UNK] or [MASK], or the text can't give as many pieces as asked.
+        TokenizerError: they lack [MASK], or [UNK] where the kind needs one.
     """
-    missing = [name for name in (UNKNOWN, MASK) if name not in settings.specials]
+    needed = (MASK,) if isinstance(settings, ByteBpeSettings | ByteSettings) else (UNKNOWN, MASK)
+    missing = [name for name in needed if name not in settings.specials]
     if missing or len(set(settings.specials)) < len(settings.specials):
         raise TokenizerError(
             f"the special pieces lack {' and '.join(missing)}" if missing else "a special piece stands there twice",
-            where="text.tokenizer.specials",
+            where=SPECIALS_AT,
             next='write them as in specials = ["[UNK]", "[MASK]"]',
         )
-    if isinstance(settings, CharacterSettings):
-        return [*settings.specials, *_characters(texts, settings)]
-    blocks = list(_normal_blocks(texts, settings))
-    pieces = _wordpieces(blocks, settings)
-    if len(pieces) < settings.vocab:
-        raise _too_few(len(pieces), blocks, settings)
-    return pieces
 
 
-def _too_few(given: int, blocks: Sequence[str], settings: WordPieceSettings) -> TokenizerError:
-    """Looks for a round number that the text does give: with a smaller vocabulary fewer characters may have a place."""
-    where = "text.tokenizer.vocab"
-    fits = _round_below(given)
-    while fits > len(settings.specials) and len(_wordpieces(blocks, replace(settings, vocab=fits))) < fits:
-        fits = _round_below(fits - 1)
-    if fits <= len(settings.specials):
-        return TokenizerError("this text gives no pieces", where=where, next="give more text, or kind = 'characters'")
+def too_few(wanted: int, given: int, fits: int) -> TokenizerError:
+    """A vocabulary that the text can't give; `fits` is a number that it can, 0 where there is none."""
+    if not fits:
+        return TokenizerError(
+            "this text gives no pieces", where=VOCABULARY_AT, next="give more text, or kind = 'characters'"
+        )
     return TokenizerError(
-        f"a vocabulary of {settings.vocab:,} is more than this text can give: {given:,} pieces",
-        where=where,
-        next=f"--set text.tokenizer.vocab={fits}, or more text",
+        f"a vocabulary of {wanted:,} is more than this text can give: {given:,} pieces",
+        where=VOCABULARY_AT,
+        next=f"--set {VOCABULARY_AT}={fits}, or more text",
     )
 
 
-def _round_below(number: int) -> int:
+def round_below(number: int) -> int:
     """The number with all but its first two digits zero."""
     step = 10 ** max(0, len(str(number)) - 2)
     return number // step * step
 
 
-def _characters(texts: Iterable[str], settings: CharacterSettings) -> list[str]:
-    """Characters by count, then code point."""
-    counts_C = np.zeros(_CODES, dtype=np.int64)
-    for text in texts:
-        seen_N, times_N = np.unique(codes(unicodedata.normalize("NFC", text)), return_counts=True)
-        counts_C[seen_N] += times_N
-    return [chr(code) for code in _by_count(counts_C, settings.minimum_count)]
+def sample_blocks(texts: Iterable[str], settings: SampledSettings, progress: Progress | None) -> Iterator[str]:
+    """The first `sample_characters` of the texts, in blocks that keep the trainer's threads busy.
 
-
-def _by_count(counts_C: NDArray[np.int64], minimum: int) -> list[int]:
-    """Code points that occur often enough, the most frequent first, then by number."""
-    found_N = np.flatnonzero(counts_C >= max(1, minimum))
-    return found_N[np.argsort(-counts_C[found_N], kind="stable")].tolist()
-
-
-def _normal_blocks(texts: Iterable[str], settings: WordPieceSettings) -> Iterator[str]:
-    """The first `sample_characters` of the texts, normalised, in blocks that keep the trainer's threads busy."""
-    normalizer = wordpiece_normalizer(settings.lowercase)
+    `progress` hears of feeding alone: what a trainer does afterwards can't be watched.
+    """
     held, size, room = list[str](), 0, settings.sample_characters
     for text in texts:
         if room <= 0:
@@ -147,92 +175,10 @@ def _normal_blocks(texts: Iterable[str], settings: WordPieceSettings) -> Iterato
             held.append(text[first : min(first + _BLOCK_CHARACTERS, room)])
             size += len(held[-1])
             if size >= _BLOCK_CHARACTERS:
-                yield normalizer.normalize_str("\n".join(held))
+                yield "\n".join(held)
+                if progress is not None:
+                    progress("training the tokenizer", 0.5 * (1 - max(0, room - first) / settings.sample_characters))
                 held, size = [], 0
         room -= len(text)
     if held:
-        yield normalizer.normalize_str("\n".join(held))
-
-
-def _wordpieces(blocks: Sequence[str], settings: WordPieceSettings) -> list[str]:
-    """At most `vocab` pieces in their order; fewer where the text gives no more.
-
-    First come the most frequent characters, each with the piece that continues a word where it can, until they cover
-    99.99 % of the sample or fill half of the vocabulary. The rest goes to what the trainer joins and to characters that
-    stand apart (Han, punctuation) and found no place before, whichever the sample has more of: so Chinese keeps its
-    characters and Korean its words. Where there is still room, the other characters follow.
-    """
-    counts_C = np.zeros(_CODES, dtype=np.int64)
-    for block in blocks:
-        counts_C += np.bincount(codes(block), minlength=_CODES)
-    counts_C[[code for code in np.flatnonzero(counts_C).tolist() if chr(code).isspace()]] = 0
-    spelled, left, spare = _alphabet(counts_C, settings)
-    if not spelled:
-        return list(settings.specials)
-    keeps_C = np.zeros(_CODES, dtype=bool)
-    keeps_C[[ord(piece) for piece in spelled if len(piece) == 1]] = True
-    cleaned = [_only(block, keeps_C) for block in blocks]
-    joined = _train(cleaned, spelled, settings)
-    counts = _count_pieces(cleaned, spelled + joined)
-    counts |= {piece: int(counts_C[ord(piece)]) if len(piece) == 1 else 0 for piece in left + spare}
-    further = sorted(set(joined) | set(left), key=lambda piece: (-counts[piece], piece))
-    chosen = [*spelled, *further, *spare][: settings.vocab - len(settings.specials)]
-    return [*settings.specials, *sorted(chosen, key=lambda piece: (-counts[piece], piece))]
-
-
-def _alphabet(counts_C: NDArray[np.int64], settings: WordPieceSettings) -> tuple[list[str], list[str], list[str]]:
-    """Pieces that words are spelled with, further characters that stand apart, pieces of all other characters."""
-    spelled, left, spare = list[str](), list[str](), list[str]()
-    pre_tokenizer, normalizer = pre_tokenizers.BertPreTokenizer(), wordpiece_normalizer(settings.lowercase)
-    is_full, covered, enough = False, 0, _COVERAGE * int(counts_C.sum())
-    for code in _by_count(counts_C, settings.minimum_count):
-        character = chr(code)
-        is_apart = len(pre_tokenizer.pre_tokenize_str(normalizer.normalize_str(f"a{character}a"))) > 1
-        pieces = [character] if is_apart else [character, PREFIX + character]
-        is_full = is_full or covered >= enough or len(spelled) + len(pieces) > settings.vocab // 2
-        covered += int(counts_C[code])
-        if not is_full:
-            spelled += pieces
-        elif is_apart:
-            left += pieces
-        else:
-            spare += pieces
-    return spelled, left, spare
-
-
-def _only(block: str, keeps_C: NDArray[np.bool_]) -> str:
-    """The text with a space for every character outside the alphabet."""
-    codes_N = codes(block)
-    return np.where(keeps_C[codes_N], codes_N, np.uint32(_SPACE)).tobytes().decode("utf-32-le")
-
-
-def _train(cleaned: Sequence[str], spelled: Sequence[str], settings: WordPieceSettings) -> list[str]:
-    """The pieces that the trainer makes by joining those that it is given."""
-    trained = tokenizers.Tokenizer(models.WordPiece(unk_token=UNKNOWN))
-    trained.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    trainer = trainers.WordPieceTrainer(
-        vocab_size=settings.vocab - len(settings.specials),
-        min_frequency=settings.minimum_count,
-        show_progress=False,
-        special_tokens=list(spelled),  # so they are numbered in this order, and ties fall the same way
-        continuing_subword_prefix=PREFIX,
-    )
-    trained.train_from_iterator(cleaned, trainer)
-    known = set(spelled) | set(settings.specials)
-    return [piece for piece in trained.get_vocab() if piece not in known]
-
-
-def _count_pieces(cleaned: Sequence[str], pieces: Sequence[str]) -> dict[str, int]:
-    """How often each piece occurs in the sample."""
-    vocabulary = {piece: number for number, piece in enumerate((UNKNOWN, *pieces))}
-    counting = tokenizers.Tokenizer(
-        models.WordPiece(
-            vocabulary, unk_token=UNKNOWN, continuing_subword_prefix=PREFIX, max_input_chars_per_word=LONGEST_WORD
-        )
-    )
-    counting.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    counts_V = np.zeros(len(vocabulary), dtype=np.int64)
-    for first in range(0, len(cleaned), 8):  # a few at a time: what an encoding holds is many times its text
-        for encoding in counting.encode_batch_fast(list(cleaned[first : first + 8])):
-            counts_V += np.bincount(np.array(encoding.ids, dtype=np.int64), minlength=len(vocabulary))
-    return {piece: int(counts_V[number]) for piece, number in vocabulary.items()}
+        yield "\n".join(held)

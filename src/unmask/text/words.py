@@ -49,6 +49,16 @@ def codes(text: str) -> NDArray[np.uint32]:
     return np.frombuffer(text.encode("utf-32-le", errors="replace"), dtype=np.uint32)
 
 
+def is_letter(character: str) -> bool:
+    """Whether this character is part of a run that is a word, by "spaces": a letter or a number."""
+    return _kind(ord(character)) == _LETTER
+
+
+def stands_without_spaces(character: str) -> bool:
+    """Whether it is Han, Hiragana or Katakana, which are written without spaces between words."""
+    return any(first <= ord(character) <= last for first, last in _UNSPACED)
+
+
 def _kind(code: int) -> int:
     character = chr(code)
     category = unicodedata.category(character)
@@ -67,6 +77,11 @@ def _kinds(codes_N: NDArray[np.uint32]) -> NDArray[np.uint8]:
             _KIND_OF_CODE[code] = _kind(code)
         kinds_N = _KIND_OF_CODE[codes_N]
     return kinds_N
+
+
+def white_space(text: str) -> Bool[np.ndarray, "N"]:
+    """Whether each character lies in no word: white space and control characters."""
+    return _kinds(codes(text)) == _SPACE
 
 
 def word_starts(text: str, rule: WordsRule) -> Bool[np.ndarray, "N"]:

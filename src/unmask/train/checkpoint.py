@@ -1,8 +1,8 @@
 """Room card: a step on disk, and the way back.
 
 Comes in: the model, the optimiser, where the run stands. Goes out: RUN/step-0004000/ (the folder that `transformers`
-opens, plus resume/) and RUN/latest, written aside, synced, sealed with digests and renamed; and the same in memory
-again, bit for bit. Called by: pretrain.
+opens, plus resume/), RUN/latest and RUN/best/ (a model folder alone), written aside, synced, sealed with digests and
+renamed; and the same in memory again, bit for bit. Called by: pretrain, workshop.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -22,11 +22,11 @@ from torch import Tensor
 from unmask import bundle, store
 from unmask.bundle import Model
 from unmask.errors import DamagedError, RunError
-from unmask.optim import Optimiser
-from unmask.train.loop import Standing, Window
+from unmask.train.loop import Standing, Training, Window
 
 RESUME = "resume"
 _STATE, _OPTIMISER, _MASTER = "state.json", "optimiser.safetensors", "weights.safetensors"
+_AVERAGE = "average.safetensors"
 
 
 def step_name(step: int) -> str:
@@ -35,32 +35,54 @@ def step_name(step: int) -> str:
 
 
 def save(
-    run: Path, model: Model, learner_state: Mapping[str, Tensor], optimiser: Optimiser, standing: Standing, keep: int
+    run: Path,
+    model: Model,
+    training: Training,
+    standing: Standing,
+    keep: int,
+    say: Callable[[str], object] = lambda sentence: None,
 ) -> Path:
-    """Write a step folder, point `latest` at it and remove all but the last `keep`."""
+    """Write a step folder, point `latest` at it and remove all but the last `keep`.
+
+    Raises:
+        StoreError: there is no room, or no right to write; the steps before stand as they were.
+    """
     target = run / step_name(standing.step)
     with store.new_folder(target) as folder:
         bundle.save(folder, model)
         resume = folder / RESUME
         resume.mkdir()
         # The ecosystem's tensors stack Q, K and V; ours stand beside them, so that resuming computes nothing.
-        save_file(
-            {name: tensor.detach().cpu().contiguous() for name, tensor in learner_state.items()}, resume / _MASTER
-        )
-        state = {name: tensor.detach().cpu().contiguous() for name, tensor in optimiser.state_tensors().items()}
-        save_file(state, resume / _OPTIMISER)
+        _write_tensors(resume / _MASTER, training.learner.state_dict())
+        _write_tensors(resume / _OPTIMISER, training.optimiser.state_tensors())
+        if training.average:
+            _write_tensors(resume / _AVERAGE, training.average.state_dict())
         store.write_json(resume / _STATE, asdict(standing))
         store.seal(resume)
         store.seal(folder)
-    store.point(run / bundle.LATEST, target.name)
+    if not store.point(run / bundle.LATEST, target.name):
+        say(f"symbolic links can't be made here: `{bundle.LATEST}` is a small file that names the last step")
     for old in sorted(run.glob("step-*"))[:-keep]:
         if old.name != target.name:
             shutil.rmtree(old, ignore_errors=True)
     return target
 
 
-def load(run: Path, learner: Any, optimiser: Optimiser) -> Standing:
-    """Put a run's latest step back into the learner and the optimiser; the cost does not grow with the steps done.
+def _write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, path)
+
+
+def save_best(run: Path, model: Model) -> Path:
+    """Put this model in the place of the best so far: a whole model folder, without what resuming needs."""
+    target = run / bundle.BEST
+    with store.new_folder(target) as folder:
+        bundle.save(folder, model)
+        store.seal(folder)
+    return target
+
+
+def load(run: Path, training: Training) -> Standing:
+    """Put a run's latest step back into what it trains; the cost does not grow with the steps done.
 
     Raises:
         RunError: nothing was saved yet, or recipe.toml was changed into one of another shape.
@@ -72,19 +94,22 @@ def load(run: Path, learner: Any, optimiser: Optimiser) -> Standing:
         store.check_seal(folder / RESUME)
     except DamagedError as error:
         others = [one.name for one in sorted(run.glob("step-*")) if one != folder]
-        earlier = f", or go on from an earlier step: ln -sfn {others[-1]} {run / bundle.LATEST}" if others else ""
+        earlier = f", or go on from an earlier step: {bundle.how_to_point(run, others[-1])}" if others else ""
         raise DamagedError(error.what, where=error.where, next=f"restore it from a copy{earlier}") from error
     resume = folder / RESUME
     try:
-        learner.load_state_dict(_tensors(resume / _MASTER))
+        training.learner.load_state_dict(_tensors(resume / _MASTER))
+        if training.average:
+            training.average.learner.load_state_dict(_tensors(resume / _AVERAGE))
     except RuntimeError as error:  # torch names every tensor that differs
         raise RunError(
             f"these weights are not those of the run's recipe: {error}",
-            where=str(resume / _MASTER),
+            where=str(resume),
             next="undo what was changed in recipe.toml",
         ) from error
-    optimiser.load_state_tensors(_tensors(resume / _OPTIMISER))
-    for leftover in run.glob(".step-*.aside-*"):  # of saves that a kill cut short
+    training.optimiser.load_state_tensors(_tensors(resume / _OPTIMISER))
+    store.recover(run / bundle.BEST)
+    for leftover in [*run.glob(".step-*.aside-*"), *run.glob(f".{bundle.BEST}.aside-*")]:  # of saves that a kill cut
         shutil.rmtree(leftover, ignore_errors=True)
     return standing(folder)
 
@@ -101,7 +126,7 @@ def latest(run: Path) -> Path:
         raise RunError(
             "this run has not saved a step yet", where=str(run), next="remove the folder and start again with pretrain"
         )
-    if not link.is_symlink():
+    if link.is_dir() and not link.is_symlink():
         raise RunError(
             "`latest` is a folder, where the next save would put a link",
             where=str(link),
@@ -116,7 +141,7 @@ def standing(folder: Path) -> Standing:
     names = {field.name for field in dataclasses.fields(Standing)}
     if set(state) != names:
         raise DamagedError(
-            f"this state names {sorted(set(state) ^ names)}, which this version doesn't",
+            f"this state was written by another version: they differ in {', '.join(sorted(set(state) ^ names))}",
             where=str(folder / RESUME / _STATE),
             next="resume with the version of unmask that wrote it (env.json names it)",
         )

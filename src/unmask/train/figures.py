@@ -84,7 +84,7 @@ def forecast_rows(forecast: Forecast) -> list[tuple[str, str]]:
     return [
         ("recipe", forecast.recipe),
         ("model", f"{forecast.parameters:,} parameters, {count(forecast.flops_per_token)} FLOPs per token"),
-        ("text", f"{tokens}, {_seen(forecast.epochs)}"),
+        ("text", f"{tokens}, which will be seen {times(sum(forecast.epochs))}"),
         ("optimiser", forecast.optimiser),
         ("budget", f"{plan.steps:,} steps, {count(plan.tokens)} tokens"),
         ("time", f"about {duration(plan.seconds)}" if plan.seconds else "not measured"),
@@ -95,24 +95,39 @@ def forecast_rows(forecast: Forecast) -> list[tuple[str, str]]:
     ]
 
 
-def _seen(epochs: float) -> str:
-    return f"seen {epochs:.2g} times" if epochs < 9.95 else f"seen {epochs:,.0f} times"
+def times(epochs: float) -> str:
+    """How often a text is seen, in words."""
+    return f"{epochs:.2g} times" if epochs < 9.95 else f"{epochs:,.0f} times"
 
 
-def epochs_warning(epochs: float) -> str:
-    """A sentence where the budget is large for the text, else nothing."""
-    if epochs <= MANY_EPOCHS:
-        return ""
-    return (
-        f"the text will be seen {epochs:,.0f} times: the model will come to know it by heart; "
-        "watch the validation loss, bring more text or give a smaller budget"
-    )
+def notes(forecast: Forecast) -> list[str]:
+    """What a person should know of this plan before it begins: how often the text is seen, when the run may end."""
+    epochs, by_name = sum(forecast.epochs), forecast.texts_seen
+    told = [f"of the texts, {_each(by_name)}"] if len(by_name) > 1 else []
+    most, least = max([epochs, *by_name.values()]), min([epochs, *by_name.values()])
+    if most > MANY_EPOCHS:
+        told.append(
+            f"a text seen {times(most)} is learnt by heart: watch the validation loss, bring more text or give a "
+            'smaller budget; --set train.stop_after="3 validations without gain" ends a run that wins no more'
+        )
+    if least < 1:
+        told.append("some of the text will be left unread: a larger budget would use it")
+    if forecast.patience:
+        told.append(
+            f"the run ends after {forecast.patience} validations without gain"
+            + (f": maybe before the rates come down {forecast.decay}" if forecast.decay else "")
+        )
+    return told
 
 
-STAGE_COLUMNS = ("stage", "text length", "batch", "steps", "time")
+def _each(by_name: Mapping[str, float]) -> str:
+    return ", ".join(f"{name} will be seen {times(value)}" for name, value in by_name.items())
 
 
-def stage_rows(plan: Plan) -> list[tuple[str, ...]]:
+STAGE_COLUMNS = ("stage", "text length", "batch", "steps", "text seen", "time")
+
+
+def stage_rows(forecast: Forecast) -> list[tuple[str, ...]]:
     """One row of STAGE_COLUMNS per stage."""
     return [
         (
@@ -120,9 +135,10 @@ def stage_rows(plan: Plan) -> list[tuple[str, ...]]:
             f"{stage.length:,}",
             f"{count(stage.batch_tokens)} tokens",
             f"{stage.steps:,}",
+            times(epochs),
             duration(stage.steps * stage.seconds_per_step) if stage.seconds_per_step else "not measured",
         )
-        for number, stage in enumerate(plan.stages, start=1)
+        for number, (stage, epochs) in enumerate(zip(forecast.plan.stages, forecast.epochs, strict=True), start=1)
     ]
 
 
@@ -142,6 +158,16 @@ def validation_line(validation: Validation) -> str:
         f"loss {validation.loss:.3f}{f' ({earlier})' if earlier else ''}  accuracy {validation.accuracy:.1%}  "
         f"{validation.bits_per_character:.3f} bits/character"
     )
+
+
+def set_lines(validation: Validation) -> list[str]:
+    """What was measured on each text of text.valid, in columns."""
+    wide = max((cell_len(name) for name in validation.sets), default=0)
+    return [
+        f"{_padded(name, wide)}  loss {one.loss:.3f}  accuracy {one.accuracy:.1%}  "
+        f"{one.bits_per_character:.3f} bits/character  (unigram {one.unigram_loss:.2f})"
+        for name, one in validation.sets.items()
+    ]
 
 
 def number(metrics: Mapping[str, object], name: str) -> float:
@@ -176,6 +202,14 @@ def comparison_rows(summary: Summary, plan: Plan | None) -> list[Comparison]:
             Comparison("accuracy", "", f"{held.accuracy:.1%}"),
             Comparison("bits per character", "", f"{held.bits_per_character:.3f}"),
         ]
+        rows += [
+            Comparison(f"loss on {name} (unigram {one.unigram_loss:.3f})", "", f"{one.loss:.3f}")
+            for name, one in held.sets.items()
+        ]
+    if summary.best_loss is not None and summary.best_step != summary.steps:
+        rows.append(Comparison("best validation loss", "", f"{summary.best_loss:.3f} at step {summary.best_step:,}"))
+    if summary.early:
+        rows.append(Comparison("ended early", "", summary.early))
     return rows
 
 

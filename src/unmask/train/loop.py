@@ -24,10 +24,12 @@ from unmask import rng
 from unmask.contracts import Batch, Learner, Loss, Objective, Puzzle
 from unmask.errors import RunError
 from unmask.optim import Optimiser
+from unmask.train.average import Average
 from unmask.train.plan import Plan
 from unmask.world import World
 
 INTERRUPTED, TERMINATED = 130, 75  # exit codes of a run that a person, or a scheduler, stopped
+EARLY = 1  # what `train` returns where there was enough before the plan was done
 PHASES = ("data", "forward", "backward", "optimiser")
 
 
@@ -77,11 +79,21 @@ class Standing:
     rate: float = 0.0  # of AdamW's parameters in the last step
     gradient_norm: float = 0.0
     validation: dict[str, Any] | None = None  # the last one, with its step
+    best: dict[str, Any] | None = None  # step and loss of the best one
+    without_gain: int = 0  # validations since the best one
 
     @property
     def training_seconds(self) -> float:
         """Seconds in data, forward, backward and optimiser alone."""
         return sum(self.phase_seconds.values())
+
+    def judge(self, loss: float) -> bool:
+        """Note the loss of a validation at this step: whether it is below that of all before."""
+        gained = math.isfinite(loss) and (self.best is None or loss < self.best["loss"])
+        if gained:
+            self.best = {"step": self.step, "loss": loss}
+        self.without_gain = 0 if gained else self.without_gain + 1
+        return gained
 
     @contextmanager
     def timed(self, phase: str) -> Generator[None]:
@@ -111,13 +123,30 @@ class Training:
     plan: Plan
     world: World
     seed: int
+    average: Average | None = None  # of the weights
+
+    @property
+    def judged(self) -> Learner:
+        """What validations judge and model folders hold: the average of the weights where one is kept."""
+        return self.average.learner if self.average else self.learner
 
 
-def train(training: Training, standing: Standing, duties: Sequence[Duty], asked_to_stop: Callable[[], int]) -> int:
-    """Train until the plan is done or a stop is asked for.
+def _never(standing: Standing) -> bool:
+    return False
+
+
+def train(
+    training: Training,
+    standing: Standing,
+    duties: Sequence[Duty],
+    asked_to_stop: Callable[[], int],
+    enough: Callable[[Standing], bool] = _never,
+) -> int:
+    """Train until the plan is done, there is enough, or a stop is asked for.
 
     Returns:
-        0, or INTERRUPTED or TERMINATED where any rank's `asked_to_stop` said so; all ranks stop after the same step.
+        0; EARLY where `enough`, asked after the duties of each step and answered alike on all ranks, said so; or
+        INTERRUPTED or TERMINATED where any rank's `asked_to_stop` did. All ranks stop after the same step.
 
     Raises:
         RunError: the gradient is no finite number.
@@ -148,6 +177,8 @@ def train(training: Training, standing: Standing, duties: Sequence[Duty], asked_
             standing.rate = training.optimiser.settings.rate * factor
             training.optimiser.step(factor)
             training.optimiser.zero_grad()
+            if training.average:
+                training.average.update(training.learner, standing.step)
 
         standing.step += 1
         standing.cursor = cursor
@@ -163,6 +194,8 @@ def train(training: Training, standing: Standing, duties: Sequence[Duty], asked_
                 training.learner.train()
                 standing.seconds = time.perf_counter() - begin
                 last_done[number] = clock
+        if enough(standing):
+            return EARLY
         if wish:
             return wish
     return 0

@@ -7,7 +7,7 @@ wrong), and one training text as the model sees it. Called by: pretrain; painted
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -16,6 +16,7 @@ from torch import nn
 
 from unmask.contracts import SPECIAL, Puzzle, Text, logits_at, pack
 from unmask.objectives.masking import Laid, MaskingSettings, choose
+from unmask.text.spelling import Reader
 from unmask.text.tokenizer import Tokenizer
 from unmask.text.words import WordsRule
 from unmask.world import World
@@ -50,7 +51,7 @@ class Panel:
 
     def __init__(self, prompts: Sequence[str], tokenizer: Tokenizer, words: WordsRule, length: int) -> None:
         self._prompts: list[tuple[str, np.ndarray]] = []
-        self._tokenizer = tokenizer
+        self._reader = Reader(tokenizer)
         texts: list[Text] = []
         at: list[np.ndarray] = []
         answers: list[np.ndarray] = []
@@ -87,21 +88,36 @@ class Panel:
         lines: list[Line] = []
         taken = 0
         for prompt, offsets in self._prompts:
-            cells: list[Cell] = []
-            position = 0
-            for here, (first, last) in enumerate(offsets.tolist(), start=taken):
-                truth = prompt[first:last]
-                right = guesses[here] == self._answer_M[here]
-                if first > position:
-                    cells.append(Cell(prompt[position:first]))
-                piece = self._tokenizer.id_to_token(guesses[here]).removeprefix("##")
-                cells.append(Cell(truth if right else piece, "right" if right else "wrong", truth))
-                position = last
-            if position < len(prompt):
-                cells.append(Cell(prompt[position:]))
+            here = slice(taken, taken + len(offsets))
+            lines.append(self._painted(prompt, offsets.tolist(), guesses[here], self._answer_M[here].tolist()))
             taken += len(offsets)
-            lines.append(tuple(cells))
         return lines
+
+    def _painted(
+        self, prompt: str, offsets: Sequence[Sequence[int]], guesses: Sequence[int], answers: Sequence[int]
+    ) -> Line:
+        """A prompt with the guesses in their places."""
+        cells: list[Cell] = []
+        position = 0
+        for (first, last), guess, answer in zip(offsets, guesses, answers, strict=True):
+            right, piece = guess == answer, self._reader.read(guess).letters
+            if last <= position and cells:  # a further byte of a letter that stands already
+                before = cells.pop()
+                right = right and before.state == "right"
+                cells.append(replace(before, text=before.truth if right else before.text, state=_state(right)))
+                continue
+            if first > position:
+                cells.append(Cell(prompt[position:first]))
+            truth = prompt[first:last]
+            cells.append(Cell(truth if right else piece, _state(right), truth))
+            position = last
+        if position < len(prompt):
+            cells.append(Cell(prompt[position:]))
+        return tuple(cells)
+
+
+def _state(right: bool) -> Literal["right", "wrong"]:
+    return "right" if right else "wrong"
 
 
 def as_seen(puzzle: Puzzle, original_ids: Sequence[int], tokenizer: Tokenizer, most: int = 48) -> list[Seen]:

@@ -75,12 +75,12 @@ class PlainDisplay:
         self._plan = forecast.plan
         for label, value in figures.forecast_rows(forecast):
             self._write(f"{label:<12} {value}")
-        for row in figures.stage_rows(forecast.plan):
-            stage, length, batch, steps, seconds = row
-            self._write(f"{'stage ' + stage:<12} length {length}, {batch} a step, {steps} steps, {seconds}")
-        warning = figures.epochs_warning(forecast.epochs)
-        if warning:
-            self._write(f"note: {warning}")
+        for row in figures.stage_rows(forecast):
+            stage, length, batch, steps, seen, seconds = row
+            counts = f"length {length}, {batch} a step, {steps} steps, seen {seen}, {seconds}"
+            self._write(f"{'stage ' + stage:<12} {counts}")
+        for note in figures.notes(forecast):
+            self._write(f"note: {note}")
 
     def text(self, text: str, slots: Sequence[Seen]) -> None:
         """One text in three lines per row: its pieces, what the model sees, what is asked (^)."""
@@ -125,6 +125,8 @@ class PlainDisplay:
         """Measurements, the unigram line, the panel."""
         self._write(f"validation at step {step:,}: {figures.validation_line(validation)}")
         self._write(f"  {figures.unigram_line(validation)}")
+        for line in figures.set_lines(validation):
+            self._write(f"  {line}")
         for line in panel_lines(panel):
             self._write(f"  {line}")
         if panel:

@@ -8,6 +8,7 @@ what is due when. Called by: pretrain, the loop, the forecast.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate, pairwise
@@ -201,6 +202,27 @@ def prolong(plan: Plan, budget: Amount, *, every: EverySettings, epoch_tokens: i
         stages=(*plan.stages[:-1], replace(last, steps=last.steps + steps)),
         overhead_seconds=plan.overhead_seconds + overhead(steps, steps * last.seconds_per_step),
     )
+
+
+_PATIENCE = re.compile(r"\s*([0-9]{1,9})\s+validations?\s+without\s+gain\s*")
+
+
+def patience(stop_after: str) -> int:
+    """How many validations without gain end a run: "3 validations without gain" is 3; "never" and "" are 0, for never.
+
+    Raises:
+        RecipeError: anything else.
+    """
+    if stop_after.strip() in ("", "never"):
+        return 0
+    found = _PATIENCE.fullmatch(stop_after)
+    if found is None or int(found[1]) < 1:
+        raise RecipeError(
+            f"`{stop_after}` doesn't say when to stop",
+            where="stop_after",
+            next='write "3 validations without gain", or "never"',
+        )
+    return int(found[1])
 
 
 def check_budget(budget: Amount, where: str = "") -> None:

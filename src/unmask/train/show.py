@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol, TextIO
 
@@ -28,7 +28,8 @@ class Forecast:
     documents: int
     corpus_tokens: int
     plan: Plan
-    epochs: float  # how often the text will be seen
+    epochs: tuple[float, ...]  # how often the text will be seen, in each stage
+    texts_seen: Mapping[str, float]  # the same in all, for each text by its name
     flops_per_second: float  # of this machine's matrix products at the model's own shapes
     memory_bytes: int
     disk_bytes: int
@@ -36,6 +37,20 @@ class Forecast:
     precision: str
     threads: int
     optimiser: str
+    patience: int = 0  # validations without gain after which the run ends; 0: never
+    decay: str = ""  # when the rates come down, in words
+
+
+@dataclass(frozen=True)
+class SetValidation:
+    """What was measured on one text of a person's own, at the last stage's length."""
+
+    loss: float
+    accuracy: float
+    bits_per_character: float
+    unigram_loss: float
+    asked: int
+    unknown_share: float
 
 
 @dataclass(frozen=True)
@@ -48,6 +63,7 @@ class Validation:
     unigram_loss: float
     length: int
     earlier: Mapping[int, float]  # length -> loss, of the stage that runs where it isn't the last
+    sets: Mapping[str, SetValidation] = field(default_factory=dict[str, SetValidation])  # by name: text.valid
 
 
 @dataclass(frozen=True)
@@ -62,6 +78,9 @@ class Summary:
     training_seconds: float
     tokens_per_second: float
     validation: Validation | None
+    best_step: int | None = None  # of the lowest validation loss
+    best_loss: float | None = None
+    early: str = ""  # why the run ended before its plan, where it did
 
 
 class Display(Protocol):

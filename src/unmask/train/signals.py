@@ -1,8 +1,8 @@
 """Room card: how a run learns that it should stop.
 
-Comes in: SIGINT (Ctrl-C), SIGTERM, SIGUSR1 (what schedulers send). Goes out: while the text is prepared, an exception
-at once; while the run trains, a wish that the loop reads between steps, so that it ends after a whole step and is
-saved. Called by: pretrain.
+Comes in: SIGINT (Ctrl-C), SIGTERM, SIGUSR1 (what schedulers send), on Windows Ctrl-Break. Goes out: while the text is
+prepared, an exception at once; while the run trains, a wish that the loop reads between steps, so that it ends after a
+whole step and is saved. Called by: pretrain.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class Signals:
 
     def __enter__(self) -> Signals:
         if threading.current_thread() is threading.main_thread():
-            names = [name for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name)]
+            names = [name for name in ("SIGINT", "SIGTERM", "SIGUSR1", "SIGBREAK") if hasattr(signal, name)]
             for number in (getattr(signal, name) for name in names):
                 self._before[number] = signal.signal(number, self._answer)
         return self

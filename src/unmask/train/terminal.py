@@ -82,12 +82,12 @@ class LiveDisplay:
         stages = Table(box=None, padding=(0, 2), header_style="dim")
         for column in figures.STAGE_COLUMNS:
             stages.add_column(column, justify="right")
-        for row in figures.stage_rows(forecast.plan):
+        for row in figures.stage_rows(forecast):
             stages.add_row(*row)
         self._print(Text("\nforecast", "bold"), grid, Text(""), stages)
-        warning = figures.epochs_warning(forecast.epochs)
-        if warning:
-            self._print(Text(f"\nnote: {warning}", "yellow"))
+        notes = figures.notes(forecast)
+        if notes:
+            self._print(Text(""), *(Text(f"note: {note}", "yellow") for note in notes))
 
     def text(self, text: str, slots: Sequence[Seen]) -> None:
         """One text: its pieces, what the model sees in their place, what it is asked (^)."""
@@ -130,6 +130,7 @@ class LiveDisplay:
     def validated(self, step: int, validation: Validation, panel: Sequence[Line]) -> None:
         """A line that stays above, and the panel in its place."""
         self._print(Text.assemble((f"step {step:,}  ", "bold"), figures.validation_line(validation)))
+        self._print(*(Text(f"  {line}") for line in figures.set_lines(validation)))
         self._panel = [Text(""), Text(figures.unigram_line(validation), "cyan"), *self._painted(panel), Text("")]
         self._redraw()
 

@@ -1,0 +1,211 @@
+"""How fast is text made into shards, beside what the tokenizers library alone does with the same text in memory?
+
+`fast` is `encode_batch_fast` on the text's documents, a million characters at a time: ids, and nothing else. `pass` is
+our encoding of the same text: reading, NFC, ids, marks of words and sentences, shards. `build` is all of `prepare` with
+a tokenizer given: survey, division, that pass, digests. Each is measured with one core and with all, one after the
+other in every round, on a machine that should do nothing else; figures are the best of all rounds.
+
+    python benchmarks/shards.py wiki.txt --results benchmarks/results/shards.json
+    python benchmarks/shards.py wiki.txt --documents 1000000      memory for each document, too
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from datetime import date
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+
+from unmask import __version__
+from unmask.text.building import Build, make
+from unmask.text.corpus import open_source, prepare
+from unmask.text.settings import TextSettings
+from unmask.text.tokenizer import ByteBpeSettings, CharacterSettings, Tokenizer, UnigramSettings, WordPieceSettings
+from unmask.text.tokenizer import train_tokenizer as train
+from unmask.text.words import detect_words
+from unmask.train.feed import StageFeed
+from unmask.world import cores, processor_name
+
+KINDS = {"wordpiece": WordPieceSettings(), "bpe": ByteBpeSettings(), "unigram": UnigramSettings()}
+SAMPLE_CHARACTERS = 5_000_000
+BATCH_CHARACTERS = 1_000_000
+
+
+def batches(texts: list[str]) -> Iterator[list[str]]:
+    held: list[str] = []
+    size = 0
+    for text in texts:
+        held.append(text)
+        size += len(text)
+        if size >= BATCH_CHARACTERS:
+            yield held
+            held, size = [], 0
+    yield held
+
+
+def one_round(folder: Path, threads: int) -> dict[str, float]:
+    """Seconds and tokens of each way, in this process and its workers."""
+    inner = tokenizers.Tokenizer.from_file(str(folder / "tokenizer" / "tokenizer.json"))
+    inner.encode_special_tokens = True
+    files = sorted((folder / "texts").iterdir())
+    tokens = 0
+    begun = time.perf_counter()
+    seconds = 0.0
+    for file in files:
+        documents = file.read_text(encoding="utf-8").split("\n\n")
+        for batch in batches(documents):
+            begun = time.perf_counter()
+            encoded = inner.encode_batch_fast(batch, add_special_tokens=False)
+            seconds += time.perf_counter() - begun
+            tokens += sum(map(len, encoded))
+    at: dict[tuple[str, float], float] = {}
+    settings = TextSettings()
+    source = open_source([str(folder / "texts")], settings)
+    size = sum(file.stat().st_size for file in files)
+    with tempfile.TemporaryDirectory(dir=folder) as made:
+        begun = time.perf_counter()
+        make(
+            Build(
+                Path(made),
+                source,
+                settings,
+                lambda stage, share: at.setdefault((stage, share), time.perf_counter()),
+                Tokenizer.load(folder / "tokenizer"),
+                threads,
+                unit_bytes=max(1, size // (2 * threads)),
+            )
+        )
+        build = time.perf_counter() - begun
+    return {
+        "tokens": tokens,
+        "fast": seconds,
+        "pass": at["tokenizing", 1.0] - at["reading the text", 1.0],
+        "build": build,
+    }
+
+
+def measure(text: Path, kind: str, rounds: int) -> dict[str, Any]:
+    """Figures of one text."""
+    whole = text.read_text(encoding="utf-8")
+    tokenizer = train([whole[:SAMPLE_CHARACTERS]], KINDS[kind])
+    figures: dict[str, Any] = {
+        "text": text.name,
+        "megabytes": round(len(whole.encode()) / 1e6, 1),
+        "tokenizer": kind,
+        "words": detect_words(whole[:1_000_000]),
+    }
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        tokenizer.save(folder / "tokenizer")
+        (folder / "texts").mkdir()
+        documents = whole.split("\n\n")
+        count = 4 * cores()
+        for number in range(count):
+            part = documents[number * len(documents) // count : (number + 1) * len(documents) // count]
+            (folder / "texts" / f"{number:03d}.txt").write_text("\n\n".join(part), encoding="utf-8")
+        del whole, documents
+        best: dict[int, dict[str, float]] = {}
+        for _ in range(rounds):
+            for threads in sorted({1, cores()}):
+                environment = {**os.environ, "RAYON_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "true"}
+                command = [sys.executable, __file__, str(folder), "--one", str(threads)]
+                told = subprocess.run(command, env=environment, check=True, capture_output=True, text=True).stdout
+                found = json.loads(told)
+                known = best.setdefault(threads, found)
+                best[threads] = {key: min(known[key], found[key]) for key in found}
+    for threads, found in best.items():
+        tokens = found["tokens"]
+        figures[f"{threads} cores" if threads > 1 else "1 core"] = {
+            **{f"{way} tokens/s": round(tokens / found[way]) for way in ("fast", "pass", "build")},
+            **{f"{way} MB/s": round(figures["megabytes"] / found[way], 2) for way in ("fast", "pass", "build")},
+            "pass ÷ fast": round(found["fast"] / found["pass"], 2),
+            "build ÷ fast": round(found["fast"] / found["build"], 2),
+        }
+    return figures
+
+
+def peak_of(lines: Path, cache: Path) -> int:
+    """The most anonymous memory, in bytes, that making and reading a corpus of these lines takes."""
+    peak, done = [0], threading.Event()
+
+    def watch() -> None:
+        while not done.wait(0.02):
+            status = Path("/proc/self/status").read_text(encoding="utf-8")
+            peak[0] = max(peak[0], 1024 * int(status.partition("RssAnon:")[2].split()[0]))
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    settings = TextSettings(document="line", tokenizer=CharacterSettings(), drop_duplicates=True)
+    corpus = prepare(open_source([str(lines)], settings), settings, cache)
+    for length in (16, 32, 64):
+        StageFeed(corpus.train, corpus.tokenizer, length, 4096, 1).step(0, 4096, 0, 1)
+    done.set()
+    watcher.join()
+    return peak[0]
+
+
+def memory(documents: int) -> dict[str, Any]:
+    """Anonymous memory of builds of so many one-word lines, and of three times as many."""
+    peaks: list[int] = []
+    with tempfile.TemporaryDirectory() as name:
+        for count in (documents, 3 * documents):
+            lines = Path(name) / f"{count}.txt"
+            with lines.open("w", encoding="utf-8") as file:
+                file.writelines(f"w{number}\n" for number in range(count))
+            command = [sys.executable, __file__, str(lines), "--peak", str(Path(name) / str(count))]
+            peaks.append(int(subprocess.run(command, check=True, capture_output=True, text=True).stdout))
+    each = (peaks[1] - peaks[0]) / (2 * documents)
+    return {"documents": [documents, 3 * documents], "peak bytes": peaks, "bytes per document": round(each, 1)}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("texts", type=Path, nargs="+")
+    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=["wordpiece"])
+    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--documents", type=int, default=0)
+    parser.add_argument("--results", type=Path)
+    parser.add_argument("--one", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--peak", type=Path, help=argparse.SUPPRESS)
+    chosen = parser.parse_args()
+    if chosen.one:
+        print(json.dumps(one_round(chosen.texts[0], chosen.one)))
+        return
+    if chosen.peak:
+        print(peak_of(chosen.texts[0], chosen.peak))
+        return
+    results = {
+        "date": date.today().isoformat(),
+        "machine": processor_name(),
+        "cores": cores(),
+        "python": platform.python_version(),
+        "unmask": __version__,
+        "tokenizers": metadata.version("tokenizers"),
+        "command": " ".join(["python", "benchmarks/shards.py", *(Path(word).name for word in sys.argv[1:])]),
+        "speed": [],
+    }
+    for text in chosen.texts:
+        for kind in chosen.kinds:
+            results["speed"].append(measure(text, kind, chosen.rounds))
+            print(json.dumps(results["speed"][-1], ensure_ascii=False, indent=2), flush=True)
+    if chosen.documents:
+        results["memory"] = memory(chosen.documents)
+        print(json.dumps(results["memory"]))
+    if chosen.results:
+        chosen.results.write_text(json.dumps(results, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

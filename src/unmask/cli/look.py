@@ -1,0 +1,219 @@
+"""Room card: the verb look: what a text is like.
+
+Comes in: text, a recipe, perhaps a tokenizer. Goes out: a report, with bars and colours in a terminal, in plain lines
+in a pipe, or as JSON. Called by: door.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from unmask.cli.answer import Debug, Json, print_json
+from unmask.cli.pretrain import Errors, Field, Rule
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.text import Text
+
+    from unmask.text.report import Example, Report
+    from unmask.train.show import Display
+
+EXAMPLES = """\
+[bold]Examples[/bold]
+
+unmask text look notes.txt
+unmask text look notes/ --recipe char --seed 3
+unmask text look "posts/*.jsonl.gz" --field body --errors skip
+unmask text look notes.txt --tokenizer runs/notes/latest --json
+"""
+_BAR = 30
+_BLOCKS = " ▏▎▍▌▋▊▉█"
+_PATIENCE_SECONDS = 2.0
+_LABEL = 12
+
+
+def look(
+    texts: Annotated[
+        list[Path],
+        typer.Argument(
+            metavar="TEXT", help="Files, folders, patterns, dataset:NAME, - for standard input; TEXT:0.7 gives weights."
+        ),
+    ],
+    recipe: Annotated[str, typer.Option(help="Whose settings are meant: a shipped recipe or a TOML file.")] = "tiny",
+    tokenizer: Annotated[
+        Path | None,
+        typer.Option(help="A tokenizer.json, or a folder with one.", show_default="the recipe's, trained on a sample"),
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Which documents are shown.")] = 0,
+    settings: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change one setting; may be repeated.")
+    ] = None,
+    errors: Errors = None,
+    document: Rule = None,
+    field: Field = None,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Say what a text is like before anything is trained on it.
+
+    Sizes, copies, lengths of documents, characters, what would be held out, what the tokenizer makes of it, windows per
+    stage, and five documents as cut. Nothing is written.
+    """
+    from unmask.blueprint import load_recipe
+    from unmask.origin import open_text
+    from unmask.text.report import look as look_at
+    from unmask.text.tokenizer import Tokenizer
+    from unmask.train.show import for_stream
+
+    flags = {"text.errors": errors, "text.document": document, "text.field": field}
+    whole = load_recipe(recipe, settings or (), {key: value for key, value in flags.items() if value is not None})
+    given = None if tokenizer is None else Tokenizer.load(tokenizer)
+    source = open_text(texts, whole.text)
+    display = for_stream(sys.stderr)
+    try:
+        report = look_at(
+            source,
+            whole.text,
+            [stage.length for stage in whole.stage],
+            _patient(display),
+            seed=seed,
+            tokenizer=given,
+        )
+    finally:
+        display.close()
+    if as_json:
+        print_json(asdict(report))
+    else:
+        _print(report)
+
+
+def _patient(display: Display) -> Callable[[str, float], None]:
+    """Progress that is shown once it has taken two seconds."""
+    began = time.monotonic()
+
+    def progress(what: str, share: float) -> None:
+        if time.monotonic() - began >= _PATIENCE_SECONDS:
+            display.preparing(what, share)
+
+    return progress
+
+
+def _print(report: Report) -> None:
+    """The report for a person: bars in a terminal, plain lines in a pipe."""
+    from rich.console import Console
+    from rich.text import Text
+
+    console = Console(highlight=False, soft_wrap=True)
+    for label, value in _rows(report):
+        console.print(Text.assemble((f"{label:<{_LABEL}} ", "dim"), value))
+        if label == "lengths":
+            for line in _histogram(report, console):
+                console.print(line)
+    if report.examples:
+        several = "s as they are" if len(report.examples) > 1 else " as it is"
+        console.print(Text(f"\n{len(report.examples)} document{several} cut", "bold"))
+        console.print(Text("a space before each word, · between the pieces of one", "dim"))
+    for example in report.examples:
+        console.print(Text(f"\ndocument {example.document:,}, {example.characters:,} characters", "dim"))
+        console.print(_cut(example))
+    if report.warnings:
+        console.print()
+    for warning in report.warnings:
+        console.print(Text(f"note: {warning}", "yellow"))
+
+
+def _rows(report: Report) -> Iterator[tuple[str, str]]:
+    """Label and words of each line."""
+    from unmask.train.figures import count, size, visible
+
+    yield "documents", f"{report.documents:,}"
+    yield "characters", f"{report.characters:,} ({size(report.bytes)} as UTF-8)"
+    for text in report.texts:
+        weight = f", weight {text.weight:g}" if text.weight else ""
+        yield "", f"{text.name}: {text.documents:,} documents, {text.characters:,} characters{weight}"
+    copies = report.copies
+    if copies.documents:
+        often = f'the most frequent {copies.most:,} times: "{visible(copies.example)}"'
+        yield (
+            "copies",
+            f"{copies.documents:,} documents ({copies.share:.1%}), {copies.characters:,} characters; {often}",
+        )
+    else:
+        yield "copies", "no document occurs twice"
+    one = report.lengths
+    most = f"eight of ten between {one.tenth:,} and {one.ninetieth:,}, the longest {one.longest:,}"
+    yield "lengths", f"{one.median:,} characters in the median, {most}"
+    how = "each character is one" if report.words == "characters" else "runs between spaces, punctuation apart"
+    yield "words", how + (" (what its script asks for)" if report.words_by == "by-script" else "")
+    scripts = [f"{name.title()} {share:.1%}" for name, share in report.alphabet.scripts.items() if share >= 0.0005]
+    yield "letters", f"{report.alphabet.distinct:,} different characters" + "".join(f", {one}" for one in scripts[:6])
+    if foreign := "  ".join(f"{one.character} {count(one.count)}" for one in report.alphabet.foreign):
+        yield "", f"beside its main script: {foreign}"
+    if held := report.held_out:
+        by = "chosen by the hash of their text" if held.by == "hash" else f"the last {held.share} of each"
+        yield "held out", f"{held.documents:,} documents, {by}; {held.characters:,} characters"
+    if found := report.tokenizer:
+        yield (
+            "tokenizer",
+            (
+                f"{found.kind} of {found.vocabulary:,}"
+                + (f", trained on {count(found.sample_characters)} characters" if found.trained else "")
+                + f": {found.characters_per_token:.2f} characters per token, {found.unknown_share:.3%} [UNK]"
+            ),
+        )
+    for stage in report.stages:
+        yield (
+            f"length {stage.length}",
+            (
+                f"about {count(stage.windows)} windows of {stage.tokens_per_window:.0f} tokens, "
+                f"{count(stage.epoch_tokens)} tokens an epoch" + _seen(stage.seen)
+            ),
+        )
+
+
+def _seen(seen: Mapping[str, float]) -> str:
+    return "".join(f", {name} {times:.2g} times" for name, times in seen.items())
+
+
+def _histogram(report: Report, console: Console) -> list[Text]:
+    """How many documents have how many characters, a line each."""
+    from rich.text import Text
+
+    bins = report.lengths.bins
+    most = max(one.documents for one in bins)
+    wide = max(len(f"{one.first:,} to {one.last:,}") for one in bins)
+    lines: list[Text] = []
+    for one in bins:
+        share = one.characters / max(1, sum(other.characters for other in bins))
+        bar = _bar(one.documents / most) if console.is_terminal else ""
+        words = f"{f'{one.first:,} to {one.last:,}':>{wide}}  {one.documents:>9,}  {share:>6.1%} of the characters  "
+        lines.append(Text.assemble(" " * (_LABEL + 1), words.rstrip() + "  " * bool(bar), (bar, "green")))
+    return lines
+
+
+def _bar(share: float) -> str:
+    eighths = round(share * _BAR * 8)
+    return "█" * (eighths // 8) + _BLOCKS[eighths % 8].strip()
+
+
+def _cut(example: Example) -> Text:
+    """The pieces of a document: a space before a word, · inside it; colours alternate from word to word."""
+    from rich.text import Text
+
+    from unmask.train.figures import visible
+
+    line, word = Text(), 0
+    for number, piece in enumerate(example.pieces):
+        word += piece.starts_word
+        if number:
+            line.append(" " if piece.starts_word else "·", "dim")
+        shown = visible(piece.text).replace(" ", "␣") or "…"
+        line.append(shown, "red reverse" if piece.is_unknown else "cyan" if word % 2 else "")
+    return line if example.is_whole else line.append(" …", "dim")

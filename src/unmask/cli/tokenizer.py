@@ -1,0 +1,254 @@
+"""Room card: the verbs on tokenizers: train, look, compare.
+
+Comes in: text, settings, tokenizers. Goes out: a tokenizer's folder; a text as it is cut, its words in colours; a table
+of what each tokenizer makes of each text. Called by: door.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Generator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+from unmask.cli.answer import Debug, Json, print_json
+from unmask.errors import RecipeError, RunError, TextError, TokenizerError
+
+if TYPE_CHECKING:
+    from unmask.text.fertility import Cut
+    from unmask.text.sources import FileSource
+    from unmask.text.tokenizer import Tokenizer
+
+TRAIN_EXAMPLES = """\
+[bold]Examples[/bold]
+
+unmask tokenizer train notes.txt --vocab 120 --out words
+unmask tokenizer train notes.txt --kind bpe --vocab 400 --set lowercase=true --out pieces
+unmask tokenizer train notes.txt --kind bytes --out bytes
+"""
+LOOK_EXAMPLES = """\
+[bold]Examples[/bold]
+
+unmask tokenizer look pieces "An unbelievable story."
+unmask tokenizer look runs/notes --file notes.txt --json
+"""
+COMPARE_EXAMPLES = """\
+[bold]Examples[/bold]
+
+unmask tokenizer compare words pieces bytes --text notes.txt
+"""
+_COLOURS = ("cyan", "yellow", "green", "magenta")
+_TOKENIZER = "A folder or file with a tokenizer.json, a run, or a model."
+_NO_WIDTH = 1000  # a pipe has none; programs and people cut its lines themselves
+
+Words = Annotated[
+    Literal["by-script", "spaces", "characters"], typer.Option(help="What a word is (text.words of a recipe).")
+]
+
+
+def train(
+    texts: Annotated[list[str], typer.Argument(metavar="TEXT", help="Text files or folders, as pretrain takes them.")],
+    out: Annotated[Path, typer.Option(help="The folder to write; it must not exist.")],
+    kind: Annotated[
+        Literal["wordpiece", "bpe", "unigram", "bytes", "characters"], typer.Option(help="The kind of tokenizer.")
+    ] = "wordpiece",
+    vocab: Annotated[
+        int | None, typer.Option(help="Pieces, special ones included.", show_default="the kind's: 8192")
+    ] = None,
+    settings: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="Change one setting of the kind; may be repeated."),
+    ] = None,
+    debug: Debug = False,
+) -> None:
+    """Train a tokenizer: a folder that transformers, tokenizers and text.tokenizer.path open."""
+    from unmask.store import new_folder
+    from unmask.text.fertility import some_text
+    from unmask.text.tokenizer import train_tokenizer
+    from unmask.text.vocabulary import VOCABULARY_AT
+
+    if os.path.lexists(out):
+        raise RunError("this exists already", where=str(out), next="name another folder with --out, or remove it")
+    chosen = _settings(kind, vocab, settings or [])
+    source = _source(texts)
+    most = getattr(chosen, "sample_characters", sys.maxsize)
+    try:
+        with _progress() as progress:
+            tokenizer = train_tokenizer(some_text(source, most), chosen, progress)
+    except TokenizerError as error:  # which speaks of a recipe's keys
+        following = error.next.replace(f"--set {VOCABULARY_AT}=", "--vocab ").replace(
+            "kind = 'characters'", "--kind characters"
+        )
+        where, following = (text.replace("text.tokenizer.", "--") for text in (error.where, following))
+        raise TokenizerError(error.what, where=where, next=following) from error
+    with new_folder(out) as aside:
+        tokenizer.save(aside)
+    print(f"{out}: {kind}, {tokenizer.size:,} pieces")
+
+
+def look(
+    tokenizer: Annotated[Path, typer.Argument(metavar="TOKENIZER", help=_TOKENIZER)],
+    text: Annotated[str | None, typer.Argument(metavar="TEXT", help="The text to cut.")] = None,
+    file: Annotated[Path | None, typer.Option(help="A file whose beginning is cut.")] = None,
+    characters: Annotated[int, typer.Option(min=1, help="How much of a file is cut.")] = 1000,
+    words: Words = "by-script",
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Show how a text is cut: pieces parted by |, words by a middle dot, in turn in another colour."""
+    from unmask.text.fertility import cuts, some_text
+    from unmask.text.vocabulary import MASK
+    from unmask.text.words import detect_words
+
+    opened = _open(tokenizer)
+    if (text is None) == (file is None):
+        raise RecipeError("give a text or a file, one of them", next='unmask tokenizer look TOKENIZER "some text"')
+    given = text if text is not None else "\n".join(some_text(_source([str(file)]), characters))
+    if not given.strip():
+        raise TextError("there is no text", where=str(file or ""), next="give some letters to cut")
+    if text is not None:  # a prompt: its [MASK] is the mask, whatever the tokenizer calls it
+        given = given.replace(MASK, opened.id_to_token(opened.mask_id))
+    rule = detect_words(given) if words == "by-script" else words
+    found = cuts(opened, given, rule, is_prompt=text is not None)
+    if as_json:
+        print_json({"text": given, "tokens": [asdict(cut) for cut in found]})
+        return
+    _paint(found)
+
+
+def compare(
+    tokenizers: Annotated[list[Path], typer.Argument(metavar="TOKENIZER...", help=_TOKENIZER)],
+    texts: Annotated[list[str], typer.Option("--text", metavar="FILE", help="A text to cut; may be repeated.")],
+    characters: Annotated[int, typer.Option(min=1, help="How much of each text is read.")] = 1_000_000,
+    words: Words = "by-script",
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Compare tokenizers: tokens per word, characters per token, unknown characters, speed, per text."""
+    from unmask.text.fertility import measure, some_text
+    from unmask.text.words import detect_words
+
+    opened = [(str(path), _open(path)) for path in tokenizers]
+    rows: list[dict[str, Any]] = []
+    for text in texts:
+        held = list(some_text(_source([text]), characters))
+        if not any(one.strip() for one in held):
+            raise TextError("there is no text", where=text, next="give a file with text in it")
+        rule = detect_words("".join(held)[:200_000]) if words == "by-script" else words
+        for name, tokenizer in opened:
+            rows.append({"text": text, "tokenizer": name, "words_by": rule, **asdict(measure(tokenizer, held, rule))})
+    if as_json:
+        print_json(rows)
+        return
+    _print_table(rows)
+
+
+def _settings(kind: str, vocab: int | None, sets: Sequence[str]) -> Any:
+    """The settings of a kind, with what was changed on the command line."""
+    from unmask.recipe import build
+    from unmask.tables import apply_set
+    from unmask.text.tokenizer import (
+        ByteBpeSettings,
+        ByteSettings,
+        CharacterSettings,
+        UnigramSettings,
+        WordPieceSettings,
+    )
+
+    kinds: list[type[Any]] = [WordPieceSettings, ByteBpeSettings, UnigramSettings, ByteSettings, CharacterSettings]
+    chosen = next(one for one in kinds if one.kind == kind)
+    tree: Any = {"kind": kind} if vocab is None else {"kind": kind, "vocab": vocab}
+    for text in sets:
+        tree = apply_set(tree, text)
+    if tree["kind"] != kind:
+        raise RecipeError("the kind is said twice", where="--set kind", next=f"use --kind {tree['kind']} alone")
+    if vocab is not None and not hasattr(chosen, "vocab"):
+        raise RecipeError(f"a tokenizer of {kind} has no size to choose", where="--vocab", next="leave --vocab out")
+    return build(chosen, tree, "the command line", sets, {"vocab": "--vocab"})
+
+
+def _source(texts: Sequence[str]) -> FileSource:
+    from unmask.text.opening import open_source
+    from unmask.text.settings import TextSettings
+
+    return open_source(texts, TextSettings())
+
+
+def _open(path: Path) -> Tokenizer:
+    """The tokenizer of a file, a folder, a run or a model."""
+    from unmask.text.tokenizer import Tokenizer
+
+    if path.is_dir() and not (path / "tokenizer.json").is_file() and (path / "recipe.toml").is_file():
+        from unmask.bundle import find
+
+        return Tokenizer.load(find(path))
+    if not os.path.lexists(path):
+        raise TokenizerError(
+            "there is nothing at this path", where=str(path), next="give a folder with a tokenizer.json"
+        )
+    return Tokenizer.load(path)
+
+
+@contextmanager
+def _progress() -> Generator[Callable[[str, float], None]]:
+    """A line in a terminal; nothing in a pipe."""
+    from rich.console import Console
+    from rich.status import Status
+
+    console = Console(stderr=True)
+    status = Status("training the tokenizer", console=console)
+    if console.is_terminal:
+        status.start()
+    try:
+        yield lambda what, share: status.update(f"{what} {share:.0%}")
+    finally:
+        status.stop()
+
+
+def _paint(found: Sequence[Cut]) -> None:
+    """The tokens on one line."""
+    from rich.console import Console
+    from rich.text import Text
+
+    from unmask.train.figures import visible
+
+    console = Console(highlight=False, soft_wrap=True)
+    line, word = Text(), -1
+    for number, cut in enumerate(found):
+        word += cut.starts_word
+        if number:
+            line.append(" · " if cut.starts_word else "|", "dim")
+        colour = _COLOURS[max(0, word) % len(_COLOURS)]
+        line.append(visible(cut.shown), f"bold reverse {colour}" if cut.is_special else colour)
+    console.print(line)
+
+
+def _print_table(rows: Sequence[dict[str, Any]]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        console = Console(highlight=False, width=_NO_WIDTH)
+    table = Table(box=None, pad_edge=False)
+    for column in ("text", "tokenizer"):
+        table.add_column(column, overflow="fold")
+    for column in ("pieces", "tokens/word", "characters/token", "unknown", "tokens/s", "characters"):
+        table.add_column(column, justify="right")
+    for row in rows:
+        table.add_row(
+            str(row["text"]),
+            str(row["tokenizer"]),
+            f"{row['vocabulary']:,}",
+            f"{row['tokens_per_word']:.3f}",
+            f"{row['characters_per_token']:.2f}",
+            f"{row['unknown_share']:.3%}",
+            f"{row['tokens_per_second']:,.0f}",
+            f"{row['characters']:,}",
+        )
+    console.print(table)

@@ -1,0 +1,1 @@
+"""The promises of contracts.py as laws, for whatever claims to keep them."""

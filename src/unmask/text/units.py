@@ -1,0 +1,238 @@
+"""Room card: the pieces of work that a corpus is made in.
+
+Comes in: a source, some of its parts, what was decided before. Goes out: files of one unit: the numbers of its
+documents, its text for the tokenizer, its shards. Called by: workers, in this process or another; corpus.
+
+What a unit gives depends on its parts alone, never on who works on it or how many do.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from unmask import rng
+from unmask.contracts import Part, Source
+from unmask.store import saying_where
+from unmask.text.arrays import Column, mapped
+from unmask.text.encoder import Encoder
+from unmask.text.shards import ShardWriter, Written
+from unmask.text.survey import REPORT_CHARACTERS, Noted, Side, Stretch, Tell, measured, numbered, stretches
+from unmask.text.tokenizer import Tokenizer
+from unmask.text.words import WordsRule
+
+UNIT_BYTES: Final = 64_000_000  # of text: ten seconds of work or so, and 50 MB of shards
+SIDES: Final[tuple[Side, Side]] = ("train", "held-out")
+_BATCH_CHARACTERS: Final = 1_000_000  # encoded at a time; what an encoding holds is many times its text
+_BATCH_PASSAGES: Final = 8192
+
+Result = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Unit:
+    """Neighbouring parts of a source."""
+
+    number: int
+    parts: tuple[Part, ...]
+
+
+@dataclass(frozen=True)
+class Task:
+    """What is to be done with a unit. It goes to another process as JSON, so it holds plain values only."""
+
+    unit: int
+    parts: Sequence[Part]
+    folder: str  # where its files are written, and where those of all documents lie
+    first_document: int = 0  # of all documents; what follows is known after the survey
+    documents: Sequence[int] = ()  # of each part
+    shares: Sequence[float] = ()  # of each part: how much of it the tokenizer learns from
+    words: WordsRule = "spaces"
+    by_chunks: bool = True
+
+    def to_json(self) -> Result:
+        """As it is sent."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, told: Result) -> Task:
+        """As it was sent."""
+        task = cls(**told)
+        return replace(task, parts=[Part(*part) for part in task.parts])
+
+    def file(self, ending: str) -> Path:
+        """A file of this unit."""
+        return Path(self.folder) / f"unit-{self.unit:05d}.{ending}"
+
+
+def units_of(parts: Sequence[Part], unit_bytes: int = UNIT_BYTES) -> list[Unit]:
+    """Neighbouring parts, together up to so many bytes; a larger one stands alone."""
+    units: list[list[Part]] = []
+    size = 0
+    for part in parts:
+        own = part.last_byte - part.first_byte
+        if not units or size + own > unit_bytes:
+            units.append([])
+            size = 0
+        units[-1].append(part)
+        size += own
+    return [Unit(number, tuple(held)) for number, held in enumerate(units)]
+
+
+class Hand:
+    """Works on units of one source. The work: "survey", "sample", "encode"."""
+
+    def __init__(self, source: Source) -> None:
+        self._source = source
+        self._encoder: tuple[Tokenizer, Encoder] | None = None  # remembers words from unit to unit
+
+    def do(self, work: str, task: Task, tell: Tell) -> Result:
+        """Do a piece of work; the answer holds plain values only.
+
+        Raises:
+            TextError: text that can't be read.
+            StoreError: files that can't be written.
+        """
+        doing: Mapping[str, Callable[[Task, Tell], Result]] = {
+            "survey": self._survey,
+            "sample": self._write_sample,
+            "encode": self._encode,
+        }
+        with saying_where(Path(task.folder)):
+            return doing[work](task, tell)
+
+    def _survey(self, task: Task, tell: Tell) -> Result:
+        """Length and hash of each document of the unit, in files."""
+        documents: list[int] = []
+        noted = Noted(tell) if task.unit == 0 else Noted(tell, 0)
+        lengths, hashes = Column(task.file("lengths")), Column(task.file("hashes"), "<u8")
+        try:
+            for part in task.parts:
+                documents.append(0)
+                for length, hash_ in measured(self._source.documents(part), noted):
+                    documents[-1] += 1
+                    lengths.add(length)
+                    hashes.add(hash_)
+            lengths.close()
+            hashes.close()
+        finally:
+            lengths.abandon()
+            hashes.abandon()
+        noted.tell()
+        left_out: Mapping[Part, int] = getattr(self._source, "left_out", {})
+        return {
+            "documents": documents,
+            "characters": noted.characters,
+            "sample": noted.sample,
+            "left_out": sum(left_out.get(part, 0) for part in task.parts),
+        }
+
+    def sample(self, task: Task, tell: Tell) -> Iterator[str]:
+        """Training text for the tokenizer: of each part all, or as much as its share, drawn evenly."""
+        done = 0
+        first = 0
+        drawn_N, block = np.zeros(0, dtype=np.bool_), 0
+        for part, documents, share in zip(task.parts, task.documents, task.shares, strict=True):
+            for stretch in _stretches(self._source, task, [part], first, documents):
+                document = task.first_document + first + stretch.document
+                done += len(stretch.text)
+                if done >= REPORT_CHARACTERS:
+                    tell(done)
+                    done = 0
+                if stretch.side != "train" or not share:
+                    continue
+                if not block <= document < block + len(drawn_N):
+                    block = document
+                    asked = np.arange(document, document + _BATCH_PASSAGES)
+                    drawn_N = rng.uniform(0, "tokenizer sample", asked) < share
+                # Further pieces of a long document are drawn one by one: they are long, so there are few of them.
+                if share >= 1 or (
+                    rng.uniform(0, "tokenizer sample", document, stretch.piece)[0] < share
+                    if stretch.piece
+                    else drawn_N[document - block]
+                ):
+                    yield stretch.text
+            first += documents
+            drawn_N = drawn_N[:0]
+        tell(done)
+
+    def _write_sample(self, task: Task, tell: Tell) -> Result:
+        with task.file("sample").open("w", encoding="utf-8", newline="\n") as file:
+            for text in self.sample(task, tell):
+                file.write(json.dumps(text) + "\n")
+        return {}
+
+    def _encode(self, task: Task, tell: Tell) -> Result:
+        """The unit's shards of both sides, and how many documents each part has on them."""
+        tokenizer, encoder = self._encoder_of(task)
+        writers = {which: ShardWriter(task.file(which), tokenizer.size) for which in SIDES}
+        documents: dict[Side, list[int]] = {which: [] for which in SIDES}
+        with writers["train"].closing(), writers["held-out"].closing():
+            first = 0
+            for part, count in zip(task.parts, task.documents, strict=True):
+                for counts in documents.values():
+                    counts.append(0)
+                for batch in _batches(_stretches(self._source, task, [part], first, count)):
+                    for which in SIDES:
+                        mine = [stretch for stretch in batch if stretch.side == which]
+                        if mine:
+                            documents[which][-1] += _write(writers[which], encoder, mine)
+                    tell(sum(len(stretch.text) for stretch in batch))
+                first += count
+            written = {which: writers[which].finish() for which in SIDES}
+        return {which: {"written": list(written[which]), "documents": documents[which]} for which in SIDES}
+
+    def _encoder_of(self, task: Task) -> tuple[Tokenizer, Encoder]:
+        if self._encoder is None:
+            tokenizer = Tokenizer.load(tokenizer_folder(Path(task.folder)))
+            self._encoder = tokenizer, Encoder(tokenizer, task.words, by_chunks=task.by_chunks)
+        return self._encoder
+
+
+def tokenizer_folder(folder: Path) -> Path:
+    """Where the tokenizer stands that units are encoded with."""
+    return folder.parent / "told"
+
+
+def _stretches(source: Source, task: Task, parts: Sequence[Part], first: int, count: int) -> Iterator[Stretch]:
+    """The text of some parts of a unit, divided."""
+    begin = task.first_document + first
+    columns: list[NDArray[np.int64]] = [
+        mapped(Path(task.folder) / name)[begin : begin + count] for name in ("lengths", "first-held")
+    ]
+    return stretches(numbered(source, parts), *columns)
+
+
+def _batches(all_stretches: Iterable[Stretch]) -> Iterator[list[Stretch]]:
+    """Some at a time."""
+    held: list[Stretch] = []
+    size = 0
+    for stretch in all_stretches:
+        held.append(stretch)
+        size += len(stretch.text)
+        if size >= _BATCH_CHARACTERS or len(held) >= _BATCH_PASSAGES:
+            yield held
+            held, size = [], 0
+    if held:
+        yield held
+
+
+def _write(writer: ShardWriter, encoder: Encoder, batch: Sequence[Stretch]) -> int:
+    """Encode stretches of one side and write them; how many documents ended."""
+    encoded = encoder.encode([stretch.text for stretch in batch])
+    characters_B = np.array([stretch.characters for stretch in batch], dtype=np.int64)
+    last_B = np.array([stretch.last for stretch in batch], dtype=np.bool_)
+    numbers_B3 = np.stack([encoded.tokens_B, characters_B, encoded.unknown_B], axis=1)
+    writer.write(encoded.ids, encoded.marks, numbers_B3, last_B)
+    return int(last_B.sum())
+
+
+def written_of(result: Result, which: Side) -> Written:
+    """What a unit wrote for a side."""
+    return Written(*result[which]["written"])

@@ -1,0 +1,99 @@
+"""unmask text look, and texts measured by name, from outside."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+Command = Callable[..., tuple[int, str, str]]
+Refused = Callable[..., str]
+
+
+def lines(place: Path) -> None:
+    (place / "lines.txt").write_text("\n".join(f"line {i % 90} of a text about cats" for i in range(120)))
+
+
+def test_a_report_in_plain_lines(unmask: Command, place: Path) -> None:
+    lines(place)
+    code, out, err = unmask("text", "look", "lines.txt", "--recipe", "small.toml", "--set", "text.document=line")
+    assert code == 0, err
+    assert "\x1b" not in out and "█" not in out
+    said = " ".join(out.split())
+    for words in ("documents 120", "copies 30 documents (25.0%)", "characters of 29", "windows of", "held out"):
+        assert words in said, out
+    assert "l·i·n·e·␣ 1·4·␣ o·f" in out, "word borders are visible"
+    assert "note: 25% of the documents are copies" in out
+    assert {path.name for path in place.iterdir()} == {"small.toml", "cat.txt", "lines.txt"}, "nothing is written"
+
+
+def test_a_report_as_json_has_all_of_it(unmask: Command, place: Path) -> None:
+    lines(place)
+    arguments = ("text", "look", "lines.txt", "--recipe=small.toml", "--set=text.document=line", "--json")
+    code, out, err = unmask(*arguments)
+    assert code == 0, err
+    found = json.loads(out)
+    assert found["documents"] == 120 and found["copies"]["documents"] == 30 and found["words"] == "spaces"
+    assert len(found["examples"]) == 5 and found["stages"][0]["length"] == 32
+    assert found["tokenizer"]["trained"] and found["tokenizer"]["kind"] == "characters"
+    again = json.loads(unmask(*arguments)[1])
+    assert again == found
+    other = json.loads(unmask(*arguments, "--seed", "4")[1])
+    assert [one["document"] for one in other["examples"]] != [one["document"] for one in found["examples"]]
+
+
+def test_a_report_with_the_tokenizer_of_a_model(unmask: Command, run: Path, place: Path) -> None:
+    (place / "other.txt").write_text("The Cat is an Ostrich.\n\n" * 40)
+    code, out, _ = unmask("text", "look", "other.txt", "--tokenizer", str(run / "latest"), "--json")
+    found = json.loads(out)["tokenizer"]
+    assert code == 0 and not found["trained"] and found["unknown_share"] > 0
+    assert any(piece["is_unknown"] for one in json.loads(out)["examples"] for piece in one["pieces"])
+
+
+def test_a_table_with_broken_rows_is_looked_at_as_it_would_be_trained_on(
+    unmask: Command, refused: Refused, place: Path
+) -> None:
+    rows = [json.dumps({"body": f"row {number} of a text about cats"}) for number in range(40)]
+    (place / "rows.jsonl").write_text("\n".join([*rows, "{broken"]))
+    refused("text", "look", "rows.jsonl", says=("`body`", "--field"))
+    refused("text", "look", "rows.jsonl", "--field", "body", says=("rows.jsonl, line 41", "--errors skip"))
+    code, out, err = unmask("text", "look", "rows.jsonl", "--field", "body", "--errors", "skip", "--json")
+    assert code == 0, err
+    report = json.loads(out)
+    assert (report["documents"], report["left_out"]) == (40, 1)
+    hint = "more than this text can give"  # the recipe's vocabulary is: the one that would fit is named
+    assert any(hint in told and "--set text.tokenizer.vocab=" in told for told in report["warnings"])
+
+
+def test_what_cannot_be_looked_at(refused: Refused, place: Path) -> None:
+    refused("text", "look", "nowhere.txt", says="nowhere.txt")
+    refused("text", "look", "cat.txt", "--recipe", "tinny", says="did you mean `tiny`?")
+    refused("text", "look", "cat.txt", "--tokenizer", "nowhere", says="no tokenizer here")
+
+
+def test_a_text_measured_by_name(unmask: Command, refused: Refused, place: Path) -> None:
+    (place / "dogs.txt").write_text("The dog sat on the cat. " * 30)
+    start = ("pretrain", "cat.txt", "--recipe", "small.toml")
+    refused(*start, "--valid", "dogs.txt", says="without a name")
+    refused(*start, "--valid", "dogs=nowhere.txt", says=("text.valid.dogs", "nowhere.txt"))
+    refused(*start, "--valid", "d s=dogs.txt", says="no name for a validation text")
+    refused(*start, "--valid", "a=dogs.txt", "--valid", "a=cat.txt", says="names two texts")
+    code, out, err = unmask(*start, "--out", "run", "--valid", "dogs=dogs.txt")
+    assert code == 0, err
+    assert "validation on dogs: all of it; 720 characters" in out
+    assert out.count("dogs  loss ") == 2 and "loss on dogs (unigram" in out
+    refused("pretrain", "--resume", "run", "--valid", "dogs=dogs.txt", says="can't be given together with --resume")
+    code, out, err = unmask("pretrain", "--resume", "run", "--budget", "+1 steps", "--json")
+    assert code == 0, err
+    assert json.loads(out)["summary"]["validation"]["sets"]["dogs"]["asked"] > 0
+    (place / "dogs.txt").write_text("The dog sat on the log. " * 30)
+    refused("pretrain", "--resume", "run", "--budget", "+1 steps", says="`dogs` is not what this run was started with")
+
+
+def test_evaluating_no_more_than_asked(unmask: Command, run: Path, place: Path) -> None:
+    counts = []
+    for more in ((), ("--at-most", "1k characters")):
+        code, out, err = unmask("evaluate", str(run), "--text", "cat.txt", "--json", *more)
+        assert code == 0, err
+        counts.append(json.loads(out)["asked"])
+    assert counts[1] == 150 < counts[0]
