@@ -25,7 +25,7 @@ from unmask.text.words import WordsRule
 
 SAMPLE = [
     'The cat sat on the mat. "It is warm." she said, and the dog didn\'t mind! What now?\n',
-    "Numbers 12, 1,000 and 3.14; a [MASK] and a [UNK]. 今天天氣很好。我們去公園。「好！」他說\uff1a明天呢？ 食べられる\n",
+    "Numbers 12, 1,000 and 3.14; a [MASK] and a [UNK]. 今天天氣很好。我們去公園。「好！」他說明天？ 食べる\n",
     "한국어 문장은 띄어 씁니다. cafe\u0301 naïve क\u093f हिन्दी की किताब\u200d \u200bend\u00ad x\ty  z\u3000w\n",
 ] * 4
 KINDS: dict[str, TokenizerSettings] = {

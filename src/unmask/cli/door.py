@@ -45,13 +45,13 @@ _recipes.command("list")(answered(recipe.list_recipes))
 _recipes.command("show", epilog=recipe.SHOW_EXAMPLES)(answered(recipe.show))
 _recipes.command("check", epilog=recipe.CHECK_EXAMPLES)(answered(recipe.check))
 app.add_typer(_recipes, name="recipe")
-_texts = typer.Typer(no_args_is_help=True, help="Look at text, and prepare it, before training on it.", rich_markup_mode="rich")
+_texts = typer.Typer(
+    no_args_is_help=True, help="Look at text, and prepare it, before training on it.", rich_markup_mode="rich"
+)
 _texts.command("look", epilog=look.EXAMPLES)(answered(look.look))
 _texts.command("build", epilog=text.BUILD_EXAMPLES)(answered(text.build))
 app.add_typer(_texts, name="text")
-_tokenizers = typer.Typer(
-    no_args_is_help=True, help="Train, look at and compare tokenizers.", rich_markup_mode="rich"
-)
+_tokenizers = typer.Typer(no_args_is_help=True, help="Train, look at and compare tokenizers.", rich_markup_mode="rich")
 _tokenizers.command("train", epilog=tokenizer.TRAIN_EXAMPLES)(answered(tokenizer.train))
 _tokenizers.command("look", epilog=tokenizer.LOOK_EXAMPLES)(answered(tokenizer.look))
 _tokenizers.command("compare", epilog=tokenizer.COMPARE_EXAMPLES)(answered(tokenizer.compare))

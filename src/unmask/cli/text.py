@@ -14,11 +14,12 @@ from typing import Annotated, Any
 import typer
 
 from unmask.cli.answer import Debug, Json, print_json
+from unmask.cli.pretrain import Errors, Field, Rule
 
 BUILD_EXAMPLES = """\
 [bold]Examples[/bold]
 
-unmask text build notes/ --recipe small
+unmask text build notes/ --recipe modern-tiny
 unmask text build notes.txt --tokenizer pieces --json
 unmask text build notes.txt --set text.tokenizer.vocab=16384
 """
@@ -39,6 +40,9 @@ def build(
     settings: Annotated[
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change one setting; may be repeated.")
     ] = None,
+    errors: Errors = None,
+    document: Rule = None,
+    field: Field = None,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
@@ -51,9 +55,10 @@ def build(
     from unmask.text.corpus import default_cache, prepare
     from unmask.train.show import for_stream
 
-    overrides: dict[str, Any] = {}
+    flags = {"text.errors": errors, "text.document": document, "text.field": field}
+    overrides: dict[str, Any] = {key: value for key, value in flags.items() if value is not None}
     if tokenizer is not None:
-        overrides = {"text.tokenizer.kind": "file", "text.tokenizer.path": str(tokenizer)}
+        overrides |= {"text.tokenizer.kind": "file", "text.tokenizer.path": str(tokenizer)}
     chosen = load_recipe(recipe, settings or (), overrides).text
     begun = time.perf_counter()
     source = open_text(texts, chosen)

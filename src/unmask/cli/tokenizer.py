@@ -10,13 +10,14 @@ import os
 import sys
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 from unmask.cli.answer import Debug, Json, print_json
+from unmask.cli.pretrain import Errors, Field, Rule
 from unmask.errors import RecipeError, RunError, TextError, TokenizerError
 
 if TYPE_CHECKING:
@@ -64,6 +65,9 @@ def train(
         list[str] | None,
         typer.Option("--set", metavar="KEY=VALUE", help="Change one setting of the kind; may be repeated."),
     ] = None,
+    errors: Errors = None,
+    document: Rule = None,
+    field: Field = None,
     debug: Debug = False,
 ) -> None:
     """Train a tokenizer: a folder that transformers, tokenizers and text.tokenizer.path open."""
@@ -75,7 +79,7 @@ def train(
     if os.path.lexists(out):
         raise RunError("this exists already", where=str(out), next="name another folder with --out, or remove it")
     chosen = _settings(kind, vocab, settings or [])
-    source = _source(texts)
+    source = _source(texts, errors, document, field)
     most = getattr(chosen, "sample_characters", sys.maxsize)
     try:
         with _progress() as progress:
@@ -126,6 +130,9 @@ def compare(
     texts: Annotated[list[str], typer.Option("--text", metavar="FILE", help="A text to cut; may be repeated.")],
     characters: Annotated[int, typer.Option(min=1, help="How much of each text is read.")] = 1_000_000,
     words: Words = "by-script",
+    errors: Errors = None,
+    document: Rule = None,
+    field: Field = None,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
@@ -136,7 +143,7 @@ def compare(
     opened = [(str(path), _open(path)) for path in tokenizers]
     rows: list[dict[str, Any]] = []
     for text in texts:
-        held = list(some_text(_source([text]), characters))
+        held = list(some_text(_source([text], errors, document, field), characters))
         if not any(one.strip() for one in held):
             raise TextError("there is no text", where=text, next="give a file with text in it")
         rule = detect_words("".join(held)[:200_000]) if words == "by-script" else words
@@ -172,11 +179,20 @@ def _settings(kind: str, vocab: int | None, sets: Sequence[str]) -> Any:
     return build(chosen, tree, "the command line", sets, {"vocab": "--vocab"})
 
 
-def _source(texts: Sequence[str]) -> FileSource:
+def _source(texts: Sequence[str], errors: Errors = None, document: Rule = None, field: Field = None) -> FileSource:
     from unmask.text.opening import open_source
     from unmask.text.settings import TextSettings
 
-    return open_source(texts, TextSettings())
+    plain = TextSettings()
+    return open_source(
+        texts,
+        replace(
+            plain,
+            errors=errors or plain.errors,
+            document=document or plain.document,
+            field=plain.field if field is None else field,
+        ),
+    )
 
 
 def _open(path: Path) -> Tokenizer:

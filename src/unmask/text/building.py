@@ -23,12 +23,13 @@ from unmask.store import seal, write_json
 from unmask.text.arrays import append, mapped
 from unmask.text.encoder import Encoder
 from unmask.text.settings import TextSettings
-from unmask.text.shards import Shards, gather, merge
+from unmask.text.shards import Shards
 from unmask.text.survey import Division, Progress, Side, Survey, divide, sizes_of
 from unmask.text.tokenizer import Tokenizer, train_tokenizer
 from unmask.text.units import SIDES, UNIT_BYTES, Result, Task, units_of, written_of
 from unmask.text.words import WordsRule, detect_words
 from unmask.text.workers import Workers, WorkersWanted
+from unmask.text.writing import gather, merge
 
 TOLD: Final = "told"  # the folder of the tokenizer and the facts
 FACTS: Final = "facts.json"

@@ -24,6 +24,7 @@ from typing import Final, cast
 import tokenizers
 from filelock import FileLock, Timeout
 
+from unmask import outside
 from unmask.contracts import Group, Source
 from unmask.errors import DamagedError, StoreError
 from unmask.store import DIGESTS, check_seal, digest, new_folder, read_json, saying_where
@@ -125,8 +126,10 @@ def folder_of(source: Source, settings: TextSettings, cache: Path, tokenizer: To
         roles = [tokenizer.role_id(role) for role in ("unk_token", "cls_token", "sep_token", "mask_token")]
         given = f"{tokenizer.fingerprint} {roles} {tokenizer.special_ids}"
         decisive = replace(decisive, tokenizer=WordPieceSettings())
+    # A source of a person's own may keep its fingerprint when its code changes; nobody would look for that.
+    code = outside.facts(settings.source)["digest"] if isinstance(settings.source, outside.OutsideSource) else "ours"
     versions = f"{_FORMAT} tokenizers-{tokenizers.__version__} unicode-{unicodedata.unidata_version}"
-    return cache / digest(versions, source.fingerprint, repr(decisive), given)
+    return cache / digest(versions, source.fingerprint, code, repr(decisive), given)
 
 
 @contextmanager

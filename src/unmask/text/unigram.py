@@ -111,7 +111,7 @@ def _word_counts(
 
 
 def _alphabet(words: Sequence[str], times: Sequence[int], settings: UnigramSettings) -> list[int]:
-    """Code points that get a piece of their own: 99.99 % of the sample, half of the vocabulary at most, "▁" among it."""
+    """Code points that get a piece of their own: 99.99 % of the sample, at most half of the vocabulary; always "▁"."""
     if not words:
         return []
     lengths = [len(word) for word in words]

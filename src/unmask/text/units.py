@@ -22,10 +22,10 @@ from unmask.contracts import Part, Source
 from unmask.store import saying_where
 from unmask.text.arrays import Column, mapped
 from unmask.text.encoder import Encoder
-from unmask.text.shards import ShardWriter, Written
 from unmask.text.survey import REPORT_CHARACTERS, Noted, Side, Stretch, Tell, measured, numbered, stretches
 from unmask.text.tokenizer import Tokenizer
 from unmask.text.words import WordsRule
+from unmask.text.writing import ShardWriter, Written
 
 UNIT_BYTES: Final = 64_000_000  # of text: ten seconds of work or so, and 50 MB of shards
 SIDES: Final[tuple[Side, Side]] = ("train", "held-out")
