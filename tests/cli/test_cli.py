@@ -167,7 +167,7 @@ def test_from_text_to_a_filled_mask(unmask: Command, tmp_path: Path, monkeypatch
     (answer,) = json.loads(out)
     assert code == 0 and answer["text"] == "The c[MASK]t s[MASK]t." and len(answer["masks"]) == 2
     first = answer["masks"][0]["candidates"][0]
-    assert set(first) == {"token", "id", "probability", "text"} and "[MASK]" in first["text"]
+    assert set(first) == {"token", "id", "probability", "text", "shown"} and "[MASK]" in first["text"]
 
     (tmp_path / "batch.txt").write_text("The d[MASK]g\n\nth[MASK]\n")
     code, out, _ = unmask("fill", "runs/small-1", "--file", "batch.txt", "--top", "1", "--json")
