@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from unmask.cli.answer import Debug, Json, print_json
-from unmask.cli.pretrain import Errors, Field, Rule
+from unmask.cli.pretrain import TEXT, Errors, Field, Rule
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -40,12 +40,7 @@ _LABEL = 12
 
 
 def look(
-    texts: Annotated[
-        list[Path],
-        typer.Argument(
-            metavar="TEXT", help="Files, folders, patterns, dataset:NAME, - for standard input; TEXT:0.7 gives weights."
-        ),
-    ],
+    texts: Annotated[list[Path], TEXT],
     recipe: Annotated[str, typer.Option(help="Whose settings are meant: a shipped recipe or a TOML file.")] = "tiny",
     tokenizer: Annotated[
         Path | None,

@@ -53,15 +53,15 @@ Budget = Annotated[
 Threads = Annotated[
     int | None, typer.Option(min=1, help="Processor threads; they decide the bits.", show_default="all cores")
 ]
-Texts = Annotated[
-    list[Path] | None,
-    typer.Argument(
-        metavar="TEXT", help="Files, folders, patterns, dataset:NAME, - for standard input; TEXT:0.7 gives weights."
-    ),
-]
+TEXT = typer.Argument(
+    metavar="TEXT", help="Files, folders, patterns, dataset:NAME, - for standard input; TEXT:0.7 gives weights."
+)
+Texts = Annotated[list[Path] | None, TEXT]
 Errors = Annotated[
     Literal["strict", "replace", "skip"] | None,
-    typer.Option(help="Bytes that are not UTF-8 and broken rows: refuse, replace, or skip.", show_default="strict"),
+    typer.Option(
+        help="Unreadable text: refuse; replace (bytes alone, by U+FFFD); skip, counted.", show_default="strict"
+    ),
 ]
 Rule = Annotated[
     Literal["blank-line", "line", "file"] | None,

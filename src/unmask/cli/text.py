@@ -14,7 +14,7 @@ from typing import Annotated, Any
 import typer
 
 from unmask.cli.answer import Debug, Json, print_json
-from unmask.cli.pretrain import Errors, Field, Rule
+from unmask.cli.pretrain import TEXT, Errors, Field, Rule
 
 BUILD_EXAMPLES = """\
 [bold]Examples[/bold]
@@ -26,12 +26,7 @@ unmask text build notes.txt --set text.tokenizer.vocab=16384
 
 
 def build(
-    texts: Annotated[
-        list[str],
-        typer.Argument(
-            metavar="TEXT", help="Files, folders, patterns, dataset:NAME, - for standard input; TEXT:0.7 gives weights."
-        ),
-    ],
+    texts: Annotated[list[str], TEXT],
     recipe: Annotated[str, typer.Option(help="Whose settings are meant: a shipped recipe or a TOML file.")] = "tiny",
     tokenizer: Annotated[
         Path | None,
