@@ -25,7 +25,7 @@ demo: install ## pretrain on the English in every Python, a few minutes, then fi
 	$(BIN)/unmask demo
 
 test: check ## the checks and all tests, under five minutes on two cores
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q -n auto --maxprocesses 4
 
 check: install ## style, types and floors
 	$(BIN)/ruff check .

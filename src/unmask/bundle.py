@@ -8,6 +8,7 @@ card.json. Called by: unmask.load, checkpoint, use/, eval/, hf.
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,7 +30,8 @@ from unmask.text.tokenizer import Tokenizer
 LATEST, BEST = "latest", "best"
 CONFIG, WEIGHTS, CARD = "config.json", "model.safetensors", "card.json"
 _BATCH_TOKENS = 8192
-_REPLACED_AT_MOST = 5  # times while it is being read; a run writes its best model every few seconds at the most
+_REPLACED_AT_MOST = 100  # times while it is read: each time it really was, so this ends only a fight that nobody wins
+_MOMENTS, _MOMENT_SECONDS = 5, 0.005  # between two renames there is no best model under its name
 _NEXT_A_MODEL = "give a run of `unmask pretrain`, one of its step folders, or a folder that transformers saved"
 
 
@@ -221,23 +223,36 @@ def load(path: str | Path) -> Model:
         DamagedError: a file was cut short or changed; it is named.
     """
     for _ in range(_REPLACED_AT_MOST):
-        folder = find(path)
+        folder = _settled(path)
         before = _identity(folder)
         try:
-            return _opened(folder)
+            model = _opened(folder)
         except (UnmaskError, OSError):
-            if _identity(folder) == before:
+            if _identity(folder) == before and _settled(path) == folder:
                 raise
-    return _opened(find(path))
+        else:
+            if _identity(folder) == before:  # else files may have been gone that a folder can do without
+                return model
+    return _opened(_settled(path))
 
 
-def _identity(folder: Path) -> tuple[int, int] | None:
-    """What tells a folder from one that has taken its name: a run at work replaces its best model."""
+def _settled(path: str | Path) -> Path:
+    """`find`, once more where it met the moment in which a run's best model is replaced."""
+    for _ in range(_MOMENTS):
+        try:
+            return find(path)
+        except ModelError:
+            time.sleep(_MOMENT_SECONDS)
+    return find(path)
+
+
+def _identity(folder: Path) -> tuple[int, int, int] | None:
+    """What tells a folder from one that has taken its name, and from itself while its files are removed."""
     try:
         found = folder.stat()
     except OSError:
         return None
-    return found.st_dev, found.st_ino
+    return found.st_dev, found.st_ino, found.st_mtime_ns  # a number is soon given to a new folder
 
 
 def _opened(folder: Path) -> Model:
