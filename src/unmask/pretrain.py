@@ -36,7 +36,7 @@ from unmask.train import checkpoint
 from unmask.train.lock import locked
 from unmask.train.loop import Standing
 from unmask.train.plain import SilentDisplay
-from unmask.train.plan import Plan, check_budget, make_plan, prolong
+from unmask.train.plan import Plan, affordable, check_budget, make_plan, prolong
 from unmask.train.show import Display, Forecast, Summary
 from unmask.train.signals import Signals
 from unmask.train.sinks import check_installed
@@ -128,9 +128,11 @@ def launch(
             store.check_writable(run)
         workshop = Workshop(whole, source, world, display, valid)
         measured = workshop.probe()
-        plan = make_plan(
-            whole.stage, whole.train.budget, whole.train.every, [feed.epoch_tokens for feed in workshop.feeds], measured
-        )
+        every, note = affordable(whole.train.every, whole.train.budget, measured)
+        if note:
+            display.say(note)
+            whole = workshop.recipe = replace(whole, train=replace(whole.train, every=every))
+        plan = make_plan(whole.stage, whole.train.budget, every, [feed.epoch_tokens for feed in workshop.feeds], measured)
         forecast = workshop.forecast(plan)
         if world.first:
             display.forecast(forecast)

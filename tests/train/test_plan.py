@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -10,7 +11,7 @@ from hypothesis import strategies as st
 
 from unmask.errors import RecipeError
 from unmask.recipe import Amount, Share
-from unmask.train.plan import EverySettings, Measured, Plan, StageSettings, due, make_plan, prolong
+from unmask.train.plan import EverySettings, Measured, Plan, StageSettings, affordable, due, make_plan, prolong
 
 EVERY = EverySettings()
 TWO = (
@@ -169,3 +170,24 @@ def test_curricula_that_make_no_sense(stages: tuple[StageSettings, ...], words: 
 def test_a_budget_too_small_for_a_stage() -> None:
     with pytest.raises(RecipeError, match="length 128 is never reached"):
         plan("1 steps")
+
+
+@given(st.floats(0.01, 100), st.sampled_from(["1%", "5%", "10%", "33%", "100%", "0%"]))
+def test_validation_leaves_most_of_a_budget_in_seconds_to_training(cost: float, validate: str) -> None:
+    measured, asked = Measured((0.1, 0.5), cost, 0.0), EverySettings(validate=Share.parse(validate))
+    every, note = affordable(asked, Amount.parse("300 s"), measured)
+    again = Share.parse(str(every.validate))  # as it is written into recipe.toml
+    made = make_plan(TWO, Amount.parse("300 s"), replace(every, validate=again), [1, 1], measured)
+    times = round(made.overhead_seconds / cost)
+    assert times == 1 or times * cost <= 60
+    assert bool(note) == (every != asked)
+    if note:
+        assert (times + 1) * cost > 60 and f"{times} times" in note, "no fewer than can be paid for"
+
+
+def test_validations_asked_for_by_the_clock_are_kept_and_told() -> None:
+    every = EverySettings(validate=Amount(10, "seconds"))
+    kept, note = affordable(every, Amount.parse("300 s"), Measured((0.1, 0.5), 5.0, 0.0))
+    assert kept == every and "each validation takes 5 s" in note
+    assert affordable(every, Amount.parse("300 s"), Measured((0.1, 0.5), 1.0, 0.0)) == (every, "")
+    assert affordable(EverySettings(), Amount.parse("300 steps"), Measured((0.1, 0.5), 50.0, 0.0))[1] == ""

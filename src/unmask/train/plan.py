@@ -17,6 +17,7 @@ from unmask.errors import RecipeError
 from unmask.recipe import Amount, Share
 
 BUDGET_UNITS = ("seconds", "steps", "tokens", "epochs")
+_MOST_VALIDATING = 0.2  # of a budget in seconds
 SHORTEST = 3  # slots of a text: one token between [CLS] and [SEP]
 EPOCH_STRIDE = 1 << 20  # epochs of stage k are numbered from k times this, so that no two stages share a draw
 
@@ -167,6 +168,30 @@ def make_plan(
     training = sum(stage.steps * stage.seconds_per_step for stage in plans)
     overhead = _overhead(whole[-1], training, duties)
     return Plan(plans, measured.validate_seconds, measured.save_seconds, overhead)
+
+
+def affordable(every: EverySettings, budget: Amount, measured: Measured) -> tuple[EverySettings, str]:
+    """Fewer validations where those asked for, a share of the plan each, would take too much of a budget in seconds.
+
+    Returns:
+        What to plan with, and a sentence where that differs from what was asked or costs as much all the same.
+    """
+    cost, room = measured.validate_seconds, _MOST_VALIDATING * budget.number
+    if budget.unit != "seconds" or not cost:
+        return every, ""
+    wanted = every.validate
+    if isinstance(wanted, Amount):
+        if wanted.unit == "seconds" and cost > _MOST_VALIDATING * wanted.number:
+            return every, f"each validation takes {cost:.0f} s, and one is due every {wanted} (train.every.validate)"
+        return every, ""
+    times = math.ceil(1 / wanted.fraction - 1e-9) if wanted.fraction else 1
+    if times * cost <= room or times == 1:
+        return every, ""
+    fewer = max(1, math.floor(room / cost))
+    what = f"validation takes {cost:.0f} s each time, so it is done {fewer} times instead of {times}"
+    mend = "a smaller text.held_out.at_most makes it shorter"
+    share = Share(math.ceil(10_000 / fewer) / 10_000)  # upwards, or there would be one more
+    return replace(every, validate=share), f"{what}: at most a fifth of the budget goes to it; {mend}"
 
 
 def prolong(plan: Plan, budget: Amount, *, every: EverySettings, epoch_tokens: int) -> Plan:
