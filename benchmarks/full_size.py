@@ -29,6 +29,7 @@ import torch
 from unmask import __version__, rng
 from unmask.blueprint import load_recipe
 from unmask.contracts import SPECIAL, WORD_START, Batch, Learner, Text, pack
+from unmask.machine import processor_name
 from unmask.nn import build, flops_per_token
 from unmask.objectives.mlm import Mlm, MlmSettings
 from unmask.optim import build_optimiser
@@ -36,7 +37,7 @@ from unmask.recipe import shipped_recipes
 from unmask.schedule import rate_factor
 from unmask.train.loop import Duty, Standing, Training, Window, train
 from unmask.train.plan import Plan, StagePlan, always
-from unmask.world import discover, load_warning, processor_name
+from unmask.world import discover, load_warning
 
 CLS, SEP, MASK, SPECIALS = 2, 3, 4, 5
 STEPS = 2

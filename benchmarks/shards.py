@@ -29,6 +29,7 @@ from typing import Any
 import tokenizers
 
 from unmask import __version__
+from unmask.machine import cores, processor_name
 from unmask.text.building import Build, make
 from unmask.text.corpus import open_source, prepare
 from unmask.text.settings import TextSettings
@@ -36,7 +37,6 @@ from unmask.text.tokenizer import ByteBpeSettings, CharacterSettings, Tokenizer,
 from unmask.text.tokenizer import train_tokenizer as train
 from unmask.text.words import detect_words
 from unmask.train.feed import StageFeed
-from unmask.world import cores, processor_name
 
 KINDS = {"wordpiece": WordPieceSettings(), "bpe": ByteBpeSettings(), "unigram": UnigramSettings()}
 SAMPLE_CHARACTERS = 5_000_000
@@ -73,7 +73,6 @@ def one_round(folder: Path, threads: int) -> dict[str, float]:
     at: dict[tuple[str, float], float] = {}
     settings = TextSettings()
     source = open_source([str(folder / "texts")], settings)
-    size = sum(file.stat().st_size for file in files)
     with tempfile.TemporaryDirectory(dir=folder) as made:
         begun = time.perf_counter()
         make(
@@ -84,7 +83,6 @@ def one_round(folder: Path, threads: int) -> dict[str, float]:
                 lambda stage, share: at.setdefault((stage, share), time.perf_counter()),
                 Tokenizer.load(folder / "tokenizer"),
                 threads,
-                unit_bytes=max(1, size // (2 * threads)),
             )
         )
         build = time.perf_counter() - begun

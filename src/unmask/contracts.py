@@ -13,13 +13,15 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
-import torch
 from jaxtyping import Float, Int, UInt8
 from numpy.typing import NDArray
-from torch import Tensor, nn
+
+if TYPE_CHECKING:  # it takes more than a second to import, and who works on text alone needs none of it
+    import torch
+    from torch import Tensor, nn
 
 WORD_START = 1  # bits of marks_T
 SENTENCE_START = 2
@@ -93,6 +95,8 @@ class Batch:
         """The same batch on another device (asynchronously, where its memory is pinned)."""
         if str(device) == "cpu":
             return self
+        from torch import Tensor
+
         moved = {
             name: value.to(device, non_blocking=True) for name, value in vars(self).items() if isinstance(value, Tensor)
         }
@@ -105,6 +109,8 @@ def pack(texts: Sequence[Text], *, slots: int | None = None, look: Literal["both
     Trailing padding must be a sequence of its own: rows beyond the last start have NaN gradients in variable-length
     attention (pytorch#176793). This and `unpack` are the only places that make or undo the layout.
     """
+    import torch
+
     assert texts, "a batch holds at least one text"
     lengths = [len(text.ids) for text in texts]
     filler = 0 if slots is None else slots - sum(lengths)
@@ -340,21 +346,6 @@ class Sink(Protocol):
     def close(self) -> None:
         """Nothing comes after this."""
         ...
-
-
-class Learner(nn.Module):
-    """The one module of a run: encoder, head, the objective's parts. Sharding, clipping and the optimiser see this."""
-
-    def __init__(self, encoder: nn.Module, head: nn.Module, objective: Objective) -> None:
-        super().__init__()
-        self.encoder = encoder
-        self.head = head
-        self.parts = objective.parts
-        self._objective = objective
-
-    def forward(self, puzzle: Puzzle) -> Loss:
-        """The objective's sums for one micro-batch."""
-        return self._objective.loss(self.encoder, self.head, puzzle)
 
 
 def logits_at(encoder: nn.Module, head: nn.Module, batch: Batch, at_M: Int[Tensor, "M"]) -> Float[Tensor, "M V"]:

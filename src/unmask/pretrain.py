@@ -21,6 +21,7 @@ from unmask.blueprint import Recipe, change, load_recipe, read_recipe, write_rec
 from unmask.bundle import LATEST, Model, load
 from unmask.duties import enough_in_words, has_enough, work
 from unmask.errors import RunError, StoreError
+from unmask.machine import cores
 from unmask.origin import (
     ENVIRONMENT,
     bits,
@@ -42,7 +43,7 @@ from unmask.train.signals import Signals
 from unmask.train.sinks import check_installed
 from unmask.train.track import CRASH, discard_after
 from unmask.workshop import Workshop
-from unmask.world import cores, device_note, differences, discover, load_warning
+from unmask.world import device_note, differences, discover, load_warning
 
 __all__ = ["Recipe", "Result", "launch", "load_recipe", "pretrain", "resume"]
 
@@ -132,7 +133,9 @@ def launch(
         if note:
             display.say(note)
             whole = workshop.recipe = replace(whole, train=replace(whole.train, every=every))
-        plan = make_plan(whole.stage, whole.train.budget, every, [feed.epoch_tokens for feed in workshop.feeds], measured)
+        plan = make_plan(
+            whole.stage, whole.train.budget, every, [feed.epoch_tokens for feed in workshop.feeds], measured
+        )
         forecast = workshop.forecast(plan)
         if world.first:
             display.forecast(forecast)

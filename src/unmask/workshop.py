@@ -19,7 +19,7 @@ import torch
 from unmask import __version__, rng
 from unmask.blueprint import Recipe
 from unmask.bundle import Model
-from unmask.contracts import SENTENCE_START, WORD_START, Learner, Objective, ObjectiveTools, Source
+from unmask.contracts import SENTENCE_START, WORD_START, Objective, ObjectiveTools, Source
 from unmask.errors import TextError
 from unmask.eval.documents import documents_of_shards, documents_of_source
 from unmask.eval.heldout import Document, Frozen, evaluate, freeze
@@ -37,6 +37,7 @@ from unmask.train import checkpoint
 from unmask.train.average import Average
 from unmask.train.feed import StageFeed
 from unmask.train.forecast import PLANNED, TOLD, disk_bytes, memory_bytes, probe
+from unmask.train.learner import Learner
 from unmask.train.loop import Standing, Training
 from unmask.train.panel import Panel, Seen, as_seen
 from unmask.train.plan import SHORTEST, Measured, Plan

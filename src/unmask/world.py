@@ -9,11 +9,9 @@ from __future__ import annotations
 
 import contextlib
 import os
-import platform
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -21,6 +19,7 @@ import torch.distributed as distributed
 from torch import Tensor, nn
 
 from unmask.errors import RecipeError
+from unmask.machine import cores, has_bfloat16, processor_name
 
 Precision = Literal["by-machine", "bfloat16", "float32"]
 Device = Literal["by-machine", "cpu", "cuda", "mps"]
@@ -148,34 +147,6 @@ def device_note(world: World) -> str:
     if world.device.type == "cpu" and torch.backends.mps.is_available():
         return 'this machine\'s GPU (mps) is left alone, because it was never tried; --set train.device="mps" takes it'
     return ""
-
-
-def cores() -> int:
-    """Cores that this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
-
-
-def _processor_line(name: str) -> str:
-    """One field of Linux's description of the processor; empty elsewhere."""
-    description = Path("/proc/cpuinfo")
-    if not description.is_file():
-        return ""
-    for line in description.read_text(encoding="utf-8", errors="replace").splitlines():
-        if line.startswith(name):
-            return line.partition(":")[2].strip()
-    return ""
-
-
-def has_bfloat16() -> bool:
-    """Whether the processor multiplies bfloat16 itself (avx512_bf16, amx_bf16); elsewhere it would be slow."""
-    return bool({"avx512_bf16", "amx_bf16"} & set(_processor_line("flags").split()))
-
-
-def processor_name() -> str:
-    """What the processor calls itself."""
-    return _processor_line("model name") or platform.processor() or platform.machine()
 
 
 def load_warning(world: World) -> str:

@@ -13,7 +13,7 @@ from typing import BinaryIO, Final
 from unmask.errors import TextError
 from unmask.text.settings import DocumentRule, ErrorsRule
 
-PART_BYTES: Final = 64_000_000  # a second or so of reading; small beside a file that is worth several workers
+PART_BYTES: Final = 4_000_000  # seconds of tokenizing; small beside a file that is worth several workers
 _LINE_BYTES: Final = 1 << 20  # no document is cut off before a longer line, which would have to be read to be judged
 
 

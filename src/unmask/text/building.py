@@ -26,7 +26,7 @@ from unmask.text.settings import TextSettings
 from unmask.text.shards import Shards
 from unmask.text.survey import Division, Progress, Side, Survey, divide, sizes_of
 from unmask.text.tokenizer import Tokenizer, train_tokenizer
-from unmask.text.units import SIDES, UNIT_BYTES, Result, Task, units_of, written_of
+from unmask.text.units import SIDES, Result, Task, units_of, written_of
 from unmask.text.words import WordsRule, detect_words
 from unmask.text.workers import Workers, WorkersWanted
 from unmask.text.writing import gather, merge
@@ -50,7 +50,7 @@ class Build:
     progress: Progress
     tokenizer: Tokenizer | None
     workers: WorkersWanted
-    unit_bytes: int = UNIT_BYTES
+    unit_bytes: int | None = None  # by the text's size
 
 
 def make(build: Build) -> None:

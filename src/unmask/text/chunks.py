@@ -21,17 +21,20 @@ LEAD: Final = 128  # a mark in the table: of the token that starts a sentence wh
 # What a chunk's flags say:
 ENDS_AT_SPACE: Final = 1  # a sentence starts after it if white space follows
 ENDS_ANYWHERE: Final = 2  # a sentence starts after it
-LED_BY_SPACE: Final = 4  # it begins with a space
+LED_BY_SPACE: Final = 4  # it begins with a space, or a line feed
 OPEN: Final = 8  # it can't be parted from what follows: nothing can be seen of its end, or no token stands for it
 STRAY: Final = 16  # it can't be parted from what precedes: behind its space there is nothing to see
+LED_BY_LINE: Final = 32  # it begins with a line feed, so that a sentence starts with it
 _CLOSERS: Final = "\"'”’»)]}」』）】"  # as in words: what may stand between the end of a sentence and the white space
 _HAN: Final = "\u3400-\u4dbf\u4e00-\u9fff"  # what BERT's normaliser sets apart, as far as NFC leaves it alone
 HAN_CUTS: Final = re.compile(rf"(?<=\S)(?= \S|[{_HAN}])")
+HAN_AND_LINE_CUTS: Final = re.compile(rf"(?<=\S)(?=[ \n]\S|[{_HAN}])")
 STARTS_WITH_HAN: Final = re.compile(f"[{_HAN}]")
 _FIRST_ROWS: Final = 1 << 10
 _CONTROLS: Final = (*range(0x20), *range(0x7F, 0xA0))
 _SPACES: Final = (0x20, 0xA0, 0x1680, *range(0x2000, 0x200B), 0x2028, 0x2029, 0x202F, 0x205F, 0x3000)
 INVISIBLE: Final = frozenset(["", *map(chr, _CONTROLS), *map(chr, _SPACES)])  # white space, control characters, nothing
+_AT_BEGINNING: Final = {" ": LED_BY_SPACE, "\n": LED_BY_SPACE | LED_BY_LINE}
 _AT_END: Final = {
     **dict.fromkeys(INVISIBLE, OPEN),
     **dict.fromkeys("。！？", ENDS_ANYWHERE),
@@ -115,7 +118,7 @@ class Table:
         tokens_K, flags_K = self._tokens_C[numbers_K], self.flags_C[numbers_K]
         led_K = (flags_K & LED_BY_SPACE) // LED_BY_SPACE  # as the bit ENDS_AT_SPACE
         starts_K = np.ones(len(numbers_K), dtype=np.bool_)
-        starts_K[1:] = flags_K[:-1] & (ENDS_ANYWHERE | led_K[1:]) != 0
+        starts_K[1:] = (flags_K[:-1] & (ENDS_ANYWHERE | led_K[1:])) | (flags_K[1:] & LED_BY_LINE) != 0
         starts_K[first_B] = True
         place_T = runs(self._first_C[numbers_K], tokens_K)
         marks = self._marks[place_T]
@@ -135,8 +138,8 @@ def _with_room(array: NDArray[Any], needed: int) -> NDArray[Any]:
 
 def flags_of(chunk: str) -> int:
     """The flags that a chunk's own text gives it."""
-    is_led = chunk[:1] == " "
-    flags = LED_BY_SPACE if is_led else 0
+    flags = _AT_BEGINNING.get(chunk[:1], 0)
+    is_led = flags != 0
     if chunk[is_led : is_led + 1] in INVISIBLE:
         flags |= STRAY
     end = chunk[-1:]

@@ -4,10 +4,10 @@ Comes in: a tokenizer, a rule for words, texts. Goes out: for all texts the ids,
 `Tokenizer.encode` gives, end to end. Called by: units, benchmarks.
 
 Most of a text are words that were met before. Where a tokenizer's ids of a text are those of its chunks, cut before
-single spaces, each chunk is encoded once and looked up from then on: English Wikipedia has 9.7 million chunks, 0.67
-million of them different. A chunk knows all of its marks but one: whether it starts a sentence is up to the chunk
-before it. Where a cut wouldn't be exact (at a run of spaces, after characters that leave no token), the chunks beside
-it are joined again; where even that isn't, the text is encoded whole.
+single spaces and line feeds, each chunk is encoded once and looked up from then on: English Wikipedia has 9.7 million
+chunks, 0.67 million of them different. A chunk knows all of its marks but one: whether it starts a sentence is up to
+the chunk before it. Where a cut wouldn't be exact (at a run of spaces, after characters that leave no token), the
+chunks beside it are joined again; where even that isn't, the text is encoded whole.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 
 from unmask.contracts import SENTENCE_START, SPECIAL, WORD_START
 from unmask.text.chunks import (
+    HAN_AND_LINE_CUTS,
     HAN_CUTS,
     INVISIBLE,
     LEAD,
@@ -36,7 +37,7 @@ from unmask.text.chunks import (
 )
 from unmask.text.marks import token_marks
 from unmask.text.plain import PlainWords, blocks, texts_of
-from unmask.text.structure import leading_space
+from unmask.text.structure import leading_space, splits_at_lines
 from unmask.text.tokenizer import Tokenizer
 from unmask.text.words import WordsRule
 
@@ -48,6 +49,7 @@ _LONGEST_KEPT: Final = 48  # characters; a longer chunk hardly comes again
 _BLOCK_CHARACTERS: Final = 1 << 13  # of new chunks that are encoded as one text
 _COMPARED_CHARACTERS: Final = 100_000
 _SPACER: Final = "a"
+_LINE: Final = " \n"  # a line feed where texts are split at spaces: the piece behind one keeps it, and takes no space
 _NOBODY: Final = -1
 _MISSING: Final = -1
 _WAITING: Final = -2  # rows that are not kept are numbered from here down
@@ -86,8 +88,9 @@ class Encoder:
         self._space_id = tokenizer.token_to_id(space) if space else None
         self.by_chunks = by_chunks and tokenizer.splits_at_spaces
         self._parts_han = words == "characters" and sets_han_apart(tokenizer.to_json())
+        self._parts_lines = self.by_chunks and splits_at_lines(tokenizer.to_json())
         self._table = Table()
-        self._after_space: dict[str, int] = {}  # chunks of a space and this text
+        self._after_space: dict[str, int] = {}  # chunks of a space and this text, or of this text with its line feed
         self._literal: dict[str, int] = {}  # chunks of this text
         self._waiting: list[Rows] = []  # of the texts at hand
 
@@ -141,11 +144,13 @@ class Encoder:
     def _numbered(self, texts: Sequence[str]) -> _Cut:
         """The texts as chunks, each as exact as it must be."""
         if self._parts_han:
-            pieces = [HAN_CUTS.split(text) for text in texts]
+            cuts = HAN_AND_LINE_CUTS if self._parts_lines else HAN_CUTS
+            pieces = [cuts.split(text) for text in texts]
             cut = self._looked_up(pieces, "")
             cut = self._mended(cut, pieces, "")
         else:
-            pieces = [text.split(" ") for text in texts]
+            marked = [text.replace("\n", _LINE) for text in texts] if self._parts_lines else texts
+            pieces = [text.split(" ") for text in marked]
             cut = self._looked_up(pieces, " ")
             cut = self._mended(cut, pieces, " ")
         poor_B = np.logical_or.reduceat(self._bad_cuts(cut), cut.first_B)
@@ -200,7 +205,7 @@ class Encoder:
         is_first_K[cut.first_B] = True
         edges = np.flatnonzero(np.diff(np.concatenate([[False], bad_K, [False]]).astype(np.int8))).reshape(-1, 2)
         runs = [(begin - 1, end) for begin, end in edges.tolist()]
-        joined = [("" if is_first_K[begin] else space) + space.join(every[begin:end]) for begin, end in runs]
+        joined = ["".join(_led(every[begin:end], space, is_first=is_first_K[begin])) for begin, end in runs]
         numbers_K = cut.numbers_K.copy()
         numbers_K[[begin for begin, _ in runs]] = self._learnt(self._literal, joined, "")
         before_K1 = np.append(0, np.cumsum(~bad_K))
@@ -225,10 +230,10 @@ class Encoder:
         short = [chunk for chunk in new if len(chunk) <= _LONGEST_KEPT] if long else list(new)
         passing: dict[str, int] = {}
         if short:
-            first = self._table.add(self._rows([space + chunk for chunk in short]))
+            first = self._table.add(self._rows(_led(short, space)))
             known.update(zip(short, range(first, first + len(short)), strict=True))
         if long:
-            first = self._wait(self._rows([space + chunk for chunk in long]))
+            first = self._wait(self._rows(_led(long, space)))
             passing = dict(zip(long, range(first, first - len(long), -1), strict=True))
         if passing:
             numbers_K[missing] = [passing[chunk] if chunk in passing else known[chunk] for chunk in asked]
@@ -287,7 +292,8 @@ class Encoder:
         joinable, alone = list[int](), list[int]()
         starts_with_han = STARTS_WITH_HAN.match
         for number, chunk in enumerate(chunks):
-            begins = chunk[1:2] not in INVISIBLE if chunk[:1] == " " else self._parts_han and starts_with_han(chunk)
+            is_led = chunk[:1] == " " or (chunk[:1] == "\n" and self._parts_lines)
+            begins = chunk[1:2] not in INVISIBLE if is_led else self._parts_han and starts_with_han(chunk)
             (joinable if begins and chunk[-1] not in INVISIBLE else alone).append(number)
         return joinable, alone
 
@@ -334,6 +340,15 @@ class Encoder:
             lead = lead_C[((flags_C & STRAY) == 0) & (lead_C < until_C)]
             marks[lead] = (marks[lead] & np.uint8(255 - SENTENCE_START)) | np.uint8(LEAD)
         return Rows(ids, marks, tokens_C, unknown_T1[until_C] - unknown_T1[first_C], flags_C)
+
+
+def _led(pieces: Sequence[str], space: str, *, is_first: bool = False) -> list[str]:
+    """Pieces with what they stood behind: a space, or the line feed that they hold; the first of a text behind nothing.
+
+    Where they were not split at spaces, `space` is empty and each is what it was.
+    """
+    led = [piece if piece[:1] == "\n" else space + piece for piece in pieces]
+    return [pieces[0], *led[1:]] if is_first else led
 
 
 def _beginnings(texts: Sequence[str]) -> Numbers:

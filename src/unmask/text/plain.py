@@ -1,7 +1,7 @@
 """Room card: plain chunks, encoded without offsets.
 
-Comes in: chunks of a space and letters, numbers, perhaps ASCII punctuation. Goes out: their rows for the table, and
-which of them are better looked at closely. Called by: encoder.
+Comes in: chunks of a space (or line feed) and letters, numbers, perhaps ASCII punctuation. Goes out: their rows for the
+table, and which of them are better looked at closely. Called by: encoder.
 
 Which tokens start words can be read off the pieces: where pieces carry the space before their word, by that; with
 WordPiece, by what continues a word, since in such chunks its words are ours (rule "spaces"). Nothing else needs to be
@@ -20,13 +20,13 @@ import tokenizers
 from numpy.typing import NDArray
 
 from unmask.contracts import WORD_START
-from unmask.text.chunks import ENDS_AT_SPACE, LEAD, LED_BY_SPACE, Rows, flags_of
-from unmask.text.structure import leading_space
+from unmask.text.chunks import ENDS_AT_SPACE, LEAD, LED_BY_LINE, LED_BY_SPACE, Rows, flags_of
+from unmask.text.structure import leading_space, lines_are_spaces
 from unmask.text.tokenizer import Tokenizer
 from unmask.text.words import codes
 
 _BLOCK_CHARACTERS: Final = 1 << 12  # of chunks that are encoded as one text
-_LETTER, _PUNCTUATION, _SPACE, _OTHER = 1, 2, 3, 4  # kinds of characters; 0: not looked up yet
+_LETTER, _PUNCTUATION, _SPACE, _LINE, _OTHER = 1, 2, 3, 4, 5  # kinds of characters; 0: not looked up yet
 _KIND_OF_CODE: Final = np.zeros(0x110000, dtype=np.uint8)
 _ENDS: Final = np.array([ord(character) for character in ".!?"], dtype=np.uint32)
 _CLOSERS: Final = np.array([ord(character) for character in "\"')]}"], dtype=np.uint32)
@@ -35,8 +35,8 @@ _HAN: Final = ((0x3400, 0x4DBF), (0x4E00, 0x9FFF), (0xF900, 0xFAFF), (0x20000, 0
 
 def _kind(code: int) -> int:
     character = chr(code)
-    if code == ord(" "):
-        return _SPACE
+    if character in " \n":
+        return _SPACE if character == " " else _LINE
     if character.isalnum():  # WordPiece also parts ideographs, which the rule "spaces" doesn't
         return _OTHER if any(first <= code <= last for first, last in _HAN) else _LETTER
     return _PUNCTUATION if "!" <= character <= "~" else _OTHER
@@ -77,6 +77,7 @@ class PlainWords:
         self._unknown_id = -1 if tokenizer.unknown_id is None else tokenizer.unknown_id
         # WordPiece parts punctuation from letters as the rule for words does, and an unknown word is one token.
         self._is_wordpiece = not leading_space(tokenizer.to_json())
+        self._lines_are_spaces = lines_are_spaces(tokenizer.to_json())
 
     @property
     def can(self) -> bool:
@@ -96,7 +97,8 @@ class PlainWords:
         words_N1 = np.append(0, np.cumsum(starts_N))
         ends_C = np.cumsum(sizes_C)
         first_C = ends_C - sizes_C
-        is_led_C = kinds_N[np.minimum(first_C, len(kinds_N) - 1)] == _SPACE
+        begins_C = kinds_N[np.minimum(first_C, len(kinds_N) - 1)]
+        is_led_C = (begins_C == _SPACE) | (self._lines_are_spaces & (begins_C == _LINE))
         plain = np.flatnonzero(is_led_C & (sizes_C > 1) & (within_N1[ends_C] - within_N1[first_C] == sizes_C - 1))
         return plain, (words_N1[ends_C] - words_N1[first_C])[plain]
 
@@ -129,8 +131,9 @@ class PlainWords:
         tokens_C = np.concatenate([np.zeros(0, dtype=np.int64), *counts])
         marks = self._starts_V[ids].view(np.uint8) * np.uint8(WORD_START)
         marks[(np.cumsum(tokens_C) - tokens_C)[tokens_C > 0]] |= np.uint8(LEAD)
-        last_C = codes("".join([chunk[-1] for chunk in chunks]))
+        first_C, last_C = (codes("".join([chunk[end] for chunk in chunks])) for end in (0, -1))
         flags_C = np.full(len(chunks), LED_BY_SPACE, dtype=np.uint8)
+        flags_C[first_C == ord("\n")] |= LED_BY_LINE
         flags_C[np.isin(last_C, _ENDS)] |= ENDS_AT_SPACE
         for number in np.flatnonzero(np.isin(last_C, _CLOSERS)).tolist():
             flags_C[number] = flags_of(chunks[number])

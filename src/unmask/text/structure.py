@@ -34,6 +34,23 @@ def splits_at_spaces(tokenizer_json: str) -> bool:
     return bool(steps) and all(map(_keeps_its_space, steps)) and any(map(_cuts_at_spaces, steps))
 
 
+def splits_at_lines(tokenizer_json: str) -> bool:
+    """Whether the same holds before every single line feed between two visible characters."""
+    if not splits_at_spaces(tokenizer_json):
+        return False
+    whole = cast("Node", json.loads(tokenizer_json))
+    first = next(_steps(whole["pre_tokenizer"], "pretokenizers"))
+    return lines_are_spaces(tokenizer_json) or first["type"] in ("ByteLevel", "Split")
+
+
+def lines_are_spaces(tokenizer_json: str) -> bool:
+    """Whether a line feed is to it what a space is."""
+    whole = cast("Node", json.loads(tokenizer_json))
+    if any(step.get("clean_text", False) for step in _steps(whole.get("normalizer"), "normalizers")):
+        return True
+    return any(step["type"] in _PARTS_AT_SPACES for step in _steps(whole.get("pre_tokenizer"), "pretokenizers"))
+
+
 def _steps(node: Node | None, name: str) -> Iterator[Node]:
     """The steps of a sequence, one after the other."""
     if node is None:

@@ -21,13 +21,17 @@ from unmask import rng
 from unmask.contracts import Part, Source
 from unmask.store import saying_where
 from unmask.text.arrays import Column, mapped
+from unmask.text.borders import PART_BYTES
 from unmask.text.encoder import Encoder
+from unmask.text.listing import kind_of
 from unmask.text.survey import REPORT_CHARACTERS, Noted, Side, Stretch, Tell, measured, numbered, stretches
 from unmask.text.tokenizer import Tokenizer
 from unmask.text.words import WordsRule
 from unmask.text.writing import ShardWriter, Written
 
-UNIT_BYTES: Final = 64_000_000  # of text: ten seconds of work or so, and 50 MB of shards
+LARGEST_UNIT_BYTES: Final = 64_000_000  # of text: half a minute of work or so, and 50 MB of shards
+SMALLEST_UNIT_BYTES: Final = 4_000_000  # less would not be worth a process
+UNITS: Final = 16  # between the two: so many, that several workers end at about the same time
 SIDES: Final[tuple[Side, Side]] = ("train", "held-out")
 _BATCH_CHARACTERS: Final = 1_000_000  # encoded at a time; what an encoding holds is many times its text
 _BATCH_PASSAGES: Final = 8192
@@ -71,18 +75,29 @@ class Task:
         return Path(self.folder) / f"unit-{self.unit:05d}.{ending}"
 
 
-def units_of(parts: Sequence[Part], unit_bytes: int = UNIT_BYTES) -> list[Unit]:
-    """Neighbouring parts, together up to so many bytes; a larger one stands alone."""
+def units_of(parts: Sequence[Part], unit_bytes: int | None = None) -> list[Unit]:
+    """Neighbouring parts, together up to so many bytes; a larger one stands alone.
+
+    By itself it makes a dozen units or more of any text that is worth several workers: all that decides is the text,
+    since the shards of a corpus must not depend on who made them.
+    """
+    sizes = list(map(_bytes, parts))
+    if unit_bytes is None:
+        unit_bytes = min(LARGEST_UNIT_BYTES, max(SMALLEST_UNIT_BYTES, sum(sizes) // UNITS))
     units: list[list[Part]] = []
     size = 0
-    for part in parts:
-        own = part.last_byte - part.first_byte
+    for part, own in zip(parts, sizes, strict=True):
         if not units or size + own > unit_bytes:
             units.append([])
             size = 0
         units[-1].append(part)
         size += own
     return [Unit(number, tuple(held)) for number, held in enumerate(units)]
+
+
+def _bytes(part: Part) -> int:
+    """How large a part is; those of a data set are counted in rows, and made about equally large."""
+    return PART_BYTES if kind_of(part.path) == "dataset" else part.last_byte - part.first_byte
 
 
 class Hand:

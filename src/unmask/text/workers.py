@@ -28,12 +28,12 @@ import unmask
 from unmask import errors
 from unmask.contracts import Source
 from unmask.errors import TextError, UnmaskError
+from unmask.machine import cores
 from unmask.recipe import build, dump
 from unmask.text.opening import SourceRecipe
 from unmask.text.settings import TextSettings
 from unmask.text.sources import FileSource
 from unmask.text.units import Hand, Result, Task
-from unmask.world import cores
 
 WorkersWanted = int | Literal["all cores"]
 _SINGLE: Final = {"TOKENIZERS_PARALLELISM": "false", "RAYON_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}

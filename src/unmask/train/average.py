@@ -11,7 +11,7 @@ import copy
 import torch
 from torch import Tensor
 
-from unmask.contracts import Learner
+from unmask.train.learner import Learner
 
 
 class Average:

@@ -13,9 +13,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from unmask.contracts import Learner
 from unmask.optim import Optimiser
 from unmask.train.average import Average
+from unmask.train.learner import Learner
 from unmask.train.loop import Duty, Standing, Training, train
 from unmask.train.plan import Measured, Plan, StagePlan, StageSettings, always
 

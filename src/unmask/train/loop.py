@@ -21,10 +21,11 @@ import torch
 from torch import Tensor
 
 from unmask import rng
-from unmask.contracts import Batch, Learner, Loss, Objective, Puzzle
+from unmask.contracts import Batch, Loss, Objective, Puzzle
 from unmask.errors import RunError
 from unmask.optim import Optimiser
 from unmask.train.average import Average
+from unmask.train.learner import Learner
 from unmask.train.plan import Plan
 from unmask.world import World
 
