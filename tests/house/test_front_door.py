@@ -32,6 +32,10 @@ def test_the_door_opens_without_torch_and_without_a_word() -> None:
     assert spent < 500_000
 
 
+def test_who_works_on_text_alone_waits_for_no_torch() -> None:
+    python("import sys, unmask.text.workers, unmask.text.corpus; assert 'torch' not in sys.modules")
+
+
 @pytest.mark.parametrize("name", unmask.__all__)
 def test_every_name_is_there(name: str) -> None:
     assert name in dir(unmask)

@@ -106,6 +106,8 @@ def equal(encoder: Encoder, tokenizer: Tokenizer, texts: Sequence[str], words: W
 @given(texts=st.lists(TEXTS, max_size=5), words=st.sampled_from(["spaces", "characters"]))
 @example(texts=['end." x', "end.\n x", ' ". x', "a.) b", "。」x", "!。 x", "...! x"], words="spaces")
 @example(texts=["", " ", "a ", " a", "a  b", "\n", "a\n b", "a \nb"], words="spaces")
+@example(texts=["a\nb", "a.\n\nb", "\na", "a\n", "a\n\u0301b", "é\n.\n“x”…\ny", "1\n 2\n\t3 \n4"], words="spaces")
+@example(texts=["가나다.\n《라》 마…” 바\n漢字(漢字)는\n사!」 아"], words="spaces")
 @example(texts=["今天。他", "好。\n他", "好. 他", "a他 b", "他\u0301他", "「好。」他"], words="characters")
 @example(texts=["x\u200b a. \u00ad b \u200b c", "की किताब", "\x01 a", "a. \x01 b", "a. \u0301b"], words="spaces")
 def test_what_it_gives_is_what_the_tokenizer_gives(kind: str, texts: list[str], words: WordsRule) -> None:

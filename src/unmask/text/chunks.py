@@ -25,7 +25,7 @@ LED_BY_SPACE: Final = 4  # it begins with a space, or a line feed
 OPEN: Final = 8  # it can't be parted from what follows: nothing can be seen of its end, or no token stands for it
 STRAY: Final = 16  # it can't be parted from what precedes: behind its space there is nothing to see
 LED_BY_LINE: Final = 32  # it begins with a line feed, so that a sentence starts with it
-_CLOSERS: Final = "\"'”’»)]}」』）】"  # as in words: what may stand between the end of a sentence and the white space
+CLOSERS: Final = "\"'”’»)]}」』）】"  # as in words: what may stand between the end of a sentence and the white space
 _HAN: Final = "\u3400-\u4dbf\u4e00-\u9fff"  # what BERT's normaliser sets apart, as far as NFC leaves it alone
 HAN_CUTS: Final = re.compile(rf"(?<=\S)(?= \S|[{_HAN}])")
 HAN_AND_LINE_CUTS: Final = re.compile(rf"(?<=\S)(?=[ \n]\S|[{_HAN}])")
@@ -143,8 +143,8 @@ def flags_of(chunk: str) -> int:
     if chunk[is_led : is_led + 1] in INVISIBLE:
         flags |= STRAY
     end = chunk[-1:]
-    if end in _CLOSERS:
-        end = chunk.rstrip(_CLOSERS)[-1:]
+    if end in CLOSERS:
+        end = chunk.rstrip(CLOSERS)[-1:]
         return flags | (_AT_END[end] & ~OPEN if end in _AT_END else 0)
     return flags | _AT_END.get(end, 0)
 

@@ -43,8 +43,8 @@ from unmask.text.words import WordsRule
 
 __all__ = ["EncodedTexts", "Encoder"]
 
-_CHUNKS_KEPT: Final = 1 << 18  # about 60 MB
-_TOKENS_KEPT: Final = 1 << 21  # 10 MB
+_CHUNKS_KEPT: Final = 1 << 19  # about 120 MB
+_TOKENS_KEPT: Final = 1 << 22  # 20 MB
 _LONGEST_KEPT: Final = 48  # characters; a longer chunk hardly comes again
 _BLOCK_CHARACTERS: Final = 1 << 13  # of new chunks that are encoded as one text
 _COMPARED_CHARACTERS: Final = 100_000
@@ -96,16 +96,18 @@ class Encoder:
 
     def agrees(self, texts: Iterable[str]) -> bool:
         """Whether this gives what the tokenizer gives, by the first hundred thousand characters of texts."""
-        room = _COMPARED_CHARACTERS
+        pieces, room = list[str](), _COMPARED_CHARACTERS
         for text in texts:
-            piece = text[:room]
-            mine, its = self.encode([piece]), self._tokenizer.encode(piece, self._words)
-            if not (np.array_equal(mine.ids, its.ids) and np.array_equal(mine.marks, its.marks)):
-                return False
-            room -= len(piece)
+            pieces.append(text[:room])
+            room -= len(text)
             if room <= 0:
                 break
-        return True
+        mine, its = self.encode(pieces), self._tokenizer.encode_batch(pieces, self._words)
+        ids, marks = ([getattr(one, name) for one in its] for name in ("ids", "marks"))
+        return mine.tokens_B.tolist() == list(map(len, ids)) and (
+            not pieces
+            or (np.array_equal(mine.ids, np.concatenate(ids)) and np.array_equal(mine.marks, np.concatenate(marks)))
+        )
 
     def encode(self, texts: Sequence[str]) -> EncodedTexts:
         """The tokens of texts, each for itself."""
@@ -227,18 +229,17 @@ class Encoder:
         asked = [chunks[place] for place in missing]
         new = dict.fromkeys(asked)
         long = [chunk for chunk in new if len(chunk) > _LONGEST_KEPT]
-        short = [chunk for chunk in new if len(chunk) <= _LONGEST_KEPT] if long else list(new)
-        passing: dict[str, int] = {}
-        if short:
-            first = self._table.add(self._rows(_led(short, space)))
-            known.update(zip(short, range(first, first + len(short)), strict=True))
-        if long:
+        for chunk in long:
+            del new[chunk]
+        if new:
+            first = self._table.add(self._rows(_led(list(new), space)))
+            known.update(zip(new, range(first, first + len(new)), strict=True))
+        if long:  # known for as long as it takes to number them
             first = self._wait(self._rows(_led(long, space)))
-            passing = dict(zip(long, range(first, first - len(long), -1), strict=True))
-        if passing:
-            numbers_K[missing] = [passing[chunk] if chunk in passing else known[chunk] for chunk in asked]
-        else:
-            numbers_K[missing] = list(map(known.__getitem__, asked))
+            known.update(zip(long, range(first, first - len(long), -1), strict=True))
+        numbers_K[missing] = list(map(known.__getitem__, asked))
+        for chunk in long:
+            del known[chunk]
         return numbers_K
 
     def _rows(self, chunks: Sequence[str], *, is_whole: bool = False) -> Rows:

@@ -1,6 +1,6 @@
 """Room card: plain chunks, encoded without offsets.
 
-Comes in: chunks of a space (or line feed) and letters, numbers, perhaps ASCII punctuation. Goes out: their rows for the
+Comes in: chunks of a space (or line feed) and letters, numbers, perhaps punctuation. Goes out: their rows for the
 table, and which of them are better looked at closely. Called by: encoder.
 
 Which tokens start words can be read off the pieces: where pieces carry the space before their word, by that; with
@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import unicodedata
 from collections.abc import Sequence
 from typing import Any, Final, cast
 
@@ -20,7 +21,7 @@ import tokenizers
 from numpy.typing import NDArray
 
 from unmask.contracts import WORD_START
-from unmask.text.chunks import ENDS_AT_SPACE, LEAD, LED_BY_LINE, LED_BY_SPACE, Rows, flags_of
+from unmask.text.chunks import CLOSERS, ENDS_AT_SPACE, LEAD, LED_BY_LINE, LED_BY_SPACE, Rows, flags_of
 from unmask.text.structure import leading_space, lines_are_spaces
 from unmask.text.tokenizer import Tokenizer
 from unmask.text.words import codes
@@ -28,8 +29,8 @@ from unmask.text.words import codes
 _BLOCK_CHARACTERS: Final = 1 << 12  # of chunks that are encoded as one text
 _LETTER, _PUNCTUATION, _SPACE, _LINE, _OTHER = 1, 2, 3, 4, 5  # kinds of characters; 0: not looked up yet
 _KIND_OF_CODE: Final = np.zeros(0x110000, dtype=np.uint8)
-_ENDS: Final = np.array([ord(character) for character in ".!?"], dtype=np.uint32)
-_CLOSERS: Final = np.array([ord(character) for character in "\"')]}"], dtype=np.uint32)
+_ENDS: Final = np.array([ord(character) for character in ".!?…"], dtype=np.uint32)
+_CLOSERS: Final = np.array([ord(character) for character in CLOSERS], dtype=np.uint32)
 _HAN: Final = ((0x3400, 0x4DBF), (0x4E00, 0x9FFF), (0xF900, 0xFAFF), (0x20000, 0x2FA1F))
 
 
@@ -39,7 +40,10 @@ def _kind(code: int) -> int:
         return _SPACE if character == " " else _LINE
     if character.isalnum():  # WordPiece also parts ideographs, which the rule "spaces" doesn't
         return _OTHER if any(first <= code <= last for first, last in _HAN) else _LETTER
-    return _PUNCTUATION if "!" <= character <= "~" else _OTHER
+    if "!" <= character <= "~":
+        return _PUNCTUATION
+    # WordPiece parts what Unicode calls punctuation; of it, these end sentences within a chunk.
+    return _PUNCTUATION if unicodedata.category(character)[0] == "P" and character not in "。！？" else _OTHER
 
 
 def _kinds(codes_N: NDArray[np.uint32]) -> NDArray[np.uint8]:
