@@ -20,20 +20,38 @@ from typing import TYPE_CHECKING, Any
 from unmask.errors import UnmaskError
 
 if TYPE_CHECKING:
+    from unmask.audit.judge import audit
     from unmask.blueprint import Recipe
     from unmask.bundle import Model, load
+    from unmask.hf.exporting import export
+    from unmask.hf.importing import import_model
     from unmask.pretrain import pretrain
     from unmask.text.tokenizer import Tokenizer
     from unmask.use.fill import fill
 
 __version__ = "0.1.0"
-__all__ = ["Model", "Recipe", "Tokenizer", "UnmaskError", "__version__", "fill", "load", "pretrain"]
+__all__ = [
+    "Model",
+    "Recipe",
+    "Tokenizer",
+    "UnmaskError",
+    "__version__",
+    "audit",
+    "export",
+    "fill",
+    "import_model",
+    "load",
+    "pretrain",
+]
 
 _ROOMS = {
     "Model": "unmask.bundle",
     "Recipe": "unmask.blueprint",
     "Tokenizer": "unmask.text.tokenizer",
+    "audit": "unmask.audit.judge",
+    "export": "unmask.hf.exporting",
     "fill": "unmask.use.fill",
+    "import_model": "unmask.hf.importing",
     "load": "unmask.bundle",
     "pretrain": "unmask.pretrain",
 }

@@ -20,6 +20,7 @@ from unmask import store
 from unmask.errors import RecipeError, RunError
 from unmask.nn import EncoderSettings, ModernSettings
 from unmask.objectives.mlm import MlmSettings
+from unmask.objectives.pair import BertSettings
 from unmask.optim import OptimiserSettings
 from unmask.outside import Outside, OutsideObjective
 from unmask.recipe import Amount
@@ -88,6 +89,15 @@ class ShowSettings:
 
 
 @dataclass(frozen=True)
+class StartSettings:
+    """What a run's weights begin as: drawn, or those of a model; written by `unmask pretrain --from`."""
+
+    needed: bool = False  # such a recipe makes no sense without a model
+    model: str = ""  # the folder that it came from; "": drawn
+    rows: int = 0  # of its token table, once the vocabulary is known
+
+
+@dataclass(frozen=True)
 class Recipe:
     """One complete run."""
 
@@ -96,12 +106,13 @@ class Recipe:
     seed: int = 17
     text: TextSettings = field(default_factory=TextSettings)
     encoder: EncoderSettings = field(default_factory=ModernSettings)
-    objective: MlmSettings | OutsideObjective = field(default_factory=MlmSettings)
+    objective: MlmSettings | BertSettings | OutsideObjective = field(default_factory=MlmSettings)
     stage: tuple[StageSettings, ...] = (StageSettings(),)
     optimiser: OptimiserSettings = field(default_factory=OptimiserSettings)
     schedule: ScheduleSettings = field(default_factory=ScheduleSettings)
     train: TrainSettings = field(default_factory=TrainSettings)
     show: ShowSettings = field(default_factory=ShowSettings)
+    start: StartSettings = field(default_factory=StartSettings)
 
     def __post_init__(self) -> None:
         check_stages(self.stage)
@@ -121,12 +132,18 @@ class Recipe:
 
 
 def load_recipe(
-    name_or_path: str | Path = "tiny", settings: Sequence[str] = (), overrides: Mapping[str, Any] | None = None
+    name_or_path: str | Path = "tiny",
+    settings: Sequence[str] = (),
+    overrides: Mapping[str, Any] | None = None,
+    decided: Sequence[str] = (),
 ) -> Recipe:
     """A shipped recipe or a TOML file, changed by `key=value` texts and then by flags (dotted key -> value).
 
+    `decided` are keys that a model decides which the run goes on from.
+
     Raises:
-        RecipeError: unknown recipe, key or value; the file, the key and the nearest name are given.
+        RecipeError: unknown recipe, key or value; the file, the key and the nearest name are given. A key that is
+            decided elsewhere.
     """
     tree = recipes.resolve(name_or_path)
     tree.pop(PLAN, None)
@@ -136,8 +153,24 @@ def load_recipe(
     for key, value in (overrides or {}).items():
         is_toml = isinstance(value, bool | int | float | str | list | dict)
         tree = assign(tree, key, value if is_toml else str(value), flags[key])
+    for key in decided:
+        _refuse_named(tree, key, str(name_or_path))
     tree.setdefault("name", Path(name_or_path).stem)
     return recipes.build(Recipe, tree, str(name_or_path), settings, flags)
+
+
+def _refuse_named(tree: Any, key: str, name: str) -> None:
+    """Refuse a recipe that names what the model decides."""
+    table = tree
+    for part in key.split("."):
+        if not isinstance(table, dict) or part not in table:
+            return
+        table = cast("dict[str, Any]", table)[part]
+    raise RecipeError(
+        f"the model that the run goes on from decides [{key}]",
+        where=f"{name}: {key}",
+        next="leave it out of the recipe (and of --set), take --recipe continue, or start without --from",
+    )
 
 
 def _flag(key: str, value: Any) -> str:

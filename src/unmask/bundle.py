@@ -24,7 +24,15 @@ from unmask import store
 from unmask.contracts import SPECIAL, Text, logits_at, pack
 from unmask.errors import DamagedError, ModelError, UnmaskError
 from unmask.nn import ClassicSettings, EncoderSettings, build, build_pair
-from unmask.nn.names import States, config, from_ecosystem, settings_of, to_ecosystem, vocabulary_of
+from unmask.nn.names import (
+    States,
+    config,
+    encoder_alone,
+    from_ecosystem,
+    settings_of,
+    to_ecosystem,
+    vocabulary_of,
+)
 from unmask.text.tokenizer import Tokenizer
 
 LATEST, BEST = "latest", "best"
@@ -49,6 +57,7 @@ class Model:
     card: dict[str, Any] = field(default_factory=dict)
     path: str = ""
     pair: nn.Module | None = None
+    said: tuple[str, ...] = ()  # of a folder of others: what was converted, left out or begun anew
 
     @property
     def context(self) -> int:
@@ -126,22 +135,25 @@ class Model:
         return list(logits_MV.log_softmax(-1).cpu().split([len(places) for places in at]))
 
 
-def save(folder: Path, model: Model) -> None:
+def save(folder: Path, model: Model, *, only_encoder: bool = False) -> None:
     """Fill a folder with the files that `transformers` opens, and card.json.
 
     Tensors carry the ecosystem's names and are written in one sorted order, without metadata that would differ from
-    process to process.
+    process to process. With `only_encoder` they are those of BertModel or its like, which has no head for masks.
     """
     with store.saying_where(folder):
         folder.mkdir(parents=True, exist_ok=True)
         pair = None if model.pair is None else model.pair.state_dict()
         tensors = to_ecosystem(States(model.encoder.state_dict(), model.head.state_dict(), pair), model.settings)
-        ready = {name: tensors[name].detach().cpu().contiguous() for name in sorted(tensors)}
-        save_file(ready, folder / WEIGHTS, metadata={"format": "pt"})
         ids = {name: found for name in _ROLES if (found := model.tokenizer.role_id(f"{name}_token")) is not None}
         vocabulary = int(cast(Any, model.encoder).vocabulary)
-        store.write_json(folder / CONFIG, config(model.settings, vocabulary, ids, pair=pair is not None))
-        inputs = _CLASSIC_INPUTS if isinstance(model.settings, ClassicSettings) else _INPUTS
+        description = config(model.settings, vocabulary, ids, pair=pair is not None)
+        if only_encoder:
+            tensors, description = encoder_alone(tensors, description, model.settings)
+        ready = {name: tensors[name].detach().cpu().contiguous() for name in sorted(tensors)}
+        save_file(ready, folder / WEIGHTS, metadata={"format": "pt"})
+        store.write_json(folder / CONFIG, description)
+        inputs = _CLASSIC_INPUTS if _takes_segments(model.settings) else _INPUTS
         model.tokenizer.save(folder, inputs=inputs, longest=model.context)
         store.write_json(folder / CARD, model.card)
 
@@ -149,6 +161,11 @@ def save(folder: Path, model: Model) -> None:
 _ROLES = ("pad", "unk", "cls", "sep", "mask")
 _INPUTS = ("input_ids", "attention_mask")  # what a forward takes there; the modern one refuses segments
 _CLASSIC_INPUTS = ("input_ids", "token_type_ids", "attention_mask")
+
+
+def _takes_segments(settings: EncoderSettings) -> bool:
+    """Whether a pair's second text is told apart: RoBERTa has one segment, and no row for a second."""
+    return isinstance(settings, ClassicSettings) and settings.segments > 1 and settings.family == "bert"
 
 
 def follow(latest: Path) -> Path:

@@ -80,6 +80,7 @@ class Batch:
     label_B: Int[Tensor, "B"] | None = None
     look: Literal["both", "left"] = "both"
     filler: int = 0  # slots of the filler text that ends the batch (0: there is none)
+    progress: float = 0.0  # the share of the planned tokens that lies before its step: what a schedule goes by
 
     @property
     def texts(self) -> int:
@@ -263,12 +264,15 @@ class Objective(Protocol):
 
     terms: Mapping[str, float]  # name -> weight in the step's loss
     metrics: Sequence[str]  # the names in a loss's `seen`; "loss" is one, nats over what was asked
-    cutter: str  # which cutter its samples come from: "windows"
+    cutter: str  # what its samples are: "windows"; "next-sentence" or "sentence-order", pairs with labels
     parts: nn.Module  # its own parameters, saved as objective.safetensors (an empty module where it has none)
     fills: bool  # whether encoder + head answer masks
 
     def corrupt(self, batch: Batch, seed: int) -> Puzzle:
-        """Pure: the draws are a function of the seed and each text's (epoch, number), never of a generator."""
+        """Pure: draws are a function of the seed and each text's (epoch, number), never of a generator.
+
+        What changes over a run is a function of `batch.progress`.
+        """
         ...
 
     def loss(self, encoder: nn.Module, head: nn.Module, puzzle: Puzzle) -> Loss:

@@ -52,6 +52,8 @@ def work(
     with _going_on_told(run), _crash_kept(run):
         duty.open()
         try:
+            if recipe.start.model and not standing.step:
+                duty.validate(standing)
             ended = train(duty.training, standing, duties, signals.wish, lambda now: has_enough(recipe, now))
             if ended and standing.step < plan.steps:
                 if ended == EARLY:
@@ -75,10 +77,17 @@ def work(
         best_step=standing.best["step"] if standing.best else None,
         best_loss=standing.best["loss"] if standing.best else None,
         early=early,
+        before=_before(run) if recipe.start.model else None,
     )
     if workshop.world.first:
         display.done(summary)
     return summary
+
+
+def _before(run: Path) -> Mapping[str, Any] | None:
+    """The first validation of a run, of the model that it went on from."""
+    first = next((line for line in read_log(run / LOG) if "validation" in line), None)
+    return first["validation"] if first and first["step"] == 0 else None
 
 
 def has_enough(recipe: Recipe, now: Standing) -> bool:

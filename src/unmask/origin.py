@@ -24,6 +24,7 @@ from unmask.errors import DamagedError, RecipeError, RunError, TextError
 from unmask.outside import OutsideSource, facts, make
 from unmask.text.listing import absolute, is_name, weighted
 from unmask.text.opening import open_source
+from unmask.text.segmenter import version
 from unmask.text.settings import TextSettings
 from unmask.text.sources import FileSource, MemorySource
 from unmask.workshop import Workshop
@@ -151,6 +152,8 @@ def bits(world: World, recipe: Recipe) -> dict[str, Any]:
     """What the bits of a run depend on beside its recipe and text; the code of a person's own is part of it."""
     versions = {name: metadata.version(name) for name in _PACKAGES}
     own = {f"{kind.role} {kind.kind}": facts(kind)["digest"] for kind in recipe.outside}
+    if segmenter := version(recipe.text.words):
+        own[f"text.words {recipe.text.words}"] = segmenter
     return {**world.facts(), **versions, "python": platform.python_version(), "unmask": __version__, **own}
 
 

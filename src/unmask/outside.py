@@ -133,6 +133,25 @@ def find(kind: str, role: type[Outside]) -> type:
     return cls
 
 
+def find_object(name: str) -> Any:
+    """What "package.module:name" names, be it a function, a class or an instance; its module is imported.
+
+    Raises:
+        RecipeError: no such module or name, or an error in the module (its file and line).
+    """
+    if not _NAME.fullmatch(name):
+        raise RecipeError(f"`{name}` names nothing", next="write it as package.module:name, e.g. mylab.masks:hide")
+    module_name, _, wanted = name.partition(":")
+    found = _imported(module_name, name)
+    if not hasattr(found.module, wanted):
+        near = nearest(wanted, [known for known in vars(found.module) if not known.startswith("_")])
+        raise RecipeError(
+            f"there is no `{wanted}` in {found.file or module_name}" + (f": did you mean `{near}`?" if near else ""),
+            next="name something of that module",
+        )
+    return getattr(found.module, wanted)
+
+
 def _imported(name: str, kind: str) -> Found:
     """The module, imported at most once; what its file held is remembered."""
     if name in _found:

@@ -16,12 +16,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from unmask import store
+from unmask import bundle, store
 from unmask.blueprint import Recipe, change, load_recipe, read_recipe, write_recipe
 from unmask.bundle import LATEST, Model, load
 from unmask.duties import enough_in_words, has_enough, work
-from unmask.errors import RunError, StoreError
+from unmask.errors import RecipeError, RunError, StoreError
 from unmask.machine import cores
+from unmask.objectives.preference import settled
 from unmask.origin import (
     ENVIRONMENT,
     bits,
@@ -33,6 +34,8 @@ from unmask.origin import (
     write_environment,
 )
 from unmask.recipe import Amount
+from unmask.start import DECIDED, START, Start, beginning_of, started_from
+from unmask.text.cache import default_cache
 from unmask.train import checkpoint
 from unmask.train.lock import locked
 from unmask.train.loop import Standing
@@ -62,11 +65,12 @@ class Result:
 def pretrain(
     texts: str | Path | Sequence[str | Path],
     *,
-    recipe: str | Path = "tiny",
+    recipe: str | Path = "",
     budget: str | None = None,
     out: str | Path = "runs/model",
     seed: int | None = None,
     settings: Sequence[str] = (),
+    start: str | Path | Start | None = None,
     display: Display | None = None,
 ) -> Model:
     """Pretrain an encoder and give it back; what `unmask pretrain` does, for programs and notebooks.
@@ -74,24 +78,27 @@ def pretrain(
     Args:
         texts: paths of text files or folders; or the texts themselves, one document each: strings of which at least one
             can't be meant as a path, because it has lines, or spaces where no file has that name.
-        recipe: a shipped recipe's name or a TOML file.
+        recipe: a shipped recipe's name or a TOML file; without one "tiny", or "continue" where there is a start.
         budget: "300 s", "120 steps", "2M tokens" or "3 epochs"; the recipe's own where it isn't given.
         out: the folder of the run; it must not exist yet.
         seed: of all draws.
         settings: `key=value` texts, as for `--set`.
+        start: the folder of a model to go on from, or a Start, which may add pieces to its vocabulary.
         display: what shows the run; by default nothing is printed.
 
     Raises:
         UnmaskError: whatever a person can mend, in words that say how.
     """
+    begun = Start.open(start) if isinstance(start, str | Path) else start
     given = [texts] if isinstance(texts, str | Path) else list(texts)
     overrides = {"seed": seed, "train.budget": budget}
     result = launch(
         given,
-        recipe=recipe,
+        recipe=recipe or ("continue" if begun else "tiny"),
         out=out,
         settings=settings,
         display=display,
+        start=begun,
         overrides={key: value for key, value in overrides.items() if value is not None},
     )
     assert result.model is not None
@@ -107,8 +114,12 @@ def launch(
     overrides: Mapping[str, Any] | None = None,
     display: Display | None = None,
     dry_run: bool = False,
+    start: Start | None = None,
 ) -> Result:
-    """Start a run. `overrides` are explicit flags (dotted key -> value): they beat `settings`, and those the recipe."""
+    """Start a run. `overrides` are explicit flags (dotted key -> value): they beat `settings`, and those the recipe.
+
+    With `start` it begins with the weights of a model, which decides encoder and tokenizer.
+    """
     display = display or SilentDisplay()
     run = Path(out)
     if os.path.lexists(run) and not dry_run:
@@ -117,17 +128,28 @@ def launch(
             where=str(run),
             next=f"choose another --out, or go on with that run: unmask pretrain --resume {run}",
         )
-    whole = recipe if isinstance(recipe, Recipe) else load_recipe(recipe, settings, overrides)
-    whole = replace(whole, text=whole.text.absolute())  # a run goes on from wherever it is resumed
+    decided = DECIDED if start else ()
+    whole = recipe if isinstance(recipe, Recipe) else load_recipe(recipe, settings, overrides, decided)
+    notes = list[str]()
+    if start:
+        whole, notes = start.adopted(whole, default_cache())
+    elif whole.start.needed:
+        raise RecipeError(
+            f"the recipe `{whole.name}` goes on from a model, and none is named",
+            next="name it: --from MODEL; or take another recipe: unmask recipe list",
+        )
+    # A run goes on from wherever it is resumed, whatever became of a list of words.
+    whole = replace(whole, text=whole.text.absolute(), objective=settled(whole.objective))
     source, valid = open_text(texts, whole.text), open_valid(whole.text)
     check_installed(whole.train.sinks)
     with _told(display), Signals() as signals:
         world = discover(whole.train.precision, whole.train.threads, whole.train.device)
-        for note in filter(None, (load_warning(world), device_note(world))):  # the load is not yet our own
+        for note in filter(None, (*notes, load_warning(world), device_note(world))):  # the load is not yet our own
             display.say(note)
         if world.first and not dry_run:
             store.check_writable(run)
-        workshop = Workshop(whole, source, world, display, valid)
+        workshop = Workshop(whole, source, world, display, valid, start)
+        whole = workshop.recipe
         measured = workshop.probe()
         every, note = affordable(whole.train.every, whole.train.budget, measured)
         if note:
@@ -150,6 +172,8 @@ def launch(
             if world.first:
                 try:
                     write_recipe(run, whole, plan)
+                    if start:  # so that the run can begin again, and be compared, when the model is gone
+                        bundle.save(run / START, start.model)
                     write_environment(run, workshop, texts, forecast.flops_per_second)
                 except StoreError:  # nothing in it could go on, and it would stand in the way of another try
                     shutil.rmtree(run, ignore_errors=True)
@@ -206,7 +230,7 @@ def _go_on(
 ) -> Result:
     """Resume a run that nobody else works on."""
     recipe, plan = read_recipe(folder)
-    recipe = change(recipe, settings)
+    recipe = beginning_of(folder, change(recipe, settings))
     check_installed(recipe.train.sinks)
     environment = read_environment(folder)
     facts = environment["bits"]
@@ -220,7 +244,9 @@ def _go_on(
             next="resume where the run was started, or accept other bits with --elsewhere",
         )
     source = open_text_again(folder, environment, recipe.text)
-    workshop = Workshop(recipe, source, world, display, open_valid_again(environment, recipe.text))
+    valid = open_valid_again(environment, recipe.text)
+    is_new = not os.path.lexists(folder / LATEST)
+    workshop = Workshop(recipe, source, world, display, valid, started_from(folder, recipe) if is_new else None)
     if workshop.tokenizer.fingerprint != environment["text"]["tokenizer"]:
         raise RunError(
             "the tokenizer that this text gives is not the run's",
@@ -230,7 +256,7 @@ def _go_on(
     if more is not None:
         plan = prolong(plan, more, every=recipe.train.every, epoch_tokens=workshop.feeds[-1].epoch_tokens)
     standing = Standing()
-    if os.path.lexists(folder / LATEST):
+    if not is_new:
         standing = checkpoint.load(folder, workshop.training(plan))
     forecast = workshop.forecast(plan)
     signals.remember_from_now_on()  # before anything is written

@@ -8,10 +8,10 @@ pretrain.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -19,20 +19,22 @@ import torch
 from unmask import __version__, rng
 from unmask.blueprint import Recipe
 from unmask.bundle import Model
-from unmask.contracts import SENTENCE_START, WORD_START, Objective, ObjectiveTools, Source
+from unmask.contracts import SENTENCE_START, WORD_START, Source
 from unmask.errors import TextError
 from unmask.eval.documents import documents_of_shards, documents_of_source
 from unmask.eval.heldout import Document, Frozen, evaluate, freeze
 from unmask.nn import build, flops_per_token, products
 from unmask.nn.attention import backend_of
+from unmask.nn.classic import PairHead
 from unmask.objectives.masking import Integers
-from unmask.objectives.mlm import Mlm
+from unmask.objectives.pair import MlmWithPairs
 from unmask.optim import Optimiser, build_optimiser
-from unmask.outside import OutsideCutter, OutsideObjective, make, said
+from unmask.outside import OutsideCutter, said
+from unmask.questions import PairJudge, build_objective, check_pairs, pairs_of, require_corpus_of_pairs
 from unmask.schedule import decay_in_words, rate_factor
+from unmask.start import Start
 from unmask.text.corpus import Corpus, default_cache, places, prepare
 from unmask.text.sources import FileSource
-from unmask.text.tokenizer import Tokenizer
 from unmask.train import checkpoint
 from unmask.train.average import Average
 from unmask.train.feed import StageFeed
@@ -55,13 +57,15 @@ class Workshop:
         world: World,
         display: Display,
         valid: Mapping[str, FileSource] | None = None,
+        start: Start | None = None,
     ) -> None:
-        """`valid` are further texts that each validation measures, by name."""
+        """`valid` are further texts that each validation measures, by name; `start` is a model to go on from."""
         self.recipe = recipe
         self.source = source
         self.valid: Mapping[str, FileSource] = valid or {}
         self.world = world
         self._say = display.say
+        check_pairs(recipe)
         for kind in recipe.outside:
             display.say(said(kind))
         self.corpus: Corpus = prepare(source, recipe.text, default_cache(), display.preparing)
@@ -69,14 +73,24 @@ class Workshop:
             display.say(sentence)
         _require_one_text(self.corpus, source, recipe)
         self.tokenizer = self.corpus.tokenizer
-        self.vocabulary = self.tokenizer.size
         torch.manual_seed(rng.integer(recipe.seed, "weights"))
-        encoder, head = build(recipe.encoder, self.vocabulary)
-        self.objective = build_objective(recipe, self.tokenizer)
+        if start:
+            encoder, head = start.modules(self.tokenizer)
+        else:
+            encoder, head = build(recipe.encoder, recipe.start.rows or self.tokenizer.size)
+        self.vocabulary = int(cast(Any, encoder).vocabulary)  # rows of its table; some may have no piece
+        if recipe.start.model:
+            self.recipe = recipe = replace(recipe, start=replace(recipe.start, rows=self.vocabulary))
+        self.objective = build_objective(recipe, self.tokenizer, self.corpus.words, display.say)
+        if start and start.model.pair is not None and isinstance(self.objective.parts, PairHead):
+            self.objective.parts.load_state_dict(start.model.pair.state_dict())
         self.objective.parts.to(world.device)
         self.learner = Learner(encoder.to(world.device), head.to(world.device), self.objective)
         self.optimiser = self.build_optimiser(self.learner)
         self.average = Average(self.learner, recipe.train.average) if recipe.train.average else None
+        self._pairs = pairs_of(self.objective, recipe)
+        if self._pairs:
+            display.say(require_corpus_of_pairs(self.corpus, source, self._pairs.kind))
         self.feeds = [
             StageFeed(
                 self.corpus.train,
@@ -85,11 +99,13 @@ class Workshop:
                 round(recipe.train.micro_batch.number),
                 recipe.seed,
                 self.corpus.groups,
-                outside=cutter if isinstance(cutter := recipe.text.cutter, OutsideCutter) else None,
+                cutter if isinstance(cutter := recipe.text.cutter, OutsideCutter) else self._pairs,
             )
             for stage in recipe.stage
         ]
         self._frozen: dict[int, Frozen] = {}
+        is_of_pairs = isinstance(self.objective, MlmWithPairs)
+        self._judge = PairJudge(self.objective.cutter, self.corpus, self.lengths, world) if is_of_pairs else None
         self._sets = {name: self._frozen_set(name, text, display) for name, text in self.valid.items()}
 
     def build_optimiser(self, learner: Learner) -> Optimiser:
@@ -167,6 +183,7 @@ class Workshop:
             length=last.length,
             earlier={length: found.loss for length, found in here.items() if length != last.length},
             sets={name: self._validated(learner, held) for name, held in self._sets.items()},
+            pair=self._judge.validation(learner, stage) if self._judge else None,
         )
 
     def _validated(self, learner: Learner, held: Frozen) -> SetValidation:
@@ -227,7 +244,8 @@ class Workshop:
 
     def model(self, learner: Learner, card: dict[str, Any], path: str = "") -> Model:
         """A learner as a model in hand."""
-        return Model(learner.encoder, learner.head, self.tokenizer, self.recipe.encoder, card, path)
+        pair = learner.parts if isinstance(learner.parts, PairHead) else None
+        return Model(learner.encoder, learner.head, self.tokenizer, self.recipe.encoder, card, path, pair)
 
     def save(self, run: Path, training: Training, standing: Standing) -> Path:
         """A step folder."""
@@ -236,7 +254,7 @@ class Workshop:
 
     def save_best(self, run: Path, training: Training, standing: Standing) -> Path:
         """The model as it is judged now, in the place of the best one."""
-        return checkpoint.save_best(run, self.model(training.judged, self.card(standing)))
+        return checkpoint.save_best(run, self.model(training.judged, self.card(standing)), training.judged.parts)
 
     def probe(self) -> Measured:
         """Seconds per step, validation and save on this machine."""
@@ -297,14 +315,6 @@ class Workshop:
             patience=recipe.train.patience,
             decay=decay_in_words(recipe.schedule),
         )
-
-
-def build_objective(recipe: Recipe, tokenizer: Tokenizer) -> Objective:
-    """What the recipe asks of the model: masked language modelling, or an objective from outside."""
-    settings = recipe.objective
-    if isinstance(settings, OutsideObjective):
-        return make(settings, ObjectiveTools(tokenizer, recipe.encoder.width))
-    return Mlm(settings, tokenizer.mask_id, tokenizer.ordinary_N)
 
 
 def _require_one_text(corpus: Corpus, source: Source, recipe: Recipe) -> None:

@@ -13,6 +13,7 @@ import itertools
 import json
 import unicodedata
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +22,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from numpy.typing import NDArray
 from pyarrow import parquet
 from torch import nn
 
@@ -32,6 +34,7 @@ from unmask.conformance.samples import cutter_cases
 from unmask.conformance.sources import SOURCE_LAWS, SourceSubject
 from unmask.contracts import (
     FILLER_ID,
+    SENTENCE_START,
     SPECIAL,
     WORD_START,
     Cutter,
@@ -45,11 +48,13 @@ from unmask.contracts import (
     pack,
     unpack,
 )
-from unmask.nn import ClassicSettings, EncoderSettings, ModernSettings, TutorialSettings, build
+from unmask.nn import ClassicSettings, EncoderSettings, ModernSettings, TutorialSettings, build, build_pair
 from unmask.objectives.mlm import Mlm, MlmSettings
+from unmask.objectives.pair import BertSettings, MlmWithPairs
 from unmask.text.corpus import CorpusGroup
 from unmask.text.cutter import Windows
 from unmask.text.mixture import Mixture
+from unmask.text.pairs import PairKind, Pairs
 from unmask.text.sources import FileSource, MemorySource
 from unmask.train.plan import EPOCH_STRIDE
 from unmask.train.track import JsonLines, read_log
@@ -66,6 +71,7 @@ OBJECTIVES: list[Objective] = [
     Mlm(MlmSettings(rate=0.15), MASK, ORDINARY),
     Mlm(MlmSettings(rate=0.4, choose="word"), MASK, ORDINARY),
     Mlm(MlmSettings(rate=0.3, choose="span", mask=0.5, random=0.5, keep=0.0), MASK, ORDINARY),
+    Mlm(MlmSettings(rate=0.4, rate_end=0.1, choose="ngram", prefer=("a", "b")), MASK, ORDINARY, [(7,), (8, 9)]),
 ]
 SOURCES: list[Callable[[Path, Sequence[str]], Source]] = [
     lambda folder, texts: MemorySource(texts),
@@ -79,7 +85,7 @@ SOURCES: list[Callable[[Path, Sequence[str]], Source]] = [
 SINKS: list[Callable[[Path], Sink]] = [JsonLines]
 
 encoders = pytest.mark.parametrize("shape", ENCODERS, ids=lambda shape: shape.kind)
-objectives = pytest.mark.parametrize("objective", OBJECTIVES, ids=["token", "word", "span"])
+objectives = pytest.mark.parametrize("objective", OBJECTIVES, ids=["token", "word", "span", "ngram"])
 sources = pytest.mark.parametrize(
     "source_of", SOURCES, ids=["memory", "files", "folder", "jsonl", "jsonl.gz", "csv", "parquet"]
 )
@@ -207,6 +213,46 @@ CUTTERS: list[Callable[[CutterTools], Cutter]] = [
 @pytest.mark.parametrize("cutter_of", CUTTERS, ids=["windows", "mixture"])
 def test_a_cutter_keeps_its_laws(cutter_of: Callable[[CutterTools], Cutter]) -> None:
     assert not broken(judge(CUTTER_LAWS, CutterSubject(cutter_of, cutter_cases())))
+
+
+class Marked:
+    """Documents in which about every fourth token starts a sentence."""
+
+    def __init__(self, tools: CutterTools) -> None:
+        self.lengths_N = tools.lengths_N
+        self._marks = [
+            np.where(np.random.default_rng(n).random(n) < 0.25, SENTENCE_START, 0).astype(np.uint8)
+            for n in tools.lengths_N.tolist()
+        ]
+        self.sentences_N = np.array([int((one[1:] > 0).sum()) + (len(one) > 0) for one in self._marks])
+
+    def marks(self, document: int, first: int, last: int) -> NDArray[np.uint8]:
+        return self._marks[document][first:last]
+
+
+@pytest.mark.parametrize("kind", ["next-sentence", "sentence-order"])
+def test_a_cutter_of_pairs_keeps_the_laws(kind: PairKind) -> None:
+    cases = [case for case in cutter_cases() if len(case.lengths_N) > 1]
+    assert len(cases) > 1
+    subject = CutterSubject(lambda tools: Pairs(Marked(tools), tools.length, tools.seed, kind), cases, spans=2)
+    assert not broken(judge(CUTTER_LAWS, subject))
+
+
+@settings(max_examples=8, deadline=None)
+@given(lengths=st.lists(st.integers(4, 60), min_size=1, max_size=7), seed=st.integers(0, 2**63))
+def test_masks_and_pairs_keep_the_laws_of_objectives(lengths: list[int], seed: int) -> None:
+    shape = ENCODERS[1]
+    torch.manual_seed(5)
+    objective = MlmWithPairs(BertSettings(), Mlm(MlmSettings(), MASK, ORDINARY), build_pair(shape))
+    texts = [text(length, number) for number, length in enumerate(lengths)]
+    segments = [(np.arange(len(one.ids)) >= len(one.ids) // 2).astype(np.int64) for one in texts]
+    for labelled in (False, True):
+        if labelled:
+            texts = [
+                replace(one, segment=segment, label=number % 2)
+                for number, (one, segment) in enumerate(zip(texts, segments, strict=True))
+            ]
+        assert not broken(judge(OBJECTIVE_LAWS, objective_subject(objective, shape, texts, VOCABULARY, seed)))
 
 
 # Sources -------------------------------------------------------------------------------------------------------------

@@ -143,6 +143,8 @@ def cut_numbers(arguments: Sequence[str], kind: str) -> list[str]:
     for place, word in enumerate(cut):
         if word == "--vocab" and place + 1 < len(cut):
             cut[place + 1] = str(PIECES.get(kind, 120))
+        if word == "--extend-vocabulary" and place + 1 < len(cut):
+            cut[place + 1] = "4"
         if word == "--budget" and place + 1 < len(cut):
             cut[place + 1] = MORE if cut[place + 1].startswith("+") else BUDGET
         elif word.startswith("--budget="):
@@ -165,6 +167,9 @@ def cut_down(arguments: Sequence[str]) -> list[str]:
         return [verb, *cut_numbers(rest, kind_of_tokenizer(rest, "wordpiece"))]
     if verb not in ("pretrain", "demo") or "--help" in rest:
         return list(arguments)
+    if "--from" in rest:  # the model decides all but the stages
+        begin = ["--set=stage.0.batch=500 tokens", "--set=train.threads=1"]
+        return [verb, *begin, *([] if "--budget" in rest else ["--budget", BUDGET]), *cut_numbers(rest, "wordpiece")]
     recipe = option(rest, "--recipe", "tiny")
     rest = cut_numbers(rest, kind_of_tokenizer(rest, resolve(recipe)["text"]["tokenizer"]["kind"]))
     if verb == "demo":
@@ -281,6 +286,8 @@ class Desk:
 
         def small(texts: Any, **more: Any) -> Any:
             given = more.pop("settings", ())
+            if "start" in more:
+                return whole(texts, settings=["train.threads=1", *given], **{**more, "budget": BUDGET})
             settings = [*small_settings(str(more.get("recipe", "tiny")), given), *given]
             return whole(texts, settings=settings, **{**more, "budget": BUDGET})
 

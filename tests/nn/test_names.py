@@ -168,14 +168,13 @@ def test_version_4_is_read():
 @pytest.mark.parametrize(
     ("change", "culprit"),
     [
-        ({"model_type": "roberta"}, "roberta"),
+        ({"model_type": "electra"}, "electra"),
         ({"model_type": None}, "None"),
         ({"attention_bias": True}, "attention_bias"),
         ({"norm_bias": True}, "norm_bias"),
         ({"decoder_bias": False}, "decoder_bias"),
         ({"hidden_activation": "silu"}, "hidden_activation"),
         ({"classifier_activation": "relu"}, "classifier_activation"),
-        ({"tie_word_embeddings": False}, "tie_word_embeddings"),
         ({"layer_types": ["sliding_attention"] * 22}, "layer_types"),
         ({"rope_parameters": {"full_attention": {"rope_type": "yarn", "rope_theta": 1.0}}}, "rope_parameters"),
         ({"num_attention_heads": 7}, "heads"),

@@ -202,7 +202,6 @@ def test_version_4_is_read_and_what_is_left_out_is_what_they_mean():
         ({"hidden_act": "gelu_new"}, "hidden_act"),
         ({"is_decoder": True}, "is_decoder"),
         ({"add_cross_attention": True}, "add_cross_attention"),
-        ({"tie_word_embeddings": False}, "tie_word_embeddings"),
         ({"num_attention_heads": 7}, "heads"),
         ({"hidden_size": "wide"}, "config.json"),
         ({"layer_norm_eps": None}, "config.json"),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -33,13 +35,19 @@ lengths = st.lists(st.integers(1, 90), min_size=1, max_size=12)
 
 @settings(max_examples=120, deadline=None)
 @given(
-    lengths, st.integers(0, 2**32), st.sampled_from([0.05, 0.15, 0.4, 1.0]), st.sampled_from(["token", "word", "span"])
+    lengths,
+    st.integers(0, 2**32),
+    st.sampled_from([0.05, 0.15, 0.4, 1.0]),
+    st.sampled_from(["token", "word", "span", "ngram"]),
+    st.booleans(),
 )
-def test_counts_specials_and_order(sizes: list[int], seed: int, rate: float, how: str) -> None:
+def test_counts_specials_and_order(sizes: list[int], seed: int, rate: float, how: str, prefers: bool) -> None:
+    """The quota's law: ⌊r·n + u⌋ tokens, for words but for less than one; preferred words leave it as it is."""
     rng = np.random.default_rng(seed)
     texts = [text(rng, n, i) for i, n in enumerate(sizes)]
     place = laid(texts)
-    at_M = choose(place, MaskingSettings(rate=rate, choose=how), seed)
+    preferred_T = rng.random(sum(sizes)) < 0.2 if prefers else None
+    at_M = choose(place, MaskingSettings(rate=rate, choose=how), seed, preferred_T=preferred_T)
     assert (np.diff(at_M) > 0).all(), "ascending, without repeats"
     assert not (place.marks_T[at_M] & SPECIAL).any()
     for b, one in enumerate(texts):
@@ -77,7 +85,7 @@ def max_word(one: Text) -> int:
 
 
 @settings(max_examples=60, deadline=None)
-@given(lengths, st.integers(0, 2**32), st.sampled_from(["word", "span"]))
+@given(lengths, st.integers(0, 2**32), st.sampled_from(["word", "span", "ngram"]))
 def test_words_are_asked_whole(sizes: list[int], seed: int, how: str) -> None:
     rng = np.random.default_rng(seed)
     texts = [text(rng, n, i) for i, n in enumerate(sizes)]
@@ -90,12 +98,12 @@ def test_words_are_asked_whole(sizes: list[int], seed: int, how: str) -> None:
 
 
 @settings(max_examples=40, deadline=None)
-@given(lengths, st.integers(0, 2**32), st.sampled_from(["token", "word", "span"]), st.randoms())
+@given(lengths, st.integers(0, 2**32), st.sampled_from(["token", "word", "span", "ngram"]), st.randoms())
 def test_a_mask_does_not_depend_on_the_batch(sizes: list[int], seed: int, how: str, shuffler) -> None:
     """Alone, together or in another order: a text of an epoch has one mask and one set of replacements."""
     rng = np.random.default_rng(seed)
     texts = [text(rng, n, i) for i, n in enumerate(sizes)]
-    objective = Mlm(MlmSettings(rate=0.3, choose=how), MASK, ORDINARY)
+    objective = Mlm(MlmSettings(rate=0.3, choose=how), MASK, ORDINARY, [(8,), (9, 10), (11, 12, 13)])
     alone = {t.number: objective.corrupt(pack([t]), seed) for t in texts}
     shuffler.shuffle(texts)
     together = objective.corrupt(pack(texts, slots=sum(sizes) + 7), seed)
@@ -108,7 +116,7 @@ def test_a_mask_does_not_depend_on_the_batch(sizes: list[int], seed: int, how: s
     assert (together.at_M < sum(sizes)).all(), "nothing is asked of the filler text"
 
 
-@pytest.mark.parametrize("how", ["token", "word", "span"])
+@pytest.mark.parametrize("how", ["token", "word", "span", "ngram"])
 def test_the_mean_rate(how: str) -> None:
     rng = np.random.default_rng(0)
     texts = [text(rng, 64, i) for i in range(3000)]
@@ -162,13 +170,47 @@ def test_spans_are_runs_of_words() -> None:
     assert 3.0 < runs.mean() < 6.0 and runs.max() <= 4 * SPAN_MOST
 
 
+@pytest.mark.parametrize(("longest", "mean"), [(1, 1.0), (2, 4 / 3), (3, 18 / 11), (5, 300 / 137)])
+def test_ngrams_have_the_lengths_of_albert(longest: int, mean: float) -> None:
+    """p(n) is (1 ÷ n) ÷ Σ 1 ÷ k, so the mean is N ÷ Σ 1 ÷ k; at a low rate few of them touch."""
+    texts = [Text(np.full(2000, 7), np.full(2000, WORD_START, np.uint8), 0, i) for i in range(100)]
+    hit = np.zeros(200_000, bool)
+    hit[choose(laid(texts), MaskingSettings(rate=0.01, choose="ngram", longest_ngram=longest), 0)] = True
+    runs = np.diff(np.flatnonzero(np.diff(np.concatenate([[0], hit.view(np.int8), [0]]))))[::2]
+    touching = 1 + 0.01 * longest  # runs beside each other look like one
+    assert mean * 0.94 < runs.mean() < mean * touching * 1.06
+    shares = [(runs == n).mean() for n in range(1, longest + 1)]
+    assert shares == sorted(shares, reverse=True), "short ones are commoner"
+
+
+def test_runs_stop_at_special_tokens_and_texts() -> None:
+    """Every second slot is special: no run has more than one word, and what is asked fills the quota all the same."""
+    marks = np.tile(np.array([WORD_START, SPECIAL], np.uint8), 50)
+    texts = [Text(np.full(100, 7), marks, 0, i) for i in range(20)]
+    place = laid(texts)
+    at_M = choose(place, MaskingSettings(rate=0.5, choose="ngram"), 0)
+    assert not (place.marks_T[at_M] & SPECIAL).any() and len(at_M) == 20 * 25
+
+
 def test_a_text_of_specials_asks_nothing() -> None:
     special = Text(np.array([2, 1, 3]), np.full(3, SPECIAL, np.uint8))
     puzzle = Mlm(MlmSettings(), MASK, ORDINARY).corrupt(pack([special]), 0)
     assert puzzle.counts == {"mlm": 0} and (puzzle.batch.ids_T.numpy() == special.ids).all()
 
 
-@pytest.mark.parametrize("wrong", [{"rate": 0.0}, {"rate": 1.5}, {"mask": 0.9}, {"mask": -0.1, "keep": 1.0}])
-def test_settings_that_make_no_sense_are_refused(wrong: dict[str, float]) -> None:
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"rate": 0.0},
+        {"rate": 1.5},
+        {"rate_end": 0.0},
+        {"mask": 0.9},
+        {"mask": -0.1, "keep": 1.0},
+        {"longest_ngram": 0},
+        {"prefer_factor": 0.5},
+        {"prefer": ("word",) * 10_001},
+    ],
+)
+def test_settings_that_make_no_sense_are_refused(wrong: dict[str, Any]) -> None:
     with pytest.raises(RecipeError, match="next:"):
         MaskingSettings(**wrong)

@@ -74,6 +74,7 @@ PIECES = (
         "\x85",
     ),
     *(".", "!", "?", "…", "。", "！", "？", '"', "'", "”", "»", ")", "」", "』", ",", "、", "-", "..", "$"),
+    *("Dr.", "e.g.", "U.S.", "J.", "No.", "p.", "1.", "12.", "갔다.", "요?", "나.", "I.", "etc", "｡"),
     *("\u0301", "\u200d", "\u200b", "\u00ad", "\u0942", "\u093f", "\ufe0f", "😀", "\U000e0041", "\u1100\u1161", "▁"),
 )
 TEXTS = st.lists(st.one_of(st.sampled_from(PIECES), st.characters(exclude_categories=["Cs"])), max_size=14).map("".join)
@@ -103,11 +104,14 @@ def equal(encoder: Encoder, tokenizer: Tokenizer, texts: Sequence[str], words: W
 
 @pytest.mark.parametrize("kind", KINDS)
 @settings(max_examples=60, deadline=None)
-@given(texts=st.lists(TEXTS, max_size=5), words=st.sampled_from(["spaces", "characters"]))
+@given(texts=st.lists(TEXTS, max_size=5), words=st.sampled_from(["spaces", "characters", "jieba", "sudachi"]))
 @example(texts=['end." x', "end.\n x", ' ". x', "a.) b", "。」x", "!。 x", "...! x"], words="spaces")
 @example(texts=["", " ", "a ", " a", "a  b", "\n", "a\n b", "a \nb"], words="spaces")
 @example(texts=["a\nb", "a.\n\nb", "\na", "a\n", "a\n\u0301b", "é\n.\n“x”…\ny", "1\n 2\n\t3 \n4"], words="spaces")
 @example(texts=["가나다.\n《라》 마…” 바\n漢字(漢字)는\n사!」 아"], words="spaces")
+@example(texts=["Dr. Who", 'No. 5 "No." 5 no.\n5', "1. A\n2. B\n 3. C 4. D", "J. R. U.S.) a.m. x"], words="spaces")
+@example(texts=['갔다.그는 왔다."요?나 가.나 갔다..그', "갔다.", "그", "a요!나", "나다.A"], words="spaces")
+@example(texts=["他Dr. 他", "Dr.他", "1.他 1. 他", "他1. x", "p.  7", "No. 7", "x no.”  7"], words="characters")
 @example(texts=["今天。他", "好。\n他", "好. 他", "a他 b", "他\u0301他", "「好。」他"], words="characters")
 @example(texts=["x\u200b a. \u00ad b \u200b c", "की किताब", "\x01 a", "a. \x01 b", "a. \u0301b"], words="spaces")
 def test_what_it_gives_is_what_the_tokenizer_gives(kind: str, texts: list[str], words: WordsRule) -> None:

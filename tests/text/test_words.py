@@ -51,8 +51,23 @@ def test_words_of_one_character() -> None:
         ("title\n\ntext", ["title", "text"]),
         ("「行。」他走", ["「行。」", "他走"]),
         ("", []),
+        # Abbreviations, initials, numbers: a full stop that ends nothing.
+        ("Dr. Who met J. R. Smith of the U.S. Army. So did I. Who?", ["Dr. Who met J. R. Smith of the U.S. Army.",
+            "So did I.", "Who?"]),
+        ("Fruit, e.g. figs, etc. grows (cf. Fig. 3). In 1984. At 3.14 p.m. today.",
+            ["Fruit, e.g. figs, etc. grows (cf. Fig. 3).", "In 1984.", "At 3.14 p.m. today."]),
+        ('See No. 5 and p. 7. "No." He left. No. She?', ["See No. 5 and p. 7.", '"No."', "He left.", "No.", "She?"]),
+        ("1. First. Second.\n12. Third. It cost 12. Then",
+            ["1. First.", "Second.", "12. Third.", "It cost 12.", "Then"]),
+        ("by Dr.\nWho", ["by Dr.", "Who"]),
+        ("Wait... Mr . X", ["Wait...", "Mr .", "X"]),
+        # Korean: endings that no space follows, quotes that the sentence goes on after.
+        ("그는 갔다.그녀도 왔다. 정말이요?네!", ["그는 갔다.", "그녀도 왔다.", "정말이요?", "네!"]),
+        ('"정말 갔습니까?" 그가 물었다. "갔다."라고 했다.', ['"정말 갔습니까?"', "그가 물었다.", '"갔다."라고 했다.']),
+        ("가.나.다.라 순서", ["가.나.다.라 순서"]),
+        ("他說「行。」走了……好！？真的｡對", ["他說「行。」", "走了……好！？", "真的｡", "對"]),
     ],
-)
+)  # fmt: skip
 def test_sentences(text: str, expected: list[str]) -> None:
     assert sentences(text) == expected
 

@@ -12,12 +12,12 @@ from safetensors.torch import load_file
 
 from unmask import load
 from unmask.blueprint import TrainSettings
-from unmask.contracts import Learner
 from unmask.errors import RecipeError, Stopped
 from unmask.nn import ModernSettings, build
 from unmask.objectives.mlm import Mlm, MlmSettings
 from unmask.pretrain import launch, resume
 from unmask.train.average import Average
+from unmask.train.learner import Learner
 from unmask.train.plain import SilentDisplay
 
 SMALL = [

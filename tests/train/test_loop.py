@@ -11,11 +11,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from unmask.contracts import Batch, Learner, pack
+from unmask.contracts import Batch, pack
 from unmask.nn import ModernSettings, build
 from unmask.objectives.mlm import Mlm, MlmSettings
 from unmask.optim import OptimiserSettings, build_optimiser
 from unmask.text.loader import deal
+from unmask.train.learner import Learner
 from unmask.train.loop import Standing, Training, train
 from unmask.train.plan import Plan, StagePlan
 from unmask.world import World, discover

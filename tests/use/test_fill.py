@@ -184,7 +184,7 @@ def test_what_is_no_model_is_named(model: Model, tmp_path: Path) -> None:
 
 # What a filled text reads like, for every kind -----------------------------------------------------------------------
 
-SPOKEN = "the cat sat on the mat . 서울에 간다 . 서울은 크다 . 집에서 간다 . 天氣很好，我們去公園。 " * 40  # noqa: RUF001
+SPOKEN = "the cat sat on the mat . 서울에 간다 . 서울은 크다 . 집에서 간다 . 天氣很好，我們去公園。 " * 40
 SENTENCES = (
     "sat on the [MASK].",
     "[MASK] cat sat",

@@ -11,7 +11,7 @@ from typing import Annotated
 
 import typer
 
-from unmask.cli import check, evaluate, fill, look, pretrain, recipe, runs, text, tokenizer
+from unmask.cli import audit, check, evaluate, export, fill, import_, look, pretrain, recipe, runs, text, tokenizer
 from unmask.cli.answer import answered, debug_everywhere
 
 _EPILOG = """\
@@ -37,6 +37,9 @@ app = typer.Typer(
 app.command("pretrain", epilog=pretrain.PRETRAIN_EXAMPLES)(answered(pretrain.pretrain))
 app.command("fill", epilog=fill.EXAMPLES)(answered(fill.fill))
 app.command("evaluate", epilog=evaluate.EXAMPLES)(answered(evaluate.evaluate))
+app.command("export", epilog=export.EXAMPLES)(answered(export.export))
+app.command("import", epilog=import_.EXAMPLES)(answered(import_.import_))
+app.command("audit", epilog=audit.EXAMPLES)(answered(audit.audit))
 app.command("check", epilog=check.EXAMPLES)(answered(check.check))
 app.command("runs", epilog=runs.EXAMPLES)(answered(runs.runs))
 app.command("demo", epilog=pretrain.DEMO_EXAMPLES)(answered(pretrain.demo))

@@ -77,7 +77,7 @@ def look(
             source,
             whole.text,
             [stage.length for stage in whole.stage],
-            _patient(display),
+            patient(display),
             seed=seed,
             tokenizer=given,
         )
@@ -89,7 +89,7 @@ def look(
         _print(report)
 
 
-def _patient(display: Display) -> Callable[[str, float], None]:
+def patient(display: Display) -> Callable[[str, float], None]:
     """Progress that is shown once it has taken two seconds."""
     began = time.monotonic()
 
@@ -126,6 +126,7 @@ def _print(report: Report) -> None:
 
 def _rows(report: Report) -> Iterator[tuple[str, str]]:
     """Label and words of each line."""
+    from unmask.text.words import in_words
     from unmask.train.figures import count, size, visible
 
     yield "documents", f"{report.documents:,}"
@@ -145,8 +146,7 @@ def _rows(report: Report) -> Iterator[tuple[str, str]]:
     one = report.lengths
     most = f"eight of ten between {one.tenth:,} and {one.ninetieth:,}, the longest {one.longest:,}"
     yield "lengths", f"{one.median:,} characters in the median, {most}"
-    how = "each character is one" if report.words == "characters" else "runs between spaces, punctuation apart"
-    yield "words", how + (" (what its script asks for)" if report.words_by == "by-script" else "")
+    yield "words", in_words(report.words) + (" (what its script asks for)" if report.words_by == "by-script" else "")
     scripts = [f"{name.title()} {share:.1%}" for name, share in report.alphabet.scripts.items() if share >= 0.0005]
     yield "letters", f"{report.alphabet.distinct:,} different characters" + "".join(f", {one}" for one in scripts[:6])
     if foreign := "  ".join(f"{one.character} {count(one.count)}" for one in report.alphabet.foreign):

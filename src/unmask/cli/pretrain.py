@@ -23,6 +23,7 @@ from unmask.errors import RecipeError, RunError
 
 if TYPE_CHECKING:
     from unmask.pretrain import Result
+    from unmask.start import Start
     from unmask.train.show import Display
 
 PRETRAIN_EXAMPLES = """\
@@ -36,6 +37,8 @@ zcat notes.gz | unmask pretrain -                         standard input
 unmask pretrain play.txt --recipe char --set stage.0.length=64
 unmask pretrain notes.txt --dry-run                       the forecast alone
 unmask pretrain notes.txt --valid news=valid_news.txt     measure a text of yours at each validation
+unmask pretrain law.txt --from runs/notes                 go on from a model, ours or one of transformers
+unmask pretrain law.txt --from bert/ --extend-vocabulary 2000 --valid general=wiki.txt
 unmask pretrain --resume runs/notes                       go on, bit for bit
 unmask pretrain --resume runs/notes --budget "+1 epoch"   prolong a run
 """
@@ -79,7 +82,8 @@ Valid = Annotated[
 def pretrain(
     texts: Texts = None,
     recipe: Annotated[
-        str | None, typer.Option(help="A shipped recipe's name or a TOML file.", show_default="tiny")
+        str | None,
+        typer.Option(help="A shipped recipe's name or a TOML file.", show_default="tiny; with --from: continue"),
     ] = None,
     budget: Budget = None,
     out: Annotated[
@@ -88,6 +92,13 @@ def pretrain(
     seed: Annotated[int | None, typer.Option(help="Of every draw.", show_default="the recipe's")] = None,
     settings: Annotated[
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change one setting; may be repeated.")
+    ] = None,
+    start: Annotated[
+        Path | None,
+        typer.Option("--from", metavar="MODEL", help="Begin with this model's weights, encoder and tokenizer."),
+    ] = None,
+    extend_vocabulary: Annotated[
+        int | None, typer.Option(min=1, metavar="N", help="With --from: add N pieces learnt from the text.")
     ] = None,
     resume: Annotated[Path | None, typer.Option(metavar="RUN", help="Go on with a run that stopped.")] = None,
     elsewhere: Annotated[
@@ -120,8 +131,8 @@ def pretrain(
         _refuse_with_resume({
             "TEXT": texts, "--recipe": recipe, "--out": out, "--seed": seed, "--threads": threads, "--errors": errors,
             "--document": document, "--field": field, "--valid": valid, "--dry-run": dry_run or None,
+            "--from": start, "--extend-vocabulary": extend_vocabulary,
         })  # fmt: skip
-
     from unmask.pretrain import launch
     from unmask.pretrain import resume as go_on
 
@@ -129,7 +140,7 @@ def pretrain(
     if resume is not None:
         result = go_on(resume, budget=budget, settings=settings or (), display=display, elsewhere=elsewhere)
     else:
-        name = recipe or "tiny"
+        name = recipe or ("continue" if start else "tiny")
         result = launch(
             texts or [],
             recipe=name,
@@ -138,6 +149,7 @@ def pretrain(
             overrides={key: value for key, value in overrides.items() if value is not None},
             display=display,
             dry_run=dry_run,
+            start=_start(start, extend_vocabulary),
         )
     if _first_rank():
         _print_result(result, as_json=as_json, quiet=quiet)
@@ -163,6 +175,19 @@ def demo(
         f"unmask evaluate {_quoted(out)} --text FILE",
         'unmask pretrain FILE --budget "10 min"',
     ])  # fmt: skip
+
+
+def _start(model: Path | None, pieces: int | None) -> Start | None:
+    """What --from and --extend-vocabulary say."""
+    if model is None:
+        if pieces:
+            what = "--extend-vocabulary adds to the vocabulary of a model"
+            mend = "name the model: --from MODEL; else set the size: --set text.tokenizer.vocab=8192"
+            raise RecipeError(what, next=mend)
+        return None
+    from unmask.start import Start
+
+    return Start.open(model, pieces or 0)
 
 
 def _display(*, as_json: bool, quiet: bool) -> Display:

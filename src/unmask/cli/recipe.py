@@ -80,9 +80,10 @@ def _pieces(recipe: Recipe) -> tuple[int, str]:
         return ASSUMED["characters"], "assumed: the text decides"
     if tokenizer.kind == "bytes":
         return BYTES + len(tokenizer.specials), "bytes and special pieces"
-    if tokenizer.kind == "file":
+    if tokenizer.kind in ("file", "extended"):
+        more = tokenizer.pieces if tokenizer.kind == "extended" else 0
         try:
-            return Tokenizer.load(tokenizer.path).size, str(tokenizer.path)
+            return Tokenizer.load(tokenizer.path).size + more, str(tokenizer.path)
         except TokenizerError:
             return ASSUMED["file"], f"assumed: {tokenizer.path} can't be read here"
     return tokenizer.vocab, "text.tokenizer.vocab"

@@ -48,7 +48,8 @@ _TOKENIZER = "A folder or file with a tokenizer.json, a run, or a model."
 _NO_WIDTH = 1000  # a pipe has none; programs and people cut its lines themselves
 
 Words = Annotated[
-    Literal["by-script", "spaces", "characters"], typer.Option(help="What a word is (text.words of a recipe).")
+    Literal["by-script", "spaces", "characters", "jieba", "sudachi"],
+    typer.Option(help="What a word is (text.words of a recipe)."),
 ]
 
 

@@ -25,6 +25,7 @@ class CutterSubject:
 
     cutter_of: Callable[[CutterTools], Cutter]
     cases: Sequence[CutterTools]
+    spans: int = 1  # of each sample
 
     def tried(self) -> Iterator[tuple[CutterTools, Cutter, str]]:
         """Each case, its cutter and how to call it."""
@@ -74,12 +75,12 @@ def cut_is_pure(subject: CutterSubject) -> None:
 def a_sample_is_one_span_of_a_document(subject: CutterSubject) -> None:
     """Each cut holds one span, not empty, within its document."""
     for tools, _, _, cut, case in subject.cuts():
-        require(len(cut.spans) == 1, f"{case}: {len(cut.spans)} spans; samples of several can't be read yet")
-        document, first, last, _ = cut.spans[0]
-        require(0 <= document < len(tools.lengths_N), f"{case}: there is no document {document}")
-        tokens = int(tools.lengths_N[document])
-        require(first < last, f"{case}: an empty span, {first} to {last}")
-        require(first >= 0 and last <= tokens, f"{case}: span {first} to {last} of a document of {tokens}")
+        require(len(cut.spans) == subject.spans, f"{case}: {len(cut.spans)} spans, not {subject.spans}")
+        for document, first, last, _ in cut.spans:
+            require(0 <= document < len(tools.lengths_N), f"{case}: there is no document {document}")
+            tokens = int(tools.lengths_N[document])
+            require(first < last, f"{case}: an empty span, {first} to {last}")
+            require(first >= 0 and last <= tokens, f"{case}: span {first} to {last} of a document of {tokens}")
 
 
 @law(CUTTER_LAWS)

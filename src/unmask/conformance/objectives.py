@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final
 
 import torch
@@ -96,7 +96,8 @@ def says_what_it_is(subject: ObjectiveSubject) -> None:
     require("loss" in objective.metrics, f'`metrics` has no "loss", which every display shows: {objective.metrics}')
     require(is_a(objective.parts, nn.Module), "`parts` is no torch.nn.Module; an empty nn.Module() will do")
     require(is_a(objective.fills, bool), "`fills` is neither True nor False")
-    require(objective.cutter == "windows", f'`cutter` is {objective.cutter!r}; "windows" is the one there is')
+    known = ("windows", "next-sentence", "sentence-order")
+    require(objective.cutter in known, f"`cutter` is {objective.cutter!r}; there are {', '.join(known)}")
 
 
 @law(OBJECTIVE_LAWS)
@@ -112,6 +113,11 @@ def corrupt_is_pure(subject: ObjectiveSubject) -> None:
     subject.objective.corrupt(pack(subject.texts[-1:]), subject.seed + 1)  # something in between, for what remembers
     differs = _same(first, subject.objective.corrupt(subject.batch(), subject.seed))
     require(not differs, f"the same batch and seed gave another `{differs}` the second time")
+    late = replace(subject.batch(), progress=0.75)
+    once = subject.objective.corrupt(late, subject.seed)
+    subject.puzzle()  # of the beginning
+    differs = _same(once, subject.objective.corrupt(late, subject.seed))
+    require(not differs, f"the same batch, seed and progress gave another `{differs}` the second time")
 
 
 @law(OBJECTIVE_LAWS)
@@ -168,6 +174,7 @@ def the_layout_stays(subject: ObjectiveSubject) -> None:
     require(seen.starts == batch.starts and seen.filler == batch.filler, "texts lie elsewhere than in the batch")
     require(torch.equal(seen.marks_T, batch.marks_T), "`marks_T` was changed")
     require(torch.equal(seen.sample_B2, batch.sample_B2), "`sample_B2`, the key of every draw, was changed")
+    require(seen.progress == batch.progress, "`progress` was changed")
     require(seen.ids_T.dtype == torch.int64 and seen.ids_T.shape == batch.ids_T.shape, "`ids_T` has another shape")
     beyond = seen.ids_T[(seen.ids_T < 0) | (seen.ids_T >= subject.vocabulary)].tolist()
     require(not beyond, f"ids {beyond[:5]} are beyond the vocabulary of {subject.vocabulary}")

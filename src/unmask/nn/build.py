@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from torch import nn
 
+from unmask.errors import RecipeError
 from unmask.nn.classic import ClassicEncoder, ClassicHead, ClassicSettings, PairHead
 from unmask.nn.modern import ModernEncoder, ModernHead, ModernSettings
 from unmask.nn.tutorial import TutorialEncoder, TutorialHead, TutorialSettings
@@ -26,8 +27,18 @@ def build(settings: EncoderSettings, vocabulary: int) -> tuple[nn.Module, nn.Mod
 
 
 def build_pair(settings: EncoderSettings) -> nn.Module:
-    """The head that reads two logits from each text, with initial weights from torch's generator."""
+    """The head that reads two logits from each text, with initial weights from torch's generator.
+
+    Raises:
+        RecipeError: RoBERTa has none, so that its folders have no place for one.
+    """
     assert isinstance(settings, ClassicSettings), "only the classic encoder has a pair head"
+    if settings.family != "bert":
+        raise RecipeError(
+            f"a net of the family {settings.family!r} has no pair head",
+            where="encoder.family",
+            next="train it on masks alone, or take a BERT folder",
+        )
     return PairHead(settings)
 
 
@@ -50,13 +61,14 @@ def parameters(settings: EncoderSettings, vocabulary: int) -> int:
     """Parameters of encoder and head together, a tied table counted once, a pair head not at all."""
     layers, width = settings.layers, settings.width
     table = vocabulary * width
+    decoder = 0 if isinstance(settings, TutorialSettings) or settings.tied else table
     matrices = layers * _matrices_per_layer(settings)
     if isinstance(settings, ModernSettings):
         norms = 2 * layers - 1 + 2 + 1  # two a block but for block 0; embedding and final; the head's
-        return table + matrices + norms * width + width**2 + vocabulary
+        return table + decoder + matrices + norms * width + width**2 + vocabulary
     biases_and_norms = layers * (4 * width + settings.feed_forward + width + 4 * width)
     if isinstance(settings, ClassicSettings):
-        tables = table + (settings.longest + settings.segments) * width
+        tables = table + decoder + (settings.first_position + settings.longest + settings.segments) * width
         head = width**2 + 3 * width + vocabulary  # dense with its bias, norm; the decoder's bias
         return tables + 2 * width + matrices + biases_and_norms + head
     return 2 * table + matrices + biases_and_norms + 2 * width + vocabulary

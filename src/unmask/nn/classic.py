@@ -7,6 +7,7 @@ Encoder and Head contracts by everyone.
 Token, position and segment vectors are added and normalised; every block adds first and normalises after, with biases
 everywhere; the decoder is tied to the token table. The pair head (the pooler and what reads it) is a module of its own,
 since training on masks alone has no use for it: without one a model is what `transformers` calls BertForMaskedLM.
+RoBERTa (arXiv 1907.11692) and XLM-R are the same net whose texts begin at a later row of the position table.
 """
 
 from __future__ import annotations
@@ -41,11 +42,20 @@ class ClassicSettings:
     initial_deviation: float = 0.02
     hidden_dropout: float = 0.0  # on the embedding and on what a block adds; BERT's own is 0.1
     attention_dropout: float = 0.0  # above 0, attention takes the padded path; BERT's own is 0.1
+    tied: bool = True  # the decoder is the token table; untied, the head has a table of its own
+    family: Literal["bert", "roberta", "xlm-roberta"] = "bert"  # whose class and names its folders carry
+    first_position: int = 0  # row of the position table for a text's first token; RoBERTa: its padding's id + 1, so 2
 
     def __post_init__(self) -> None:
         for name in ("layers", "width", "heads", "feed_forward", "longest", "segments"):
             if getattr(self, name) < 1:
                 raise RecipeError(f"`{name}` is {getattr(self, name)}", where=name, next="give at least 1")
+        if (self.first_position == 0) != (self.family == "bert") or self.first_position < 0:
+            raise RecipeError(
+                f"`first_position` is {self.first_position} in a net of the family {self.family!r}",
+                where="first_position",
+                next="give 0 for bert; for roberta and xlm-roberta the id of their padding + 1, which is 2 in theirs",
+            )
         if self.width % self.heads:
             raise RecipeError(
                 f"a width of {self.width} can't be cut into {self.heads} heads",
@@ -143,7 +153,7 @@ class ClassicEncoder(nn.Module):
         self.vocabulary = vocabulary
         deviation = settings.initial_deviation
         self.token_table = _table(vocabulary, settings.width, deviation)
-        self.position_table = _table(settings.longest, settings.width, deviation)
+        self.position_table = _table(settings.first_position + settings.longest, settings.width, deviation)
         self.segment_table = _table(settings.segments, settings.width, deviation)
         self.embedding_norm = nn.LayerNorm(settings.width, settings.norm_epsilon)
         self.blocks = nn.ModuleList(ClassicBlock(settings) for _ in range(settings.layers))
@@ -162,7 +172,8 @@ class ClassicEncoder(nn.Module):
         else:
             hidden_TD = hidden_TD + F.embedding(layout.arranged(batch.segment_T), self.segment_table)
         position_T = layout.position_T.clamp_max(settings.longest - 1)  # only a filler text can be longer
-        hidden_TD = self.embedding_norm(hidden_TD + F.embedding(position_T, self.position_table))
+        hidden_TD = hidden_TD + F.embedding(position_T + settings.first_position, self.position_table)
+        hidden_TD = self.embedding_norm(hidden_TD)
         hidden_TD = F.dropout(hidden_TD, settings.hidden_dropout, self.training)
         for block in self.blocks:
             hidden_TD = block(hidden_TD, layout)
@@ -170,17 +181,19 @@ class ClassicEncoder(nn.Module):
 
 
 class ClassicHead(nn.Module):
-    """Dense, GELU, norm, and a decoder tied to the token table, with a bias of its own."""
+    """Dense, GELU, norm, and a decoder with a bias of its own: the token table, or a table of its own if untied."""
 
     def __init__(self, settings: ClassicSettings, vocabulary: int) -> None:
         super().__init__()
         self.dense = _linear(settings.width, settings.width, settings.initial_deviation)
         self.norm = nn.LayerNorm(settings.width, settings.norm_epsilon)
         self.bias = nn.Parameter(Tensor(vocabulary).zero_())
+        self.decoder = None if settings.tied else _table(vocabulary, settings.width, settings.initial_deviation)
 
     def forward(self, hidden_MD: Float[Tensor, "M D"], token_table_VD: Float[Tensor, "V D"]) -> Float[Tensor, "M V"]:
         """Logits over the vocabulary."""
-        return F.linear(self.norm(F.gelu(self.dense(hidden_MD))), token_table_VD, self.bias)
+        decoder_VD = token_table_VD if self.decoder is None else self.decoder
+        return F.linear(self.norm(F.gelu(self.dense(hidden_MD))), decoder_VD, self.bias)
 
 
 class PairHead(nn.Module):

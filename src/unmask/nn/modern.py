@@ -42,6 +42,7 @@ class ModernSettings:
     embedding_dropout: float = 0.0
     attention_dropout: float = 0.0  # above 0, attention takes the padded path
     feed_forward_dropout: float = 0.0
+    tied: bool = True  # the decoder is the token table; untied, the head has a table of its own
 
     def __post_init__(self) -> None:
         for name in ("layers", "width", "heads", "feed_forward", "global_every", "longest"):
@@ -167,14 +168,17 @@ class ModernEncoder(nn.Module):
 
 
 class ModernHead(nn.Module):
-    """Dense, GELU, norm, and a decoder tied to the token table, with a bias of its own."""
+    """Dense, GELU, norm, and a decoder with a bias of its own: the token table, or a table of its own if untied."""
 
     def __init__(self, settings: ModernSettings, vocabulary: int) -> None:
         super().__init__()
         self.dense = matrix(settings.width, settings.width, settings.output_deviation)
         self.norm = LayerNorm(settings.width, settings.norm_epsilon)
         self.bias = nn.Parameter(Tensor(vocabulary).zero_())
+        own = None if settings.tied else matrix(settings.width, vocabulary, settings.initial_deviation)
+        self.decoder = None if own is None else nn.Parameter(own.weight.detach())
 
     def forward(self, hidden_MD: Float[Tensor, "M D"], token_table_VD: Float[Tensor, "V D"]) -> Float[Tensor, "M V"]:
         """Logits over the vocabulary."""
-        return F.linear(self.norm(F.gelu(self.dense(hidden_MD))), token_table_VD, self.bias)
+        decoder_VD = token_table_VD if self.decoder is None else self.decoder
+        return F.linear(self.norm(F.gelu(self.dense(hidden_MD))), decoder_VD, self.bias)

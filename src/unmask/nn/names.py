@@ -3,9 +3,9 @@
 Comes in: our states, or the tensors and config.json of a folder that `transformers` or we have written. Goes out: the
 other one. Called by: bundle.
 
-A modern encoder is written as ModernBertForMaskedLM (names_modern), a classic one as BertForMaskedLM, or with its pair
-head as BertForPreTraining (names_bert). The tutorial's net has no class there: it keeps our names, under a model_type
-that `transformers` refuses.
+A modern encoder is written as ModernBertForMaskedLM (names_modern), a classic one as BertForMaskedLM, with its pair
+head as BertForPreTraining, or as RobertaForMaskedLM or XLMRobertaForMaskedLM (names_bert). The tutorial's net has no
+class there: it keeps our names, under a model_type that `transformers` refuses.
 """
 
 from __future__ import annotations
@@ -42,14 +42,35 @@ def to_ecosystem(states: States, settings: EncoderSettings) -> dict[str, Tensor]
     ours |= {f"pair.{name}": tensor for name, tensor in (states.pair or {}).items()}
     if isinstance(settings, TutorialSettings):
         return ours
-    table = _table(settings, pair=states.pair is not None)
+    table = table_of(settings, pair=states.pair is not None)
     assert {name for names in table.values() for name in names} == set(ours), (
         "a tensor that has no name in the ecosystem"
     )
-    return {
-        theirs: ours[names[0]] if len(names) == 1 else torch.cat([ours[name] for name in names])
-        for theirs, names in table.items()
-    }
+    written: dict[str, Tensor] = {}
+    taken: set[str] = set()
+    for theirs, names in table.items():
+        one = ours[names[0]] if len(names) == 1 else torch.cat([ours[name] for name in names])
+        written[theirs] = one.clone() if taken & set(names) else one  # no file holds the same memory twice
+        taken |= set(names)
+    return written
+
+
+def encoder_alone(
+    tensors: Mapping[str, Tensor], said: Mapping[str, Any], settings: EncoderSettings
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The tensors and the config.json of the encoder without its heads (BertModel), under the names of that class."""
+    assert not isinstance(settings, TutorialSettings)
+    prefix, name = prefix_of(settings), names_modern.ENCODER_ALONE
+    if isinstance(settings, ClassicSettings):
+        name = names_bert.FAMILIES[settings.family].alone
+    inside = {theirs.removeprefix(prefix): tensor for theirs, tensor in tensors.items() if theirs.startswith(prefix)}
+    return inside, {**said, "architectures": [name]}
+
+
+def prefix_of(settings: ModernSettings | ClassicSettings) -> str:
+    """What their names for the encoder's tensors begin with, where a head stands beside it."""
+    is_classic = isinstance(settings, ClassicSettings)
+    return names_bert.FAMILIES[settings.family].prefix if is_classic else names_modern.PREFIX
 
 
 def from_ecosystem(tensors: Mapping[str, Tensor], settings: EncoderSettings) -> States:
@@ -70,25 +91,35 @@ def from_ecosystem(tensors: Mapping[str, Tensor], settings: EncoderSettings) -> 
     return States(rooms["encoder"], rooms["head"], rooms["pair"] or None)
 
 
-def _table(settings: ModernSettings | ClassicSettings, *, pair: bool) -> dict[str, tuple[str, ...]]:
+def table_of(settings: ModernSettings | ClassicSettings, *, pair: bool) -> dict[str, tuple[str, ...]]:
     """Their names -> ours, stacked in this order."""
     if isinstance(settings, ModernSettings):
         assert not pair, "only the classic encoder has a pair head"
-        return names_modern.table(settings.layers)
-    return names_bert.table(settings.layers, pair=pair)
+        return names_modern.table(settings)
+    return names_bert.table(settings, pair=pair)
+
+
+def tied_of(settings: ModernSettings | ClassicSettings) -> Mapping[str, str]:
+    """Their names for what is another tensor once more -> that other one's."""
+    return names_modern.tied(settings) if isinstance(settings, ModernSettings) else names_bert.tied(settings)
+
+
+def has_pair(tensors: Mapping[str, object], settings: ModernSettings | ClassicSettings) -> bool:
+    """Whether a file holds any part of a pair head."""
+    return isinstance(settings, ClassicSettings) and names_bert.has_pair(tensors, settings)
 
 
 def _in_our_names(tensors: Mapping[str, Tensor], settings: ModernSettings | ClassicSettings) -> dict[str, Tensor]:
+    table, tied = table_of(settings, pair=has_pair(tensors, settings)), tied_of(settings)
     is_modern = isinstance(settings, ModernSettings)
-    table = _table(settings, pair=not is_modern and names_bert.has_pair(tensors))
-    tied, ignored = (names_modern.TIED, ()) if is_modern else (names_bert.TIED, names_bert.IGNORED)
-    whole = names_modern.ARCHITECTURE if is_modern else f"{names_bert.ARCHITECTURE} or {names_bert.WITH_PAIR}"
+    ignored = () if is_modern else names_bert.ignored(settings)
+    whole = names_modern.ARCHITECTURE if is_modern else names_bert.whole(settings)
     missing = [name for name in table if name not in tensors]
     head = [theirs for theirs, names in table.items() if names[0].startswith("head.")]
     if set(head) <= set(missing):
         raise ModelError(
             f"the file holds no masked-language-model head: it lacks {', '.join(head)}",
-            next=f"give a {whole}, with its head: a bare encoder can't answer masks",
+            next=f"give a {whole}, with its head, or let `unmask import FOLDER OUT` begin a new one",
         )
     _refuse(missing, sorted(set(tensors) - set(table) - set(tied) - set(ignored)), whole)
     for name, other in tied.items():
@@ -96,7 +127,7 @@ def _in_our_names(tensors: Mapping[str, Tensor], settings: ModernSettings | Clas
             raise ModelError(
                 f"the decoder is not tied to the token table: `{name}` is not `{other}`",
                 where=name,
-                next="give a model whose decoder is tied, or a model of `unmask pretrain`",
+                next="open it with `unmask import FOLDER OUT`, which keeps an untied decoder",
             )
     ours: dict[str, Tensor] = {}
     for theirs, names in table.items():
@@ -144,7 +175,7 @@ def settings_of(config: Mapping[str, Any]) -> EncoderSettings:
             return TutorialSettings(**{name: config[name] for name in names})
         if kind == names_modern.MODEL_TYPE:
             return names_modern.settings_of(config)
-        if kind == names_bert.MODEL_TYPE:
+        if kind in names_bert.FAMILIES:
             return names_bert.settings_of(config)
     except RecipeError as error:
         following = "give a shape that can be, or a model of `unmask pretrain`"
@@ -155,7 +186,7 @@ def settings_of(config: Mapping[str, Any]) -> EncoderSettings:
     raise ModelError(
         f"a model of type {kind!r} is not held here",
         where="config.json: model_type",
-        next=f"give a {names_bert.MODEL_TYPE} or {names_modern.MODEL_TYPE} folder",
+        next=f"give a folder of one of these types: {', '.join([*names_bert.FAMILIES, names_modern.MODEL_TYPE])}",
     )
 
 

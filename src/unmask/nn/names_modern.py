@@ -40,8 +40,11 @@ _HEAD: Final[Mapping[str, tuple[str, ...]]] = {
     "head.norm.weight": ("norm.weight",),
     "decoder.bias": ("bias",),
 }
+PREFIX: Final = "model."  # of the encoder's tensors, where a head stands beside it
+ENCODER_ALONE: Final = "ModernBertModel"
+_DECODER: Final = "decoder.weight"
 _NOT_IN_LAYER_0: Final = "attn_norm"
-TIED: Final[Mapping[str, str]] = {"decoder.weight": "model.embeddings.tok_embeddings.weight"}
+_TIED: Final[Mapping[str, str]] = {_DECODER: "model.embeddings.tok_embeddings.weight"}
 
 # their key -> our field
 _KEYS: Final[Mapping[str, str]] = {
@@ -56,6 +59,7 @@ _KEYS: Final[Mapping[str, str]] = {
     "embedding_dropout": "embedding_dropout",
     "attention_dropout": "attention_dropout",
     "mlp_dropout": "feed_forward_dropout",
+    "tie_word_embeddings": "tied",
 }
 # what a ModernBERT config may say and we can't hold: their key -> the only value that we do
 _FIXED: Final[Mapping[str, object]] = {
@@ -66,7 +70,6 @@ _FIXED: Final[Mapping[str, object]] = {
     "mlp_bias": False,
     "classifier_bias": False,
     "decoder_bias": True,
-    "tie_word_embeddings": True,
 }
 # what a ModernBERT config means where it leaves a key out (configuration_modernbert.py, versions 4.57 and 5.23)
 _ABSENT: Final[Mapping[str, Any]] = {
@@ -82,6 +85,7 @@ _ABSENT: Final[Mapping[str, Any]] = {
     "embedding_dropout": 0.0,
     "attention_dropout": 0.0,
     "mlp_dropout": 0.0,
+    "tie_word_embeddings": True,
     "global_rope_theta": 160_000.0,
     "local_rope_theta": 10_000.0,
     "global_attn_every_n_layers": 3,
@@ -93,14 +97,20 @@ _FULL, _SLIDING = "full_attention", "sliding_attention"
 _NEXT: Final = "give a ModernBERT folder without these, or a model of `unmask pretrain`"
 
 
-def table(layers: int) -> dict[str, tuple[str, ...]]:
+def tied(settings: ModernSettings) -> Mapping[str, str]:
+    """Their names for what is another tensor once more -> that other one's."""
+    return _TIED if settings.tied else {}
+
+
+def table(settings: ModernSettings) -> dict[str, tuple[str, ...]]:
     """Their names -> ours (encoder and head told apart by prefix), spelled out for each layer."""
     encoder: dict[str, tuple[str, ...]] = {}
     for theirs, ours in _ENCODER.items():
-        for layer in range(layers) if "{layer}" in theirs else [0]:
+        for layer in range(settings.layers) if "{layer}" in theirs else [0]:
             if layer or _NOT_IN_LAYER_0 not in theirs:
                 encoder[theirs.format(layer=layer)] = tuple(f"encoder.{name.format(layer=layer)}" for name in ours)
-    return encoder | {theirs: tuple(f"head.{name}" for name in ours) for theirs, ours in _HEAD.items()}
+    head = _HEAD if settings.tied else {**_HEAD, _DECODER: ("decoder",)}
+    return encoder | {theirs: tuple(f"head.{name}" for name in ours) for theirs, ours in head.items()}
 
 
 def config(settings: ModernSettings, ids: Mapping[str, int | None]) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from torch import nn
 from unmask import rng
 from unmask.contracts import SPECIAL, Batch, Loss, Puzzle, logits_at
 from unmask.objectives.masking import Laid, MaskingSettings, choose, hide
+from unmask.objectives.preference import Preference
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,7 @@ class MlmSettings(MaskingSettings):
     @property
     def asked_share(self) -> float:
         """Share of the tokens that is asked about, by which costs are forecast."""
-        return self.rate
+        return self.mean_rate
 
 
 class Mlm:
@@ -41,17 +42,26 @@ class Mlm:
     cutter = "windows"
     fills = True
 
-    def __init__(self, settings: MlmSettings, mask_id: int, ordinary_N: NDArray[np.integer[Any]]) -> None:
+    def __init__(
+        self,
+        settings: MaskingSettings,
+        mask_id: int,
+        ordinary_N: NDArray[np.integer[Any]],
+        preferred: Sequence[Sequence[int]] = (),
+    ) -> None:
+        """`preferred` are the ids of words that are asked `settings.prefer_factor` times as often."""
         self._settings = settings
         self._mask_id = mask_id
         self._ordinary_N = ordinary_N
+        self._preference = Preference(preferred) if preferred else None
         self.parts = nn.Module()
 
     def corrupt(self, batch: Batch, seed: int) -> Puzzle:
-        """Hide what the rule chooses; pure in the seed and each text's (epoch, number)."""
+        """Hide what the rule chooses; pure in the seed, the progress and each text's (epoch, number)."""
         laid = Laid(batch.marks_T.numpy(), np.asarray(batch.starts), batch.sample_B2.numpy())
         ids_T = batch.ids_T.numpy()
-        at_M = choose(laid, self._settings, seed)
+        preferred_T = self._preference.slots(ids_T, laid) if self._preference else None
+        at_M = choose(laid, self._settings, seed, batch.progress, preferred_T)
         hidden_T = hide(ids_T, at_M, laid, self._settings, seed, mask_id=self._mask_id, ordinary_N=self._ordinary_N)
         return puzzle(batch, hidden_T, at_M, ids_T[at_M], rng.uniform(seed, "chance", *laid.key_at(at_M)))
 

@@ -22,6 +22,7 @@ from unmask.errors import TextError
 from unmask.store import seal, write_json
 from unmask.text.arrays import append, mapped
 from unmask.text.encoder import Encoder
+from unmask.text.segmenter import version
 from unmask.text.settings import TextSettings
 from unmask.text.shards import Shards
 from unmask.text.survey import Division, Progress, Side, Survey, divide, sizes_of
@@ -97,6 +98,8 @@ def make(build: Build) -> None:
         "vocabulary": tokenizer.size,
         "encoded_by": ("chunks" if tokenizer.splits_at_spaces else "texts") if by_chunks else "texts-after-all",
     }
+    if segmenter := version(words):
+        facts["segmenter"] = segmenter
     for which, shards in sides.items():
         name = which.replace("-", "_")
         facts |= {f"{name}_documents": shards.documents, f"{name}_characters": shards.characters}

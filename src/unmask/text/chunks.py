@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from unmask.contracts import SENTENCE_START
 from unmask.text.arrays import runs
+from unmask.text.words import CLOSERS, FULL_STOPS, STOPS, stop_at
 
 LEAD: Final = 128  # a mark in the table: of the token that starts a sentence where its chunk does
 # What a chunk's flags say:
@@ -25,7 +26,8 @@ LED_BY_SPACE: Final = 4  # it begins with a space, or a line feed
 OPEN: Final = 8  # it can't be parted from what follows: nothing can be seen of its end, or no token stands for it
 STRAY: Final = 16  # it can't be parted from what precedes: behind its space there is nothing to see
 LED_BY_LINE: Final = 32  # it begins with a line feed, so that a sentence starts with it
-CLOSERS: Final = "\"'”’»)]}」』）】"  # as in words: what may stand between the end of a sentence and the white space
+UNLESS_NUMBER: Final = 64  # no sentence starts after it if a number follows
+NUMBER: Final = 128  # behind its space, or line feed, it begins with a digit
 _HAN: Final = "\u3400-\u4dbf\u4e00-\u9fff"  # what BERT's normaliser sets apart, as far as NFC leaves it alone
 HAN_CUTS: Final = re.compile(rf"(?<=\S)(?= \S|[{_HAN}])")
 HAN_AND_LINE_CUTS: Final = re.compile(rf"(?<=\S)(?=[ \n]\S|[{_HAN}])")
@@ -37,9 +39,10 @@ INVISIBLE: Final = frozenset(["", *map(chr, _CONTROLS), *map(chr, _SPACES)])  # 
 _AT_BEGINNING: Final = {" ": LED_BY_SPACE, "\n": LED_BY_SPACE | LED_BY_LINE}
 _AT_END: Final = {
     **dict.fromkeys(INVISIBLE, OPEN),
-    **dict.fromkeys("。！？", ENDS_ANYWHERE),
-    **dict.fromkeys(".!?…", ENDS_AT_SPACE),
+    **dict.fromkeys(FULL_STOPS, ENDS_ANYWHERE),
+    **dict.fromkeys(STOPS, ENDS_AT_SPACE),
 }
+_OF_STOP: Final = {"end": ENDS_AT_SPACE, "no end": 0, "end unless a number follows": ENDS_AT_SPACE | UNLESS_NUMBER}
 
 
 class EncodedTexts(NamedTuple):
@@ -117,8 +120,9 @@ class Table:
         """The tokens of texts, given the numbers of their chunks and where each text's first stands."""
         tokens_K, flags_K = self._tokens_C[numbers_K], self.flags_C[numbers_K]
         led_K = (flags_K & LED_BY_SPACE) // LED_BY_SPACE  # as the bit ENDS_AT_SPACE
+        counted_K = (flags_K[:-1] & UNLESS_NUMBER) // UNLESS_NUMBER & flags_K[1:] // NUMBER  # as in "No. 5"
         starts_K = np.ones(len(numbers_K), dtype=np.bool_)
-        starts_K[1:] = (flags_K[:-1] & (ENDS_ANYWHERE | led_K[1:])) | (flags_K[1:] & LED_BY_LINE) != 0
+        starts_K[1:] = (flags_K[:-1] & (ENDS_ANYWHERE | led_K[1:] & ~counted_K)) | (flags_K[1:] & LED_BY_LINE) != 0
         starts_K[first_B] = True
         place_T = runs(self._first_C[numbers_K], tokens_K)
         marks = self._marks[place_T]
@@ -140,13 +144,19 @@ def flags_of(chunk: str) -> int:
     """The flags that a chunk's own text gives it."""
     flags = _AT_BEGINNING.get(chunk[:1], 0)
     is_led = flags != 0
-    if chunk[is_led : is_led + 1] in INVISIBLE:
+    begins = chunk[is_led : is_led + 1]
+    if begins in INVISIBLE:
         flags |= STRAY
-    end = chunk[-1:]
-    if end in CLOSERS:
-        end = chunk.rstrip(CLOSERS)[-1:]
-        return flags | (_AT_END[end] & ~OPEN if end in _AT_END else 0)
-    return flags | _AT_END.get(end, 0)
+    elif is_led and begins.isdecimal():
+        flags |= NUMBER
+    last = len(chunk)
+    if chunk[-1:] in CLOSERS:
+        last = len(chunk.rstrip(CLOSERS))
+        if chunk[last - 1 : last] in INVISIBLE:
+            return flags
+    if chunk[last - 1 : last] == ".":
+        return flags | _OF_STOP[stop_at(chunk, last - 1)]
+    return flags | _AT_END.get(chunk[last - 1 : last], 0)
 
 
 def sets_han_apart(tokenizer_json: str) -> bool:

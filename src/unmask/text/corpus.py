@@ -31,17 +31,18 @@ from unmask.store import DIGESTS, check_seal, digest, new_folder, read_json, say
 from unmask.text.building import DOCUMENTS, FACTS, TOLD, Build, Facts, make, places
 from unmask.text.cache import default_cache
 from unmask.text.opening import open_source
+from unmask.text.segmenter import version
 from unmask.text.settings import FilesSettings, TextSettings, WindowsSettings
 from unmask.text.shards import Shards, open_shards
 from unmask.text.sources import FileSource, MemorySource
 from unmask.text.survey import Progress
-from unmask.text.tokenizer import FileTokenizerSettings, Tokenizer, WordPieceSettings
-from unmask.text.words import WordsRule
+from unmask.text.tokenizer import ExtendedTokenizerSettings, FileTokenizerSettings, Tokenizer, WordPieceSettings
+from unmask.text.words import WordsRule, in_words
 from unmask.text.workers import WorkersWanted
 
 __all__ = ["Corpus", "CorpusGroup", "default_cache", "folder_of", "open_source", "places", "prepare", "quiet"]
 
-_FORMAT: Final = "corpus-3"
+_FORMAT: Final = "corpus-4"
 _PATIENCE_SECONDS: Final = 2.0
 
 
@@ -122,14 +123,25 @@ def folder_of(source: Source, settings: TextSettings, cache: Path, tokenizer: To
     # What else settings say decides how the corpus is read, not what it is.
     decisive = replace(settings, valid={}, source=FilesSettings(), cutter=WindowsSettings())
     given = "trained"
+    if isinstance(settings.tokenizer, ExtendedTokenizerSettings) and tokenizer is None:
+        given = f"extended {_told_of(Tokenizer.load(settings.tokenizer.path))}"
+        decisive = replace(decisive, tokenizer=replace(settings.tokenizer, path=Path()))
     if tokenizer is not None:
-        roles = [tokenizer.role_id(role) for role in ("unk_token", "cls_token", "sep_token", "mask_token")]
-        given = f"{tokenizer.fingerprint} {roles} {tokenizer.special_ids}"
+        given = _told_of(tokenizer)
         decisive = replace(decisive, tokenizer=WordPieceSettings())
     # A source of a person's own may keep its fingerprint when its code changes; nobody would look for that.
     code = outside.facts(settings.source)["digest"] if isinstance(settings.source, outside.OutsideSource) else "ours"
     versions = f"{_FORMAT} tokenizers-{tokenizers.__version__} unicode-{unicodedata.unidata_version}"
-    return cache / digest(versions, source.fingerprint, code, repr(decisive), given)
+    decided = [versions, source.fingerprint, code, repr(decisive), given]
+    if segmenter := version(settings.words):
+        decided.append(segmenter)
+    return cache / digest(*decided)
+
+
+def _told_of(tokenizer: Tokenizer) -> str:
+    """What decides the ids and marks that a tokenizer gives."""
+    roles = [tokenizer.role_id(role) for role in ("unk_token", "cls_token", "sep_token", "mask_token")]
+    return f"{tokenizer.fingerprint} {roles} {tokenizer.special_ids}"
 
 
 @contextmanager
@@ -215,7 +227,7 @@ def _sentences(facts: Facts, source: Source) -> list[str]:
     else:
         held = f"the last {facts['held_out_share']} of every document"
     reason = " (what its script asks for)" if facts["words_by"] == "by-script" else ""
-    how = "each character is one" if facts["words"] == "characters" else "runs between spaces, punctuation apart"
+    how = in_words(cast("WordsRule", facts["words"]))
     unknown = int(facts["train_unknown_characters"]) / max(1, int(facts["train_characters"]))
     said = [f"text: {size}; {what} (text.document)"]
     if facts["left_out"]:

@@ -1,7 +1,8 @@
 """Room card: the English that every Python installation carries.
 
 Comes in: nothing; the standard library is read as source, never imported or run. Goes out: documents: the language
-reference's topics (pydoc_data.topics) and the docstrings of each module, doctest lines left out. Called by: the demo.
+reference's topics (pydoc_data.topics) and the docstrings of each module, doctest lines left out. Called by: the demo,
+the verb audit.
 """
 
 from __future__ import annotations
@@ -17,16 +18,20 @@ _FEWEST_CHARACTERS = 200
 _LEFT_OUT = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
 
 
-def english_of_python() -> list[str]:
-    """Documents in a fixed order, the same for every run of one Python version."""
+def english_of_python(most_characters: float = float("inf")) -> list[str]:
+    """Documents in a fixed order, the same for every run of one Python version; no more once there are so many."""
     folder = Path(sysconfig.get_paths()["stdlib"])
     documents = list(_topics(folder))
+    characters = sum(map(len, documents))
     for file in sorted(folder.rglob("*.py")):
+        if characters >= most_characters:
+            break
         if _LEFT_OUT & set(file.relative_to(folder).parts) or file.parent.name == "pydoc_data":
             continue
         text = "\n\n".join(_docstrings(file))
         if len(text) >= _FEWEST_CHARACTERS:
             documents.append(text)
+            characters += len(text)
     return documents
 
 

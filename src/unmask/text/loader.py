@@ -15,7 +15,7 @@ from typing import Final, Literal, NamedTuple, Protocol
 
 import numpy as np
 
-from unmask.contracts import Batch, Cut, Text, pack
+from unmask.contracts import SPECIAL, Batch, Cut, Text, pack
 from unmask.text.shards import Shards
 from unmask.text.tokenizer import Tokenizer
 
@@ -36,13 +36,29 @@ class ChunkCutter(Protocol):
 
 
 def read(shards: Shards, cut: Cut, tokenizer: Tokenizer) -> Text:
-    """Fetch the tokens of a cut and set them between [CLS] and [SEP], where the tokenizer has them."""
-    assert len(cut.spans) == 1, "texts of several spans need a frame of their own"
-    span = cut.spans[0]
-    ids = shards.ids(span.document, span.first, span.last)
-    marks = shards.marks(span.document, span.first, span.last)
-    framed_ids, framed_marks = tokenizer.framed(ids, marks)
-    return Text(framed_ids, framed_marks, cut.epoch, cut.number, label=cut.label)
+    """Fetch the tokens of a cut and frame them, where the tokenizer has [CLS] and [SEP].
+
+    One span becomes `[CLS] … [SEP]`, two become `[CLS] A [SEP] B [SEP]` with the segments of their spans, [CLS] in that
+    of the first one and each [SEP] in that of the span before it.
+    """
+    first, *others = cut.spans
+    ids, marks = tokenizer.framed(shards.ids(*first[:3]), shards.marks(*first[:3]))
+    if not others:
+        return Text(ids, marks, cut.epoch, cut.number, label=cut.label)
+    assert tokenizer.frame is not None, "what parts two spans is [SEP]"
+    end, edge = np.array([tokenizer.frame[1]]), np.array([SPECIAL], dtype=np.uint8)
+    all_ids, all_marks, segments = [ids], [marks], [np.full(len(ids), first.segment)]
+    for span in others:
+        all_ids += [shards.ids(*span[:3]).astype(np.int64), end]
+        all_marks += [shards.marks(*span[:3]), edge]
+        segments.append(np.full(span.last - span.first + 1, span.segment))
+    ids, marks = np.concatenate(all_ids), np.concatenate(all_marks)
+    return Text(ids, marks, cut.epoch, cut.number, np.concatenate(segments), cut.label)
+
+
+def frame_tokens(tokenizer: Tokenizer, spans: int = 1) -> int:
+    """Special tokens around a text of so many spans."""
+    return 0 if tokenizer.frame is None else 1 + spans
 
 
 class _Chunk(NamedTuple):
@@ -58,7 +74,7 @@ class Stream:
         assert cutter.count(0) > 0, "there is nothing to read"
         self._shards, self._cutter, self._tokenizer = shards, cutter, tokenizer
         self._count = cutter.count(0)
-        self._frame = 0 if tokenizer.frame is None else len(tokenizer.frame)
+        self._frames = [frame_tokens(tokenizer, spans) for spans in range(3)]
         self._kept: dict[tuple[int, int], _Chunk] = {}
 
     def take(self, cursor: int, tokens: int) -> tuple[list[Cut], int]:
@@ -77,7 +93,7 @@ class Stream:
 
     def lengths(self, cuts: Sequence[Cut]) -> list[int]:
         """Tokens of each cut, its frame included: what `deal` takes."""
-        return [cut.tokens + self._frame for cut in cuts]
+        return [cut.tokens + self._frames[len(cut.spans)] for cut in cuts]
 
     def batch(self, cuts: Sequence[Cut], *, slots: int | None = None, look: Literal["both", "left"] = "both") -> Batch:
         """The batch of these cuts, in the order given."""

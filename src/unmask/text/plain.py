@@ -21,16 +21,17 @@ import tokenizers
 from numpy.typing import NDArray
 
 from unmask.contracts import WORD_START
-from unmask.text.chunks import CLOSERS, ENDS_AT_SPACE, LEAD, LED_BY_LINE, LED_BY_SPACE, Rows, flags_of
+from unmask.text.chunks import ENDS_AT_SPACE, LEAD, LED_BY_LINE, LED_BY_SPACE, NUMBER, Rows, flags_of
 from unmask.text.structure import leading_space, lines_are_spaces
 from unmask.text.tokenizer import Tokenizer
-from unmask.text.words import codes
+from unmask.text.words import CLOSERS, FULL_STOPS, KOREAN_ENDINGS, STOPS, codes
 
 _BLOCK_CHARACTERS: Final = 1 << 12  # of chunks that are encoded as one text
 _LETTER, _PUNCTUATION, _SPACE, _LINE, _OTHER = 1, 2, 3, 4, 5  # kinds of characters; 0: not looked up yet
 _KIND_OF_CODE: Final = np.zeros(0x110000, dtype=np.uint8)
-_ENDS: Final = np.array([ord(character) for character in ".!?…"], dtype=np.uint32)
-_CLOSERS: Final = np.array([ord(character) for character in CLOSERS], dtype=np.uint32)
+_ENDS: Final = np.array([ord(character) for character in STOPS.replace(".", "")], dtype=np.uint32)
+_LOOKED_AT: Final = np.array([ord(character) for character in CLOSERS + "."], dtype=np.uint32)  # may end nothing
+_KOREAN: Final = np.array([ord(character) for character in KOREAN_ENDINGS], dtype=np.uint32)
 _HAN: Final = ((0x3400, 0x4DBF), (0x4E00, 0x9FFF), (0xF900, 0xFAFF), (0x20000, 0x2FA1F))
 
 
@@ -43,7 +44,7 @@ def _kind(code: int) -> int:
     if "!" <= character <= "~":
         return _PUNCTUATION
     # WordPiece parts what Unicode calls punctuation; of it, these end sentences within a chunk.
-    return _PUNCTUATION if unicodedata.category(character)[0] == "P" and character not in "。！？" else _OTHER
+    return _PUNCTUATION if unicodedata.category(character)[0] == "P" and character not in FULL_STOPS else _OTHER
 
 
 def _kinds(codes_N: NDArray[np.uint32]) -> NDArray[np.uint8]:
@@ -94,7 +95,11 @@ class PlainWords:
         text = "".join(chunks)
         if not text:
             return np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.int64)
-        kinds_N = _kinds(codes(text))
+        codes_N = codes(text)
+        kinds_N = _kinds(codes_N)
+        if self._is_wordpiece:  # a sentence may end within 갔다.그는
+            ends = np.flatnonzero((kinds_N[1:-1] == _PUNCTUATION) & (kinds_N[2:] != _SPACE)) + 1
+            kinds_N[ends[np.isin(codes_N[ends - 1], _KOREAN)]] = _OTHER
         within_N1 = np.append(0, np.cumsum((kinds_N == _LETTER) | (self._is_wordpiece & (kinds_N == _PUNCTUATION))))
         starts_N = kinds_N == _PUNCTUATION
         starts_N[1:] |= (kinds_N[1:] == _LETTER) & (kinds_N[:-1] != _LETTER)
@@ -139,7 +144,8 @@ class PlainWords:
         flags_C = np.full(len(chunks), LED_BY_SPACE, dtype=np.uint8)
         flags_C[first_C == ord("\n")] |= LED_BY_LINE
         flags_C[np.isin(last_C, _ENDS)] |= ENDS_AT_SPACE
-        for number in np.flatnonzero(np.isin(last_C, _CLOSERS)).tolist():
+        flags_C[[chunk[1].isdecimal() for chunk in chunks]] |= NUMBER
+        for number in np.flatnonzero(np.isin(last_C, _LOOKED_AT)).tolist():
             flags_C[number] = flags_of(chunks[number])
         return Rows(ids, marks, tokens_C, np.zeros(len(chunks), dtype=np.int64), flags_C), good_C
 

@@ -14,7 +14,13 @@ from typing import Literal
 from unmask.errors import RecipeError
 from unmask.outside import OutsideCutter, OutsideSource
 from unmask.recipe import Amount, Share
-from unmask.text.vocabulary import FileTokenizerSettings, TokenizerSettings, WordPieceSettings
+from unmask.text.vocabulary import (
+    ExtendedTokenizerSettings,
+    FileTokenizerSettings,
+    TokenizerSettings,
+    WordPieceSettings,
+)
+from unmask.text.words import WordsRule
 
 DocumentRule = Literal["blank-line", "line", "file"]
 ErrorsRule = Literal["strict", "replace", "skip"]
@@ -58,7 +64,7 @@ class TextSettings:
     """How text is read."""
 
     document: Literal["by-ending", "blank-line", "line", "file"] = "by-ending"  # *.txt: blank-line; tables: a row
-    words: Literal["by-script", "spaces", "characters"] = "by-script"  # characters for Chinese and Japanese
+    words: Literal["by-script", WordsRule] = "by-script"  # characters for Chinese and Japanese
     errors: ErrorsRule = "strict"  # replace: U+FFFD for bytes that are not UTF-8; skip: leave out and count
     field: str = "text"  # of a .jsonl line; the column of .csv, .tsv, .parquet and data sets
     unicode: UnicodeForm = "NFC"
@@ -85,6 +91,6 @@ class TextSettings:
 
     def absolute(self) -> TextSettings:
         """The same, but that a tokenizer's path no longer depends on the working folder."""
-        if not isinstance(self.tokenizer, FileTokenizerSettings):
+        if not isinstance(self.tokenizer, FileTokenizerSettings | ExtendedTokenizerSettings):
             return self
         return replace(self, tokenizer=replace(self.tokenizer, path=self.tokenizer.path.absolute()))

@@ -16,6 +16,7 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Generator
 from contextlib import contextmanager
+from functools import cached_property
 from itertools import accumulate
 from pathlib import Path
 from typing import Any, Final
@@ -24,6 +25,7 @@ import numpy as np
 from jaxtyping import Int, UInt8
 from numpy.typing import NDArray
 
+from unmask.contracts import SENTENCE_START
 from unmask.errors import DamagedError
 from unmask.store import DIGESTS, check_seal, read_json
 from unmask.text.arrays import map_tensors, tensor_chunks
@@ -79,6 +81,31 @@ class Shards:
     def tokens(self) -> int:
         """Tokens of all documents."""
         return self._first[-1]
+
+    @property
+    def sentences_N(self) -> Int[np.ndarray, "N"]:
+        """Sentences of each document, by one reading of all marks; a first token starts one, whatever its mark."""
+        return self._sentences_N
+
+    @cached_property
+    def _sentences_N(self) -> NDArray[np.int32]:
+        counts_N = np.zeros(self.documents, dtype=np.int32)
+        begin = 0
+        for number in range(len(self._tokens)):
+            file = self._file(number)
+            with _naming(file):
+                for marks in tensor_chunks(file, "marks"):
+                    starts_T = (marks & SENTENCE_START) != 0
+                    first, last = np.searchsorted(self._starts_N1[:-1], [begin, begin + len(marks)]).tolist()
+                    starts_T[self._starts_N1[first:last] - begin] = True
+                    at = np.flatnonzero(starts_T) + begin
+                    if len(at):  # an empty document begins where the next one does, and stands before it
+                        document = np.searchsorted(self._starts_N1[:-1], at, side="right") - 1
+                        least = int(document[0])
+                        found = np.bincount(document - least)
+                        counts_N[least : least + len(found)] += found.astype(np.int32)
+                    begin += len(marks)
+        return counts_N
 
     @property
     def characters(self) -> int:

@@ -27,6 +27,7 @@ from unmask.contracts import SPECIAL
 from unmask.errors import TokenizerError
 from unmask.store import digest, read_json, write_json, write_text
 from unmask.text.bpe import spell_bytes, train_bpe
+from unmask.text.extension import extended
 from unmask.text.marks import token_marks
 from unmask.text.preparation import META, normalizer_of, pre_tokenizer_of
 from unmask.text.structure import leading_space, splits_at_spaces, without_specials
@@ -39,6 +40,7 @@ from unmask.text.vocabulary import (
     ByteBpeSettings,
     ByteSettings,
     CharacterSettings,
+    ExtendedTokenizerSettings,
     FileTokenizerSettings,
     Progress,
     TokenizerSettings,
@@ -55,6 +57,7 @@ __all__ = [
     "ByteSettings",
     "CharacterSettings",
     "Encoded",
+    "ExtendedTokenizerSettings",
     "FileTokenizerSettings",
     "Tokenizer",
     "TokenizerSettings",
@@ -98,6 +101,9 @@ def train_tokenizer(texts: Iterable[str], settings: TokenizerSettings, progress:
     """
     if isinstance(settings, FileTokenizerSettings):
         return Tokenizer.load(settings.path)
+    if isinstance(settings, ExtendedTokenizerSettings):
+        base = Tokenizer.load(settings.path)
+        return base.changed(extended(base.to_json(), texts, settings, progress))
     check_specials(settings)
     built = tokenizers.Tokenizer(_learn(texts, settings, progress))
     built.normalizer, built.pre_tokenizer = normalizer_of(settings), pre_tokenizer_of(settings)
@@ -286,6 +292,10 @@ class Tokenizer:
         """The whole tokenizer as tokenizer.json holds it."""
         return self._json
 
+    def changed(self, tokenizer_json: str) -> Tokenizer:
+        """Another tokenizer, whose special pieces have the same roles as this one's."""
+        return Tokenizer(tokenizers.Tokenizer.from_str(tokenizer_json), self._roles)
+
     def save(
         self,
         folder: Path,
@@ -330,12 +340,12 @@ class Tokenizer:
                 f"this tokenizer can't be read: {error}", where=str(file), next="restore it from a copy"
             ) from error
         try:
-            return cls(inner, _roles_in(file.parent))
+            return cls(inner, roles_in(file.parent))
         except TokenizerError as error:
             raise TokenizerError(error.what, where=error.where or str(file), next=error.next) from error
 
 
-def _roles_in(folder: Path) -> dict[str, str]:
+def roles_in(folder: Path) -> dict[str, str]:
     """Which piece plays which role, as the configuration beside a tokenizer.json says."""
     roles: dict[str, str] = {}
     for name in ("special_tokens_map.json", _CONFIG):

@@ -114,8 +114,28 @@ class FileTokenizerSettings:
     path: Path
 
 
+@dataclass(frozen=True)
+class ExtendedTokenizerSettings:
+    """A WordPiece or BPE tokenizer that exists, with more pieces learnt from the text."""
+
+    kind: Literal["extended"]
+    path: Path  # of the one that exists
+    pieces: int  # new ones
+    minimum_count: int = 2  # of a word, a character or a pair
+    sample_characters: int = 20_000_000
+
+    def __post_init__(self) -> None:
+        _at_least(self, pieces=1, minimum_count=1, sample_characters=1)
+
+
 TokenizerSettings = (
-    WordPieceSettings | ByteBpeSettings | UnigramSettings | ByteSettings | CharacterSettings | FileTokenizerSettings
+    WordPieceSettings
+    | ByteBpeSettings
+    | UnigramSettings
+    | ByteSettings
+    | CharacterSettings
+    | FileTokenizerSettings
+    | ExtendedTokenizerSettings
 )
 TrainedSettings = WordPieceSettings | ByteBpeSettings | UnigramSettings | ByteSettings | CharacterSettings
 SampledSettings = WordPieceSettings | ByteBpeSettings | UnigramSettings
@@ -167,7 +187,12 @@ def sample_blocks(texts: Iterable[str], settings: SampledSettings, progress: Pro
 
     `progress` hears of feeding alone: what a trainer does afterwards can't be watched.
     """
-    held, size, room = list[str](), 0, settings.sample_characters
+    return blocks_of(texts, settings.sample_characters, progress, "training the tokenizer")
+
+
+def blocks_of(texts: Iterable[str], characters: int, progress: Progress | None, stage: str) -> Iterator[str]:
+    """The first so many characters of texts in blocks of lines; `progress` hears of it up to one half."""
+    held, size, room = list[str](), 0, characters
     for text in texts:
         if room <= 0:
             break
@@ -177,7 +202,7 @@ def sample_blocks(texts: Iterable[str], settings: SampledSettings, progress: Pro
             if size >= _BLOCK_CHARACTERS:
                 yield "\n".join(held)
                 if progress is not None:
-                    progress("training the tokenizer", 0.5 * (1 - max(0, room - first) / settings.sample_characters))
+                    progress(stage, 0.5 * (1 - max(0, room - first) / characters))
                 held, size = [], 0
         room -= len(text)
     if held:

@@ -5,11 +5,23 @@ tokenizer, which turns it into marks of tokens, and corpus, which asks what rule
 
 Words belong to the text, not to the tokenizer. By "spaces": a run of letters, marks and numbers is a word (in Korean an
 eojeol), and every other visible character is a word of its own. By "characters": every visible character is a word. In
-both, a combining mark or a joiner belongs to the character before it, and white space starts nothing.
+both, a combining mark or a joiner belongs to the character before it, and white space starts nothing. By a segmenter
+("jieba" for Chinese, "sudachi" for Japanese): by "spaces", and a run of letters with Han or kana in it is cut into the
+segmenter's words; only cuts beside Han or kana count, so that what else is in it stays whole.
 
-A sentence starts at the first visible character, after a line end, after one of . ! ? … that white space follows
-(closing quotes and brackets may stand between), and after 。 ！ ？ even without it. "Dr. Who" is taken for two
-sentences: a list of abbreviations would belong to one language.
+A sentence starts at the first visible character, after a line end, and after what ends a sentence:
+
+- one or more of . ! ? … that white space follows; closing quotes and brackets may stand between,
+- one or more of 。 ！ ？ ｡, with what closes after them, even where no white space follows,
+- . ! ? right between a Korean ending (다 요 죠 까 after another syllable) and another syllable: 갔다.그는
+
+A single full stop ends none after an abbreviation: initials and letters with stops between them (J. Smith, U.S., e.g.;
+but I. ends one), titles, months and others of a short list (Dr., Jan., etc.), some only where a number follows (No. 5,
+p. 7); nor after a number of up to three digits at the beginning of a line (1. Introduction). Decimals have no white
+space. The list is English: in other languages its abbreviations are few enough to be taken for ends.
+
+Whether a sentence starts behind a space is told by the run of characters before it and the character after it, and
+nothing else: chunks, plain and encoder follow the same rule chunk by chunk.
 """
 
 from __future__ import annotations
@@ -22,16 +34,41 @@ import numpy as np
 from jaxtyping import Bool
 from numpy.typing import NDArray
 
-WordsRule = Literal["spaces", "characters"]
+from unmask.text.segmenter import Segmenter, version, word_lengths
+
+WordsRule = Literal["spaces", "characters", "jieba", "sudachi"]
 
 _SPACE, _LETTER, _APART, _MARK = 1, 2, 3, 4  # 0: not looked up yet
 _KIND_OF_CODE = np.zeros(0x110000, dtype=np.uint8)
+CLOSERS: Final = "\"'”’»)]}」』）】"  # what may stand between the end of a sentence and the white space
+STOPS: Final = ".!?…"  # end a sentence where white space follows
+FULL_STOPS: Final = "。！？｡"  # end one whatever follows
+KOREAN_ENDINGS: Final = "다요죠까"
 _SENTENCE_ENDS = re.compile(
-    r"""[.!?…]+["'”’»)\]}」』）】]*\s+   # an end, what closes after it, white space
-    |   [。！？]+["'”’»)\]}」』）】]*\s*  # ends that no space need follow
+    rf"""(?P<stops>[{STOPS}]+)[{re.escape(CLOSERS)}]*\s+
+    |   [{FULL_STOPS}]+[{re.escape(CLOSERS)}]*\s*
+    |   (?<=[가-힣][{KOREAN_ENDINGS}])[.!?]+(?=[가-힣])
     |   \n\s*""",
     re.VERBOSE,
 )
+_LETTERS: Final = "A-Za-zÀ-ÖØ-öø-ɏͰ-ϿЀ-ӿ"  # of scripts that have initials: Latin, Greek, Cyrillic
+_ABBREVIATIONS: Final = (
+    "Mr Mrs Ms Dr Prof St Mt Gen Col Maj Capt Lt Cmdr Sgt Rev Hon Gov Sen Rep Pres Jr Sr Inc Ltd Co Corp Bros Univ "
+    "Jan Feb Mar Apr Jun Jul Aug Sep Sept Oct Nov Dec vs etc cf al ca approx resp ie eg esp"
+)
+_BEFORE_NUMBERS: Final = "No no Nos nos Vol vol Vols vols p pp Fig fig Figs figs Art art Sec sec Ch ch Eq eq Op op"
+_ABBREVIATED = re.compile(
+    rf"""(?<![{_LETTERS}\d])(?:
+        (?:[{_LETTERS}]\.)+[{_LETTERS}]
+    |   (?!I)[A-ZÀ-ÖØ-ÞΑ-ΩЀ-Я]
+    |   {_ABBREVIATIONS.replace(" ", "|")}
+    |   (?P<number>{_BEFORE_NUMBERS.replace(" ", "|")})
+    )\Z
+    |   (?:\A|(?<=\n))\d{{1,3}}\Z""",
+    re.VERBOSE,
+)
+_LONGEST_ABBREVIATION: Final = 16  # characters; of a longer run, its last letters tell
+Stop = Literal["end", "end unless a number follows", "no end"]
 _UNSPACED: Final = (  # Han, Hiragana, Katakana: first and last code point of their blocks
     (0x3040, 0x30FF),
     (0x31F0, 0x31FF),
@@ -99,17 +136,67 @@ def word_starts(text: str, rule: WordsRule) -> Bool[np.ndarray, "N"]:
         taken_N, alone_N = kinds_N, marks_N
     if rule == "characters":
         return ((kinds_N != _SPACE) & ~marks_N) | alone_N
-    starts_N = (taken_N == _LETTER) & ~marks_N
-    starts_N[1:] &= taken_N[:-1] != _LETTER
+    is_letter_N = taken_N == _LETTER
+    starts_N = is_letter_N & ~marks_N
+    starts_N[1:] &= ~is_letter_N[:-1]
+    if rule != "spaces":
+        starts_N |= _segmented(text, rule, is_letter_N) & ~marks_N
     return starts_N | (kinds_N == _APART) | alone_N
+
+
+def _segmented(text: str, segmenter: Segmenter, is_letter_N: Bool[np.ndarray, "N"]) -> Bool[np.ndarray, "N"]:
+    """Whether a segmenter starts a word at each character: inside runs of letters, beside Han or kana."""
+    codes_N = codes(text)
+    unspaced_N = np.zeros(len(codes_N), dtype=bool)
+    for first, last in _UNSPACED:
+        unspaced_N |= (codes_N >= first) & (codes_N <= last)
+    edges = np.flatnonzero(np.diff(np.concatenate([[False], is_letter_N, [False]]).view(np.int8)))
+    before_N1 = np.concatenate([[0], np.cumsum(unspaced_N & is_letter_N)])
+    has_R = before_N1[edges[1::2]] > before_N1[edges[::2]]
+    plain = codes_N.tobytes().decode("utf-32-le")  # the same text, but that half a surrogate pair is a question mark
+    cuts = np.zeros(len(codes_N) + 1, dtype=bool)
+    for first, end in zip(edges[::2][has_R].tolist(), edges[1::2][has_R].tolist(), strict=True):
+        at = first
+        for length in word_lengths(segmenter, plain[first:end]):
+            cuts[at] = True
+            at += length
+        assert at == end, f"{segmenter} left out letters of {plain[first:end]!r}"
+    cuts = cuts[:-1]
+    cuts[1:] &= unspaced_N[1:] | unspaced_N[:-1]
+    return cuts & is_letter_N
+
+
+def in_words(rule: WordsRule) -> str:
+    """What a word is, for a person."""
+    if rule == "characters":
+        return "each character is one"
+    by_spaces = "runs between spaces, punctuation apart"
+    return by_spaces if rule == "spaces" else f"{by_spaces}, Han and kana by {version(rule)}"
+
+
+def stop_at(text: str, at: int) -> Stop:
+    """What the . at this place does to its sentence, if white space follows it, perhaps after what closes."""
+    if at and text[at - 1] in STOPS:  # one of several
+        return "end"
+    found = _ABBREVIATED.search(text, max(0, at - _LONGEST_ABBREVIATION), at)
+    if found is None:
+        return "end"
+    return "no end" if found["number"] is None else "end unless a number follows"
 
 
 def sentence_starts(text: str) -> Bool[np.ndarray, "N"]:
     """Whether a sentence starts at each character of the text."""
     starts_N = np.zeros(len(text), dtype=bool)
     first = len(text) - len(text.lstrip())
-    ends = [match.end() for match in _SENTENCE_ENDS.finditer(text, first)]
-    at_N = np.array([first, *ends], dtype=np.int64)
+    ends = [first]
+    for match in _SENTENCE_ENDS.finditer(text, first):
+        end = match.end()
+        if match["stops"] == "." and "\n" not in match[0]:
+            stop = stop_at(text, match.start())
+            if stop == "no end" or (stop != "end" and text[end : end + 1].isdecimal()):
+                continue
+        ends.append(end)
+    at_N = np.array(ends, dtype=np.int64)
     starts_N[at_N[at_N < len(text)]] = True
     return starts_N
 

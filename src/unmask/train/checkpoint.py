@@ -17,7 +17,7 @@ from typing import Any
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from unmask import bundle, store
 from unmask.bundle import Model
@@ -27,6 +27,7 @@ from unmask.train.loop import Standing, Training, Window
 RESUME = "resume"
 _STATE, _OPTIMISER, _MASTER = "state.json", "optimiser.safetensors", "weights.safetensors"
 _AVERAGE = "average.safetensors"
+OBJECTIVE = "objective.safetensors"  # the objective's own parameters, beside the model's
 
 
 def step_name(step: int) -> str:
@@ -50,6 +51,7 @@ def save(
     target = run / step_name(standing.step)
     with store.new_folder(target) as folder:
         bundle.save(folder, model)
+        _write_parts(folder, training.judged.parts)
         resume = folder / RESUME
         resume.mkdir()
         # The ecosystem's tensors stack Q, K and V; ours stand beside them, so that resuming computes nothing.
@@ -72,11 +74,22 @@ def _write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, path)
 
 
-def save_best(run: Path, model: Model) -> Path:
-    """Put this model in the place of the best so far: a whole model folder, without what resuming needs."""
+def _write_parts(folder: Path, parts: nn.Module | None) -> None:
+    """The objective's own parameters as they are judged, where it has any."""
+    tensors = parts.state_dict() if parts else {}
+    if tensors:
+        _write_tensors(folder / OBJECTIVE, tensors)
+
+
+def save_best(run: Path, model: Model, parts: nn.Module | None = None) -> Path:
+    """Put this model in the place of the best so far: a whole model folder, without what resuming needs.
+
+    `parts` are the objective's own, which stand beside it.
+    """
     target = run / bundle.BEST
     with store.new_folder(target) as folder:
         bundle.save(folder, model)
+        _write_parts(folder, parts)
         store.seal(folder)
     return target
 

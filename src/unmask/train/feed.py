@@ -8,22 +8,33 @@ Called by: workshop makes one feed per stage and hands them to the loop.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from unmask.contracts import Batch
 from unmask.errors import RecipeError
 from unmask.outside import OutsideCutter
 from unmask.text.cutter import FromOutside, Windows
-from unmask.text.loader import Stream, deal
+from unmask.text.loader import Stream, deal, frame_tokens
 from unmask.text.mixture import MixedText, Mixture, is_weighted
+from unmask.text.pairs import PairKind, Pairs
 from unmask.text.shards import Shards
 from unmask.text.tokenizer import Tokenizer
 from unmask.train.plan import EPOCH_STRIDE
 
 
-class StageFeed:
-    """A stage's samples: windows of `length` slots (special tokens included) in a seeded order, epoch after epoch.
+@dataclass(frozen=True)
+class PairSampling:
+    """How samples of two segments are drawn."""
 
-    Where the texts have weights, they are mixed; else every document comes once an epoch.
+    kind: PairKind
+    short: float = 0.1  # share of the samples that are cut to a random length
+
+
+class StageFeed:
+    """A stage's samples: texts of up to `length` slots (special tokens included) in a seeded order, epoch after epoch.
+
+    They are windows, or pairs where the objective reads such. Where the texts have weights, windows are mixed; else
+    every document comes once an epoch.
     """
 
     def __init__(
@@ -34,15 +45,24 @@ class StageFeed:
         micro_tokens: int,
         seed: int,
         groups: Sequence[MixedText] = (),
-        outside: OutsideCutter | None = None,
+        other: OutsideCutter | PairSampling | None = None,
     ) -> None:
+        """`other` is what is read in the place of windows: by a cutter of a person's own, or pairs.
+
+        Raises:
+            RecipeError: texts with weights, where windows are not what is cut.
+            TextError: the documents give no pairs.
+        """
         self._shards = shards
         self._names = [group.name for group in groups]
-        self._framing = 2 if tokenizer.frame else 0
+        self._framing = frame_tokens(tokenizer, 2 if isinstance(other, PairSampling) else 1)
         inside = length - self._framing
-        self._cutter: Windows | Mixture | FromOutside
-        if outside:
-            self._cutter = _from_outside(outside, shards, groups, inside, seed)
+        self._cutter: Windows | Mixture | FromOutside | Pairs
+        if isinstance(other, PairSampling):
+            _refuse_weights(groups, f"pairs ({other.kind})", "objective", "pairs are drawn from all documents alike")
+            self._cutter = Pairs(shards, inside, seed, other.kind, short_share=other.short)
+        elif other:
+            self._cutter = _from_outside(other, shards, groups, inside, seed)
         elif is_weighted(groups):
             self._cutter = Mixture(shards.lengths_N, groups, inside, seed, framing=self._framing, stride=EPOCH_STRIDE)
         else:
@@ -60,7 +80,7 @@ class StageFeed:
         """Tokens of one epoch, special tokens included; of a mixture, in the mean."""
         if isinstance(self._cutter, Mixture):
             return self._cutter.epoch_tokens
-        if isinstance(self._cutter, FromOutside):  # which may leave tokens out, or read some twice: about
+        if isinstance(self._cutter, FromOutside | Pairs):  # which may leave tokens out, or read some twice: about
             return round(self.samples * (self._cutter.mean_tokens + self._framing))
         return self._shards.tokens + self._framing * self.samples
 
@@ -85,10 +105,11 @@ def _from_outside(
     outside: OutsideCutter, shards: Shards, groups: Sequence[MixedText], length: int, seed: int
 ) -> FromOutside:
     """A cutter of a person's own; it decides the order alone, so texts can't have weights beside it."""
-    if is_weighted(groups):
-        raise RecipeError(
-            f"texts with weights and the cutter `{outside.kind}`",
-            where="text.cutter",
-            next="leave the weights out: a cutter of one's own decides what comes how often",
-        )
+    why = "a cutter of one's own decides what comes how often"
+    _refuse_weights(groups, f"the cutter `{outside.kind}`", "text.cutter", why)
     return FromOutside(outside, shards.lengths_N, length, seed)
+
+
+def _refuse_weights(groups: Sequence[MixedText], beside: str, where: str, why: str) -> None:
+    if is_weighted(groups):
+        raise RecipeError(f"texts with weights and {beside}", where=where, next=f"leave the weights out: {why}")

@@ -16,7 +16,7 @@ from rich.cells import cell_len
 from unmask.train.loop import Standing
 from unmask.train.panel import Line, Seen
 from unmask.train.plan import Plan
-from unmask.train.show import Forecast, Summary, Validation
+from unmask.train.show import Forecast, PairValidation, Summary, Validation
 
 MANY_EPOCHS = 40  # beyond this a text of any size is seen so often that its letters are learnt rather than its language
 MASK = "[MASK]"
@@ -160,6 +160,19 @@ def validation_line(validation: Validation) -> str:
     )
 
 
+def pair_words(metrics: Mapping[str, object]) -> str:
+    """The share of pairs that a log line says were answered right; nothing where none were asked."""
+    share = number(metrics, "pair_accuracy")
+    return "" if math.isnan(share) else f"pairs {share:.1%}"
+
+
+def pair_line(pair: PairValidation) -> str:
+    """What was measured on the frozen pairs."""
+    earlier = ", ".join(f"{share:.1%} at length {length}" for length, share in sorted(pair.earlier.items()))
+    accuracy = f"{pair.accuracy:.1%}{f' ({earlier})' if earlier else ''}"
+    return f"pairs: accuracy {accuracy}, chance 50%; loss {pair.loss:.3f}, chance {math.log(2):.3f}"
+
+
 def set_lines(validation: Validation) -> list[str]:
     """What was measured on each text of text.valid, in columns."""
     wide = max((cell_len(name) for name in validation.sets), default=0)
@@ -196,6 +209,13 @@ def comparison_rows(summary: Summary, plan: Plan | None) -> list[Comparison]:
         Comparison("tokens/s", planned_rate, f"{summary.tokens_per_second:,.0f}"),
     ]
     held = summary.validation
+    if summary.before is not None:  # of the very puzzles that the rows below are about
+        before = summary.before
+        told = f"{before['loss']:.3f}, {before['accuracy']:.1%}, {before['bits_per_character']:.3f}"
+        rows.append(Comparison("before: loss, accuracy, bits per character", "", told))
+        rows += [
+            Comparison(f"before: loss on {name}", "", f"{one['loss']:.3f}") for name, one in before["sets"].items()
+        ]
     if held is not None:
         rows += [
             Comparison(f"validation loss (unigram {held.unigram_loss:.3f})", "", f"{held.loss:.3f}"),
@@ -206,6 +226,8 @@ def comparison_rows(summary: Summary, plan: Plan | None) -> list[Comparison]:
             Comparison(f"loss on {name} (unigram {one.unigram_loss:.3f})", "", f"{one.loss:.3f}")
             for name, one in held.sets.items()
         ]
+        if held.pair is not None:
+            rows.append(Comparison("accuracy on pairs (chance 50%)", "", f"{held.pair.accuracy:.1%}"))
     if summary.best_loss is not None and summary.best_step != summary.steps:
         rows.append(Comparison("best validation loss", "", f"{summary.best_loss:.3f} at step {summary.best_step:,}"))
     if summary.early:

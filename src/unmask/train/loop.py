@@ -14,7 +14,7 @@ import math
 import time
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import torch
@@ -164,6 +164,8 @@ def train(
         step_began = time.perf_counter()
         with standing.timed("data"):
             batches, cursor = feed.step(standing.cursor, plan.stages[stage].batch_tokens, world.rank, world.ranks)
+            progress = plan.progress(standing.step)
+            batches = [replace(batch, progress=progress) for batch in batches]
             puzzles = [training.objective.corrupt(batch, training.seed) for batch in batches]
             clock = time.perf_counter() - begin
             wish, clock, tokens, counts = _agree(world, puzzles, training.objective, asked_to_stop(), clock)
@@ -174,7 +176,7 @@ def train(
             world.sum_gradients(training.learner)
             standing.gradient_norm = training.optimiser.clip()
             _check_finite(standing)
-            factor = training.rate_factor(plan.progress(standing.step), standing.step)
+            factor = training.rate_factor(progress, standing.step)
             standing.rate = training.optimiser.settings.rate * factor
             training.optimiser.step(factor)
             training.optimiser.zero_grad()

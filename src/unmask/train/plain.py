@@ -112,6 +112,7 @@ class PlainDisplay:
             parts = [f"step {step:>{len(steps)},}/{steps} {step / self._plan.steps:>4.0%}"]
         parts.append(f"loss {figures.number(metrics, 'loss'):.3f}")
         parts.append(f"accuracy {figures.number(metrics, 'accuracy'):.1%}")
+        parts.append(figures.pair_words(metrics))
         parts.append(f"{speed:,.0f} tokens/s")
         if self._pace is not None:
             parts.append(figures.share_of_matmul(self._pace.share_of_matmul(speed)))
@@ -125,6 +126,8 @@ class PlainDisplay:
         """Measurements, the unigram line, the panel."""
         self._write(f"validation at step {step:,}: {figures.validation_line(validation)}")
         self._write(f"  {figures.unigram_line(validation)}")
+        if validation.pair is not None:
+            self._write(f"  {figures.pair_line(validation.pair)}")
         for line in figures.set_lines(validation):
             self._write(f"  {line}")
         for line in panel_lines(panel):

@@ -11,7 +11,7 @@ import importlib.util
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol, TextIO
+from typing import Any, Protocol, TextIO
 
 from unmask.train.loop import Standing
 from unmask.train.panel import Line, Seen
@@ -54,6 +54,16 @@ class SetValidation:
 
 
 @dataclass(frozen=True)
+class PairValidation:
+    """What was measured on frozen pairs of segments, at the last stage's length."""
+
+    loss: float
+    accuracy: float
+    pairs: int
+    earlier: Mapping[int, float]  # length -> accuracy, of the stage that runs where it isn't the last
+
+
+@dataclass(frozen=True)
 class Validation:
     """One validation: measurements by text length, the last stage's first."""
 
@@ -64,6 +74,7 @@ class Validation:
     length: int
     earlier: Mapping[int, float]  # length -> loss, of the stage that runs where it isn't the last
     sets: Mapping[str, SetValidation] = field(default_factory=dict[str, SetValidation])  # by name: text.valid
+    pair: PairValidation | None = None  # where the objective asks about pairs
 
 
 @dataclass(frozen=True)
@@ -81,6 +92,7 @@ class Summary:
     best_step: int | None = None  # of the lowest validation loss
     best_loss: float | None = None
     early: str = ""  # why the run ended before its plan, where it did
+    before: Mapping[str, Any] | None = None  # the validation of the model that the run went on from
 
 
 class Display(Protocol):

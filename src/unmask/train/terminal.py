@@ -130,6 +130,8 @@ class LiveDisplay:
     def validated(self, step: int, validation: Validation, panel: Sequence[Line]) -> None:
         """A line that stays above, and the panel in its place."""
         self._print(Text.assemble((f"step {step:,}  ", "bold"), figures.validation_line(validation)))
+        if validation.pair is not None:
+            self._print(Text(f"  {figures.pair_line(validation.pair)}"))
         self._print(*(Text(f"  {line}") for line in figures.set_lines(validation)))
         self._panel = [Text(""), Text(figures.unigram_line(validation), "cyan"), *self._painted(panel), Text("")]
         self._redraw()
@@ -172,7 +174,7 @@ class LiveDisplay:
         speed = window.tokens / window.seconds if fresh else figures.number(line, "tokens_per_second")
         if loss != loss:
             return [bar]
-        words = [f"loss {loss:.3f}", f"accuracy {accuracy:.1%}", f"{speed:,.0f} tokens/s"]
+        words = [f"loss {loss:.3f}", f"accuracy {accuracy:.1%}", figures.pair_words(line), f"{speed:,.0f} tokens/s"]
         words.append(figures.share_of_matmul(pace.share_of_matmul(speed)))
         measured = "     " + "  ".join(filter(None, words)) + "  "
         room = min(20, self._console.width - len(measured))

@@ -119,7 +119,7 @@ def _ids(model: Model, text: str, reader: Reader) -> list[int]:
     # A model that others made may call its mask <mask>; a person writes [MASK] all the same.
     tokenizer = model.tokenizer
     text = text.replace(MASK, tokenizer.id_to_token(tokenizer.mask_id))
-    encoded = tokenizer.encode(text, model.words, specials_in_text=True)
+    encoded = tokenizer.encode(text, specials_in_text=True)  # ids depend on no rule for words, nor on its package
     ids = _continued(tokenizer, text) if reader.prefix else encoded.ids
     framed, _ = tokenizer.framed(ids, np.zeros(len(ids), dtype=np.uint8))
     return framed.tolist()

@@ -1,0 +1,1 @@
+"""Is a masker what it says? Judged by its inputs and outputs alone."""
