@@ -151,3 +151,59 @@ def test_the_recipe_for_it_needs_a_model(domain: Path, tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match="none is named") as refused:
         unmask.pretrain(domain, recipe="continue", out=tmp_path / "run")
     assert "--from MODEL" in refused.value.next
+
+
+def saved_by_transformers(kind: str, folder: Path) -> Path:
+    """A small net of `transformers` with random weights, and a tokenizer of ours beside it."""
+    import transformers
+
+    from unmask.text.tokenizer import ByteBpeSettings, WordPieceSettings, train_tokenizer
+
+    settings = WordPieceSettings(vocab=50) if kind == "bert" else ByteBpeSettings(vocab=280)
+    tokenizer = train_tokenizer(["the cat sat on the mat and looked at the moon of the old man"] * 30, settings)
+    sizes: dict[str, Any] = {
+        "vocab_size": tokenizer.size + 3, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2,
+        "intermediate_size": 24, "max_position_embeddings": 50, "pad_token_id": tokenizer.role_id("pad_token"),
+    }  # fmt: skip
+    torch.manual_seed(5)
+    if kind == "bert":
+        net: Any = transformers.BertForPreTraining(transformers.BertConfig(**sizes))
+    else:
+        net = transformers.RobertaForMaskedLM(transformers.RobertaConfig(**sizes, type_vocab_size=1))
+    net.save_pretrained(folder)
+    tokenizer.save(folder)
+    return folder
+
+
+def test_a_bert_of_transformers_goes_on_with_its_pair_head(domain: Path, tmp_path: Path) -> None:
+    from transformers import BertForPreTraining
+
+    model = saved_by_transformers("bert", tmp_path / "model")
+    unmask.pretrain(
+        domain,
+        recipe="continue",
+        out=tmp_path / "run",
+        budget="2 steps",
+        settings=[*QUICK, 'objective={kind="bert", pair="next-sentence"}', "stage.0.length=40", "optimiser.rate=1e-9"],
+        start=model,
+    )
+    step = tmp_path / "run" / "latest"
+    before, after = BertForPreTraining.from_pretrained(model), BertForPreTraining.from_pretrained(step)
+    for name, tensor in before.state_dict().items():
+        assert torch.allclose(after.state_dict()[name], tensor, atol=1e-6), name
+    line = next(line for line in read_log(tmp_path / "run" / LOG) if "validation" in line)
+    assert line["step"] == 0 and line["validation"]["pair"]["pairs"] > 0
+
+
+def test_a_roberta_goes_on_within_its_positions_and_stays_one(domain: Path, tmp_path: Path) -> None:
+    from transformers import AutoModelForMaskedLM
+
+    model = saved_by_transformers("roberta", tmp_path / "model")
+    start = Start.open(model, 12)
+    unmask.pretrain(domain, recipe="continue", out=tmp_path / "run", budget="2 steps", settings=QUICK, start=start)
+    recipe, _ = read_recipe(tmp_path / "run")
+    first = start.model.tokenizer.role_id("pad_token")
+    assert first is not None and recipe.stage[0].length == 50 - first - 1
+    after = AutoModelForMaskedLM.from_pretrained(tmp_path / "run" / "latest")
+    assert type(after).__name__ == "RobertaForMaskedLM"
+    assert after.config.vocab_size == start.model.tokenizer.size + 12, "new pieces take the padded rows first"

@@ -80,7 +80,7 @@ def _pieces(recipe: Recipe) -> tuple[int, str]:
         return ASSUMED["characters"], "assumed: the text decides"
     if tokenizer.kind == "bytes":
         return BYTES + len(tokenizer.specials), "bytes and special pieces"
-    if tokenizer.kind in ("file", "extended"):
+    if tokenizer.kind == "file" or tokenizer.kind == "extended":
         more = tokenizer.pieces if tokenizer.kind == "extended" else 0
         try:
             return Tokenizer.load(tokenizer.path).size + more, str(tokenizer.path)

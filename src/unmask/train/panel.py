@@ -51,7 +51,7 @@ class Panel:
 
     def __init__(self, prompts: Sequence[str], tokenizer: Tokenizer, words: WordsRule, length: int) -> None:
         self._prompts: list[tuple[str, np.ndarray]] = []
-        self._reader = Reader(tokenizer)
+        self._reader, self._pieces = Reader(tokenizer), tokenizer.size
         texts: list[Text] = []
         at: list[np.ndarray] = []
         answers: list[np.ndarray] = []
@@ -84,7 +84,7 @@ class Panel:
         head.eval()
         with world.autocast():
             logits_MV = logits_at(encoder, head, self._batch.to(world.device), self._at_M.to(world.device))
-        guesses = logits_MV.argmax(-1).tolist()
+        guesses = logits_MV[:, : self._pieces].argmax(-1).tolist()  # a model may have rows without a piece
         lines: list[Line] = []
         taken = 0
         for prompt, offsets in self._prompts:
