@@ -7,6 +7,7 @@ loop, pretrain, evaluation.
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import os
 import time
@@ -105,6 +106,7 @@ def discover(
         torch.cuda.set_device(place)
     if ranks > 1 and not distributed.is_initialized():
         distributed.init_process_group("nccl" if cuda else "gloo")
+        atexit.register(_leave)
     usable = max(1, cores() // local_ranks)
     wanted = usable if threads == "all" else threads
     if not 1 <= wanted <= cores():
@@ -127,6 +129,12 @@ def discover(
         )
     chosen = "bfloat16" if fast and precision != "float32" else "float32"
     return World(device=place, precision=chosen, threads=wanted, rank=rank, ranks=ranks)
+
+
+def _leave() -> None:
+    """Leave the process group: threads of it that are still there when the interpreter ends may abort the process."""
+    if distributed.is_initialized():
+        distributed.destroy_process_group()
 
 
 def _device_kind(device: Device, ranks: int) -> Literal["cpu", "cuda", "mps"]:

@@ -56,7 +56,7 @@ def audit(
     ] = None,
     tokenizer: Annotated[
         Path | None,
-        typer.Option(help="A tokenizer.json, or a folder with one.", show_default="the recipe's, trained on the text"),
+        typer.Option(help="A tokenizer.json, a folder with one, a run.", show_default="the recipe's, from the text"),
     ] = None,
     recipe: Annotated[str, typer.Option(help="Whose masking and tokenizer are meant.")] = "tiny",
     settings: Annotated[
@@ -142,10 +142,12 @@ def _texts(named: Sequence[str], recipe: Recipe) -> list[str]:
 
 
 def _tokenizer(path: Path | None, texts: Sequence[str], recipe: Recipe, progress: Any) -> Tokenizer:
-    from unmask.text.tokenizer import Tokenizer, train_tokenizer
+    from unmask.text.tokenizer import train_tokenizer
 
     if path is not None:
-        return Tokenizer.load(path)
+        from unmask.cli.tokenizer import open_tokenizer
+
+        return open_tokenizer(path)
     return train_tokenizer(iter(texts), recipe.text.tokenizer, progress)
 
 
@@ -166,7 +168,7 @@ def _masker(
     from unmask.outside import find_object
 
     if name == OURS:
-        from unmask.workshop import build_objective
+        from unmask.questions import build_objective
 
         asked = recipe.objective
         claims = claims_of_settings(asked, progress) if isinstance(asked, MaskingSettings) else Claims()

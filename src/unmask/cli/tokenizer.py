@@ -110,7 +110,7 @@ def look(
     from unmask.text.vocabulary import MASK
     from unmask.text.words import detect_words
 
-    opened = _open(tokenizer)
+    opened = open_tokenizer(tokenizer)
     if (text is None) == (file is None):
         raise RecipeError("give a text or a file, one of them", next='unmask tokenizer look TOKENIZER "some text"')
     given = text if text is not None else "\n".join(some_text(_source([str(file)]), characters))
@@ -141,7 +141,7 @@ def compare(
     from unmask.text.fertility import measure, some_text
     from unmask.text.words import detect_words
 
-    opened = [(str(path), _open(path)) for path in tokenizers]
+    opened = [(str(path), open_tokenizer(path)) for path in tokenizers]
     rows: list[dict[str, Any]] = []
     for text in texts:
         held = list(some_text(_source([text], errors, document, field), characters))
@@ -196,7 +196,7 @@ def _source(texts: Sequence[str], errors: Errors = None, document: Rule = None, 
     )
 
 
-def _open(path: Path) -> Tokenizer:
+def open_tokenizer(path: Path) -> Tokenizer:
     """The tokenizer of a file, a folder, a run or a model."""
     from unmask.text.tokenizer import Tokenizer
 
