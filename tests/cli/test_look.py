@@ -68,7 +68,7 @@ def test_a_table_with_broken_rows_is_looked_at_as_it_would_be_trained_on(
 def test_what_cannot_be_looked_at(refused: Refused, place: Path) -> None:
     refused("text", "look", "nowhere.txt", says="nowhere.txt")
     refused("text", "look", "cat.txt", "--recipe", "tinny", says="did you mean `tiny`?")
-    refused("text", "look", "cat.txt", "--tokenizer", "nowhere", says="no tokenizer here")
+    refused("text", "look", "cat.txt", "--tokenizer", "nowhere", says="there is nothing at this path")
 
 
 def test_a_text_measured_by_name(unmask: Command, refused: Refused, place: Path) -> None:

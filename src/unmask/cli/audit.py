@@ -16,6 +16,8 @@ import typer
 
 from unmask.cli.answer import Debug, Json, print_json
 from unmask.cli.pretrain import Errors, Field, Rule
+from unmask.cli.recipe import Settings
+from unmask.cli.tokenizer import TokenizerAt, open_tokenizer
 from unmask.errors import RecipeError
 
 if TYPE_CHECKING:
@@ -54,14 +56,9 @@ def audit(
         list[str] | None,
         typer.Option("--text", metavar="FILE", help="Text to mask; may be repeated.", show_default="Python's own"),
     ] = None,
-    tokenizer: Annotated[
-        Path | None,
-        typer.Option(help="A tokenizer.json, a folder with one, a run.", show_default="the recipe's, from the text"),
-    ] = None,
+    tokenizer: TokenizerAt = None,
     recipe: Annotated[str, typer.Option(help="Whose masking and tokenizer are meant.")] = "tiny",
-    settings: Annotated[
-        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change one setting of the recipe.")
-    ] = None,
+    settings: Settings = None,
     progress: Annotated[float, typer.Option(help="Where in a run, 0 to 1: for a rate that changes over it.")] = 0.0,
     samples: Annotated[int, typer.Option(help="How many samples are masked in each epoch.")] = 2048,
     length: Annotated[int, typer.Option(help="Slots of a sample, special pieces included.")] = 128,
@@ -145,8 +142,6 @@ def _tokenizer(path: Path | None, texts: Sequence[str], recipe: Recipe, progress
     from unmask.text.tokenizer import train_tokenizer
 
     if path is not None:
-        from unmask.cli.tokenizer import open_tokenizer
-
         return open_tokenizer(path)
     return train_tokenizer(iter(texts), recipe.text.tokenizer, progress)
 

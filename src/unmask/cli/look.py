@@ -17,6 +17,8 @@ import typer
 
 from unmask.cli.answer import Debug, Json, print_json
 from unmask.cli.pretrain import TEXT, Errors, Field, Rule
+from unmask.cli.recipe import Settings
+from unmask.cli.tokenizer import TokenizerAt, open_tokenizer
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -42,14 +44,9 @@ _LABEL = 12
 def look(
     texts: Annotated[list[Path], TEXT],
     recipe: Annotated[str, typer.Option(help="Whose settings are meant: a shipped recipe or a TOML file.")] = "tiny",
-    tokenizer: Annotated[
-        Path | None,
-        typer.Option(help="A tokenizer.json, or a folder with one.", show_default="the recipe's, trained on a sample"),
-    ] = None,
+    tokenizer: TokenizerAt = None,
     seed: Annotated[int, typer.Option(help="Which documents are shown.")] = 0,
-    settings: Annotated[
-        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change one setting; may be repeated.")
-    ] = None,
+    settings: Settings = None,
     errors: Errors = None,
     document: Rule = None,
     field: Field = None,
@@ -64,12 +61,11 @@ def look(
     from unmask.blueprint import load_recipe
     from unmask.origin import open_text
     from unmask.text.report import look as look_at
-    from unmask.text.tokenizer import Tokenizer
     from unmask.train.show import for_stream
 
     flags = {"text.errors": errors, "text.document": document, "text.field": field}
     whole = load_recipe(recipe, settings or (), {key: value for key, value in flags.items() if value is not None})
-    given = None if tokenizer is None else Tokenizer.load(tokenizer)
+    given = None if tokenizer is None else open_tokenizer(tokenizer)
     source = open_text(texts, whole.text)
     display = for_stream(sys.stderr)
     try:

@@ -19,6 +19,7 @@ import typer
 
 from unmask.cli.answer import Debug, Json, print_json
 from unmask.cli.fill import print_filled
+from unmask.cli.recipe import Settings
 from unmask.errors import RecipeError, RunError
 
 if TYPE_CHECKING:
@@ -90,9 +91,7 @@ def pretrain(
         Path | None, typer.Option(help="The run's folder; it must not exist.", show_default="runs/RECIPE-N")
     ] = None,
     seed: Annotated[int | None, typer.Option(help="Of every draw.", show_default="the recipe's")] = None,
-    settings: Annotated[
-        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change one setting; may be repeated.")
-    ] = None,
+    settings: Settings = None,
     start: Annotated[
         Path | None,
         typer.Option("--from", metavar="MODEL", help="Begin with this model's weights, encoder and tokenizer."),

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import sys
 import time
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from unmask.cli.answer import Debug, Json, print_json
 from unmask.cli.pretrain import TEXT, Errors, Field, Rule
+from unmask.cli.recipe import Settings
+from unmask.cli.tokenizer import TokenizerAt, tokenizer_at
 
 BUILD_EXAMPLES = """\
 [bold]Examples[/bold]
@@ -28,13 +29,8 @@ unmask text build notes.txt --set text.tokenizer.vocab=16384
 def build(
     texts: Annotated[list[str], TEXT],
     recipe: Annotated[str, typer.Option(help="Whose settings are meant: a shipped recipe or a TOML file.")] = "tiny",
-    tokenizer: Annotated[
-        Path | None,
-        typer.Option(help="A tokenizer.json, or a folder with one.", show_default="the recipe's, trained on the text"),
-    ] = None,
-    settings: Annotated[
-        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change one setting; may be repeated.")
-    ] = None,
+    tokenizer: TokenizerAt = None,
+    settings: Settings = None,
     errors: Errors = None,
     document: Rule = None,
     field: Field = None,
@@ -53,7 +49,7 @@ def build(
     flags = {"text.errors": errors, "text.document": document, "text.field": field}
     overrides: dict[str, Any] = {key: value for key, value in flags.items() if value is not None}
     if tokenizer is not None:
-        overrides |= {"text.tokenizer.kind": "file", "text.tokenizer.path": str(tokenizer)}
+        overrides |= {"text.tokenizer.kind": "file", "text.tokenizer.path": str(tokenizer_at(tokenizer))}
     chosen = load_recipe(recipe, settings or (), overrides).text
     begun = time.perf_counter()
     source = open_text(texts, chosen)

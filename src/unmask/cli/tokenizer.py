@@ -45,6 +45,7 @@ unmask tokenizer compare words pieces bytes --text notes.txt
 """
 _COLOURS = ("cyan", "yellow", "green", "magenta")
 _TOKENIZER = "A folder or file with a tokenizer.json, a run, or a model."
+TokenizerAt = Annotated[Path | None, typer.Option(help=_TOKENIZER, show_default="the recipe's, trained on the text")]
 _NO_WIDTH = 1000  # a pipe has none; programs and people cut its lines themselves
 
 Words = Annotated[
@@ -196,19 +197,29 @@ def _source(texts: Sequence[str], errors: Errors = None, document: Rule = None, 
     )
 
 
-def open_tokenizer(path: Path) -> Tokenizer:
-    """The tokenizer of a file, a folder, a run or a model."""
-    from unmask.text.tokenizer import Tokenizer
+def tokenizer_at(path: Path) -> Path:
+    """Where the tokenizer of a file, a folder, a run or a model stands.
 
+    Raises:
+        TokenizerError: there is nothing at this path.
+        ModelError: a run that has no model yet.
+    """
     if path.is_dir() and not (path / "tokenizer.json").is_file() and (path / "recipe.toml").is_file():
         from unmask.bundle import find
 
-        return Tokenizer.load(find(path))
+        return find(path)
     if not os.path.lexists(path):
         raise TokenizerError(
             "there is nothing at this path", where=str(path), next="give a folder with a tokenizer.json"
         )
-    return Tokenizer.load(path)
+    return path
+
+
+def open_tokenizer(path: Path) -> Tokenizer:
+    """The tokenizer of a file, a folder, a run or a model."""
+    from unmask.text.tokenizer import Tokenizer
+
+    return Tokenizer.load(tokenizer_at(path))
 
 
 @contextmanager

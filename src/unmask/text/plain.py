@@ -24,11 +24,10 @@ from unmask.contracts import WORD_START
 from unmask.text.chunks import ENDS_AT_SPACE, LEAD, LED_BY_LINE, LED_BY_SPACE, NUMBER, Rows, flags_of
 from unmask.text.structure import leading_space, lines_are_spaces
 from unmask.text.tokenizer import Tokenizer
-from unmask.text.words import CLOSERS, FULL_STOPS, KOREAN_ENDINGS, STOPS, codes
+from unmask.text.words import CLOSERS, FULL_STOPS, KOREAN_ENDINGS, STOPS, KindsOfCharacters, codes
 
 _BLOCK_CHARACTERS: Final = 1 << 12  # of chunks that are encoded as one text
 _LETTER, _PUNCTUATION, _SPACE, _LINE, _OTHER = 1, 2, 3, 4, 5  # kinds of characters; 0: not looked up yet
-_KIND_OF_CODE: Final = np.zeros(0x110000, dtype=np.uint8)
 _ENDS: Final = np.array([ord(character) for character in STOPS.replace(".", "")], dtype=np.uint32)
 _LOOKED_AT: Final = np.array([ord(character) for character in CLOSERS + "."], dtype=np.uint32)  # may end nothing
 _KOREAN: Final = np.array([ord(character) for character in KOREAN_ENDINGS], dtype=np.uint32)
@@ -47,13 +46,7 @@ def _kind(code: int) -> int:
     return _PUNCTUATION if unicodedata.category(character)[0] == "P" and character not in FULL_STOPS else _OTHER
 
 
-def _kinds(codes_N: NDArray[np.uint32]) -> NDArray[np.uint8]:
-    kinds_N = _KIND_OF_CODE[codes_N]
-    if not kinds_N.all():
-        for code in np.unique(codes_N[kinds_N == 0]).tolist():
-            _KIND_OF_CODE[code] = _kind(code)
-        kinds_N = _KIND_OF_CODE[codes_N]
-    return kinds_N
+_kinds = KindsOfCharacters(_kind)
 
 
 def blocks(lengths: Sequence[int], characters: int) -> list[int]:

@@ -28,6 +28,7 @@ from __future__ import annotations
 
 import re
 import unicodedata
+from collections.abc import Callable
 from typing import Final, Literal
 
 import numpy as np
@@ -39,7 +40,6 @@ from unmask.text.segmenter import Segmenter, version, word_lengths
 WordsRule = Literal["spaces", "characters", "jieba", "sudachi"]
 
 _SPACE, _LETTER, _APART, _MARK = 1, 2, 3, 4  # 0: not looked up yet
-_KIND_OF_CODE = np.zeros(0x110000, dtype=np.uint8)
 CLOSERS: Final = "\"'”’»)]}」』）】"  # what may stand between the end of a sentence and the white space
 STOPS: Final = ".!?…"  # end a sentence where white space follows
 FULL_STOPS: Final = "。！？｡"  # end one whatever follows
@@ -106,14 +106,25 @@ def _kind(code: int) -> int:
     return _APART if category[0] in "PS" else _LETTER
 
 
-def _kinds(codes_N: NDArray[np.uint32]) -> NDArray[np.uint8]:
-    """What each character is; the table is filled as characters are met, so that importing this costs nothing."""
-    kinds_N = _KIND_OF_CODE[codes_N]
-    if not kinds_N.all():
-        for code in np.unique(codes_N[kinds_N == 0]).tolist():
-            _KIND_OF_CODE[code] = _kind(code)
-        kinds_N = _KIND_OF_CODE[codes_N]
-    return kinds_N
+class KindsOfCharacters:
+    """A table from code points to kinds, filled as characters are met: importing it costs nothing."""
+
+    def __init__(self, kind_of: Callable[[int], int]) -> None:
+        """`kind_of` gives each code point a kind from 1 on."""
+        self._kind_of = kind_of
+        self._kind_of_code: NDArray[np.uint8] = np.zeros(0x110000, dtype=np.uint8)
+
+    def __call__(self, codes_N: NDArray[np.uint32]) -> NDArray[np.uint8]:
+        """What each character is."""
+        kinds_N = self._kind_of_code[codes_N]
+        if not kinds_N.all():
+            for code in np.unique(codes_N[kinds_N == 0]).tolist():
+                self._kind_of_code[code] = self._kind_of(code)
+            kinds_N = self._kind_of_code[codes_N]
+        return kinds_N
+
+
+_kinds = KindsOfCharacters(_kind)
 
 
 def white_space(text: str) -> Bool[np.ndarray, "N"]:
