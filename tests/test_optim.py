@@ -9,7 +9,7 @@ from safetensors.torch import load, save
 from torch import Tensor, nn
 
 from unmask.errors import RecipeError, RunError
-from unmask.nn import EncoderSettings, ModernSettings, TutorialSettings, build
+from unmask.nn import ClassicSettings, EncoderSettings, ModernSettings, TutorialSettings, build
 from unmask.optim import OptimiserSettings, build_optimiser, orthogonalise, step_scale
 
 
@@ -134,6 +134,22 @@ def test_decay_spares_norms_and_biases(kind: str):
 
 
 @pytest.mark.parametrize("kind", ["muon", "adamw", "adam"])
+def test_a_table_of_positions_has_its_own_share_of_the_rate(kind: str):
+    shape = ClassicSettings(layers=1, width=32, heads=2, feed_forward=48)
+    whole, tenth = learner(shape), learner(shape)
+    for module, factor in ((whole, 1.0), (tenth, 0.1)):
+        settings = OptimiserSettings(kind=kind, position_factor=factor, weight_decay=0.0)  # pyright: ignore[reportArgumentType]
+        give_gradients(module, 1)
+        build_optimiser(module, settings).step(1.0)
+    before, full, small = weights(learner(shape)), weights(whole), weights(tenth)
+    for name in before:
+        factor = 0.1 if name == "encoder.position_table" else 1.0
+        torch.testing.assert_close(
+            small[name] - before[name], factor * (full[name] - before[name]), atol=1e-7, rtol=1e-3
+        )
+
+
+@pytest.mark.parametrize("kind", ["muon", "adamw", "adam"])
 def test_two_steps_are_one_step_a_saved_state_and_another(kind: str):
     settings = OptimiserSettings(kind=kind)  # pyright: ignore[reportArgumentType]
     whole, broken = learner(), learner()
@@ -177,7 +193,9 @@ def test_clipping_bounds_the_common_norm():
     assert all(parameter.grad is None for parameter in module.parameters())
 
 
-@pytest.mark.parametrize("wrong", [{"rate": 0.0}, {"beta_2": 1.0}, {"clip": -1.0}, {"weight_decay": -0.1}])
+@pytest.mark.parametrize(
+    "wrong", [{"rate": 0.0}, {"beta_2": 1.0}, {"clip": -1.0}, {"weight_decay": -0.1}, {"position_factor": 0.0}]
+)
 def test_numbers_that_cannot_be_are_refused(wrong: dict[str, float]):
     with pytest.raises(RecipeError) as refused:
         dataclasses.replace(OptimiserSettings(), **wrong)

@@ -25,6 +25,7 @@ from unmask.errors import RecipeError, RunError
 QUINTIC = (3.4445, -4.7750, 2.0315)
 ITERATIONS = 5
 _TINY = 1e-7
+POSITIONS = "encoder.position_table"
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,7 @@ class OptimiserSettings:
 
     kind: Literal["muon", "adamw", "adam"] = "muon"
     rate: float = 3e-3  # AdamW's and Adam's
+    position_factor: float = 1.0  # × rate for a table of positions: few rows, each with a noisy gradient
     matrix_rate: float = 0.02  # Muon's: the spectral norm of a square matrix's step
     weight_decay: float = 0.01  # decoupled, × the rate; none on norms and biases, none at all for "adam"
     momentum: float = 0.95  # Muon's, Nesterov
@@ -46,6 +48,10 @@ class OptimiserSettings:
             too_large = name != "clip" and math.isinf(getattr(self, name))
             if not getattr(self, name) > 0 or too_large:
                 raise RecipeError(f"`{name}` is {getattr(self, name)}", where=name, next="give a number above 0")
+        if not 0 < self.position_factor < math.inf:
+            raise RecipeError(
+                f"`position_factor` is {self.position_factor}", where="position_factor", next="give a number above 0"
+            )
         for name in ("momentum", "beta_1", "beta_2"):
             if not 0 <= getattr(self, name) < 1:
                 raise RecipeError(
@@ -132,9 +138,12 @@ class Optimiser:
         self._rest = {name: parameter for name, parameter in named.items() if name not in to_muon}
         assert self._rest, "a learner without tables, norms or biases"
         decay = 0.0 if settings.kind == "adam" else settings.weight_decay
+        positions = [p for n, p in self._rest.items() if n == POSITIONS]
+        tables = [p for n, p in self._rest.items() if p.ndim >= 2 and n != POSITIONS]
         groups = [
-            {"params": [p for p in self._rest.values() if p.ndim >= 2], "weight_decay": decay},
-            {"params": [p for p in self._rest.values() if p.ndim < 2], "weight_decay": 0.0},
+            {"params": positions, "weight_decay": decay, "factor": settings.position_factor},
+            {"params": tables, "weight_decay": decay, "factor": 1.0},
+            {"params": [p for p in self._rest.values() if p.ndim < 2], "weight_decay": 0.0, "factor": 1.0},
         ]
         # AdamW without weight decay is Adam; fused is 3 times as fast as a loop on a CPU, 6 times as foreach.
         self._adam = torch.optim.AdamW(
@@ -164,7 +173,7 @@ class Optimiser:
         """Change the weights by their gradients, at peak rates × rate_factor."""
         self._muon.step(rate_factor)
         for group in self._adam.param_groups:
-            group["lr"] = self.settings.rate * rate_factor
+            group["lr"] = self.settings.rate * rate_factor * group["factor"]
         self._adam.step()
 
     def zero_grad(self) -> None:

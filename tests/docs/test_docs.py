@@ -40,6 +40,7 @@ QUESTIONS = "The [MASK] sat on the mat.\nA dog ran over the [MASK].\n"
 BUDGET, MORE = "4 steps", "+2 steps"
 PIECES = {"wordpiece": 120, "unigram": 120, "bpe": 280}  # of a vocabulary; the text on the desk gives some more
 SMALL = ["encoder.layers=1", "encoder.width=32", "encoder.heads=2", "encoder.feed_forward=32"]
+ROOMY = ["encoder.layers=2", "encoder.width=64"]
 
 
 # What stands in a page -----------------------------------------------------------------------------------------------
@@ -157,7 +158,8 @@ def small_settings(recipe: str, arguments: Sequence[str] = ()) -> list[str]:
     kind = kind_of_tokenizer(arguments, tree["text"]["tokenizer"]["kind"])
     stages = [f"stage.{number}.batch=500 tokens" for number in range(len(tree["stage"]))]
     pieces = [f"text.tokenizer.vocab={PIECES[kind]}"] if kind in PIECES else []
-    return [*SMALL, *stages, *pieces, "train.threads=1"]
+    roomy = tree["encoder"].get("beginning") == "pairs"  # whose heads begin with tasks
+    return [*SMALL, *(ROOMY if roomy else ()), *stages, *pieces, "train.threads=1"]
 
 
 def cut_down(arguments: Sequence[str]) -> list[str]:

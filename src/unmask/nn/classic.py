@@ -24,6 +24,7 @@ from torch.nn.utils import skip_init
 from unmask.contracts import Batch
 from unmask.errors import RecipeError
 from unmask.nn.attention import Layout, arrange, attend
+from unmask.nn.beginning import look_across, look_beside
 from unmask.nn.layers import matrix, working_dtype
 
 
@@ -40,6 +41,7 @@ class ClassicSettings:
     segments: int = 2
     norm_epsilon: float = 1e-12
     initial_deviation: float = 0.02
+    beginning: Literal["random", "beside", "pairs"] = "random"  # where heads look at first: see nn/beginning
     hidden_dropout: float = 0.0  # on the embedding and on what a block adds; BERT's own is 0.1
     attention_dropout: float = 0.0  # above 0, attention takes the padded path; BERT's own is 0.1
     tied: bool = True  # the decoder is the token table; untied, the head has a table of its own
@@ -157,6 +159,10 @@ class ClassicEncoder(nn.Module):
         self.segment_table = _table(settings.segments, settings.width, deviation)
         self.embedding_norm = nn.LayerNorm(settings.width, settings.norm_epsilon)
         self.blocks = nn.ModuleList(ClassicBlock(settings) for _ in range(settings.layers))
+        if settings.beginning != "random":
+            look_beside(self)
+        if settings.beginning == "pairs":
+            look_across(self)
 
     def forward(self, batch: Batch) -> Float[Tensor, "T D"]:
         """One vector per slot, in the batch's order."""
