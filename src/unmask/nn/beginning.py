@@ -31,9 +31,7 @@ if TYPE_CHECKING:
 _SHARE: Final = 4  # a quarter of the width is the positions'
 _FASTEST: Final = 2.5  # radians from slot to slot: less than half a turn, so that left and right differ
 _SPREAD: Final = 30.0  # how many times slower the slowest wave is
-_AT_DISTANCE: Final = (
-    12.0  # of the slot at a head's distance; others are lower, and nine tenths of its attention go there
-)
+_AT_DISTANCE: Final = 12.0  # logit of the slot at a head's distance: nine tenths of its attention go there
 
 _MARKS: Final = 8  # dimensions of a segment's mark, and as many of what a head saw
 _SAME_TOKEN: Final = 2.0  # gain of an equal token in the head that looks for one
