@@ -44,14 +44,10 @@ class OptimiserSettings:
     clip: float = 1.0  # the gradient's norm over all parameters, at most; inf: never
 
     def __post_init__(self) -> None:
-        for name in ("rate", "matrix_rate", "epsilon", "clip"):
+        for name in ("rate", "position_factor", "matrix_rate", "epsilon", "clip"):
             too_large = name != "clip" and math.isinf(getattr(self, name))
             if not getattr(self, name) > 0 or too_large:
                 raise RecipeError(f"`{name}` is {getattr(self, name)}", where=name, next="give a number above 0")
-        if not 0 < self.position_factor < math.inf:
-            raise RecipeError(
-                f"`position_factor` is {self.position_factor}", where="position_factor", next="give a number above 0"
-            )
         for name in ("momentum", "beta_1", "beta_2"):
             if not 0 <= getattr(self, name) < 1:
                 raise RecipeError(
