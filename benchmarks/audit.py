@@ -23,22 +23,16 @@ from typing import Any
 import tokenizers
 
 import unmask
-from unmask.audit.judge import audit
-from unmask.audit.library import fast_tokenizer, library_collator
-from unmask.audit.maskers import Ours, claims_of_settings
-from unmask.audit.settings import AuditSettings
-from unmask.machine import processor_name
+from unmask.checks.audit import audit
+from unmask.checks.audit.maskers import Ours, claims_of_settings, fast_tokenizer, library_collator
+from unmask.checks.audit.settings import AuditSettings
+from unmask.core.hardware import processor_name
+from unmask.data.settings import TextSettings
+from unmask.data.sources import open_source
 from unmask.objectives.mlm import Mlm, MlmSettings
-from unmask.text.fertility import some_text
-from unmask.text.opening import open_source
-from unmask.text.settings import TextSettings
-from unmask.text.tokenizer import (
-    ByteBpeSettings,
-    CharacterSettings,
-    Tokenizer,
-    WordPieceSettings,
-    train_tokenizer,
-)
+from unmask.tokenization.analysis import some_text
+from unmask.tokenization.settings import ByteBpeSettings, CharacterSettings, WordPieceSettings
+from unmask.tokenization.tokenizer import Tokenizer, train_tokenizer
 
 CHARACTERS = 2_000_000
 KINDS = {

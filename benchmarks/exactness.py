@@ -24,10 +24,10 @@ import transformers
 from safetensors.torch import load_file
 
 import unmask
-from unmask.errors import Stopped
-from unmask.pretrain import launch, resume
-from unmask.train.loop import Standing
-from unmask.train.plain import SilentDisplay
+from unmask.core.errors import Stopped
+from unmask.training.display.plain import SilentDisplay
+from unmask.training.loop import Standing
+from unmask.training.pretrain import launch, resume
 
 SHAPE = ["encoder.layers=3", "encoder.width=64", "encoder.heads=4", "encoder.feed_forward=96"]
 STAGES = (

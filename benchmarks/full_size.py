@@ -26,18 +26,18 @@ from typing import Any
 import numpy as np
 import torch
 
-from unmask import __version__, rng
-from unmask.blueprint import load_recipe
-from unmask.contracts import SPECIAL, WORD_START, Batch, Learner, Text, pack
-from unmask.machine import processor_name
-from unmask.nn import build, flops_per_token
+from unmask import __version__
+from unmask.core import rng
+from unmask.core.config import shipped_recipes
+from unmask.core.distributed import discover, load_warning
+from unmask.core.hardware import processor_name
+from unmask.core.types import SPECIAL, WORD_START, Batch, Text, pack
+from unmask.models import build, flops_per_token
 from unmask.objectives.mlm import Mlm, MlmSettings
-from unmask.optim import build_optimiser
-from unmask.recipe import shipped_recipes
-from unmask.schedule import rate_factor
-from unmask.train.loop import Duty, Standing, Training, Window, train
-from unmask.train.plan import Plan, StagePlan, always
-from unmask.world import discover, load_warning
+from unmask.training.loop import Duty, Learner, Standing, Training, Window, train
+from unmask.training.optim import build_optimiser, rate_factor
+from unmask.training.plan import Plan, StagePlan, always
+from unmask.training.recipe import load_recipe
 
 CLS, SEP, MASK, SPECIALS = 2, 3, 4, 5
 STEPS = 2

@@ -25,13 +25,14 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from unmask import bundle
-from unmask.blueprint import read_recipe
-from unmask.eval.heldout import HOUSE_RULE, Document, evaluate, freeze
-from unmask.pretrain import launch
-from unmask.text.corpus import default_cache, open_source, prepare
-from unmask.train.show import for_stream
-from unmask.world import discover
+from unmask.core.distributed import discover
+from unmask.core.files import default_cache
+from unmask.data.prepare import prepare
+from unmask.data.sources import open_source
+from unmask.evaluation.masked_lm import HOUSE_RULE, Document, evaluate, freeze
+from unmask.models.model import load
+from unmask.training.pretrain import for_stream, launch
+from unmask.training.recipe import read_recipe
 
 LETTERS = "ACGT"
 ORDER = 3  # letters that the next one depends on
@@ -150,7 +151,7 @@ def main() -> None:
         made = launch(
             [text], recipe="char", out=run, settings=SETTINGS, overrides=overrides, display=for_stream(sys.stdout)
         )
-        model = bundle.load(run)
+        model = load(run)
         recipe, plan = read_recipe(run)
         corpus = prepare(open_source([text], recipe.text), recipe.text, default_cache())
     held = corpus.held_out

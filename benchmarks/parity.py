@@ -24,9 +24,9 @@ from transformers import pipeline
 from transformers.utils import logging
 
 import unmask
-from unmask.bundle import Model
-from unmask.hf.samples import sample
-from unmask.train.plain import SilentDisplay
+from unmask.hub.parity import sample
+from unmask.models.model import Model
+from unmask.training.display.plain import SilentDisplay
 
 KINDS = ("characters", "wordpiece", "bpe", "unigram")
 WORDS = 24  # of a prompt

@@ -29,14 +29,15 @@ from typing import Any
 import tokenizers
 
 from unmask import __version__
-from unmask.machine import cores, processor_name
-from unmask.text.building import Build, make
-from unmask.text.corpus import open_source, prepare
-from unmask.text.settings import TextSettings
-from unmask.text.tokenizer import ByteBpeSettings, CharacterSettings, Tokenizer, UnigramSettings, WordPieceSettings
-from unmask.text.tokenizer import train_tokenizer as train
-from unmask.text.words import detect_words
-from unmask.train.feed import StageFeed
+from unmask.core.hardware import cores, processor_name
+from unmask.data.loader import StageFeed
+from unmask.data.prepare import Build, make, prepare
+from unmask.data.settings import TextSettings
+from unmask.data.sources import open_source
+from unmask.tokenization.settings import ByteBpeSettings, CharacterSettings, UnigramSettings, WordPieceSettings
+from unmask.tokenization.tokenizer import Tokenizer
+from unmask.tokenization.tokenizer import train_tokenizer as train
+from unmask.tokenization.words import detect_words
 
 KINDS = {"wordpiece": WordPieceSettings(), "bpe": ByteBpeSettings(), "unigram": UnigramSettings()}
 SAMPLE_CHARACTERS = 5_000_000

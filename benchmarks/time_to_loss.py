@@ -25,13 +25,13 @@ from typing import Any
 import torch
 
 from unmask import __version__
-from unmask.blueprint import load_recipe
-from unmask.text.corpus import open_source
-from unmask.train.loop import Duty, Standing, train
-from unmask.train.plain import SilentDisplay
-from unmask.train.plan import due, make_plan
-from unmask.workshop import Workshop
-from unmask.world import discover, load_warning
+from unmask.core.distributed import discover, load_warning
+from unmask.data.sources import open_source
+from unmask.training.display.plain import SilentDisplay
+from unmask.training.loop import Duty, Standing, train
+from unmask.training.plan import due, make_plan
+from unmask.training.recipe import load_recipe
+from unmask.training.setup import Workshop
 
 TARGET_NATS = 2.99
 LOOK_EVERY_STEPS = {"seed": 100, "char": 4}  # until the target is passed

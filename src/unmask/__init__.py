@@ -13,21 +13,20 @@ torch. Called by: people, notebooks, `python -m unmask`.
 from __future__ import annotations
 
 import importlib
-import sys
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from unmask.errors import UnmaskError
+from unmask.core.errors import UnmaskError
 
 if TYPE_CHECKING:
-    from unmask.audit.judge import audit
-    from unmask.blueprint import Recipe
-    from unmask.bundle import Model, load
-    from unmask.hf.exporting import export
-    from unmask.hf.importing import import_model
-    from unmask.pretrain import pretrain
-    from unmask.text.tokenizer import Tokenizer
-    from unmask.use.fill import fill
+    from unmask.checks.audit import audit
+    from unmask.hub.from_hf import import_model
+    from unmask.hub.to_hf import export
+    from unmask.models.fill_mask import fill
+    from unmask.models.model import Model, load
+    from unmask.tokenization.tokenizer import Tokenizer
+    from unmask.training.pretrain import pretrain
+    from unmask.training.recipe import Recipe
+
 
 __version__ = "0.1.0"
 __all__ = [
@@ -44,41 +43,26 @@ __all__ = [
     "pretrain",
 ]
 
-_ROOMS = {
-    "Model": "unmask.bundle",
-    "Recipe": "unmask.blueprint",
-    "Tokenizer": "unmask.text.tokenizer",
-    "audit": "unmask.audit.judge",
-    "export": "unmask.hf.exporting",
-    "fill": "unmask.use.fill",
-    "import_model": "unmask.hf.importing",
-    "load": "unmask.bundle",
-    "pretrain": "unmask.pretrain",
+_MODULES = {
+    "Model": "unmask.models.model",
+    "Recipe": "unmask.training.recipe",
+    "Tokenizer": "unmask.tokenization.tokenizer",
+    "audit": "unmask.checks.audit",
+    "export": "unmask.hub.to_hf",
+    "fill": "unmask.models.fill_mask",
+    "import_model": "unmask.hub.from_hf",
+    "load": "unmask.models.model",
+    "pretrain": "unmask.training.pretrain",
 }
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _ROOMS:
+    if name not in _MODULES:
         raise AttributeError(f"module 'unmask' has no attribute {name!r}")
-    value = getattr(importlib.import_module(_ROOMS[name]), name)
+    value = getattr(importlib.import_module(_MODULES[name]), name)
     globals()[name] = value
     return value
 
 
 def __dir__() -> list[str]:
     return sorted(__all__)
-
-
-class _Door(ModuleType):
-    """A package whose function `pretrain` is not hidden by its module `pretrain`.
-
-    Importing a submodule binds it as an attribute of the package, which would make `unmask.pretrain(...)` work or fail
-    by what was imported before. `from unmask.pretrain import ...` doesn't look at the attribute and works as ever.
-    """
-
-    def __setattr__(self, name: str, value: object) -> None:
-        if not (name in _ROOMS and isinstance(value, ModuleType)):
-            super().__setattr__(name, value)
-
-
-sys.modules[__name__].__class__ = _Door

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from unmask.cli import main
-from unmask.pretrain import launch
+from unmask.training.pretrain import launch
 
 SMALL = """\
 about = "Small enough for a test."

@@ -15,8 +15,8 @@ from pathlib import Path
 import pytest
 
 import unmask as front
-from unmask.errors import ModelError
-from unmask.text.corpus import default_cache
+from unmask.core.errors import ModelError
+from unmask.core.files import default_cache
 
 Command = Callable[..., tuple[int, str, str]]
 Refused = Callable[..., str]
@@ -497,7 +497,7 @@ def test_an_earlier_demo_outlives_one_that_cannot_begin(
     def stopped_while_reading() -> list[str]:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("unmask.demo.english_of_python", stopped_while_reading)
+    monkeypatch.setattr("unmask.training.demo.english_of_python", stopped_while_reading)
     before = sorted(run.rglob("*"))
     assert unmask("demo", "--out", "run")[0] == 130
     assert sorted(run.rglob("*")) == before

@@ -13,9 +13,9 @@ import pytest
 import typer
 
 from unmask.cli import main
-from unmask.cli.answer import answered
-from unmask.errors import Stopped
-from unmask.train.signals import Interrupted
+from unmask.cli.errors import answered
+from unmask.core.errors import Stopped
+from unmask.training.loop import Interrupted
 
 SMALL = """\
 about = "Small enough for a test."

@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from unmask.blueprint import load_recipe
-from unmask.nn.build import flops_per_token, parameters
-from unmask.text.tokenizer import WordPieceSettings, train_tokenizer
+from unmask.models import flops_per_token, parameters
+from unmask.tokenization.settings import WordPieceSettings
+from unmask.tokenization.tokenizer import train_tokenizer
+from unmask.training.recipe import load_recipe
 
 Command = Callable[..., tuple[int, str, str]]
 

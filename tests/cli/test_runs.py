@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from unmask import store
-from unmask.pretrain import launch
+from unmask.core import files
+from unmask.training.pretrain import launch
 
 Command = Callable[..., tuple[int, str, str]]
 
@@ -113,10 +113,10 @@ def test_the_step_that_is_opened_is_said_where_it_is_not_the_last(unmask: Comman
     best = json.loads((run / "best" / "card.json").read_text())["step"]
     last = 2 if best == 3 else 3
     for place in ("run", "run/latest", f"run/step-{best:07d}"):
-        store.point(run / "latest", f"step-{best:07d}")
+        files.point(run / "latest", f"step-{best:07d}")
         code, _, err = unmask("fill", place, "the cat sat on the [MASK]at")
         assert code == 0 and not err, "the best and the last are one"
-    store.point(run / "latest", f"step-{last:07d}")
+    files.point(run / "latest", f"step-{last:07d}")
     word = f"this is step {best}, the best of this run by validation; the last is {last}\n"
     assert unmask("fill", "run", "the cat sat on the [MASK]at")[2] == word
     assert unmask("evaluate", "run", "--text", "cat.txt", "--json")[2] == word

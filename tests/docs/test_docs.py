@@ -30,7 +30,7 @@ from pyarrow import parquet
 
 import unmask
 from unmask.cli import main
-from unmask.recipe import resolve
+from unmask.core.config import resolve_recipe
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -154,7 +154,7 @@ def cut_numbers(arguments: Sequence[str], kind: str) -> list[str]:
 
 
 def small_settings(recipe: str, arguments: Sequence[str] = ()) -> list[str]:
-    tree = resolve(recipe)
+    tree = resolve_recipe(recipe)
     kind = kind_of_tokenizer(arguments, tree["text"]["tokenizer"]["kind"])
     stages = [f"stage.{number}.batch=500 tokens" for number in range(len(tree["stage"]))]
     pieces = [f"text.tokenizer.vocab={PIECES[kind]}"] if kind in PIECES else []
@@ -173,7 +173,7 @@ def cut_down(arguments: Sequence[str]) -> list[str]:
         begin = ["--set=stage.0.batch=500 tokens", "--set=train.threads=1"]
         return [verb, *begin, *([] if "--budget" in rest else ["--budget", BUDGET]), *cut_numbers(rest, "wordpiece")]
     recipe = option(rest, "--recipe", "tiny")
-    rest = cut_numbers(rest, kind_of_tokenizer(rest, resolve(recipe)["text"]["tokenizer"]["kind"]))
+    rest = cut_numbers(rest, kind_of_tokenizer(rest, resolve_recipe(recipe)["text"]["tokenizer"]["kind"]))
     if verb == "demo":
         return [verb, *([] if "--budget" in rest else ["--budget", BUDGET]), "--threads", "1", *rest]
     if "--resume" in rest:

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from unmask.contracts import SPECIAL, WORD_START, Text, pack
-from unmask.errors import RecipeError
+from unmask.core.errors import RecipeError
+from unmask.core.types import SPECIAL, WORD_START, Text, pack
 from unmask.objectives.masking import SPAN_MOST, Laid, MaskingSettings, choose, hide
 from unmask.objectives.mlm import Mlm, MlmSettings
 

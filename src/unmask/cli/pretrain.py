@@ -13,19 +13,31 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from unmask.cli.answer import Debug, Json, print_json
-from unmask.cli.fill import print_filled
-from unmask.cli.recipe import Settings
-from unmask.errors import RecipeError, RunError
+from unmask.cli.models import print_filled
+from unmask.cli.options import (
+    Budget,
+    Debug,
+    Errors,
+    Field,
+    Json,
+    Rule,
+    Settings,
+    Texts,
+    Threads,
+    Valid,
+    print_json,
+)
+from unmask.core.errors import RecipeError, RunError
 
 if TYPE_CHECKING:
-    from unmask.pretrain import Result
-    from unmask.start import Start
-    from unmask.train.show import Display
+    from unmask.training.display import Display
+    from unmask.training.pretrain import Result
+    from unmask.training.warm_start import Start
+
 
 PRETRAIN_EXAMPLES = """\
 [bold]Examples[/bold]
@@ -49,35 +61,6 @@ DEMO_EXAMPLES = """\
 unmask demo
 unmask demo --budget "60 s" --out runs/short
 """
-
-Budget = Annotated[
-    str | None,
-    typer.Option(help='How long: "300 s", "120 steps", "2M tokens", "3 epochs".', show_default="the recipe's"),
-]
-Threads = Annotated[
-    int | None, typer.Option(min=1, help="Processor threads; they decide the bits.", show_default="all cores")
-]
-TEXT = typer.Argument(
-    metavar="TEXT", help="Files, folders, patterns, dataset:NAME, - for standard input; TEXT:0.7 gives weights."
-)
-Texts = Annotated[list[Path] | None, TEXT]
-Errors = Annotated[
-    Literal["strict", "replace", "skip"] | None,
-    typer.Option(
-        help="Unreadable text: refuse; replace (bytes alone, by U+FFFD); skip, counted.", show_default="strict"
-    ),
-]
-Rule = Annotated[
-    Literal["blank-line", "line", "file"] | None,
-    typer.Option(help="What a document of plain text is.", show_default="blank-line"),
-]
-Field = Annotated[
-    str | None, typer.Option(help="Where the text of a .jsonl line or a table stands.", show_default="text")
-]
-Valid = Annotated[
-    list[str] | None,
-    typer.Option("--valid", metavar="NAME=TEXT", help="Measure this text too at each validation; may be repeated."),
-]
 
 
 def pretrain(
@@ -132,8 +115,8 @@ def pretrain(
             "--document": document, "--field": field, "--valid": valid, "--dry-run": dry_run or None,
             "--from": start, "--extend-vocabulary": extend_vocabulary,
         })  # fmt: skip
-    from unmask.pretrain import launch
-    from unmask.pretrain import resume as go_on
+    from unmask.training.pretrain import launch
+    from unmask.training.pretrain import resume as go_on
 
     display = _display(as_json=as_json, quiet=quiet)
     if resume is not None:
@@ -161,7 +144,7 @@ def demo(
     debug: Debug = False,
 ) -> None:
     """Pretrain on the English that every Python carries, a few minutes on two cores, and fill masks."""
-    from unmask.demo import demo as run_demo
+    from unmask.training.demo import demo as run_demo
 
     overrides = {"train.budget": budget, "train.threads": threads}
     chosen = {key: value for key, value in overrides.items() if value is not None}
@@ -184,14 +167,14 @@ def _start(model: Path | None, pieces: int | None) -> Start | None:
             mend = "name the model: --from MODEL; else set the size: --set text.tokenizer.vocab=8192"
             raise RecipeError(what, next=mend)
         return None
-    from unmask.start import Start
+    from unmask.training.warm_start import Start
 
     return Start.open(model, pieces or 0)
 
 
 def _display(*, as_json: bool, quiet: bool) -> Display:
     """Progress goes where results don't."""
-    from unmask.train.show import for_stream
+    from unmask.training.pretrain import for_stream
 
     return for_stream(sys.stderr if as_json else sys.stdout, quiet=quiet or not _first_rank())
 

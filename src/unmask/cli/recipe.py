@@ -11,18 +11,19 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from unmask.cli.answer import Debug, Json, print_json
+from unmask.cli.options import Debug, Json, Settings, print_json
 
 if TYPE_CHECKING:
-    from unmask.blueprint import Recipe
+    from unmask.training.recipe import Recipe
 
-SHOW_EXAMPLES = """\
+
+SHOW_RECIPE_EXAMPLES = """\
 [bold]Examples[/bold]
 
 unmask recipe show tiny
 unmask recipe show tiny --set stage.0.length=256 > mine.toml
 """
-CHECK_EXAMPLES = """\
+CHECK_RECIPE_EXAMPLES = """\
 [bold]Examples[/bold]
 
 unmask recipe check mine.toml
@@ -30,16 +31,12 @@ unmask recipe check mine.toml
 
 ASSUMED = {"characters": 100, "file": 30_000}  # pieces, of kinds whose number only the text or a file decides
 
-Settings = Annotated[
-    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change one setting; may be repeated.")
-]
-
 
 def list_recipes(as_json: Json = False, debug: Debug = False) -> None:
     """List the recipes that come with unmask."""
-    from unmask.recipe import resolve, shipped_recipes
+    from unmask.core.config import resolve_recipe, shipped_recipes
 
-    about = {name: str(resolve(name).get("about", "")) for name in shipped_recipes()}
+    about = {name: str(resolve_recipe(name).get("about", "")) for name in shipped_recipes()}
     if as_json:
         print_json([{"name": name, "about": sentence} for name, sentence in about.items()])
         return
@@ -48,19 +45,19 @@ def list_recipes(as_json: Json = False, debug: Debug = False) -> None:
         print(f"{name:<{wide}}  {sentence}".rstrip())
 
 
-def show(
+def show_recipe(
     name: Annotated[str, typer.Argument(metavar="NAME|FILE", help="A shipped recipe's name or a TOML file.")],
     settings: Settings = None,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
     """Show a recipe with every value, defaults filled in, and the size of its model."""
-    from unmask.blueprint import load_recipe
-    from unmask.outside import said
-    from unmask.recipe import dump
+    from unmask.core.config import dump_config
+    from unmask.core.plugins import said
+    from unmask.training.recipe import load_recipe
 
     recipe = load_recipe(name, settings or ())
-    text, size = dump(recipe), _size(recipe)
+    text, size = dump_config(recipe), _size(recipe)
     if as_json:
         print_json(tomllib.loads(text) | {"size": size})
     else:
@@ -71,9 +68,9 @@ def show(
 
 def _pieces(recipe: Recipe) -> tuple[int, str]:
     """How many pieces the recipe's tokenizer has, and where the number is from."""
-    from unmask.errors import TokenizerError
-    from unmask.text.tokenizer import Tokenizer
-    from unmask.text.vocabulary import BYTES
+    from unmask.core.errors import TokenizerError
+    from unmask.tokenization.settings import BYTES
+    from unmask.tokenization.tokenizer import Tokenizer
 
     tokenizer = recipe.text.tokenizer
     if tokenizer.kind == "characters":
@@ -91,7 +88,7 @@ def _pieces(recipe: Recipe) -> tuple[int, str]:
 
 def _size(recipe: Recipe) -> dict[str, Any]:
     """Parameters and arithmetic of a recipe's model."""
-    from unmask.nn.build import flops_per_token, parameters, parameters_beside_the_table
+    from unmask.models import flops_per_token, parameters, parameters_beside_the_table
 
     (pieces, source), encoder, rate = _pieces(recipe), recipe.encoder, recipe.objective.asked_share
     return {
@@ -108,7 +105,7 @@ def _size(recipe: Recipe) -> dict[str, Any]:
 
 
 def _in_words(size: dict[str, Any]) -> list[str]:
-    from unmask.train.figures import count
+    from unmask.core.format import count
 
     said = f"{size['parameters']:,} parameters with {size['vocabulary']:,} pieces ({size['vocabulary_from']})"
     if size["vocabulary_from"].startswith("assumed"):
@@ -120,14 +117,14 @@ def _in_words(size: dict[str, Any]) -> list[str]:
     return lines
 
 
-def check(
+def check_recipe(
     name: Annotated[str, typer.Argument(metavar="FILE", help="A TOML file, or a shipped recipe's name.")],
     settings: Settings = None,
     debug: Debug = False,
 ) -> None:
     """Check a recipe: every key, value and unit. A module of your own that it names is imported, which runs it."""
-    from unmask.blueprint import load_recipe
-    from unmask.outside import said
+    from unmask.core.plugins import said
+    from unmask.training.recipe import load_recipe
 
     whole = load_recipe(name, settings or ())
     for kind in whole.outside:

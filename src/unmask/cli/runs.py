@@ -15,12 +15,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from unmask.cli.answer import Debug, Json, print_json
+from unmask.cli.options import Debug, Json, print_json
 
 if TYPE_CHECKING:
-    from unmask.train.history import Past
+    from unmask.training.runs import Past
 
-EXAMPLES = """\
+
+RUNS_EXAMPLES = """\
 [bold]Examples[/bold]
 
 unmask runs
@@ -41,7 +42,7 @@ def runs(
 
     Runs of different tokenizers stand in tables of their own: neither loss nor bits per character compare between them.
     """
-    from unmask.train.history import differing, runs_in
+    from unmask.training.runs import differing, runs_in
 
     pasts = runs_in(folder)
     differ = differing(pasts)
@@ -77,7 +78,7 @@ def _name(past: Past, folder: Path) -> str:
 
 
 def _row(past: Past, folder: Path) -> list[str]:
-    from unmask.train.figures import count, duration
+    from unmask.core.format import count, duration
 
     def shown(value: float | None, form: str) -> str:
         return "" if value is None else format(value, form)

@@ -16,36 +16,33 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from unmask.cli.answer import Debug, Json, print_json
-from unmask.cli.pretrain import Errors, Field, Rule
-from unmask.errors import RecipeError, RunError, TextError, TokenizerError
+from unmask.cli.options import TOKENIZER_HELP, Debug, Errors, Field, Json, Rule, open_tokenizer, print_json
+from unmask.core.errors import RecipeError, RunError, TextError, TokenizerError
 
 if TYPE_CHECKING:
-    from unmask.text.fertility import Cut
-    from unmask.text.sources import FileSource
-    from unmask.text.tokenizer import Tokenizer
+    from unmask.data.sources import FileSource
+    from unmask.tokenization.analysis import Cut
 
-TRAIN_EXAMPLES = """\
+
+TRAIN_TOKENIZER_EXAMPLES = """\
 [bold]Examples[/bold]
 
 unmask tokenizer train notes.txt --vocab 120 --out words
 unmask tokenizer train notes.txt --kind bpe --vocab 400 --set lowercase=true --out pieces
 unmask tokenizer train notes.txt --kind bytes --out bytes
 """
-LOOK_EXAMPLES = """\
+SHOW_TOKENIZER_EXAMPLES = """\
 [bold]Examples[/bold]
 
 unmask tokenizer look pieces "An unbelievable story."
 unmask tokenizer look runs/notes --file notes.txt --json
 """
-COMPARE_EXAMPLES = """\
+COMPARE_TOKENIZERS_EXAMPLES = """\
 [bold]Examples[/bold]
 
 unmask tokenizer compare words pieces bytes --text notes.txt
 """
 _COLOURS = ("cyan", "yellow", "green", "magenta")
-_TOKENIZER = "A folder or file with a tokenizer.json, a run, or a model."
-TokenizerAt = Annotated[Path | None, typer.Option(help=_TOKENIZER, show_default="the recipe's, trained on the text")]
 _NO_WIDTH = 1000  # a pipe has none; programs and people cut its lines themselves
 
 Words = Annotated[
@@ -54,7 +51,7 @@ Words = Annotated[
 ]
 
 
-def train(
+def train_tokenizer(
     texts: Annotated[list[str], typer.Argument(metavar="TEXT", help="Text files or folders, as pretrain takes them.")],
     out: Annotated[Path, typer.Option(help="The folder to write; it must not exist.")],
     kind: Annotated[
@@ -73,10 +70,10 @@ def train(
     debug: Debug = False,
 ) -> None:
     """Train a tokenizer: a folder that transformers, tokenizers and text.tokenizer.path open."""
-    from unmask.store import new_folder
-    from unmask.text.fertility import some_text
-    from unmask.text.tokenizer import train_tokenizer
-    from unmask.text.vocabulary import VOCABULARY_AT
+    from unmask.core.files import new_folder
+    from unmask.tokenization.analysis import some_text
+    from unmask.tokenization.settings import VOCABULARY_AT
+    from unmask.tokenization.tokenizer import train_tokenizer
 
     if os.path.lexists(out):
         raise RunError("this exists already", where=str(out), next="name another folder with --out, or remove it")
@@ -97,8 +94,8 @@ def train(
     print(f"{out}: {kind}, {tokenizer.size:,} pieces")
 
 
-def look(
-    tokenizer: Annotated[Path, typer.Argument(metavar="TOKENIZER", help=_TOKENIZER)],
+def show_tokenizer(
+    tokenizer: Annotated[Path, typer.Argument(metavar="TOKENIZER", help=TOKENIZER_HELP)],
     text: Annotated[str | None, typer.Argument(metavar="TEXT", help="The text to cut.")] = None,
     file: Annotated[Path | None, typer.Option(help="A file whose beginning is cut.")] = None,
     characters: Annotated[int, typer.Option(min=1, help="How much of a file is cut.")] = 1000,
@@ -107,9 +104,9 @@ def look(
     debug: Debug = False,
 ) -> None:
     """Show how a text is cut: pieces parted by |, words by a middle dot, in turn in another colour."""
-    from unmask.text.fertility import cuts, some_text
-    from unmask.text.vocabulary import MASK
-    from unmask.text.words import detect_words
+    from unmask.tokenization.analysis import cuts, some_text
+    from unmask.tokenization.settings import MASK
+    from unmask.tokenization.words import detect_words
 
     opened = open_tokenizer(tokenizer)
     if (text is None) == (file is None):
@@ -127,8 +124,8 @@ def look(
     _paint(found)
 
 
-def compare(
-    tokenizers: Annotated[list[Path], typer.Argument(metavar="TOKENIZER...", help=_TOKENIZER)],
+def compare_tokenizers(
+    tokenizers: Annotated[list[Path], typer.Argument(metavar="TOKENIZER...", help=TOKENIZER_HELP)],
     texts: Annotated[list[str], typer.Option("--text", metavar="FILE", help="A text to cut; may be repeated.")],
     characters: Annotated[int, typer.Option(min=1, help="How much of each text is read.")] = 1_000_000,
     words: Words = "by-script",
@@ -139,8 +136,8 @@ def compare(
     debug: Debug = False,
 ) -> None:
     """Compare tokenizers: tokens per word, characters per token, unknown characters, speed, per text."""
-    from unmask.text.fertility import measure, some_text
-    from unmask.text.words import detect_words
+    from unmask.tokenization.analysis import measure, some_text
+    from unmask.tokenization.words import detect_words
 
     opened = [(str(path), open_tokenizer(path)) for path in tokenizers]
     rows: list[dict[str, Any]] = []
@@ -159,9 +156,8 @@ def compare(
 
 def _settings(kind: str, vocab: int | None, sets: Sequence[str]) -> Any:
     """The settings of a kind, with what was changed on the command line."""
-    from unmask.recipe import build
-    from unmask.tables import apply_set
-    from unmask.text.tokenizer import (
+    from unmask.core.config import apply_set, build_config
+    from unmask.tokenization.settings import (
         ByteBpeSettings,
         ByteSettings,
         CharacterSettings,
@@ -178,12 +174,12 @@ def _settings(kind: str, vocab: int | None, sets: Sequence[str]) -> Any:
         raise RecipeError("the kind is said twice", where="--set kind", next=f"use --kind {tree['kind']} alone")
     if vocab is not None and not hasattr(chosen, "vocab"):
         raise RecipeError(f"a tokenizer of {kind} has no size to choose", where="--vocab", next="leave --vocab out")
-    return build(chosen, tree, "the command line", sets, {"vocab": "--vocab"})
+    return build_config(chosen, tree, "the command line", sets, {"vocab": "--vocab"})
 
 
 def _source(texts: Sequence[str], errors: Errors = None, document: Rule = None, field: Field = None) -> FileSource:
-    from unmask.text.opening import open_source
-    from unmask.text.settings import TextSettings
+    from unmask.data.settings import TextSettings
+    from unmask.data.sources import open_source
 
     plain = TextSettings()
     return open_source(
@@ -195,31 +191,6 @@ def _source(texts: Sequence[str], errors: Errors = None, document: Rule = None, 
             field=plain.field if field is None else field,
         ),
     )
-
-
-def tokenizer_at(path: Path) -> Path:
-    """Where the tokenizer of a file, a folder, a run or a model stands.
-
-    Raises:
-        TokenizerError: there is nothing at this path.
-        ModelError: a run that has no model yet.
-    """
-    if path.is_dir() and not (path / "tokenizer.json").is_file() and (path / "recipe.toml").is_file():
-        from unmask.bundle import find
-
-        return find(path)
-    if not os.path.lexists(path):
-        raise TokenizerError(
-            "there is nothing at this path", where=str(path), next="give a folder with a tokenizer.json"
-        )
-    return path
-
-
-def open_tokenizer(path: Path) -> Tokenizer:
-    """The tokenizer of a file, a folder, a run or a model."""
-    from unmask.text.tokenizer import Tokenizer
-
-    return Tokenizer.load(tokenizer_at(path))
 
 
 @contextmanager
@@ -243,7 +214,7 @@ def _paint(found: Sequence[Cut]) -> None:
     from rich.console import Console
     from rich.text import Text
 
-    from unmask.train.figures import visible
+    from unmask.core.format import visible
 
     console = Console(highlight=False, soft_wrap=True)
     line, word = Text(), -1

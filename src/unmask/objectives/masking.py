@@ -21,9 +21,9 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from unmask import rng
-from unmask.contracts import SPECIAL, WORD_START
-from unmask.errors import RecipeError
+from unmask.core import rng
+from unmask.core.errors import RecipeError
+from unmask.core.types import SPECIAL, WORD_START
 
 Choose = Literal["token", "word", "span", "ngram"]
 Integers = NDArray[np.integer[Any]]

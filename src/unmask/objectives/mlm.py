@@ -16,10 +16,10 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import nn
 
-from unmask import rng
-from unmask.contracts import SPECIAL, Batch, Loss, Puzzle, logits_at
+from unmask.core import rng
+from unmask.core.types import SPECIAL, Batch, Loss, Puzzle, logits_at
 from unmask.objectives.masking import Laid, MaskingSettings, choose, hide
-from unmask.objectives.preference import Preference
+from unmask.objectives.word_boost import Preference
 
 
 @dataclass(frozen=True)

@@ -1,1 +1,0 @@
-"""The promises of contracts.py as laws, for whatever claims to keep them."""

@@ -1,0 +1,202 @@
+"""Room card: the machine a run stands on.
+
+Comes in: what the recipe asks for, the environment that torchrun sets. Goes out: a World (device, precision, threads,
+ranks) decided from facts, never from timing or load; sums over ranks; the facts to write into env.json. Called by: the
+loop, pretrain, evaluation.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import os
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+import torch.distributed as distributed
+from torch import Tensor, nn
+
+from unmask.core.errors import RecipeError
+from unmask.core.hardware import cores, has_bfloat16, processor_name
+
+Precision = Literal["by-machine", "bfloat16", "float32"]
+Device = Literal["by-machine", "cpu", "cuda", "mps"]
+
+
+@dataclass(frozen=True)
+class World:
+    """One process's view: which of how many it is, where its tensors live and how they are multiplied."""
+
+    device: torch.device
+    precision: Literal["bfloat16", "float32"]
+    threads: int
+    rank: int = 0
+    ranks: int = 1
+
+    @property
+    def first(self) -> bool:
+        """Whether this process writes files and speaks."""
+        return self.rank == 0
+
+    def autocast(self) -> contextlib.AbstractContextManager[Any]:
+        """Matrix products in the run's precision; parameters, norms and losses stay float32."""
+        if self.precision == "float32":
+            return contextlib.nullcontext()
+        return torch.autocast(self.device.type, dtype=torch.bfloat16)
+
+    def sum(self, values: Sequence[float]) -> list[float]:
+        """Each value summed over all ranks; every rank gets the same answer. Counts are exact up to 2**53."""
+        if self.ranks == 1:
+            return list(values)
+        total_N = torch.tensor(list(values), dtype=torch.float64, device=self.device)
+        distributed.all_reduce(total_N)
+        return total_N.tolist()
+
+    def sum_gradients(self, learner: nn.Module) -> None:
+        """Add the gradients of all ranks: sums, since every rank has divided by the counts of all."""
+        if self.ranks == 1:
+            return
+        gradients: list[Tensor] = []
+        for parameter in learner.parameters():
+            if parameter.grad is None:  # every rank must bring the same tensors
+                parameter.grad = torch.zeros_like(parameter)
+            gradients.append(parameter.grad)
+        flat_N = torch.cat([gradient.reshape(-1) for gradient in gradients])
+        distributed.all_reduce(flat_N)
+        for gradient, summed in zip(gradients, flat_N.split([g.numel() for g in gradients]), strict=True):
+            gradient.copy_(summed.view_as(gradient))
+
+    def barrier(self) -> None:
+        """Wait for all ranks."""
+        if self.ranks > 1:
+            distributed.barrier()
+
+    def facts(self) -> dict[str, Any]:
+        """What bits depend on: imposed on resume, or the run stops and names the difference."""
+        return {
+            "device": self.device.type,
+            "device_name": torch.cuda.get_device_name() if self.device.type == "cuda" else processor_name(),
+            "precision": self.precision,
+            "threads": self.threads,
+            "ranks": self.ranks,
+        }
+
+
+def discover(
+    precision: Precision = "by-machine", threads: int | Literal["all"] = "all", device: Device = "by-machine"
+) -> World:
+    """Look at the machine, start the process group where torchrun asks for one, and set threads and determinism.
+
+    By the machine means a CUDA device where there is one, else the processor. Apple's GPU ("mps") is taken only where
+    it is asked for: that road is written and was never tried.
+
+    Raises:
+        RecipeError: more threads than cores, bfloat16 on a processor that has no instruction for it, or a device that
+            isn't there.
+    """
+    ranks, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
+    local_rank, local_ranks = int(os.environ.get("LOCAL_RANK", "0")), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    kind = _device_kind(device, ranks)
+    cuda = kind == "cuda"
+    place = torch.device("cuda", local_rank) if cuda else torch.device(kind)
+    if cuda:
+        torch.cuda.set_device(place)
+    if ranks > 1 and not distributed.is_initialized():
+        distributed.init_process_group("nccl" if cuda else "gloo")
+        atexit.register(_leave)
+    usable = max(1, cores() // local_ranks)
+    wanted = usable if threads == "all" else threads
+    if not 1 <= wanted <= cores():
+        raise RecipeError(
+            f"{wanted} threads on {cores()} cores", where="train.threads", next=f'choose 1 to {cores()}, or "all"'
+        )
+    torch.set_num_threads(wanted)
+    if kind == "cpu":
+        # Only the CPU promises the same bits; filling uninitialised memory would cost time and prove nothing.
+        torch.use_deterministic_algorithms(True)
+        torch.utils.deterministic.fill_uninitialized_memory = False  # pyright: ignore[reportAttributeAccessIssue]
+    fast = cuda or (kind == "cpu" and has_bfloat16())
+    if precision == "bfloat16" and not fast:
+        raise RecipeError(
+            "this processor has no bfloat16 instructions, so bfloat16 would only be slower"
+            if kind == "cpu"
+            else "bfloat16 was never tried on this device",
+            where="train.precision",
+            next='use "float32" or "by-machine"',
+        )
+    chosen = "bfloat16" if fast and precision != "float32" else "float32"
+    return World(device=place, precision=chosen, threads=wanted, rank=rank, ranks=ranks)
+
+
+def _leave() -> None:
+    """Leave the process group: threads of it that are still there when the interpreter ends may abort the process."""
+    if distributed.is_initialized():
+        distributed.destroy_process_group()
+
+
+def _device_kind(device: Device, ranks: int) -> Literal["cpu", "cuda", "mps"]:
+    """What a recipe's device is on this machine."""
+    if device == "by-machine":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    there = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available() and ranks == 1}
+    if not there[device]:
+        what = "several ranks on Apple's GPU" if device == "mps" and ranks > 1 else f"there is no {device} device here"
+        raise RecipeError(what, where="train.device", next='use "by-machine" or "cpu"')
+    return device
+
+
+def device_note(world: World) -> str:
+    """A sentence where a GPU of the machine is left alone, or one is taken that nobody has tried; else nothing."""
+    if world.device.type == "mps":
+        return "Apple's GPU (mps) is written for and was never tried: watch the loss, expect no bit-identical resume"
+    if world.device.type == "cpu" and torch.backends.mps.is_available():
+        return 'this machine\'s GPU (mps) is left alone, because it was never tried; --set train.device="mps" takes it'
+    return ""
+
+
+def load_warning(world: World) -> str:
+    """A sentence where other processes keep the cores busy: two threads on two busy cores are slower than one."""
+    if world.device.type != "cpu" or world.threads == 1 or not hasattr(os, "getloadavg"):
+        return ""
+    busy = os.getloadavg()[0]
+    if busy < 0.7 * cores():
+        return ""
+    advice = "the run will be slower, and --threads 1 may be faster"
+    return f"other processes keep {busy:.1f} of {cores()} cores busy; {advice}"
+
+
+def matmul_rate(shapes: Iterable[tuple[int, int, int]], world: World, seconds: float = 0.15) -> float:
+    """Floating-point operations per second of plain matrix products of these shapes (rows, inner, columns)."""
+    dtype = torch.bfloat16 if world.precision == "bfloat16" else torch.float32
+    pairs = [
+        (torch.randn(m, k, device=world.device, dtype=dtype), torch.randn(k, n, device=world.device, dtype=dtype))
+        for m, k, n in shapes
+    ]
+    work = sum(2 * a.shape[0] * a.shape[1] * b.shape[1] for a, b in pairs)
+
+    def run() -> float:
+        begin = time.perf_counter()
+        for a, b in pairs:
+            torch.mm(a, b)
+        if world.device.type == "cuda":
+            torch.cuda.synchronize()
+        elif world.device.type == "mps":
+            torch.mps.synchronize()
+        return time.perf_counter() - begin
+
+    run()
+    times: list[float] = []
+    while sum(times) < seconds or len(times) < 3:
+        times.append(run())
+    return work / min(times)
+
+
+def differences(now: Mapping[str, Any], then: Mapping[str, Any]) -> list[str]:
+    """Which facts of this machine are not those that a run was started with."""
+    names = sorted(set(now) | set(then))
+    return [
+        f"{name}: {then.get(name)!r} then, {now.get(name)!r} now" for name in names if now.get(name) != then.get(name)
+    ]

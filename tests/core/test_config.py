@@ -1,0 +1,462 @@
+"""Recipes: amounts, merging, validation, and the round trip through TOML."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import tomllib
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from unmask.core.config import apply_set, build_config, dump_config, load_toml, merge, resolve_recipe, shipped_recipes
+from unmask.core.errors import RecipeError
+from unmask.core.quantities import Amount, Share
+
+
+@dataclass(frozen=True)
+class Hash:
+    kind: Literal["hash"] = "hash"
+    share: Share = Share(0.01)
+    at_most: Amount = Amount(2e6, "characters")
+
+
+@dataclass(frozen=True)
+class Tail:
+    kind: Literal["tail"] = "tail"
+    share: Share = Share(0.1)
+
+
+@dataclass(frozen=True)
+class Stage:
+    until: Share = Share(1.0)
+    length: int = 128
+
+    def __post_init__(self) -> None:
+        if self.length < 1:
+            raise RecipeError("a stage is at least one token long", next="give a length")
+
+
+@dataclass(frozen=True)
+class Text:
+    words: Literal["spaces", "characters"] = "spaces"
+    held_out: Hash | Tail = field(default_factory=Hash)
+    folder: Path = Path("shards")
+
+
+@dataclass(frozen=True)
+class Sample:
+    name: str
+    seed: int = 0
+    bf16: bool = False
+    rate: float = 0.3
+    betas: tuple[float, float] = (0.9, 0.95)
+    save: Share | Amount = Amount(600.0, "seconds")
+    text: Text = field(default_factory=Text)
+    stage: tuple[Stage, ...] = (Stage(),)
+    weights: dict[str, float] = field(default_factory=dict[str, float])
+    note: str | None = None
+
+
+WHERE = "my.toml"
+
+
+def refusal(tree: dict[str, Any], sets: tuple[str, ...] = ()) -> str:
+    with pytest.raises(RecipeError) as caught:
+        build_config(Sample, {"name": "x"} | tree, WHERE, sets)
+    return str(caught.value)
+
+
+# Shares and amounts
+
+
+@pytest.mark.parametrize(
+    ("text", "number", "unit", "again"),
+    [
+        ("300 s", 300, "seconds", "300 s"),
+        ("10 minutes", 600, "seconds", "10 min"),
+        ("30min", 1800, "seconds", "30 min"),
+        ("1.5 h", 5400, "seconds", "90 min"),
+        ("2 hours", 7200, "seconds", "2 h"),
+        ("64k tokens", 64_000, "tokens", "64k tokens"),
+        ("2B tokens", 2_000_000_000, "tokens", "2B tokens"),
+        ("65_536 tokens", 65_536, "tokens", "65536 tokens"),
+        ("1.5M characters", 1_500_000, "characters", "1.5M characters"),
+        ("1.5 epochs", 1.5, "epochs", "1.5 epochs"),
+        ("1 step", 1, "steps", "1 step"),
+        ("8 texts", 8, "texts", "8 texts"),
+    ],
+)
+def test_amounts_are_read_and_said_back(text: str, number: float, unit: str, again: str) -> None:
+    amount = Amount.parse(text)
+    assert (amount.number, amount.unit, str(amount)) == (number, unit, again)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("300", "needs a unit: 300 s, 120 steps, 2M tokens or 3 epochs"),
+        ("2M", "needs a unit"),
+        ("5 tokns", "did you mean `tokens`?"),
+        ("5 parsecs", "unknown unit `parsecs`"),
+        ("64ktokens", "unknown unit `ktokens`"),
+        ("many", "is not an amount"),
+        ("-3 steps", "is not an amount"),
+        ("+1 epoch", "--resume"),
+        ("1e400 s", "too large"),
+    ],
+)
+def test_amounts_that_say_too_little_are_refused(text: str, message: str) -> None:
+    with pytest.raises(RecipeError) as caught:
+        Amount.parse(text)
+    assert message in str(caught.value)
+
+
+def test_a_plus_is_an_amount_on_top_where_asked_for() -> None:
+    amount = Amount.parse("+1 epoch", relative=True)
+    assert amount == Amount(1.0, "epochs", relative=True)
+    assert str(amount) == "+1 epoch"
+    assert not Amount.parse("1 epoch", relative=True).relative
+
+
+def test_an_amount_of_the_wrong_thing_is_refused() -> None:
+    assert Amount.parse("8 texts").require("tokens", "texts").number == 8
+    with pytest.raises(RecipeError, match="`10 s` is not an amount of tokens or texts"):
+        Amount.parse("10 s").require("tokens", "texts")
+
+
+@given(st.floats(0, 1))
+def test_a_share_reads_back(fraction: float) -> None:
+    assert Share.parse(str(Share(fraction))) == Share(fraction)
+
+
+@given(st.floats(0, 1e300), st.sampled_from(["seconds", "steps", "tokens", "epochs", "texts", "characters"]))
+def test_an_amount_reads_back(number: float, unit: str) -> None:
+    assert Amount.parse(str(Amount(number, unit))) == Amount(number, unit)
+
+
+@pytest.mark.parametrize("text", ["60", "101%", "-1%", "half"])
+def test_shares_outside_the_whole_are_refused(text: str) -> None:
+    assert str(Share.parse("60 %")) == "60%"
+    with pytest.raises(RecipeError):
+        Share.parse(text)
+
+
+# Files
+
+
+def test_a_syntax_error_names_file_and_line(tmp_path: Path) -> None:
+    file = tmp_path / "bad.toml"
+    file.write_text("seed = 1\nrate = = 2\n")
+    with pytest.raises(RecipeError, match=r"bad\.toml, line 2"):
+        load_toml(file)
+    file.write_text("seed = 1\nstage = [")
+    with pytest.raises(RecipeError, match=r"bad\.toml, line 2"):
+        load_toml(file)
+    file.write_bytes(b"name = '\xff'")
+    with pytest.raises(RecipeError, match="UTF-8"):
+        load_toml(file)
+
+
+def test_extends_is_followed_through_files_and_shipped_recipes(tmp_path: Path) -> None:
+    shipped, mine = tmp_path / "shipped", tmp_path / "mine"
+    shipped.mkdir()
+    mine.mkdir()
+    (shipped / "tiny.toml").write_text('seed = 1\n[text]\nwords = "spaces"\n[[stage]]\nlength = 1\n[[stage]]\n')
+    (shipped / "small.toml").write_text('extends = "tiny"\nrate = 0.2\n')
+    (mine / "own.toml").write_text('extends = "small"\nseed = 2\n[[stage]]\nlength = 9\n')
+    (mine / "last.toml").write_text('extends = "own.toml"\n[text]\nfolder = "f"\n')
+    whole = resolve_recipe(mine / "last.toml", shipped=shipped)
+    assert whole == {"seed": 2, "rate": 0.2, "text": {"words": "spaces", "folder": "f"}, "stage": [{"length": 9}]}
+    assert resolve_recipe("tiny", shipped=shipped)["seed"] == 1
+    with pytest.raises(RecipeError, match="did you mean `small`") as caught:
+        resolve_recipe("smal", shipped=shipped)
+    assert "small, tiny" in str(caught.value)
+    (mine / "own.toml").write_text('extends = "last.toml"')
+    with pytest.raises(RecipeError, match=r"last\.toml -> own\.toml -> last\.toml"):
+        resolve_recipe(mine / "last.toml", shipped=shipped)
+    (mine / "own.toml").write_text("extends = 3")
+    with pytest.raises(RecipeError, match="names one recipe"):
+        resolve_recipe(mine / "own.toml", shipped=shipped)
+
+
+def test_shipped_recipes_resolve() -> None:
+    assert shipped_recipes() == sorted(shipped_recipes())
+    for name in shipped_recipes():
+        assert "extends" not in resolve_recipe(name)
+
+
+def test_merge_goes_key_by_key_and_replaces_lists() -> None:
+    base = {"a": {"kind": "x", "old": 1}, "list": [1, 2], "b": {"c": 1, "d": {"e": 2}}}
+    over = {"a": {"kind": "y", "new": 2}, "list": [3], "b": {"d": {"f": 3}}}
+    merged = {"a": {"kind": "y", "old": 1, "new": 2}, "list": [3], "b": {"c": 1, "d": {"e": 2, "f": 3}}}
+    assert merge(base, over) == merged
+    assert merge(base, {"a": {"kind": "x", "new": 2}})["a"] == {"kind": "x", "old": 1, "new": 2}
+    assert base["list"] == [1, 2], "merge leaves what it was given alone"
+
+
+# Kinds
+
+
+def held_out(*layers: dict[str, Any], sets: tuple[str, ...] = ()) -> Hash | Tail:
+    """What the recipes, the lowest first, and what was set by hand make of `text.held_out`."""
+    tree: dict[str, Any] = {"name": "x"}
+    for layer in layers:
+        tree = merge(tree, {"text": {"held_out": layer}})
+    for text in sets:
+        tree = apply_set(tree, text)
+    return build_config(Sample, tree, WHERE, sets).text.held_out
+
+
+HASH = {"kind": "hash", "share": "3%", "at_most": "5 characters"}
+AS_HASH = Hash(share=Share(0.03), at_most=Amount(5, "characters"))
+
+
+@pytest.mark.parametrize(
+    ("layers", "sets", "expected"),
+    [
+        # What only the other kind knows is left out where it lies below; what both know stays.
+        ([HASH, {"kind": "tail"}], (), Tail(share=Share(0.03))),
+        ([HASH], ("text.held_out.kind=tail",), Tail(share=Share(0.03))),
+        ([HASH], ('text={held_out={kind="tail"}}',), Tail(share=Share(0.03))),
+        ([HASH, {"kind": "tail"}, {"kind": "tail", "share": "4%"}], (), Tail(share=Share(0.04))),
+        ([{"at_most": "5 characters"}, {"kind": "tail"}], (), Tail()),
+        ([HASH, {"kind": "tail"}], ("seed=2",), Tail(share=Share(0.03))),
+        # Back again, by hand: what the recipe says for that kind holds.
+        ([HASH], ("text.held_out.kind=tail", "text.held_out.kind=hash"), AS_HASH),
+        # The same kind once more changes nothing.
+        ([HASH, {"kind": "hash"}], (), AS_HASH),
+    ],
+)
+def test_another_kind_leaves_out_what_a_recipe_below_gave_the_first(
+    layers: list[dict[str, Any]], sets: tuple[str, ...], expected: Hash | Tail
+) -> None:
+    assert held_out(*layers, sets=sets) == expected
+
+
+@pytest.mark.parametrize(
+    ("layers", "sets"),
+    [
+        ([{"kind": "tail", "at_most": "5 characters"}], ()),
+        ([HASH, {"kind": "tail", "at_most": "6 characters"}], ()),
+        ([HASH, {"kind": "tail"}, {"at_most": "6 characters"}], ()),
+        ([HASH], ("text.held_out.kind=tail", "text.held_out.at_most=6 characters")),
+        ([HASH], ("text.held_out.at_most=6 characters", "text.held_out.kind=tail")),
+        ([HASH, {"kind": "tail"}], ("text.held_out.at_most=6 characters",)),
+        ([HASH], ('text.held_out={kind="tail", at_most="6 characters"}',)),
+        ([{"kind": "tail", "at_most": "5 characters"}, {"kind": "tail"}], ()),
+    ],
+)
+def test_what_was_given_together_with_a_kind_must_belong_to_it(
+    layers: list[dict[str, Any]], sets: tuple[str, ...]
+) -> None:
+    with pytest.raises(RecipeError, match="unknown key `at_most` of kind `tail`"):
+        held_out(*layers, sets=sets)
+
+
+def test_what_no_kind_knows_is_refused_wherever_it_lies() -> None:
+    with pytest.raises(RecipeError, match="unknown key `shrae` of kind `tail`: did you mean `share`"):
+        held_out({"kind": "hash", "shrae": "3%"}, {"kind": "tail"})
+
+
+def test_a_kind_that_is_one_choice_of_many_takes_nothing_with_it() -> None:
+    @dataclass(frozen=True)
+    class Schedule:
+        kind: Literal["stable", "cosine"] = "stable"
+        warmup: Share = Share(0.02)
+
+    tree = merge({"kind": "stable", "warmup": "0.1%"}, {"kind": "cosine"})
+    assert build_config(Schedule, tree, WHERE) == Schedule("cosine", Share(0.001))
+    tree = apply_set(apply_set({}, "warmup=3%"), "kind=cosine")
+    assert build_config(Schedule, tree, WHERE) == Schedule("cosine", Share(0.03))
+
+
+# --set
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("train.every.save=20 steps", {"train": {"every": {"save": "20 steps"}}}),
+        ("seed = 17", {"seed": 17}),
+        ("rate=0.5", {"rate": 0.5}),
+        ("bf16=true", {"bf16": True}),
+        ("name=a = b", {"name": "a = b"}),
+        ("name=", {"name": ""}),
+        ('text={words="spaces"}', {"text": {"words": "spaces"}}),
+        ("betas=[1, 2]", {"betas": [1, 2]}),
+    ],
+)
+def test_set_reads_toml_and_else_a_string(text: str, expected: dict[str, Any]) -> None:
+    assert apply_set({}, text) == expected
+
+
+def test_set_reaches_into_lists_and_tables() -> None:
+    tree = {
+        "stage": [{"length": 1, "until": "60%"}, {"length": 2}],
+        "text": {"held_out": {"kind": "hash", "at_most": "x"}},
+    }
+    assert apply_set(tree, "stage.1.length=256")["stage"] == [tree["stage"][0], {"length": 256}]
+    assert apply_set(tree, "text.held_out.kind=tail")["text"] == {"held_out": {"kind": "tail", "at_most": "x"}}
+    assert tree["stage"][1] == {"length": 2}, "apply_set leaves what it was given alone"
+    for text, message in {
+        "stage.2.length=3": "2 entries, counted from 0",
+        "stage.one.length=3": "no `stage.one`",
+        "stage.1.length.x=3": "single value",
+        "plan.0.x=3": "no list `plan`",
+        "seed": "a dotted key, = and a value",
+        "a..b=1": "a dotted key, = and a value",
+    }.items():
+        with pytest.raises(RecipeError) as caught:
+            apply_set(tree, text)
+        assert message in str(caught.value)
+        assert f"--set {text}" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("entries", "have", "mend"),
+    [
+        ([], "`stage` has no entry", "set the whole list: stage=[...]"),
+        ([{}], "`stage` has one entry, which is number 0", "set stage.0, or the whole list: stage=[...]"),
+        ([{}, {}, {}], "`stage` has 3 entries, counted from 0", "set one of stage.0 to stage.2"),
+    ],
+)
+def test_an_entry_that_is_not_there(entries: list[dict[str, Any]], have: str, mend: str) -> None:
+    with pytest.raises(RecipeError) as caught:
+        apply_set({"stage": entries}, "stage.3.length=8")
+    assert caught.value.what == f"there is no `stage.3`: {have}" and caught.value.next == mend
+
+
+# Validation
+
+
+def test_a_whole_recipe_is_built() -> None:
+    tree = tomllib.loads("""
+        name = "mine"
+        rate = 1
+        save = "5%"
+        betas = [0, 0.5]
+        weights = { mlm = 1, pair = 0.5 }
+        text = { words = "characters", held_out = { kind = "tail", share = "10%" } }
+        [[stage]]
+        until = "60%"
+        [[stage]]
+        length = 512
+    """)
+    built = build_config(Sample, tree, WHERE)
+    assert built == Sample(
+        name="mine",
+        rate=1.0,
+        save=Share(0.05),
+        betas=(0.0, 0.5),
+        weights={"mlm": 1.0, "pair": 0.5},
+        text=Text(words="characters", held_out=Tail(share=Share(0.1))),
+        stage=(Stage(until=Share(0.6)), Stage(length=512)),
+    )
+    assert isinstance(built.rate, float)
+
+
+def test_without_a_kind_the_first_of_a_union_is_meant() -> None:
+    assert build_config(Sample, {"name": "x", "text": {"held_out": {"share": "2%"}}}, WHERE).text.held_out == Hash(
+        share=Share(0.02)
+    )
+
+
+@pytest.mark.parametrize(
+    ("tree", "messages"),
+    [
+        ({"sed": 1}, ["unknown key `sed`: did you mean `seed`?", "my.toml: sed"]),
+        ({"zzz": 1}, ["unknown key `zzz`\n", "the keys here are name, seed, bf16"]),
+        ({"seed": "1"}, ['"1" is not a whole number', "my.toml: seed"]),
+        ({"seed": True}, ["true is not a whole number"]),
+        ({"seed": 1.5}, ["1.5 is not a whole number"]),
+        ({"bf16": 1}, ["1 is not true or false"]),
+        ({"rate": True}, ["true is not a number"]),
+        ({"rate": float("nan")}, ["nan is not a number"]),
+        ({"name": 3}, ["3 is not text in quotes"]),
+        ({"betas": [0.1]}, ["a list of 1 where 2 belong", "my.toml: betas"]),
+        ({"betas": [0.1, "x"]}, ['"x" is not a number', "my.toml: betas.1"]),
+        ({"stage": {"length": 3}}, ["a table is not a list"]),
+        ({"stage": [{}, {"lenght": 3}]}, ["did you mean `length`?", "my.toml: stage.1.lenght"]),
+        ({"stage": [{"length": 0}]}, ["at least one token", "my.toml: stage.0", "give a length"]),
+        ({"stage": [{"until": 60}]}, ["60 is not a share", "stage.0.until"]),
+        ({"text": 3}, ["3 is not a table"]),
+        ({"text": {"words": "space"}}, ['unknown choice "space": did you mean "spaces"?', '"spaces", "characters"']),
+        ({"text": {"held_out": {"kind": "tial"}}}, ['did you mean "tail"?', "text.held_out.kind"]),
+        ({"text": {"held_out": {"kind": "tail", "at_most": "3 texts"}}}, ["unknown key `at_most` of kind `tail`"]),
+        ({"text": {"held_out": "hash"}}, ['"hash" is not a table']),
+        ({"save": "10"}, ["needs a unit", "my.toml: save"]),
+        ({"save": 10}, ['10 is not a share such as "60%" or an amount']),
+        ({"save": "101%"}, ["between 0% and 100%"]),
+        ({"weights": {"mlm": "x"}}, ['"x" is not a number', "weights.mlm"]),
+    ],
+)
+def test_what_is_wrong_is_named_with_its_mend(tree: dict[str, Any], messages: list[str]) -> None:
+    said = refusal(tree)
+    for message in messages:
+        assert message in said
+
+
+def test_a_missing_key_is_named() -> None:
+    with pytest.raises(RecipeError, match="`name` is missing"):
+        build_config(Sample, {}, WHERE)
+
+
+def test_a_mistake_of_set_is_laid_at_its_door() -> None:
+    sets = ("seed=2", "stage.0.length=0")
+    assert "--set stage.0.length=0: stage.0.length" in refusal({"stage": [{"length": "x"}]}, sets)
+    assert "my.toml: rate" in refusal({"rate": "x"}, sets)
+
+
+def test_a_mistake_of_a_flag_is_laid_at_its_own_door() -> None:
+    flags = {"seed": "--seed x", "stage": "--stage 3"}
+    for tree, where in (({"seed": "x"}, "--seed x"), ({"stage": 3}, "--stage 3"), ({"rate": "x"}, "my.toml: rate")):
+        with pytest.raises(RecipeError) as caught:
+            build_config(Sample, {"name": "x"} | tree, WHERE, ("seed=2", "stage=[]"), flags)
+        assert caught.value.where == where
+
+
+# The round trip
+
+names = st.text(st.characters(exclude_categories=["Cs"]), max_size=8)
+floats = st.floats(allow_nan=False)
+shares = st.builds(Share, st.floats(0, 1))
+amounts = st.builds(Amount, st.floats(0, 1e12), st.sampled_from(["seconds", "tokens", "steps"]))
+samples = st.builds(
+    Sample,
+    name=names,
+    seed=st.integers(),
+    bf16=st.booleans(),
+    rate=floats,
+    betas=st.tuples(floats, floats),
+    save=st.one_of(shares, amounts),
+    text=st.builds(
+        Text,
+        words=st.sampled_from(["spaces", "characters"]),
+        held_out=st.one_of(st.builds(Hash, share=shares, at_most=amounts), st.builds(Tail, share=shares)),
+    ),
+    stage=st.lists(st.builds(Stage, until=shares, length=st.integers(1, 4096)), max_size=3).map(tuple),
+    weights=st.dictionaries(names, floats, max_size=3),
+    note=st.one_of(st.none(), names),
+)
+
+
+@given(samples)
+def test_what_is_dumped_builds_the_same(sample: Sample) -> None:
+    assert build_config(Sample, tomllib.loads(dump_config(sample)), WHERE) == sample
+
+
+def test_a_dump_says_every_value() -> None:
+    written = tomllib.loads(dump_config(Sample(name="x")))
+    assert written["text"]["held_out"] == {"kind": "hash", "share": "1%", "at_most": "2M characters"}
+    assert written["save"] == "10 min"
+    assert set(written) == {"name", "seed", "bf16", "rate", "betas", "save", "text", "stage", "weights"}
+
+
+def test_recipes_are_read_without_torch() -> None:
+    script = "import sys, unmask.core.config; assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", script], check=True, timeout=60)

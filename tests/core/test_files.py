@@ -1,0 +1,140 @@
+"""Written whole or not at all; damage is found and named."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+from unmask.core import files
+from unmask.core.errors import DamagedError, StoreError
+
+
+def test_a_folder_appears_whole(tmp_path: Path) -> None:
+    target = tmp_path / "step-1"
+    with files.new_folder(target) as folder:
+        (folder / "a").write_text("1")
+        assert not target.exists()
+    assert (target / "a").read_text() == "1"
+    with files.new_folder(target) as folder:
+        (folder / "b").write_text("2")
+    assert sorted(file.name for file in target.iterdir()) == ["b"]
+    assert [entry.name for entry in tmp_path.iterdir()] == ["step-1"]
+
+
+def test_a_file_that_could_not_be_replaced_stands_and_nothing_lies_about(tmp_path: Path) -> None:
+    resource = pytest.importorskip("resource", reason="this system has no limits to set")
+    files.write_text(tmp_path / "recipe.toml", "old")
+    allowed = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, allowed[1]))
+    try:
+        with pytest.raises(StoreError, match="File too large"):
+            files.write_text(tmp_path / "recipe.toml", "new" * 100)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, allowed)
+    assert [(file.name, file.read_text()) for file in tmp_path.iterdir()] == [("recipe.toml", "old")]
+
+
+def test_an_error_leaves_the_old_folder(tmp_path: Path) -> None:
+    with files.new_folder(tmp_path / "x") as folder:
+        (folder / "a").write_text("old")
+    with pytest.raises(RuntimeError), files.new_folder(tmp_path / "x") as folder:
+        (folder / "a").write_text("new")
+        raise RuntimeError
+    assert (tmp_path / "x" / "a").read_text() == "old" and len(list(tmp_path.iterdir())) == 1
+
+
+def test_a_kill_leaves_the_old_folder_and_the_next_write_cleans_up(tmp_path: Path) -> None:
+    with files.new_folder(tmp_path / "x") as folder:
+        (folder / "a").write_text("old")
+    program = (
+        "import os, signal, sys; from pathlib import Path; from unmask.core import files\n"
+        "with files.new_folder(Path(sys.argv[1])) as f:\n"
+        "    (f / 'a').write_text('new'); os.kill(os.getpid(), signal.SIGKILL)"
+    )
+    done = subprocess.run([sys.executable, "-c", program, str(tmp_path / "x")], check=False)
+    assert done.returncode == -signal.SIGKILL
+    assert (tmp_path / "x" / "a").read_text() == "old" and len(list(tmp_path.iterdir())) == 2
+    with files.new_folder(tmp_path / "x") as folder:
+        (folder / "a").write_text("newer")
+    assert [entry.name for entry in tmp_path.iterdir()] == ["x"]
+
+
+@pytest.mark.parametrize("harm", ["flip", "cut", "remove"])
+def test_a_seal_names_the_damaged_file(tmp_path: Path, harm: str) -> None:
+    victim = tmp_path / "ids"
+    victim.write_bytes(bytes(range(256)) * 40)
+    (tmp_path / "other").write_text("fine")
+    files.seal(tmp_path)
+    files.check_seal(tmp_path)
+    data = bytearray(victim.read_bytes())
+    if harm == "flip":
+        data[777] ^= 4
+        victim.write_bytes(data)
+    elif harm == "cut":
+        victim.write_bytes(data[:-1])
+    else:
+        victim.unlink()
+    with pytest.raises(DamagedError, match="ids"):
+        files.check_seal(tmp_path)
+
+
+def test_pointing_replaces_in_one_step(tmp_path: Path) -> None:
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        files.point(tmp_path / "latest", name)
+        assert os.readlink(tmp_path / "latest") == name
+
+
+def test_a_place_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(StoreError, match="file"):
+        files.write_text(tmp_path / "file" / "below", "x")
+    with pytest.raises(StoreError), files.new_folder(tmp_path / "file" / "below"):
+        pass
+
+
+def test_json_cut_short_is_damage(tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_text('{"a": 1')
+    with pytest.raises(DamagedError, match=r"a\.json"):
+        files.read_json(tmp_path / "a.json")
+    with pytest.raises(DamagedError, match=r"b\.json"):
+        files.read_json(tmp_path / "b.json")
+
+
+def test_checking_a_place_leaves_nothing_there(tmp_path: Path) -> None:
+    files.check_writable(tmp_path / "a" / "b")
+    with pytest.raises(StoreError, match="too long"):
+        files.check_writable(tmp_path / "a" / ("x" * 300))
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_full_disk_is_a_place_that_cannot_be_written(tmp_path: Path) -> None:
+    """What safetensors makes of the system's refusal is told like the refusal itself; the old folder stands."""
+    resource = pytest.importorskip("resource")
+    with files.new_folder(tmp_path / "step") as folder:
+        (folder / "a").write_text("1")
+    allowed = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, allowed[1]))
+    try:
+        with pytest.raises(StoreError, match="make room"), files.new_folder(tmp_path / "step") as folder:
+            save_file({"much": np.zeros(10_000)}, folder / "b.safetensors")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, allowed)
+    assert [file.name for file in (tmp_path / "step").iterdir()] == ["a"]
+
+
+def test_a_kill_between_the_two_renames_loses_nothing(tmp_path: Path) -> None:
+    """Then the old folder stands aside and nothing under the name: the next write puts it back before it begins."""
+    aside = tmp_path / ".x.aside-old"
+    aside.mkdir()
+    (aside / "a").write_text("old")
+    with pytest.raises(RuntimeError), files.new_folder(tmp_path / "x"):
+        raise RuntimeError
+    assert (tmp_path / "x" / "a").read_text() == "old" and [entry.name for entry in tmp_path.iterdir()] == ["x"]

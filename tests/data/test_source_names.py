@@ -1,0 +1,139 @@
+"""What a person names as text: patterns, folders, weights, standard input, data sets."""
+
+from __future__ import annotations
+
+import gzip
+import io
+import sys
+from pathlib import Path
+
+import pytest
+
+from unmask.core.errors import TextError
+from unmask.core.files import default_cache
+from unmask.data.settings import TextSettings
+from unmask.data.sources import FileSource, absolute, is_name, open_source, weighted
+
+SETTINGS = TextSettings(document="line")
+
+
+def documents(*names: str | Path, settings: TextSettings = SETTINGS) -> list[str]:
+    source = open_source(names, settings)
+    return [passage.text for part in source.parts() for passage in source.documents(part)]
+
+
+@pytest.fixture
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A working folder with texts in it."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "notes" / "old").mkdir(parents=True)
+    (tmp_path / "notes" / "b.txt").write_text("b")
+    (tmp_path / "notes" / "a.txt").write_text("a")
+    (tmp_path / "notes" / "old" / "c.txt.gz").write_bytes(gzip.compress(b"c"))
+    (tmp_path / "notes" / "old" / "d.JSONL").write_text('{"text": "d\\ne"}')
+    (tmp_path / "notes" / "e.csv").write_text('text\n"e"\n')
+    (tmp_path / "notes" / "readme").write_text("of no known ending")
+    return tmp_path
+
+
+def test_folders_and_patterns(place: Path) -> None:
+    assert documents("notes") == ["a", "b", "e", "c", "d\ne"], "every known ending, sorted by path"
+    assert documents("notes/*.txt") == documents(Path("notes/*.txt")) == ["a", "b"]
+    assert documents("notes/**/*.txt*") == ["a", "b", "c"]
+    assert documents("notes/r*", "notes/[ab].txt") == ["of no known ending", "a", "b"]
+    (place / "notes" / "[ab].txt").write_text("itself")
+    assert documents("notes/[ab].txt") == ["itself"], "what exists is no pattern"
+    for name, says in (("notes/*.md", "no file matches"), ("*", "no file matches"), ("none", "no such file")):
+        with pytest.raises(TextError, match=says) as caught:
+            documents(name)
+        assert caught.value.where == name and caught.value.next
+
+
+def test_what_is_said_of_documents(place: Path) -> None:
+    for names, said in (
+        (["notes/a.txt"], "a document is a line that is not blank"),
+        (["notes/e.csv"], "a document is a row's `text`"),
+        (["notes"], "a document is a line that is not blank; of a table, a row's `text`"),
+        (["notes/a.txt:3", "notes/e.csv:1"], "weights: notes/a.txt 0.75, notes/e.csv 0.25"),
+    ):
+        assert said in open_source(names, SETTINGS).said
+
+
+def test_weights(place: Path) -> None:
+    source = open_source(["notes/*.txt:3", "notes/e.csv:1.0"], SETTINGS)
+    assert [tuple(group) for group in source.groups] == [("notes/*.txt", 0.75, 2), ("notes/e.csv", 0.25, 1)]
+    assert sum(group.parts for group in source.groups) == len(source.parts())
+    plain = open_source(["notes/*.txt", "notes/e.csv"], SETTINGS)
+    assert [group.weight for group in plain.groups] == [0.0, 0.0]
+    assert plain.fingerprint != source.fingerprint
+    assert source.fingerprint == open_source(["notes/[ab].txt:6", "notes/e.csv:2"], SETTINGS).fingerprint
+    (place / "a:0.5").write_text("named so")
+    assert documents("a:0.5") == ["named so"]
+    for names, says in (
+        (["notes/a.txt:1", "notes/b.txt"], "without a weight"),
+        (["notes/a.txt:0"], "weight of 0"),
+        (["notes/a.txt:-1"], "weight of -1"),
+        (["notes/a.txt:1e999"], "weight of inf"),
+        (["notes/a.txt:x"], "no such file"),
+    ):
+        with pytest.raises(TextError, match=says) as caught:
+            documents(*names)
+        assert caught.value.where in names and caught.value.next
+
+
+def test_names(place: Path) -> None:
+    assert weighted("dataset:7") == ("dataset:7", None)
+    assert weighted("dataset:a/b#c@d:.5") == ("dataset:a/b#c@d", 0.5)
+    assert absolute("notes/*.txt:2") == f"{place}/notes/*.txt:2"
+    assert absolute("dataset:a/b:2") == "dataset:a/b:2" and absolute("-:2") == "-:2"
+    assert absolute("dataset:notes@train:2") == f"dataset:{place}/notes@train:2"
+    assert all(is_name(text) for text in ("-", "a b.txt", "a b.jsonl.zst", "a b.CSV:3", "dataset:a b", "a b.gz"))
+    assert not any(is_name(text) for text in ("a sentence.", "a - b", "in 3:7 it says", ".txt and more"))
+
+
+def pipe(monkeypatch: pytest.MonkeyPatch, data: bytes) -> None:
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(data)))
+
+
+@pytest.mark.parametrize("pack", [bytes, gzip.compress])
+def test_standard_input_is_kept_and_can_be_read_again(place: Path, monkeypatch: pytest.MonkeyPatch, pack: type) -> None:
+    monkeypatch.setenv("UNMASK_CACHE", str(place / "cache"))
+    sources: list[FileSource] = []
+    for _ in range(2):
+        pipe(monkeypatch, pack("höre\nzu".encode()))
+        sources.append(open_source(["-:3", "notes/a.txt:1"], SETTINGS))
+    source, again = sources
+    kept = list((default_cache() / "standard-input").iterdir())
+    assert len(kept) == 1 and source.paths == again.paths == (f"{kept[0]}:3", "notes/a.txt:1")
+    assert [group.name for group in source.groups] == ["standard input", "notes/a.txt"]
+    assert f"standard input is kept as {kept[0]}" in source.said
+    for _ in range(2):
+        assert documents(*source.paths) == ["höre", "zu", "a"]
+    kept[0].unlink()
+    with pytest.raises(TextError, match="no longer in the cache"):
+        documents(*source.paths)
+
+
+def test_standard_input_that_can_not_be_read(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("UNMASK_CACHE", str(place / "cache"))
+    pipe(monkeypatch, b"")
+    with pytest.raises(TextError, match="standard input is empty"):
+        open_source(["-"], SETTINGS)
+    assert not list((default_cache() / "standard-input").iterdir())
+    with pytest.raises(TextError, match="once"):
+        open_source(["-", "-"], SETTINGS)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(TextError, match="several processes"):
+        open_source(["-"], SETTINGS)
+
+
+def test_a_data_set_where_the_hub_is_out_of_reach(monkeypatch: pytest.MonkeyPatch) -> None:
+    import huggingface_hub.constants
+
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")
+    before = huggingface_hub.constants.HF_HUB_OFFLINE
+    with pytest.raises(TextError) as caught:
+        documents("dataset:nobody/nothing#one@test")
+    assert "`nobody/nothing` is not in the local cache, and the hub can't be reached" in caught.value.what
+    assert "save_to_disk" in caught.value.next and caught.value.where == "dataset:nobody/nothing#one@test"
+    assert before == huggingface_hub.constants.HF_HUB_OFFLINE

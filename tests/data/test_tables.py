@@ -1,0 +1,289 @@
+"""Tables: the same documents from every format, and broken rows refused by line or counted."""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import io
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import zstandard
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from unmask.core.errors import TextError
+from unmask.data import sources
+from unmask.data.readers import bytes as byte_reader
+from unmask.data.readers import tables
+from unmask.data.settings import ErrorsRule
+from unmask.data.sources import FileSource
+
+LABEL = "x" * 9
+
+
+def documents(source: FileSource) -> list[str]:
+    found: list[str] = []
+    for part in source.parts():
+        before = len(found)
+        for passage in source.documents(part):
+            if not passage.piece:
+                found.append("")
+            assert passage.document == len(found) - before - 1
+            found[-1] += passage.text
+    return found
+
+
+def read(path: Path | str, errors: ErrorsRule = "strict", field: str = "text") -> list[str]:
+    return documents(FileSource([path], "line", errors, field))
+
+
+def delimited(texts: Sequence[str], delimiter: str) -> bytes:
+    stream = io.StringIO(newline="")
+    writer = csv.writer(stream, delimiter=delimiter)
+    writer.writerows([("label", "text"), *((LABEL, text) for text in texts)])
+    return stream.getvalue().encode()
+
+
+def lines_of_json(texts: Sequence[str]) -> bytes:
+    told = [json.dumps({"label": LABEL, "text": text}, ensure_ascii=len(text) % 2 == 0) for text in texts]
+    return "\n".join(told).encode()
+
+
+FORMATS: dict[str, Callable[[Sequence[str]], bytes]] = {
+    "txt": lambda texts: "\n".join(texts).encode(),
+    "jsonl": lines_of_json,
+    "csv": lambda texts: delimited(texts, ","),
+    "tsv": lambda texts: delimited(texts, "\t"),
+}
+PACKED: dict[str, Callable[[bytes], bytes]] = {
+    "": bytes,
+    ".gz": gzip.compress,
+    ".zst": lambda data: b"".join(zstandard.compress(half) for half in (data[:7], data[7:])),  # two frames
+}
+
+
+@settings(max_examples=15, deadline=None)
+@given(texts=st.lists(st.text(st.sampled_from('ab "",;\'\t{é\u0301語😀\\u'), max_size=30), min_size=1, max_size=8))
+def test_the_same_documents_from_every_format(tmp_path_factory: pytest.TempPathFactory, texts: list[str]) -> None:
+    folder = tmp_path_factory.mktemp("formats")
+    texts = [*texts, "the last"]
+    (folder / "all.txt").write_bytes(FORMATS["txt"](texts))
+    expected = read(folder / "all.txt")
+    assert len(expected) == sum(bool(text.strip()) for text in texts)
+    for ending, written in FORMATS.items():
+        for packing, pack in PACKED.items():
+            path = folder / f"all.{ending}{packing}"
+            path.write_bytes(pack(written(texts)))
+            assert read(path) == expected, path.name
+    pq.write_table(pa.table({"text": texts}), folder / "all.parquet", row_group_size=3)
+    assert read(folder / "all.parquet") == expected
+
+
+@pytest.mark.parametrize("packing", [".gz", ".zst"])
+def test_a_packed_parquet_table_is_unpacked_in_the_cache(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, packing: str
+) -> None:
+    monkeypatch.setenv("UNMASK_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(sources, "PART_BYTES", 1000)  # a part for each row group
+    texts = [f"text {number * 7919}" for number in range(3000)]
+    pq.write_table(pa.table({"text": texts}), tmp_path / "rows.parquet", row_group_size=500)
+    path = tmp_path / f"rows.parquet{packing}"
+    whole = PACKED[packing]((tmp_path / "rows.parquet").read_bytes())
+    path.write_bytes(whole)
+    source = FileSource([path], "line", "strict")
+    assert len(source.parts()) == 6 and documents(source) == texts
+    (kept,) = (tmp_path / "cache").glob("*/*")
+    assert kept.read_bytes() == (tmp_path / "rows.parquet").read_bytes()
+    assert source.said.endswith(f"{path} is unpacked in the cache: {kept}")
+
+    kept.unlink()  # as anybody may clean a cache
+    assert documents(source) == texts
+    path.write_bytes(whole[:-20])
+    with pytest.raises(TextError, match=rf"this \{packing} file is damaged or cut short") as caught:
+        read(path)
+    assert caught.value.where == str(path)
+    assert list((tmp_path / "cache").glob("*/*")) == [kept]
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What save_to_disk makes: one data set, and one of two splits."""
+    import datasets
+
+    folder = tmp_path_factory.mktemp("saved")
+    ours = datasets.Dataset.from_dict({"text": ["one", "two\nlines", " ", "three"], "stars": [1, 2, 3, 4]})
+    ours.save_to_disk(folder / "plain")
+    ours.select([0, 1]).save_to_disk(folder / "again")
+    datasets.Dataset.from_dict({"text": ["one", "two\nlines"], "stars": [5, 5]}).save_to_disk(folder / "same")
+    datasets.DatasetDict({"train": ours, "test": ours.select([0])}).save_to_disk(folder / "splits")
+    return folder
+
+
+def test_data_sets_that_were_saved(saved: Path) -> None:
+    assert read(saved / "plain") == read(f"dataset:{saved}/plain") == ["one", "two\nlines", "three"]
+    assert read(saved / "splits") == ["one", "two\nlines", "three"]
+    assert read(f"dataset:{saved}/splits@test") == ["one"]
+    again, same, plain = (
+        FileSource([saved / name], "line", "strict").fingerprint for name in ("again", "same", "plain")
+    )
+    assert again == same != plain, "the column's content counts"
+    for text, field, says in (
+        (f"dataset:{saved}/splits@valid", "text", ("no split `valid`", "@train", "@test")),
+        (f"dataset:{saved}/plain@train", "text", ("has no splits",)),
+        (f"dataset:{saved}/nowhere", "text", ("there is none", "FOLDER")),
+        ("dataset:", "text", ("name of a data set is missing",)),
+        (str(saved / "plain"), "texts", ("did you mean `text`", "`stars`")),
+        (str(saved / "plain"), "stars", ("holds int64, no text", "`text`")),
+    ):
+        with pytest.raises(TextError) as caught:
+            FileSource([text], "line", "strict", field).check()
+        assert all(words in str(caught.value) for words in says), str(caught.value)
+    (saved / "plain" / "dataset_info.json").write_text("{")
+    with pytest.raises(TextError, match="can't be read"):
+        from unmask.data.readers.hf_datasets import open_dataset
+
+        open_dataset.cache_clear()
+        read(saved / "plain")
+
+
+BROKEN: dict[str, tuple[bytes, str, tuple[str, ...]]] = {
+    "not json": (b'{"text": "a"}\n{"text": "b"\n{"text": "c"}\n', "jsonl", ("line 2", "not JSON", "--errors skip")),
+    "no object": (b'{"text": "a"}\n["b"]\n{"text": "c"}\n', "jsonl", ("line 2", "holds a list")),
+    "no field": (b'{"text": "a"}\n{"texts": 1, "id": 2}\n{"text": "c"}\n', "jsonl", ("line 2", "`texts`?", "`id`")),
+    "null": (b'{"text": "a"}\n{"text": null}\n{"text": "c"}\n', "jsonl", ("line 2", "holds null")),
+    "number": (b'{"text": "a"}\n{"text": 7}\n{"text": "c"}\n', "jsonl", ("line 2", "the number 7")),
+    "bytes": (b'{"text": "a"}\n\n{"text": "\x93b"}\n{"text": "c"}\n', "jsonl", ("line 3", "not UTF-8", "0x93")),
+    "surrogate": (b'{"text": "a"}\n{"text": "\\ud800"}\n{"text": "c"}\n', "jsonl", ("line 2", "no character")),
+    "deep": (b'{"text": "a"}\n' + b"[" * 200_000 + b'\n{"text": "c"}\n', "jsonl", ("line 2", "not JSON")),
+    "too few cells": (b"id,text\n1,a\n2\n3,c\n", "csv", ("line 3", "1 columns", "names 2")),
+    "a quote inside": (b'id,text\n1,"a"\n2,"b"b\n3,c\n', "csv", ("line 3", "expected after", "twice")),
+    "cell bytes": (b'id\ttext\n1\ta\n2\t"b\n\x93b"\n3\tc\n', "tsv", ("line 4", "not UTF-8", "0x93", "--errors skip")),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_a_broken_row_is_refused_by_its_line_or_counted(tmp_path: Path, name: str) -> None:
+    data, ending, says = BROKEN[name]
+    path = tmp_path / f"rows.{ending}"
+    path.write_bytes(data)
+    with pytest.raises(TextError) as caught:
+        read(path)
+    assert all(words in str(caught.value) for words in says), str(caught.value)
+    assert str(path) in caught.value.where and caught.value.next
+    source = FileSource([path], "line", "skip")
+    assert documents(source) == ["a", "c"]
+    assert list(source.left_out.values()) == [1]
+    if name in ("bytes", "surrogate", "cell bytes"):
+        assert "\ufffd" in read(path, "replace")[1]
+
+
+def test_quotes_in_a_table_separated_by_tabs(tmp_path: Path) -> None:
+    path = tmp_path / "rows.tsv"
+    path.write_text('id\ttext\r\n1\t"A" and B\r\n2\t"all ""of"" it"\r\n\r\n3\t"half\r\n4\tsize 5" and "\r\n')
+    assert read(path) == ['"A" and B', 'all "of" it', '"half', 'size 5" and "'], "each line is a row"
+    path.write_text('id\ttext\n1\t"a\ttab"\n2\t"two\nlines"\n3\ta "word"\n')
+    assert read(path) == ["a\ttab", "two\nlines", 'a "word"'], "some cell needs its quotes"
+    path.write_text('id\ttext\n1\t"a" b\n2\n')
+    with pytest.raises(TextError, match="1 columns where the first line names 2") as caught:
+        read(path)
+    assert caught.value.where.endswith("line 3") and read(path, "skip") == ['"a" b']
+
+
+def test_a_quote_that_is_never_closed_is_refused_whatever_the_rule(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "rows.csv"
+    path.write_bytes(b'id,text\n1,a\n2,"b\n3,c\n')
+    for errors in ("strict", "skip"):
+        with pytest.raises(TextError, match="never closed") as caught:
+            read(path, errors)
+        assert caught.value.where.endswith("line 3")
+    monkeypatch.setattr(tables, "LONGEST_LINE", 100)
+    path.write_bytes(b'id,text\n1,a\n2,"' + b"b\n" * 100)
+    with pytest.raises(TextError, match="longer than 100"):
+        read(path, "skip")
+
+
+def test_a_line_that_is_too_long(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(byte_reader, "LONGEST_LINE", 50)
+    monkeypatch.setattr(byte_reader, "CHUNK_BYTES", 16)
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"text": "a"}\n{"text": "' + "b" * 100 + '"}\n')
+    with pytest.raises(TextError, match="longer than 50 bytes") as caught:
+        read(path, "skip")
+    assert caught.value.where.endswith("line 2")
+
+
+def test_a_dotted_field(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"meta": {"body": "a"}}\n{"meta.body": "b"}\n')
+    assert read(path, field="meta.body") == ["a", "b"]
+
+
+def test_columns_that_are_missing_or_hold_no_text(tmp_path: Path) -> None:
+    for ending, delimiter in (("csv", ","), ("tsv", "\t")):
+        (tmp_path / f"rows.{ending}").write_bytes(delimited(["a"], delimiter))
+    table = pa.table({"label": [1], "text": ["a"], "raw": [b"b\xff"], "kind": pa.array(["c"]).dictionary_encode()})
+    pq.write_table(table, tmp_path / "rows.parquet")
+    for name in ("rows.csv", "rows.tsv", "rows.parquet"):
+        with pytest.raises(TextError, match="did you mean `label`") as caught:
+            read(tmp_path / name, field="lable")
+        assert "`text`" in caught.value.next and name in caught.value.where
+    with pytest.raises(TextError, match="holds int64, no text") as caught:
+        read(tmp_path / "rows.parquet", field="label")
+    assert "`text`" in caught.value.next
+    assert read(tmp_path / "rows.parquet", field="kind") == ["c"]
+    with pytest.raises(TextError, match="no character") as caught:
+        read(tmp_path / "rows.parquet", field="raw")
+    assert caught.value.where.endswith("row 1")
+    assert read(tmp_path / "rows.parquet", "replace", field="raw") == ["b\ufffd"]
+
+
+def test_nulls_of_a_parquet_table_are_counted(tmp_path: Path) -> None:
+    path = tmp_path / "rows.parquet"
+    pq.write_table(pa.table({"text": ["a", None, "c", "", None]}), path)
+    with pytest.raises(TextError, match="holds null") as caught:
+        read(path)
+    assert caught.value.where == f"{path}, row 2"
+    source = FileSource([path], "line", "skip")
+    assert documents(source) == ["a", "c"] and list(source.left_out.values()) == [2]
+
+
+@pytest.mark.parametrize("ending", ["jsonl", "csv", "tsv", "txt"])
+@pytest.mark.parametrize("packing", [".gz", ".zst"])
+def test_a_packed_file_that_is_cut_short(tmp_path: Path, ending: str, packing: str) -> None:
+    path = tmp_path / f"cut.{ending}{packing}"
+    path.write_bytes(PACKED[packing](FORMATS[ending]([f"text {number * 7919}" for number in range(9000)]))[:-20])
+    with pytest.raises(TextError, match=rf"this \{packing} file is damaged or cut short") as caught:
+        read(path)
+    assert caught.value.where == str(path)
+
+
+def test_what_is_no_table(tmp_path: Path) -> None:
+    path = tmp_path / "rows.parquet"
+    pq.write_table(pa.table({"text": ["some text"] * 1000}), path)
+    for data in (path.read_bytes()[:-30], b"PAR1", b"", b"text\na\n"):
+        path.write_bytes(data)
+        with pytest.raises(TextError, match="no Parquet file") as caught:
+            FileSource([path], "line", "strict").check()
+        assert caught.value.where == str(path)
+    for name, data, says in (
+        ("rows.parquet.gz", gzip.compress(b"text"), "no Parquet file"),
+        ("rows.csv", b"", "empty"),
+        ("rows.tsv", b"text\n", "empty"),
+        ("rows.jsonl", b"\n \n", "empty"),
+        ("rows.jsonl", b'{"text": " "}\n', "empty"),
+        ("rows.csv", "text\n".encode("utf-16"), "UTF-16"),
+        ("rows.jsonl", b'{"text": "a\0"}\n', "binary"),
+        ("rows.zst", gzip.compress(b"text"), "damaged"),
+    ):
+        path = tmp_path / name
+        path.write_bytes(data)
+        with pytest.raises(TextError, match=says) as caught:
+            FileSource([path], "line", "strict").check()
+        assert caught.value.where.startswith(str(path)) and caught.value.next

@@ -1,0 +1,117 @@
+"""Texts of a person's own, measured at each validation beside what was held out."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from unmask.core.errors import RecipeError, RunError, TextError
+from unmask.data.settings import TextSettings
+from unmask.data.sources import open_source
+from unmask.evaluation.masked_lm import documents_of_source
+from unmask.evaluation.validation import SetValidation
+from unmask.tokenization.settings import CharacterSettings
+from unmask.tokenization.tokenizer import train_tokenizer
+from unmask.training.pretrain import launch, resume
+from unmask.training.recipe import load_recipe
+
+SMALL = [
+    "text.document=line", "text.tokenizer={kind = 'characters'}", "encoder.layers=1", "encoder.width=16",
+    "encoder.heads=2", "encoder.feed_forward=16", "stage=[{until = '50%', length = 24, batch = '8 texts'}, "
+    "{until = '100%', length = 32, batch = '8 texts'}]", "train.budget=4 steps", "train.every.validate=2 steps",
+    "train.threads=1",
+]  # fmt: skip
+NEWS = "the news of the day is that the cat sat on the mat\n" * 20
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A text, two more to be measured on, and a run that measured them."""
+    home = tmp_path_factory.mktemp("sets")
+    lines = [f"the cat number {i} sat on mat {i * 7 % 31} and the dog on the log" for i in range(200)]
+    (home / "train.txt").write_text("\n".join(lines))
+    (home / "news.txt").write_text(NEWS)
+    (home / "play.txt").write_text("enter a dog, sadly\nexit the cat\n" * 40)
+    launch([home / "train.txt"], out=home / "run", settings=[*SMALL, *valid(home)])
+    return home
+
+
+def valid(home: Path, **more: str) -> list[str]:
+    named = {"news": str(home / "news.txt"), "play-2": str(home / "play.txt"), **more}
+    return [f"text.valid={{{', '.join(f'{name} = {json.dumps(path)}' for name, path in named.items())}}}"]
+
+
+def test_each_set_is_measured_logged_and_kept(home: Path) -> None:
+    log = [json.loads(line) for line in (home / "run" / "log.jsonl").read_text().splitlines()]
+    found = [line["validation"]["sets"] for line in log if "validation" in line]
+    assert len(found) == 2 and all(set(sets) == {"news", "play-2"} for sets in found)
+    for sets in found:
+        assert set(sets["news"]) == set(SetValidation.__dataclass_fields__)
+        known = len(NEWS.replace("\n", "")) * (1 - sets["news"]["unknown_share"])
+        assert sets["news"]["asked"] == pytest.approx(0.15 * known, rel=0.05)
+    assert found[0]["news"]["loss"] != found[1]["news"]["loss"]
+    assert found[0]["news"]["unigram_loss"] == found[1]["news"]["unigram_loss"] < 4
+    assert found[0]["news"]["unigram_loss"] != found[0]["play-2"]["unigram_loss"]
+    card = json.loads((home / "run" / "latest" / "card.json").read_text())
+    assert card["validation"]["sets"] == found[-1]
+    kept = json.loads((home / "run" / "env.json").read_text())["text"]["valid"]
+    assert (
+        kept["news"]["path"] == str(home / "news.txt") and kept["news"]["fingerprint"] != kept["play-2"]["fingerprint"]
+    )
+
+
+def test_what_is_measured_beside_it_changes_nothing_of_a_run(home: Path, tmp_path: Path) -> None:
+    launch([home / "train.txt"], out=tmp_path / "run", settings=SMALL)
+    logs = [
+        [json.loads(line)["loss"] for line in (run / "log.jsonl").read_text().splitlines() if "learning_rate" in line]
+        for run in (home / "run", tmp_path / "run")
+    ]
+    assert logs[0] == logs[1]
+    assert "sets" not in (tmp_path / "run" / "recipe.toml").read_text()
+
+
+def test_a_changed_text_stops_the_run_that_goes_on(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(home / "run", run, symlinks=True)
+    monkeypatch.chdir(tmp_path)  # paths are kept as they were meant, not as they were written
+    log = run / "log.jsonl"
+    resume(run, budget="+1 steps")
+    last = json.loads(log.read_text().splitlines()[-1])
+    assert set(last.get("validation", {"sets": {"news", "play-2"}})["sets"]) == {"news", "play-2"}
+    (home / "news.txt").write_text(NEWS + "more\n")
+    try:
+        with pytest.raises(RunError, match="`news` is not what this run was started with"):
+            resume(run, budget="+1 steps")
+    finally:
+        (home / "news.txt").write_text(NEWS)
+
+
+def test_what_is_wrong_is_said_before_anything_is_done(home: Path, tmp_path: Path) -> None:
+    with pytest.raises(TextError, match=r"text\.valid\.gone"):
+        launch([home / "train.txt"], out=tmp_path / "a", settings=[*SMALL, *valid(home, gone="nowhere.txt")])
+    with pytest.raises(RecipeError, match="no name for a validation text"):
+        load_recipe("tiny", ['text.valid={"a b" = "x.txt"}'])
+    (tmp_path / "foreign.txt").write_text("ключ\n" * 9)
+    with pytest.raises(TextError, match=r"text\.valid\.foreign.*foreign\.txt"):
+        launch(
+            [home / "train.txt"], out=tmp_path / "b",
+            settings=[*SMALL, *valid(home, foreign=str(tmp_path / "foreign.txt"))],
+        )  # fmt: skip
+    assert not (tmp_path / "a").exists() and not (tmp_path / "b").exists()
+
+
+@pytest.mark.parametrize("at_most", [1, 8, 9, 10, 25, 10_000])
+def test_no_more_is_read_than_may_be(tmp_path: Path, at_most: int) -> None:
+    text = "one two\n\nthree\nfour\n\n\nfive"
+    (tmp_path / "a.txt").write_text(text)
+    tokenizer = train_tokenizer([text], CharacterSettings())
+    source = open_source([tmp_path / "a.txt"], TextSettings())
+    found = documents_of_source(source, tokenizer, "spaces", at_most)
+    assert found.characters == min(at_most, len(text)) == sum(one.characters for one in found.documents)
+    assert found.whole == (at_most >= len(text))
+    spelled = [tokenizer.decode(one.ids) for one in found.documents]
+    *before, last = ["one two", "three\nfour", "five"][: len(spelled)]
+    assert before == spelled[:-1] and last.startswith(spelled[-1])

@@ -1,0 +1,114 @@
+"""The programs that people use: they open what export writes, and answer what we answer."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import unmask
+from unmask.models import build
+from unmask.models.bert import ClassicSettings
+from unmask.models.model import Model, save_model
+from unmask.models.modernbert import ModernSettings
+from unmask.tokenization.tokenizer import Tokenizer
+
+CLASSIC = ClassicSettings(layers=2, width=32, heads=2, feed_forward=48, longest=64)
+MODERN = ModernSettings(layers=2, width=32, heads=2, feed_forward=48, local_window=8)
+PROMPTS = {
+    "english": ("the cat [MASK] on the mat .", "[MASK] dog ran over the [MASK] .", "she gave him a [MASK]"),
+    "korean": ("고양이가 [MASK] 위에 앉아서", "[MASK] 언덕을 넘어 [MASK] .", "그녀는 그에게 [MASK]"),
+}
+CASES = [(kind, language) for kind in ("character", "wordpiece", "bpe", "unigram") for language in PROMPTS]
+
+
+@pytest.fixture(scope="session")
+def exported(tokenizers: dict[tuple[str, str], Tokenizer], tmp_path_factory: pytest.TempPathFactory) -> dict[Any, Path]:
+    """One folder for each tokenizer and language; classic and modern in turn."""
+    folders: dict[Any, Path] = {}
+    for number, case in enumerate(CASES):
+        tokenizer = tokenizers[case]
+        torch.manual_seed(number)
+        shape = CLASSIC if number % 2 else MODERN
+        encoder, head = build(shape, tokenizer.size)
+        with torch.no_grad():
+            for parameter in (*encoder.parameters(), *head.parameters()):
+                parameter.add_(torch.randn_like(parameter) * 0.1)
+            # Training never asks for a special piece; so no trained model answers with one.
+            head.get_parameter("bias")[list(tokenizer.special_ids)] = -20.0
+        place = tmp_path_factory.mktemp("models")
+        save_model(place / "made", Model(encoder.eval(), head.eval(), tokenizer, shape, {"context": 64}))
+        unmask.export(place / "made", place / "exported")
+        folders[case] = place / "exported"
+    return folders
+
+
+@pytest.mark.parametrize("case", CASES, ids="-".join)
+def test_the_pipeline_gives_the_five_answers_of_fill(case: tuple[str, str], exported: dict[Any, Path]) -> None:
+    from transformers import pipeline
+
+    theirs = pipeline("fill-mask", model=str(exported[case]), device="cpu")
+    mine = unmask.load(exported[case])
+    mask = mine.tokenizer.id_to_token(mine.tokenizer.mask_id)
+    for prompt in PROMPTS[case[1]]:
+        (filled,) = unmask.fill(mine, prompt)
+        answers = theirs(prompt.replace("[MASK]", mask))
+        answers = answers if isinstance(answers[0], list) else [answers]
+        assert len(answers) == len(filled.masks)
+        for ours, others in zip(filled.masks, answers, strict=True):
+            assert [one.id for one in ours.candidates] == [one["token"] for one in others]
+            assert [one.probability for one in ours.candidates] == pytest.approx(
+                [one["score"] for one in others], abs=1e-5
+            )
+
+
+@pytest.mark.parametrize("case", CASES, ids="-".join)
+def test_sentence_transformers_encodes(case: tuple[str, str], exported: dict[Any, Path]) -> None:
+    from sentence_transformers import SentenceTransformer
+
+    model = SentenceTransformer(str(exported[case]), device="cpu")
+    texts = [re.sub(r" *\[MASK\] *", " ", prompt) for prompt in PROMPTS[case[1]]]
+    vectors = np.asarray(model.encode(texts))
+    assert vectors.shape == (3, 32) and np.isfinite(vectors).all()
+    # the mean of our own vectors, padding left out
+    mine = unmask.load(exported[case])
+    encoded = mine.tokenizer.encode(texts[0])
+    from unmask.core.types import Text, pack
+
+    with torch.no_grad():
+        hidden = mine.encoder(pack([Text(*mine.tokenizer.framed(encoded.ids, encoded.marks))]))
+    np.testing.assert_allclose(vectors[0], hidden.mean(0).numpy(), atol=1e-4)
+
+
+@pytest.mark.parametrize("case", CASES, ids="-".join)
+def test_trainer_fine_tunes(case: tuple[str, str], exported: dict[Any, Path], tmp_path: Path) -> None:
+    from transformers import (
+        AutoModelForSequenceClassification,
+        AutoTokenizer,
+        DataCollatorWithPadding,
+        Trainer,
+        TrainingArguments,
+    )
+
+    tokenizer = AutoTokenizer.from_pretrained(exported[case])
+    model = AutoModelForSequenceClassification.from_pretrained(exported[case], num_labels=2)
+    texts = [prompt.replace("[MASK]", "") for prompt in PROMPTS[case[1]]] * 4
+    rows = [{**tokenizer(text, truncation=True), "labels": number % 2} for number, text in enumerate(texts)]
+    before = model.base_model.get_input_embeddings().weight.detach().clone()
+    trainer = Trainer(
+        model=model,
+        args=TrainingArguments(
+            output_dir=str(tmp_path), max_steps=2, per_device_train_batch_size=4, report_to="none", use_cpu=True,
+            save_strategy="no", disable_tqdm=True, dataloader_pin_memory=False, learning_rate=1e-3, logging_steps=1,
+        ),
+        train_dataset=rows,  # pyright: ignore[reportArgumentType]
+        data_collator=DataCollatorWithPadding(tokenizer),
+    )  # fmt: skip
+    trainer.train()
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert len(losses) == 2 and np.isfinite(losses).all()
+    assert not torch.equal(before, model.base_model.get_input_embeddings().weight)

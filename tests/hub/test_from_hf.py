@@ -1,0 +1,408 @@
+"""Folders that `transformers` wrote: opened with equal logits, kept tensor for tensor, or refused by name."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+import unmask
+from unmask.core.errors import DamagedError, ModelError, RunError, TokenizerError, UnmaskError
+from unmask.core.types import Text, logits_at, pack
+from unmask.hub.from_hf import import_model, open_model
+from unmask.models.model import Model, load
+from unmask.tokenization.settings import WordPieceSettings
+from unmask.tokenization.tokenizer import Tokenizer, train_tokenizer
+
+ROWS = 130  # of the token table; the tokenizer has fewer pieces
+SHAPE = {
+    "vocab_size": ROWS, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 40,
+}  # fmt: skip
+ROBERTA = {"max_position_embeddings": 66, "type_vocab_size": 1, "layer_norm_eps": 1e-5, "pad_token_id": 1}
+BERT = {"max_position_embeddings": 64, "layer_norm_eps": 1e-7, "hidden_dropout_prob": 0.2}
+MODERN = {"local_attention": 8, "pad_token_id": 0}
+ENGLISH = (
+    "the cat sat on the mat and looked at the moon .", "a dog ran over the hill to meet the old man .",
+    "she gave him a book about the birds of the north .", "the ship came home with salt and silver and wine .",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Kind:
+    name: str
+    shape: dict[str, Any]
+
+    def made(self, **more: Any) -> Any:
+        import transformers
+
+        cls = getattr(transformers, self.name)
+        torch.manual_seed(11)
+        model = cls(cls.config_class(**{**SHAPE, **self.shape, **more})).eval()
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(torch.randn_like(parameter) * (0.2 if parameter.ndim == 2 else 0.1))
+        return model
+
+
+KINDS = {
+    name: Kind(name, shape)
+    for shape, names in (
+        (BERT, ("BertForPreTraining", "BertForMaskedLM", "BertModel")),
+        (ROBERTA, ("RobertaForMaskedLM", "RobertaModel", "XLMRobertaForMaskedLM")),
+        (MODERN, ("ModernBertForMaskedLM", "ModernBertModel")),
+    )
+    for name in names
+}
+MASKED, PAIRED = KINDS["BertForMaskedLM"], KINDS["BertForPreTraining"]
+
+
+@pytest.fixture
+def tokenizer(tokenizers: dict[tuple[str, str], Tokenizer]) -> Tokenizer:
+    return tokenizers["wordpiece", "english"]
+
+
+@pytest.fixture(scope="module")
+def padded_by_1() -> Tokenizer:
+    """As RoBERTa has it: in its positions, the number of the padding counts."""
+    order = ("[CLS]", "[PAD]", "[SEP]", "[UNK]", "[MASK]")
+    return train_tokenizer(ENGLISH * 20, WordPieceSettings(vocab=100, specials=order))
+
+
+@pytest.fixture
+def written(tokenizer: Tokenizer, padded_by_1: Tokenizer, tmp_path: Path) -> Callable[..., tuple[Path, Any]]:
+    def write(kind: Kind, **more: Any) -> tuple[Path, Any]:
+        folder = tmp_path / kind.name
+        model = kind.made(**more)
+        model.save_pretrained(folder)
+        (padded_by_1 if kind.shape is ROBERTA else tokenizer).save(folder)
+        return folder, model
+
+    return write
+
+
+def texts() -> list[Text]:
+    draw = torch.Generator().manual_seed(3)
+    rows = [torch.randint(5, ROWS, (n,), generator=draw).numpy() for n in (40, 7, 2)]
+    return [Text(ids, ids.astype("uint8") * 0, segment=(ids > 60).astype("int64")) for ids in rows]
+
+
+@torch.no_grad()
+def assert_the_same(mine: Model, theirs: Any) -> None:
+    family = type(theirs).__name__
+    for text in texts():
+        batch = pack([text if family.startswith("Bert") else Text(text.ids, text.marks)])
+        given = {"input_ids": torch.from_numpy(text.ids)[None]}
+        if family.startswith("Bert"):
+            given["token_type_ids"] = torch.from_numpy(text.segment)[None]
+        out = theirs(**given)
+        hidden = mine.encoder(batch)
+        if family.endswith("Model"):
+            torch.testing.assert_close(hidden, out.last_hidden_state[0], atol=1e-4, rtol=0)
+            continue
+        logits = out.logits if "logits" in out else out.prediction_logits
+        ours = logits_at(mine.encoder, mine.head, batch, torch.arange(len(text.ids)))
+        torch.testing.assert_close(ours, logits[0], atol=1e-4, rtol=0)
+        if family == "BertForPreTraining":
+            assert mine.pair is not None
+            torch.testing.assert_close(mine.pair(hidden, batch), out.seq_relationship_logits, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
+def test_logits_are_equal_and_the_round_trip_keeps_every_tensor(
+    kind: Kind, written: Callable[..., tuple[Path, Any]], tmp_path: Path
+) -> None:
+    folder, theirs = written(kind)
+    mine = import_model(folder, tmp_path / "mine")
+    assert_the_same(mine, theirs)
+    only = "encoder" if kind.name.endswith("Model") else "all"
+    done = unmask.export(tmp_path / "mine", tmp_path / "back", only=only)
+    assert done.architecture == kind.name and done.parity is not None and done.parity.logits <= 1e-4
+    before, after = (load_file(one / "model.safetensors") for one in (folder, tmp_path / "back"))
+    lost = set(before) - set(after)
+    assert lost == ({"pooler.dense.weight", "pooler.dense.bias"} if kind.name == "RobertaModel" else set())
+    assert set(after) <= set(before)
+    assert all(torch.equal(before[name], after[name]) for name in after)
+    said = [sentence for sentence in mine.said if "begins anew" in sentence]
+    assert bool(said) is kind.name.endswith("Model"), said
+    # and the other way: what is exported is imported as it was
+    again = open_model(tmp_path / "back")
+    assert again.settings == mine.settings
+    pairs = zip(mine.encoder.state_dict().items(), again.encoder.state_dict().items(), strict=True)
+    assert all(a == b and torch.equal(x, y) for (a, x), (b, y) in pairs)
+    if only == "all":
+        assert again.said == () or "rows beyond" in again.said[0]
+        assert all(torch.equal(x, y) for x, y in zip(mine.head.parameters(), again.head.parameters(), strict=True))
+        assert_the_same(load(tmp_path / "mine"), theirs)
+
+
+@pytest.mark.parametrize("name", ["BertForPreTraining", "RobertaForMaskedLM", "ModernBertForMaskedLM"])
+def test_an_untied_decoder_is_kept(name: str, written: Callable[..., tuple[Path, Any]], tmp_path: Path) -> None:
+    folder, theirs = written(KINDS[name], tie_word_embeddings=False)
+    mine = import_model(folder, tmp_path / "mine")
+    assert_the_same(mine, theirs)
+    done = unmask.export(tmp_path / "mine", tmp_path / "back")
+    assert (
+        done.parity is not None
+        and json.loads((tmp_path / "back/config.json").read_text())["tie_word_embeddings"] is False
+    )
+    decoder = next(one for one in load_file(folder / "model.safetensors") if one.endswith("decoder.weight"))
+    before, after = (load_file(one / "model.safetensors")[decoder] for one in (folder, tmp_path / "back"))
+    assert torch.equal(before, after)
+
+
+def test_the_weights_are_believed_where_the_configuration_ties_and_they_do_not(
+    written: Callable[..., tuple[Path, Any]],
+) -> None:
+    folder, theirs = written(MASKED, tie_word_embeddings=False)
+    change_config(folder, tie_word_embeddings=True)
+    mine = open_model(folder)
+    assert any("kept apart" in sentence for sentence in mine.said)
+    assert_the_same(mine, theirs)
+
+
+def change_config(folder: Path, **more: Any) -> None:
+    file = folder / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **more}))
+
+
+def change_weights(folder: Path, change: Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]) -> None:
+    file = folder / "model.safetensors"
+    save_file(change(load_file(file)), file, {"format": "pt"})
+
+
+def older(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    renamed = {
+        name.replace("LayerNorm.weight", "LayerNorm.gamma").replace("LayerNorm.bias", "LayerNorm.beta"): tensor
+        for name, tensor in tensors.items()
+    }
+    table = renamed["bert.embeddings.word_embeddings.weight"].clone()
+    return renamed | {
+        "bert.embeddings.position_ids": torch.arange(64)[None], "cls.predictions.decoder.weight": table,
+        "cls.predictions.decoder.bias": renamed["cls.predictions.bias"].clone(),
+    }  # fmt: skip
+
+
+def test_older_names_shards_half_precision_and_heads_of_tasks(written: Callable[..., tuple[Path, Any]]) -> None:
+    folder, theirs = written(PAIRED)
+    change_weights(folder, older)
+    mine = open_model(folder)
+    assert_the_same(mine, theirs)
+    assert any("gamma" in sentence for sentence in mine.said)
+    # the same in two files
+    tensors = load_file(folder / "model.safetensors") | {"classifier.weight": torch.zeros(2, 32)}
+    names = sorted(tensors)
+    weight_map: dict[str, str] = {}
+    for number, part in enumerate((names[::2], names[1::2]), start=1):
+        file = f"model-0000{number}-of-00002.safetensors"
+        save_file({name: tensors[name] for name in part}, folder / file)
+        weight_map |= dict.fromkeys(part, file)
+    (folder / "model.safetensors").unlink()
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    mine = open_model(folder)
+    assert_the_same(mine, theirs)
+    assert any("classifier.weight" in sentence for sentence in mine.said)
+    (folder / "model-00002-of-00002.safetensors").unlink()
+    with pytest.raises(DamagedError, match="model-00002"):
+        open_model(folder)
+
+
+def test_half_precision_is_read_as_it_is(written: Callable[..., tuple[Path, Any]]) -> None:
+    folder, theirs = written(MASKED)
+    change_weights(folder, lambda tensors: {name: t.half() for name, t in tensors.items()})
+    mine = open_model(folder)
+    assert "float16" in mine.said[0]
+    with torch.no_grad():
+        for parameter in theirs.parameters():
+            parameter.copy_(parameter.half().float())
+    assert_the_same(mine, theirs)
+
+
+def test_a_missing_pair_choice_is_begun_anew_and_seeded(
+    written: Callable[..., tuple[Path, Any]], tmp_path: Path
+) -> None:
+    folder, _ = written(PAIRED)
+    change_weights(folder, lambda ts: {n: t for n, t in ts.items() if "seq_relationship" not in n})
+    one, other = (import_model(folder, tmp_path / str(n), seed=n) for n in (1, 2))
+    assert any("the pair head (in part)" in sentence for sentence in one.said)
+    assert one.pair is not None and other.pair is not None
+    (pooler, relation), (pooler_2, relation_2) = ([*m.pair.state_dict().items()][::2] for m in (one, other))
+    assert torch.equal(pooler[1], pooler_2[1]) and not torch.equal(relation[1], relation_2[1])
+
+
+@pytest.mark.parametrize(
+    ("change", "culprit"),
+    [
+        ({"position_embedding_type": "relative_key"}, "position_embedding_type"),
+        ({"is_decoder": True}, "is_decoder"),
+        ({"hidden_act": "relu"}, "hidden_act"),
+        ({"model_type": "electra"}, "electra"),
+        ({"hidden_size": 48, "num_attention_heads": 3}, "word_embeddings.* is 130 × 32 where .* 130 × 48"),
+        ({"vocab_size": 140}, "130 × 32 .* 140 × 32"),
+        ({"vocab_size": 50}, "100 pieces and the weights 50 rows"),
+        ({"num_hidden_layers": 3}, r"lack bert\.encoder\.layer\.2"),
+        ({"num_hidden_layers": 1}, r"no place for: bert\.encoder\.layer\.1"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_held_is_refused_by_name(
+    change: dict[str, Any], culprit: str, written: Callable[..., tuple[Path, Any]], tmp_path: Path
+) -> None:
+    folder, _ = written(MASKED)
+    change_config(folder, **change)
+    with pytest.raises(ModelError, match=culprit) as refused:
+        import_model(folder, tmp_path / "mine")
+    assert str(folder) in refused.value.where and refused.value.next
+    assert not (tmp_path / "mine").exists()
+
+
+def test_pickles_and_folders_without_weights_are_refused(written: Callable[..., tuple[Path, Any]]) -> None:
+    folder, _ = written(MASKED)
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+    with pytest.raises(ModelError, match=r"pytorch_model\.bin.*never read") as refused:
+        open_model(folder)
+    assert "save_pretrained" in refused.value.next
+    (folder / "pytorch_model.bin").unlink()
+    with pytest.raises(ModelError, match="no weights"):
+        open_model(folder)
+    (folder / "model.safetensors").write_bytes(b"no")
+    with pytest.raises(DamagedError, match="safetensors"):
+        open_model(folder)
+
+
+def test_what_stands_at_the_target_is_left_alone(written: Callable[..., tuple[Path, Any]], tmp_path: Path) -> None:
+    folder, _ = written(MASKED)
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("years")
+    for force, words in ((False, "stands here already"), (True, "no model folder")):
+        with pytest.raises(RunError, match=words):
+            import_model(folder, tmp_path / "mine", force=force)
+    with pytest.raises(RunError, match="itself"):
+        import_model(folder, folder, force=True)
+    assert (tmp_path / "mine" / "thesis.txt").read_text() == "years"
+
+
+# Tokenizers that come in older files ---------------------------------------------------------------------------------
+
+SENTENCES = ("The cat sat on the MAT, and it's 3.5 % Café.", "고양이가 매트 위에", "the 北京 moon")
+
+
+def plain_tokenizer(folder: Path, **config: Any) -> None:
+    """Take away tokenizer.json; what is left is what an old folder has."""
+    (folder / "tokenizer.json").unlink()
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+
+
+@pytest.mark.parametrize(
+    "config",
+    [{}, {"do_lower_case": False}, {"strip_accents": False}, {"tokenize_chinese_chars": False, "do_lower_case": True}],
+    ids=str,
+)
+def test_a_list_of_pieces_becomes_the_tokenizer_that_transformers_makes_of_it(
+    config: dict[str, Any], written: Callable[..., tuple[Path, Any]], tmp_path: Path
+) -> None:
+    from transformers import BertTokenizer
+
+    folder, _ = written(MASKED)
+    pieces = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "the", "The", "cat", "cafe", "café", "caf", "##e", "##é"]
+    pieces += [
+        "mat",
+        "MA",
+        "##T",
+        "it",
+        "'",
+        "s",
+        "3",
+        ".",
+        "5",
+        "%",
+        ",",
+        "고양이가",
+        "매",
+        "##트",
+        "北",
+        "京",
+        "北京",
+        "moon",
+    ]
+    plain_tokenizer(folder, tokenizer_class="BertTokenizer", **config)
+    (folder / "vocab.txt").write_text("\n".join(pieces) + "\n", encoding="utf-8")
+    (folder / "added_tokens.json").write_text(json.dumps({"<new>": len(pieces)}))
+    mine = import_model(folder, tmp_path / "mine")
+    assert any("made from vocab.txt" in sentence for sentence in mine.said)
+    theirs = BertTokenizer.from_pretrained(folder)
+    for sentence in SENTENCES:
+        encoded = mine.tokenizer.encode(sentence)
+        assert mine.tokenizer.framed(encoded.ids, encoded.marks)[0].tolist() == theirs(sentence)["input_ids"]
+    assert mine.tokenizer.token_to_id("<new>") == len(pieces)
+    unmask.export(tmp_path / "mine", tmp_path / "back")  # compares ids with AutoTokenizer too
+
+
+def test_pieces_and_merges_become_a_tokenizer(
+    written: Callable[..., tuple[Path, Any]], tokenizers: dict[tuple[str, str], Tokenizer], tmp_path: Path
+) -> None:
+    from transformers import RobertaTokenizer
+
+    folder, _ = written(KINDS["RobertaForMaskedLM"], vocab_size=400, pad_token_id=0)
+    model = json.loads(tokenizers["bpe", "english"].to_json())["model"]
+    roles = {"[PAD]": "<pad>", "[UNK]": "<unk>", "[CLS]": "<s>", "[SEP]": "</s>", "[MASK]": "<mask>"}
+    vocabulary = {roles.get(piece, piece): number for piece, number in model["vocab"].items()}
+    plain_tokenizer(folder, tokenizer_class="RobertaTokenizer")
+    (folder / "vocab.json").write_text(json.dumps(vocabulary))
+    merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]]
+    (folder / "merges.txt").write_text("#version: 0.2\n" + "\n".join(merges) + "\n")
+    mine = import_model(folder, tmp_path / "mine")
+    theirs = RobertaTokenizer.from_pretrained(folder)
+    for sentence in SENTENCES:
+        encoded = mine.tokenizer.encode(sentence)
+        assert mine.tokenizer.framed(encoded.ids, encoded.marks)[0].tolist() == theirs(sentence)["input_ids"]
+    assert mine.tokenizer.mask_takes_space, "as version 4 has it, and RoBERTa was trained; 5 has lost it"
+    change_config(folder, pad_token_id=0)
+    assert any("pads with" in sentence for sentence in open_model(folder).said) is False
+    change_config(folder, pad_token_id=3)
+    assert any("pads with" in sentence for sentence in open_model(folder).said)
+    unmask.export(tmp_path / "mine", tmp_path / "back")
+    assert len(unmask.fill(mine, "the [MASK] sat")[0].masks) == 1
+
+
+@pytest.mark.parametrize(
+    ("files", "words"),
+    [
+        ({"spiece.model": "x"}, "SentencePiece"),
+        ({}, "no tokenizer here"),
+        ({"vocab.txt": "the\ncat\n"}, "unk token"),
+        ({"vocab.txt": "[UNK]\n[MASK]\nthe\nthe\n"}, "twice"),
+        ({"vocab.txt": "[UNK]\n[MASK]\nthe\n", "added_tokens.json": '{"<new>": 9}'}, "not 9"),
+        ({"vocab.json": '{"a": 0}', "merges.txt": "b c\n"}, "don't fit"),
+    ],
+)
+def test_a_tokenizer_that_cannot_be_made_is_refused(
+    files: dict[str, str], words: str, written: Callable[..., tuple[Path, Any]]
+) -> None:
+    folder, _ = written(MASKED)
+    plain_tokenizer(folder)
+    for name, content in files.items():
+        (folder / name).write_text(content)
+    with pytest.raises(TokenizerError, match=words) as refused:
+        open_model(folder)
+    assert isinstance(refused.value, UnmaskError) and refused.value.next
+
+
+def test_a_tokenizer_without_a_frame_gets_one(written: Callable[..., tuple[Path, Any]], tmp_path: Path) -> None:
+    folder, _ = written(MASKED)
+    whole = json.loads((folder / "tokenizer.json").read_text())
+    (folder / "tokenizer.json").write_text(json.dumps({**whole, "post_processor": None}))
+    mine = import_model(folder, tmp_path / "mine")
+    assert any("special pieces" in sentence for sentence in mine.said)
+    unmask.export(tmp_path / "mine", tmp_path / "back")
+
+
+def test_all_modules_are_ready_to_answer(written: Callable[..., tuple[Path, Any]]) -> None:
+    mine = open_model(written(PAIRED)[0])
+    modules: list[nn.Module] = [mine.encoder, mine.head, *([mine.pair] if mine.pair else [])]
+    assert not any(module.training for module in modules)

@@ -1,0 +1,194 @@
+"""What export writes, what it compares, and what it refuses to write."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import unmask
+from unmask.cli import main
+from unmask.core.errors import ModelError, RunError
+from unmask.hub.from_hf import open_model
+from unmask.hub.parity import compare
+from unmask.models import build, build_pair
+from unmask.models.annotated import TutorialSettings
+from unmask.models.bert import ClassicSettings
+from unmask.models.model import Model, load, save_model
+from unmask.models.modernbert import ModernSettings
+from unmask.tokenization.settings import CharacterSettings
+from unmask.tokenization.tokenizer import Tokenizer, train_tokenizer
+
+CLASSIC = ClassicSettings(layers=2, width=32, heads=2, feed_forward=48, longest=64)
+MODERN = ModernSettings(layers=2, width=32, heads=2, feed_forward=48)
+SMALL = ["encoder.layers=1", "encoder.width=32", "encoder.heads=2", "encoder.feed_forward=32", "train.threads=1",
+         "text.tokenizer.vocab=120", "stage.0.batch=500 tokens", "stage.1.batch=500 tokens"]  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def run(prose: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("runs") / "notes"
+    unmask.pretrain(prose, recipe="tiny", budget="4 steps", settings=SMALL, out=out)
+    return out
+
+
+def folder_of(model: Model, folder: Path) -> Path:
+    save_model(folder, model)
+    return folder
+
+
+def small(tokenizer: Tokenizer, *, pair: bool = False) -> Model:
+    torch.manual_seed(3)
+    encoder, head = build(CLASSIC, tokenizer.size)
+    return Model(encoder.eval(), head.eval(), tokenizer, CLASSIC, pair=build_pair(CLASSIC).eval() if pair else None)
+
+
+def verb(*arguments: object) -> tuple[int, str]:
+    """The command line in this process."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["unmask", *map(str, arguments)])
+        with pytest.raises(SystemExit) as ended:
+            main()
+    return int(ended.value.code or 0), ""
+
+
+def test_a_run_becomes_a_folder_with_a_card(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "notes-bert"
+    assert verb("export", run, out, "--json")[0] == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["parity"]["source"] == "texts that the run held out" and told["parity"]["logits"] < 1e-4
+    assert sorted(file.name for file in out.iterdir()) == [
+        "README.md", "card.json", "config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json",
+    ]  # fmt: skip
+    card = (out / "README.md").read_text(encoding="utf-8")
+    told_of = json.loads((out / "card.json").read_text())
+    for words in (
+        told_of["text_fingerprint"], "`ModernBertForMaskedLM`", "4 steps", 'pipeline("fill-mask"', "[MASK]",
+        "SentenceTransformer", f"{told_of['validation']['loss']:.4f}", "largest difference", "Not stated here",
+        "[encoder]", "torch", 'pipeline_tag: fill-mask\nmask_token: "[MASK]"',
+    ):  # fmt: skip
+        assert words in card, words
+    assert card.startswith("---\n") and str(tmp_path.parent) not in card and "Unverified" not in card
+    model, again = load(run), load(out)
+    assert all(torch.equal(a, b) for a, b in zip(model.encoder.parameters(), again.encoder.parameters(), strict=True))
+    assert again.context == model.context and again.words == model.words
+    assert verb("export", run, out)[0] == 2
+    assert "--force" in capsys.readouterr().err
+    assert verb("export", run, out, "--force", "--unverified")[0] == 0
+    assert "**Unverified**" in (out / "README.md").read_text(encoding="utf-8")
+    assert verb("import", out, tmp_path / "mine")[0] == 0
+    assert "modern, 1 layers of 32" in capsys.readouterr().out
+
+
+def test_python_blocks_of_the_card_run(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = tmp_path / "FOLDER"
+    unmask.export(run, out)
+    card = (out / "README.md").read_text(encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    blocks = [part.split("```")[0] for part in card.split("```python\n")[1:]]
+    assert len(blocks) == 2
+    for block in blocks:
+        exec(compile(block, "README.md", "exec"), {})
+
+
+def test_the_encoder_alone_and_the_pair_head(tokenizers: dict[tuple[str, str], Tokenizer], tmp_path: Path) -> None:
+    from transformers import AutoModel
+
+    source = folder_of(small(tokenizers["wordpiece", "korean"], pair=True), tmp_path / "source")
+    whole = unmask.export(source, tmp_path / "whole")
+    assert whole.architecture == "BertForPreTraining"
+    assert whole.parity is not None and whole.parity.pair is not None and whole.parity.pair < 1e-4
+    alone = unmask.export(source, tmp_path / "alone", only="encoder")
+    assert alone.architecture == "BertModel" and alone.parity is not None and alone.parity.pair is not None
+    _, report = AutoModel.from_pretrained(tmp_path / "alone", output_loading_info=True)
+    assert not any(report[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    assert "feature-extraction" in (tmp_path / "alone" / "README.md").read_text(encoding="utf-8")
+    before, after = open_model(tmp_path / "whole"), open_model(tmp_path / "alone")
+    pairs = zip(before.encoder.parameters(), after.encoder.parameters(), strict=True)
+    assert all(torch.equal(a, b) for a, b in pairs)
+    assert before.said == () and len(after.said) == 2, "the two heads begin anew, one of them in part"
+    with pytest.raises(ModelError, match="no masked-language-model head"):
+        load(tmp_path / "alone")
+
+
+def test_what_transformers_would_see_otherwise_is_refused(
+    tokenizers: dict[tuple[str, str], Tokenizer], tmp_path: Path
+) -> None:
+    model = small(tokenizers["bpe", "english"], pair=True)
+    texts = ["the cat sat on the mat", "a dog ran over the hill"]
+    folder = folder_of(model, tmp_path / "one")
+    assert compare(folder, model, texts, "these").logits < 1e-4
+    weights = folder / "model.safetensors"
+    tensors = load_file(weights)
+    for name, words in (
+        ("bert.encoder.layer.1.output.dense.weight", r"logits differ by .* BertForPreTraining"),
+        ("cls.seq_relationship.bias", "the pair head's logits differ"),
+    ):
+        save_file({**tensors, name: tensors[name] * 1.1 + 0.01}, weights, {"format": "pt"})
+        with pytest.raises(ModelError, match=f"(?s){words}"):
+            compare(folder, model, texts, "these")
+    save_file({name.replace("cls.", "other."): t for name, t in tensors.items()}, weights, {"format": "pt"})
+    with pytest.raises(ModelError, match="doesn't find its tensors"):
+        compare(folder, model, texts, "these")
+    tokenizers["bpe", "korean"].save(folder)
+    with pytest.raises(ModelError, match="AutoTokenizer gives other ids"):
+        compare(folder, model, texts, "these")
+
+
+def test_a_tokenizer_that_knows_none_of_the_sentences(tmp_path: Path) -> None:
+    model = small(train_tokenizer(["0123456789" * 9], CharacterSettings()))
+    done = unmask.export(folder_of(model, tmp_path / "digits"), tmp_path / "out")
+    assert done.parity is not None and done.parity.source == "texts put together from its own pieces"
+
+
+def test_the_tutorials_net_is_refused(tokenizers: dict[tuple[str, str], Tokenizer], tmp_path: Path) -> None:
+    tokenizer = tokenizers["character", "english"]
+    shape = TutorialSettings()
+    encoder, head = build(shape, tokenizer.size)
+    source = folder_of(Model(encoder, head, tokenizer, shape), tmp_path / "seed")
+    with pytest.raises(ModelError, match="no class of `transformers`"):
+        unmask.export(source, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_model_that_is_read_is_never_overwritten(run: Path, tmp_path: Path) -> None:
+    copy = shutil.copytree(run, tmp_path / "copy", symlinks=True)
+    for out in (copy, copy / "best", tmp_path):
+        with pytest.raises(RunError, match=r"itself|stands here"):
+            unmask.export(copy / "best", out, force=out != copy / "best")
+    assert load(copy).settings == load(run).settings
+
+
+HIDDEN = """
+import importlib.util
+import sys
+sys.modules["transformers"] = None  # as if it were not installed
+find = importlib.util.find_spec
+importlib.util.find_spec = lambda name, *more: None if name == "transformers" else find(name, *more)
+from unmask.cli import main
+run, out = sys.argv[1:]
+for more in ([], ["--unverified"]):
+    sys.argv = ["unmask", "export", run, out, *more]
+    try:
+        main()
+    except SystemExit as ended:
+        print("ended with", ended.code or 0, flush=True)
+"""
+
+
+def test_without_transformers_it_stops_with_the_line_that_installs_it(run: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    command = [sys.executable, "-c", HIDDEN, str(run), str(out)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, env=os.environ)
+    stopped, wrote = done.stdout.split("ended with")[:2]
+    assert stopped == "" and wrote.startswith(" 2\n"), "nothing was written at first"
+    assert 'pip install "transformers' in done.stderr and "unverified: nothing was compared" in wrote
+    assert done.stdout.endswith("ended with 0\n"), done.stderr
+    assert "**Unverified**" in (out / "README.md").read_text(encoding="utf-8")

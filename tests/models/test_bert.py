@@ -1,0 +1,168 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from unmask.core.errors import RecipeError
+from unmask.core.types import Batch, Encoder, Head, Text, pack, unpack
+from unmask.models import build, build_pair
+from unmask.models.bert import ClassicSettings
+from unmask.training.optim import goes_to_muon
+
+SMALL = ClassicSettings(layers=2, width=32, heads=2, feed_forward=48, longest=64)
+
+
+def text(length: int, number: int, segments: bool = False) -> Text:
+    draw = np.random.default_rng(number)
+    segment = (np.arange(length) > length // 2).astype(np.int64) if segments else None
+    return Text(draw.integers(1, 40, length), np.zeros(length, np.uint8), number=number, segment=segment)
+
+
+def gradients(batch: Batch, threads: int = 1) -> dict[str, torch.Tensor]:
+    torch.manual_seed(0)
+    encoder, head = build(SMALL, 40)
+    pair = build_pair(SMALL)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        hidden_TD = encoder(batch)
+        at_M = torch.arange(0, batch.tokens, 7)
+        logits_MV = head(hidden_TD.index_select(0, at_M), encoder.token_table)
+        (logits_MV.logsumexp(-1).sum() + pair(hidden_TD, batch)[:, 0].sum()).backward()
+    finally:
+        torch.set_num_threads(before)
+    named = [item for module in (encoder, head, pair) for item in module.named_parameters()]
+    return {name: p.grad for name, p in named if p.grad is not None}
+
+
+def test_the_contracts_are_met():
+    encoder, head = build(SMALL, 40)
+    assert isinstance(encoder, Encoder) and isinstance(head, Head)
+    assert encoder.token_table.shape == (40, 32) and len(encoder.blocks) == 2
+    hidden_TD = encoder(pack([text(9, 1), text(4, 2)]))
+    assert hidden_TD.shape == (13, 32) and hidden_TD.dtype == torch.float32
+    assert head(hidden_TD[[3, 7]], encoder.token_table).shape == (2, 40)
+
+
+@pytest.mark.parametrize("segments", [False, True])
+@settings(max_examples=15, deadline=None)
+@given(lengths=st.lists(st.integers(2, 64), min_size=1, max_size=9), filler=st.integers(0, 100))
+def test_a_text_is_alone_whatever_lies_beside_it(segments: bool, lengths: list[int], filler: int) -> None:
+    """Also beside a filler text that is longer than there are positions."""
+    torch.manual_seed(1)
+    encoder, pair = build(SMALL, 40)[0].eval(), build_pair(SMALL)
+    texts = [text(length, number, segments) for number, length in enumerate(lengths)]
+    batch = pack(texts, slots=sum(lengths) + filler)
+    with torch.no_grad():
+        hidden_TD = encoder(batch)
+        pairs_B2 = pair(hidden_TD, batch)
+        assert pairs_B2.shape == (len(lengths), 2)
+        for one, row_SD, pair_2 in zip(texts, unpack(hidden_TD, batch), pairs_B2, strict=True):
+            alone = pack([one])
+            alone_SD = encoder(alone)
+            torch.testing.assert_close(row_SD, alone_SD, atol=1e-5, rtol=1e-5)
+            torch.testing.assert_close(pair_2, pair(alone_SD, alone)[0], atol=1e-5, rtol=1e-5)
+
+
+def test_no_segments_are_segment_0_everywhere():
+    torch.manual_seed(1)
+    encoder = build(SMALL, 40)[0].eval()
+    none = text(20, 3)
+    zeros = Text(none.ids, none.marks, segment=np.zeros(20, np.int64))
+    ones = Text(none.ids, none.marks, segment=np.ones(20, np.int64))
+    with torch.no_grad():
+        assert torch.equal(encoder(pack([none])), encoder(pack([zeros])))
+        assert not torch.allclose(encoder(pack([none])), encoder(pack([ones])), atol=1e-3)
+
+
+def test_every_parameter_learns_and_gradients_are_finite_beside_a_filler_text():
+    batch = pack([text(n, n, segments=True) for n in (30, 3, 64, 2, 17)], slots=250)
+    found = gradients(batch)
+    encoder, head = build(SMALL, 40)
+    modules = (encoder, head, build_pair(SMALL))
+    assert set(found) == {name for module in modules for name, _ in module.named_parameters()}
+    assert all(gradient.isfinite().all() and gradient.any() for gradient in found.values())
+
+
+def test_gradients_are_the_same_bits_in_every_run():
+    batch = pack([text(n, n, segments=True) for n in (50, 50, 31, 9)])
+    first, second = gradients(batch, threads=2), gradients(batch, threads=2)
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert gradients(batch)
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def test_initial_weights_are_berts_and_come_from_the_seed():
+    states: list[dict[str, torch.Tensor]] = []
+    for seed in (5, 5, 6):
+        torch.manual_seed(seed)
+        states.append(build(SMALL, 400)[0].state_dict())
+    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+    assert not torch.equal(states[0]["token_table"], states[2]["token_table"])
+    for name, tensor in states[0].items():
+        if "norm" in name:
+            assert (tensor == name.endswith("weight")).all(), name
+        elif name.endswith("bias"):
+            assert not tensor.any(), name
+        else:
+            assert tensor.abs().max() <= 0.04 and 0.01 < tensor.std() < 0.025, name
+
+
+def test_muon_takes_the_matrices_and_no_table():
+    encoder, head = build(SMALL, 40)
+    named = [
+        (f"{room}.{name}", p)
+        for room, part in (("encoder", encoder), ("head", head))
+        for name, p in part.named_parameters()
+    ]
+    taken = {name for name, parameter in named if goes_to_muon(name, parameter)}
+    assert len(taken) == 2 * 6 + 1 and "head.dense.weight" in taken
+    assert {name for name, p in named if p.ndim == 2} - taken == {
+        "encoder.token_table", "encoder.position_table", "encoder.segment_table",
+    }  # fmt: skip
+
+
+def test_dropout_drops_in_training_alone():
+    torch.manual_seed(0)
+    dropping = ClassicSettings(layers=1, width=32, heads=2, feed_forward=48, hidden_dropout=0.3, attention_dropout=0.3)
+    encoder = build(dropping, 40)[0]
+    batch = pack([text(30, 0)])
+    with torch.no_grad():
+        assert not torch.equal(encoder(batch), encoder(batch))
+        encoder.eval()
+        assert torch.equal(encoder(batch), encoder(batch))
+
+
+def test_autocast_gives_nearly_the_same():
+    torch.manual_seed(0)
+    encoder, head = build(SMALL, 40)
+    batch = pack([text(n, n) for n in (64, 31, 31)])
+    with torch.no_grad():
+        full = head(encoder(batch), encoder.token_table)
+        with torch.autocast("cpu", torch.bfloat16):
+            half = head(encoder(batch), encoder.token_table)
+    torch.testing.assert_close(half.float(), full, atol=0.05, rtol=0.05)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "where"),
+    [
+        ({"width": 30, "heads": 4}, "heads"),
+        ({"segments": 0}, "segments"),
+        ({"longest": 0}, "longest"),
+        ({"norm_epsilon": 0.0}, "norm_epsilon"),
+        ({"hidden_dropout": 1.0}, "hidden_dropout"),
+        ({"attention_dropout": -0.1}, "attention_dropout"),
+    ],
+)
+def test_a_shape_that_cannot_be_is_refused_with_a_mend(wrong: dict[str, float], where: str):
+    with pytest.raises(RecipeError) as refused:
+        ClassicSettings(**wrong)  # pyright: ignore[reportArgumentType]
+    assert refused.value.where == where
+    assert refused.value.next

@@ -1,0 +1,199 @@
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from unmask.core.errors import ModelError
+from unmask.core.types import Text, logits_at, pack
+from unmask.models import EncoderSettings, build, build_pair
+from unmask.models.annotated import TutorialSettings
+from unmask.models.bert import ClassicSettings
+from unmask.models.hf_format import States, config, from_ecosystem, settings_of, to_ecosystem
+from unmask.models.modernbert import ModernSettings
+
+VOCABULARY = 61
+IDS = {"pad": 0, "unk": 1, "cls": 2, "sep": 3, "mask": 4}
+LENGTHS = (7, 70, 200)
+SHAPES = [
+    ModernSettings(layers=4, width=32, heads=2, feed_forward=48, global_every=3),
+    ModernSettings(layers=3, width=32, heads=4, feed_forward=40, global_every=1, global_theta=5000.0),
+    ModernSettings(layers=3, width=48, heads=2, feed_forward=40, global_every=5, local_window=32, local_theta=77.0),
+]
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(7)
+
+
+def lively(*modules: nn.Module) -> None:
+    """Weights large enough that a mistake anywhere shows in the logits."""
+    with torch.no_grad():
+        for parameter in (p for module in modules for p in module.parameters()):
+            parameter.add_(torch.randn_like(parameter) * (0.2 if parameter.ndim == 2 else 0.3))
+
+
+def texts() -> Iterator[np.ndarray[Any, np.dtype[np.int64]]]:
+    draw = np.random.default_rng(3)
+    for length in LENGTHS:
+        yield draw.integers(0, VOCABULARY, length)
+
+
+def our_logits(encoder: nn.Module, head: nn.Module) -> list[torch.Tensor]:
+    batch = pack([Text(ids, np.zeros(len(ids), np.uint8)) for ids in texts()])
+    with torch.no_grad():
+        return list(logits_at(encoder, head, batch, torch.arange(batch.tokens)).split(list(LENGTHS)))
+
+
+def their_logits(model: nn.Module) -> list[torch.Tensor]:
+    with torch.no_grad():
+        return [model(input_ids=torch.from_numpy(ids)[None]).logits[0] for ids in texts()]
+
+
+def states(encoder: nn.Module, head: nn.Module, pair: nn.Module | None = None) -> States:
+    return States(encoder.state_dict(), head.state_dict(), None if pair is None else pair.state_dict())
+
+
+def write(folder: Path, encoder: nn.Module, head: nn.Module, shape: EncoderSettings) -> None:
+    tensors = to_ecosystem(states(encoder, head), shape)
+    save_file({name: t.contiguous() for name, t in tensors.items()}, folder / "model.safetensors", {"format": "pt"})
+    (folder / "config.json").write_text(json.dumps(config(shape, VOCABULARY, IDS)))
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_transformers_opens_ours_with_equal_logits(shape: ModernSettings, tmp_path: Path):
+    from transformers import AutoModelForMaskedLM, ModernBertForMaskedLM
+
+    encoder, head = build(shape, VOCABULARY)
+    lively(encoder, head)
+    write(tmp_path, encoder, head, shape)
+    model, report = AutoModelForMaskedLM.from_pretrained(tmp_path, output_loading_info=True)
+    assert isinstance(model, ModernBertForMaskedLM)
+    assert not report["missing_keys"]
+    assert not report["unexpected_keys"]
+    assert not report["mismatched_keys"]
+    assert model.config.pad_token_id == 0
+    for mine, theirs in zip(our_logits(encoder, head), their_logits(model.eval()), strict=True):
+        torch.testing.assert_close(mine, theirs, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("every", [1, 2, 3])
+def test_we_open_what_transformers_saved_with_equal_logits(every: int, tmp_path: Path):
+    from transformers import ModernBertConfig, ModernBertForMaskedLM
+
+    theirs = ModernBertForMaskedLM(
+        ModernBertConfig(
+            vocab_size=VOCABULARY, hidden_size=32, intermediate_size=24, num_hidden_layers=4, num_attention_heads=2,
+            pad_token_id=0, bos_token_id=2, eos_token_id=3, cls_token_id=2, sep_token_id=3,
+            global_attn_every_n_layers=every, local_attention=64, max_position_embeddings=512,
+        )
+    ).eval()  # fmt: skip
+    with torch.no_grad():
+        for parameter in theirs.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.2)
+    theirs.save_pretrained(tmp_path)
+    shape = settings_of(json.loads((tmp_path / "config.json").read_text()))
+    assert isinstance(shape, ModernSettings)
+    assert (shape.global_every, shape.local_window, shape.longest) == (every, 64, 512)
+    encoder, head = build(shape, VOCABULARY)
+    found = from_ecosystem(load_file(tmp_path / "model.safetensors"), shape)
+    encoder.load_state_dict(found.encoder)
+    head.load_state_dict(found.head)
+    assert found.pair is None
+    for mine, other in zip(our_logits(encoder, head), their_logits(theirs), strict=True):
+        torch.testing.assert_close(mine, other, atol=1e-4, rtol=0)
+
+
+CLASSIC = ClassicSettings(layers=2, width=32, heads=4, feed_forward=40, longest=70, segments=3, hidden_dropout=0.2)
+OTHERS = [TutorialSettings(layers=2, width=32, heads=2, feed_forward=40), CLASSIC]
+
+
+@pytest.mark.parametrize(
+    ("shape", "pair"), [*((shape, False) for shape in (*SHAPES, *OTHERS)), (CLASSIC, True)], ids=str
+)
+def test_a_round_trip_changes_nothing(shape: EncoderSettings, pair: bool):
+    modules = (*build(shape, VOCABULARY), build_pair(shape) if pair else None)
+    found = from_ecosystem(to_ecosystem(states(*modules), shape), shape)
+    assert (found.pair is None) is not pair
+    for module, state in zip(modules, found, strict=True):
+        mine = {} if module is None else module.state_dict()
+        assert (state or {}).keys() == mine.keys()
+        assert all(torch.equal((state or {})[name], mine[name]) for name in mine)
+    written = json.loads(json.dumps(config(shape, VOCABULARY, IDS, pair=pair)))
+    assert settings_of(written) == shape
+
+
+def test_the_tied_decoder_is_not_written_and_an_untied_one_not_read():
+    encoder, head = build(SHAPES[0], VOCABULARY)
+    tensors = to_ecosystem(states(encoder, head), SHAPES[0])
+    assert "decoder.weight" not in tensors
+    table = tensors["model.embeddings.tok_embeddings.weight"]
+    from_ecosystem(tensors | {"decoder.weight": table.clone()}, SHAPES[0])
+    with pytest.raises(ModelError, match="not tied"):
+        from_ecosystem(tensors | {"decoder.weight": table + 1}, SHAPES[0])
+
+
+def test_missing_and_unknown_tensors_are_named():
+    encoder, head = build(SHAPES[0], VOCABULARY)
+    tensors = to_ecosystem(states(encoder, head), SHAPES[0])
+    with pytest.raises(ModelError, match=r"model\.layers\.0\.attn\.Wqkv\.bias"):
+        from_ecosystem(tensors | {"model.layers.0.attn.Wqkv.bias": torch.zeros(3)}, SHAPES[0])
+    del tensors["head.dense.weight"]
+    with pytest.raises(ModelError, match=r"head\.dense\.weight"):
+        from_ecosystem(tensors, SHAPES[0])
+
+
+VERSION_4 = {  # as version 4.57 writes it, shortened
+    "architectures": ["ModernBertForMaskedLM"], "model_type": "modernbert", "vocab_size": 50368, "hidden_size": 768,
+    "intermediate_size": 1152, "num_hidden_layers": 22, "num_attention_heads": 12, "hidden_activation": "gelu",
+    "max_position_embeddings": 8192, "norm_eps": 1e-05, "norm_bias": False, "global_rope_theta": 160000.0,
+    "attention_bias": False, "attention_dropout": 0.0, "global_attn_every_n_layers": 3, "local_attention": 128,
+    "local_rope_theta": 10000.0, "decoder_bias": True, "classifier_bias": False, "tie_word_embeddings": True,
+}  # fmt: skip
+
+
+def test_version_4_is_read():
+    shape = settings_of(VERSION_4)
+    assert shape == ModernSettings(layers=22, width=768, heads=12, feed_forward=1152)
+    low = settings_of(VERSION_4 | {"local_rope_theta": None})
+    assert isinstance(low, ModernSettings)
+    assert low.local_theta == 160_000.0
+
+
+@pytest.mark.parametrize(
+    ("change", "culprit"),
+    [
+        ({"model_type": "electra"}, "electra"),
+        ({"model_type": None}, "None"),
+        ({"attention_bias": True}, "attention_bias"),
+        ({"norm_bias": True}, "norm_bias"),
+        ({"decoder_bias": False}, "decoder_bias"),
+        ({"hidden_activation": "silu"}, "hidden_activation"),
+        ({"classifier_activation": "relu"}, "classifier_activation"),
+        ({"layer_types": ["sliding_attention"] * 22}, "layer_types"),
+        ({"rope_parameters": {"full_attention": {"rope_type": "yarn", "rope_theta": 1.0}}}, "rope_parameters"),
+        ({"num_attention_heads": 7}, "heads"),
+        ({"hidden_size": "wide"}, "config.json"),
+    ],
+)
+def test_what_cannot_be_held_is_refused_by_name(change: dict[str, Any], culprit: str):
+    with pytest.raises(ModelError, match=culprit):
+        settings_of(VERSION_4 | change)
+
+
+def test_transformers_refuses_the_tutorials_net(tmp_path: Path):
+    from transformers import AutoModel
+
+    shape = TutorialSettings(layers=1, width=32, heads=2, feed_forward=40)
+    encoder, head = build(shape, VOCABULARY)
+    write(tmp_path, encoder, head, shape)
+    with pytest.raises(ValueError, match="unmask-seed"):
+        AutoModel.from_pretrained(tmp_path)

@@ -1,0 +1,213 @@
+"""BERT as transformers has it: the same logits both ways, what can't be held refused by name."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from unmask.core.errors import ModelError
+from unmask.core.types import Text, logits_at, pack
+from unmask.models import build, build_pair
+from unmask.models.bert import ClassicSettings
+from unmask.models.hf_format import States, config, from_ecosystem, settings_of, to_ecosystem
+
+VOCABULARY = 61
+IDS = {"pad": 0, "unk": 1, "cls": 2, "sep": 3, "mask": 4}
+LENGTHS = (7, 70, 2, 33)
+SHAPES = [
+    ClassicSettings(layers=3, width=32, heads=2, feed_forward=48, longest=70),
+    ClassicSettings(layers=2, width=36, heads=12, feed_forward=40, longest=512, segments=3, norm_epsilon=1e-5),
+]
+SHAPE = SHAPES[0]
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(7)
+
+
+def lively(*modules: nn.Module) -> None:
+    """Weights large enough that a mistake anywhere shows in the logits."""
+    with torch.no_grad():
+        for parameter in (p for module in modules for p in module.parameters()):
+            parameter.add_(torch.randn_like(parameter) * (0.2 if parameter.ndim == 2 else 0.3))
+
+
+def texts(segments: int) -> list[Text]:
+    draw = np.random.default_rng(3)
+    return [
+        Text(
+            draw.integers(0, VOCABULARY, length),
+            np.zeros(length, np.uint8),
+            segment=draw.integers(0, segments, length) if segments else None,
+        )
+        for length in LENGTHS
+    ]
+
+
+def ours(encoder: nn.Module, head: nn.Module, pair: nn.Module | None, some: list[Text]) -> list[torch.Tensor]:
+    """Logits at every slot of each text; last, where there is a pair head, its logits."""
+    batch = pack(some, slots=130)
+    with torch.no_grad():
+        logits = list(logits_at(encoder, head, batch, torch.arange(batch.tokens)).split(list(LENGTHS)))
+        return logits if pair is None else [*logits, pair(encoder(batch), batch)]
+
+
+def theirs(model: nn.Module, some: list[Text]) -> list[torch.Tensor]:
+    """The same from one padded batch."""
+    wide = max(LENGTHS)
+    ids, mask, kinds = (torch.zeros(len(some), wide, dtype=torch.int64) for _ in range(3))
+    for row, text in enumerate(some):
+        n = len(text.ids)
+        ids[row, :n], mask[row, :n] = torch.from_numpy(text.ids), 1
+        kinds[row, :n] = torch.from_numpy(text.segment) if text.segment is not None else 0
+    given: dict[str, Any] = {"input_ids": ids, "attention_mask": mask}
+    if some[0].segment is not None:
+        given["token_type_ids"] = kinds
+    with torch.no_grad():
+        out = model(**given)
+    logits = out.logits if hasattr(out, "logits") else out.prediction_logits
+    rows = [logits[row, : len(text.ids)] for row, text in enumerate(some)]
+    return rows if hasattr(out, "logits") else [*rows, out.seq_relationship_logits]
+
+
+def write(folder: Path, states: States, shape: ClassicSettings) -> None:
+    tensors = to_ecosystem(states, shape)
+    save_file({name: t.contiguous() for name, t in tensors.items()}, folder / "model.safetensors", {"format": "pt"})
+    said = config(shape, VOCABULARY, IDS, pair=states.pair is not None)
+    (folder / "config.json").write_text(json.dumps(said))
+
+
+@pytest.mark.parametrize("segments", [0, 2])
+@pytest.mark.parametrize("with_pair", [False, True])
+@pytest.mark.parametrize("shape", SHAPES, ids=["small", "wide"])
+def test_transformers_opens_ours_with_equal_logits(
+    shape: ClassicSettings, with_pair: bool, segments: int, tmp_path: Path
+):
+    from transformers import AutoModelForMaskedLM, AutoModelForPreTraining, BertForMaskedLM, BertForPreTraining
+
+    encoder, head = build(shape, VOCABULARY)
+    pair = build_pair(shape) if with_pair else None
+    lively(*(module for module in (encoder, head, pair) if module is not None))
+    write(tmp_path, States(encoder.state_dict(), head.state_dict(), pair and pair.state_dict()), shape)
+    opened = AutoModelForPreTraining if with_pair else AutoModelForMaskedLM
+    model, report = opened.from_pretrained(tmp_path, output_loading_info=True)
+    assert isinstance(model, BertForPreTraining if with_pair else BertForMaskedLM)
+    assert model.config.architectures == [type(model).__name__]
+    assert not any(report[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    assert model.config.pad_token_id == 0
+    some = texts(segments)
+    for mine, other in zip(ours(encoder, head, pair, some), theirs(model.eval(), some), strict=True):
+        torch.testing.assert_close(mine, other, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("segments", [0, 2])
+@pytest.mark.parametrize("with_pair", [False, True])
+def test_we_open_what_transformers_saved_with_equal_logits(with_pair: bool, segments: int, tmp_path: Path):
+    from transformers import BertConfig, BertForMaskedLM, BertForPreTraining
+
+    kind = BertForPreTraining if with_pair else BertForMaskedLM
+    model = kind(
+        BertConfig(
+            vocab_size=VOCABULARY, hidden_size=32, intermediate_size=56, num_hidden_layers=3, num_attention_heads=4,
+            max_position_embeddings=80, hidden_dropout_prob=0.2,
+        )
+    ).eval()  # fmt: skip
+    lively(model)
+    model.save_pretrained(tmp_path)
+    shape = settings_of(json.loads((tmp_path / "config.json").read_text()))
+    assert shape == ClassicSettings(
+        layers=3, width=32, heads=4, feed_forward=56, longest=80, hidden_dropout=0.2, attention_dropout=0.1
+    )
+    encoder, head = build(shape, VOCABULARY)
+    pair = build_pair(shape) if with_pair else None
+    found = from_ecosystem(load_file(tmp_path / "model.safetensors"), shape)
+    for module, state in zip((encoder, head, pair), found, strict=True):
+        assert (module is None) == (state is None)
+        if module is not None and state is not None:
+            module.eval().load_state_dict(state)
+    some = texts(segments)
+    for mine, other in zip(ours(encoder, head, pair, some), theirs(model, some), strict=True):
+        torch.testing.assert_close(mine, other, atol=1e-4, rtol=0)
+
+
+def tensors_of(with_pair: bool = True) -> dict[str, torch.Tensor]:
+    encoder, head = build(SHAPE, VOCABULARY)
+    return to_ecosystem(
+        States(encoder.state_dict(), head.state_dict(), build_pair(SHAPE).state_dict() if with_pair else None), SHAPE
+    )
+
+
+def test_what_is_tied_is_not_written_and_must_be_equal_where_it_is_read():
+    tensors = tensors_of()
+    decoder, bias = "cls.predictions.decoder.weight", "cls.predictions.decoder.bias"
+    assert decoder not in tensors and bias not in tensors
+    table = tensors["bert.embeddings.word_embeddings.weight"]
+    older = {
+        decoder: table.clone(), bias: torch.zeros(VOCABULARY), "bert.embeddings.position_ids": torch.arange(70)[None]
+    }  # fmt: skip
+    assert from_ecosystem(tensors | older, SHAPE).pair is not None
+    with pytest.raises(ModelError, match=r"not tied.*decoder\.weight"):
+        from_ecosystem(tensors | {decoder: table + 1}, SHAPE)
+    with pytest.raises(ModelError, match=r"not tied.*decoder\.bias"):
+        from_ecosystem(tensors | {bias: torch.ones(VOCABULARY)}, SHAPE)
+
+
+def test_missing_and_unknown_tensors_are_named():
+    tensors = tensors_of()
+    with pytest.raises(ModelError, match="crossattention"):
+        from_ecosystem(tensors | {"bert.encoder.layer.0.crossattention.self.key.bias": torch.zeros(3)}, SHAPE)
+    del tensors["cls.seq_relationship.bias"]
+    with pytest.raises(ModelError, match=r"lacks cls\.seq_relationship\.bias"):
+        from_ecosystem(tensors, SHAPE)
+    tensors = tensors_of(with_pair=False)
+    del tensors["bert.encoder.layer.2.output.dense.weight"]
+    with pytest.raises(ModelError, match=r"lacks bert\.encoder\.layer\.2\.output\.dense\.weight"):
+        from_ecosystem(tensors, SHAPE)
+
+
+def test_a_bare_encoder_is_refused():
+    tensors = {name: tensor for name, tensor in tensors_of().items() if name.startswith("bert.")}
+    bare = {name.removeprefix("bert."): tensor for name, tensor in tensors.items()}  # as BertModel saves itself
+    for found in (tensors, bare):
+        with pytest.raises(ModelError, match="no masked-language-model head") as refused:
+            from_ecosystem(found, SHAPE)
+        assert "BertForMaskedLM or BertForPreTraining" in refused.value.next
+
+
+BASE = {  # as version 4 wrote it for bert-base-uncased
+    "architectures": ["BertForMaskedLM"], "attention_probs_dropout_prob": 0.1, "gradient_checkpointing": False,
+    "hidden_act": "gelu", "hidden_dropout_prob": 0.1, "hidden_size": 768, "initializer_range": 0.02,
+    "intermediate_size": 3072, "layer_norm_eps": 1e-12, "max_position_embeddings": 512, "model_type": "bert",
+    "num_attention_heads": 12, "num_hidden_layers": 12, "pad_token_id": 0, "position_embedding_type": "absolute",
+    "transformers_version": "4.6.0.dev0", "type_vocab_size": 2, "use_cache": True, "vocab_size": 30522,
+}  # fmt: skip
+
+
+def test_version_4_is_read_and_what_is_left_out_is_what_they_mean():
+    base = ClassicSettings(layers=12, width=768, heads=12, feed_forward=3072, hidden_dropout=0.1, attention_dropout=0.1)
+    assert settings_of(BASE) == settings_of({"model_type": "bert"}) == base
+
+
+@pytest.mark.parametrize(
+    ("change", "culprit"),
+    [
+        ({"position_embedding_type": "relative_key"}, "position_embedding_type"),
+        ({"hidden_act": "gelu_new"}, "hidden_act"),
+        ({"is_decoder": True}, "is_decoder"),
+        ({"add_cross_attention": True}, "add_cross_attention"),
+        ({"num_attention_heads": 7}, "heads"),
+        ({"hidden_size": "wide"}, "config.json"),
+        ({"layer_norm_eps": None}, "config.json"),
+    ],
+)
+def test_what_cannot_be_held_is_refused_by_name(change: dict[str, Any], culprit: str):
+    with pytest.raises(ModelError, match=culprit):
+        settings_of(BASE | change)

@@ -1,0 +1,121 @@
+"""A model's folder, ours and theirs: what is written, what is read, and that nothing is lost on the way."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import unmask
+from unmask.core.errors import ModelError
+from unmask.core.types import Text, pack
+from unmask.models import EncoderSettings, build, build_pair
+from unmask.models.bert import ClassicSettings
+from unmask.models.model import Model, load, save_model
+from unmask.models.modernbert import ModernSettings
+from unmask.tokenization.settings import WordPieceSettings
+from unmask.tokenization.tokenizer import Tokenizer, train_tokenizer
+
+CLASSIC = ClassicSettings(layers=2, width=32, heads=2, feed_forward=48, longest=64)
+MODERN = ModernSettings(layers=2, width=32, heads=2, feed_forward=48)
+LINES = ["the cat sat on the mat", "a dog ran over the hill to meet the old man and the ship came home with salt"]
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Tokenizer:
+    return train_tokenizer(LINES * 20, WordPieceSettings(vocab=70))
+
+
+def model(shape: EncoderSettings, tokenizer: Tokenizer, rows: int = 0, *, pair: bool = False) -> Model:
+    torch.manual_seed(3)
+    encoder, head = build(shape, rows or tokenizer.size)
+    return Model(encoder.eval(), head.eval(), tokenizer, shape, pair=build_pair(shape).eval() if pair else None)
+
+
+def framed(tokenizer: Tokenizer) -> list[Text]:
+    return [Text(*tokenizer.framed(one.ids, one.marks)) for one in map(tokenizer.encode, LINES)]
+
+
+@pytest.mark.parametrize("shape", [CLASSIC, MODERN], ids=["classic", "modern"])
+def test_the_ecosystem_opens_the_folder_and_sees_the_same(
+    shape: EncoderSettings, tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    from transformers import AutoModelForMaskedLM, AutoTokenizer
+
+    mine = model(shape, tokenizer, rows=80)
+    save_model(tmp_path, mine)
+    theirs, report = AutoModelForMaskedLM.from_pretrained(tmp_path, output_loading_info=True)
+    assert not report["missing_keys"] and not report["unexpected_keys"]
+    pieces = AutoTokenizer.from_pretrained(tmp_path)
+    classic = isinstance(shape, ClassicSettings)
+    assert ("token_type_ids" in pieces.model_input_names) is classic
+    given = pieces(LINES, padding=True, return_tensors="pt")
+    with torch.inference_mode():
+        logits = theirs.eval()(**given).logits.log_softmax(-1)
+    texts = framed(tokenizer)
+    answers = mine.log_probabilities([t.ids.tolist() for t in texts], [list(range(len(t.ids))) for t in texts])
+    for row, (text, answer) in enumerate(zip(texts, answers, strict=True)):
+        assert given["input_ids"][row, : len(text.ids)].tolist() == text.ids.tolist()
+        torch.testing.assert_close(answer, logits[row, : len(text.ids)], atol=1e-4, rtol=0)
+    if classic:
+        second = pieces(*LINES)["token_type_ids"]
+        assert sorted(set(second)) == [0, 1], "a pair's second text is segment 1"
+
+
+@pytest.mark.parametrize("pair", [False, True])
+def test_a_classic_model_comes_back_as_it_was_saved(pair: bool, tokenizer: Tokenizer, tmp_path: Path) -> None:
+    mine = model(CLASSIC, tokenizer, pair=pair)
+    save_model(tmp_path / "one", mine)
+    again = load(tmp_path / "one")
+    assert (again.pair is not None) is pair and again.settings == CLASSIC
+    save_model(tmp_path / "two", again)
+    for name in ("model.safetensors", "config.json", "tokenizer.json", "tokenizer_config.json"):
+        assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes(), name
+    (architecture,) = json.loads((tmp_path / "one" / "config.json").read_text())["architectures"]
+    assert architecture == ("BertForPreTraining" if pair else "BertForMaskedLM")
+    if mine.pair is not None and again.pair is not None:
+        batch = pack(framed(tokenizer))
+        with torch.no_grad():
+            assert torch.equal(mine.pair(mine.encoder(batch), batch), again.pair(again.encoder(batch), batch))
+
+
+def test_the_roles_of_a_tokenizer_that_calls_its_pieces_otherwise(tmp_path: Path) -> None:
+    tokenizer = train_tokenizer(LINES * 20, WordPieceSettings(vocab=70))
+    renamed = json.loads(tokenizer.to_json().replace("[PAD]", "<empty>").replace("[MASK]", "<gap>"))
+    folder = tmp_path / "tokenizer"
+    folder.mkdir()
+    (folder / "tokenizer.json").write_text(json.dumps(renamed))
+    (folder / "tokenizer_config.json").write_text(json.dumps({"pad_token": "<empty>", "mask_token": "<gap>"}))
+    mine = model(CLASSIC, Tokenizer.load(folder))
+    save_model(tmp_path / "model", mine)
+    assert json.loads((tmp_path / "model" / "config.json").read_text())["pad_token_id"] == 0
+
+
+def test_a_folder_of_transformers_fills_masks(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    from transformers import BertConfig, BertForPreTraining, PreTrainedTokenizerFast
+
+    BertForPreTraining(
+        BertConfig(vocab_size=72, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2)
+    ).save_pretrained(tmp_path)
+    (tmp_path / "own.json").write_text(tokenizer.to_json())
+    PreTrainedTokenizerFast(tokenizer_file=str(tmp_path / "own.json"), mask_token="[MASK]").save_pretrained(tmp_path)
+    opened = load(tmp_path)
+    assert opened.context == 512 and opened.pair is not None
+    (answer,) = unmask.fill(opened, "the cat [MASK] on the mat")
+    assert len(answer.masks[0].candidates) == 5
+
+
+def test_a_bare_encoder_and_a_lost_half_of_the_pair_head_are_refused(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    save_model(tmp_path, model(CLASSIC, tokenizer, pair=True))
+    weights = tmp_path / "model.safetensors"
+    tensors = load_file(weights)
+    save_file({name: t for name, t in tensors.items() if not name.startswith("cls.seq")}, weights)
+    with pytest.raises(ModelError, match=r"lacks cls\.seq_relationship") as refused:
+        load(tmp_path)
+    assert refused.value.where == str(weights)
+    save_file({name: t for name, t in tensors.items() if not name.startswith("cls.")}, weights)
+    with pytest.raises(ModelError, match="no masked-language-model head"):
+        load(tmp_path)

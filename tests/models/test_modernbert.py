@@ -1,0 +1,104 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from unmask.core.errors import RecipeError
+from unmask.core.types import Encoder, Head, Text, pack
+from unmask.models import build
+from unmask.models.modernbert import ModernSettings
+
+SMALL = ModernSettings(layers=3, width=32, heads=2, feed_forward=48, global_every=2)
+
+
+def puzzle_gradients(threads: int) -> dict[str, torch.Tensor]:
+    torch.manual_seed(0)
+    encoder, head = build(SMALL, 40)
+    draw = np.random.default_rng(0)
+    batch = pack([Text(draw.integers(0, 40, n), np.zeros(n, np.uint8)) for n in (50, 50, 31, 9)])
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        hidden_TD = encoder(batch)
+        at_M = torch.arange(0, 140, 7)
+        head(hidden_TD.index_select(0, at_M), encoder.token_table).logsumexp(-1).sum().backward()
+    finally:
+        torch.set_num_threads(before)
+    return {name: p.grad for name, p in (*encoder.named_parameters(), *head.named_parameters()) if p.grad is not None}
+
+
+def test_the_contracts_are_met():
+    encoder, head = build(SMALL, 40)
+    assert isinstance(encoder, Encoder)
+    assert isinstance(head, Head)
+    assert encoder.token_table.shape == (40, 32)
+    assert len(encoder.blocks) == 3
+
+
+def test_gradients_are_the_same_bits_in_every_run():
+    first, second = puzzle_gradients(2), puzzle_gradients(2)
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_deterministic_algorithms_are_enough():
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert puzzle_gradients(1)
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def test_every_parameter_learns():
+    encoder, head = build(SMALL, 40)
+    names = {name for module in (encoder, head) for name, _ in module.named_parameters()}
+    assert set(puzzle_gradients(1)) == names
+
+
+def test_initial_weights_come_from_the_seed():
+    states: list[dict[str, torch.Tensor]] = []
+    for seed in (5, 5, 6):
+        torch.manual_seed(seed)
+        states.append(build(SMALL, 40)[0].state_dict())
+    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+    assert not torch.equal(states[0]["token_table"], states[2]["token_table"])
+    assert states[0]["token_table"].abs().max() <= 0.04
+    assert states[0]["blocks.1.attention.output.weight"].abs().max() <= 0.04 / 6**0.5
+
+
+def test_autocast_gives_nearly_the_same():
+    torch.manual_seed(0)
+    encoder, _ = build(SMALL, 40)
+    batch = pack([Text(np.arange(n) % 40, np.zeros(n, np.uint8)) for n in (200, 31, 31)])
+    with torch.no_grad():
+        full = encoder(batch)
+        with torch.autocast("cpu", torch.bfloat16):
+            half = encoder(batch)
+    torch.testing.assert_close(half.float(), full, atol=0.05, rtol=0.05)
+
+
+def test_a_model_used_in_inference_mode_can_train_afterwards():
+    encoder, _ = build(SMALL, 40)
+    batch = pack([Text(np.arange(20), np.zeros(20, np.uint8))])
+    with torch.inference_mode():
+        encoder(batch)
+    encoder(batch).sum().backward()
+
+
+@pytest.mark.parametrize(
+    ("wrong", "where"),
+    [
+        ({"width": 30, "heads": 4}, "heads"),
+        ({"width": 36, "heads": 4}, "heads"),
+        ({"layers": 0}, "layers"),
+        ({"local_window": 127}, "local_window"),
+        ({"norm_epsilon": 0.0}, "norm_epsilon"),
+        ({"attention_dropout": 1.0}, "attention_dropout"),
+    ],
+)
+def test_a_shape_that_cannot_be_is_refused_with_a_mend(wrong: dict[str, float], where: str):
+    with pytest.raises(RecipeError) as refused:
+        ModernSettings(**wrong)  # pyright: ignore[reportArgumentType]
+    assert refused.value.where == where
+    assert refused.value.next

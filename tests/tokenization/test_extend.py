@@ -1,0 +1,128 @@
+"""More pieces for a vocabulary that exists: old ids stay, text without them is cut as before."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from unmask.core.errors import RecipeError, TokenizerError
+from unmask.tokenization.extend import origins
+from unmask.tokenization.settings import (
+    ByteBpeSettings,
+    CharacterSettings,
+    ExtendedTokenizerSettings,
+    UnigramSettings,
+    WordPieceSettings,
+)
+from unmask.tokenization.tokenizer import Tokenizer, train_tokenizer
+
+ENGLISH = "the cat sat on the mat and looked at the moon while a dog ran over the hill to meet the old man . "
+DOMAIN = (
+    "the patient has hepatitis and hepatomegaly , an enlarged liver . hepatocytes of the patient were enlarged , "
+    "cirrhosis , splenomegaly , gastritis . "
+)
+KOREAN = "고양이가 매트 위에 앉아 있다 . 고양이가 달을 보았다 . 개가 언덕을 넘어 달렸다 . "
+KINDS = {"wordpiece": WordPieceSettings(vocab=70), "bpe": ByteBpeSettings(vocab=300)}
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def base(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("base") / request.param
+    train_tokenizer([ENGLISH] * 20, KINDS[request.param]).save(folder)
+    return folder
+
+
+def extended(base: Path, text: str, pieces: int) -> tuple[Tokenizer, Tokenizer]:
+    settings = ExtendedTokenizerSettings("extended", base, pieces)
+    return Tokenizer.load(base), train_tokenizer([text] * 20, settings)
+
+
+@pytest.mark.parametrize("text", [DOMAIN, KOREAN])
+def test_new_pieces_stand_behind_the_old_ones_and_shorten_the_text(base: Path, text: str) -> None:
+    old, new = extended(base, text, 14)
+    assert new.size == old.size + 14
+    assert [new.id_to_token(number) for number in range(old.size)] == [
+        old.id_to_token(number) for number in range(old.size)
+    ]
+    assert (new.mask_id, new.unknown_id, new.frame, new.special_ids) == (
+        old.mask_id, old.unknown_id, old.frame, old.special_ids,
+    )  # fmt: skip
+    before, after = old.encode(text), new.encode(text)
+    assert after.characters_unknown <= before.characters_unknown
+    known = before.characters_unknown == 0
+    assert len(after.ids) < len(before.ids) if known else after.characters_unknown < before.characters_unknown
+    assert (after.ids >= old.size).any() and new.decode(new.encode(ENGLISH).ids) == old.decode(old.encode(ENGLISH).ids)
+
+
+def test_text_without_a_new_piece_s_letters_is_cut_as_before(base: Path) -> None:
+    old, new = extended(base, DOMAIN, 14)
+    pieces = [new.id_to_token(number).removeprefix("##").removeprefix("Ġ") for number in range(old.size, new.size)]
+
+    @settings(max_examples=80, deadline=None)
+    @given(
+        st.lists(
+            st.sampled_from(["cat", "sat", "mat", "dog", "hill", "moon", "hepat", "itis", "liver", "고양이", "zq"])
+        )
+    )
+    def law(words: list[str]) -> None:
+        text = " ".join(words)
+        if not any(piece in text for piece in pieces):
+            assert new.encode(text).ids.tolist() == old.encode(text).ids.tolist()
+
+    law()
+    assert sum(piece not in " ".join(ENGLISH.split()[:6]) for piece in pieces) > 7, "the law is not empty"
+
+
+def test_a_new_piece_consists_of_older_ones(base: Path) -> None:
+    for text in (DOMAIN, KOREAN):
+        old, new = extended(base, text, 14)
+        parts = origins(old.to_json(), new.to_json())
+        assert len(parts) == 14
+        for number, pieces in enumerate(parts, start=old.size):
+            spelled = [new.id_to_token(piece).removeprefix("##") for piece in pieces]
+            body = new.id_to_token(number).removeprefix("##")
+            assert "".join(spelled) == body if pieces else len(body) == 1
+            assert all(piece < number for piece in pieces)
+
+
+def test_the_same_text_gives_the_same_pieces(base: Path) -> None:
+    first = extended(base, DOMAIN, 15)[1].to_json()
+    assert extended(base, DOMAIN, 15)[1].to_json() == first
+
+
+def test_older_files_write_merges_as_texts(tmp_path: Path) -> None:
+    train_tokenizer([ENGLISH] * 20, KINDS["bpe"]).save(tmp_path)
+    file = tmp_path / "tokenizer.json"
+    told = json.loads(file.read_text())
+    told["model"]["merges"] = [" ".join(merge) for merge in told["model"]["merges"]]
+    file.write_text(json.dumps(told))
+    old, new = extended(tmp_path, DOMAIN, 10)
+    assert len(new.encode(DOMAIN).ids) < len(old.encode(DOMAIN).ids)
+    assert all(origins(old.to_json(), new.to_json()))
+
+
+@pytest.mark.parametrize("kind", [UnigramSettings(vocab=60), CharacterSettings()])
+def test_a_vocabulary_of_another_kind_is_refused(tmp_path: Path, kind: UnigramSettings | CharacterSettings) -> None:
+    train_tokenizer([ENGLISH] * 20, kind).save(tmp_path)
+    with pytest.raises(TokenizerError, match="can't be extended"):
+        extended(tmp_path, DOMAIN, 10)
+
+
+def test_more_than_the_text_gives_is_refused_with_what_it_gives(base: Path) -> None:
+    with pytest.raises(TokenizerError, match="new pieces are more than this text can give") as refused:
+        extended(base, DOMAIN, 5000)
+    assert "ask for" in refused.value.next
+    with pytest.raises(RecipeError, match="`pieces` is 0"):
+        ExtendedTokenizerSettings("extended", base, 0)
+
+
+def test_learning_ends_where_words_come_once(base: Path) -> None:
+    letters = random.Random(7)
+    once = " ".join("".join(letters.choices("abcdefgh", k=9)) for _ in range(50))
+    with pytest.raises(TokenizerError, match="can give: 0"):
+        train_tokenizer([once], ExtendedTokenizerSettings("extended", base, 10))

@@ -1,0 +1,192 @@
+"""Tokenizers: the same bytes in every process, the same ids in transformers, marks that belong to the text."""
+
+from __future__ import annotations
+
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from unmask.core.errors import TokenizerError
+from unmask.core.types import SENTENCE_START, SPECIAL, WORD_START
+from unmask.tokenization.settings import CharacterSettings, TokenizerSettings, WordPieceSettings
+from unmask.tokenization.tokenizer import Tokenizer, train_tokenizer
+
+ENGLISH = "The cat sat on the mat, and the dog sat on the log. A naïve café! They said so — didn't they? "
+KOREAN = "나는 학교에 갔다. 너는 학교에 가고, 우리는 집에 있다. "
+CHINESE = "天氣很好，我們去公園。他說：「好！」 "  # noqa: RUF001
+SPEECH = (ENGLISH + KOREAN + CHINESE) * 20 + "\n🙂👍🏽 done\n"
+DRAW = random.Random(0)
+WORDS = ["".join(DRAW.choices("abcdefghstan", k=DRAW.randint(2, 7))) for _ in range(300)]
+SAMPLE = [SPEECH + " ".join(DRAW.choices(WORDS, k=3000))]
+SPEECHES = [ENGLISH, KOREAN, "line one\nline two\n\n\tend", "smile 🙂👍🏽 é é", CHINESE, "q" * 200, "\u0631 x\x00y", ""]
+
+
+@pytest.fixture(
+    scope="module", params=[WordPieceSettings(vocab=300), CharacterSettings()], ids=lambda value: value.kind
+)
+def tokenizer(request: pytest.FixtureRequest) -> Tokenizer:
+    return train_tokenizer(SAMPLE, request.param)
+
+
+PROGRAM = """
+import random, sys
+from pathlib import Path
+from unmask.tokenization.tokenizer import *
+draw = random.Random(0)
+words = ["".join(draw.choices("abcdefgh한국어學", k=draw.randint(1, 6))) for _ in range(900)]
+texts = [" ".join(draw.choices(words, k=200)) for _ in range(60)]
+learnt = [make(vocab=size) for make in (WordPieceSettings, UnigramSettings) for size in (100, 500)]
+for settings in (ByteBpeSettings(vocab=700), ByteSettings(), CharacterSettings(), *learnt):
+    print(train_tokenizer(texts, settings).to_json())
+train_tokenizer(texts, settings).save(Path(sys.argv[1]))
+"""
+
+
+def test_two_processes_make_the_same_bytes(tmp_path: Path) -> None:
+    running: list[subprocess.Popen[bytes]] = []
+    for number, threads in (("1", "1"), ("2", "4")):
+        environment = os.environ | {"PYTHONHASHSEED": number, "RAYON_NUM_THREADS": threads, "OMP_NUM_THREADS": threads}
+        command = [sys.executable, "-c", PROGRAM, str(tmp_path / number)]
+        running.append(subprocess.Popen(command, env=environment, stdout=subprocess.PIPE))
+    first, second = (process.communicate()[0] for process in running)
+    assert first == second and first.count(b"\n") >= 7 and not any(process.returncode for process in running)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        assert (tmp_path / "1" / name).read_bytes() == (tmp_path / "2" / name).read_bytes()
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_transformers_gives_the_same_ids(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    from transformers import AutoTokenizer
+
+    tokenizer.save(tmp_path, longest=64)
+    theirs = AutoTokenizer.from_pretrained(tmp_path)
+    assert theirs.mask_token_id == tokenizer.mask_id and theirs.unk_token_id == tokenizer.unknown_id
+    assert len(theirs) == tokenizer.size and theirs.model_max_length == 64
+    for text in [*SPEECHES, "The [MASK] sat"]:
+        encoded = tokenizer.encode(text, specials_in_text=True)
+        framed, _ = tokenizer.framed(encoded.ids, encoded.marks)
+        assert theirs(text)["input_ids"] == framed.tolist()
+        assert theirs.decode(framed, skip_special_tokens=True) == tokenizer.decode(framed)
+    assert set(theirs("x")) == {"input_ids", "attention_mask"}
+    theirs.save_pretrained(tmp_path / "again")
+    again = Tokenizer.load(tmp_path / "again")
+    assert again.encode(ENGLISH).ids.tolist() == tokenizer.encode(ENGLISH).ids.tolist()
+    assert (again.mask_id, again.frame, again.special_ids) == (
+        tokenizer.mask_id,
+        tokenizer.frame,
+        tokenizer.special_ids,
+    )
+
+
+def test_saving_and_loading(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    tokenizer.save(tmp_path)
+    for place in (tmp_path, tmp_path / "tokenizer.json"):
+        loaded = Tokenizer.load(place)
+        assert loaded.fingerprint == tokenizer.fingerprint and loaded.to_json() == tokenizer.to_json()
+        assert loaded.mask_id == tokenizer.mask_id and loaded.frame == tokenizer.frame
+    with pytest.raises(TokenizerError, match="no tokenizer here"):
+        Tokenizer.load(tmp_path / "absent")
+    (tmp_path / "tokenizer.json").write_text(tokenizer.to_json()[:100])
+    with pytest.raises(TokenizerError, match="can't be read"):
+        Tokenizer.load(tmp_path)
+
+
+def test_the_parts_of_a_vocabulary(tokenizer: Tokenizer) -> None:
+    names = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
+    assert tokenizer.special_ids == (0, 1, 2, 3, 4) == tuple(tokenizer.token_to_id(name) for name in names)
+    assert tokenizer.frame == (2, 3) and tokenizer.mask_id == 4 and tokenizer.unknown_id == 1
+    assert tokenizer.ordinary_N.tolist() == list(range(5, tokenizer.size))
+    assert all(tokenizer.token_to_id(tokenizer.id_to_token(id)) == id for id in range(tokenizer.size))
+    assert tokenizer.token_to_id("no such piece") is None
+    for id in (-1, tokenizer.size):
+        with pytest.raises(TokenizerError):
+            tokenizer.id_to_token(id)
+
+
+def test_a_mask_in_training_text_is_letters(tokenizer: Tokenizer) -> None:
+    text = "The [MASK] sat [SEP]"
+    assert not set(tokenizer.encode(text).ids.tolist()) & (set(tokenizer.special_ids) - {tokenizer.unknown_id})
+    assert not set(tokenizer.encode_batch([text])[0].ids.tolist()) & {tokenizer.mask_id, 3}
+    prompt = tokenizer.encode(text, specials_in_text=True)
+    assert prompt.ids.tolist().count(tokenizer.mask_id) == 1
+    assert prompt.marks[prompt.ids == tokenizer.mask_id].tolist()[0] & SPECIAL
+
+
+def test_a_piece_of_characters_is_the_character() -> None:
+    tokenizer = train_tokenizer(["ab\na \n"], CharacterSettings())
+    assert [tokenizer.id_to_token(id) for id in range(5, tokenizer.size)] == ["\n", "a", " ", "b"]
+    assert tokenizer.decode(tokenizer.encode("b a\nb").ids) == "b a\nb"
+    encoded = tokenizer.encode("axb")
+    assert encoded.characters_unknown == 1 and encoded.ids[1] == tokenizer.unknown_id
+
+
+def test_marks_and_offsets() -> None:
+    tokenizer = train_tokenizer(SAMPLE, WordPieceSettings(vocab=300))
+    text = "The catlog sat. didn't ﷲﷲ they?"
+    encoded = tokenizer.encode(text)
+    words, sentences = ([text[first:last] for (first, last), mark in zip(encoded.offsets, encoded.marks, strict=True)
+                         if mark & bit] for bit in (WORD_START, SENTENCE_START))  # fmt: skip
+    assert "".join(words) != text and len(words) == 10  # The catlog sat . didn ' t ﷲﷲ they ?
+    assert [word[0] for word in sentences] == ["T", "d"]
+    unknown = (encoded.marks & SPECIAL) > 0
+    assert (unknown == (encoded.ids == tokenizer.unknown_id)).all() and encoded.characters_unknown == 2
+    assert len(encoded.ids) == len(encoded.marks) == len(encoded.offsets) > len(words)
+
+
+@settings(max_examples=60, deadline=None)
+@given(text=st.text(st.sampled_from("The cat.sat 나는天氣好!\n\t🙂éx"), max_size=80))
+def test_marks_agree_with_each_other(tokenizer: Tokenizer, text: str) -> None:
+    for rule in ("spaces", "characters"):
+        encoded = tokenizer.encode(text, rule)
+        starts = np.concatenate([np.arange(first, last) for first, last in encoded.offsets] or [np.zeros(0)])
+        assert len(starts) == len(set(starts.tolist())), "offsets overlap"
+        assert ((encoded.marks & SPECIAL) > 0).tolist() == np.isin(encoded.ids, tokenizer.special_ids).tolist()
+        sentence, word = encoded.marks & SENTENCE_START > 0, encoded.marks & WORD_START > 0
+        assert sentence.any() == word.any() == bool(text.strip()) and not (sentence & ~word).any()
+
+
+@pytest.mark.parametrize("kind", [WordPieceSettings, CharacterSettings])
+@pytest.mark.parametrize("specials", [("[UNK]",), ("[MASK]", "[PAD]"), ("[UNK]", "[MASK]", "[MASK]")])
+def test_specials_that_are_needed(kind: type[TokenizerSettings], specials: tuple[str, ...]) -> None:
+    with pytest.raises(TokenizerError) as caught:
+        train_tokenizer(SAMPLE, kind(specials=specials))
+    assert caught.value.where == "text.tokenizer.specials"
+
+
+def test_a_tokenizer_without_a_frame() -> None:
+    tokenizer = train_tokenizer(SAMPLE, WordPieceSettings(vocab=300, specials=("[UNK]", "[MASK]")))
+    encoded = tokenizer.encode(ENGLISH)
+    assert tokenizer.frame is None and tokenizer.size == 300
+    assert tokenizer.framed(encoded.ids, encoded.marks)[0].tolist() == encoded.ids.tolist()
+
+
+def test_a_vocabulary_that_the_text_can_not_give() -> None:
+    with pytest.raises(TokenizerError, match="more than this text can give") as caught:
+        train_tokenizer(SAMPLE, WordPieceSettings(vocab=20_000))
+    size = int(caught.value.next.split("vocab=")[1].split(",")[0])
+    assert train_tokenizer(SAMPLE, WordPieceSettings(vocab=size)).size == size
+    for text in ("", "a b c"):
+        with pytest.raises(TokenizerError, match="no pieces"):
+            train_tokenizer([text], WordPieceSettings(vocab=100))
+
+
+@pytest.mark.parametrize("vocab", [40, 100, 250])
+def test_a_vocabulary_has_the_size_that_was_asked(vocab: int) -> None:
+    tokenizer = train_tokenizer(SAMPLE, WordPieceSettings(vocab=vocab))
+    assert tokenizer.size == vocab and len(set(tokenizer.ordinary_N.tolist())) == vocab - 5
+
+
+def test_lower_case_and_the_sample(tmp_path: Path) -> None:
+    tokenizer = train_tokenizer(SAMPLE, WordPieceSettings(vocab=250, lowercase=True))
+    assert tokenizer.encode("THE").ids.tolist() == tokenizer.encode("the").ids.tolist()
+    short = WordPieceSettings(vocab=60, sample_characters=1500)
+    cut = train_tokenizer([SAMPLE[0][:1500]], short)
+    assert train_tokenizer([SAMPLE[0][:1000], SAMPLE[0][1000:]], short).size == cut.size
+    assert train_tokenizer(iter([SAMPLE[0][:1500], "zzz " * 500]), short).token_to_id("z") is None

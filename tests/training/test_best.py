@@ -1,0 +1,228 @@
+"""The best model by validation is kept, and a run may end when there is nothing more to win."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from unmask import load
+from unmask.core import files
+from unmask.core.errors import DamagedError, RecipeError, RunError, Stopped
+from unmask.training.display.plain import SilentDisplay
+from unmask.training.loop import Standing
+from unmask.training.pretrain import launch, resume
+from unmask.training.recipe import TrainSettings
+
+# Rates that rise to the end and far too high: first the loss falls, then it climbs, with gains between.
+RESTLESS = [
+    "text.tokenizer.kind=characters", "encoder.layers=1", "encoder.width=16", "encoder.heads=2",
+    "encoder.feed_forward=16", "train.every.log=4 steps", "train.every.validate=1 steps", "train.every.save=5 steps",
+    "train.threads=1", "stage=[{length = 32, batch = '256 tokens'}]", "optimiser.rate=1.0", "optimiser.matrix_rate=1.0",
+    "schedule.warmup=100%", "schedule.decay=0%",
+]  # fmt: skip
+
+
+def lines(run: Path) -> list[dict]:
+    return [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+
+
+def losses(run: Path) -> dict[int, float]:
+    return {line["step"]: line["validation"]["loss"] for line in lines(run) if "validation" in line}
+
+
+def without_clock(run: Path) -> list[dict]:
+    clock = {"seconds", "tokens_per_second", "training_seconds", "phase_seconds"}
+    return [{name: value for name, value in line.items() if name not in clock} for line in lines(run)]
+
+
+def same(one: Path, other: Path) -> bool:
+    first, second = load_file(one), load_file(other)
+    return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+
+
+class StopsAt(SilentDisplay):
+    def __init__(self, step: int) -> None:
+        self._step = step
+
+    def step(self, standing) -> None:
+        if standing.step == self._step:
+            os.kill(os.getpid(), signal.SIGINT)
+
+
+class Says(SilentDisplay):
+    def __init__(self) -> None:
+        self.said: list[str] = []
+
+    def say(self, message: str) -> None:
+        self.said.append(message)
+
+
+@pytest.fixture(scope="module")
+def restless(prose: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run = tmp_path_factory.mktemp("runs") / "whole"
+    given_back = launch([prose], recipe="tiny", out=run, settings=[*RESTLESS, "train.budget=12 steps"]).model
+    assert given_back and given_back.card == load(run).card and given_back.card["step"] != 12, "the best, as load opens"
+    return run
+
+
+def test_the_best_is_the_step_of_the_lowest_validation_loss(restless: Path) -> None:
+    found = losses(restless)
+    best = min(found, key=found.__getitem__)
+    assert best != 12, "or this would show nothing"
+    card = json.loads((restless / "best" / "card.json").read_text())
+    assert card["step"] == best and card["validation"]["loss"] == found[best]
+    files.check_seal(restless / "best")
+    assert not (restless / "best" / "resume").exists()
+    model = load(restless)
+    assert model.card["step"] == best and Path(model.path) == restless / "best"
+    assert load(restless / "latest").card["step"] == 12
+
+
+def test_where_the_last_step_is_the_best_the_two_are_equal(prose: Path, tmp_path: Path) -> None:
+    calm = [text for text in RESTLESS if "rate" not in text and "schedule" not in text]
+    launch([prose], recipe="tiny", out=tmp_path / "run", settings=[*calm, "train.budget=4 steps"])
+    assert json.loads((tmp_path / "run" / "best" / "card.json").read_text())["step"] == 4
+    assert same(tmp_path / "run" / "best" / "model.safetensors", tmp_path / "run" / "latest" / "model.safetensors")
+
+
+def test_no_best_is_kept_where_none_is_wanted(prose: Path, tmp_path: Path) -> None:
+    settings = [*RESTLESS, "train.budget=3 steps", "train.keep_best=false"]
+    launch([prose], recipe="tiny", out=tmp_path / "run", settings=settings)
+    assert not (tmp_path / "run" / "best").exists() and load(tmp_path / "run").card["step"] == 3
+
+
+def test_a_resumed_run_keeps_the_same_best(prose: Path, tmp_path: Path, restless: Path) -> None:
+    run = tmp_path / "run"
+    with pytest.raises(Stopped):
+        launch([prose], recipe="tiny", out=run, settings=[*RESTLESS, "train.budget=12 steps"], display=StopsAt(7))
+    resume(run)
+    assert without_clock(run) == without_clock(restless)
+    assert same(run / "best" / "model.safetensors", restless / "best" / "model.safetensors")
+    assert (run / "best" / "card.json").read_bytes() == (restless / "best" / "card.json").read_bytes()
+
+
+def test_a_kill_while_the_best_is_replaced_leaves_the_old_one_whole(restless: Path, tmp_path: Path) -> None:
+    """A kill before the two renames, and between them: `load` opens the old one both times, and resuming mends it."""
+    run = tmp_path / "run"
+    shutil.copytree(restless, run, symlinks=True)
+    before = load_file(run / "best" / "model.safetensors")
+    for moment in ("writing", "between"):
+        program = (
+            "import os, signal, sys\nfrom pathlib import Path\nfrom unmask.core import files\n"
+            "best = Path(sys.argv[1]) / 'best'\n"
+            "if sys.argv[2] == 'between':\n"
+            "    rename = os.rename\n"
+            "    def kill(a, b):\n"
+            "        if Path(b) == best: os.kill(os.getpid(), signal.SIGKILL)\n"
+            "        rename(a, b)\n"
+            "    os.rename = kill\n"
+            "with files.new_folder(best) as folder:\n"
+            "    (folder / 'model.safetensors').write_text('half')\n"
+            "    if sys.argv[2] == 'writing': os.kill(os.getpid(), signal.SIGKILL)\n"
+        )
+        done = subprocess.run([sys.executable, "-c", program, str(run), moment], check=False, capture_output=True)
+        assert done.returncode == -signal.SIGKILL, done.stderr
+        assert (run / "best").exists() == (moment == "writing")
+        model = load(run)
+        after = load_file(Path(model.path) / "model.safetensors")
+        assert all(torch.equal(before[name], after[name]) for name in before)
+    resume(run, budget="+1 steps")
+    assert not list(run.glob(".*")), "what the kills left is gone"
+    files.check_seal(run / "best")
+
+
+def test_a_damaged_best_is_named(restless: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(restless, run, symlinks=True)
+    victim = run / "best" / "model.safetensors"
+    victim.write_bytes(victim.read_bytes()[:-3])
+    with pytest.raises(DamagedError, match=r"best/model\.safetensors"):
+        load(run)
+
+
+# Ending early -----------------------------------------------------------------------------------------------------
+
+
+def test_gain_is_counted() -> None:
+    standing = Standing()
+    for step, (loss, gained, without) in enumerate(
+        [(3.0, True, 0), (3.0, False, 1), (float("nan"), False, 2), (2.9, True, 0), (3.1, False, 1)]
+    ):
+        standing.step = step
+        assert standing.judge(loss) is gained and standing.without_gain == without
+    assert standing.best == {"step": 3, "loss": 2.9}
+
+
+@pytest.mark.parametrize(
+    ("text", "patience"),
+    [
+        ("", 0),
+        ("never", 0),
+        ("3 validations without gain", 3),
+        ("1 validation without gain", 1),
+        (" 12  validations without gain ", 12),
+    ],
+)
+def test_when_to_stop_is_read(text: str, patience: int) -> None:
+    assert TrainSettings(stop_after=text).patience == patience
+
+
+@pytest.mark.parametrize("text", ["3", "soon", "0 validations without gain", "3 validations", "3 epochs without gain"])
+def test_what_says_no_time_to_stop_is_refused(text: str) -> None:
+    with pytest.raises(RecipeError, match="when to stop") as caught:
+        TrainSettings(stop_after=text)
+    assert "3 validations without gain" in caught.value.next
+
+
+def first_enough(found: dict[int, float], patience: int) -> int:
+    """The step at which a run with this patience ends, found from the losses of one without."""
+    best, without = float("inf"), 0
+    for step, loss in found.items():
+        best, without = (loss, 0) if loss < best else (best, without + 1)
+        if without == patience:
+            return step
+    raise AssertionError("never")
+
+
+def test_a_run_ends_after_so_many_validations_without_gain_and_resumes_the_count(
+    prose: Path, tmp_path: Path, restless: Path
+) -> None:
+    ends_at = first_enough(losses(restless), 3)
+    assert 3 < ends_at < 12, "or this would show nothing"
+    early = [*RESTLESS, "train.budget=12 steps", "train.stop_after=3 validations without gain"]
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    summary = launch([prose], recipe="tiny", out=whole, settings=early).summary
+    assert summary and summary.steps == ends_at and summary.early == "3 validations without gain"
+    assert lines(whole)[-1]["ended_early"] == "3 validations without gain"
+    assert losses(whole) == {step: loss for step, loss in losses(restless).items() if step <= ends_at}
+    assert load(whole / "latest").card["step"] == ends_at
+    assert load(whole).card["step"] == summary.best_step
+
+    with pytest.raises(Stopped):  # among the validations without gain
+        launch([prose], recipe="tiny", out=cut, settings=early, display=StopsAt(ends_at - 2))
+    resume(cut)
+    assert without_clock(cut) == without_clock(whole)
+    assert same(cut / "latest" / "resume" / "weights.safetensors", whole / "latest" / "resume" / "weights.safetensors")
+
+    told = Says()
+    assert resume(whole, display=told).finished_before
+    assert "ended early" in told.said[0] and "train.stop_after=never" in told.said[0]
+    resume(whole, settings=["train.stop_after=never"])
+    assert losses(whole) == losses(restless)
+    assert same(
+        whole / "latest" / "resume" / "weights.safetensors", restless / "latest" / "resume" / "weights.safetensors"
+    )
+
+
+def test_what_may_not_change_on_resume(restless: Path) -> None:
+    with pytest.raises(RunError, match=r"train\.stop_after, train\.sinks"):
+        resume(restless, settings=["train.average=0.9"], budget="+1 steps")

@@ -1,0 +1,185 @@
+"""A full disk, and one without symbolic links: what was saved stays, and the run goes on to the same bits."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from unmask import load
+from unmask.core.errors import DamagedError, StoreError
+from unmask.models.model import follow
+from unmask.training.display.plain import SilentDisplay
+from unmask.training.loggers import JsonLines, read_log
+from unmask.training.loop import Standing
+from unmask.training.pretrain import launch, resume
+
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None
+
+SMALL = [
+    "text.tokenizer.kind=characters", "encoder.layers=1", "encoder.width=16", "encoder.heads=2",
+    "encoder.feed_forward=16", "train.every.log=1 steps", "train.every.validate=4 steps", "train.every.save=4 steps",
+    "train.threads=1", "stage=[{length = 32, batch = '256 tokens'}]", "train.budget=10 steps", "train.average=0.9",
+]  # fmt: skip
+
+
+def weights(run: Path) -> dict[str, torch.Tensor]:
+    step = follow(run / "latest")
+    files = ("model", "resume/weights", "resume/optimiser", "resume/average")
+    return {
+        f"{file} {name}": value for file in files for name, value in load_file(step / f"{file}.safetensors").items()
+    }
+
+
+def same(one: Path, other: Path) -> bool:
+    first, second = weights(one), weights(other)
+    return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+
+
+def losses(run: Path) -> list[tuple[int, float]]:
+    return [(line["step"], line["loss"]) for line in read_log(run / "log.jsonl") if "loss" in line]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(prose: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run = tmp_path_factory.mktemp("runs") / "whole"
+    launch([prose], recipe="tiny", out=run, settings=SMALL)
+    return run
+
+
+@pytest.mark.skipif(resource is None, reason="this system has no limits to set")
+def test_a_full_disk_loses_nothing_that_was_saved(prose: Path, tmp_path: Path, undisturbed: Path) -> None:
+    """After step 6 a real process may write no long file: saving step 8 fails."""
+    run = tmp_path / "run"
+    program = f"""
+import resource
+from pathlib import Path
+from unmask.cli.errors import answered
+from unmask.training.pretrain import launch
+from unmask.training.display.plain import SilentDisplay
+run = Path({str(run)!r})
+class Fills(SilentDisplay):
+    def step(self, standing):
+        if standing.step == 6:
+            most = (run / "log.jsonl").stat().st_size + 2000
+            resource.setrlimit(resource.RLIMIT_FSIZE, (most, resource.RLIM_INFINITY))
+answered(lambda: launch([Path({str(prose)!r})], recipe="tiny", out=run, settings={SMALL!r}, display=Fills()))()
+"""
+    done = subprocess.run([sys.executable, "-c", program], check=False, capture_output=True, text=True, timeout=120)
+    err = " ".join(done.stderr.split())
+    assert err.startswith("error: can't write here: I/O error: File too large"), done.stderr
+    assert f"nothing that was saved is lost; then go on: unmask pretrain --resume {run}" in err
+    goes_on(run, undisturbed)
+
+
+def goes_on(run: Path, undisturbed: Path) -> None:
+    """The last whole step stands, nothing half made lies about, and the run goes on to the same bits."""
+    assert (run / "latest").readlink().name == "step-0000004" and load(run).card["step"] == 4
+    assert not list(run.glob(".*")) and not (run / "lock.json").exists() and not (run / "crash.txt").exists()
+    assert (run / "log.jsonl").read_text().endswith("}\n"), "whole lines alone"
+    resume(run)
+    assert same(run, undisturbed) and losses(run) == losses(undisturbed)
+
+
+class Limits(SilentDisplay):
+    """Lets this process write no file longer than so many bytes, from some moment on."""
+
+    def __init__(self, when: str, most: Callable[[], int]) -> None:
+        self._when, self._most = when, most
+        self._before: tuple[int, int] | None = None
+
+    def step(self, standing: Standing) -> None:
+        if f"step {standing.step}" == self._when:
+            self._limit()
+
+    def text(self, text: str, slots: object) -> None:
+        if self._when == "the text":
+            self._limit()
+
+    def close(self) -> None:
+        if self._before:
+            resource.setrlimit(resource.RLIMIT_FSIZE, self._before)
+
+    def _limit(self) -> None:
+        self._before = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (self._most(), self._before[1]))
+
+
+@pytest.mark.skipif(resource is None, reason="this system has no limits to set")
+def test_a_log_without_room_ends_the_run_with_whole_lines(prose: Path, tmp_path: Path, undisturbed: Path) -> None:
+    run = tmp_path / "run"
+    display = Limits("step 6", lambda: (run / "log.jsonl").stat().st_size + 20)
+    with pytest.raises(StoreError, match="File too large") as caught:
+        launch([prose], recipe="tiny", out=run, settings=SMALL, display=display)
+    assert str(run / "log.jsonl") in caught.value.where and f"--resume {run}" in caught.value.next
+    goes_on(run, undisturbed)
+
+
+@pytest.mark.skipif(resource is None, reason="this system has no limits to set")
+def test_a_run_that_could_not_begin_leaves_nothing(prose: Path, tmp_path: Path) -> None:
+    """No room for recipe.toml: the folder, which could not go on, does not stand in the way of another try."""
+    with pytest.raises(StoreError, match="File too large"):
+        launch([prose], recipe="tiny", out=tmp_path / "run", settings=SMALL, display=Limits("the text", lambda: 300))
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.skipif(resource is None, reason="this system has no limits to set")
+def test_a_log_line_is_whole_or_not_there(tmp_path: Path) -> None:
+    log = JsonLines(tmp_path / "log.jsonl")
+    log.write(1, {"loss": 2.5, "earlier": {128: float("nan")}})
+    before = (tmp_path / "log.jsonl").read_bytes()
+    assert json.loads(before) == {"step": 1, "loss": 2.5, "earlier": {"128": None}}, "JSON has no NaN"
+    allowed = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) + 10, allowed[1]))
+    try:
+        with pytest.raises(StoreError, match="make room"):
+            log.write(2, {"loss": 2.4})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, allowed)
+    assert (tmp_path / "log.jsonl").read_bytes() == before
+    log.write(3, {"loss": 2.3})
+    log.close()
+    assert [line["step"] for line in read_log(tmp_path / "log.jsonl")] == [1, 3]
+
+
+class Says(SilentDisplay):
+    def __init__(self) -> None:
+        self.said: list[str] = []
+
+    def say(self, message: str) -> None:
+        self.said.append(message)
+
+
+def test_a_place_without_symbolic_links(
+    prose: Path, tmp_path: Path, undisturbed: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where the system refuses links (an account on Windows, some disks), `latest` is a small file, and it is said."""
+
+    def refuse(*arguments: object, **named: object) -> None:
+        raise OSError(1, "Operation not permitted")
+
+    monkeypatch.setattr(os, "symlink", refuse)
+    run, told = tmp_path / "run", Says()
+    launch([prose], recipe="tiny", out=run, settings=[*SMALL, "train.budget=6 steps"], display=told)
+    assert any("small file" in sentence for sentence in told.said)
+    assert (run / "latest").is_file() and (run / "latest").read_text() == "step-0000006\n"
+    assert load(run / "latest").card["step"] == 6
+    resume(run, budget="10 steps")
+    assert (run / "latest").read_text() == "step-0000010\n" and load(run).card["step"] in (4, 8, 10)
+    (run / "latest").write_text("step-0000099\n")
+    with pytest.raises(DamagedError, match="step-0000099"):
+        load(run / "latest")
+    (run / "latest").write_text("step-0000010\n")
+    monkeypatch.undo()
+    resume(run, budget="+1 steps")
+    assert (run / "latest").is_symlink(), "where links can be made again, it is one"

@@ -1,0 +1,99 @@
+"""An average of the weights: what it is, that it is judged and saved, and that it goes on exactly."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from unmask import load
+from unmask.core.errors import RecipeError, Stopped
+from unmask.models import build
+from unmask.models.modernbert import ModernSettings
+from unmask.objectives.mlm import Mlm, MlmSettings
+from unmask.training.display.plain import SilentDisplay
+from unmask.training.loop import Average, Learner
+from unmask.training.pretrain import launch, resume
+from unmask.training.recipe import TrainSettings
+
+SMALL = [
+    "text.tokenizer.kind=characters", "encoder.layers=1", "encoder.width=16", "encoder.heads=2",
+    "encoder.feed_forward=16", "train.every.log=2 steps", "train.every.validate=3 steps", "train.every.save=4 steps",
+    "train.threads=1", "stage=[{length = 32, batch = '256 tokens'}]", "train.budget=8 steps", "train.average=0.9",
+    "train.keep=9",
+]  # fmt: skip
+
+
+def learner() -> Learner:
+    torch.manual_seed(1)
+    encoder, head = build(ModernSettings(layers=1, width=16, heads=2, feed_forward=16), 30)
+    return Learner(encoder, head, Mlm(MlmSettings(), 4, np.arange(5, 30)))
+
+
+def test_it_is_the_average_that_it_says() -> None:
+    """A reference computed here in float64: early on d = (1 + n) ÷ (10 + n), later the decay."""
+    trained = learner()
+    average = Average(trained, 0.7)
+    reference = {name: value.double() for name, value in trained.state_dict().items()}
+    for step in range(40):
+        with torch.no_grad():
+            for parameter in trained.parameters():
+                parameter.add_(torch.randn_like(parameter))
+        average.update(trained, step)
+        decay = min(0.7, (1 + step) / (10 + step))
+        for name, value in trained.state_dict().items():
+            reference[name] = decay * reference[name] + (1 - decay) * value.double()
+    assert average.decay_at(0) == 0.1 and average.decay_at(39) == 0.7
+    for name, value in average.state_dict().items():
+        assert value.dtype == torch.float32
+        torch.testing.assert_close(value.double(), reference[name], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("decay", [1.0, -0.1, 1.5])
+def test_a_decay_that_makes_no_average(decay: float) -> None:
+    with pytest.raises(RecipeError, match="average"):
+        TrainSettings(average=decay)
+
+
+class Stops(SilentDisplay):
+    """Ends the run after a step, as a signal would."""
+
+    def step(self, standing) -> None:
+        if standing.step == 5:
+            import os
+            import signal
+
+            os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_the_average_is_judged_saved_and_resumed_exactly(prose: Path, tmp_path: Path) -> None:
+    whole, cut, raw = tmp_path / "whole", tmp_path / "cut", tmp_path / "raw"
+    launch([prose], recipe="tiny", out=whole, settings=SMALL)
+    with pytest.raises(Stopped):
+        launch([prose], recipe="tiny", out=cut, settings=SMALL, display=Stops())
+    resume(cut)
+    launch([prose], recipe="tiny", out=raw, settings=[*SMALL, "train.average=0"])
+    files = ["model.safetensors", "resume/weights.safetensors", "resume/average.safetensors"]
+    for file in files:
+        one, other = load_file(whole / "latest" / file), load_file(cut / "latest" / file)
+        assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one), file
+    # The average is watched, not trained: the raw weights are those of a run without one.
+    trained = load_file(whole / "latest" / "resume" / "weights.safetensors")
+    plain = load_file(raw / "latest" / "resume" / "weights.safetensors")
+    assert all(torch.equal(trained[name], plain[name]) for name in plain)
+    assert not (raw / "latest" / "resume" / "average.safetensors").exists()
+    # What is opened is the average, and validations judged it.
+    held = load_file(whole / "latest" / "resume" / "average.safetensors")
+    model = load(whole / "latest")
+    for name, value in model.encoder.state_dict().items():
+        assert torch.equal(value, held[f"encoder.{name}"]), name
+    losses = {run: [line["validation"]["loss"] for line in lines(run) if "validation" in line] for run in (whole, raw)}
+    assert losses[whole] != losses[raw]
+
+
+def lines(run: Path) -> list[dict]:
+    return [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]

@@ -1,0 +1,185 @@
+"""A run on masks and pairs, from text to a folder that transformers opens; stopped, resumed; refused where it must."""
+
+from __future__ import annotations
+
+import json
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import unmask
+from unmask.core.errors import RecipeError, Stopped, TextError, TokenizerError, UnmaskError
+from unmask.core.types import Text, pack
+from unmask.models.model import load
+from unmask.training.display.plain import PlainDisplay, SilentDisplay
+from unmask.training.pretrain import launch, resume
+
+SMALL = [
+    "text.tokenizer={kind = 'characters'}", "text.held_out={by = 'hash', share = '10%'}",
+    "encoder={kind = 'classic', layers = 1, width = 16, heads = 2, feed_forward = 16, longest = 64}",
+    "objective={kind = 'bert', pair = 'next-sentence'}",
+    "train.every.log=1 steps", "train.every.validate=4 steps", "train.every.save=4 steps", "train.threads=1",
+    "stage=[{until = '50%', length = 48, batch = '12 texts'}, {until = '100%', length = 64, batch = '12 texts'}]",
+    "train.budget=8 steps", "train.average=0.9", "show.lines=1",
+]  # fmt: skip
+
+
+class StopsAt(SilentDisplay):
+    def __init__(self, step: int) -> None:
+        self._step = step
+
+    def step(self, standing) -> None:
+        if standing.step == self._step:
+            signal.raise_signal(signal.SIGINT)
+
+
+@pytest.fixture(scope="module")
+def whole(prose: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run = tmp_path_factory.mktemp("pairs") / "whole"
+    launch([prose], recipe="tiny", out=run, settings=SMALL)
+    return run
+
+
+def log(run: Path) -> list[dict[str, Any]]:
+    clock = {"seconds", "tokens_per_second", "training_seconds", "phase_seconds"}
+    lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in line.items() if name not in clock} for line in lines]
+
+
+def test_pairs_are_logged_validated_and_told(whole: Path) -> None:
+    training = [line for line in log(whole) if "loss" in line]
+    assert len(training) == 8
+    assert all(0 <= line["pair_accuracy"] <= 1 and line["pair_loss"] > 0 for line in training)
+    validations = [line["validation"] for line in log(whole) if "validation" in line]
+    first, last = (one["pair"] for one in validations)
+    assert first["pairs"] == last["pairs"] > 10 and set(first["earlier"]) == {"48"} and last["earlier"] == {}
+    card = json.loads((whole / "latest" / "card.json").read_text())
+    assert card["validation"]["pair"] == last
+
+
+def test_it_goes_on_bit_for_bit(whole: Path, prose: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    with pytest.raises(Stopped):
+        launch([prose], recipe="tiny", out=run, settings=SMALL, display=StopsAt(5))
+    resume(run)
+    assert log(run) == log(whole)
+    step = (whole / "latest").resolve()
+    names = [path.relative_to(step) for path in step.rglob("*.safetensors")]
+    assert {name.name for name in names} >= {"objective.safetensors", "average.safetensors", "model.safetensors"}
+    for name in names:
+        mine, theirs = load_file(run / "latest" / name), load_file(whole / "latest" / name)
+        assert mine.keys() == theirs.keys() and all(torch.equal(mine[key], theirs[key]) for key in mine), name
+
+
+def test_transformers_opens_what_was_saved(whole: Path) -> None:
+    from transformers import AutoTokenizer, BertForPreTraining
+
+    folder = (whole / "latest").resolve()
+    theirs, report = BertForPreTraining.from_pretrained(folder, output_loading_info=True)
+    assert not report["missing_keys"] and not report["unexpected_keys"]
+    first, second = "the cat sat on the mat", "a dog ran"
+    given = AutoTokenizer.from_pretrained(folder)(first, second, return_tensors="pt")
+    mine = load(folder)
+    assert mine.pair is not None
+    parts = load_file(folder / "objective.safetensors")
+    assert all(torch.equal(parts[name], tensor) for name, tensor in mine.pair.state_dict().items())
+    ids, segment = given["input_ids"][0].numpy(), given["token_type_ids"][0].numpy()
+    assert segment.tolist() == [0] * (len(first) + 2) + [1] * (len(second) + 1)
+    batch = pack([Text(ids, ids.astype("uint8") * 0, segment=segment)])
+    with torch.inference_mode():
+        logits = theirs.eval()(**given).seq_relationship_logits
+        torch.testing.assert_close(mine.pair(mine.encoder(batch), batch), logits, atol=1e-5, rtol=0)
+    assert unmask.load(whole / "best").pair is not None and (whole / "best" / "objective.safetensors").is_file()
+
+
+def test_a_person_reads_it(prose: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    order = [*SMALL, "objective.pair=sentence-order", "train.budget=4 steps"]
+    launch([prose], recipe="tiny", out=tmp_path / "run", settings=order, display=PlainDisplay())
+    told = capsys.readouterr().out
+    assert "pairs (sentence-order): from" in told and "of two sentences or more; the other" in told
+    assert "  pairs " in told and "chance 50%" in told and "accuracy on pairs" in told
+
+
+BAD: list[tuple[list[str], type[UnmaskError], str]] = [
+    (["encoder={kind = 'modern', layers = 1, width = 16, heads = 2, feed_forward = 16}"], RecipeError, "no segments"),
+    (["encoder.segments=1"], RecipeError, r"1 segment.*no segments"),
+    (["text.document=file", "text.held_out={by = 'tail'}"], TextError, "only one document has two sentences"),
+    (["text.tokenizer={kind = 'characters', specials = ['[UNK]', '[MASK]']}"], TokenizerError, r"no \[CLS\] and"),
+    (["stage=[{length = 4}]"], RecipeError, "no room for two segments"),
+    (["objective.short=2"], RecipeError, "no share of the pairs"),
+    (["objective.pair=previous"], RecipeError, "previous"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("settings", "kind", "match"), BAD, ids=[match for *_, match in BAD])
+def test_what_gives_no_pairs_is_refused(
+    settings: list[str], kind: type[UnmaskError], match: str, prose: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(kind, match=match) as caught:
+        launch([prose], recipe="tiny", out=tmp_path / "run", settings=[*SMALL, *settings])
+    assert caught.value.next and caught.value.where and not (tmp_path / "run").exists()
+
+
+def test_lines_of_one_sentence_are_refused(tmp_path: Path) -> None:
+    text = tmp_path / "lines.txt"
+    text.write_text("\n".join(f"this is line {number}" for number in range(300)))
+    with pytest.raises(TextError, match="no document has two sentences") as caught:
+        launch([text], recipe="tiny", out=tmp_path / "run", settings=[*SMALL, "text.document=line"])
+    assert "lines.txt" in caught.value.where
+
+
+def test_too_little_held_out_is_refused(prose: Path, tmp_path: Path) -> None:
+    few = tmp_path / "few.txt"
+    few.write_text("\n\n".join(f"one sentence {number}. two of them. three." for number in range(30)))
+    with pytest.raises(TextError, match="of the held-out text, no document") as caught:
+        launch([few], recipe="tiny", out=tmp_path / "run", settings=[*SMALL, "text.held_out={by = 'tail'}"])
+    assert "held_out.share" in caught.value.next
+
+
+def test_weights_are_refused(prose: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other.txt"
+    other.write_bytes(prose.read_bytes())
+    with pytest.raises(RecipeError, match="texts with weights and pairs"):
+        launch([f"{prose}:2", f"{other}:1"], recipe="tiny", out=tmp_path / "run", settings=SMALL)
+
+
+JOINT = """
+from torch import nn
+from unmask.objectives.mlm import Mlm, MlmSettings
+from unmask.objectives.sentence_pairs import BertSettings, MlmWithPairs
+
+class Head(nn.Module):
+    def __init__(self, width):
+        super().__init__()
+        self.linear = nn.Linear(width, 2)
+    def forward(self, hidden_TD, batch):
+        return self.linear(hidden_TD.index_select(0, batch.starts_B1[: batch.texts]))
+
+class Joint(MlmWithPairs):
+    def __init__(self, settings, tools):
+        mlm = Mlm(MlmSettings(), tools.vocabulary.mask_id, tools.vocabulary.ordinary_N)
+        super().__init__(BertSettings(pair="sentence-order"), mlm, Head(tools.width))
+"""
+
+
+def test_an_objective_of_ones_own_reads_pairs_and_keeps_its_parameters(
+    prose: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "joint_of_mine.py").write_text(JOINT)
+    monkeypatch.chdir(tmp_path)
+    settings = [one for one in SMALL if not one.startswith(("objective", "train.average"))]
+    settings.append("objective={kind = 'joint_of_mine:Joint'}")
+    launch([prose], recipe="tiny", out=tmp_path / "whole", settings=settings)
+    with pytest.raises(Stopped):
+        launch([prose], recipe="tiny", out=tmp_path / "run", settings=settings, display=StopsAt(5))
+    resume(tmp_path / "run")
+    names = ("objective.safetensors", "model.safetensors", "resume/weights.safetensors")
+    for name in names:
+        mine, theirs = load_file(tmp_path / "run" / "latest" / name), load_file(tmp_path / "whole" / "latest" / name)
+        assert all(torch.equal(mine[key], theirs[key]) for key in theirs | mine), name
+    assert set(load_file(tmp_path / "whole" / "latest" / names[0])) == {"linear.weight", "linear.bias"}
+    assert log(tmp_path / "run") == log(tmp_path / "whole") and load(tmp_path / "whole" / "latest").pair is None

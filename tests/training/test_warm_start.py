@@ -1,0 +1,210 @@
+"""A run that goes on from a model: what the model decides, what is added to its vocabulary, resume."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+import torch
+
+import unmask
+from unmask.core.errors import RecipeError
+from unmask.models.model import Model, load
+from unmask.tokenization.extend import origins
+from unmask.training.loggers import LOG, read_log
+from unmask.training.pretrain import launch, resume
+from unmask.training.recipe import read_recipe
+from unmask.training.warm_start import START, Start
+
+SMALL = """
+[text]
+tokenizer = { kind = "wordpiece", vocab = 90 }
+[encoder]
+kind = "modern"
+layers = 1
+width = 16
+heads = 2
+feed_forward = 16
+longest = 48
+[[stage]]
+until = "100%"
+length = 32
+batch = "256 tokens"
+[train]
+budget = "6 steps"
+threads = 1
+precision = "float32"
+every = { log = "1 steps", validate = "50%", save = "50%" }
+"""
+QUICK = ("stage.0.batch=256 tokens", "train.threads=1", "train.precision=float32", "train.every.save=50%")
+DOMAIN = (
+    "the patient has hepatitis and an enlarged liver . the hepatocytes of this patient were enlarged .",
+    "hepatitis of the liver is seen in every second patient ; gastritis and arthritis are as frequent .",
+)
+
+
+@pytest.fixture(scope="module")
+def made(prose: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("made")
+    (folder / "small.toml").write_text(SMALL)
+    unmask.pretrain(prose, recipe=folder / "small.toml", out=folder / "run")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def domain(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("domain") / "domain.txt"
+    path.write_text("\n\n".join(f"{DOMAIN[i % 2]} {DOMAIN[(i + 1) % 2]} {i % 7}" for i in range(150)))
+    return path
+
+
+def same(one: Model, other: Model) -> bool:
+    pairs = zip(
+        [*one.encoder.parameters(), *one.head.parameters()],
+        [*other.encoder.parameters(), *other.head.parameters()],
+        strict=True,
+    )
+    return all(torch.equal(a, b) for a, b in pairs)
+
+
+def test_it_begins_where_the_model_stands_and_says_before_and_after(made: Path, domain: Path, tmp_path: Path) -> None:
+    old = load(made / "run")
+    result = launch(
+        [domain],
+        recipe="continue",
+        out=tmp_path / "run",
+        settings=[*QUICK, "train.budget=4 steps", "stage.0.length=100"],
+        start=Start.open(made / "run"),
+    )
+    recipe, _ = read_recipe(tmp_path / "run")
+    assert recipe.encoder == old.settings and recipe.stage[0].length == 48, "cut to what the model holds"
+    assert same(load(tmp_path / "run" / START), old)
+    assert result.summary is not None and result.summary.before is not None and result.summary.validation is not None
+    first = next(line for line in read_log(tmp_path / "run" / LOG) if "validation" in line)
+    assert first["step"] == 0 and first["validation"] == result.summary.before
+    assert result.summary.validation.loss != result.summary.before["loss"]
+    assert load(tmp_path / "run").tokenizer.fingerprint == old.tokenizer.fingerprint
+
+
+def test_a_run_resumes_when_the_model_is_gone(made: Path, domain: Path, tmp_path: Path) -> None:
+    def run(name: str, budget: str) -> Path:
+        model = tmp_path / f"model-{name}"
+        shutil.copytree(made / "run" / "best", model)
+        unmask.pretrain(
+            domain,
+            recipe="continue",
+            out=tmp_path / name,
+            settings=[*QUICK, "stage.0.length=32", "schedule.floor=1"],
+            budget=budget,
+            start=Start.open(model, 6),
+        )
+        shutil.rmtree(model)
+        return tmp_path / name
+
+    whole, parted = run("whole", "6 steps"), run("parted", "3 steps")
+    resume(parted, budget="6 steps")
+    last = [load(folder / "latest") for folder in (whole, parted)]
+    assert same(*last)
+    unsaved = tmp_path / "unsaved"  # killed before its first step was saved
+    shutil.copytree(whole, unsaved, symlinks=True)
+    for name in ("latest", LOG):
+        (unsaved / name).unlink()
+    for folder in [*unsaved.glob("step-*"), unsaved / "best"]:
+        shutil.rmtree(folder)
+    resume(unsaved)
+    assert same(load(unsaved / "latest"), last[0])
+
+
+def test_new_pieces_begin_as_the_mean_of_their_own(made: Path, domain: Path, tmp_path: Path) -> None:
+    start = Start.open(made / "run", 6)
+    old = start.model
+    unmask.pretrain(domain, recipe="continue", out=tmp_path / "run", settings=QUICK, budget="1 steps", start=start)
+    tokenizer = load(tmp_path / "run").tokenizer
+    assert tokenizer.size == old.tokenizer.size + 6
+    encoder, head = start.modules(tokenizer)
+    table, before = cast(Any, encoder).token_table, cast(Any, old.encoder).token_table
+    assert torch.equal(table[: len(before)], before)
+    parts = origins(old.tokenizer.to_json(), tokenizer.to_json())
+    for number, pieces in enumerate(parts, start=old.tokenizer.size):
+        assert not pieces or torch.allclose(table[number], table[pieces].mean(0))
+    assert sum(len(pieces) > 1 for pieces in parts) > 2
+    assert len({tuple(row) for row in table[len(before) :].tolist()}) == 6, "no two begin alike"
+    rows = {name: tensor.shape[0] for name, tensor in head.state_dict().items() if tensor.shape[0] == len(table)}
+    assert rows, "the decoder's bias has grown too"
+    config = json.loads((tmp_path / "run" / "latest" / "config.json").read_text())
+    assert config["vocab_size"] == tokenizer.size
+    assert read_recipe(tmp_path / "run")[0].start.rows == tokenizer.size
+
+
+@pytest.mark.parametrize("key", ["encoder.layers=2", "text.tokenizer.vocab=100"])
+def test_what_the_model_decides_can_t_be_named(made: Path, domain: Path, tmp_path: Path, key: str) -> None:
+    with pytest.raises(RecipeError, match="decides"):
+        unmask.pretrain(domain, recipe="continue", out=tmp_path / "run", settings=[key], start=made / "run")
+    with pytest.raises(RecipeError, match=r"decides \[encoder\]"):
+        unmask.pretrain(domain, recipe=made / "small.toml", out=tmp_path / "run", start=made / "run")
+
+
+def test_the_recipe_for_it_needs_a_model(domain: Path, tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match="none is named") as refused:
+        unmask.pretrain(domain, recipe="continue", out=tmp_path / "run")
+    assert "--from MODEL" in refused.value.next
+
+
+def saved_by_transformers(kind: str, folder: Path) -> Path:
+    """A small net of `transformers` with random weights, and a tokenizer of ours beside it."""
+    import transformers
+
+    from unmask.tokenization.settings import ByteBpeSettings, WordPieceSettings
+    from unmask.tokenization.tokenizer import train_tokenizer
+
+    settings = WordPieceSettings(vocab=50) if kind == "bert" else ByteBpeSettings(vocab=280)
+    tokenizer = train_tokenizer(["the cat sat on the mat and looked at the moon of the old man"] * 30, settings)
+    sizes: dict[str, Any] = {
+        "vocab_size": tokenizer.size + 3, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2,
+        "intermediate_size": 24, "max_position_embeddings": 50, "pad_token_id": tokenizer.role_id("pad_token"),
+    }  # fmt: skip
+    torch.manual_seed(5)
+    if kind == "bert":
+        net: Any = transformers.BertForPreTraining(transformers.BertConfig(**sizes))
+    else:
+        net = transformers.RobertaForMaskedLM(transformers.RobertaConfig(**sizes, type_vocab_size=1))
+    net.save_pretrained(folder)
+    tokenizer.save(folder)
+    return folder
+
+
+def test_a_bert_of_transformers_goes_on_with_its_pair_head(domain: Path, tmp_path: Path) -> None:
+    from transformers import BertForPreTraining
+
+    model = saved_by_transformers("bert", tmp_path / "model")
+    unmask.pretrain(
+        domain,
+        recipe="continue",
+        out=tmp_path / "run",
+        budget="2 steps",
+        settings=[*QUICK, 'objective={kind="bert", pair="next-sentence"}', "stage.0.length=40", "optimiser.rate=1e-9"],
+        start=model,
+    )
+    step = tmp_path / "run" / "latest"
+    before, after = BertForPreTraining.from_pretrained(model), BertForPreTraining.from_pretrained(step)
+    for name, tensor in before.state_dict().items():
+        assert torch.allclose(after.state_dict()[name], tensor, atol=1e-6), name
+    line = next(line for line in read_log(tmp_path / "run" / LOG) if "validation" in line)
+    assert line["step"] == 0 and line["validation"]["pair"]["pairs"] > 0
+
+
+def test_a_roberta_goes_on_within_its_positions_and_stays_one(domain: Path, tmp_path: Path) -> None:
+    from transformers import AutoModelForMaskedLM
+
+    model = saved_by_transformers("roberta", tmp_path / "model")
+    start = Start.open(model, 12)
+    unmask.pretrain(domain, recipe="continue", out=tmp_path / "run", budget="2 steps", settings=QUICK, start=start)
+    recipe, _ = read_recipe(tmp_path / "run")
+    first = start.model.tokenizer.role_id("pad_token")
+    assert first is not None and recipe.stage[0].length == 50 - first - 1
+    after = AutoModelForMaskedLM.from_pretrained(tmp_path / "run" / "latest")
+    assert type(after).__name__ == "RobertaForMaskedLM"
+    assert after.config.vocab_size == start.model.tokenizer.size + 12, "new pieces take the padded rows first"
