@@ -1,6 +1,6 @@
 r"""What `unmask audit` finds: our own masking, and the collators of the installed `transformers`.
 
-Ours by every `choose`, on three kinds of tokenizer and the texts of three languages; `DataCollatorForLanguageModeling`
+Ours by every `mask_unit`, on three kinds of tokenizer and the texts of three languages; `DataCollatorForLanguageModeling`
 plain, seeded and with whole words, on tokenizers as they are commonly made. Every number is the same in each run.
 
     python benchmarks/audit.py --english EN.txt --korean KO.txt --chinese ZH.txt \
@@ -24,23 +24,23 @@ import tokenizers
 
 import unmask
 from unmask.checks.audit import audit
-from unmask.checks.audit.maskers import Ours, claims_of_settings, fast_tokenizer, library_collator
-from unmask.checks.audit.settings import AuditSettings
+from unmask.checks.audit.maskers import ObjectiveMasker, claims_of_settings, fast_tokenizer, library_collator
+from unmask.checks.audit.settings import AuditConfig
 from unmask.core.hardware import processor_name
-from unmask.data.settings import TextSettings
+from unmask.data.settings import DataConfig
 from unmask.data.sources import open_source
-from unmask.objectives.mlm import Mlm, MlmSettings
+from unmask.objectives.mlm import MaskedLMConfig, MaskedLMObjective
 from unmask.tokenization.analysis import some_text
-from unmask.tokenization.settings import ByteBpeSettings, CharacterSettings, WordPieceSettings
+from unmask.tokenization.settings import ByteBpeConfig, CharacterConfig, WordPieceConfig
 from unmask.tokenization.tokenizer import Tokenizer, train_tokenizer
 
 CHARACTERS = 2_000_000
 KINDS = {
-    "WordPiece": WordPieceSettings(vocab=8192),
-    "byte-level BPE": ByteBpeSettings(vocab=8192),
-    "characters": CharacterSettings(),
+    "WordPiece": WordPieceConfig(vocab_size=8192),
+    "byte-level BPE": ByteBpeConfig(vocab_size=8192),
+    "characters": CharacterConfig(),
 }
-PLAIN = AuditSettings()
+PLAIN = AuditConfig()
 
 
 def as_roberta(tokenizer: Tokenizer) -> Tokenizer:
@@ -58,10 +58,10 @@ def as_roberta(tokenizer: Tokenizer) -> Tokenizer:
 
 def ours(texts: dict[str, list[str]], made: dict[tuple[str, str], Tokenizer]) -> Iterator[dict[str, Any]]:
     for (language, kind), tokenizer in made.items():
-        for choose in ("token", "word", "span", "ngram"):
-            settings = MlmSettings(choose=choose)
-            objective = Mlm(settings, tokenizer.mask_id, tokenizer.ordinary_N)
-            masker = Ours(objective, 17, f"unmask, choose = {choose}", claims_of_settings(settings))
+        for choose in ("token", "whole-word", "span", "ngram"):
+            settings = MaskedLMConfig(mask_unit=choose)
+            objective = MaskedLMObjective(settings, tokenizer.mask_id, tokenizer.regular_token_ids)
+            masker = ObjectiveMasker(objective, 17, f"unmask, mask_unit = {choose}", claims_of_settings(settings))
             yield told(masker, texts[language], tokenizer, (language, kind))
 
 
@@ -88,7 +88,7 @@ def theirs(texts: dict[str, list[str]], made: dict[tuple[str, str], Tokenizer]) 
 
 
 def told(
-    masker: Any, texts: list[str], tokenizer: Tokenizer, of: tuple[str, str], settings: AuditSettings = PLAIN
+    masker: Any, texts: list[str], tokenizer: Tokenizer, of: tuple[str, str], settings: AuditConfig = PLAIN
 ) -> dict[str, Any]:
     """An audit, a line of it printed, as a row of the results."""
     began = time.perf_counter()
@@ -136,7 +136,7 @@ def main() -> None:
     options = parser.parse_args()
     named = {"English": options.english, "Korean": options.korean, "Chinese": options.chinese}
     texts = {
-        language: list(some_text(open_source([path], TextSettings()), CHARACTERS)) for language, path in named.items()
+        language: list(some_text(open_source([path], DataConfig()), CHARACTERS)) for language, path in named.items()
     }
     made = {(language, kind): train_tokenizer(texts[language], KINDS[kind]) for language in texts for kind in KINDS}
     rows = [*ours(texts, made), *theirs(texts, made)]
@@ -159,8 +159,8 @@ def main() -> None:
 def rows_versions(texts: dict[str, list[str]], made: dict[tuple[str, str], Tokenizer]) -> dict[str, str]:
     """The versions that one more, short audit tells."""
     tokenizer = made["English", "characters"]
-    masker = Mlm(MlmSettings(), tokenizer.mask_id, tokenizer.ordinary_N)
-    short = AuditSettings(samples=64, workers=0)
+    masker = MaskedLMObjective(MaskedLMConfig(), tokenizer.mask_id, tokenizer.regular_token_ids)
+    short = AuditConfig(samples=64, workers=0)
     return dict(audit(masker, texts["English"][:20], tokenizer, settings=short).versions)
 
 

@@ -1,6 +1,6 @@
 """How exact is exact? Three tables of differences that should be zero, or rounding.
 
-- 10 steps against 5 steps, a stop and 5 steps: weights and optimiser, bit for bit.
+- 10 steps against 5 steps, a stop and 5 steps: weights and optimizer, bit for bit.
 - One step dealt in other micro-batches: the largest difference of any weight, float32, no dropout.
 - Logits of a step folder, ours against `transformers`, on real lines of the text, both families of words.
 
@@ -26,14 +26,17 @@ from safetensors.torch import load_file
 import unmask
 from unmask.core.errors import Stopped
 from unmask.training.display.plain import SilentDisplay
-from unmask.training.loop import Standing
+from unmask.training.loop import TrainState
 from unmask.training.pretrain import launch, resume
 
-SHAPE = ["encoder.layers=3", "encoder.width=64", "encoder.heads=4", "encoder.feed_forward=96"]
-STAGES = (
-    "stage=[{until = '50%', length = 64, batch = '4k tokens'}, {until = '100%', length = 192, batch = '4k tokens'}]"
-)
-FIXED = [*SHAPE, STAGES, "text.tokenizer.kind=characters", "train.every.save=1 steps"]
+SHAPE = [
+    "model.num_hidden_layers=3",
+    "model.hidden_size=64",
+    "model.num_attention_heads=4",
+    "model.intermediate_size=96",
+]
+STAGES = "stage=[{until = '50%', max_seq_len = 64, batch_size = '4k tokens'}, {until = '100%', max_seq_len = 192, batch_size = '4k tokens'}]"
+FIXED = [*SHAPE, STAGES, "data.tokenizer.kind=characters", "train.every.save=1 steps"]
 
 
 class StopsAt(SilentDisplay):
@@ -42,16 +45,16 @@ class StopsAt(SilentDisplay):
     def __init__(self, step: int) -> None:
         self._step = step
 
-    def step(self, standing: Standing) -> None:
-        if standing.step == self._step:
+    def step(self, state: TrainState) -> None:
+        if state.step == self._step:
             os.kill(os.getpid(), signal.SIGINT)
 
 
 def tensors(run: Path) -> dict[str, torch.Tensor]:
-    """Weights and optimiser of a run's latest step."""
+    """Weights and optimizer of a run's latest step."""
     resume_folder = run / "latest" / "resume"
     return load_file(resume_folder / "weights.safetensors") | {
-        f"optimiser {name}": tensor for name, tensor in load_file(resume_folder / "optimiser.safetensors").items()
+        f"optimizer {name}": tensor for name, tensor in load_file(resume_folder / "optimizer.safetensors").items()
     }
 
 
@@ -63,7 +66,7 @@ def difference(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor], 
 
 def resumed(text: Path, folder: Path, precision: str) -> dict[str, Any]:
     """10 = 5 + a stop + 5, with dropout, across a change of stage."""
-    fixed = [*FIXED, f"train.precision={precision}", "train.budget=10 steps", "encoder.feed_forward_dropout=0.1"]
+    fixed = [*FIXED, f"train.precision={precision}", "train.budget=10 steps", "model.mlp_dropout=0.1"]
     launch([text], recipe="tiny", out=folder / "whole", settings=fixed)
     try:
         launch([text], recipe="tiny", out=folder / "stopped", settings=fixed, display=StopsAt(5))
@@ -79,16 +82,16 @@ def accumulated(text: Path, folder: Path) -> list[dict[str, Any]]:
     """The same step in 1, 2, 4 and 8 micro-batches."""
     runs: dict[int, dict[str, torch.Tensor]] = {}
     for parts in (1, 2, 4, 8):
-        settings = [*FIXED, "train.precision=float32", "train.budget=2 steps", "optimiser.kind=adam",
-                    "optimiser.epsilon=1e-2", f"train.micro_batch={4400 // parts} tokens"]  # fmt: skip
+        settings = [*FIXED, "train.precision=float32", "train.budget=2 steps", "optimizer.kind=adam",
+                    "optimizer.eps=1e-2", f"train.micro_batch_size={4400 // parts} tokens"]  # fmt: skip
         launch([text], recipe="tiny", out=folder / f"micro-{parts}", settings=settings)
-        runs[parts] = {name: t for name, t in tensors(folder / f"micro-{parts}").items() if "optimiser" not in name}
+        runs[parts] = {name: t for name, t in tensors(folder / f"micro-{parts}").items() if "optimizer" not in name}
     return [{"micro_batches": parts, "largest_difference": difference(runs[1], run)} for parts, run in runs.items()]
 
 
 def parity(text: Path, folder: Path, kind: str) -> dict[str, Any]:
     """Largest difference of logits between `unmask` and `transformers` on 32 real lines."""
-    pieces = ["text.tokenizer.kind=wordpiece", "text.tokenizer.vocab=1000"] if kind == "wordpiece" else []
+    pieces = ["data.tokenizer.kind=wordpiece", "data.tokenizer.vocab_size=1000"] if kind == "wordpiece" else []
     out = folder / f"parity-{kind}"
     launch([text], recipe="tiny", out=out, settings=[*FIXED, *pieces, "train.budget=30 steps"])
     model = unmask.load(out)
@@ -97,7 +100,7 @@ def parity(text: Path, folder: Path, kind: str) -> dict[str, Any]:
     lines = [line for line in text.read_text(encoding="utf-8").splitlines() if len(line) > 20][:32]
     ids = [tokenizer(line)["input_ids"] for line in lines]
     encoded = [model.tokenizer.encode(line) for line in lines]
-    ours = [model.tokenizer.framed(one.ids, one.marks)[0].tolist() for one in encoded]
+    ours = [model.tokenizer.add_special_tokens(one.ids, one.marks)[0].tolist() for one in encoded]
     mine = model.log_probabilities(ids, [list(range(len(one))) for one in ids])
     with torch.inference_mode():
         other = [theirs(torch.tensor([one])).logits[0].log_softmax(-1) for one in ids]

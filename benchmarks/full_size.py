@@ -1,9 +1,9 @@
-"""Does each shipped shape train at its full size? Two real optimiser steps of each, and what they need of memory.
+"""Does each shipped shape train at its full size? Two real optimizer steps of each, and what they need of memory.
 
 Every recipe is built in a process of its own, with the vocabulary that it names, and goes twice through the training
-loop: masks, forward, backward, clipping, the recipe's own optimiser, at the rates that its schedule gives. A step is
+loop: masks, forward, backward, clipping, the recipe's own optimizer, at the rates that its schedule gives. A step is
 small (2,048 tokens in texts of the last stage's length) so that the largest shape ends within minutes on two cores;
-the recipe's own batches are dealt in micro-batches of up to `train.micro_batch` and need more memory for activations.
+the recipe's own batches are dealt in micro-batches of up to `train.micro_batch_size` and need more memory for activations.
 The ids are synthetic, drawn with frequencies that fall as 1 ÷ rank: this asks whether it runs, not whether it learns.
 
     python benchmarks/full_size.py                      every bert-* and modern-* recipe
@@ -29,13 +29,13 @@ import torch
 from unmask import __version__
 from unmask.core import rng
 from unmask.core.config import shipped_recipes
-from unmask.core.distributed import discover, load_warning
+from unmask.core.distributed import init_distributed, load_warning
 from unmask.core.hardware import processor_name
-from unmask.core.types import SPECIAL, WORD_START, Batch, Text, pack
-from unmask.models import build, flops_per_token
-from unmask.objectives.mlm import Mlm, MlmSettings
-from unmask.training.loop import Duty, Learner, Standing, Training, Window, train
-from unmask.training.optim import build_optimiser, rate_factor
+from unmask.core.types import SPECIAL, WORD_START, Batch, Sample, pack
+from unmask.models import build_model, flops_per_token
+from unmask.objectives.mlm import MaskedLMConfig, MaskedLMObjective
+from unmask.training.loop import Callback, MetricAccumulator, TrainLoopInputs, TrainModule, TrainState, train
+from unmask.training.optim import build_optimizer, rate_factor
 from unmask.training.plan import Plan, StagePlan, always
 from unmask.training.recipe import load_recipe
 
@@ -59,13 +59,13 @@ class Synthetic:
     def step(self, cursor: int, tokens: int, rank: int, ranks: int) -> tuple[list[Batch], int]:
         """One micro-batch of as many texts as these tokens fill."""
         draw = np.random.default_rng(cursor)
-        texts: list[Text] = []
+        texts: list[Sample] = []
         for number in range(cursor, cursor + max(1, tokens // self._length)):
             ids = np.minimum(SPECIALS + self._edges.searchsorted(draw.random(self._length)), self._most)
             ids[[0, -1]] = CLS, SEP
             marks = np.full(self._length, WORD_START, np.uint8)
             marks[[0, -1]] = SPECIAL
-            texts.append(Text(ids, marks, number=number))
+            texts.append(Sample(ids, marks, number=number))
         return [pack(texts)], cursor + len(texts)
 
 
@@ -82,41 +82,41 @@ def peak_bytes() -> int | None:
 def two_steps(name: str, tokens: int, settings: list[str]) -> dict[str, Any]:
     """Build a recipe at full size and take two steps."""
     recipe = load_recipe(name, settings)
-    assert isinstance(recipe.objective, MlmSettings), "only masks are asked here"
-    vocabulary, length = int(recipe.text.tokenizer.vocab), recipe.stage[-1].length  # type: ignore[union-attr]
-    world = discover(recipe.train.precision, recipe.train.threads)
+    assert isinstance(recipe.objective, MaskedLMConfig), "only masks are asked here"
+    vocabulary, length = int(recipe.data.tokenizer.vocab_size), recipe.stage[-1].max_seq_len  # type: ignore[union-attr]
+    world = init_distributed(recipe.train.precision, recipe.train.threads)
     before = peak_bytes()
     began = time.perf_counter()
     torch.manual_seed(rng.integer(recipe.seed, "weights"))
-    encoder, head = build(recipe.encoder, vocabulary)
-    objective = Mlm(recipe.objective, MASK, np.arange(SPECIALS, vocabulary))
-    learner = Learner(encoder.to(world.device), head.to(world.device), objective)
-    optimiser = build_optimiser(learner, recipe.optimiser, bf16=world.precision == "bfloat16")
+    encoder, head = build_model(recipe.model, vocabulary)
+    objective = MaskedLMObjective(recipe.objective, MASK, np.arange(SPECIALS, vocabulary))
+    learner = TrainModule(encoder.to(world.device), head.to(world.device), objective)
+    optimizer = build_optimizer(learner, recipe.optimizer, bf16=world.precision == "bfloat16")
     plan = Plan((StagePlan(length, tokens, 0, STEPS, 0.0),))
     built = time.perf_counter() - began
     losses: list[float] = []
     seconds: list[float] = []
 
-    def look(now: Standing) -> None:
+    def look(now: TrainState) -> None:
         losses.append(now.window.mean("loss"))
         seconds.append(now.training_seconds - sum(seconds))
-        now.window = Window()
+        now.window = MetricAccumulator()
 
     def factor(progress: float, step: int) -> float:
-        return rate_factor(recipe.schedule, progress, step, recipe.encoder.width)
+        return rate_factor(recipe.lr_schedule, progress, step, recipe.model.hidden_size)
 
     feeds = [Synthetic(vocabulary, length)]
-    training = Training(learner, objective, feeds, optimiser, factor, plan, world, recipe.seed)
-    standing = Standing()
-    train(training, standing, [Duty(always, look)], lambda: 0)
+    training = TrainLoopInputs(learner, objective, feeds, optimizer, factor, plan, world, recipe.seed)
+    state = TrainState()
+    train(training, state, [Callback(always, look)], lambda: 0)
     assert len(losses) == STEPS and all(map(math.isfinite, losses))
-    flops = flops_per_token(recipe.encoder, vocabulary, length, recipe.objective.rate)
+    flops = flops_per_token(recipe.model, vocabulary, length, recipe.objective.mask_rate)
     return {
         "recipe": name,
         "parameters": sum(parameter.numel() for parameter in learner.parameters()),
         "vocabulary": vocabulary,
         "length": length,
-        "tokens_per_step": standing.tokens // STEPS,
+        "tokens_per_step": state.tokens // STEPS,
         "flops_per_token": flops,
         "build_seconds": round(built, 2),
         "step_seconds": [round(one, 2) for one in seconds],
@@ -151,7 +151,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("recipes", nargs="*", help="default: all bert-* and modern-*")
     parser.add_argument("--tokens", type=int, default=2048, help="of a step")
-    parser.add_argument("--threads", default="all")
+    parser.add_argument("--threads", default="auto")
     parser.add_argument("--results", type=Path)
     parser.add_argument("--here", action="store_true", help="one recipe in this process, its figures as JSON")
     given = parser.parse_args()
@@ -160,7 +160,7 @@ def main() -> int:
         print(json.dumps(two_steps(given.recipes[0], given.tokens, settings)))
         return 0
     names = given.recipes or [name for name in shipped_recipes() if name.startswith(("bert-", "modern-"))]
-    if warning := load_warning(discover()):
+    if warning := load_warning(init_distributed()):
         print(warning, file=sys.stderr)
     found: list[dict[str, Any]] = []
     for name in names:

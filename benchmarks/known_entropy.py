@@ -25,11 +25,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from unmask.core.distributed import discover
+from unmask.core.distributed import init_distributed
 from unmask.core.files import default_cache
 from unmask.data.prepare import prepare
 from unmask.data.sources import open_source
-from unmask.evaluation.masked_lm import HOUSE_RULE, Document, evaluate, freeze
+from unmask.evaluation.masked_lm import EVAL_MASKING, Document, build_eval_set, evaluate
 from unmask.models.model import load
 from unmask.training.pretrain import for_stream, launch
 from unmask.training.recipe import read_recipe
@@ -39,9 +39,9 @@ ORDER = 3  # letters that the next one depends on
 LINE = 256  # letters of a document; the last stage of `char` holds a whole one
 BURN_IN = 64  # letters thrown away before a line begins, so that every line begins as any other place
 SETTINGS = [
-    "text.document=line",
-    "text.held_out={by = 'hash', share = '2%', at_most = '200k characters'}",
-    f"stage.2.length={LINE}",
+    "data.document=line",
+    "data.held_out={method = 'hash', fraction = '2%', max_size = '200k characters'}",
+    f"stage.2.max_seq_len={LINE}",
 ]
 
 Floats = NDArray[np.float64]
@@ -87,7 +87,9 @@ def posterior(seen_S: NDArray[np.int64], asked_S: NDArray[np.bool_], chances_abc
     """
     same = np.eye(4)
     # Rows: what is seen; columns: what stands there. Asked: hidden, or a letter that was kept or drawn.
-    of_asked = np.vstack([HOUSE_RULE.keep * same + HOUSE_RULE.random / 4, np.full(4, HOUSE_RULE.mask)])
+    of_asked = np.vstack(
+        [EVAL_MASKING.keep_rate * same + EVAL_MASKING.random_token_rate / 4, np.full(4, EVAL_MASKING.mask_token_rate)]
+    )
     of_any = np.vstack([(1 - rate) * same, np.zeros(4)]) + rate * of_asked
     emission_S4 = of_any[seen_S]
     slots = len(seen_S)
@@ -120,14 +122,14 @@ def best_loss(frozen: Any, ids: NDArray[np.int64], mask_id: int, chances_abcd: F
     code_of = np.full(int(max(ids.max(), mask_id)) + 1, -1)
     code_of[ids], code_of[mask_id] = np.arange(4), 4
     nats = 0.0
-    for puzzle in frozen.puzzles:
-        seen_T = code_of[puzzle.batch.ids_T.numpy()]
+    for masked in frozen.puzzles:
+        seen_T = code_of[masked.batch.ids_T.numpy()]
         asked_T = np.zeros(len(seen_T), dtype=bool)
-        asked_T[puzzle.at_M.numpy()] = True
+        asked_T[masked.positions_M.numpy()] = True
         answer_T = np.zeros(len(seen_T), dtype=np.int64)
-        answer_T[puzzle.at_M.numpy()] = code_of[puzzle.answer_M.numpy()]
-        for first, last in zip(puzzle.batch.starts[:-1], puzzle.batch.starts[1:], strict=True):
-            guess_S4 = posterior(seen_T[first:last], asked_T[first:last], chances_abcd, HOUSE_RULE.rate)
+        answer_T[masked.positions_M.numpy()] = code_of[masked.labels_M.numpy()]
+        for first, last in zip(masked.batch.starts[:-1], masked.batch.starts[1:], strict=True):
+            guess_S4 = posterior(seen_T[first:last], asked_T[first:last], chances_abcd, EVAL_MASKING.mask_rate)
             at = np.flatnonzero(asked_T[first:last])
             nats -= float(np.log(guess_S4[at, answer_T[first:last][at]]).sum())
     return nats / frozen.asked
@@ -153,14 +155,14 @@ def main() -> None:
         )
         model = load(run)
         recipe, plan = read_recipe(run)
-        corpus = prepare(open_source([text], recipe.text), recipe.text, default_cache())
+        corpus = prepare(open_source([text], recipe.data), recipe.data, default_cache())
     held = corpus.held_out
     documents = [
         Document(held.ids(number, 0, int(length)), held.marks(number, 0, int(length)), int(length))
         for number, length in enumerate(held.lengths_N)
     ]
-    frozen = freeze(documents, model.tokenizer, LINE, corpus.train.counts_V)
-    found = evaluate(model.encoder, model.head, frozen, discover("float32", recipe.train.threads))
+    frozen = build_eval_set(documents, model.tokenizer, LINE, corpus.train.counts_V)
+    found = evaluate(model.encoder, model.head, frozen, init_distributed("float32", recipe.train.threads))
     ids = np.array([model.tokenizer.token_to_id(letter) for letter in LETTERS])
     best = best_loss(frozen, ids, model.tokenizer.mask_id, chances)
     result = {
@@ -173,7 +175,7 @@ def main() -> None:
         "unigram_loss": found.unigram_loss,
         "loss": found.loss,
         "best_possible_loss": best,
-        "asked": found.asked,
+        "asked": found.masked_tokens,
         "steps": plan.steps,
         "tokens": made.summary.tokens if made.summary else 0,
         "training_seconds": made.summary.training_seconds if made.summary else math.nan,

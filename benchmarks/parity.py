@@ -53,15 +53,15 @@ def agreement(folder: Path, model: Model, texts: list[str]) -> tuple[int, int, f
         others: Any = theirs(prompt.replace(MASK, mask), top_k=TOP)
         same += [one.id for one in ours] == [one["token"] for one in others]
         # Place by place, whatever stands there: where two answers are as good as equal, their order means nothing.
-        differences = (abs(one.probability - two["score"]) for one, two in zip(ours, others, strict=True))
+        differences = (abs(one.score - two["score"]) for one, two in zip(ours, others, strict=True))
         largest = max(largest, *differences)
     return same, len(asked), largest
 
 
 def row(text: Path, language: str, recipe: str, kind: str, budget: str, vocab: int, place: Path) -> dict[str, Any]:
-    sizes = [] if kind == "characters" else [f"text.tokenizer.vocab={vocab}"]
+    sizes = [] if kind == "characters" else [f"data.tokenizer.vocab_size={vocab}"]
     run = place / f"{recipe}-{language}-{kind}"
-    settings = [f"text.tokenizer.kind={kind}", *sizes]
+    settings = [f"data.tokenizer.kind={kind}", *sizes]
     unmask.pretrain(text, recipe=recipe, budget=budget, out=run, settings=settings, display=SilentDisplay())
     out = place / f"{run.name}-exported"
     done = unmask.export(run, out)
@@ -88,7 +88,7 @@ def main() -> None:
     parser.add_argument("texts", nargs="+", metavar="LANGUAGE=TEXT")
     parser.add_argument("--budget", default="200 steps")
     parser.add_argument("--recipe", action="append", help="default: tiny and bert-tiny")
-    parser.add_argument("--vocab", type=int, default=8192)
+    parser.add_argument("--vocab-size", type=int, default=8192)
     parser.add_argument("--results", type=Path, default=Path("benchmarks/results/parity.json"))
     given = parser.parse_args()
     logging.set_verbosity_error()
@@ -99,7 +99,7 @@ def main() -> None:
             for named in given.texts:
                 language, _, text = named.partition("=")
                 for kind in KINDS:
-                    one = row(Path(text), language, recipe, kind, given.budget, given.vocab, Path(folder))
+                    one = row(Path(text), language, recipe, kind, given.budget, given.vocab_size, Path(folder))
                     rows.append(one)
                     print(
                         f"{one['class']:<22} {kind:<11} {language:<9} {one['largest_logit_difference']:.1e}  "

@@ -30,16 +30,16 @@ import tokenizers
 
 from unmask import __version__
 from unmask.core.hardware import cores, processor_name
-from unmask.data.loader import StageFeed
+from unmask.data.loader import StageLoader
 from unmask.data.prepare import Build, make, prepare
-from unmask.data.settings import TextSettings
+from unmask.data.settings import DataConfig
 from unmask.data.sources import open_source
-from unmask.tokenization.settings import ByteBpeSettings, CharacterSettings, UnigramSettings, WordPieceSettings
+from unmask.tokenization.settings import ByteBpeConfig, CharacterConfig, UnigramConfig, WordPieceConfig
 from unmask.tokenization.tokenizer import Tokenizer
 from unmask.tokenization.tokenizer import train_tokenizer as train
 from unmask.tokenization.words import detect_words
 
-KINDS = {"wordpiece": WordPieceSettings(), "bpe": ByteBpeSettings(), "unigram": UnigramSettings()}
+KINDS = {"wordpiece": WordPieceConfig(), "bpe": ByteBpeConfig(), "unigram": UnigramConfig()}
 SAMPLE_CHARACTERS = 5_000_000
 BATCH_CHARACTERS = 1_000_000
 
@@ -72,7 +72,7 @@ def one_round(folder: Path, threads: int) -> dict[str, float]:
             seconds += time.perf_counter() - begun
             tokens += sum(map(len, encoded))
     at: dict[tuple[str, float], float] = {}
-    settings = TextSettings()
+    settings = DataConfig()
     source = open_source([str(folder / "texts")], settings)
     with tempfile.TemporaryDirectory(dir=folder) as made:
         begun = time.perf_counter()
@@ -146,10 +146,10 @@ def peak_of(lines: Path, cache: Path) -> int:
 
     watcher = threading.Thread(target=watch)
     watcher.start()
-    settings = TextSettings(document="line", tokenizer=CharacterSettings(), drop_duplicates=True)
+    settings = DataConfig(document="line", tokenizer=CharacterConfig(), drop_duplicates=True)
     corpus = prepare(open_source([str(lines)], settings), settings, cache)
     for length in (16, 32, 64):
-        StageFeed(corpus.train, corpus.tokenizer, length, 4096, 1).step(0, 4096, 0, 1)
+        StageLoader(corpus.train, corpus.tokenizer, length, 4096, 1).step(0, 4096, 0, 1)
     done.set()
     watcher.join()
     return peak[0]

@@ -3,7 +3,7 @@
 Both recipes hold out the same last tenth of the corpus and are asked about the same characters, hidden in the same
 way: a document's mask is drawn once for the whole document, before it is cut to each recipe's own length. Each trains
 on its own full plan, one after the other, on a machine that should do nothing else. Seconds are training seconds:
-data, forward, backward and optimiser. Validation, which is frequent until the target is passed so that the passing is
+data, forward, backward and optimizer. Validation, which is frequent until the target is passed so that the passing is
 seen, is left out of both.
 
     python benchmarks/time_to_loss.py tinyshakespeare.txt --results benchmarks/results/time_to_loss.json
@@ -25,10 +25,10 @@ from typing import Any
 import torch
 
 from unmask import __version__
-from unmask.core.distributed import discover, load_warning
+from unmask.core.distributed import init_distributed, load_warning
 from unmask.data.sources import open_source
 from unmask.training.display.plain import SilentDisplay
-from unmask.training.loop import Duty, Standing, train
+from unmask.training.loop import Callback, TrainState, train
 from unmask.training.plan import due, make_plan
 from unmask.training.recipe import load_recipe
 from unmask.training.setup import Workshop
@@ -40,8 +40,8 @@ LOOK_EVERY_STEPS = {"seed": 100, "char": 4}  # until the target is passed
 def race(name: str, text: Path, settings: list[str]) -> tuple[dict[str, Any], list[str]]:
     """Train one recipe on its full plan; its figures, and the characters that it was asked for, sorted."""
     recipe = load_recipe(name, settings)
-    world = discover(recipe.train.precision, recipe.train.threads)
-    workshop = Workshop(recipe, open_source([text], recipe.text), world, SilentDisplay())
+    world = init_distributed(recipe.train.precision, recipe.train.threads)
+    workshop = Workshop(recipe, open_source([text], recipe.data), world, SilentDisplay())
     every = recipe.train.every
     plan = make_plan(
         recipe.stage, recipe.train.budget, every, [feed.epoch_tokens for feed in workshop.feeds], workshop.probe()
@@ -54,7 +54,7 @@ def race(name: str, text: Path, settings: list[str]) -> tuple[dict[str, Any], li
     passed: dict[str, float] = {}
     usual = due(every.validate, plan)
 
-    def look(now: Standing) -> None:
+    def look(now: TrainState) -> None:
         found = workshop.validate(workshop.learner, len(plan.stages) - 1)
         point = {
             "step": now.step,
@@ -76,23 +76,23 @@ def race(name: str, text: Path, settings: list[str]) -> tuple[dict[str, Any], li
     def wanted(step: int, tokens: int, since: float) -> bool:
         return usual(step, tokens, since) or (not passed and step % LOOK_EVERY_STEPS[name] == 0)
 
-    standing = Standing()
-    train(workshop.training(plan), standing, [Duty(wanted, look)], lambda: 0)
+    state = TrainState()
+    train(workshop.training(plan), state, [Callback(wanted, look)], lambda: 0)
     frozen = workshop.frozen(workshop.lengths[-1])
-    answers = sorted(workshop.tokenizer.id_to_token(int(answer)) for one in frozen.puzzles for answer in one.answer_M)
+    answers = sorted(workshop.tokenizer.id_to_token(int(answer)) for one in frozen.puzzles for answer in one.labels_M)
     return {
         "recipe": name,
         "parameters": workshop.parameters,
         "steps": plan.steps,
-        "tokens": standing.tokens,
-        "training_seconds": standing.training_seconds,
-        "phase_seconds": standing.phase_seconds,
+        "tokens": state.tokens,
+        "training_seconds": state.training_seconds,
+        "phase_seconds": state.phase_seconds,
         "seconds_to_target": crossing(curve),
         "final_loss": curve[-1]["loss"],
         "final_accuracy": curve[-1]["accuracy"],
-        "asked": frozen.asked,
+        "asked": frozen.masked_tokens,
         "unigram_loss": frozen.unigram_loss,
-        "world": world.facts(),
+        "world": world.describe(),
         "stages": [asdict(stage) for stage in plan.stages],
         "curve": curve,
     }, answers
@@ -119,7 +119,7 @@ def main() -> int:
     parser.add_argument("--set", dest="settings", action="append", default=[], help="change a setting of both recipes")
     given = parser.parse_args()
     names = [given.only] if given.only else ["char", "seed"]
-    if warning := load_warning(discover()):
+    if warning := load_warning(init_distributed()):
         print(f"warning: {warning}", file=sys.stderr)
     began, load = time.time(), os.getloadavg()[0]
     runs = {name: race(name, given.text, given.settings) for name in names}

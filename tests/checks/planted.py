@@ -16,7 +16,7 @@ class Honest:
         self.mask_id = tokenizer.mask_id
         self.padding_id = tokenizer.role_id("pad_token")
         self.special = torch.tensor(tokenizer.special_ids)
-        self.ordinary = torch.from_numpy(tokenizer.ordinary_N)
+        self.ordinary = torch.from_numpy(tokenizer.regular_token_ids)
 
     def generator(self, ids: Tensor) -> torch.Generator | None:
         return None

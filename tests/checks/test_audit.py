@@ -17,12 +17,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import unmask
-from unmask.checks.audit.maskers import Ours, claims_of_settings, fast_tokenizer, library_collator
-from unmask.checks.audit.settings import AuditSettings, Claims
+from unmask.checks.audit.maskers import ObjectiveMasker, claims_of_settings, fast_tokenizer, library_collator
+from unmask.checks.audit.settings import AuditConfig, Claims
 from unmask.checks.audit.statistics import chance_of, combinations, poisson_tail
 from unmask.core.errors import RecipeError, TextError
-from unmask.objectives.masking import Choose
-from unmask.objectives.mlm import Mlm, MlmSettings
+from unmask.objectives.masking import MaskUnit
+from unmask.objectives.mlm import MaskedLMConfig, MaskedLMObjective
 from unmask.tokenization.tokenizer import Tokenizer
 
 # Tests are imported as single files; what stands beside them is found by its folder.
@@ -42,7 +42,7 @@ def pieces(english: list[str]) -> Tokenizer:
     return texts.trained("english", "wordpiece")
 
 
-ALONE = AuditSettings(workers=0, samples=512)
+ALONE = AuditConfig(workers=0, samples=512)
 FAULTS: list[tuple[str, dict[str, Any], set[str]]] = [
     ("AsksCls", {}, {"specials asked"}),
     ("AsksPadding", {}, {"padding asked"}),
@@ -64,7 +64,7 @@ FAULTS: list[tuple[str, dict[str, Any], set[str]]] = [
 def test_a_planted_fault_is_found_and_only_it(
     english: list[str], pieces: Tokenizer, name: str, options: dict[str, Any], found: set[str]
 ) -> None:
-    long = AuditSettings(workers=0, samples=1024) if found & {"rate by length", "rate", "nothing asked"} else ALONE
+    long = AuditConfig(workers=0, samples=1024) if found & {"rate by length", "rate", "nothing asked"} else ALONE
     report = unmask.audit(getattr(planted, name)(pieces, **options), english, pieces, settings=long)
     assert set(report.found) == found, [finding for finding in report.findings if finding.verdict == "found"]
     assert report.passed is not bool(found)
@@ -72,7 +72,7 @@ def test_a_planted_fault_is_found_and_only_it(
 
 def test_a_split_of_81_10_9_is_found_and_only_it(english: list[str], pieces: Tokenizer) -> None:
     report = unmask.audit(
-        planted.Honest(pieces, split=(0.81, 0.10)), english, pieces, settings=AuditSettings(workers=0, samples=3072)
+        planted.Honest(pieces, split=(0.81, 0.10)), english, pieces, settings=AuditConfig(workers=0, samples=3072)
     )
     assert set(report.found) == {"masked", "kept"}
     assert report["masked"].measured == pytest.approx(0.81, abs=0.006)
@@ -80,7 +80,7 @@ def test_a_split_of_81_10_9_is_found_and_only_it(english: list[str], pieces: Tok
 
 def test_workers_that_draw_alike_are_found_and_only_they(english: list[str], pieces: Tokenizer) -> None:
     report = unmask.audit(
-        planted.SameInEveryWorker(pieces), english, pieces, settings=AuditSettings(workers=2, samples=512)
+        planted.SameInEveryWorker(pieces), english, pieces, settings=AuditConfig(workers=2, samples=512)
     )
     assert set(report.found) == {"repeats between workers"}
 
@@ -95,7 +95,7 @@ def test_a_word_in_part_is_found_and_only_it(english: list[str], pieces: Tokeniz
 
 
 def test_neighbours_hidden_together_are_found_where_words_are_promised(english: list[str], pieces: Tokenizer) -> None:
-    spans = Mlm(MlmSettings(choose="span"), pieces.mask_id, pieces.ordinary_N)
+    spans = MaskedLMObjective(MaskedLMConfig(mask_unit="span"), pieces.mask_id, pieces.regular_token_ids)
     report = unmask.audit(spans, english, pieces, claims=Claims(units="words"), settings=ALONE)
     assert "words together" in report.found
 
@@ -105,21 +105,28 @@ def test_neighbours_hidden_together_are_found_where_words_are_promised(english: 
 def test_ours_passes_however_words_and_tokens_are_cut(language: str, kind: str) -> None:
     documents = texts.documents(language)
     tokenizer = texts.trained(language, kind)
-    choices: tuple[Choose, ...] = ("token", "word", "span", "ngram")
+    choices: tuple[MaskUnit, ...] = ("token", "whole-word", "span", "ngram")
     for choose in choices:
-        ours = MlmSettings(choose=choose)
-        masker = Ours(Mlm(ours, tokenizer.mask_id, tokenizer.ordinary_N), 17, claims=claims_of_settings(ours))
-        report = unmask.audit(masker, documents, tokenizer, settings=AuditSettings(workers=0, samples=256))
+        ours = MaskedLMConfig(mask_unit=choose)
+        masker = ObjectiveMasker(
+            MaskedLMObjective(ours, tokenizer.mask_id, tokenizer.regular_token_ids), 17, claims=claims_of_settings(ours)
+        )
+        report = unmask.audit(masker, documents, tokenizer, settings=AuditConfig(workers=0, samples=256))
         assert report.passed, [finding for finding in report.findings if finding.verdict == "found"]
         assert report.false_alarm < 1e-4
 
 
 def test_ours_passes_in_workers_and_gives_the_same_numbers_again(english: list[str], pieces: Tokenizer) -> None:
-    ours = MlmSettings(rate=0.3, rate_end=0.15, choose="word")
-    settings = AuditSettings(workers=2, samples=256)
+    ours = MaskedLMConfig(mask_rate=0.3, final_mask_rate=0.15, mask_unit="whole-word")
+    settings = AuditConfig(workers=2, samples=256)
     reports = [
         unmask.audit(
-            Ours(Mlm(ours, pieces.mask_id, pieces.ordinary_N), 17, claims=claims_of_settings(ours, 1.0), progress=1.0),
+            ObjectiveMasker(
+                MaskedLMObjective(ours, pieces.mask_id, pieces.regular_token_ids),
+                17,
+                claims=claims_of_settings(ours, 1.0),
+                progress=1.0,
+            ),
             english,
             pieces,
             settings=settings,
@@ -135,7 +142,7 @@ def test_the_global_generators_are_left_as_they_were(english: list[str], pieces:
     torch.manual_seed(3)
     expected = torch.rand(1)
     torch.manual_seed(3)
-    unmask.audit(planted.Honest(pieces), english, pieces, settings=AuditSettings(workers=0, samples=64))
+    unmask.audit(planted.Honest(pieces), english, pieces, settings=AuditConfig(workers=0, samples=64))
     assert torch.equal(torch.rand(1), expected)
 
 
@@ -160,13 +167,13 @@ def test_a_collator_is_known_by_its_class_and_its_own_claims(english: list[str],
 
 
 def test_ranks_that_seed_alike_draw_alike(english: list[str], pieces: Tokenizer) -> None:
-    settings = AuditSettings(workers=0, samples=512, seeds="alike")
+    settings = AuditConfig(workers=0, samples=512, seeds="alike")
     report = unmask.audit(library_collator("transformers", pieces, 0), english, pieces, settings=settings)
     assert "repeats between ranks" in report.found
 
 
 def test_a_seeded_collator_repeats_itself_in_workers(english: list[str], pieces: Tokenizer) -> None:
-    settings = AuditSettings(workers=2, samples=512)
+    settings = AuditConfig(workers=2, samples=512)
     report = unmask.audit(library_collator("transformers:seeded", pieces, 0), english, pieces, settings=settings)
     assert {"repeats between epochs", "repeats between ranks"} <= set(report.found)
     assert report["repeats between epochs"].count == report["repeats between epochs"].of
@@ -188,7 +195,7 @@ def test_a_line_is_one_word_to_the_whole_word_collator(language: str, kind: str)
 
 
 def test_what_is_no_masker_is_refused(english: list[str], pieces: Tokenizer) -> None:
-    short = AuditSettings(workers=0, samples=64)
+    short = AuditConfig(workers=0, samples=64)
     for masker, says in (
         (planted.gives_nothing_useful, "it gave a Tensor"),
         (planted.Honest, "it is a class"),
@@ -203,9 +210,9 @@ def test_what_is_no_masker_is_refused(english: list[str], pieces: Tokenizer) -> 
     with pytest.raises(RecipeError, match="seeded"):
         library_collator("transformers:seded", pieces, 0)
     with pytest.raises(RecipeError, match="no batch to each worker"):
-        AuditSettings(samples=16)
+        AuditConfig(samples=16)
     with pytest.raises(RecipeError, match="memory"):
-        AuditSettings(samples=1_000_000)
+        AuditConfig(samples=1_000_000)
 
 
 # Bounds ---------------------------------------------------------------------------------------------------------------

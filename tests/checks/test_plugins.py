@@ -10,15 +10,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from unmask.checks.plugins import check
+from unmask.checks.plugins import check_plugin
 from unmask.checks.plugins.fixtures import cutter_cases, objective_subject, sample_tokenizer
-from unmask.checks.plugins.runner import Verdict, judge
-from unmask.checks.plugins.suites import CUTTER_LAWS, OBJECTIVE_LAWS, SOURCE_LAWS, CutterSubject, SourceSubject
+from unmask.checks.plugins.runner import CheckResult, run_checks
+from unmask.checks.plugins.suites import CUTTER_LAWS, OBJECTIVE_LAWS, SOURCE_LAWS, SamplerFixture, SourceFixture
 from unmask.cli import main
-from unmask.core.config import build_outside
+from unmask.core.config import build_plugin
 from unmask.core.errors import RecipeError
-from unmask.core.plugins import OutsideCutter, OutsideObjective, OutsideSource, make
-from unmask.core.types import ObjectiveTools, SourceTools
+from unmask.core.plugins import PluginObjectiveConfig, PluginSamplerConfig, PluginSourceConfig, make
+from unmask.core.types import ObjectiveContext, SourceContext
 
 PLANTED = '''
 import random
@@ -28,24 +28,24 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from unmask.core.types import SPECIAL, Cut, Loss, Part, Passage, Puzzle, Span, logits_at
+from unmask.core.types import SPECIAL, SampleSpec, LossSums, SourceShard, DocumentChunk, MaskedBatch, TokenSpan, logits_at
 
 
 class Every:
     """Each third ordinary slot of a text."""
 
-    terms = {"third": 1.0}
+    loss_weights = {"third": 1.0}
     metrics = ("loss",)
-    cutter = "windows"
+    sampler = "windows"
     fills = True
 
     def __init__(self, settings, tools):
         self.vocabulary = tools.vocabulary
-        self.parts = nn.Module()
+        self.modules = nn.Module()
 
     def at(self, batch, seed):
-        marks, starts = batch.marks_T.tolist(), batch.starts
-        texts = [range(starts[b], starts[b + 1]) for b in range(batch.texts)]
+        marks, starts = batch.token_flags_T.tolist(), batch.offsets
+        texts = [range(starts[b], starts[b + 1]) for b in range(batch.num_samples)]
         ordinary = [[slot for slot in text if not marks[slot] & SPECIAL] for text in texts]
         return [slot for text in ordinary for slot in text[::3]]
 
@@ -53,20 +53,20 @@ class Every:
         return self.asked(batch, self.at(batch, seed))
 
     def asked(self, batch, at):
-        at_M = torch.tensor(at, dtype=torch.int64)
+        positions_M = torch.tensor(at, dtype=torch.int64)
         ids_T = batch.ids_T.clone()
-        ids_T[at_M] = self.vocabulary.mask_id
-        one_M, askable = torch.ones(len(at)), int(((batch.marks_T & SPECIAL) == 0).sum())
+        ids_T[positions_M] = self.vocabulary.mask_id
+        one_M, num_maskable = torch.ones(len(at)), int(((batch.token_flags_T & SPECIAL) == 0).sum())
         puzzle = replace(batch, ids_T=ids_T)
-        return Puzzle(puzzle, at_M, batch.ids_T[at_M], one_M, 0 * one_M, {"third": len(at)}, askable)
+        return MaskedBatch(puzzle, positions_M, batch.ids_T[positions_M], one_M, 0 * one_M, {"third": len(at)}, num_maskable)
 
     def nats(self, encoder, head, puzzle):
-        logits_MV = logits_at(encoder, head, puzzle.batch, puzzle.at_M)
-        return F.cross_entropy(logits_MV, puzzle.answer_M, reduction="none")
+        logits_MV = logits_at(encoder, head, puzzle.batch, puzzle.positions_M)
+        return F.cross_entropy(logits_MV, puzzle.labels_M, reduction="none")
 
     def loss(self, encoder, head, puzzle):
         total = self.nats(encoder, head, puzzle).sum()
-        return Loss({"third": total}, {"loss": (total.detach(), len(puzzle.at_M))})
+        return LossSums({"third": total}, {"loss": (total.detach(), len(puzzle.positions_M))})
 
 
 class Impure(Every):
@@ -90,13 +90,13 @@ class ByPlace(Every):
 class InPlace(Every):
     def corrupt(self, batch, seed):
         puzzle = super().corrupt(batch, seed)
-        batch.ids_T[puzzle.at_M] = self.vocabulary.mask_id
+        batch.ids_T[puzzle.positions_M] = self.vocabulary.mask_id
         return puzzle
 
 
 class AsksSpecials(Every):
     def at(self, batch, seed):
-        return sorted({*super().at(batch, seed), *batch.starts[: batch.texts]})
+        return sorted({*super().at(batch, seed), *batch.offsets[: batch.num_samples]})
 
 
 class AsksFiller(Every):
@@ -112,12 +112,12 @@ class Descends(Every):
 class AnswersHidden(Every):
     def corrupt(self, batch, seed):
         puzzle = super().corrupt(batch, seed)
-        return replace(puzzle, answer_M=puzzle.batch.ids_T[puzzle.at_M])
+        return replace(puzzle, labels_M=puzzle.batch.ids_T[puzzle.positions_M])
 
 
 class Miscounts(Every):
     def corrupt(self, batch, seed):
-        return replace(super().corrupt(batch, seed), counts={"second": 1})
+        return replace(super().corrupt(batch, seed), denominators={"second": 1})
 
 
 class Beyond(Every):
@@ -154,12 +154,12 @@ class Detached(Every):
 
 class NanAlone(Every):
     def loss(self, encoder, head, puzzle):
-        total = self.nats(encoder, head, puzzle).sum() * (len(puzzle.at_M) / torch.tensor(float(len(puzzle.at_M))))
-        return Loss({"third": total}, {"loss": (total.detach(), len(puzzle.at_M))})
+        total = self.nats(encoder, head, puzzle).sum() * (len(puzzle.positions_M) / torch.tensor(float(len(puzzle.positions_M))))
+        return LossSums({"third": total}, {"loss": (total.detach(), len(puzzle.positions_M))})
 
 
 class WithoutTerms(Every):
-    terms = {}
+    loss_weights = {}
 
 
 class Breaks(Every):
@@ -173,7 +173,7 @@ class Pieces:
     def __init__(self, settings, tools):
         self.tools = tools
         self.spans = [
-            Span(document, first, min(first + tools.length, tokens))
+            TokenSpan(document, first, min(first + tools.length, tokens))
             for document, tokens in enumerate(tools.lengths_N.tolist())
             for first in range(0, tokens, tools.length)
         ]
@@ -182,19 +182,19 @@ class Pieces:
         return len(self.spans)
 
     def cut(self, epoch, sample):
-        return Cut(epoch, sample, (self.spans[sample],))
+        return SampleSpec(epoch, sample, (self.spans[sample],))
 
 
 class Overruns(Pieces):
     def cut(self, epoch, sample):
         document, first, _, _ = self.spans[sample]
-        return Cut(epoch, sample, (Span(document, first, first + self.tools.length),))
+        return SampleSpec(epoch, sample, (TokenSpan(document, first, first + self.tools.length),))
 
 
 class TooLong(Pieces):
     def cut(self, epoch, sample):
         document, _, last, _ = self.spans[sample]
-        return Cut(epoch, sample, (Span(document, 0, last),))
+        return SampleSpec(epoch, sample, (TokenSpan(document, 0, last),))
 
 
 class Grows(Pieces):
@@ -204,17 +204,17 @@ class Grows(Pieces):
 
 class OneKey(Pieces):
     def cut(self, epoch, sample):
-        return Cut(epoch, 0, (self.spans[sample],))
+        return SampleSpec(epoch, 0, (self.spans[sample],))
 
 
 class NoEpoch(Pieces):
     def cut(self, epoch, sample):
-        return Cut(0, sample, (self.spans[sample],))
+        return SampleSpec(0, sample, (self.spans[sample],))
 
 
 class Draws(Pieces):
     def cut(self, epoch, sample):
-        return Cut(epoch, sample, (random.choice(self.spans),))
+        return SampleSpec(epoch, sample, (random.choice(self.spans),))
 
 
 class Counts:
@@ -233,14 +233,14 @@ class Counts:
         return f"counts {self.settings}"
 
     def parts(self):
-        return [Part("first", 0, 3), Part("second", 3, self.settings.documents)]
+        return [SourceShard("first", 0, 3), SourceShard("second", 3, self.settings.documents)]
 
     def texts(self, part):
         return [" ".join(str(self.settings.begin + 4 * n + k) for k in range(4)) for n in range(*part[1:])]
 
     def documents(self, part):
         for number, text in enumerate(self.texts(part)):
-            yield Passage(number, 0, text, len(text) + 1, last=True)
+            yield DocumentChunk(number, 0, text, len(text) + 1, last=True)
 
 
 class AnyOrder(Counts):
@@ -310,27 +310,27 @@ def _planted(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
-def broken(verdicts: list[Verdict]) -> dict[str, str]:
-    return {verdict.law: verdict.detail for verdict in verdicts if not verdict.passed}
+def broken(verdicts: list[CheckResult]) -> dict[str, str]:
+    return {verdict.check: verdict.detail for verdict in verdicts if not verdict.passed}
 
 
 def of_objective(name: str) -> dict[str, str]:
-    settings = build_outside(OutsideObjective, {"kind": f"planted_laws:{name}"}, "here")
-    objective = make(settings, ObjectiveTools(sample_tokenizer(), 32))
-    return broken(judge(OBJECTIVE_LAWS, objective_subject(objective)))
+    settings = build_plugin(PluginObjectiveConfig, {"kind": f"planted_laws:{name}"}, "here")
+    objective = make(settings, ObjectiveContext(sample_tokenizer(), 32))
+    return broken(run_checks(OBJECTIVE_LAWS, objective_subject(objective)))
 
 
 def of_cutter(name: str) -> dict[str, str]:
-    settings = build_outside(OutsideCutter, {"kind": f"planted_laws:{name}"}, "here")
-    return broken(judge(CUTTER_LAWS, CutterSubject(lambda tools: make(settings, tools), cutter_cases())))
+    settings = build_plugin(PluginSamplerConfig, {"kind": f"planted_laws:{name}"}, "here")
+    return broken(run_checks(CUTTER_LAWS, SamplerFixture(lambda tools: make(settings, tools), cutter_cases())))
 
 
 def of_source(name: str) -> dict[str, str]:
     def source_of(**table: int):
-        settings = build_outside(OutsideSource, {"kind": f"planted_laws:{name}", **table}, "here")
-        return lambda: make(settings, SourceTools(()))
+        settings = build_plugin(PluginSourceConfig, {"kind": f"planted_laws:{name}", **table}, "here")
+        return lambda: make(settings, SourceContext(()))
 
-    return broken(judge(SOURCE_LAWS, SourceSubject(source_of(), [("begin = 2", source_of(begin=2))])))
+    return broken(run_checks(SOURCE_LAWS, SourceFixture(source_of(), [("begin = 2", source_of(begin=2))])))
 
 
 def test_what_is_right_keeps_every_law() -> None:
@@ -347,7 +347,7 @@ def test_what_is_right_keeps_every_law() -> None:
         ("AsksSpecials", "special pieces are never asked", "slots [0, "),
         ("AsksFiller", "asked slots ascend inside texts", "lie in no text"),
         ("Descends", "asked slots ascend inside texts", "does not ascend"),
-        ("AnswersHidden", "answers are what stood there", "not batch.ids_T[at_M]"),
+        ("AnswersHidden", "answers are what stood there", "not batch.ids_T[positions_M]"),
         ("Miscounts", "counts match what is asked", "['second']"),
         ("Beyond", "the layout stays", "beyond the vocabulary"),
         ("Silent", "asks something", "nothing was asked in 10 texts"),
@@ -356,7 +356,7 @@ def test_what_is_right_keeps_every_law() -> None:
         ("Noisy", "the loss draws nothing", "belongs into `corrupt`"),
         ("Detached", "gradients are finite", "was something detached?"),
         ("NanAlone", "nothing askable costs nothing", "no number where nothing is asked"),
-        ("WithoutTerms", "says what it is", "`terms` is empty"),
+        ("WithoutTerms", "says what it is", "`loss_weights` is empty"),
         ("Breaks", "corrupt is pure", "ZeroDivisionError: division by zero (at "),
     ],
 )
@@ -400,15 +400,15 @@ def test_a_planted_source_is_found(name: str, law: str, says: str) -> None:
 def test_a_whole_check_with_another_process(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    command = ["unmask", "check", "planted_laws:Salted", "--settings", "documents=4", "--json"]
+    command = ["unmask", "check-plugin", "planted_laws:Salted", "--settings", "documents=4", "--json"]
     monkeypatch.setattr(sys, "argv", command)
     with pytest.raises(SystemExit) as ended:
         main()
     told = json.loads(capsys.readouterr().out)
     assert ended.value.code == 2 and not told["passed"]
     assert (told["role"], told["settings"].splitlines()[1]) == ("source", "documents = 4")
-    (only,) = [verdict for verdict in told["verdicts"] if not verdict["passed"]]
-    assert only["law"] == "another process gives the same" and "hash()" in only["detail"]
+    (only,) = [verdict for verdict in told["results"] if not verdict["passed"]]
+    assert only["check"] == "another process gives the same" and "hash()" in only["detail"]
 
 
 def test_the_page_names_every_law() -> None:
@@ -420,8 +420,8 @@ def test_the_page_names_every_law() -> None:
 
 def test_what_has_no_role_is_refused(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match="has the methods of no role"):
-        check("planted_laws:Loss")
+        check_plugin("planted_laws:LossSums")
     with pytest.raises(RecipeError, match="TEXT is for sources"):
-        check("planted_laws:Pieces", paths=[tmp_path])
+        check_plugin("planted_laws:Pieces", paths=[tmp_path])
     with pytest.raises(RecipeError, match=r"`Pieces` in .* is no source: it has no `parts`, `documents`"):
-        check("planted_laws:Pieces", role="source")
+        check_plugin("planted_laws:Pieces", role="source")

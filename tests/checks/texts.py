@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from functools import cache
 
-from unmask.tokenization.settings import ByteBpeSettings, CharacterSettings, WordPieceSettings
+from unmask.tokenization.settings import ByteBpeConfig, CharacterConfig, WordPieceConfig
 from unmask.tokenization.tokenizer import Tokenizer, train_tokenizer
 
 ENGLISH = (
@@ -41,8 +41,8 @@ def documents(language: str) -> list[str]:
 def trained(language: str, kind: str) -> Tokenizer:
     """A tokenizer of its documents, so small that many words are cut."""
     settings = {
-        "wordpiece": WordPieceSettings(vocab=WORDPIECES[language], minimum_count=1),
-        "bpe": ByteBpeSettings(vocab=330, minimum_count=1),
-        "characters": CharacterSettings(),
+        "wordpiece": WordPieceConfig(vocab_size=WORDPIECES[language], min_frequency=1),
+        "bpe": ByteBpeConfig(vocab_size=330, min_frequency=1),
+        "characters": CharacterConfig(),
     }
     return train_tokenizer(documents(language), settings[kind])

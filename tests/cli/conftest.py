@@ -14,19 +14,19 @@ from unmask.training.pretrain import launch
 
 SMALL = """\
 about = "Small enough for a test."
-[text]
+[data]
 document = "file"
-held_out = { by = "tail", share = "10%" }
+held_out = { method = "tail", fraction = "10%" }
 tokenizer = { kind = "characters" }
-[encoder]
-kind = "modern"
-layers = 1
-width = 16
-heads = 2
-feed_forward = 16
+[model]
+kind = "modernbert"
+num_hidden_layers = 1
+hidden_size = 16
+num_attention_heads = 2
+intermediate_size = 16
 [[stage]]
-length = 32
-batch = "8 texts"
+max_seq_len = 32
+batch_size = "8 texts"
 [train]
 budget = "3 steps"
 every = { log = "1 steps", validate = "2 steps", save = "2 steps" }

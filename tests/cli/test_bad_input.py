@@ -206,7 +206,7 @@ def mend(message: str) -> list[str]:
 def test_a_corpus_shorter_than_one_text(refused: Refused, unmask: Command) -> None:
     Path("short.txt").write_text("A cat sat on a mat.")  # 17 of its 19 characters are left for training
     message = refused(*PRETRAIN, "short.txt", says=("short.txt", "17 tokens", "shorter than one text", "30"))
-    assert mend(message) == ["--set", "stage.0.length=19"]
+    assert mend(message) == ["--set", "stage.0.max_seq_len=19"]
     Path("single.txt").write_text("a")
     refused(*PRETRAIN, "single.txt", says=("single.txt", "give more text"))
     code, _, err = unmask(*PRETRAIN, "short.txt", *mend(message))
@@ -214,8 +214,8 @@ def test_a_corpus_shorter_than_one_text(refused: Refused, unmask: Command) -> No
 
 
 def test_a_vocabulary_that_the_text_cannot_give(refused: Refused, unmask: Command) -> None:
-    words = ["--set", "text.tokenizer.kind=wordpiece", "--set", "text.tokenizer.vocab=8192"]
-    message = refused(*PRETRAIN, "cat.txt", *words, says=("a vocabulary of 8,192", "text.tokenizer.vocab"))
+    words = ["--set", "data.tokenizer.kind=wordpiece", "--set", "data.tokenizer.vocab_size=8192"]
+    message = refused(*PRETRAIN, "cat.txt", *words, says=("a vocabulary of 8,192", "data.tokenizer.vocab_size"))
     code, _, err = unmask(*PRETRAIN, "cat.txt", *words, *mend(message))
     assert code == 0, err
 
@@ -233,7 +233,7 @@ def test_no_text_at_all(refused: Refused) -> None:
 def test_ids_beyond_the_vocabulary(small_run: Path, ids: list[int], says: str) -> None:
     with pytest.raises(ModelError, match=f"{says} is beyond the vocabulary of 20") as refusal:
         front.load(small_run).log_probabilities([[1], ids], [[0], [0]])
-    assert refusal.value.where == "text 1" and refusal.value.next
+    assert refusal.value.location == "text 1" and refusal.value.hint
 
 
 def test_a_tokenizer_with_more_pieces_than_the_weights_have_rows(refused: Refused, run: Path) -> None:
@@ -278,10 +278,12 @@ def test_text_longer_than_the_context_is_windowed(unmask: Command, run: Path) ->
     assert code == 0, err
     ((mask,),) = [one["masks"] for one in json.loads(out)]
     assert mask["position"] > 400, "the slot in the whole text"
-    assert all(candidate["text"].count("cat") == 40 for candidate in mask["candidates"])
+    assert all(candidate["sequence"].count("cat") == 40 for candidate in mask["candidates"])
     code, out, _ = unmask("evaluate", "run", "--text", "cat.txt", "--json")
     assert code == 0
-    assert json.loads(out)["asked"] == pytest.approx(0.15 * 3059, rel=0.05), "all of the text, not its first window"
+    assert json.loads(out)["masked_tokens"] == pytest.approx(0.15 * 3059, rel=0.05), (
+        "all of the text, not its first window"
+    )
 
 
 # Recipes, keys, values, budgets --------------------------------------------------------------------------------------
@@ -294,20 +296,20 @@ def test_text_longer_than_the_context_is_windowed(unmask: Command, run: Path) ->
         (("--recipe", "nothing.toml"), ("nothing.toml", "char")),
         (("--set", "train.bugdet=3 steps"), ("`bugdet`", "did you mean `budget`?", "--set train.bugdet=3 steps")),
         (("--set", "stag.0.length=16"), ("stag",)),
-        (("--set", "encoder.kind=modrn"), ("did you mean", "modern")),
-        (("--set", "objective.choose=words"), ("did you mean", "word")),
-        (("--set", "encoder.width=wide"), ("encoder.width", "a whole number")),
-        (("--set", "encoder.heads=3"), ("encoder.heads", "multiple")),
-        (("--set", "objective.rate=1.5"), ("rate = 1.5", "0 < rate <= 1")),
+        (("--set", "model.kind=modernbrt"), ("did you mean", "modernbert")),
+        (("--set", "objective.mask_unit=whole-words"), ("did you mean", "whole-word")),
+        (("--set", "model.hidden_size=wide"), ("model.hidden_size", "a whole number")),
+        (("--set", "model.num_attention_heads=3"), ("model.num_attention_heads", "multiple")),
+        (("--set", "objective.mask_rate=1.5"), ("mask_rate = 1.5", "0 < mask_rate <= 1")),
         (("--set", "seed"), ("--set seed", "key")),
-        (("--set", "stage.0.length=100000"), ("100000", "encoder.longest")),
-        (("--set", "stage.3.length=16"), ("stage.3",)),
+        (("--set", "stage.0.max_seq_len=100000"), ("100000", "model.max_position_embeddings")),
+        (("--set", "stage.3.max_seq_len=16"), ("stage.3",)),
         (("--set", "train.every.save=20 tokens"), ("train.every.save", "steps or seconds")),
-        (("--set", "train.micro_batch=0 tokens"), ("train.micro_batch", "16k tokens")),
-        (("--set", "text.tokenizer.minimum_count=0"), ("text.tokenizer.minimum_count", "1 or more")),
-        (("--set", "optimiser.rate=inf"), ("optimiser.rate", "above 0")),
-        (("--set", "show.lines=-1"), ("show.lines", "0 or more")),
-        (("--set", "text.held_out.share=100%"), ("100%", "less than 100%")),
+        (("--set", "train.micro_batch_size=0 tokens"), ("train.micro_batch_size", "16k tokens")),
+        (("--set", "data.tokenizer.min_frequency=0"), ("data.tokenizer.min_frequency", "1 or more")),
+        (("--set", "optimizer.lr=inf"), ("optimizer.lr", "above 0")),
+        (("--set", "preview.num_samples=-1"), ("preview.num_samples", "0 or more")),
+        (("--set", "data.held_out.fraction=100%"), ("100%", "less than 100%")),
         (("--set", "train.threads=4096"), ("4096 threads", "train.threads")),
         (("--budget", "20"), ("`20` needs a unit", "120 steps", "where: --budget 20 next:")),
         (("--budget", "20", "--set", "train.budget=3 steps"), ("where: --budget 20 next:",)),
@@ -318,12 +320,12 @@ def test_text_longer_than_the_context_is_windowed(unmask: Command, run: Path) ->
         (("--budget", "5 characters"), ("--budget", "characters", "seconds, steps, tokens or epochs")),
         (("--set", "train.budget=5 texts"), ("--set train.budget=5 texts", "seconds, steps, tokens or epochs")),
         (
-            ("--set", "text.tokenizer.kind=wordpiece", "--set", "text.tokenizer.vocabulary=9"),
-            ("`vocabulary`", "did you mean `vocab`?"),
+            ("--set", "data.tokenizer.kind=wordpiece", "--set", "data.tokenizer.vocab_sise=9"),
+            ("`vocab_sise`", "did you mean `vocab_size`?"),
         ),
         (
-            ("--recipe", "tiny", "--set", "text.tokenizer.kind=characters", "--set", "text.tokenizer.vocab=5"),
-            ("unknown key `vocab` of kind `characters`", "--set text.tokenizer.vocab=5"),
+            ("--recipe", "tiny", "--set", "data.tokenizer.kind=characters", "--set", "data.tokenizer.vocab_size=5"),
+            ("unknown key `vocab_size` of kind `characters`", "--set data.tokenizer.vocab_size=5"),
         ),
         (("--budget", "+1 epoch"), ("+1 epoch", "--resume")),
         (("--set", "train.budget=20"), ("`20` needs a unit",)),
@@ -336,9 +338,12 @@ def test_what_a_recipe_cannot_be(refused: Refused, arguments: tuple[str, ...], s
 def test_a_recipe_file_with_a_fault_in_it(refused: Refused) -> None:
     good = Path("small.toml").read_text()
     for bad, says in (
-        (good.replace("layers", "leyers"), ("bad.toml", "encoder.leyers", "did you mean `layers`?")),
-        (good.replace('"8 texts"', "8"), ("bad.toml", "stage.0.batch", "needs a unit")),
-        (good.replace("[text]", "[text"), ("bad.toml, line 2",)),
+        (
+            good.replace("num_hidden_layers", "num_hidden_leyers"),
+            ("bad.toml", "model.num_hidden_leyers", "did you mean `num_hidden_layers`?"),
+        ),
+        (good.replace('"8 texts"', "8"), ("bad.toml", "stage.0.batch_size", "needs a unit")),
+        (good.replace("[data]", "[data"), ("bad.toml, line 2",)),
         ('extends = "tinny"\n', ("did you mean `tiny`?",)),
         ('extends = "./bad.toml"\n', ("extend each other",)),
     ):
@@ -384,7 +389,7 @@ def test_a_damaged_shard(
 
 @pytest.mark.parametrize(
     ("harm", "name"),
-    [(flip, "model.safetensors"), (cut, "resume/optimiser.safetensors"), (Path.unlink, "tokenizer.json")],
+    [(flip, "model.safetensors"), (cut, "resume/optimizer.safetensors"), (Path.unlink, "tokenizer.json")],
 )
 def test_a_damaged_checkpoint(
     refused: Refused, unmask: Command, run: Path, harm: Callable[[Path], None], name: str
@@ -435,13 +440,13 @@ def test_a_changed_corpus(refused: Refused, small_run: Path, run: Path) -> None:
 
 def test_a_changed_tokenizer(refused: Refused, run: Path) -> None:
     recipe = (run / "recipe.toml").read_text()
-    (run / "recipe.toml").write_text(recipe.replace("minimum_count = 1", "minimum_count = 100"))
+    (run / "recipe.toml").write_text(recipe.replace("min_frequency = 1", "min_frequency = 100"))
     refused("pretrain", "--resume", "run", "--budget", "+1 steps", says=("tokenizer", "is not the run's"))
 
 
 def test_a_recipe_of_another_shape(refused: Refused, run: Path) -> None:
     recipe = (run / "recipe.toml").read_text()
-    (run / "recipe.toml").write_text(recipe.replace("width = 16", "width = 32"))
+    (run / "recipe.toml").write_text(recipe.replace("hidden_size = 16", "hidden_size = 32"))
     refused("pretrain", "--resume", "run", "--budget", "+1 steps", says=("weights", "recipe.toml"))
 
 
@@ -451,7 +456,7 @@ def test_a_recipe_of_another_shape(refused: Refused, run: Path) -> None:
         (("--budget", "5"), ("`5` needs a unit",)),
         (("--budget", "+5 texts"), ("not counted in texts", "seconds, steps, tokens or epochs")),
         (("--budget", "2 steps"), ("2 steps is no more than", "+1 epoch")),
-        (("--set", "objective.rate=0.3"), ("objective.rate", "train.every, train.keep, show")),
+        (("--set", "objective.mask_rate=0.3"), ("objective.mask_rate", "train.every, train.keep_last, preview")),
         (("--set", "train.every.save=5 tokens"), ("train.every.save",)),
         (("--out", "elsewhere"), ("--out",)),
         (("--recipe", "small.toml"), ("--recipe",)),

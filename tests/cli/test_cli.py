@@ -13,25 +13,25 @@ import pytest
 import typer
 
 from unmask.cli import main
-from unmask.cli.errors import answered
+from unmask.cli.errors import handle_errors
 from unmask.core.errors import Stopped
 from unmask.training.loop import Interrupted
 
 SMALL = """\
 about = "Small enough for a test."
-[text]
+[data]
 document = "file"
-held_out = { by = "tail", share = "10%" }
+held_out = { method = "tail", fraction = "10%" }
 tokenizer = { kind = "characters" }
-[encoder]
-kind = "modern"
-layers = 1
-width = 16
-heads = 2
-feed_forward = 16
+[model]
+kind = "modernbert"
+num_hidden_layers = 1
+hidden_size = 16
+num_attention_heads = 2
+intermediate_size = 16
 [[stage]]
-length = 32
-batch = "8 texts"
+max_seq_len = 32
+batch_size = "8 texts"
 [train]
 budget = "3 steps"
 threads = 1
@@ -117,13 +117,13 @@ def test_a_reader_that_leaves_early_hears_no_complaint() -> None:
         (["pretrain", "cat.txt", "--resume", "run"], "TEXT can't be given together with --resume"),
         (["pretrain", "--resume", "run", "--seed", "3"], "--seed can't be given together with --resume"),
         (["pretrain", "--resume", "nowhere"], "no run"),
-        (["pretrain", "cat.txt", "--elsewhere"], "--resume RUN"),
+        (["pretrain", "cat.txt", "--allow-different-environment"], "--resume RUN"),
         (["pretrain", "cat.txt", "--threads", "0"], "--threads"),
         (["fill", "nowhere", "a [MASK]"], "nothing at this path"),
         (["fill", "nowhere", "--file", "nothing.txt"], "nothing.txt"),
         (["evaluate", "nowhere", "--text", "cat.txt"], "nothing at this path"),
         (["recipe", "check", "nothing.toml"], "unknown recipe"),
-        (["recipe", "show", "tiny", "--set", "stage.7.length=3"], "stage.7"),
+        (["recipe", "show", "tiny", "--set", "stage.7.max_seq_len=3"], "stage.7"),
     ],
 )
 def test_what_a_person_can_mend_ends_with_two(unmask: Command, tmp_path: Path, arguments: list[str], said: str) -> None:
@@ -143,7 +143,7 @@ def test_recipes_are_listed_shown_and_checked(unmask: Command) -> None:
     assert code == 0 and {"tiny", "char", "seed"} <= {entry["name"] for entry in json.loads(out)}
     code, out, _ = unmask("recipe", "show", "small.toml", "--set", "seed=5", "--json")
     shown = json.loads(out)
-    assert code == 0 and shown["seed"] == 5 and shown["encoder"]["layers"] == 1 and shown["name"] == "small"
+    assert code == 0 and shown["seed"] == 5 and shown["model"]["num_hidden_layers"] == 1 and shown["name"] == "small"
     assert unmask("recipe", "check", "small.toml")[0] == 0
 
 
@@ -168,7 +168,7 @@ def test_from_text_to_a_filled_mask(unmask: Command, tmp_path: Path, monkeypatch
     (answer,) = json.loads(out)
     assert code == 0 and answer["text"] == "The c[MASK]t s[MASK]t." and len(answer["masks"]) == 2
     first = answer["masks"][0]["candidates"][0]
-    assert set(first) == {"token", "id", "probability", "text", "shown"} and "[MASK]" in first["text"]
+    assert set(first) == {"token_str", "id", "score", "sequence", "shown"} and "[MASK]" in first["sequence"]
 
     (tmp_path / "batch.txt").write_text("The d[MASK]g\n\nth[MASK]\n")
     code, out, _ = unmask("fill", "runs/small-1", "--file", "batch.txt", "--top", "1", "--json")
@@ -180,7 +180,7 @@ def test_from_text_to_a_filled_mask(unmask: Command, tmp_path: Path, monkeypatch
     assert code == 2 and "byte 2" in err
 
     code, out, _ = unmask("evaluate", "runs/small-1", "--text", "cat.txt", "--document", "file", "--json")
-    assert code == 0 and {"loss", "accuracy", "bits_per_character", "asked"} <= set(json.loads(out))
+    assert code == 0 and {"loss", "accuracy", "bits_per_character", "masked_tokens"} <= set(json.loads(out))
 
     code, out, _ = unmask("pretrain", "--resume", "runs/small-1")
     assert code == 0 and "finished" in out
@@ -212,7 +212,7 @@ def test_how_a_verb_ends(capfd: pytest.CaptureFixture[str], error: BaseException
         raise error
 
     with pytest.raises(typer.Exit) as ended:
-        answered(verb)()
+        handle_errors(verb)()
     assert ended.value.exit_code == code
     err = capfd.readouterr().err
     assert said in err and "Traceback" not in err
@@ -225,5 +225,5 @@ def test_a_fault_names_the_file_that_keeps_its_traceback(capfd: pytest.CaptureFi
         raise error
 
     with pytest.raises(typer.Exit):
-        answered(verb)()
+        handle_errors(verb)()
     assert "runs/a/crash.txt" in capfd.readouterr().err

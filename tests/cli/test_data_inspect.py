@@ -1,4 +1,4 @@
-"""unmask text look, and texts measured by name, from outside."""
+"""unmask data inspect, and texts measured by name, from outside."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def lines(place: Path) -> None:
 
 def test_a_report_in_plain_lines(unmask: Command, place: Path) -> None:
     lines(place)
-    code, out, err = unmask("text", "look", "lines.txt", "--recipe", "small.toml", "--set", "text.document=line")
+    code, out, err = unmask("data", "inspect", "lines.txt", "--recipe", "small.toml", "--set", "data.document=line")
     assert code == 0, err
     assert "\x1b" not in out and "█" not in out
     said = " ".join(out.split())
@@ -29,7 +29,7 @@ def test_a_report_in_plain_lines(unmask: Command, place: Path) -> None:
 
 def test_a_report_as_json_has_all_of_it(unmask: Command, place: Path) -> None:
     lines(place)
-    arguments = ("text", "look", "lines.txt", "--recipe=small.toml", "--set=text.document=line", "--json")
+    arguments = ("data", "inspect", "lines.txt", "--recipe=small.toml", "--set=data.document=line", "--json")
     code, out, err = unmask(*arguments)
     assert code == 0, err
     found = json.loads(out)
@@ -44,7 +44,7 @@ def test_a_report_as_json_has_all_of_it(unmask: Command, place: Path) -> None:
 
 def test_a_report_with_the_tokenizer_of_a_model(unmask: Command, run: Path, place: Path) -> None:
     (place / "other.txt").write_text("The Cat is an Ostrich.\n\n" * 40)
-    code, out, _ = unmask("text", "look", "other.txt", "--tokenizer", str(run / "latest"), "--json")
+    code, out, _ = unmask("data", "inspect", "other.txt", "--tokenizer", str(run / "latest"), "--json")
     found = json.loads(out)["tokenizer"]
     assert code == 0 and not found["trained"] and found["unknown_share"] > 0
     assert any(piece["is_unknown"] for one in json.loads(out)["examples"] for piece in one["pieces"])
@@ -55,27 +55,27 @@ def test_a_table_with_broken_rows_is_looked_at_as_it_would_be_trained_on(
 ) -> None:
     rows = [json.dumps({"body": f"row {number} of a text about cats"}) for number in range(40)]
     (place / "rows.jsonl").write_text("\n".join([*rows, "{broken"]))
-    refused("text", "look", "rows.jsonl", says=("`body`", "--field"))
-    refused("text", "look", "rows.jsonl", "--field", "body", says=("rows.jsonl, line 41", "--errors skip"))
-    code, out, err = unmask("text", "look", "rows.jsonl", "--field", "body", "--errors", "skip", "--json")
+    refused("data", "inspect", "rows.jsonl", says=("`body`", "--field"))
+    refused("data", "inspect", "rows.jsonl", "--field", "body", says=("rows.jsonl, line 41", "--errors skip"))
+    code, out, err = unmask("data", "inspect", "rows.jsonl", "--field", "body", "--errors", "skip", "--json")
     assert code == 0, err
     report = json.loads(out)
     assert (report["documents"], report["left_out"]) == (40, 1)
     hint = "more than this text can give"  # the recipe's vocabulary is: the one that would fit is named
-    assert any(hint in told and "--set text.tokenizer.vocab=" in told for told in report["warnings"])
+    assert any(hint in told and "--set data.tokenizer.vocab_size=" in told for told in report["warnings"])
 
 
 def test_what_cannot_be_looked_at(refused: Refused, place: Path) -> None:
-    refused("text", "look", "nowhere.txt", says="nowhere.txt")
-    refused("text", "look", "cat.txt", "--recipe", "tinny", says="did you mean `tiny`?")
-    refused("text", "look", "cat.txt", "--tokenizer", "nowhere", says="there is nothing at this path")
+    refused("data", "inspect", "nowhere.txt", says="nowhere.txt")
+    refused("data", "inspect", "cat.txt", "--recipe", "tinny", says="did you mean `tiny`?")
+    refused("data", "inspect", "cat.txt", "--tokenizer", "nowhere", says="there is nothing at this path")
 
 
 def test_a_text_measured_by_name(unmask: Command, refused: Refused, place: Path) -> None:
     (place / "dogs.txt").write_text("The dog sat on the cat. " * 30)
     start = ("pretrain", "cat.txt", "--recipe", "small.toml")
     refused(*start, "--valid", "dogs.txt", says="without a name")
-    refused(*start, "--valid", "dogs=nowhere.txt", says=("text.valid.dogs", "nowhere.txt"))
+    refused(*start, "--valid", "dogs=nowhere.txt", says=("data.valid.dogs", "nowhere.txt"))
     refused(*start, "--valid", "d s=dogs.txt", says="no name for a validation text")
     refused(*start, "--valid", "a=dogs.txt", "--valid", "a=cat.txt", says="names two texts")
     code, out, err = unmask(*start, "--out", "run", "--valid", "dogs=dogs.txt")
@@ -85,7 +85,7 @@ def test_a_text_measured_by_name(unmask: Command, refused: Refused, place: Path)
     refused("pretrain", "--resume", "run", "--valid", "dogs=dogs.txt", says="can't be given together with --resume")
     code, out, err = unmask("pretrain", "--resume", "run", "--budget", "+1 steps", "--json")
     assert code == 0, err
-    assert json.loads(out)["summary"]["validation"]["sets"]["dogs"]["asked"] > 0
+    assert json.loads(out)["summary"]["validation"]["sets"]["dogs"]["masked_tokens"] > 0
     (place / "dogs.txt").write_text("The dog sat on the log. " * 30)
     refused("pretrain", "--resume", "run", "--budget", "+1 steps", says="`dogs` is not what this run was started with")
 
@@ -95,5 +95,5 @@ def test_evaluating_no_more_than_asked(unmask: Command, run: Path, place: Path) 
     for more in ((), ("--at-most", "1k characters")):
         code, out, err = unmask("evaluate", str(run), "--text", "cat.txt", "--json", *more)
         assert code == 0, err
-        counts.append(json.loads(out)["asked"])
+        counts.append(json.loads(out)["masked_tokens"])
     assert counts[1] == 150 < counts[0]

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 import unmask as front
-from unmask.objectives.mlm import Mlm
+from unmask.objectives.mlm import MaskedLMObjective
 
 Command = Callable[..., tuple[int, str, str]]
 
@@ -32,13 +32,13 @@ def at(tree: object, key: str) -> object:
 @pytest.mark.parametrize(
     ("setting", "key", "value"),
     [
-        ("stage.1.length=256", "stage.1.length", 256),  # a TOML number; entries are counted from 0
-        ("objective.rate=0.3", "objective.rate", 0.3),
+        ("stage.1.max_seq_len=256", "stage.1.max_seq_len", 256),  # a TOML number; entries are counted from 0
+        ("objective.mask_rate=0.3", "objective.mask_rate", 0.3),
         ("train.every.save=20 steps", "train.every.save", "20 steps"),  # no TOML, so a string
         ('train.every.save="20 steps"', "train.every.save", "20 steps"),
-        ("text.tokenizer={kind = 'wordpiece', vocab = 900}", "text.tokenizer.vocab", 900),
-        ("objective.choose=word", "objective.choose", "word"),
-        ("show.prompts=['a b', 'c']", "show.prompts.1", "c"),
+        ("data.tokenizer={kind = 'wordpiece', vocab_size = 900}", "data.tokenizer.vocab_size", 900),
+        ("objective.mask_unit=whole-word", "objective.mask_unit", "whole-word"),
+        ("preview.prompts=['a b', 'c']", "preview.prompts.1", "c"),
         ("seed = 5", "seed", 5),
     ],
 )
@@ -47,10 +47,13 @@ def test_the_right_side_of_set(unmask: Command, setting: str, key: str, value: o
 
 
 def test_extends_merges_tables_and_replaces_lists(unmask: Command) -> None:
-    Path("mine.toml").write_text('extends = "./small.toml"\n[encoder]\nwidth = 32\n[[stage]]\nlength = 24\n')
+    Path("mine.toml").write_text('extends = "./small.toml"\n[model]\nhidden_size = 32\n[[stage]]\nmax_seq_len = 24\n')
     mine, small = shown(unmask, recipe="mine.toml"), shown(unmask, recipe="small.toml")
-    assert at(mine, "encoder.width") == 32 and at(mine, "encoder.layers") == 1
-    assert at(mine, "stage.0.length") == 24 and at(mine, "stage.0.batch") != at(small, "stage.0.batch") == "8 texts"
+    assert at(mine, "model.hidden_size") == 32 and at(mine, "model.num_hidden_layers") == 1
+    assert (
+        at(mine, "stage.0.max_seq_len") == 24
+        and at(mine, "stage.0.batch_size") != at(small, "stage.0.batch_size") == "8 texts"
+    )
 
 
 def test_a_flag_beats_set_and_set_beats_the_file(unmask: Command) -> None:
@@ -63,7 +66,7 @@ def test_a_flag_beats_set_and_set_beats_the_file(unmask: Command) -> None:
     assert planned() == planned("--set", "train.budget=3 steps")
     assert planned("--set", "train.budget=5 steps")[0] == 5
     assert planned("--budget", "7 steps", "--set", "train.budget=5 steps")[0] == 7
-    assert planned("--set", "encoder.width=32")[1] > planned()[1]
+    assert planned("--set", "model.hidden_size=32")[1] > planned()[1]
 
 
 def test_a_run_on_disk(unmask: Command) -> None:
@@ -115,12 +118,12 @@ def test_the_shape_of_an_answer(unmask: Command, run: Path) -> None:
     assert (first["position"], second["position"]) == (1 + 4, 1 + 9), "slots of the model's ids, after [CLS]"
     for mask, pieces in ((first, ("The ", "at s[MASK]t.")), (second, ("The [MASK]at s", "t."))):
         assert set(mask) == {"position", "candidates"} and len(mask["candidates"]) == 3
-        probabilities = [candidate["probability"] for candidate in mask["candidates"]]
+        probabilities = [candidate["score"] for candidate in mask["candidates"]]
         assert probabilities == sorted(probabilities, reverse=True) and 0 < sum(probabilities) <= 1
         for candidate in mask["candidates"]:
-            assert set(candidate) == {"token", "id", "probability", "text", "shown"}
-            assert tokenizer.id_to_token(candidate["id"]) == candidate["token"]
-            assert candidate["text"] == candidate["token"].join(pieces)
+            assert set(candidate) == {"token_str", "id", "score", "sequence", "shown"}
+            assert tokenizer.id_to_token(candidate["id"]) == candidate["token_str"]
+            assert candidate["sequence"] == candidate["token_str"].join(pieces)
 
 
 def test_batch_files_and_standard_input(unmask: Command, run: Path) -> None:
@@ -141,12 +144,12 @@ def test_batch_files_and_standard_input(unmask: Command, run: Path) -> None:
 def test_the_keys_of_a_judgement(unmask: Command, run: Path) -> None:
     code, out, _ = unmask("evaluate", "run", "--text", "cat.txt", "--json")
     judged = json.loads(out)
-    assert code == 0 and {"loss", "accuracy", "bits_per_character", "asked"} <= set(judged)
-    assert 0 <= judged["accuracy"] <= 1 and judged["asked"] > 0
+    assert code == 0 and {"loss", "accuracy", "bits_per_character", "masked_tokens"} <= set(judged)
+    assert 0 <= judged["accuracy"] <= 1 and judged["masked_tokens"] > 0
     again = json.loads(unmask("evaluate", "run", "--text", "cat.txt", "--json")[1])
     assert again == judged, "the masks never change"
     first = json.loads(unmask("evaluate", "run/step-0000002", "--text", "cat.txt", "--json")[1])
-    assert first["asked"] == judged["asked"] and first["loss"] != judged["loss"]
+    assert first["masked_tokens"] == judged["masked_tokens"] and first["loss"] != judged["loss"]
 
 
 def test_a_finished_run_says_so_and_can_be_prolonged(unmask: Command, run: Path) -> None:
@@ -164,21 +167,21 @@ def test_a_finished_run_says_so_and_can_be_prolonged(unmask: Command, run: Path)
 
 def test_a_fault_of_ours(unmask: Command, monkeypatch: pytest.MonkeyPatch) -> None:
     """Exit code 1; the traceback is kept, and shown where --debug asks for it."""
-    whole = Mlm.loss
+    whole = MaskedLMObjective.loss
 
-    def faulty(self: Mlm, encoder, head, puzzle):
+    def faulty(self: MaskedLMObjective, encoder, head, masked):
         if Path("runs").exists():  # the forecast is over
             raise ZeroDivisionError("a planted fault")
-        return whole(self, encoder, head, puzzle)
+        return whole(self, encoder, head, masked)
 
-    monkeypatch.setattr(Mlm, "loss", faulty)
+    monkeypatch.setattr(MaskedLMObjective, "loss", faulty)
     code, _, err = unmask("pretrain", "cat.txt", "--recipe", "small.toml", "--out", "runs/new")
     assert code == 1 and "ZeroDivisionError: a planted fault" in err and "runs/new/crash.txt" in err
     assert "Traceback" not in err
     kept = Path("runs/new/crash.txt").read_text()
     assert kept.startswith("Traceback") and "a planted fault" in kept
     assert "Traceback" in unmask("pretrain", "--resume", "runs/new", "--debug")[2]
-    monkeypatch.setattr(Mlm, "loss", whole)
+    monkeypatch.setattr(MaskedLMObjective, "loss", whole)
     code, _, err = unmask("pretrain", "--resume", "runs/new")
     assert code == 0, err
 
@@ -197,8 +200,8 @@ def test_texts_in_memory_and_a_notebook_s_thread(place: Path, unmask: Command) -
     (model,) = made
     assert isinstance(model, front.Model) and model.card["step"] == 2 and model.card["seed"] == 3
     (answer,) = front.fill(model, "The c[MASK]t")
-    assert [one.token for one in answer.masks[0].candidates] == [
-        one.token for one in front.fill(front.load("runs/memory"), "The c[MASK]t")[0].masks[0].candidates
+    assert [one.token_str for one in answer.masks[0].candidates] == [
+        one.token_str for one in front.fill(front.load("runs/memory"), "The c[MASK]t")[0].masks[0].candidates
     ]
     code, _, err = unmask("pretrain", "--resume", "runs/memory", "--budget", "+1 steps")
     assert code == 0, err

@@ -25,10 +25,10 @@ def two_kinds(small_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
     folder = tmp_path_factory.mktemp("runs")
     given = small_run.parent
     shutil.copytree(small_run, folder / "a", symlinks=True)
-    early = ["train.stop_after=1 validation without gain", "train.every.validate=1 steps", "optimiser.rate=1e-12"]
-    early += ["optimiser.matrix_rate=1e-12", "train.budget=9 steps"]
+    early = ["train.early_stopping_patience=1", "train.every.validate=1 steps", "optimizer.lr=1e-12"]
+    early += ["optimizer.muon_lr=1e-12", "train.budget=9 steps"]
     launch([given / "cat.txt"], recipe=given / "small.toml", out=folder / "b", settings=early)
-    words = ["text.tokenizer={kind = 'wordpiece', vocab = 40}"]
+    words = ["data.tokenizer={kind = 'wordpiece', vocab_size = 40}"]
     launch([given / "cat.txt"], recipe=given / "small.toml", out=folder / "c", settings=words)
     for age, name in enumerate(("c", "b", "a")):  # a is the newest
         os.utime(folder / name / "log.jsonl", (1e9 + age, 1e9 + age))
@@ -49,7 +49,7 @@ def test_runs_stand_by_tokenizer_newest_first_with_what_differs(unmask: Command,
     rows = {line.split()[0]: line for line in out[first + 2 : first + 4] + out[second + 2 : second + 3]}
     assert list(rows) == ["a", "b", "c"]
     assert "finished" in rows["a"] and " 3/3 " in rows["a"] and "ended early" in rows["b"]
-    assert "optimiser.rate" in out[first + 1] and "1e-12" in rows["b"] and "encoder.width" not in out[first + 1]
+    assert "optimizer.lr" in out[first + 1] and "1e-12" in rows["b"] and "model.hidden_size" not in out[first + 1]
     assert "compare within one tokenizer only" in out[-1]
     assert not any("no run" in line for line in out)
 
@@ -59,7 +59,7 @@ def test_json_has_the_figures(unmask: Command, two_kinds: Path) -> None:
     assert [run["state"] for run in found] == ["finished", "ended early", "finished"]
     assert found[0]["step"] == found[0]["steps"] == 3 and found[0]["tokens"] > 0 and found[0]["seconds"] > 0
     assert found[0]["best_loss"] <= found[0]["loss"] and found[0]["bits_per_character"] > 0
-    assert found[1]["settings"]["train.stop_after"] == "1 validation without gain"
+    assert found[1]["settings"]["train.early_stopping_patience"] == 1
     assert found[0]["tokenizer"] == found[1]["tokenizer"] != found[2]["tokenizer"]
 
 
@@ -73,7 +73,7 @@ def test_one_run_alone_and_no_run(unmask: Command, two_kinds: Path, place: Path)
 @pytest.mark.parametrize(
     ("file", "content"),
     [
-        ("recipe.toml", "width = ["), ("recipe.toml", "plan = 3"), ("recipe.toml", None), ("env.json", "{"),
+        ("recipe.toml", "hidden_size = ["), ("recipe.toml", "plan = 3"), ("recipe.toml", None), ("env.json", "{"),
         ("env.json", '{"text": 5}'), ("log.jsonl", 'nothing\n{"step": 1}\n'),
         ("log.jsonl", '{"step": 1, "validation": 3}\n'),
         ("log.jsonl", '{"step": 1, "tokens": 1e999}\n'),
@@ -113,10 +113,10 @@ def test_the_step_that_is_opened_is_said_where_it_is_not_the_last(unmask: Comman
     best = json.loads((run / "best" / "card.json").read_text())["step"]
     last = 2 if best == 3 else 3
     for place in ("run", "run/latest", f"run/step-{best:07d}"):
-        files.point(run / "latest", f"step-{best:07d}")
+        files.write_pointer(run / "latest", f"step-{best:07d}")
         code, _, err = unmask("fill", place, "the cat sat on the [MASK]at")
         assert code == 0 and not err, "the best and the last are one"
-    files.point(run / "latest", f"step-{last:07d}")
+    files.write_pointer(run / "latest", f"step-{last:07d}")
     word = f"this is step {best}, the best of this run by validation; the last is {last}\n"
     assert unmask("fill", "run", "the cat sat on the [MASK]at")[2] == word
     assert unmask("evaluate", "run", "--text", "cat.txt", "--json")[2] == word

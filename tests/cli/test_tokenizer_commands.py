@@ -1,4 +1,4 @@
-"""unmask tokenizer train, look, compare: what they write and print, and what they refuse."""
+"""unmask tokenizer train, show, compare: what they write and print, and what they refuse."""
 
 from __future__ import annotations
 
@@ -16,7 +16,17 @@ Refused = Callable[..., str]
 def pieces(unmask: Command, place: Path) -> Path:
     """A tokenizer made by the verb."""
     code, out, err = unmask(
-        "tokenizer", "train", "cat.txt", "--kind", "bpe", "--vocab", "270", "--set", "lowercase=true", "--out", "pieces"
+        "tokenizer",
+        "train",
+        "cat.txt",
+        "--kind",
+        "bpe",
+        "--vocab-size",
+        "270",
+        "--set",
+        "lowercase=true",
+        "--out",
+        "pieces",
     )
     assert code == 0, err
     assert out == "pieces: bpe, 270 pieces\n"
@@ -26,9 +36,9 @@ def pieces(unmask: Command, place: Path) -> Path:
 def test_train_writes_what_the_others_open(unmask: Command, pieces: Path) -> None:
     assert sorted(path.name for path in pieces.iterdir()) == ["tokenizer.json", "tokenizer_config.json"]
     for opened in ("pieces", "pieces/tokenizer.json"):
-        code, out, _ = unmask("tokenizer", "look", opened, "The cat sat 학.")
+        code, out, _ = unmask("tokenizer", "show", opened, "The cat sat 학.")
         assert code == 0 and out.startswith("the · ␣") and " · " in out and "⟨" in out
-    code, out, _ = unmask("tokenizer", "look", "pieces", "--file", "cat.txt", "--characters", "12", "--json")
+    code, out, _ = unmask("tokenizer", "show", "pieces", "--file", "cat.txt", "--characters", "12", "--json")
     told = json.loads(out)
     assert code == 0 and told["text"] == "The cat sat "
     assert next(told["text"][one["first"] : one["last"]] for one in told["tokens"] if one["starts_word"]) == "The"
@@ -44,9 +54,9 @@ def test_a_mask_is_one_in_a_prompt_and_letters_in_a_file(unmask: Command, pieces
     (pieces.parent / "theirs.json").write_text(json.dumps(whole), encoding="utf-8")
     (pieces.parent / "letters.txt").write_text("a [MASK] <mask>", encoding="utf-8")
     for tokenizer, mask in (("pieces", "[MASK]"), ("theirs.json", "<mask>")):
-        _, out, err = unmask("tokenizer", "look", tokenizer, "a[MASK].")
+        _, out, err = unmask("tokenizer", "show", tokenizer, "a[MASK].")
         assert out == f"a · {mask} · .\n", err
-        _, out, _ = unmask("tokenizer", "look", tokenizer, "--file", "letters.txt", "--json")
+        _, out, _ = unmask("tokenizer", "show", tokenizer, "--file", "letters.txt", "--json")
         assert not any(one["is_special"] for one in json.loads(out)["tokens"])
 
 
@@ -72,16 +82,32 @@ def test_what_is_refused(refused: Refused, unmask: Command, pieces: Path) -> Non
     (place / "maskless" / "tokenizer.json").write_text(json.dumps(whole))
     train = ("tokenizer", "train", "cat.txt", "--kind")
     refused(*train, "bpe", "--out", "pieces", says="exists already")
-    refused(*train, "bpe", "--vocab", "200", "--out", "new", says=("`vocab` is 200", "--vocab", "261 or more"))
-    refused(*train, "bpe", "--vocab", "9000", "--out", "new", says=("more than this text can give", "next: --vocab 2"))
+    refused(
+        *train,
+        "bpe",
+        "--vocab-size",
+        "200",
+        "--out",
+        "new",
+        says=("`vocab_size` is 200", "--vocab-size", "261 or more"),
+    )
+    refused(
+        *train,
+        "bpe",
+        "--vocab-size",
+        "9000",
+        "--out",
+        "new",
+        says=("more than this text can give", "next: --vocab-size 2"),
+    )
     (place / "word.txt").write_text("word")
     refused("tokenizer", "train", "word.txt", "--out", "new", says=("no pieces", "--kind characters"))
-    refused(*train, "unigram", "--vocab", "9000", "--out", "new", says="more than this text can give")
-    refused(*train, "bytes", "--vocab", "300", "--out", "new", says="no size to choose")
+    refused(*train, "unigram", "--vocab-size", "9000", "--out", "new", says="more than this text can give")
+    refused(*train, "bytes", "--vocab-size", "300", "--out", "new", says="no size to choose")
     refused(*train, "bpe", "--set", "lowercas=true", "--out", "new", says="did you mean `lowercase`?")
-    refused("tokenizer", "look", "none.txt", "text", says="can't be read")
-    refused("tokenizer", "look", "absent", "text", says="nothing at this path")
-    refused("tokenizer", "look", "maskless", "text", says=("no piece for a mask", "add_special_tokens"))
-    refused("tokenizer", "look", "pieces", says="give a text or a file")
-    refused("tokenizer", "look", "pieces", " ", says="no text")
+    refused("tokenizer", "show", "none.txt", "text", says="can't be read")
+    refused("tokenizer", "show", "absent", "text", says="nothing at this path")
+    refused("tokenizer", "show", "maskless", "text", says=("no piece for a mask", "add_special_tokens"))
+    refused("tokenizer", "show", "pieces", says="give a text or a file")
+    refused("tokenizer", "show", "pieces", " ", says="no text")
     refused("tokenizer", "compare", "pieces", "--text", "absent.txt", says="absent.txt")

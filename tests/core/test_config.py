@@ -15,30 +15,30 @@ from hypothesis import strategies as st
 
 from unmask.core.config import apply_set, build_config, dump_config, load_toml, merge, resolve_recipe, shipped_recipes
 from unmask.core.errors import RecipeError
-from unmask.core.quantities import Amount, Share
+from unmask.core.quantities import Fraction, Quantity
 
 
 @dataclass(frozen=True)
 class Hash:
     kind: Literal["hash"] = "hash"
-    share: Share = Share(0.01)
-    at_most: Amount = Amount(2e6, "characters")
+    share: Fraction = Fraction(0.01)
+    max_size: Quantity = Quantity(2e6, "characters")
 
 
 @dataclass(frozen=True)
 class Tail:
     kind: Literal["tail"] = "tail"
-    share: Share = Share(0.1)
+    share: Fraction = Fraction(0.1)
 
 
 @dataclass(frozen=True)
 class Stage:
-    until: Share = Share(1.0)
+    until: Fraction = Fraction(1.0)
     length: int = 128
 
     def __post_init__(self) -> None:
         if self.length < 1:
-            raise RecipeError("a stage is at least one token long", next="give a length")
+            raise RecipeError("a stage is at least one token long", hint="give a length")
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class Sample:
     bf16: bool = False
     rate: float = 0.3
     betas: tuple[float, float] = (0.9, 0.95)
-    save: Share | Amount = Amount(600.0, "seconds")
+    save: Fraction | Quantity = Quantity(600.0, "seconds")
     text: Text = field(default_factory=Text)
     stage: tuple[Stage, ...] = (Stage(),)
     weights: dict[str, float] = field(default_factory=dict[str, float])
@@ -92,7 +92,7 @@ def refusal(tree: dict[str, Any], sets: tuple[str, ...] = ()) -> str:
     ],
 )
 def test_amounts_are_read_and_said_back(text: str, number: float, unit: str, again: str) -> None:
-    amount = Amount.parse(text)
+    amount = Quantity.parse(text)
     assert (amount.number, amount.unit, str(amount)) == (number, unit, again)
 
 
@@ -112,38 +112,38 @@ def test_amounts_are_read_and_said_back(text: str, number: float, unit: str, aga
 )
 def test_amounts_that_say_too_little_are_refused(text: str, message: str) -> None:
     with pytest.raises(RecipeError) as caught:
-        Amount.parse(text)
+        Quantity.parse(text)
     assert message in str(caught.value)
 
 
 def test_a_plus_is_an_amount_on_top_where_asked_for() -> None:
-    amount = Amount.parse("+1 epoch", relative=True)
-    assert amount == Amount(1.0, "epochs", relative=True)
+    amount = Quantity.parse("+1 epoch", relative=True)
+    assert amount == Quantity(1.0, "epochs", relative=True)
     assert str(amount) == "+1 epoch"
-    assert not Amount.parse("1 epoch", relative=True).relative
+    assert not Quantity.parse("1 epoch", relative=True).relative
 
 
 def test_an_amount_of_the_wrong_thing_is_refused() -> None:
-    assert Amount.parse("8 texts").require("tokens", "texts").number == 8
+    assert Quantity.parse("8 texts").require("tokens", "texts").number == 8
     with pytest.raises(RecipeError, match="`10 s` is not an amount of tokens or texts"):
-        Amount.parse("10 s").require("tokens", "texts")
+        Quantity.parse("10 s").require("tokens", "texts")
 
 
 @given(st.floats(0, 1))
 def test_a_share_reads_back(fraction: float) -> None:
-    assert Share.parse(str(Share(fraction))) == Share(fraction)
+    assert Fraction.parse(str(Fraction(fraction))) == Fraction(fraction)
 
 
 @given(st.floats(0, 1e300), st.sampled_from(["seconds", "steps", "tokens", "epochs", "texts", "characters"]))
 def test_an_amount_reads_back(number: float, unit: str) -> None:
-    assert Amount.parse(str(Amount(number, unit))) == Amount(number, unit)
+    assert Quantity.parse(str(Quantity(number, unit))) == Quantity(number, unit)
 
 
 @pytest.mark.parametrize("text", ["60", "101%", "-1%", "half"])
 def test_shares_outside_the_whole_are_refused(text: str) -> None:
-    assert str(Share.parse("60 %")) == "60%"
+    assert str(Fraction.parse("60 %")) == "60%"
     with pytest.raises(RecipeError):
-        Share.parse(text)
+        Fraction.parse(text)
 
 
 # Files
@@ -212,20 +212,20 @@ def held_out(*layers: dict[str, Any], sets: tuple[str, ...] = ()) -> Hash | Tail
     return build_config(Sample, tree, WHERE, sets).text.held_out
 
 
-HASH = {"kind": "hash", "share": "3%", "at_most": "5 characters"}
-AS_HASH = Hash(share=Share(0.03), at_most=Amount(5, "characters"))
+HASH = {"kind": "hash", "share": "3%", "max_size": "5 characters"}
+AS_HASH = Hash(share=Fraction(0.03), max_size=Quantity(5, "characters"))
 
 
 @pytest.mark.parametrize(
     ("layers", "sets", "expected"),
     [
         # What only the other kind knows is left out where it lies below; what both know stays.
-        ([HASH, {"kind": "tail"}], (), Tail(share=Share(0.03))),
-        ([HASH], ("text.held_out.kind=tail",), Tail(share=Share(0.03))),
-        ([HASH], ('text={held_out={kind="tail"}}',), Tail(share=Share(0.03))),
-        ([HASH, {"kind": "tail"}, {"kind": "tail", "share": "4%"}], (), Tail(share=Share(0.04))),
-        ([{"at_most": "5 characters"}, {"kind": "tail"}], (), Tail()),
-        ([HASH, {"kind": "tail"}], ("seed=2",), Tail(share=Share(0.03))),
+        ([HASH, {"kind": "tail"}], (), Tail(share=Fraction(0.03))),
+        ([HASH], ("text.held_out.kind=tail",), Tail(share=Fraction(0.03))),
+        ([HASH], ('text={held_out={kind="tail"}}',), Tail(share=Fraction(0.03))),
+        ([HASH, {"kind": "tail"}, {"kind": "tail", "share": "4%"}], (), Tail(share=Fraction(0.04))),
+        ([{"max_size": "5 characters"}, {"kind": "tail"}], (), Tail()),
+        ([HASH, {"kind": "tail"}], ("seed=2",), Tail(share=Fraction(0.03))),
         # Back again, by hand: what the recipe says for that kind holds.
         ([HASH], ("text.held_out.kind=tail", "text.held_out.kind=hash"), AS_HASH),
         # The same kind once more changes nothing.
@@ -241,20 +241,20 @@ def test_another_kind_leaves_out_what_a_recipe_below_gave_the_first(
 @pytest.mark.parametrize(
     ("layers", "sets"),
     [
-        ([{"kind": "tail", "at_most": "5 characters"}], ()),
-        ([HASH, {"kind": "tail", "at_most": "6 characters"}], ()),
-        ([HASH, {"kind": "tail"}, {"at_most": "6 characters"}], ()),
-        ([HASH], ("text.held_out.kind=tail", "text.held_out.at_most=6 characters")),
-        ([HASH], ("text.held_out.at_most=6 characters", "text.held_out.kind=tail")),
-        ([HASH, {"kind": "tail"}], ("text.held_out.at_most=6 characters",)),
-        ([HASH], ('text.held_out={kind="tail", at_most="6 characters"}',)),
-        ([{"kind": "tail", "at_most": "5 characters"}, {"kind": "tail"}], ()),
+        ([{"kind": "tail", "max_size": "5 characters"}], ()),
+        ([HASH, {"kind": "tail", "max_size": "6 characters"}], ()),
+        ([HASH, {"kind": "tail"}, {"max_size": "6 characters"}], ()),
+        ([HASH], ("text.held_out.kind=tail", "text.held_out.max_size=6 characters")),
+        ([HASH], ("text.held_out.max_size=6 characters", "text.held_out.kind=tail")),
+        ([HASH, {"kind": "tail"}], ("text.held_out.max_size=6 characters",)),
+        ([HASH], ('text.held_out={kind="tail", max_size="6 characters"}',)),
+        ([{"kind": "tail", "max_size": "5 characters"}, {"kind": "tail"}], ()),
     ],
 )
 def test_what_was_given_together_with_a_kind_must_belong_to_it(
     layers: list[dict[str, Any]], sets: tuple[str, ...]
 ) -> None:
-    with pytest.raises(RecipeError, match="unknown key `at_most` of kind `tail`"):
+    with pytest.raises(RecipeError, match="unknown key `max_size` of kind `tail`"):
         held_out(*layers, sets=sets)
 
 
@@ -267,12 +267,12 @@ def test_a_kind_that_is_one_choice_of_many_takes_nothing_with_it() -> None:
     @dataclass(frozen=True)
     class Schedule:
         kind: Literal["stable", "cosine"] = "stable"
-        warmup: Share = Share(0.02)
+        warmup: Fraction = Fraction(0.02)
 
     tree = merge({"kind": "stable", "warmup": "0.1%"}, {"kind": "cosine"})
-    assert build_config(Schedule, tree, WHERE) == Schedule("cosine", Share(0.001))
+    assert build_config(Schedule, tree, WHERE) == Schedule("cosine", Fraction(0.001))
     tree = apply_set(apply_set({}, "warmup=3%"), "kind=cosine")
-    assert build_config(Schedule, tree, WHERE) == Schedule("cosine", Share(0.03))
+    assert build_config(Schedule, tree, WHERE) == Schedule("cosine", Fraction(0.03))
 
 
 # --set
@@ -298,10 +298,10 @@ def test_set_reads_toml_and_else_a_string(text: str, expected: dict[str, Any]) -
 def test_set_reaches_into_lists_and_tables() -> None:
     tree = {
         "stage": [{"length": 1, "until": "60%"}, {"length": 2}],
-        "text": {"held_out": {"kind": "hash", "at_most": "x"}},
+        "text": {"held_out": {"kind": "hash", "max_size": "x"}},
     }
     assert apply_set(tree, "stage.1.length=256")["stage"] == [tree["stage"][0], {"length": 256}]
-    assert apply_set(tree, "text.held_out.kind=tail")["text"] == {"held_out": {"kind": "tail", "at_most": "x"}}
+    assert apply_set(tree, "text.held_out.kind=tail")["text"] == {"held_out": {"kind": "tail", "max_size": "x"}}
     assert tree["stage"][1] == {"length": 2}, "apply_set leaves what it was given alone"
     for text, message in {
         "stage.2.length=3": "2 entries, counted from 0",
@@ -328,7 +328,7 @@ def test_set_reaches_into_lists_and_tables() -> None:
 def test_an_entry_that_is_not_there(entries: list[dict[str, Any]], have: str, mend: str) -> None:
     with pytest.raises(RecipeError) as caught:
         apply_set({"stage": entries}, "stage.3.length=8")
-    assert caught.value.what == f"there is no `stage.3`: {have}" and caught.value.next == mend
+    assert caught.value.message == f"there is no `stage.3`: {have}" and caught.value.hint == mend
 
 
 # Validation
@@ -351,18 +351,18 @@ def test_a_whole_recipe_is_built() -> None:
     assert built == Sample(
         name="mine",
         rate=1.0,
-        save=Share(0.05),
+        save=Fraction(0.05),
         betas=(0.0, 0.5),
         weights={"mlm": 1.0, "pair": 0.5},
-        text=Text(words="characters", held_out=Tail(share=Share(0.1))),
-        stage=(Stage(until=Share(0.6)), Stage(length=512)),
+        text=Text(words="characters", held_out=Tail(share=Fraction(0.1))),
+        stage=(Stage(until=Fraction(0.6)), Stage(length=512)),
     )
     assert isinstance(built.rate, float)
 
 
 def test_without_a_kind_the_first_of_a_union_is_meant() -> None:
     assert build_config(Sample, {"name": "x", "text": {"held_out": {"share": "2%"}}}, WHERE).text.held_out == Hash(
-        share=Share(0.02)
+        share=Fraction(0.02)
     )
 
 
@@ -387,7 +387,7 @@ def test_without_a_kind_the_first_of_a_union_is_meant() -> None:
         ({"text": 3}, ["3 is not a table"]),
         ({"text": {"words": "space"}}, ['unknown choice "space": did you mean "spaces"?', '"spaces", "characters"']),
         ({"text": {"held_out": {"kind": "tial"}}}, ['did you mean "tail"?', "text.held_out.kind"]),
-        ({"text": {"held_out": {"kind": "tail", "at_most": "3 texts"}}}, ["unknown key `at_most` of kind `tail`"]),
+        ({"text": {"held_out": {"kind": "tail", "max_size": "3 texts"}}}, ["unknown key `max_size` of kind `tail`"]),
         ({"text": {"held_out": "hash"}}, ['"hash" is not a table']),
         ({"save": "10"}, ["needs a unit", "my.toml: save"]),
         ({"save": 10}, ['10 is not a share such as "60%" or an amount']),
@@ -417,15 +417,15 @@ def test_a_mistake_of_a_flag_is_laid_at_its_own_door() -> None:
     for tree, where in (({"seed": "x"}, "--seed x"), ({"stage": 3}, "--stage 3"), ({"rate": "x"}, "my.toml: rate")):
         with pytest.raises(RecipeError) as caught:
             build_config(Sample, {"name": "x"} | tree, WHERE, ("seed=2", "stage=[]"), flags)
-        assert caught.value.where == where
+        assert caught.value.location == where
 
 
 # The round trip
 
 names = st.text(st.characters(exclude_categories=["Cs"]), max_size=8)
 floats = st.floats(allow_nan=False)
-shares = st.builds(Share, st.floats(0, 1))
-amounts = st.builds(Amount, st.floats(0, 1e12), st.sampled_from(["seconds", "tokens", "steps"]))
+shares = st.builds(Fraction, st.floats(0, 1))
+amounts = st.builds(Quantity, st.floats(0, 1e12), st.sampled_from(["seconds", "tokens", "steps"]))
 samples = st.builds(
     Sample,
     name=names,
@@ -437,7 +437,7 @@ samples = st.builds(
     text=st.builds(
         Text,
         words=st.sampled_from(["spaces", "characters"]),
-        held_out=st.one_of(st.builds(Hash, share=shares, at_most=amounts), st.builds(Tail, share=shares)),
+        held_out=st.one_of(st.builds(Hash, share=shares, max_size=amounts), st.builds(Tail, share=shares)),
     ),
     stage=st.lists(st.builds(Stage, until=shares, length=st.integers(1, 4096)), max_size=3).map(tuple),
     weights=st.dictionaries(names, floats, max_size=3),
@@ -452,7 +452,7 @@ def test_what_is_dumped_builds_the_same(sample: Sample) -> None:
 
 def test_a_dump_says_every_value() -> None:
     written = tomllib.loads(dump_config(Sample(name="x")))
-    assert written["text"]["held_out"] == {"kind": "hash", "share": "1%", "at_most": "2M characters"}
+    assert written["text"]["held_out"] == {"kind": "hash", "share": "1%", "max_size": "2M characters"}
     assert written["save"] == "10 min"
     assert set(written) == {"name", "seed", "bf16", "rate", "betas", "save", "text", "stage", "weights"}
 

@@ -18,11 +18,11 @@ from unmask.core.errors import DamagedError, StoreError
 
 def test_a_folder_appears_whole(tmp_path: Path) -> None:
     target = tmp_path / "step-1"
-    with files.new_folder(target) as folder:
+    with files.atomic_directory(target) as folder:
         (folder / "a").write_text("1")
         assert not target.exists()
     assert (target / "a").read_text() == "1"
-    with files.new_folder(target) as folder:
+    with files.atomic_directory(target) as folder:
         (folder / "b").write_text("2")
     assert sorted(file.name for file in target.iterdir()) == ["b"]
     assert [entry.name for entry in tmp_path.iterdir()] == ["step-1"]
@@ -42,26 +42,26 @@ def test_a_file_that_could_not_be_replaced_stands_and_nothing_lies_about(tmp_pat
 
 
 def test_an_error_leaves_the_old_folder(tmp_path: Path) -> None:
-    with files.new_folder(tmp_path / "x") as folder:
+    with files.atomic_directory(tmp_path / "x") as folder:
         (folder / "a").write_text("old")
-    with pytest.raises(RuntimeError), files.new_folder(tmp_path / "x") as folder:
+    with pytest.raises(RuntimeError), files.atomic_directory(tmp_path / "x") as folder:
         (folder / "a").write_text("new")
         raise RuntimeError
     assert (tmp_path / "x" / "a").read_text() == "old" and len(list(tmp_path.iterdir())) == 1
 
 
 def test_a_kill_leaves_the_old_folder_and_the_next_write_cleans_up(tmp_path: Path) -> None:
-    with files.new_folder(tmp_path / "x") as folder:
+    with files.atomic_directory(tmp_path / "x") as folder:
         (folder / "a").write_text("old")
     program = (
         "import os, signal, sys; from pathlib import Path; from unmask.core import files\n"
-        "with files.new_folder(Path(sys.argv[1])) as f:\n"
+        "with files.atomic_directory(Path(sys.argv[1])) as f:\n"
         "    (f / 'a').write_text('new'); os.kill(os.getpid(), signal.SIGKILL)"
     )
     done = subprocess.run([sys.executable, "-c", program, str(tmp_path / "x")], check=False)
     assert done.returncode == -signal.SIGKILL
     assert (tmp_path / "x" / "a").read_text() == "old" and len(list(tmp_path.iterdir())) == 2
-    with files.new_folder(tmp_path / "x") as folder:
+    with files.atomic_directory(tmp_path / "x") as folder:
         (folder / "a").write_text("newer")
     assert [entry.name for entry in tmp_path.iterdir()] == ["x"]
 
@@ -71,8 +71,8 @@ def test_a_seal_names_the_damaged_file(tmp_path: Path, harm: str) -> None:
     victim = tmp_path / "ids"
     victim.write_bytes(bytes(range(256)) * 40)
     (tmp_path / "other").write_text("fine")
-    files.seal(tmp_path)
-    files.check_seal(tmp_path)
+    files.write_manifest(tmp_path)
+    files.verify_manifest(tmp_path)
     data = bytearray(victim.read_bytes())
     if harm == "flip":
         data[777] ^= 4
@@ -82,13 +82,13 @@ def test_a_seal_names_the_damaged_file(tmp_path: Path, harm: str) -> None:
     else:
         victim.unlink()
     with pytest.raises(DamagedError, match="ids"):
-        files.check_seal(tmp_path)
+        files.verify_manifest(tmp_path)
 
 
 def test_pointing_replaces_in_one_step(tmp_path: Path) -> None:
     for name in ("one", "two"):
         (tmp_path / name).mkdir()
-        files.point(tmp_path / "latest", name)
+        files.write_pointer(tmp_path / "latest", name)
         assert os.readlink(tmp_path / "latest") == name
 
 
@@ -96,7 +96,7 @@ def test_a_place_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(StoreError, match="file"):
         files.write_text(tmp_path / "file" / "below", "x")
-    with pytest.raises(StoreError), files.new_folder(tmp_path / "file" / "below"):
+    with pytest.raises(StoreError), files.atomic_directory(tmp_path / "file" / "below"):
         pass
 
 
@@ -118,12 +118,12 @@ def test_checking_a_place_leaves_nothing_there(tmp_path: Path) -> None:
 def test_a_full_disk_is_a_place_that_cannot_be_written(tmp_path: Path) -> None:
     """What safetensors makes of the system's refusal is told like the refusal itself; the old folder stands."""
     resource = pytest.importorskip("resource")
-    with files.new_folder(tmp_path / "step") as folder:
+    with files.atomic_directory(tmp_path / "step") as folder:
         (folder / "a").write_text("1")
     allowed = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, allowed[1]))
     try:
-        with pytest.raises(StoreError, match="make room"), files.new_folder(tmp_path / "step") as folder:
+        with pytest.raises(StoreError, match="make room"), files.atomic_directory(tmp_path / "step") as folder:
             save_file({"much": np.zeros(10_000)}, folder / "b.safetensors")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, allowed)
@@ -135,6 +135,6 @@ def test_a_kill_between_the_two_renames_loses_nothing(tmp_path: Path) -> None:
     aside = tmp_path / ".x.aside-old"
     aside.mkdir()
     (aside / "a").write_text("old")
-    with pytest.raises(RuntimeError), files.new_folder(tmp_path / "x"):
+    with pytest.raises(RuntimeError), files.atomic_directory(tmp_path / "x"):
         raise RuntimeError
     assert (tmp_path / "x" / "a").read_text() == "old" and [entry.name for entry in tmp_path.iterdir()] == ["x"]

@@ -13,12 +13,12 @@ import numpy as np
 import pytest
 import torch
 
-from unmask.core.config import build_outside, dump_config
+from unmask.core.config import build_plugin, dump_config
 from unmask.core.errors import RecipeError, TextError
-from unmask.core.plugins import OutsideCutter, OutsideObjective, culprit, find, plugin_facts
-from unmask.core.types import CutterTools
-from unmask.data.sampling import FromOutside
-from unmask.data.settings import TextSettings
+from unmask.core.plugins import PluginObjectiveConfig, PluginSamplerConfig, find, plugin_facts, user_frame
+from unmask.core.types import SamplerContext
+from unmask.data.sampling import PluginSampler
+from unmask.data.settings import DataConfig
 from unmask.data.sources import open_text
 from unmask.training.pretrain import launch, resume
 from unmask.training.recipe import load_recipe
@@ -28,35 +28,35 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from unmask.core.types import Cut, Part, Passage, Span
-from unmask.objectives.mlm import Mlm, MlmSettings
+from unmask.core.types import SampleSpec, SourceShard, DocumentChunk, TokenSpan
+from unmask.objectives.mlm import MaskedLMObjective, MaskedLMConfig
 
 
-class Half(Mlm):
+class Half(MaskedLMObjective):
     """Masked language modelling at half the rate that it is told, with a number of its own beside."""
 
     @dataclass(frozen=True)
     class Settings:
-        rate: float = 0.4
+        mask_rate: float = 0.4
         names: tuple[str, ...] = ()
 
         def __post_init__(self):
-            if self.rate > 1:
+            if self.mask_rate > 1:
                 raise ValueError("more than all")
 
         @property
-        def asked_share(self):
-            return self.rate / 2
+        def masked_fraction(self):
+            return self.mask_rate / 2
 
-    metrics = (*Mlm.metrics, "half")
+    metrics = (*MaskedLMObjective.metrics, "half")
 
     def __init__(self, settings, tools):
-        super().__init__(MlmSettings(rate=settings.rate / 2), tools.vocabulary.mask_id, tools.vocabulary.ordinary_N)
+        super().__init__(MaskedLMConfig(mask_rate=settings.mask_rate / 2), tools.vocabulary.mask_id, tools.vocabulary.regular_token_ids)
 
     def loss(self, encoder, head, puzzle):
         found = super().loss(encoder, head, puzzle)
-        total, count = found.seen["loss"]
-        return type(found)(found.sums, {**found.seen, "half": (total / 2, count)})
+        total, count = found.metrics["loss"]
+        return type(found)(found.sums, {**found.metrics, "half": (total / 2, count)})
 
 
 class Starts:
@@ -69,12 +69,12 @@ class Starts:
         return len(self.lengths)
 
     def cut(self, epoch, sample):
-        return Cut(epoch, sample, (Span(sample, 0, min(self.length, int(self.lengths[sample]))),))
+        return SampleSpec(epoch, sample, (TokenSpan(sample, 0, min(self.length, int(self.lengths[sample]))),))
 
 
 class TooFar(Starts):
     def cut(self, epoch, sample):
-        return Cut(epoch, sample, (Span(sample, 0, 10_000),))
+        return SampleSpec(epoch, sample, (TokenSpan(sample, 0, 10_000),))
 
 
 class Rows:
@@ -93,12 +93,12 @@ class Rows:
         return f"rows {self.settings} {self.words}"
 
     def parts(self):
-        return [Part("rows", 0, self.settings.documents)]
+        return [SourceShard("rows", 0, self.settings.documents)]
 
     def documents(self, part):
         for number in range(part.last_byte):
             text = " ".join(self.words[(number + k * k) % len(self.words)] for k in range(30))
-            yield Passage(number, 0, text, len(text), True)
+            yield DocumentChunk(number, 0, text, len(text), True)
 
 
 class Falls(Rows):
@@ -109,7 +109,7 @@ class Falls(Rows):
 class Loose:
     @dataclass
     class Settings:
-        rate: float = 0.4
+        mask_rate: float = 0.4
 
     corrupt = loss = print
 
@@ -117,37 +117,37 @@ class Loose:
 class Odd(Half):
     @dataclass(frozen=True)
     class Settings:
-        rate: object = object()
+        mask_rate: object = object()
 
 
 class Named(Half):
     @dataclass(frozen=True)
     class Settings:
         kind: str
-        rate: float = 0.4
+        mask_rate: float = 0.4
 
 
 a_rate = 0.4
 '''
 RECIPE = """\
-[text]
+[data]
 document = "file"
-held_out = { by = "tail", share = "10%" }
+held_out = { method = "tail", fraction = "10%" }
 tokenizer = { kind = "characters" }
 source = { kind = "outside_three:Rows", documents = 40 }
-cutter = { kind = "outside_three:Starts" }
-[encoder]
-kind = "modern"
-layers = 1
-width = 16
-heads = 2
-feed_forward = 16
+sampler = { kind = "outside_three:Starts" }
+[model]
+kind = "modernbert"
+num_hidden_layers = 1
+hidden_size = 16
+num_attention_heads = 2
+intermediate_size = 16
 [objective]
 kind = "outside_three:Half"
-rate = 0.3
+mask_rate = 0.3
 [[stage]]
-length = 32
-batch = "4 texts"
+max_seq_len = 32
+batch_size = "4 texts"
 [train]
 budget = "4 steps"
 every = { log = "1 steps", validate = "2 steps", save = "2 steps" }
@@ -179,46 +179,46 @@ def refused(*settings: str) -> str:
 def test_a_recipe_holds_what_is_from_outside() -> None:
     recipe = load_recipe("three.toml")
     assert [kind.kind for kind in recipe.outside] == [f"outside_three:{name}" for name in ("Half", "Rows", "Starts")]
-    assert recipe.objective.asked_share == 0.15
+    assert recipe.objective.masked_fraction == 0.15
     again = tomllib.loads(dump_config(recipe))
-    assert again["objective"] == {"kind": "outside_three:Half", "rate": 0.3, "names": []}
-    assert again["text"]["cutter"] == {"kind": "outside_three:Starts"}
+    assert again["objective"] == {"kind": "outside_three:Half", "mask_rate": 0.3, "names": []}
+    assert again["data"]["sampler"] == {"kind": "outside_three:Starts"}
     assert load_recipe("three.toml", ("objective.names=['a']",)).objective != recipe.objective
-    assert load_recipe("tiny").outside == [] and load_recipe("tiny").objective.asked_share == 0.3
+    assert load_recipe("tiny").outside == [] and load_recipe("tiny").objective.masked_fraction == 0.3
 
 
 def test_another_kind_above_leaves_out_what_stands_below(folder: Path) -> None:
     (folder / "above.toml").write_text('extends = "tiny"\n[objective]\nkind = "outside_three:Half"\n')
     objective = load_recipe("above.toml").objective
-    assert isinstance(objective, OutsideObjective) and objective.settings.rate == 0.3, "what both know stays"
-    (folder / "back.toml").write_text('extends = "three.toml"\n[objective]\nkind = "mlm"\nchoose = "word"\n')
-    back = load_recipe("back.toml", ("objective.keep=0.1",)).objective
-    assert not isinstance(back, OutsideObjective) and (back.rate, back.choose) == (0.3, "word")
-    cutter = load_recipe("three.toml", ("text.cutter.kind=windows", "text.source.kind=files")).text
-    assert (cutter.cutter.kind, cutter.source.kind) == ("windows", "files")
+    assert isinstance(objective, PluginObjectiveConfig) and objective.settings.mask_rate == 0.3, "what both know stays"
+    (folder / "back.toml").write_text('extends = "three.toml"\n[objective]\nkind = "mlm"\nmask_unit = "whole-word"\n')
+    back = load_recipe("back.toml", ("objective.keep_rate=0.1",)).objective
+    assert not isinstance(back, PluginObjectiveConfig) and (back.mask_rate, back.mask_unit) == (0.3, "whole-word")
+    cutter = load_recipe("three.toml", ("data.sampler.kind=windows", "data.source.kind=files")).data
+    assert (cutter.sampler.kind, cutter.source.kind) == ("windows", "files")
 
 
 @pytest.mark.parametrize(
     ("setting", "says"),
     [
-        ("objective.rat=1", "unknown key `rat` of kind `outside_three:Half`: did you mean `rate`?"),
-        ("objective.rate=high", '"high" is not a number'),
+        ("objective.mask_rat=1", "unknown key `mask_rat` of kind `outside_three:Half`: did you mean `mask_rate`?"),
+        ("objective.mask_rate=high", '"high" is not a number'),
         (
-            "text.cutter.length=3",
-            "unknown key `length` of kind `outside_three:Starts`\n  where: --set text.cutter.length=3",
+            "data.sampler.length=3",
+            "unknown key `length` of kind `outside_three:Starts`\n  where: --set data.sampler.length=3",
         ),
         ("objective.kind=outside_tree:Half", "no module `outside_tree`: did you mean `outside_three`?"),
         ("objective.kind=no.such:Half", "there is no module `no`"),
         ("objective.kind=outside_three:Haft", "outside_three.py: did you mean `Half`?"),
         ("objective.kind=outside_three:a_rate", "it is a float, not a class"),
         ("objective.kind=outside_three:Rows", "is no objective: it has no `corrupt`, `loss`"),
-        ("text.source.kind=outside_three:Half", "is no source: it has no `parts`, `documents`"),
+        ("data.source.kind=outside_three:Half", "is no source: it has no `parts`, `documents`"),
         ("objective.kind=outside_three:Loose", "is no frozen dataclass"),
         ("objective.kind=outside_broken:Half", "ZeroDivisionError: division by zero\n  at:    "),
         ("objective.kind=outside_unfinished:Half", "SyntaxError: invalid syntax\n  at:    "),
         ("objective.kind=a b:c", "does not name a class"),
         ("objective.kind=mml", 'did you mean "mlm"?'),
-        ("text.cutter.kind=sentences", 'choose one of "windows", or name a class of your own'),
+        ("data.sampler.kind=sentences", 'choose one of "windows", or name a class of your own'),
     ],
 )
 def test_what_is_wrong_is_said_in_words(setting: str, says: str) -> None:
@@ -228,44 +228,44 @@ def test_what_is_wrong_is_said_in_words(setting: str, says: str) -> None:
 
 def test_an_error_in_a_module_names_its_own_line() -> None:
     assert "outside_broken.py, line 3" in refused("objective.kind=outside_broken:Half")
-    starts = find("outside_three:Starts", OutsideCutter)
+    starts = find("outside_three:Starts", PluginSamplerConfig)
     with pytest.raises(IndexError) as caught:
-        starts(None, CutterTools(np.zeros(1), 2, 3)).cut(0, "x")
-    assert "outside_three.py, line " in culprit(caught.value) and culprit(caught.value).endswith("in cut")
+        starts(None, SamplerContext(np.zeros(1), 2, 3)).cut(0, "x")
+    assert "outside_three.py, line " in user_frame(caught.value) and user_frame(caught.value).endswith("in cut")
     assert "outside_unfinished.py, line 1" in refused("objective.kind=outside_unfinished:Half")
 
 
 def test_settings_that_are_refused_name_the_line_or_the_value() -> None:
-    assert "ValueError: more than all" in (said := refused("objective.rate=3"))
+    assert "ValueError: more than all" in (said := refused("objective.mask_rate=3"))
     assert "outside_three.py, line 20" in said
     with pytest.raises(RecipeError, match=r"`Odd.Settings`: a recipe can't hold <object"):
-        build_outside(OutsideObjective, {"kind": "outside_three:Odd"}, "here")
+        build_plugin(PluginObjectiveConfig, {"kind": "outside_three:Odd"}, "here")
 
 
 def test_what_cant_be_made_is_said_in_words() -> None:
-    source = load_recipe("three.toml", ("text.source.kind=outside_three:Falls",)).text
+    source = load_recipe("three.toml", ("data.source.kind=outside_three:Falls",)).data
     with pytest.raises(RecipeError, match=r"can't be made: OSError: no such place\n  at: .*outside_three.py, line \d+"):
         open_text([], source)
 
 
 def test_a_source_needs_no_text_and_is_given_what_there_is(folder: Path) -> None:
-    settings = load_recipe("three.toml").text
+    settings = load_recipe("three.toml").data
     source = open_text([], settings)
     assert next(source.documents(source.parts()[0])).text.startswith("cat dog")
     named = open_text([Path("one.txt"), "two.txt"], settings)
     assert next(named.documents(named.parts()[0])).text.startswith("one two one")
     with pytest.raises((RecipeError, TextError), match="no text was given"):
-        open_text([], TextSettings())
+        open_text([], DataConfig())
 
 
 def test_a_cut_that_breaks_its_promise_is_not_read() -> None:
-    settings = load_recipe("three.toml", ("text.cutter.kind=outside_three:TooFar",)).text.cutter
-    cutter = FromOutside(settings, np.array([50, 60]), 30, seed=1)
+    settings = load_recipe("three.toml", ("data.sampler.kind=outside_three:TooFar",)).data.sampler
+    cutter = PluginSampler(settings, np.array([50, 60]), 30, seed=1)
     with pytest.raises(RecipeError, match="it cuts tokens 0 to 10000 of a document that has 50"):
         cutter.cuts(0, 0, 1)
     with pytest.raises(RecipeError, match="finds no sample in 0 documents"):
-        FromOutside(settings, np.zeros(0, dtype=np.int64), 30, seed=1)
-    good = FromOutside(load_recipe("three.toml").text.cutter, np.array([50, 20]), 30, seed=1)
+        PluginSampler(settings, np.zeros(0, dtype=np.int64), 30, seed=1)
+    good = PluginSampler(load_recipe("three.toml").data.sampler, np.array([50, 20]), 30, seed=1)
     assert [cut.tokens for cut in good.cuts(0, 0, 2)] == [30, 20] and good.mean_tokens == 25
 
 
@@ -278,7 +278,10 @@ def test_a_run_goes_on_with_what_it_was_started_with(folder: Path) -> None:
     assert logged[0]["half"] == pytest.approx(logged[0]["loss"] / 2)
     told = json.loads(Path("half/env.json").read_text())
     assert told["outside"]["objective"]["file"] == str(folder / "outside_three.py")
-    assert told["bits"]["source outside_three:Rows"] == plugin_facts(load_recipe("three.toml").text.source)["digest"]
+    assert (
+        told["determinism"]["source outside_three:Rows"]
+        == plugin_facts(load_recipe("three.toml").data.source)["digest"]
+    )
     assert resume("half", budget="+1 steps").summary is not None
     (folder / "outside_three.py").write_text(MODULE + "\n# another word\n", encoding="utf-8")
     command = [sys.executable, "-m", "unmask", "pretrain", "--resume", "half", "--budget", "+1 steps"]
@@ -287,6 +290,6 @@ def test_a_run_goes_on_with_what_it_was_started_with(folder: Path) -> None:
 
 
 def test_settings_may_name_their_kind() -> None:
-    outside = build_outside(OutsideObjective, {"kind": "outside_three:Named", "rate": 0.2}, "here")
+    outside = build_plugin(PluginObjectiveConfig, {"kind": "outside_three:Named", "mask_rate": 0.2}, "here")
     assert outside.settings.kind == "outside_three:Named"
-    assert tomllib.loads(dump_config(outside)) == {"kind": "outside_three:Named", "rate": 0.2}
+    assert tomllib.loads(dump_config(outside)) == {"kind": "outside_three:Named", "mask_rate": 0.2}

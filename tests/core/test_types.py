@@ -1,7 +1,7 @@
-"""What contracts.py promises, of everything that claims to keep it: encoders, objectives, cutters, sources, sinks.
+"""What contracts.py promises, of everything that claims to keep it: encoders, objectives, samplers, sources, sinks.
 
-A new one joins by one line in a list below. The laws of objectives, cutters and sources are those of
-unmask.checks.plugins, by which `unmask check` judges what comes from outside; tests/checks plants faults in
+A new one joins by one line in a list below. The laws of objectives, samplers and sources are those of
+unmask.checks.plugins, by which `unmask check-plugin` judges what comes from outside; tests/checks plants faults in
 such, to see that they are found.
 """
 
@@ -27,49 +27,62 @@ from pyarrow import parquet
 from torch import nn
 
 from unmask.checks.plugins.fixtures import cutter_cases, objective_subject
-from unmask.checks.plugins.runner import Verdict, judge
-from unmask.checks.plugins.suites import CUTTER_LAWS, OBJECTIVE_LAWS, SOURCE_LAWS, CutterSubject, SourceSubject
+from unmask.checks.plugins.runner import CheckResult, run_checks
+from unmask.checks.plugins.suites import CUTTER_LAWS, OBJECTIVE_LAWS, SOURCE_LAWS, SamplerFixture, SourceFixture
 from unmask.core.types import (
     FILLER_ID,
     SENTENCE_START,
     SPECIAL,
     WORD_START,
-    Cutter,
-    CutterTools,
     Encoder,
     Head,
+    MetricLogger,
     Objective,
-    Sink,
+    Sample,
+    Sampler,
+    SamplerContext,
     Source,
-    Text,
     pack,
     unpack,
 )
 from unmask.data.prepare import CorpusGroup
-from unmask.data.sampling import EPOCH_STRIDE, Mixture, Windows
+from unmask.data.sampling import EPOCH_STRIDE, Mixture, WindowSampler
 from unmask.data.sentence_pairs import PairKind, Pairs
 from unmask.data.sources import FileSource, MemorySource
-from unmask.models import EncoderSettings, build, build_pair
-from unmask.models.annotated import TutorialSettings
-from unmask.models.bert import ClassicSettings
-from unmask.models.modernbert import ModernSettings
-from unmask.objectives.mlm import Mlm, MlmSettings
-from unmask.objectives.sentence_pairs import BertSettings, MlmWithPairs
-from unmask.training.loggers import JsonLines, read_log
+from unmask.models import EncoderConfig, build_model, build_pair
+from unmask.models.annotated import TutorialConfig
+from unmask.models.bert import BertConfig
+from unmask.models.modernbert import ModernBertConfig
+from unmask.objectives.mlm import MaskedLMConfig, MaskedLMObjective
+from unmask.objectives.sentence_pairs import BertPretrainingConfig, BertPretrainingObjective
+from unmask.training.loggers import JsonlLogger, read_log
 
 VOCABULARY, SPECIALS, MASK = 40, 5, 4
 ORDINARY = np.arange(SPECIALS, VOCABULARY)
 
-ENCODERS: list[EncoderSettings] = [
-    ModernSettings(layers=3, width=32, heads=2, feed_forward=24, local_window=8),
-    ClassicSettings(layers=2, width=32, heads=2, feed_forward=24, longest=80),
-    TutorialSettings(layers=2, width=32, heads=2, feed_forward=24),
+ENCODERS: list[EncoderConfig] = [
+    ModernBertConfig(
+        num_hidden_layers=3, hidden_size=32, num_attention_heads=2, intermediate_size=24, local_attention=8
+    ),
+    BertConfig(
+        num_hidden_layers=2, hidden_size=32, num_attention_heads=2, intermediate_size=24, max_position_embeddings=80
+    ),
+    TutorialConfig(num_hidden_layers=2, hidden_size=32, num_attention_heads=2, intermediate_size=24),
 ]
 OBJECTIVES: list[Objective] = [
-    Mlm(MlmSettings(rate=0.15), MASK, ORDINARY),
-    Mlm(MlmSettings(rate=0.4, choose="word"), MASK, ORDINARY),
-    Mlm(MlmSettings(rate=0.3, choose="span", mask=0.5, random=0.5, keep=0.0), MASK, ORDINARY),
-    Mlm(MlmSettings(rate=0.4, rate_end=0.1, choose="ngram", prefer=("a", "b")), MASK, ORDINARY, [(7,), (8, 9)]),
+    MaskedLMObjective(MaskedLMConfig(mask_rate=0.15), MASK, ORDINARY),
+    MaskedLMObjective(MaskedLMConfig(mask_rate=0.4, mask_unit="whole-word"), MASK, ORDINARY),
+    MaskedLMObjective(
+        MaskedLMConfig(mask_rate=0.3, mask_unit="span", mask_token_rate=0.5, random_token_rate=0.5, keep_rate=0.0),
+        MASK,
+        ORDINARY,
+    ),
+    MaskedLMObjective(
+        MaskedLMConfig(mask_rate=0.4, final_mask_rate=0.1, mask_unit="ngram", boosted_words=("a", "b")),
+        MASK,
+        ORDINARY,
+        [(7,), (8, 9)],
+    ),
 ]
 SOURCES: list[Callable[[Path, Sequence[str]], Source]] = [
     lambda folder, texts: MemorySource(texts),
@@ -80,10 +93,10 @@ SOURCES: list[Callable[[Path, Sequence[str]], Source]] = [
     lambda folder, texts: FileSource([rows(folder / "rows.csv", texts)], "line", "strict"),
     lambda folder, texts: FileSource([rows(folder / "rows.parquet", texts)], "line", "strict"),
 ]
-SINKS: list[Callable[[Path], Sink]] = [JsonLines]
+SINKS: list[Callable[[Path], MetricLogger]] = [JsonlLogger]
 
 encoders = pytest.mark.parametrize("shape", ENCODERS, ids=lambda shape: shape.kind)
-objectives = pytest.mark.parametrize("objective", OBJECTIVES, ids=["token", "word", "span", "ngram"])
+objectives = pytest.mark.parametrize("objective", OBJECTIVES, ids=["token", "whole-word", "span", "ngram"])
 sources = pytest.mark.parametrize(
     "source_of", SOURCES, ids=["memory", "files", "folder", "jsonl", "jsonl.gz", "csv", "parquet"]
 )
@@ -98,44 +111,44 @@ def _one_thread():
     torch.set_num_threads(before)
 
 
-def made(shape: EncoderSettings) -> tuple[nn.Module, nn.Module]:
+def made(shape: EncoderConfig) -> tuple[nn.Module, nn.Module]:
     torch.manual_seed(1)
-    encoder, head = build(shape, VOCABULARY)
+    encoder, head = build_model(shape, VOCABULARY)
     return encoder.eval(), head.eval()
 
 
-def text(length: int, number: int, askable: bool = True) -> Text:
+def text(length: int, number: int, askable: bool = True) -> Sample:
     """Framed by special tokens; about every second token starts a word."""
     draw = np.random.default_rng(number)
     ids = np.where(np.arange(length) % (length - 1) == 0, 2, draw.integers(SPECIALS, VOCABULARY, length))
     marks = np.where(draw.random(length) < 0.6, WORD_START, 0).astype(np.uint8)
     marks[[0, -1] if askable else slice(None)] = SPECIAL
-    return Text(ids, marks, epoch=2, number=number)
+    return Sample(ids, marks, epoch=2, number=number)
 
 
 # Encoders ------------------------------------------------------------------------------------------------------------
 
 
 @encoders
-def test_an_encoder_says_what_it_is(shape: EncoderSettings) -> None:
+def test_an_encoder_says_what_it_is(shape: EncoderConfig) -> None:
     encoder, head = made(shape)
     assert isinstance(encoder, Encoder) and isinstance(head, Head)
-    assert (encoder.width, encoder.vocabulary) == (shape.width, VOCABULARY)
-    assert encoder.token_table.shape == (VOCABULARY, shape.width)
-    assert any(parameter is encoder.token_table for parameter in encoder.parameters())
-    assert len(encoder.blocks) == shape.layers
+    assert (encoder.width, encoder.vocabulary) == (shape.hidden_size, VOCABULARY)
+    assert encoder.token_embedding.shape == (VOCABULARY, shape.hidden_size)
+    assert any(parameter is encoder.token_embedding for parameter in encoder.parameters())
+    assert len(encoder.blocks) == shape.num_hidden_layers
     assert all(any(block is module for module in encoder.modules()) for block in encoder.blocks)
     batch = pack([text(9, 1), text(4, 2)])
     hidden_TD = encoder(batch)
-    assert hidden_TD.shape == (13, shape.width) and hidden_TD.dtype == torch.float32
-    logits_MV = head(hidden_TD[[3, 7]], encoder.token_table)
+    assert hidden_TD.shape == (13, shape.hidden_size) and hidden_TD.dtype == torch.float32
+    logits_MV = head(hidden_TD[[3, 7]], encoder.token_embedding)
     assert logits_MV.shape == (2, VOCABULARY) and logits_MV.dtype == torch.float32
 
 
 @encoders
 @settings(max_examples=15, deadline=None)
 @given(lengths=st.lists(st.integers(2, 70), min_size=1, max_size=9), filler=st.integers(0, 40))
-def test_a_text_is_alone_whatever_lies_beside_it(shape: EncoderSettings, lengths: list[int], filler: int) -> None:
+def test_a_text_is_alone_whatever_lies_beside_it(shape: EncoderConfig, lengths: list[int], filler: int) -> None:
     """Neighbours and a filler text change nothing: each text's rows are those of the text alone."""
     encoder, _ = made(shape)
     texts = [text(length, number) for number, length in enumerate(lengths)]
@@ -148,36 +161,34 @@ def test_a_text_is_alone_whatever_lies_beside_it(shape: EncoderSettings, lengths
 
 @encoders
 @objectives
-def test_gradients_are_finite_beside_a_filler_text(shape: EncoderSettings, objective: Objective) -> None:
+def test_gradients_are_finite_beside_a_filler_text(shape: EncoderConfig, objective: Objective) -> None:
     encoder, head = made(shape)
     lengths = [30, 3, 64, 2, 17]
-    puzzle = objective.corrupt(pack([text(n, i) for i, n in enumerate(lengths)], slots=200), seed=4)
-    loss = objective.loss(encoder.train(), head.train(), puzzle)
+    masked = objective.corrupt(pack([text(n, i) for i, n in enumerate(lengths)], slots=200), seed=4)
+    loss = objective.loss(encoder.train(), head.train(), masked)
     sum(loss.sums.values(), torch.zeros(())).backward()
     gradients = [parameter.grad for module in (encoder, head) for parameter in module.parameters()]
     assert all(gradient is not None and gradient.isfinite().all() for gradient in gradients)
     assert any(gradient is not None and gradient.any() for gradient in gradients)
-    tied = isinstance(shape, ModernSettings | ClassicSettings)  # a tied table also has the gradient of the decoder
-    assert FILLER_ID not in puzzle.batch.ids_T[: sum(lengths)] and encoder.token_table.grad is not None
-    assert tied or not encoder.token_table.grad[FILLER_ID].any(), "nobody asks about the filler text"
+    tied = isinstance(shape, ModernBertConfig | BertConfig)  # a tied table also has the gradient of the decoder
+    assert FILLER_ID not in masked.batch.ids_T[: sum(lengths)] and encoder.token_embedding.grad is not None
+    assert tied or not encoder.token_embedding.grad[FILLER_ID].any(), "nobody asks about the filler text"
 
 
 # Objectives ----------------------------------------------------------------------------------------------------------
 
 
-def broken(verdicts: Sequence[Verdict]) -> list[str]:
-    return [f"{verdict.law}: {verdict.detail}" for verdict in verdicts if not verdict.passed]
+def broken(verdicts: Sequence[CheckResult]) -> list[str]:
+    return [f"{verdict.check}: {verdict.detail}" for verdict in verdicts if not verdict.passed]
 
 
 @objectives
 @encoders
 @settings(max_examples=8, deadline=None)
 @given(lengths=st.lists(st.integers(2, 60), max_size=7), seed=st.integers(0, 2**63))
-def test_an_objective_keeps_its_laws(
-    objective: Objective, shape: EncoderSettings, lengths: list[int], seed: int
-) -> None:
+def test_an_objective_keeps_its_laws(objective: Objective, shape: EncoderConfig, lengths: list[int], seed: int) -> None:
     texts = [text(length, number) for number, length in enumerate([*lengths, 9])]
-    assert not broken(judge(OBJECTIVE_LAWS, objective_subject(objective, shape, texts, VOCABULARY, seed)))
+    assert not broken(run_checks(OBJECTIVE_LAWS, objective_subject(objective, shape, texts, VOCABULARY, seed)))
 
 
 @objectives
@@ -185,38 +196,38 @@ def test_an_objective_keeps_its_laws(
 @given(lengths=st.lists(st.integers(2, 60), min_size=1, max_size=8), seed=st.integers(0, 2**63))
 def test_what_is_not_asked_is_not_hidden(objective: Objective, lengths: list[int], seed: int) -> None:
     batch = pack([text(length, number) for number, length in enumerate(lengths)])
-    puzzle = objective.corrupt(batch, seed)
-    untouched = torch.ones(len(batch.ids_T), dtype=torch.bool).index_fill_(0, puzzle.at_M, False)
-    assert torch.equal(puzzle.batch.ids_T[untouched], batch.ids_T[untouched])
-    assert puzzle.counts["mlm"] == len(puzzle.at_M)
+    masked = objective.corrupt(batch, seed)
+    untouched = torch.ones(len(batch.ids_T), dtype=torch.bool).index_fill_(0, masked.positions_M, False)
+    assert torch.equal(masked.batch.ids_T[untouched], batch.ids_T[untouched])
+    assert masked.denominators["mlm"] == len(masked.positions_M)
 
 
-# Cutters -------------------------------------------------------------------------------------------------------------
+# Samplers -------------------------------------------------------------------------------------------------------------
 
 
-def mixed(tools: CutterTools) -> Cutter:
+def mixed(tools: SamplerContext) -> Sampler:
     """Two texts, the second seen more often than it is long; one text alone where there is but one document."""
     half = max(1, len(tools.lengths_N) // 2)
     bounds = [(0, half, 0.3), (half, len(tools.lengths_N), 0.7)]
     groups = [CorpusGroup(f"text {first}", weight, first, last) for first, last, weight in bounds if first < last]
-    return Mixture(tools.lengths_N, groups, tools.length, tools.seed, framing=2, stride=EPOCH_STRIDE)
+    return Mixture(tools.lengths_N, groups, tools.length, tools.seed, num_special_tokens=2, stride=EPOCH_STRIDE)
 
 
-CUTTERS: list[Callable[[CutterTools], Cutter]] = [
-    lambda tools: Windows(tools.lengths_N, tools.length, tools.seed),
+CUTTERS: list[Callable[[SamplerContext], Sampler]] = [
+    lambda tools: WindowSampler(tools.lengths_N, tools.length, tools.seed),
     mixed,
 ]
 
 
 @pytest.mark.parametrize("cutter_of", CUTTERS, ids=["windows", "mixture"])
-def test_a_cutter_keeps_its_laws(cutter_of: Callable[[CutterTools], Cutter]) -> None:
-    assert not broken(judge(CUTTER_LAWS, CutterSubject(cutter_of, cutter_cases())))
+def test_a_cutter_keeps_its_laws(cutter_of: Callable[[SamplerContext], Sampler]) -> None:
+    assert not broken(run_checks(CUTTER_LAWS, SamplerFixture(cutter_of, cutter_cases())))
 
 
 class Marked:
     """Documents in which about every fourth token starts a sentence."""
 
-    def __init__(self, tools: CutterTools) -> None:
+    def __init__(self, tools: SamplerContext) -> None:
         self.lengths_N = tools.lengths_N
         self._marks = [
             np.where(np.random.default_rng(n).random(n) < 0.25, SENTENCE_START, 0).astype(np.uint8)
@@ -232,8 +243,8 @@ class Marked:
 def test_a_cutter_of_pairs_keeps_the_laws(kind: PairKind) -> None:
     cases = [case for case in cutter_cases() if len(case.lengths_N) > 1]
     assert len(cases) > 1
-    subject = CutterSubject(lambda tools: Pairs(Marked(tools), tools.length, tools.seed, kind), cases, spans=2)
-    assert not broken(judge(CUTTER_LAWS, subject))
+    subject = SamplerFixture(lambda tools: Pairs(Marked(tools), tools.length, tools.seed, kind), cases, spans=2)
+    assert not broken(run_checks(CUTTER_LAWS, subject))
 
 
 @settings(max_examples=8, deadline=None)
@@ -241,16 +252,18 @@ def test_a_cutter_of_pairs_keeps_the_laws(kind: PairKind) -> None:
 def test_masks_and_pairs_keep_the_laws_of_objectives(lengths: list[int], seed: int) -> None:
     shape = ENCODERS[1]
     torch.manual_seed(5)
-    objective = MlmWithPairs(BertSettings(), Mlm(MlmSettings(), MASK, ORDINARY), build_pair(shape))
+    objective = BertPretrainingObjective(
+        BertPretrainingConfig(), MaskedLMObjective(MaskedLMConfig(), MASK, ORDINARY), build_pair(shape)
+    )
     texts = [text(length, number) for number, length in enumerate(lengths)]
     segments = [(np.arange(len(one.ids)) >= len(one.ids) // 2).astype(np.int64) for one in texts]
     for labelled in (False, True):
         if labelled:
             texts = [
-                replace(one, segment=segment, label=number % 2)
+                replace(one, token_type_ids=segment, pair_label=number % 2)
                 for number, (one, segment) in enumerate(zip(texts, segments, strict=True))
             ]
-        assert not broken(judge(OBJECTIVE_LAWS, objective_subject(objective, shape, texts, VOCABULARY, seed)))
+        assert not broken(run_checks(OBJECTIVE_LAWS, objective_subject(objective, shape, texts, VOCABULARY, seed)))
 
 
 # Sources -------------------------------------------------------------------------------------------------------------
@@ -292,7 +305,7 @@ def test_a_source_keeps_its_laws(tmp_path: Path, source_of: Callable[..., Source
         return lambda: source_of(tmp_path / name, texts)
 
     variants = [(f"change {number}", made(str(number), texts)) for number, texts in enumerate(CHANGED)]
-    assert not broken(judge(SOURCE_LAWS, SourceSubject(made("as it is", TEXTS), variants)))
+    assert not broken(run_checks(SOURCE_LAWS, SourceFixture(made("as it is", TEXTS), variants)))
     fingerprints = {source().fingerprint for _, source in variants} | {made("a", TEXTS)().fingerprint}
     assert len(fingerprints) == 1 + len(CHANGED)
     assert made("b", TEXTS)().fingerprint in fingerprints, "where files lie is no part of it"
@@ -316,7 +329,7 @@ def test_a_fingerprint_changes_with_the_rules(tmp_path: Path) -> None:
 
 
 @sinks
-def test_a_line_is_on_the_disk_before_write_returns(tmp_path: Path, sink_of: Callable[[Path], Sink]) -> None:
+def test_a_line_is_on_the_disk_before_write_returns(tmp_path: Path, sink_of: Callable[[Path], MetricLogger]) -> None:
     path = tmp_path / "log.jsonl"
     sink = sink_of(path)
     written: list[dict[str, object]] = []

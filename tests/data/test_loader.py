@@ -9,11 +9,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from unmask.core.types import SPECIAL, Cut, Span
-from unmask.data.loader import Stream, deal, read
-from unmask.data.sampling import Windows
+from unmask.core.types import SPECIAL, SampleSpec, TokenSpan
+from unmask.data.loader import SampleStream, assign_microbatches, read
+from unmask.data.sampling import WindowSampler
 from unmask.data.shards import EncodedPassage, Shards, open_shards, write_shards
-from unmask.tokenization.settings import CharacterSettings
+from unmask.tokenization.settings import CharacterConfig
 from unmask.tokenization.tokenizer import Tokenizer, train_tokenizer
 
 TEXTS = ["first text.", "second, which is longer than the first text.", "", "x", "third " * 60]
@@ -31,27 +31,29 @@ def shards_of(folder: Path, tokenizer: Tokenizer) -> Shards:
 @pytest.fixture(params=[True, False], ids=["framed", "bare"])
 def tokenizer(request: pytest.FixtureRequest) -> Tokenizer:
     specials = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]") if request.param else ("[UNK]", "[MASK]")
-    return train_tokenizer(TEXTS, CharacterSettings(specials=specials))
+    return train_tokenizer(TEXTS, CharacterConfig(special_tokens=specials))
 
 
 def test_a_text_is_read_within_its_frame(tmp_path: Path, tokenizer: Tokenizer) -> None:
     shards = shards_of(tmp_path / "shards", tokenizer)
-    text = read(shards, Cut(3, 5, (Span(1, 8, 20),)), tokenizer)
+    text = read(shards, SampleSpec(3, 5, (TokenSpan(1, 8, 20),)), tokenizer)
     assert (text.epoch, text.number) == (3, 5)
     assert tokenizer.decode(text.ids) == TEXTS[1][8:20]
-    if tokenizer.frame:
-        assert (text.ids[0], text.ids[-1]) == tokenizer.frame and text.marks[0] == text.marks[-1] == SPECIAL
-    assert len(text.ids) == len(text.marks) == 12 + (2 if tokenizer.frame else 0)
+    if tokenizer.cls_sep_ids:
+        assert (text.ids[0], text.ids[-1]) == tokenizer.cls_sep_ids and text.token_flags[0] == text.token_flags[
+            -1
+        ] == SPECIAL
+    assert len(text.ids) == len(text.token_flags) == 12 + (2 if tokenizer.cls_sep_ids else 0)
 
 
 def test_a_cursor_is_all_that_is_kept(tmp_path: Path, tokenizer: Tokenizer) -> None:
     shards = shards_of(tmp_path / "shards", tokenizer)
-    cutter = Windows(shards.lengths_N, 10, seed=1)
+    cutter = WindowSampler(shards.lengths_N, 10, seed=1)
     count = cutter.count(0)
     order = [cut for epoch in range(4) for cut in cutter.cuts(epoch, 0, count)]
-    stream, cursor, taken = Stream(shards, cutter, tokenizer), 0, list[Cut]()
+    stream, cursor, taken = SampleStream(shards, cutter, tokenizer), 0, list[SampleSpec]()
     for tokens in [1, 30, 100, 7, 3000, 12]:
-        cuts, after = Stream(shards, cutter, tokenizer).take(cursor, tokens)
+        cuts, after = SampleStream(shards, cutter, tokenizer).take(cursor, tokens)
         assert (cuts, after) == stream.take(cursor, tokens)
         lengths = stream.lengths(cuts)
         assert sum(lengths) >= tokens > sum(lengths[:-1])
@@ -63,11 +65,11 @@ def test_a_cursor_is_all_that_is_kept(tmp_path: Path, tokenizer: Tokenizer) -> N
 
 def test_a_batch_holds_the_texts_in_order(tmp_path: Path, tokenizer: Tokenizer) -> None:
     shards = shards_of(tmp_path / "shards", tokenizer)
-    stream = Stream(shards, Windows(shards.lengths_N, 10, seed=1), tokenizer)
+    stream = SampleStream(shards, WindowSampler(shards.lengths_N, 10, seed=1), tokenizer)
     cuts, _ = stream.take(0, 50)
     batch = stream.batch(cuts, slots=100)
-    assert batch.texts == len(cuts) and batch.tokens == sum(stream.lengths(cuts)) and len(batch.ids_T) == 100
-    assert batch.sample_B2[: batch.texts].tolist() == [[cut.epoch, cut.number] for cut in cuts]
+    assert batch.num_samples == len(cuts) and batch.tokens == sum(stream.lengths(cuts)) and len(batch.ids_T) == 100
+    assert batch.sample_keys_B2[: batch.num_samples].tolist() == [[cut.epoch, cut.number] for cut in cuts]
 
 
 @given(
@@ -76,7 +78,7 @@ def test_a_batch_holds_the_texts_in_order(tmp_path: Path, tokenizer: Tokenizer) 
     micro_tokens=st.integers(1, 100),
 )
 def test_dealing_gives_every_text_to_one_micro_batch(lengths: list[int], ranks: int, micro_tokens: int) -> None:
-    dealt = deal(lengths, ranks, micro_tokens)
+    dealt = assign_microbatches(lengths, ranks, micro_tokens)
     assert len(dealt) == ranks and len({len(micros) for micros in dealt}) == 1
     everyone = [micro for micros in dealt for micro in micros]
     assert sorted(index for micro in everyone for index in micro) == list(range(len(lengths)))
@@ -85,13 +87,13 @@ def test_dealing_gives_every_text_to_one_micro_batch(lengths: list[int], ranks: 
         assert [(-lengths[index], index) for index in micro] == sorted((-lengths[index], index) for index in micro)
     if any(not micro for micro in everyone):
         assert all(len(micro) <= 1 for micro in everyone)
-    assert dealt == deal(lengths, ranks, micro_tokens)
+    assert dealt == assign_microbatches(lengths, ranks, micro_tokens)
 
 
 def test_dealing_is_even_and_wastes_no_micro_batch() -> None:
     lengths = np.random.default_rng(0).integers(5, 130, 1000).tolist()
-    dealt = deal(lengths, 4, 4096)
+    dealt = assign_microbatches(lengths, 4, 4096)
     loads = [[sum(lengths[index] for index in micro) for micro in micros] for micros in dealt]
     assert len(dealt[0]) == -(-sum(lengths) // (4 * 4096))
     assert max(map(max, loads)) - min(map(min, loads)) < 130
-    assert [len(micros) for micros in deal([60] * 100, 1, 100)] == [100]
+    assert [len(micros) for micros in assign_microbatches([60] * 100, 1, 100)] == [100]

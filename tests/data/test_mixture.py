@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from unmask.core.errors import TextError
 from unmask.data.prepare import CorpusGroup
-from unmask.data.sampling import Mixture, Windows, is_weighted
+from unmask.data.sampling import Mixture, WindowSampler, is_weighted
 
 STRIDE, FRAMING = 1 << 20, 2
 
@@ -25,7 +25,7 @@ def mixture(texts: list[tuple[float, list[int]]], length: int, seed: int = 3) ->
         for number, ((weight, tokens), end) in enumerate(zip(texts, ends, strict=True))
     ]
     lengths_N = np.array([size for _, tokens in texts for size in tokens])
-    return Mixture(lengths_N, groups, length, seed, framing=FRAMING, stride=STRIDE)
+    return Mixture(lengths_N, groups, length, seed, num_special_tokens=FRAMING, stride=STRIDE)
 
 
 TEXTS = st.lists(
@@ -121,7 +121,7 @@ def test_a_text_has_its_share_of_the_tokens(shapes: list[tuple[float, int, int]]
 @settings(max_examples=30, deadline=None)
 @given(st.lists(st.integers(0, 300), min_size=1, max_size=20).filter(sum), st.integers(1, 16), st.integers(0, 4))
 def test_one_text_is_what_it_is_without_a_weight(tokens: list[int], length: int, epoch: int) -> None:
-    mixed, alone = mixture([(1.0, tokens)], length), Windows(np.array(tokens), length, 3)
+    mixed, alone = mixture([(1.0, tokens)], length), WindowSampler(np.array(tokens), length, 3)
     assert mixed.count(epoch) == alone.count(epoch)
     assert mixed.cuts(epoch, 0, mixed.count(epoch)) == alone.cuts(epoch, 0, alone.count(epoch))
     assert mixed.epoch_tokens == sum(tokens) + FRAMING * alone.count(0)

@@ -12,38 +12,38 @@ from hypothesis import strategies as st
 from unmask.core.config import build_config, dump_config, load_toml
 from unmask.core.errors import DamagedError, RecipeError, StoreError, TextError, TokenizerError
 from unmask.core.files import default_cache
-from unmask.core.quantities import Amount, Share
+from unmask.core.quantities import Fraction, Quantity
 from unmask.core.types import WORD_START
-from unmask.data.prepare import Corpus, prepare
-from unmask.data.settings import HeldOutSettings, TextSettings
+from unmask.data.prepare import TokenizedCorpus, prepare
+from unmask.data.settings import DataConfig, HeldOutConfig
 from unmask.data.shards import Shards
 from unmask.data.sources import MemorySource, open_source
 from unmask.data.split import divide, side, survey
-from unmask.tokenization.settings import CharacterSettings, WordPieceSettings
+from unmask.tokenization.settings import CharacterConfig, WordPieceConfig
 
 MARKER = "ŽŽŽ"
-LETTERS = CharacterSettings()
+LETTERS = CharacterConfig()
 
 
 def quiet(stage: str, share: float) -> None:
     assert stage and 0 <= share <= 1
 
 
-def texts_of(shards: Shards, corpus: Corpus) -> list[str]:
+def texts_of(shards: Shards, corpus: TokenizedCorpus) -> list[str]:
     pairs = enumerate(shards.lengths_N.tolist())
     return [corpus.tokenizer.decode(shards.ids(document, 0, length)) for document, length in pairs]
 
 
-def held_out(by: str, share: str = "10%") -> HeldOutSettings:
+def held_out(by: str, share: str = "10%") -> HeldOutConfig:
     assert by in ("hash", "tail")
-    return HeldOutSettings(by, Share.parse(share))  # type: ignore[arg-type]
+    return HeldOutConfig(by, Fraction.parse(share))  # type: ignore[arg-type]
 
 
 def test_a_marker_in_the_tail_is_in_no_training_text(tmp_path: Path) -> None:
     path = tmp_path / "text.txt"
     path.write_text("".join(f"line {number} of the text\n" for number in range(400)) + f"the {MARKER} text\n")
     text = path.read_text()
-    settings = TextSettings(document="file", tokenizer=LETTERS, held_out=held_out("tail"))
+    settings = DataConfig(document="file", tokenizer=LETTERS, held_out=held_out("tail"))
     corpus = prepare(open_source([path], settings), settings, tmp_path / "cache", quiet)
     (train,) = texts_of(corpus.train, corpus)
     kept = int(len(text) * 0.9)
@@ -55,7 +55,7 @@ def test_a_marker_in_the_tail_is_in_no_training_text(tmp_path: Path) -> None:
 
 def test_a_marker_in_the_held_out_documents_is_in_no_training_text(tmp_path: Path) -> None:
     plain = [f"document {number} says {number * 7919}" for number in range(300)]
-    settings = TextSettings(tokenizer=LETTERS, held_out=HeldOutSettings(share=Share(0.05)))
+    settings = DataConfig(tokenizer=LETTERS, held_out=HeldOutConfig(fraction=Fraction(0.05)))
     found = survey(MemorySource(plain), quiet)
     division = divide(found, settings.held_out)
     assert division.by == "hash"
@@ -108,7 +108,7 @@ def test_long_documents_are_divided_across_their_passages(tmp_path: Path) -> Non
     text = "a few words. " * 200_000
     path = tmp_path / "long.txt"
     path.write_text(text)
-    settings = TextSettings(document="file", held_out=held_out("tail", "30%"))
+    settings = DataConfig(document="file", held_out=held_out("tail", "30%"))
     source = open_source([path], settings)
     found = survey(source, quiet)
     division = divide(found, settings.held_out)
@@ -122,18 +122,18 @@ def test_long_documents_are_divided_across_their_passages(tmp_path: Path) -> Non
 def test_the_share_and_the_most_that_is_held_out() -> None:
     found = survey(MemorySource([f"{number:100d}" for number in range(1000)]), quiet)
     counts = {
-        (share, most): int((divide(found, HeldOutSettings("hash", share, most)).first_held_N == 0).sum())
-        for share in (Share(0.01), Share(0.2))
-        for most in (Amount(50, "characters"), Amount(1200, "characters"), Amount(2e6, "characters"))
+        (share, most): int((divide(found, HeldOutConfig("hash", share, most)).first_held_N == 0).sum())
+        for share in (Fraction(0.01), Fraction(0.2))
+        for most in (Quantity(50, "characters"), Quantity(1200, "characters"), Quantity(2e6, "characters"))
     }
     assert list(counts.values()) == [1, 10, 10, 1, 12, 200]
     few = survey(MemorySource(["x" * 1000] * 99), quiet)
-    division = divide(few, HeldOutSettings())
+    division = divide(few, HeldOutConfig())
     assert division.by == "tail" and set(division.first_held_N.tolist()) == {900}
-    assert divide(found, HeldOutSettings()).by == "hash"
+    assert divide(found, HeldOutConfig()).by == "hash"
 
 
-def held_sizes(documents: list[str], settings: HeldOutSettings) -> list[int]:
+def held_sizes(documents: list[str], settings: HeldOutConfig) -> list[int]:
     found = survey(MemorySource(documents), quiet)
     held_N = divide(found, settings).first_held_N == 0
     return sorted(found.lengths_N[held_N & (found.lengths_N > 0)].tolist())
@@ -143,12 +143,14 @@ def test_a_large_document_is_passed_over_whatever_its_hash() -> None:
     small = [f"{number:020d}" for number in range(200)]
     for number in range(60):  # its hash falls anywhere: first of all, in the middle, last
         large = f"{number} " * 2000
-        assert held_sizes([*small, large], HeldOutSettings("hash", Share(0.5), Amount(110, "characters"))) == [20] * 5
+        assert (
+            held_sizes([*small, large], HeldOutConfig("hash", Fraction(0.5), Quantity(110, "characters"))) == [20] * 5
+        )
 
 
 def test_where_nothing_fits_the_smallest_is_held_out() -> None:
     documents = [f"{number} " * (number + 200) for number in range(10, 30)]
-    assert held_sizes(documents, HeldOutSettings("hash", Share(0.001))) == [min(map(len, documents))]
+    assert held_sizes(documents, HeldOutConfig("hash", Fraction(0.001))) == [min(map(len, documents))]
 
 
 @settings(max_examples=60, deadline=None)
@@ -162,7 +164,7 @@ def test_what_is_held_out_is_what_fits(counts: list[int], share: float, most: in
     different = {text for text in documents if text}
     if len(different) < 2:
         return
-    chosen = HeldOutSettings("hash", Share(share), Amount(most, "characters"))
+    chosen = HeldOutConfig("hash", Fraction(share), Quantity(most, "characters"))
     held, budget = held_sizes(documents, chosen), min(share * sum(counts), most)
     assert 0 < len(set(held)) < len(different), "something on both sides"
     groups = {len(text): documents.count(text) * len(text) for text in different}
@@ -182,12 +184,12 @@ def test_a_division_says_whether_it_is_the_same() -> None:
 
 def test_a_second_run_starts_at_once(tmp_path: Path) -> None:
     source = MemorySource([f"one document, {number}. And its end." for number in range(120)])
-    settings = TextSettings(tokenizer=WordPieceSettings(vocab=60))
+    settings = DataConfig(tokenizer=WordPieceConfig(vocab_size=60))
     corpus = prepare(source, settings, tmp_path / "cache", quiet)
     stages: list[str] = []
     again = prepare(source, settings, tmp_path / "cache", lambda stage, share: stages.append(stage))
     assert not stages and again.fingerprint == corpus.fingerprint and again.facts == corpus.facts
-    assert again.said == corpus.said and again.words == "spaces" == corpus.facts["words"]
+    assert again.notes == corpus.notes and again.words == "spaces" == corpus.facts["words"]
     assert again.train.documents + again.held_out.documents == 120
     assert (again.train.marks(0, 0, 1) & WORD_START).all()
     other = prepare(source, replace(settings, words="characters"), tmp_path / "cache", quiet)
@@ -200,7 +202,7 @@ def test_a_second_run_starts_at_once(tmp_path: Path) -> None:
 
 def test_a_damaged_cache_is_named_and_made_anew_when_removed(tmp_path: Path) -> None:
     source = MemorySource([f"one document, {number}. And its end." for number in range(120)])
-    settings = TextSettings(tokenizer=LETTERS)
+    settings = DataConfig(tokenizer=LETTERS)
     prepare(source, settings, tmp_path, quiet)
     for shard in sorted(tmp_path.rglob("*.safetensors")) + sorted(tmp_path.rglob("facts.json")):
         data = bytearray(shard.read_bytes())
@@ -208,7 +210,7 @@ def test_a_damaged_cache_is_named_and_made_anew_when_removed(tmp_path: Path) -> 
         shard.write_bytes(data)
         with pytest.raises(DamagedError) as caught:
             prepare(source, settings, tmp_path, quiet)
-        assert caught.value.where == str(shard)
+        assert caught.value.location == str(shard)
         for file in shard.parent.iterdir():
             file.unlink()
         shard.parent.rmdir()
@@ -218,46 +220,44 @@ def test_a_damaged_cache_is_named_and_made_anew_when_removed(tmp_path: Path) -> 
 def test_too_little_text_leaves_nothing_behind(tmp_path: Path) -> None:
     for texts in (["x"], [" ", "\n"]):
         with pytest.raises(TextError):
-            prepare(MemorySource(texts), TextSettings(tokenizer=LETTERS), tmp_path, quiet)
+            prepare(MemorySource(texts), DataConfig(tokenizer=LETTERS), tmp_path, quiet)
     with pytest.raises(TokenizerError, match="than this text can give"):
-        prepare(MemorySource(["some words, and some words"]), TextSettings(), tmp_path, quiet)
+        prepare(MemorySource(["some words, and some words"]), DataConfig(), tmp_path, quiet)
     with pytest.raises(TextError, match="by hash"):
-        prepare(MemorySource(["same"] * 200), TextSettings(tokenizer=LETTERS), tmp_path, quiet)
+        prepare(MemorySource(["same"] * 200), DataConfig(tokenizer=LETTERS), tmp_path, quiet)
     assert all(path.name.endswith(".lock") for path in tmp_path.iterdir())
 
 
 def test_a_cache_that_can_not_be_written(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(StoreError, match="UNMASK_CACHE"):
-        prepare(MemorySource(["a b c"]), TextSettings(tokenizer=LETTERS), tmp_path / "file" / "cache", quiet)
+        prepare(MemorySource(["a b c"]), DataConfig(tokenizer=LETTERS), tmp_path / "file" / "cache", quiet)
 
 
 def test_chinese_is_read_by_characters(tmp_path: Path) -> None:
-    corpus = prepare(
-        MemorySource(["今天天氣很好。我們去公園。" * 20]), TextSettings(tokenizer=LETTERS), tmp_path, quiet
-    )
-    assert corpus.words == "characters" and any("each character" in sentence for sentence in corpus.said)
+    corpus = prepare(MemorySource(["今天天氣很好。我們去公園。" * 20]), DataConfig(tokenizer=LETTERS), tmp_path, quiet)
+    assert corpus.words == "characters" and any("each character" in sentence for sentence in corpus.notes)
 
 
 def test_settings_survive_toml(tmp_path: Path) -> None:
     for chosen in (
-        TextSettings(),
-        TextSettings(
+        DataConfig(),
+        DataConfig(
             document="line",
             words="characters",
             errors="replace",
             valid={"news": "news.txt"},
             held_out=held_out("tail", "12.5%"),
-            tokenizer=CharacterSettings(minimum_count=3),
+            tokenizer=CharacterConfig(min_frequency=3),
         ),
     ):
         path = tmp_path / "text.toml"
         path.write_text(dump_config(chosen))
-        assert build_config(TextSettings, load_toml(path), str(path)) == chosen
+        assert build_config(DataConfig, load_toml(path), str(path)) == chosen
     with pytest.raises(RecipeError, match="leaves nothing"):
-        HeldOutSettings(share=Share(0.0))
+        HeldOutConfig(fraction=Fraction(0.0))
     with pytest.raises(RecipeError, match="characters"):
-        HeldOutSettings(at_most=Amount(5, "tokens"))
+        HeldOutConfig(max_size=Quantity(5, "tokens"))
 
 
 def test_where_the_cache_is(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

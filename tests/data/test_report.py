@@ -12,19 +12,19 @@ from hypothesis import strategies as st
 
 from unmask.core.errors import TextError
 from unmask.data.report import Letters, Report, look
-from unmask.data.settings import HeldOutSettings, TextSettings
+from unmask.data.settings import DataConfig, HeldOutConfig
 from unmask.data.sources import MemorySource, open_source
-from unmask.tokenization.settings import CharacterSettings, WordPieceSettings
+from unmask.tokenization.settings import CharacterConfig, WordPieceConfig
 from unmask.tokenization.tokenizer import train_tokenizer
 
-CHARACTERS = TextSettings(tokenizer=CharacterSettings())
+CHARACTERS = DataConfig(tokenizer=CharacterConfig())
 
 
 def quiet(what: str, share: float) -> None:
     assert 0 <= share <= 1
 
 
-def report_on(texts: list[str], settings: TextSettings = CHARACTERS, lengths: tuple[int, ...] = (32,)) -> Report:
+def report_on(texts: list[str], settings: DataConfig = CHARACTERS, lengths: tuple[int, ...] = (32,)) -> Report:
     return look(MemorySource(texts), settings, lengths, quiet)
 
 
@@ -72,14 +72,14 @@ def test_what_is_odd_about_a_text_is_said() -> None:
     assert "U+FFFD" in said and "control characters" in said and "at most 3 characters" in said
     one = report_on(["a single text that goes on for a while " * 30])
     assert "one document" in " ".join(one.warnings) and one.held_out and one.held_out.by == "tail"
-    same = report_on(["the same text"] * 200, replace(CHARACTERS, held_out=HeldOutSettings(by="hash")))
+    same = report_on(["the same text"] * 200, replace(CHARACTERS, held_out=HeldOutConfig(method="hash")))
     assert same.held_out is None and "nothing can be held out" in " ".join(same.warnings)
-    poor = report_on(["a b c"] * 3, TextSettings(tokenizer=WordPieceSettings(vocab=500)))
+    poor = report_on(["a b c"] * 3, DataConfig(tokenizer=WordPieceConfig(vocab_size=500)))
     assert poor.tokenizer is None and poor.examples == () and "no such tokenizer" in " ".join(poor.warnings)
 
 
 def test_unknown_characters_of_a_given_tokenizer() -> None:
-    tokenizer = train_tokenizer(["abc "], CharacterSettings())
+    tokenizer = train_tokenizer(["abc "], CharacterConfig())
     found = look(MemorySource(["abc xyz"] * 30), CHARACTERS, [16, 7], quiet, tokenizer=tokenizer)
     assert found.tokenizer and found.tokenizer.kind == "given" and not found.tokenizer.trained
     assert found.tokenizer.unknown_share == pytest.approx(3 / 7)

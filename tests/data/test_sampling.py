@@ -6,13 +6,13 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from unmask.core.types import Cut
-from unmask.data.sampling import LONG, Windows, frozen
+from unmask.core.types import SampleSpec
+from unmask.data.sampling import LONG, WindowSampler, frozen
 
 LENGTHS = st.lists(st.one_of(st.integers(0, 30), st.integers(0, 400)), min_size=1, max_size=12)
 
 
-def covered(cuts: list[Cut], lengths: list[int]) -> list[np.ndarray]:
+def covered(cuts: list[SampleSpec], lengths: list[int]) -> list[np.ndarray]:
     seen = [np.zeros(length, dtype=int) for length in lengths]
     for cut in cuts:
         ((document, first, last, segment),) = cut.spans
@@ -24,7 +24,7 @@ def covered(cuts: list[Cut], lengths: list[int]) -> list[np.ndarray]:
 @settings(max_examples=150, deadline=None)
 @given(lengths=LENGTHS, length=st.integers(1, 20), seed=st.integers(0, 2**40), epoch=st.integers(0, 2**20))
 def test_every_token_stands_in_exactly_one_window(lengths: list[int], length: int, seed: int, epoch: int) -> None:
-    windows = Windows(np.array(lengths), length, seed)
+    windows = WindowSampler(np.array(lengths), length, seed)
     count = windows.count(epoch)
     assert count == windows.count(0) == sum(-(-tokens // length) for tokens in lengths)
     cuts = windows.cuts(epoch, 0, count)
@@ -40,7 +40,7 @@ def test_every_token_stands_in_exactly_one_window(lengths: list[int], length: in
 def test_many_documents_are_found_by_counting() -> None:
     lengths = np.random.default_rng(1).integers(0, 40, 1000)
     lengths[100:400] = 0
-    windows = Windows(lengths, 7, seed=1)
+    windows = WindowSampler(lengths, 7, seed=1)
     cuts = sorted(windows.cuts(0, 0, windows.count(0)), key=lambda cut: cut.number)
     assert all((seen == 1).all() for seen in covered(cuts, lengths.tolist()))
     assert [cut.spans[0][:2] for cut in cuts] == sorted(cut.spans[0][:2] for cut in cuts)
@@ -57,7 +57,7 @@ def test_frozen_windows_cover_everything_in_order(lengths: list[int], length: in
 
 
 def test_short_documents_give_equal_pieces_and_long_ones_move() -> None:
-    windows = Windows(np.array([25, 10 * LONG - 4]), 10, seed=3)
+    windows = WindowSampler(np.array([25, 10 * LONG - 4]), 10, seed=3)
     epochs = [sorted(windows.cuts(epoch, 0, windows.count(epoch)), key=lambda cut: cut.number) for epoch in range(30)]
     assert {tuple(cut.tokens for cut in epoch[:3]) for epoch in epochs} == {(8, 8, 9)}
     borders = {tuple(cut.spans[0].last for cut in epoch[3:]) for epoch in epochs}
@@ -69,7 +69,7 @@ def test_short_documents_give_equal_pieces_and_long_ones_move() -> None:
 def test_the_order_depends_on_the_seed_and_the_epoch() -> None:
     lengths_N = np.full(50, 7)
     orders = {
-        tuple(cut.number for cut in Windows(lengths_N, 10, seed).cuts(epoch, 0, 50))
+        tuple(cut.number for cut in WindowSampler(lengths_N, 10, seed).cuts(epoch, 0, 50))
         for seed in range(3)
         for epoch in range(3)
     }

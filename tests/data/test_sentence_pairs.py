@@ -13,11 +13,11 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from unmask.core.errors import TextError
-from unmask.core.types import SENTENCE_START, SPECIAL, Cut, Span
-from unmask.data.loader import Stream, frame_tokens, read
+from unmask.core.types import SENTENCE_START, SPECIAL, SampleSpec, TokenSpan
+from unmask.data.loader import SampleStream, frame_tokens, read
 from unmask.data.sentence_pairs import FOLLOWS, OTHER, PairKind, Pairs
 from unmask.data.shards import EncodedPassage, Shards, open_shards, write_shards
-from unmask.tokenization.settings import CharacterSettings
+from unmask.tokenization.settings import CharacterConfig
 from unmask.tokenization.tokenizer import Tokenizer, train_tokenizer
 
 KINDS: tuple[PairKind, ...] = ("next-sentence", "sentence-order")
@@ -49,7 +49,7 @@ def random_documents(number: int, seed: int = 0, sentence: int = 12) -> Marked:
     return Marked([draw.integers(1, 2 * sentence, draw.integers(2, 60)).tolist() for _ in range(number)])
 
 
-def follows(documents: Marked, first: Span, second: Span) -> bool:
+def follows(documents: Marked, first: TokenSpan, second: TokenSpan) -> bool:
     """Whether the second span begins in the sentence after the one in which the first span ends."""
     if first.document != second.document or first.last > second.first:
         return False
@@ -78,12 +78,12 @@ def test_each_pair_is_found_again(kind: PairKind, sizes: list[list[int]], room: 
             a, b = cut.spans
             assert (a.segment, b.segment) == (0, 1) and cut.epoch == epoch and cut.tokens <= room
             assert all(0 <= span.first < span.last <= documents.lengths_N[span.document] for span in (a, b))
-            if cut.label == FOLLOWS:
+            if cut.pair_label == FOLLOWS:
                 assert follows(documents, a, b)
             elif kind == "sentence-order":
                 assert follows(documents, b, a)
             else:
-                assert cut.label == OTHER and a.document != b.document
+                assert cut.pair_label == OTHER and a.document != b.document
                 assert documents.sentence(b.document, b.first) > 0, "no beginning, which would tell"
             ends = [(span.document, token) for span in (a, b) for token in (span.first, span.last)]
             if short == 0.0 and cut.tokens < room:
@@ -114,7 +114,7 @@ def test_half_of_the_pairs_follow(kind: PairKind) -> None:
         cutter = Pairs(documents, 60, seed, kind)
         cuts = cutter.cuts(3, 0, cutter.count(3))
         error = np.sqrt(0.25 / len(cuts))
-        assert abs(np.mean([cut.label == FOLLOWS for cut in cuts]) - 0.5) < 4 * error
+        assert abs(np.mean([cut.pair_label == FOLLOWS for cut in cuts]) - 0.5) < 4 * error
         assert len(cuts) > 2000
 
 
@@ -155,7 +155,7 @@ def test_the_label_is_hardly_told_by_length() -> None:
     tokens: dict[int | None, list[int]] = {FOLLOWS: [], OTHER: []}
     for epoch in range(3):
         for cut in cutter.cuts(epoch, 0, cutter.count(0)):
-            tokens[cut.label].append(cut.tokens)
+            tokens[cut.pair_label].append(cut.tokens)
     for q in (10, 50, 90):
         assert abs(np.percentile(tokens[FOLLOWS], q) - np.percentile(tokens[OTHER], q)) <= 6
     assert abs(np.mean(tokens[FOLLOWS]) - np.mean(tokens[OTHER])) < 0.1 * np.mean(tokens[FOLLOWS])
@@ -163,7 +163,7 @@ def test_the_label_is_hardly_told_by_length() -> None:
 
 def test_one_document_beside_nearly_all_of_the_text() -> None:
     cutter = Pairs(Marked([[5] * 4000, [4, 4], [6]]), 20, 1, "next-sentence")
-    documents = Counter(cut.spans[1].document for cut in cutter.cuts(0, 0, cutter.count(0)) if cut.label == OTHER)
+    documents = Counter(cut.spans[1].document for cut in cutter.cuts(0, 0, cutter.count(0)) if cut.pair_label == OTHER)
     assert set(documents) <= {0, 1} and documents[1] > 400, "the other one lends its only second half to all"
 
 
@@ -183,7 +183,7 @@ TEXTS = ["One here. Two is there! Three?", "", "only one", "A. B? No. Yes. It wa
 
 @pytest.fixture(scope="module")
 def tokenizer() -> Tokenizer:
-    return train_tokenizer(TEXTS, CharacterSettings())
+    return train_tokenizer(TEXTS, CharacterConfig())
 
 
 @pytest.fixture(scope="module")
@@ -204,23 +204,23 @@ def test_sentences_are_counted_over_shards(shards: Shards) -> None:
 
 
 def test_a_pair_is_read_within_its_frame(shards: Shards, tokenizer: Tokenizer) -> None:
-    cut = Cut(3, 5, (Span(0, 0, 9, 0), Span(3, 6, 10, 1)), OTHER)
+    cut = SampleSpec(3, 5, (TokenSpan(0, 0, 9, 0), TokenSpan(3, 6, 10, 1)), OTHER)
     text = read(shards, cut, tokenizer)
-    assert tokenizer.frame is not None
-    cls, sep = tokenizer.frame
-    edges = np.flatnonzero(text.marks & SPECIAL)
+    assert tokenizer.cls_sep_ids is not None
+    cls, sep = tokenizer.cls_sep_ids
+    edges = np.flatnonzero(text.token_flags & SPECIAL)
     assert text.ids[edges].tolist() == [cls, sep, sep] and edges.tolist() == [0, 10, 15]
-    assert text.segment is not None and text.segment.tolist() == [0] * 11 + [1] * 5
+    assert text.token_type_ids is not None and text.token_type_ids.tolist() == [0] * 11 + [1] * 5
     assert tokenizer.decode(text.ids[1:10]) == TEXTS[0][:9] and tokenizer.decode(text.ids[11:15]) == TEXTS[3][6:10]
-    assert (text.epoch, text.number, text.label) == (3, 5, OTHER) and len(text.marks) == len(text.ids) == 16
+    assert (text.epoch, text.number, text.pair_label) == (3, 5, OTHER) and len(text.token_flags) == len(text.ids) == 16
 
 
 def test_a_batch_of_pairs(shards: Shards, tokenizer: Tokenizer) -> None:
-    stream = Stream(shards, Pairs(shards, 40, 1, "next-sentence"), tokenizer)
+    stream = SampleStream(shards, Pairs(shards, 40, 1, "next-sentence"), tokenizer)
     cuts, after = stream.take(0, 100)
     lengths = stream.lengths(cuts)
     assert lengths == [cut.tokens + 3 for cut in cuts] and sum(lengths) >= 100 and after == len(cuts)
     assert frame_tokens(tokenizer, 2) == 3
     batch = stream.batch(cuts, slots=sum(lengths) + 7)
-    assert batch.label_B is not None and batch.label_B.tolist() == [*(cut.label for cut in cuts), -1]
-    assert batch.segment_T is not None and batch.segment_T.shape == batch.ids_T.shape
+    assert batch.pair_labels_B is not None and batch.pair_labels_B.tolist() == [*(cut.pair_label for cut in cuts), -1]
+    assert batch.token_type_ids_T is not None and batch.token_type_ids_T.shape == batch.ids_T.shape

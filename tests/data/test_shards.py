@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from safetensors.numpy import load_file
 
 from unmask.core.errors import DamagedError
-from unmask.core.files import seal
+from unmask.core.files import write_manifest
 from unmask.data.shards import EncodedPassage, Shards, open_shards, write_shards
 
 VOCABULARY = 70_000
@@ -93,7 +93,7 @@ def test_damage_is_named(tmp_path: Path, name: str, harm: str) -> None:
     with pytest.raises(DamagedError) as caught:
         open_shards(folder)
     # A flipped bit in a digest shows in the file that it no longer fits.
-    assert str(folder) in caught.value.where and (name in caught.value.where or name == "digests.json")
+    assert str(folder) in caught.value.location and (name in caught.value.location or name == "digests.json")
 
 
 def test_ids_beyond_the_vocabulary_are_damage(tmp_path: Path) -> None:
@@ -101,10 +101,10 @@ def test_ids_beyond_the_vocabulary_are_damage(tmp_path: Path) -> None:
     write_shards(folder, encoded([30], 100, seed=1), 100, "print")
     index = folder / "index.json"
     index.write_text(index.read_text().replace('"vocabulary": 100', '"vocabulary": 50'))
-    seal(folder)
+    write_manifest(folder)
     with pytest.raises(DamagedError, match="beyond the vocabulary") as caught:
         open_shards(folder)
-    assert "shard-00000" in caught.value.where
+    assert "shard-00000" in caught.value.location
 
 
 def test_a_shard_cut_short_and_sealed_again_is_damage(tmp_path: Path) -> None:

@@ -11,13 +11,13 @@ import pytest
 
 from unmask.core.errors import TextError
 from unmask.core.files import default_cache
-from unmask.data.settings import TextSettings
+from unmask.data.settings import DataConfig
 from unmask.data.sources import FileSource, absolute, is_name, open_source, weighted
 
-SETTINGS = TextSettings(document="line")
+SETTINGS = DataConfig(document="line")
 
 
-def documents(*names: str | Path, settings: TextSettings = SETTINGS) -> list[str]:
+def documents(*names: str | Path, settings: DataConfig = SETTINGS) -> list[str]:
     source = open_source(names, settings)
     return [passage.text for part in source.parts() for passage in source.documents(part)]
 
@@ -46,7 +46,7 @@ def test_folders_and_patterns(place: Path) -> None:
     for name, says in (("notes/*.md", "no file matches"), ("*", "no file matches"), ("none", "no such file")):
         with pytest.raises(TextError, match=says) as caught:
             documents(name)
-        assert caught.value.where == name and caught.value.next
+        assert caught.value.location == name and caught.value.hint
 
 
 def test_what_is_said_of_documents(place: Path) -> None:
@@ -56,7 +56,7 @@ def test_what_is_said_of_documents(place: Path) -> None:
         (["notes"], "a document is a line that is not blank; of a table, a row's `text`"),
         (["notes/a.txt:3", "notes/e.csv:1"], "weights: notes/a.txt 0.75, notes/e.csv 0.25"),
     ):
-        assert said in open_source(names, SETTINGS).said
+        assert said in open_source(names, SETTINGS).notes
 
 
 def test_weights(place: Path) -> None:
@@ -78,7 +78,7 @@ def test_weights(place: Path) -> None:
     ):
         with pytest.raises(TextError, match=says) as caught:
             documents(*names)
-        assert caught.value.where in names and caught.value.next
+        assert caught.value.location in names and caught.value.hint
 
 
 def test_names(place: Path) -> None:
@@ -106,7 +106,7 @@ def test_standard_input_is_kept_and_can_be_read_again(place: Path, monkeypatch: 
     kept = list((default_cache() / "standard-input").iterdir())
     assert len(kept) == 1 and source.paths == again.paths == (f"{kept[0]}:3", "notes/a.txt:1")
     assert [group.name for group in source.groups] == ["standard input", "notes/a.txt"]
-    assert f"standard input is kept as {kept[0]}" in source.said
+    assert f"standard input is kept as {kept[0]}" in source.notes
     for _ in range(2):
         assert documents(*source.paths) == ["höre", "zu", "a"]
     kept[0].unlink()
@@ -134,6 +134,6 @@ def test_a_data_set_where_the_hub_is_out_of_reach(monkeypatch: pytest.MonkeyPatc
     before = huggingface_hub.constants.HF_HUB_OFFLINE
     with pytest.raises(TextError) as caught:
         documents("dataset:nobody/nothing#one@test")
-    assert "`nobody/nothing` is not in the local cache, and the hub can't be reached" in caught.value.what
-    assert "save_to_disk" in caught.value.next and caught.value.where == "dataset:nobody/nothing#one@test"
+    assert "`nobody/nothing` is not in the local cache, and the hub can't be reached" in caught.value.message
+    assert "save_to_disk" in caught.value.hint and caught.value.location == "dataset:nobody/nothing#one@test"
     assert before == huggingface_hub.constants.HF_HUB_OFFLINE

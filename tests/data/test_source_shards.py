@@ -12,18 +12,18 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from unmask.core.types import Part, Passage
+from unmask.core.types import DocumentChunk, SourceShard
 from unmask.data import sources
 from unmask.data.readers import documents
 from unmask.data.readers.bytes import read_chunks
 from unmask.data.readers.documents import PASSAGE_CHARACTERS
-from unmask.data.settings import DocumentRule, ErrorsRule, TextSettings
+from unmask.data.settings import DataConfig, DocumentRule, ErrorsRule
 from unmask.data.sources import FileSource, SourceRecipe
 
 Told = list[tuple[str, int]]
 
 
-def told(passages: list[Passage]) -> Told:
+def told(passages: list[DocumentChunk]) -> Told:
     """The text of each document, and the characters that it stands for."""
     found: Told = []
     for passage in passages:
@@ -33,7 +33,7 @@ def told(passages: list[Passage]) -> Told:
 
 
 def whole(source: FileSource, path: Path) -> Told:
-    return told(list(source.documents(Part(str(path), 0, path.stat().st_size))))
+    return told(list(source.documents(SourceShard(str(path), 0, path.stat().st_size))))
 
 
 def by_parts(source: FileSource) -> Told:
@@ -117,7 +117,7 @@ def test_a_recipe_opens_the_same_source_and_reads_a_part_alone(tmp_path: Path, m
     monkeypatch.setattr(documents, "PART_BYTES", 100)
     path = tmp_path / "text.txt"
     path.write_text("\n".join(f"line {number}" for number in range(100)))
-    recipe = SourceRecipe((str(path),), TextSettings(document="line"))
+    recipe = SourceRecipe((str(path),), DataConfig(document="line"))
     source, other = recipe.open(), SourceRecipe(recipe.open().paths, recipe.settings).open()
     assert source.fingerprint == other.fingerprint and source.parts() == other.parts()
     part = source.parts()[3]

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from unmask.core.errors import TextError
-from unmask.core.types import Passage
+from unmask.core.types import DocumentChunk
 from unmask.data.readers import bytes as byte_reader
 from unmask.data.readers import documents as document_reader
 from unmask.data.readers.documents import PASSAGE_CHARACTERS
@@ -22,12 +22,12 @@ from unmask.data.sources import FileSource, MemorySource
 RULES: tuple[DocumentRule, ...] = ("blank-line", "line", "file")
 
 
-def passages(path: Path, rule: DocumentRule = "blank-line", errors: ErrorsRule = "strict") -> list[Passage]:
+def passages(path: Path, rule: DocumentRule = "blank-line", errors: ErrorsRule = "strict") -> list[DocumentChunk]:
     source = FileSource([path], rule, errors)
     return [passage for part in source.parts() for passage in source.documents(part)]
 
 
-def documents(found: list[Passage]) -> list[str]:
+def documents(found: list[DocumentChunk]) -> list[str]:
     texts: list[str] = []
     for passage in found:
         if passage.piece == 0:
@@ -144,7 +144,7 @@ def test_what_is_no_text_is_refused_by_name(tmp_path: Path, data: bytes, says: s
     path = written(tmp_path, data, "bad.txt")
     with pytest.raises(TextError) as caught:
         FileSource([path], "blank-line", "strict").check()
-    assert says in str(caught.value) and str(path) in caught.value.where and caught.value.next
+    assert says in str(caught.value) and str(path) in caught.value.location and caught.value.hint
     with pytest.raises(TextError):
         passages(path)
 
@@ -157,14 +157,14 @@ def test_a_zero_byte_far_into_a_file_is_named(tmp_path: Path, before: int, name:
     path = written(tmp_path, text + b"\0 rest" + b"x" * (1 << 20), name)
     with pytest.raises(TextError, match=f"byte {len(text):,} .*is zero") as caught:
         passages(path, errors="replace")
-    assert caught.value.where == str(path) and ("unpacked" in caught.value.what) == name.endswith(".gz")
+    assert caught.value.location == str(path) and ("unpacked" in caught.value.message) == name.endswith(".gz")
 
 
 def test_missing_paths_and_empty_folders(tmp_path: Path) -> None:
     for path in (tmp_path / "absent.txt", tmp_path):
         with pytest.raises(TextError) as caught:
             FileSource([path], "blank-line", "strict").check()
-        assert str(path) in caught.value.where
+        assert str(path) in caught.value.location
     with pytest.raises(TextError):
         FileSource([], "blank-line", "strict").check()
 
@@ -174,7 +174,7 @@ def test_invalid_utf8_is_named_by_its_byte(tmp_path: Path, before: int) -> None:
     path = written(tmp_path, b"a" * before + b"\xc3\x28 rest")
     with pytest.raises(TextError, match=f"byte {before:,} ") as caught:
         passages(path)
-    assert caught.value.where == f"{path}, byte {before} (line 1)" and "--errors replace" in caught.value.next
+    assert caught.value.location == f"{path}, byte {before} (line 1)" and "--errors replace" in caught.value.hint
     assert "".join(passage.text for passage in passages(path, errors="replace")) == "a" * before + "\ufffd( rest"
 
 
@@ -202,7 +202,7 @@ def test_a_line_too_long_to_be_left_out(tmp_path: Path, monkeypatch: pytest.Monk
 
 def test_unicode_forms(tmp_path: Path) -> None:
     path = written(tmp_path, "ﬁne e\u0301\n")
-    for form, text in (("NFC", "ﬁne é"), ("NFKC", "fine é"), ("as-is", "ﬁne e\u0301")):
+    for form, text in (("NFC", "ﬁne é"), ("NFKC", "fine é"), ("none", "ﬁne e\u0301")):
         source = FileSource([path], "line", "strict", unicode=form)
         assert [passage.text for part in source.parts() for passage in source.documents(part)] == [text]
     assert MemorySource(["ﬁ"], "NFKC").fingerprint != MemorySource(["ﬁ"]).fingerprint

@@ -10,13 +10,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from unmask.core.errors import TextError
-from unmask.core.quantities import Amount, Share
-from unmask.core.types import Passage
+from unmask.core.quantities import Fraction, Quantity
+from unmask.core.types import DocumentChunk
 from unmask.data import split
 from unmask.data.prepare import quiet
-from unmask.data.settings import HeldOutSettings
+from unmask.data.settings import HeldOutConfig
 from unmask.data.sources import MemorySource
-from unmask.data.split import LEFT_OUT, Division, divide, stretches, survey
+from unmask.data.split import LEFT_OUT, Split, divide, stretches, survey
 
 
 @settings(max_examples=100, deadline=None)
@@ -32,9 +32,9 @@ def test_a_division_does_not_depend_on_the_pieces_it_is_made_in(
     counts: list[int], by: str, share: float, most: int, drop: bool, chunk: int
 ) -> None:
     found = survey(MemorySource(["x" * count for count in counts]), quiet)
-    chosen = HeldOutSettings(by, Share(share), Amount(most, "characters"))  # type: ignore[arg-type]
+    chosen = HeldOutConfig(by, Fraction(share), Quantity(most, "characters"))  # type: ignore[arg-type]
 
-    def divided() -> Division | str:
+    def divided() -> Split | str:
         try:
             return divide(found, chosen, drop_duplicates=drop)
         except TextError as error:
@@ -55,7 +55,7 @@ def test_a_division_does_not_depend_on_the_pieces_it_is_made_in(
 
 def test_a_division_may_lie_in_files(tmp_path: Path) -> None:
     found = survey(MemorySource([f"{number:09d}" for number in range(300)]), quiet)
-    here, there = divide(found, HeldOutSettings()), divide(found, HeldOutSettings(), folder=tmp_path)
+    here, there = divide(found, HeldOutConfig()), divide(found, HeldOutConfig(), folder=tmp_path)
     assert here.digest == there.digest and (tmp_path / "first-held").stat().st_size == 8 * 300
 
 
@@ -63,7 +63,7 @@ def test_text_that_changes_between_two_readings_is_noticed() -> None:
     lengths_N, held_N = np.array([3, 3]), np.array([3, 0])
 
     def read(*texts: str) -> list[str]:
-        passages = [(number, Passage(number, 0, text, len(text), last=True)) for number, text in enumerate(texts)]
+        passages = [(number, DocumentChunk(number, 0, text, len(text), last=True)) for number, text in enumerate(texts)]
         return [stretch.text for stretch in stretches(passages, lengths_N, held_N)]
 
     assert read("abc", "def") == ["abc", "def"]

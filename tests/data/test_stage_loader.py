@@ -11,13 +11,13 @@ from pathlib import Path
 import pytest
 
 from unmask.core.errors import Stopped, TextError
-from unmask.data.loader import StageFeed
+from unmask.data.loader import StageLoader
 from unmask.data.prepare import CorpusGroup
 from unmask.data.shards import EncodedPassage, Shards, open_shards, write_shards
-from unmask.tokenization.settings import CharacterSettings
+from unmask.tokenization.settings import CharacterConfig
 from unmask.tokenization.tokenizer import Tokenizer, train_tokenizer
 from unmask.training.display.plain import SilentDisplay
-from unmask.training.loop import Standing
+from unmask.training.loop import TrainState
 from unmask.training.pretrain import launch, resume
 
 LENGTH = 16
@@ -25,7 +25,7 @@ LENGTH = 16
 
 @pytest.fixture(scope="module")
 def tokenizer() -> Tokenizer:
-    return train_tokenizer(["abcdefgh ij"], CharacterSettings())
+    return train_tokenizer(["abcdefgh ij"], CharacterConfig())
 
 
 @pytest.fixture(scope="module")
@@ -45,13 +45,13 @@ def groups(small: float, large: float) -> list[CorpusGroup]:
     return [CorpusGroup("small", small, 0, 20), CorpusGroup("large", large, 20, 60)]
 
 
-def feed(shards: Shards, tokenizer: Tokenizer, groups: Sequence[CorpusGroup] = ()) -> StageFeed:
-    return StageFeed(shards, tokenizer, LENGTH, 64, 7, groups)
+def feed(shards: Shards, tokenizer: Tokenizer, groups: Sequence[CorpusGroup] = ()) -> StageLoader:
+    return StageLoader(shards, tokenizer, LENGTH, 64, 7, groups)
 
 
-def samples(feed: StageFeed, cursor: int, tokens: int, ranks: int) -> Counter[tuple[int, int]]:
+def samples(feed: StageLoader, cursor: int, tokens: int, ranks: int) -> Counter[tuple[int, int]]:
     batches = [batch for rank in range(ranks) for batch in feed.step(cursor, tokens, rank, ranks)[0]]
-    return Counter((int(epoch), int(number)) for batch in batches for epoch, number in batch.sample_B2)
+    return Counter((int(epoch), int(number)) for batch in batches for epoch, number in batch.sample_keys_B2)
 
 
 def test_without_weights_names_change_nothing(shards: Shards, tokenizer: Tokenizer) -> None:
@@ -92,7 +92,7 @@ def test_the_tokens_of_a_run_are_shared_by_weight(shards: Shards, tokenizer: Tok
     for _ in range(20):
         batches, cursor = here.step(cursor, 300, 0, 1)
         for batch in batches:
-            for first, last in zip(batch.starts, batch.starts[1:], strict=False):
+            for first, last in zip(batch.offsets, batch.offsets[1:], strict=False):
                 ids = set(batch.ids_T[first:last].tolist())
                 name = "small" if ids & {a, b} else "large"
                 tokens[name] += last - first
@@ -106,9 +106,9 @@ def test_the_tokens_of_a_run_are_shared_by_weight(shards: Shards, tokenizer: Tok
 
 
 SMALL = [
-    "text.document=line", "text.tokenizer={kind = 'characters'}", "text.held_out={by = 'tail', share = '20%'}",
-    "encoder.layers=1", "encoder.width=16", "encoder.heads=2", "encoder.feed_forward=16", "train.every.log=1 steps",
-    "stage=[{until = '50%', length = 16, batch = '20 texts'}, {until = '100%', length = 32, batch = '20 texts'}]",
+    "data.document=line", "data.tokenizer={kind = 'characters'}", "data.held_out={method = 'tail', fraction = '20%'}",
+    "model.num_hidden_layers=1", "model.hidden_size=16", "model.num_attention_heads=2", "model.intermediate_size=16", "train.every.log=1 steps",
+    "stage=[{until = '50%', max_seq_len = 16, batch_size = '20 texts'}, {until = '100%', max_seq_len = 32, batch_size = '20 texts'}]",
     "train.budget=12 steps", "train.every.save=6 steps", "train.threads=1",
 ]  # fmt: skip
 
@@ -119,8 +119,8 @@ class StopsAt(SilentDisplay):
     def __init__(self, step: int) -> None:
         self._step = step
 
-    def step(self, standing: Standing) -> None:
-        if standing.step == self._step:
+    def step(self, state: TrainState) -> None:
+        if state.step == self._step:
             signal.raise_signal(signal.SIGINT)
 
 

@@ -99,14 +99,14 @@ def test_a_packed_parquet_table_is_unpacked_in_the_cache(
     assert len(source.parts()) == 6 and documents(source) == texts
     (kept,) = (tmp_path / "cache").glob("*/*")
     assert kept.read_bytes() == (tmp_path / "rows.parquet").read_bytes()
-    assert source.said.endswith(f"{path} is unpacked in the cache: {kept}")
+    assert source.notes.endswith(f"{path} is unpacked in the cache: {kept}")
 
     kept.unlink()  # as anybody may clean a cache
     assert documents(source) == texts
     path.write_bytes(whole[:-20])
     with pytest.raises(TextError, match=rf"this \{packing} file is damaged or cut short") as caught:
         read(path)
-    assert caught.value.where == str(path)
+    assert caught.value.location == str(path)
     assert list((tmp_path / "cache").glob("*/*")) == [kept]
 
 
@@ -174,7 +174,7 @@ def test_a_broken_row_is_refused_by_its_line_or_counted(tmp_path: Path, name: st
     with pytest.raises(TextError) as caught:
         read(path)
     assert all(words in str(caught.value) for words in says), str(caught.value)
-    assert str(path) in caught.value.where and caught.value.next
+    assert str(path) in caught.value.location and caught.value.hint
     source = FileSource([path], "line", "skip")
     assert documents(source) == ["a", "c"]
     assert list(source.left_out.values()) == [1]
@@ -191,7 +191,7 @@ def test_quotes_in_a_table_separated_by_tabs(tmp_path: Path) -> None:
     path.write_text('id\ttext\n1\t"a" b\n2\n')
     with pytest.raises(TextError, match="1 columns where the first line names 2") as caught:
         read(path)
-    assert caught.value.where.endswith("line 3") and read(path, "skip") == ['"a" b']
+    assert caught.value.location.endswith("line 3") and read(path, "skip") == ['"a" b']
 
 
 def test_a_quote_that_is_never_closed_is_refused_whatever_the_rule(
@@ -202,7 +202,7 @@ def test_a_quote_that_is_never_closed_is_refused_whatever_the_rule(
     for errors in ("strict", "skip"):
         with pytest.raises(TextError, match="never closed") as caught:
             read(path, errors)
-        assert caught.value.where.endswith("line 3")
+        assert caught.value.location.endswith("line 3")
     monkeypatch.setattr(tables, "LONGEST_LINE", 100)
     path.write_bytes(b'id,text\n1,a\n2,"' + b"b\n" * 100)
     with pytest.raises(TextError, match="longer than 100"):
@@ -216,7 +216,7 @@ def test_a_line_that_is_too_long(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     path.write_text('{"text": "a"}\n{"text": "' + "b" * 100 + '"}\n')
     with pytest.raises(TextError, match="longer than 50 bytes") as caught:
         read(path, "skip")
-    assert caught.value.where.endswith("line 2")
+    assert caught.value.location.endswith("line 2")
 
 
 def test_a_dotted_field(tmp_path: Path) -> None:
@@ -233,14 +233,14 @@ def test_columns_that_are_missing_or_hold_no_text(tmp_path: Path) -> None:
     for name in ("rows.csv", "rows.tsv", "rows.parquet"):
         with pytest.raises(TextError, match="did you mean `label`") as caught:
             read(tmp_path / name, field="lable")
-        assert "`text`" in caught.value.next and name in caught.value.where
+        assert "`text`" in caught.value.hint and name in caught.value.location
     with pytest.raises(TextError, match="holds int64, no text") as caught:
         read(tmp_path / "rows.parquet", field="label")
-    assert "`text`" in caught.value.next
+    assert "`text`" in caught.value.hint
     assert read(tmp_path / "rows.parquet", field="kind") == ["c"]
     with pytest.raises(TextError, match="no character") as caught:
         read(tmp_path / "rows.parquet", field="raw")
-    assert caught.value.where.endswith("row 1")
+    assert caught.value.location.endswith("row 1")
     assert read(tmp_path / "rows.parquet", "replace", field="raw") == ["b\ufffd"]
 
 
@@ -249,7 +249,7 @@ def test_nulls_of_a_parquet_table_are_counted(tmp_path: Path) -> None:
     pq.write_table(pa.table({"text": ["a", None, "c", "", None]}), path)
     with pytest.raises(TextError, match="holds null") as caught:
         read(path)
-    assert caught.value.where == f"{path}, row 2"
+    assert caught.value.location == f"{path}, row 2"
     source = FileSource([path], "line", "skip")
     assert documents(source) == ["a", "c"] and list(source.left_out.values()) == [2]
 
@@ -261,7 +261,7 @@ def test_a_packed_file_that_is_cut_short(tmp_path: Path, ending: str, packing: s
     path.write_bytes(PACKED[packing](FORMATS[ending]([f"text {number * 7919}" for number in range(9000)]))[:-20])
     with pytest.raises(TextError, match=rf"this \{packing} file is damaged or cut short") as caught:
         read(path)
-    assert caught.value.where == str(path)
+    assert caught.value.location == str(path)
 
 
 def test_what_is_no_table(tmp_path: Path) -> None:
@@ -271,7 +271,7 @@ def test_what_is_no_table(tmp_path: Path) -> None:
         path.write_bytes(data)
         with pytest.raises(TextError, match="no Parquet file") as caught:
             FileSource([path], "line", "strict").check()
-        assert caught.value.where == str(path)
+        assert caught.value.location == str(path)
     for name, data, says in (
         ("rows.parquet.gz", gzip.compress(b"text"), "no Parquet file"),
         ("rows.csv", b"", "empty"),
@@ -286,4 +286,4 @@ def test_what_is_no_table(tmp_path: Path) -> None:
         path.write_bytes(data)
         with pytest.raises(TextError, match=says) as caught:
             FileSource([path], "line", "strict").check()
-        assert caught.value.where.startswith(str(path)) and caught.value.next
+        assert caught.value.location.startswith(str(path)) and caught.value.hint

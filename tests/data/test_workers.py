@@ -15,13 +15,13 @@ from pathlib import Path
 import pytest
 
 from unmask.core.errors import StoreError, TextError
-from unmask.core.quantities import Share
-from unmask.data.prepare import Build, Corpus, make, prepare, quiet
-from unmask.data.settings import HeldOutSettings, TextSettings
+from unmask.core.quantities import Fraction
+from unmask.data.prepare import Build, TokenizedCorpus, make, prepare, quiet
+from unmask.data.settings import DataConfig, HeldOutConfig
 from unmask.data.sources import MemorySource, open_source
-from unmask.tokenization.settings import CharacterSettings, FileTokenizerSettings, WordPieceSettings
+from unmask.tokenization.settings import CharacterConfig, FileTokenizerConfig, WordPieceConfig
 
-LETTERS = CharacterSettings()
+LETTERS = CharacterConfig()
 WORDS = [
     "the",
     "a",
@@ -59,7 +59,7 @@ def tree(folder: Path) -> dict[str, bytes]:
     return {file.relative_to(folder).as_posix(): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
 
 
-def texts_of(corpus: Corpus) -> list[str]:
+def texts_of(corpus: TokenizedCorpus) -> list[str]:
     shards = (corpus.train, corpus.held_out)
     return [
         corpus.tokenizer.decode(one.ids(document, 0, length))
@@ -69,7 +69,7 @@ def texts_of(corpus: Corpus) -> list[str]:
 
 
 def test_the_bytes_do_not_depend_on_who_does_the_work(tmp_path: Path) -> None:
-    settings = TextSettings(tokenizer=WordPieceSettings(vocab=60, sample_characters=4_000), drop_duplicates=True)
+    settings = DataConfig(tokenizer=WordPieceConfig(vocab_size=60, max_train_chars=4_000), drop_duplicates=True)
     texts = write_texts(tmp_path / "texts")
     trees: list[dict[str, bytes]] = []
     for workers in (1, 2):
@@ -89,12 +89,12 @@ def test_the_bytes_do_not_depend_on_who_does_the_work(tmp_path: Path) -> None:
 def test_an_error_in_a_worker_is_told_as_if_it_were_here(tmp_path: Path) -> None:
     texts = write_texts(tmp_path / "texts")
     (tmp_path / "texts" / "3.txt").write_bytes(b"good\n\nb\xffd\n")
-    settings = TextSettings(tokenizer=LETTERS)
+    settings = DataConfig(tokenizer=LETTERS)
     folder = tmp_path / "made"
     folder.mkdir()
     with pytest.raises(TextError, match="not UTF-8") as caught:
         make(Build(folder, open_source(texts, settings), settings, quiet, None, 2, unit_bytes=10_000))
-    assert "3.txt" in caught.value.where
+    assert "3.txt" in caught.value.location
 
 
 BUILD = """
@@ -103,9 +103,9 @@ from pathlib import Path
 from unmask.data.sources import open_source
 from unmask.data.prepare import prepare
 from unmask.data.prepare import quiet
-from unmask.data.settings import TextSettings
-from unmask.tokenization.settings import WordPieceSettings
-settings = TextSettings(tokenizer=WordPieceSettings(vocab=60))
+from unmask.data.settings import DataConfig
+from unmask.tokenization.settings import WordPieceConfig
+settings = DataConfig(tokenizer=WordPieceConfig(vocab_size=60))
 print("begins", flush=True)
 prepare(open_source([sys.argv[1]], settings), settings, Path(sys.argv[2]), workers=2)
 """
@@ -114,7 +114,7 @@ prepare(open_source([sys.argv[1]], settings), settings, Path(sys.argv[2]), worke
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="this system has no SIGKILL")
 def test_a_killed_build_leaves_nothing_that_the_next_one_minds(tmp_path: Path) -> None:
     (texts,) = write_texts(tmp_path / "texts", files=3, each=300)
-    settings = TextSettings(tokenizer=WordPieceSettings(vocab=60))
+    settings = DataConfig(tokenizer=WordPieceConfig(vocab_size=60))
     whole = prepare(open_source([texts], settings), settings, tmp_path / "whole").folder
     for number, seconds in enumerate((0.02, 0.25, 0.6)):
         cache = tmp_path / str(number)
@@ -134,9 +134,9 @@ def test_workers_end_with_their_parent(tmp_path: Path) -> None:
     program = f"""
 import time
 from unmask.data.sources import open_source
-from unmask.data.settings import TextSettings
+from unmask.data.settings import DataConfig
 from unmask.data.workers import Workers
-settings = TextSettings()
+settings = DataConfig()
 with Workers(open_source([{texts!r}], settings), settings, 2, 2) as workers:
     workers.start()
     print(*[process.pid for process in workers.processes], flush=True)
@@ -166,9 +166,9 @@ import resource, sys
 from pathlib import Path
 from unmask.data.sources import open_source
 from unmask.data.prepare import prepare
-from unmask.data.settings import TextSettings
-from unmask.tokenization.settings import CharacterSettings
-settings = TextSettings(tokenizer=CharacterSettings())
+from unmask.data.settings import DataConfig
+from unmask.tokenization.settings import CharacterConfig
+settings = DataConfig(tokenizer=CharacterConfig())
 source = open_source([sys.argv[1]], settings)
 resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[3]),) * 2)
 try:
@@ -187,19 +187,19 @@ def test_a_full_disk_is_named_and_leaves_nothing_half_made(tmp_path: Path) -> No
         told = subprocess.run(command, capture_output=True, text=True, check=True).stdout
         assert told.startswith(StoreError.__name__) and str(cache) in told and "UNMASK_CACHE" in told
         assert all(path.name.startswith(".") and path.suffix == ".lock" for path in cache.iterdir())
-    settings = TextSettings(tokenizer=LETTERS)
+    settings = DataConfig(tokenizer=LETTERS)
     assert prepare(open_source([texts], settings), settings, cache).train.documents
 
 
 def test_copies_are_left_out(tmp_path: Path) -> None:
     texts = documents(150)
     several = [*texts[:100], texts[3], *texts[100:], texts[3], texts[140], texts[0]]
-    settings = TextSettings(tokenizer=LETTERS, drop_duplicates=True)
+    settings = DataConfig(tokenizer=LETTERS, drop_duplicates=True)
     for by in ("hash", "tail"):
-        chosen = replace(settings, held_out=HeldOutSettings(by, Share(0.1)))  # type: ignore[arg-type]
+        chosen = replace(settings, held_out=HeldOutConfig(by, Fraction(0.1)))  # type: ignore[arg-type]
         corpus = prepare(MemorySource(several), chosen, tmp_path)
         assert corpus.facts["duplicates"] == 4 == len(several) - len(texts)
-        assert any("4 documents whose text was there before" in sentence for sentence in corpus.said)
+        assert any("4 documents whose text was there before" in sentence for sentence in corpus.notes)
         if by == "hash":
             assert sorted(texts_of(corpus)) == sorted(set(texts)), "each once"
         else:
@@ -211,10 +211,10 @@ def test_copies_are_left_out(tmp_path: Path) -> None:
 def test_lines_that_can_not_be_read_are_counted(tmp_path: Path) -> None:
     file = tmp_path / "rows.jsonl"
     file.write_text("".join(json.dumps({"text": text}) + "\n" for text in documents(120)) + '{"text": \nnothing\n')
-    settings = TextSettings(tokenizer=LETTERS, errors="skip")
+    settings = DataConfig(tokenizer=LETTERS, errors="skip")
     corpus = prepare(open_source([file], settings), settings, tmp_path / "cache")
     assert corpus.facts["left_out"] == 2 and corpus.facts["documents"] == 120
-    assert any("2 lines or rows that could not be read" in sentence for sentence in corpus.said)
+    assert any("2 lines or rows that could not be read" in sentence for sentence in corpus.notes)
 
 
 def test_groups_are_counted_in_documents_to_train_on(tmp_path: Path) -> None:
@@ -222,7 +222,7 @@ def test_groups_are_counted_in_documents_to_train_on(tmp_path: Path) -> None:
     for number, weight in enumerate((0.7, 0.3)):
         (tmp_path / f"{number}.txt").write_text("\n\n".join(f"{number} {text}" for text in documents(90, number)))
         paths.append(f"{tmp_path / str(number)}.txt:{weight}")
-    settings = TextSettings(tokenizer=LETTERS)
+    settings = DataConfig(tokenizer=LETTERS)
     corpus = prepare(open_source(paths, settings), settings, tmp_path / "cache")
     assert [group.weight for group in corpus.groups] == [0.7, 0.3]
     assert corpus.groups[0].first_document == 0 and corpus.groups[-1].last_document == corpus.train.documents
@@ -236,15 +236,15 @@ def test_groups_are_counted_in_documents_to_train_on(tmp_path: Path) -> None:
 
 def test_the_cache_is_called_after_what_decides_the_bytes(tmp_path: Path) -> None:
     source = MemorySource(documents(150))
-    settings = TextSettings(tokenizer=LETTERS)
+    settings = DataConfig(tokenizer=LETTERS)
     corpus = prepare(source, settings, tmp_path)
     assert prepare(source, replace(settings, valid={"news": "news.txt"}), tmp_path).folder == corpus.folder
     for name in ("one", "two"):
         corpus.tokenizer.save(tmp_path / name)
-    files = [replace(settings, tokenizer=FileTokenizerSettings("file", tmp_path / name)) for name in ("one", "two")]
+    files = [replace(settings, tokenizer=FileTokenizerConfig("file", tmp_path / name)) for name in ("one", "two")]
     folders = {prepare(source, one, tmp_path).folder for one in files}
     assert len(folders) == 1 and corpus.folder not in folders, "what is in the file counts, not where it lies"
-    other = replace(LETTERS, minimum_count=400)
+    other = replace(LETTERS, min_frequency=400)
     prepare(source, replace(settings, tokenizer=other), tmp_path).tokenizer.save(tmp_path / "two")
     assert prepare(source, files[1], tmp_path).folder not in folders
 
@@ -274,9 +274,9 @@ import sys, threading, time
 from pathlib import Path
 from unmask.data.sources import open_source
 from unmask.data.prepare import prepare
-from unmask.data.settings import TextSettings
-from unmask.tokenization.settings import CharacterSettings
-from unmask.data.loader import StageFeed
+from unmask.data.settings import DataConfig
+from unmask.tokenization.settings import CharacterConfig
+from unmask.data.loader import StageLoader
 def now():
     return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("RssAnon"))
 peak = [0]
@@ -285,15 +285,15 @@ def watch():
         peak[0] = max(peak[0], now())
         time.sleep(0.05)
 threading.Thread(target=watch, daemon=True).start()
-settings = TextSettings(document="line", tokenizer=CharacterSettings())
+settings = DataConfig(document="line", tokenizer=CharacterConfig())
 corpus = prepare(open_source([sys.argv[1]], settings), settings, Path(sys.argv[2]))
-StageFeed(corpus.train, corpus.tokenizer, 16, 4096, 1).step(0, 4096, 0, 1)
+StageLoader(corpus.train, corpus.tokenizer, 16, 4096, 1).step(0, 4096, 0, 1)
 print(peak[0])
 """
 
 
 def test_who_is_waited_for_is_said(tmp_path: Path) -> None:
-    source, settings = MemorySource(documents(150)), TextSettings(tokenizer=LETTERS)
+    source, settings = MemorySource(documents(150)), DataConfig(tokenizer=LETTERS)
     folder = prepare(source, settings, tmp_path).folder
     holder = f"""
 import time

@@ -39,8 +39,13 @@ OPERATORS = {"|", "||", "&&", ";", "&"}
 QUESTIONS = "The [MASK] sat on the mat.\nA dog ran over the [MASK].\n"
 BUDGET, MORE = "4 steps", "+2 steps"
 PIECES = {"wordpiece": 120, "unigram": 120, "bpe": 280}  # of a vocabulary; the text on the desk gives some more
-SMALL = ["encoder.layers=1", "encoder.width=32", "encoder.heads=2", "encoder.feed_forward=32"]
-ROOMY = ["encoder.layers=2", "encoder.width=64"]
+SMALL = [
+    "model.num_hidden_layers=1",
+    "model.hidden_size=32",
+    "model.num_attention_heads=2",
+    "model.intermediate_size=32",
+]
+ROOMY = ["model.num_hidden_layers=2", "model.hidden_size=64"]
 
 
 # What stands in a page -----------------------------------------------------------------------------------------------
@@ -132,17 +137,18 @@ def option(arguments: Sequence[str], name: str, default: str) -> str:
 
 def kind_of_tokenizer(arguments: Sequence[str], default: str) -> str:
     """The kind that a command names, by --kind or --set."""
-    found = re.search(r"(?:^|\s)text\.tokenizer\.kind=(\w+)|--kind[= ](\w+)", " ".join(arguments))
+    found = re.search(r"(?:^|\s)data\.tokenizer\.kind=(\w+)|--kind[= ](\w+)", " ".join(arguments))
     return (found[1] or found[2]) if found else default
 
 
 def cut_numbers(arguments: Sequence[str], kind: str) -> list[str]:
     """Budgets and vocabularies of a size that the text on the desk allows."""
     cut = [
-        re.sub(r"((?:text\.tokenizer\.|--)vocab=)[\d_]+", rf"\g<1>{PIECES.get(kind, 120)}", word) for word in arguments
+        re.sub(r"((?:data\.tokenizer\.vocab_size|--vocab-size)=)[\d_]+", rf"\g<1>{PIECES.get(kind, 120)}", word)
+        for word in arguments
     ]
     for place, word in enumerate(cut):
-        if word == "--vocab" and place + 1 < len(cut):
+        if word == "--vocab-size" and place + 1 < len(cut):
             cut[place + 1] = str(PIECES.get(kind, 120))
         if word == "--extend-vocabulary" and place + 1 < len(cut):
             cut[place + 1] = "4"
@@ -155,10 +161,10 @@ def cut_numbers(arguments: Sequence[str], kind: str) -> list[str]:
 
 def small_settings(recipe: str, arguments: Sequence[str] = ()) -> list[str]:
     tree = resolve_recipe(recipe)
-    kind = kind_of_tokenizer(arguments, tree["text"]["tokenizer"]["kind"])
-    stages = [f"stage.{number}.batch=500 tokens" for number in range(len(tree["stage"]))]
-    pieces = [f"text.tokenizer.vocab={PIECES[kind]}"] if kind in PIECES else []
-    roomy = tree["encoder"].get("beginning") == "pairs"  # whose heads begin with tasks
+    kind = kind_of_tokenizer(arguments, tree["data"]["tokenizer"]["kind"])
+    stages = [f"stage.{number}.batch_size=500 tokens" for number in range(len(tree["stage"]))]
+    pieces = [f"data.tokenizer.vocab_size={PIECES[kind]}"] if kind in PIECES else []
+    roomy = tree["model"].get("init") == "pair-matching"  # whose heads begin with tasks
     return [*SMALL, *(ROOMY if roomy else ()), *stages, *pieces, "train.threads=1"]
 
 
@@ -170,10 +176,10 @@ def cut_down(arguments: Sequence[str]) -> list[str]:
     if verb not in ("pretrain", "demo") or "--help" in rest:
         return list(arguments)
     if "--from" in rest:  # the model decides all but the stages
-        begin = ["--set=stage.0.batch=500 tokens", "--set=train.threads=1"]
+        begin = ["--set=stage.0.batch_size=500 tokens", "--set=train.threads=1"]
         return [verb, *begin, *([] if "--budget" in rest else ["--budget", BUDGET]), *cut_numbers(rest, "wordpiece")]
     recipe = option(rest, "--recipe", "tiny")
-    rest = cut_numbers(rest, kind_of_tokenizer(rest, resolve_recipe(recipe)["text"]["tokenizer"]["kind"]))
+    rest = cut_numbers(rest, kind_of_tokenizer(rest, resolve_recipe(recipe)["data"]["tokenizer"]["kind"]))
     if verb == "demo":
         return [verb, *([] if "--budget" in rest else ["--budget", BUDGET]), "--threads", "1", *rest]
     if "--resume" in rest:
@@ -187,7 +193,7 @@ def cut_down(arguments: Sequence[str]) -> list[str]:
 
 def fields_named(text: str) -> list[str]:
     """The columns that a page's commands ask for; "text" is always one."""
-    return sorted({"text", *re.findall(r"(?:--field[ =]|text\.field=)[\"']?([\w.]+)", text)})
+    return sorted({"text", *re.findall(r"(?:--field[ =]|data\.field=)[\"']?([\w.]+)", text)})
 
 
 def in_the_form_of(name: str, prose: str, fields: Sequence[str]) -> bytes:
@@ -373,14 +379,17 @@ unmask nothing
 
 
 def test_budgets_are_cut_and_what_a_page_sets_wins() -> None:
-    cut = cut_down(["pretrain", "notes.txt", "--budget", "10 min", "--set", "encoder.layers=2"])
+    cut = cut_down(["pretrain", "notes.txt", "--budget", "10 min", "--set", "model.num_hidden_layers=2"])
     assert cut[cut.index("--budget") + 1] == BUDGET
-    assert cut.index("--set=encoder.layers=1") < cut.index("encoder.layers=2")
+    assert cut.index("--set=model.num_hidden_layers=1") < cut.index("model.num_hidden_layers=2")
     assert cut_down(["pretrain", "--resume", "runs/a", "--budget=+1 epoch"])[-1] == f"--budget={MORE}"
     assert not any("vocab" in word for word in cut_down(["pretrain", "play.txt", "--recipe", "char"]))
-    assert cut_down(["pretrain", "a.txt", "--set", "text.tokenizer.vocab=30000"])[-1] == "text.tokenizer.vocab=120"
-    assert cut_down(["tokenizer", "train", "a.txt", "--kind", "bpe", "--vocab", "30000"])[-1] == "280"
-    for chosen in (["--set", "text.tokenizer.kind=bpe"], ["--recipe", "modern-tiny"]):
-        assert "--set=text.tokenizer.vocab=280" in cut_down(["pretrain", "a.txt", *chosen])
+    assert (
+        cut_down(["pretrain", "a.txt", "--set", "data.tokenizer.vocab_size=30000"])[-1]
+        == "data.tokenizer.vocab_size=120"
+    )
+    assert cut_down(["tokenizer", "train", "a.txt", "--kind", "bpe", "--vocab-size", "30000"])[-1] == "280"
+    for chosen in (["--set", "data.tokenizer.kind=bpe"], ["--recipe", "modern-tiny"]):
+        assert "--set=data.tokenizer.vocab_size=280" in cut_down(["pretrain", "a.txt", *chosen])
     (part,) = simple_commands('python -m unmask fill runs/a "The [MASK] | sat."  # a remark')
     assert part == ["python", "-m", "unmask", "fill", "runs/a", "The [MASK] | sat."] and arguments_of(part) == 3

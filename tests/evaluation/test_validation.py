@@ -9,19 +9,19 @@ from pathlib import Path
 import pytest
 
 from unmask.core.errors import RecipeError, RunError, TextError
-from unmask.data.settings import TextSettings
+from unmask.data.settings import DataConfig
 from unmask.data.sources import open_source
 from unmask.evaluation.masked_lm import documents_of_source
 from unmask.evaluation.validation import SetValidation
-from unmask.tokenization.settings import CharacterSettings
+from unmask.tokenization.settings import CharacterConfig
 from unmask.tokenization.tokenizer import train_tokenizer
 from unmask.training.pretrain import launch, resume
 from unmask.training.recipe import load_recipe
 
 SMALL = [
-    "text.document=line", "text.tokenizer={kind = 'characters'}", "encoder.layers=1", "encoder.width=16",
-    "encoder.heads=2", "encoder.feed_forward=16", "stage=[{until = '50%', length = 24, batch = '8 texts'}, "
-    "{until = '100%', length = 32, batch = '8 texts'}]", "train.budget=4 steps", "train.every.validate=2 steps",
+    "data.document=line", "data.tokenizer={kind = 'characters'}", "model.num_hidden_layers=1", "model.hidden_size=16",
+    "model.num_attention_heads=2", "model.intermediate_size=16", "stage=[{until = '50%', max_seq_len = 24, batch_size = '8 texts'}, "
+    "{until = '100%', max_seq_len = 32, batch_size = '8 texts'}]", "train.budget=4 steps", "train.every.validate=2 steps",
     "train.threads=1",
 ]  # fmt: skip
 NEWS = "the news of the day is that the cat sat on the mat\n" * 20
@@ -41,7 +41,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def valid(home: Path, **more: str) -> list[str]:
     named = {"news": str(home / "news.txt"), "play-2": str(home / "play.txt"), **more}
-    return [f"text.valid={{{', '.join(f'{name} = {json.dumps(path)}' for name, path in named.items())}}}"]
+    return [f"data.valid={{{', '.join(f'{name} = {json.dumps(path)}' for name, path in named.items())}}}"]
 
 
 def test_each_set_is_measured_logged_and_kept(home: Path) -> None:
@@ -51,7 +51,7 @@ def test_each_set_is_measured_logged_and_kept(home: Path) -> None:
     for sets in found:
         assert set(sets["news"]) == set(SetValidation.__dataclass_fields__)
         known = len(NEWS.replace("\n", "")) * (1 - sets["news"]["unknown_share"])
-        assert sets["news"]["asked"] == pytest.approx(0.15 * known, rel=0.05)
+        assert sets["news"]["masked_tokens"] == pytest.approx(0.15 * known, rel=0.05)
     assert found[0]["news"]["loss"] != found[1]["news"]["loss"]
     assert found[0]["news"]["unigram_loss"] == found[1]["news"]["unigram_loss"] < 4
     assert found[0]["news"]["unigram_loss"] != found[0]["play-2"]["unigram_loss"]
@@ -90,12 +90,12 @@ def test_a_changed_text_stops_the_run_that_goes_on(home: Path, tmp_path: Path, m
 
 
 def test_what_is_wrong_is_said_before_anything_is_done(home: Path, tmp_path: Path) -> None:
-    with pytest.raises(TextError, match=r"text\.valid\.gone"):
+    with pytest.raises(TextError, match=r"data\.valid\.gone"):
         launch([home / "train.txt"], out=tmp_path / "a", settings=[*SMALL, *valid(home, gone="nowhere.txt")])
     with pytest.raises(RecipeError, match="no name for a validation text"):
-        load_recipe("tiny", ['text.valid={"a b" = "x.txt"}'])
+        load_recipe("tiny", ['data.valid={"a b" = "x.txt"}'])
     (tmp_path / "foreign.txt").write_text("ключ\n" * 9)
-    with pytest.raises(TextError, match=r"text\.valid\.foreign.*foreign\.txt"):
+    with pytest.raises(TextError, match=r"data\.valid\.foreign.*foreign\.txt"):
         launch(
             [home / "train.txt"], out=tmp_path / "b",
             settings=[*SMALL, *valid(home, foreign=str(tmp_path / "foreign.txt"))],
@@ -103,15 +103,15 @@ def test_what_is_wrong_is_said_before_anything_is_done(home: Path, tmp_path: Pat
     assert not (tmp_path / "a").exists() and not (tmp_path / "b").exists()
 
 
-@pytest.mark.parametrize("at_most", [1, 8, 9, 10, 25, 10_000])
-def test_no_more_is_read_than_may_be(tmp_path: Path, at_most: int) -> None:
+@pytest.mark.parametrize("max_size", [1, 8, 9, 10, 25, 10_000])
+def test_no_more_is_read_than_may_be(tmp_path: Path, max_size: int) -> None:
     text = "one two\n\nthree\nfour\n\n\nfive"
     (tmp_path / "a.txt").write_text(text)
-    tokenizer = train_tokenizer([text], CharacterSettings())
-    source = open_source([tmp_path / "a.txt"], TextSettings())
-    found = documents_of_source(source, tokenizer, "spaces", at_most)
-    assert found.characters == min(at_most, len(text)) == sum(one.characters for one in found.documents)
-    assert found.whole == (at_most >= len(text))
+    tokenizer = train_tokenizer([text], CharacterConfig())
+    source = open_source([tmp_path / "a.txt"], DataConfig())
+    found = documents_of_source(source, tokenizer, "spaces", max_size)
+    assert found.characters == min(max_size, len(text)) == sum(one.characters for one in found.documents)
+    assert found.whole == (max_size >= len(text))
     spelled = [tokenizer.decode(one.ids) for one in found.documents]
     *before, last = ["one two", "three\nfour", "five"][: len(spelled)]
     assert before == spelled[:-1] and last.startswith(spelled[-1])

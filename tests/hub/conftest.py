@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from unmask.tokenization.settings import ByteBpeSettings, CharacterSettings, UnigramSettings, WordPieceSettings
+from unmask.tokenization.settings import ByteBpeConfig, CharacterConfig, UnigramConfig, WordPieceConfig
 from unmask.tokenization.tokenizer import Tokenizer, train_tokenizer
 
 ENGLISH = (
@@ -24,10 +24,10 @@ KOREAN = (
 )
 LINES = {"english": ENGLISH, "korean": KOREAN}
 KINDS = {
-    "character": CharacterSettings(minimum_count=1),
-    "wordpiece": WordPieceSettings(vocab=100),
-    "bpe": ByteBpeSettings(vocab=320),
-    "unigram": UnigramSettings(vocab=90),
+    "character": CharacterConfig(min_frequency=1),
+    "wordpiece": WordPieceConfig(vocab_size=100),
+    "bpe": ByteBpeConfig(vocab_size=320),
+    "unigram": UnigramConfig(vocab_size=90),
 }
 
 

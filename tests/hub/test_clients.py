@@ -11,14 +11,18 @@ import pytest
 import torch
 
 import unmask
-from unmask.models import build
-from unmask.models.bert import ClassicSettings
+from unmask.models import build_model
+from unmask.models.bert import BertConfig
 from unmask.models.model import Model, save_model
-from unmask.models.modernbert import ModernSettings
+from unmask.models.modernbert import ModernBertConfig
 from unmask.tokenization.tokenizer import Tokenizer
 
-CLASSIC = ClassicSettings(layers=2, width=32, heads=2, feed_forward=48, longest=64)
-MODERN = ModernSettings(layers=2, width=32, heads=2, feed_forward=48, local_window=8)
+CLASSIC = BertConfig(
+    num_hidden_layers=2, hidden_size=32, num_attention_heads=2, intermediate_size=48, max_position_embeddings=64
+)
+MODERN = ModernBertConfig(
+    num_hidden_layers=2, hidden_size=32, num_attention_heads=2, intermediate_size=48, local_attention=8
+)
 PROMPTS = {
     "english": ("the cat [MASK] on the mat .", "[MASK] dog ran over the [MASK] .", "she gave him a [MASK]"),
     "korean": ("고양이가 [MASK] 위에 앉아서", "[MASK] 언덕을 넘어 [MASK] .", "그녀는 그에게 [MASK]"),
@@ -34,7 +38,7 @@ def exported(tokenizers: dict[tuple[str, str], Tokenizer], tmp_path_factory: pyt
         tokenizer = tokenizers[case]
         torch.manual_seed(number)
         shape = CLASSIC if number % 2 else MODERN
-        encoder, head = build(shape, tokenizer.size)
+        encoder, head = build_model(shape, tokenizer.size)
         with torch.no_grad():
             for parameter in (*encoder.parameters(), *head.parameters()):
                 parameter.add_(torch.randn_like(parameter) * 0.1)
@@ -61,9 +65,7 @@ def test_the_pipeline_gives_the_five_answers_of_fill(case: tuple[str, str], expo
         assert len(answers) == len(filled.masks)
         for ours, others in zip(filled.masks, answers, strict=True):
             assert [one.id for one in ours.candidates] == [one["token"] for one in others]
-            assert [one.probability for one in ours.candidates] == pytest.approx(
-                [one["score"] for one in others], abs=1e-5
-            )
+            assert [one.score for one in ours.candidates] == pytest.approx([one["score"] for one in others], abs=1e-5)
 
 
 @pytest.mark.parametrize("case", CASES, ids="-".join)
@@ -77,10 +79,10 @@ def test_sentence_transformers_encodes(case: tuple[str, str], exported: dict[Any
     # the mean of our own vectors, padding left out
     mine = unmask.load(exported[case])
     encoded = mine.tokenizer.encode(texts[0])
-    from unmask.core.types import Text, pack
+    from unmask.core.types import Sample, pack
 
     with torch.no_grad():
-        hidden = mine.encoder(pack([Text(*mine.tokenizer.framed(encoded.ids, encoded.marks))]))
+        hidden = mine.encoder(pack([Sample(*mine.tokenizer.add_special_tokens(encoded.ids, encoded.marks))]))
     np.testing.assert_allclose(vectors[0], hidden.mean(0).numpy(), atol=1e-4)
 
 

@@ -15,10 +15,10 @@ from torch import nn
 
 import unmask
 from unmask.core.errors import DamagedError, ModelError, RunError, TokenizerError, UnmaskError
-from unmask.core.types import Text, logits_at, pack
+from unmask.core.types import Sample, logits_at, pack
 from unmask.hub.from_hf import import_model, open_model
 from unmask.models.model import Model, load
-from unmask.tokenization.settings import WordPieceSettings
+from unmask.tokenization.settings import WordPieceConfig
 from unmask.tokenization.tokenizer import Tokenizer, train_tokenizer
 
 ROWS = 130  # of the token table; the tokenizer has fewer pieces
@@ -72,7 +72,7 @@ def tokenizer(tokenizers: dict[tuple[str, str], Tokenizer]) -> Tokenizer:
 def padded_by_1() -> Tokenizer:
     """As RoBERTa has it: in its positions, the number of the padding counts."""
     order = ("[CLS]", "[PAD]", "[SEP]", "[UNK]", "[MASK]")
-    return train_tokenizer(ENGLISH * 20, WordPieceSettings(vocab=100, specials=order))
+    return train_tokenizer(ENGLISH * 20, WordPieceConfig(vocab_size=100, special_tokens=order))
 
 
 @pytest.fixture
@@ -87,20 +87,20 @@ def written(tokenizer: Tokenizer, padded_by_1: Tokenizer, tmp_path: Path) -> Cal
     return write
 
 
-def texts() -> list[Text]:
+def texts() -> list[Sample]:
     draw = torch.Generator().manual_seed(3)
     rows = [torch.randint(5, ROWS, (n,), generator=draw).numpy() for n in (40, 7, 2)]
-    return [Text(ids, ids.astype("uint8") * 0, segment=(ids > 60).astype("int64")) for ids in rows]
+    return [Sample(ids, ids.astype("uint8") * 0, token_type_ids=(ids > 60).astype("int64")) for ids in rows]
 
 
 @torch.no_grad()
 def assert_the_same(mine: Model, theirs: Any) -> None:
     family = type(theirs).__name__
     for text in texts():
-        batch = pack([text if family.startswith("Bert") else Text(text.ids, text.marks)])
+        batch = pack([text if family.startswith("Bert") else Sample(text.ids, text.token_flags)])
         given = {"input_ids": torch.from_numpy(text.ids)[None]}
         if family.startswith("Bert"):
-            given["token_type_ids"] = torch.from_numpy(text.segment)[None]
+            given["token_type_ids"] = torch.from_numpy(text.token_type_ids)[None]
         out = theirs(**given)
         hidden = mine.encoder(batch)
         if family.endswith("Model"):
@@ -129,7 +129,7 @@ def test_logits_are_equal_and_the_round_trip_keeps_every_tensor(
     assert lost == ({"pooler.dense.weight", "pooler.dense.bias"} if kind.name == "RobertaModel" else set())
     assert set(after) <= set(before)
     assert all(torch.equal(before[name], after[name]) for name in after)
-    said = [sentence for sentence in mine.said if "begins anew" in sentence]
+    said = [sentence for sentence in mine.notes if "begins anew" in sentence]
     assert bool(said) is kind.name.endswith("Model"), said
     # and the other way: what is exported is imported as it was
     again = open_model(tmp_path / "back")
@@ -137,7 +137,7 @@ def test_logits_are_equal_and_the_round_trip_keeps_every_tensor(
     pairs = zip(mine.encoder.state_dict().items(), again.encoder.state_dict().items(), strict=True)
     assert all(a == b and torch.equal(x, y) for (a, x), (b, y) in pairs)
     if only == "all":
-        assert again.said == () or "rows beyond" in again.said[0]
+        assert again.notes == () or "rows beyond" in again.notes[0]
         assert all(torch.equal(x, y) for x, y in zip(mine.head.parameters(), again.head.parameters(), strict=True))
         assert_the_same(load(tmp_path / "mine"), theirs)
 
@@ -163,7 +163,7 @@ def test_the_weights_are_believed_where_the_configuration_ties_and_they_do_not(
     folder, theirs = written(MASKED, tie_word_embeddings=False)
     change_config(folder, tie_word_embeddings=True)
     mine = open_model(folder)
-    assert any("kept apart" in sentence for sentence in mine.said)
+    assert any("kept apart" in sentence for sentence in mine.notes)
     assert_the_same(mine, theirs)
 
 
@@ -194,7 +194,7 @@ def test_older_names_shards_half_precision_and_heads_of_tasks(written: Callable[
     change_weights(folder, older)
     mine = open_model(folder)
     assert_the_same(mine, theirs)
-    assert any("gamma" in sentence for sentence in mine.said)
+    assert any("gamma" in sentence for sentence in mine.notes)
     # the same in two files
     tensors = load_file(folder / "model.safetensors") | {"classifier.weight": torch.zeros(2, 32)}
     names = sorted(tensors)
@@ -207,7 +207,7 @@ def test_older_names_shards_half_precision_and_heads_of_tasks(written: Callable[
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
     mine = open_model(folder)
     assert_the_same(mine, theirs)
-    assert any("classifier.weight" in sentence for sentence in mine.said)
+    assert any("classifier.weight" in sentence for sentence in mine.notes)
     (folder / "model-00002-of-00002.safetensors").unlink()
     with pytest.raises(DamagedError, match="model-00002"):
         open_model(folder)
@@ -217,7 +217,7 @@ def test_half_precision_is_read_as_it_is(written: Callable[..., tuple[Path, Any]
     folder, theirs = written(MASKED)
     change_weights(folder, lambda tensors: {name: t.half() for name, t in tensors.items()})
     mine = open_model(folder)
-    assert "float16" in mine.said[0]
+    assert "float16" in mine.notes[0]
     with torch.no_grad():
         for parameter in theirs.parameters():
             parameter.copy_(parameter.half().float())
@@ -230,7 +230,7 @@ def test_a_missing_pair_choice_is_begun_anew_and_seeded(
     folder, _ = written(PAIRED)
     change_weights(folder, lambda ts: {n: t for n, t in ts.items() if "seq_relationship" not in n})
     one, other = (import_model(folder, tmp_path / str(n), seed=n) for n in (1, 2))
-    assert any("the pair head (in part)" in sentence for sentence in one.said)
+    assert any("the pair head (in part)" in sentence for sentence in one.notes)
     assert one.pair is not None and other.pair is not None
     (pooler, relation), (pooler_2, relation_2) = ([*m.pair.state_dict().items()][::2] for m in (one, other))
     assert torch.equal(pooler[1], pooler_2[1]) and not torch.equal(relation[1], relation_2[1])
@@ -257,7 +257,7 @@ def test_what_cannot_be_held_is_refused_by_name(
     change_config(folder, **change)
     with pytest.raises(ModelError, match=culprit) as refused:
         import_model(folder, tmp_path / "mine")
-    assert str(folder) in refused.value.where and refused.value.next
+    assert str(folder) in refused.value.location and refused.value.hint
     assert not (tmp_path / "mine").exists()
 
 
@@ -266,7 +266,7 @@ def test_pickles_and_folders_without_weights_are_refused(written: Callable[..., 
     (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
     with pytest.raises(ModelError, match=r"pytorch_model\.bin.*never read") as refused:
         open_model(folder)
-    assert "save_pretrained" in refused.value.next
+    assert "save_pretrained" in refused.value.hint
     (folder / "pytorch_model.bin").unlink()
     with pytest.raises(ModelError, match="no weights"):
         open_model(folder)
@@ -334,11 +334,13 @@ def test_a_list_of_pieces_becomes_the_tokenizer_that_transformers_makes_of_it(
     (folder / "vocab.txt").write_text("\n".join(pieces) + "\n", encoding="utf-8")
     (folder / "added_tokens.json").write_text(json.dumps({"<new>": len(pieces)}))
     mine = import_model(folder, tmp_path / "mine")
-    assert any("made from vocab.txt" in sentence for sentence in mine.said)
+    assert any("made from vocab.txt" in sentence for sentence in mine.notes)
     theirs = BertTokenizer.from_pretrained(folder)
     for sentence in SENTENCES:
         encoded = mine.tokenizer.encode(sentence)
-        assert mine.tokenizer.framed(encoded.ids, encoded.marks)[0].tolist() == theirs(sentence)["input_ids"]
+        assert (
+            mine.tokenizer.add_special_tokens(encoded.ids, encoded.marks)[0].tolist() == theirs(sentence)["input_ids"]
+        )
     assert mine.tokenizer.token_to_id("<new>") == len(pieces)
     unmask.export(tmp_path / "mine", tmp_path / "back")  # compares ids with AutoTokenizer too
 
@@ -360,12 +362,14 @@ def test_pieces_and_merges_become_a_tokenizer(
     theirs = RobertaTokenizer.from_pretrained(folder)
     for sentence in SENTENCES:
         encoded = mine.tokenizer.encode(sentence)
-        assert mine.tokenizer.framed(encoded.ids, encoded.marks)[0].tolist() == theirs(sentence)["input_ids"]
+        assert (
+            mine.tokenizer.add_special_tokens(encoded.ids, encoded.marks)[0].tolist() == theirs(sentence)["input_ids"]
+        )
     assert mine.tokenizer.mask_takes_space, "as version 4 has it, and RoBERTa was trained; 5 has lost it"
     change_config(folder, pad_token_id=0)
-    assert any("pads with" in sentence for sentence in open_model(folder).said) is False
+    assert any("pads with" in sentence for sentence in open_model(folder).notes) is False
     change_config(folder, pad_token_id=3)
-    assert any("pads with" in sentence for sentence in open_model(folder).said)
+    assert any("pads with" in sentence for sentence in open_model(folder).notes)
     unmask.export(tmp_path / "mine", tmp_path / "back")
     assert len(unmask.fill(mine, "the [MASK] sat")[0].masks) == 1
 
@@ -390,7 +394,7 @@ def test_a_tokenizer_that_cannot_be_made_is_refused(
         (folder / name).write_text(content)
     with pytest.raises(TokenizerError, match=words) as refused:
         open_model(folder)
-    assert isinstance(refused.value, UnmaskError) and refused.value.next
+    assert isinstance(refused.value, UnmaskError) and refused.value.hint
 
 
 def test_a_tokenizer_without_a_frame_gets_one(written: Callable[..., tuple[Path, Any]], tmp_path: Path) -> None:
@@ -398,7 +402,7 @@ def test_a_tokenizer_without_a_frame_gets_one(written: Callable[..., tuple[Path,
     whole = json.loads((folder / "tokenizer.json").read_text())
     (folder / "tokenizer.json").write_text(json.dumps({**whole, "post_processor": None}))
     mine = import_model(folder, tmp_path / "mine")
-    assert any("special pieces" in sentence for sentence in mine.said)
+    assert any("special pieces" in sentence for sentence in mine.notes)
     unmask.export(tmp_path / "mine", tmp_path / "back")
 
 

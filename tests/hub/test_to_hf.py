@@ -18,18 +18,20 @@ from unmask.cli import main
 from unmask.core.errors import ModelError, RunError
 from unmask.hub.from_hf import open_model
 from unmask.hub.parity import compare
-from unmask.models import build, build_pair
-from unmask.models.annotated import TutorialSettings
-from unmask.models.bert import ClassicSettings
+from unmask.models import build_model, build_pair
+from unmask.models.annotated import TutorialConfig
+from unmask.models.bert import BertConfig
 from unmask.models.model import Model, load, save_model
-from unmask.models.modernbert import ModernSettings
-from unmask.tokenization.settings import CharacterSettings
+from unmask.models.modernbert import ModernBertConfig
+from unmask.tokenization.settings import CharacterConfig
 from unmask.tokenization.tokenizer import Tokenizer, train_tokenizer
 
-CLASSIC = ClassicSettings(layers=2, width=32, heads=2, feed_forward=48, longest=64)
-MODERN = ModernSettings(layers=2, width=32, heads=2, feed_forward=48)
-SMALL = ["encoder.layers=1", "encoder.width=32", "encoder.heads=2", "encoder.feed_forward=32", "train.threads=1",
-         "text.tokenizer.vocab=120", "stage.0.batch=500 tokens", "stage.1.batch=500 tokens"]  # fmt: skip
+CLASSIC = BertConfig(
+    num_hidden_layers=2, hidden_size=32, num_attention_heads=2, intermediate_size=48, max_position_embeddings=64
+)
+MODERN = ModernBertConfig(num_hidden_layers=2, hidden_size=32, num_attention_heads=2, intermediate_size=48)
+SMALL = ["model.num_hidden_layers=1", "model.hidden_size=32", "model.num_attention_heads=2", "model.intermediate_size=32", "train.threads=1",
+         "data.tokenizer.vocab_size=120", "stage.0.batch_size=500 tokens", "stage.1.batch_size=500 tokens"]  # fmt: skip
 
 
 @pytest.fixture(scope="session")
@@ -46,7 +48,7 @@ def folder_of(model: Model, folder: Path) -> Path:
 
 def small(tokenizer: Tokenizer, *, pair: bool = False) -> Model:
     torch.manual_seed(3)
-    encoder, head = build(CLASSIC, tokenizer.size)
+    encoder, head = build_model(CLASSIC, tokenizer.size)
     return Model(encoder.eval(), head.eval(), tokenizer, CLASSIC, pair=build_pair(CLASSIC).eval() if pair else None)
 
 
@@ -72,7 +74,7 @@ def test_a_run_becomes_a_folder_with_a_card(run: Path, tmp_path: Path, capsys: p
     for words in (
         told_of["text_fingerprint"], "`ModernBertForMaskedLM`", "4 steps", 'pipeline("fill-mask"', "[MASK]",
         "SentenceTransformer", f"{told_of['validation']['loss']:.4f}", "largest difference", "Not stated here",
-        "[encoder]", "torch", 'pipeline_tag: fill-mask\nmask_token: "[MASK]"',
+        "[model]", "torch", 'pipeline_tag: fill-mask\nmask_token: "[MASK]"',
     ):  # fmt: skip
         assert words in card, words
     assert card.startswith("---\n") and str(tmp_path.parent) not in card and "Unverified" not in card
@@ -84,7 +86,7 @@ def test_a_run_becomes_a_folder_with_a_card(run: Path, tmp_path: Path, capsys: p
     assert verb("export", run, out, "--force", "--unverified")[0] == 0
     assert "**Unverified**" in (out / "README.md").read_text(encoding="utf-8")
     assert verb("import", out, tmp_path / "mine")[0] == 0
-    assert "modern, 1 layers of 32" in capsys.readouterr().out
+    assert "modernbert, 1 layers of 32" in capsys.readouterr().out
 
 
 def test_python_blocks_of_the_card_run(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -113,7 +115,7 @@ def test_the_encoder_alone_and_the_pair_head(tokenizers: dict[tuple[str, str], T
     before, after = open_model(tmp_path / "whole"), open_model(tmp_path / "alone")
     pairs = zip(before.encoder.parameters(), after.encoder.parameters(), strict=True)
     assert all(torch.equal(a, b) for a, b in pairs)
-    assert before.said == () and len(after.said) == 2, "the two heads begin anew, one of them in part"
+    assert before.notes == () and len(after.notes) == 2, "the two heads begin anew, one of them in part"
     with pytest.raises(ModelError, match="no masked-language-model head"):
         load(tmp_path / "alone")
 
@@ -143,15 +145,15 @@ def test_what_transformers_would_see_otherwise_is_refused(
 
 
 def test_a_tokenizer_that_knows_none_of_the_sentences(tmp_path: Path) -> None:
-    model = small(train_tokenizer(["0123456789" * 9], CharacterSettings()))
+    model = small(train_tokenizer(["0123456789" * 9], CharacterConfig()))
     done = unmask.export(folder_of(model, tmp_path / "digits"), tmp_path / "out")
     assert done.parity is not None and done.parity.source == "texts put together from its own pieces"
 
 
 def test_the_tutorials_net_is_refused(tokenizers: dict[tuple[str, str], Tokenizer], tmp_path: Path) -> None:
     tokenizer = tokenizers["character", "english"]
-    shape = TutorialSettings()
-    encoder, head = build(shape, tokenizer.size)
+    shape = TutorialConfig()
+    encoder, head = build_model(shape, tokenizer.size)
     source = folder_of(Model(encoder, head, tokenizer, shape), tmp_path / "seed")
     with pytest.raises(ModelError, match="no class of `transformers`"):
         unmask.export(source, tmp_path / "out")

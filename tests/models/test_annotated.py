@@ -6,33 +6,33 @@ import torch
 from torch import nn
 
 from unmask.core.errors import RecipeError
-from unmask.core.types import Encoder, Head, Text, pack
-from unmask.models import build, parameters
-from unmask.models.annotated import TutorialSettings, sinusoids
+from unmask.core.types import Encoder, Head, Sample, pack
+from unmask.models import build_model, parameters
+from unmask.models.annotated import TutorialConfig, sinusoids
 
-SMALL = TutorialSettings(layers=2, width=32, heads=4, feed_forward=48)
+SMALL = TutorialConfig(num_hidden_layers=2, hidden_size=32, num_attention_heads=4, intermediate_size=48)
 
 
 def test_it_has_the_tutorials_parameters():
-    encoder, head = build(TutorialSettings(), 67)
+    encoder, head = build_model(TutorialConfig(), 67)
     counted = sum(p.numel() for module in (encoder, head) for p in module.parameters())
-    assert counted == parameters(TutorialSettings(), 67) == 812_355
+    assert counted == parameters(TutorialConfig(), 67) == 812_355
     assert isinstance(encoder, Encoder)
     assert isinstance(head, Head)
 
 
 def test_all_blocks_begin_as_copies_of_one():
     torch.manual_seed(0)
-    encoder, _ = build(SMALL, 20)
+    encoder, _ = build_model(SMALL, 20)
     first, second = (block.state_dict() for block in encoder.blocks)
     assert all(torch.equal(first[name], second[name]) for name in first)
-    assert 0.9 < encoder.token_table.std() < 1.1
+    assert 0.9 < encoder.token_embedding.std() < 1.1
 
 
 @pytest.mark.filterwarnings("ignore:enable_nested_tensor")
 def test_it_equals_torchs_own_transformer_layers():
     torch.manual_seed(0)
-    encoder, head = build(SMALL, 20)
+    encoder, head = build_model(SMALL, 20)
     encoder.eval()
     layer = nn.TransformerEncoderLayer(32, 4, 48, dropout=0.1, activation="relu", batch_first=True, norm_first=True)
     theirs = nn.TransformerEncoder(layer, 2, norm=nn.LayerNorm(32)).eval()
@@ -44,18 +44,18 @@ def test_it_equals_torchs_own_transformer_layers():
             stacked = [state[f"{ours}.attention.{name}.{kind}"] for name in ("query", "key", "value")]
             table[f"{other}.self_attn.in_proj_{kind}"] = torch.cat(stacked)
             table[f"{other}.self_attn.out_proj.{kind}"] = state[f"{ours}.attention.output.{kind}"]
-            table[f"{other}.linear1.{kind}"] = state[f"{ours}.feed_forward.input.{kind}"]
-            table[f"{other}.linear2.{kind}"] = state[f"{ours}.feed_forward.output.{kind}"]
+            table[f"{other}.linear1.{kind}"] = state[f"{ours}.mlp.input.{kind}"]
+            table[f"{other}.linear2.{kind}"] = state[f"{ours}.mlp.output.{kind}"]
             table[f"{other}.norm1.{kind}"] = state[f"{ours}.attention_norm.{kind}"]
-            table[f"{other}.norm2.{kind}"] = state[f"{ours}.feed_forward_norm.{kind}"]
+            table[f"{other}.norm2.{kind}"] = state[f"{ours}.mlp_norm.{kind}"]
             table[f"norm.{kind}"] = state[f"final_norm.{kind}"]
     theirs.load_state_dict(table)
     ids_BS = torch.randint(0, 20, (3, 32))
-    batch = pack([Text(ids_S.numpy(), np.zeros(32, np.uint8)) for ids_S in ids_BS])
+    batch = pack([Sample(ids_S.numpy(), np.zeros(32, np.uint8)) for ids_S in ids_BS])
     with torch.no_grad():
-        embedded = encoder.token_table[ids_BS] * 32**0.5 + sinusoids(32, 32)
+        embedded = encoder.token_embedding[ids_BS] * 32**0.5 + sinusoids(32, 32)
         torch.testing.assert_close(encoder(batch).view(3, 32, 32), theirs(embedded), atol=1e-5, rtol=1e-5)
-        assert head(encoder(batch)[:5], encoder.token_table).shape == (5, 20)
+        assert head(encoder(batch)[:5], encoder.token_embedding).shape == (5, 20)
 
 
 def test_sinusoids_begin_with_sine_zero_and_cosine_one():
@@ -66,8 +66,8 @@ def test_sinusoids_begin_with_sine_zero_and_cosine_one():
 
 def test_dropout_acts_in_training_alone():
     torch.manual_seed(0)
-    encoder, _ = build(SMALL, 20)
-    batch = pack([Text(np.arange(20), np.zeros(20, np.uint8))])
+    encoder, _ = build_model(SMALL, 20)
+    batch = pack([Sample(np.arange(20), np.zeros(20, np.uint8))])
     assert not torch.equal(encoder(batch), encoder(batch))
     encoder.eval()
     assert torch.equal(encoder(batch), encoder(batch))
@@ -75,4 +75,4 @@ def test_dropout_acts_in_training_alone():
 
 def test_a_shape_that_cannot_be_is_refused():
     with pytest.raises(RecipeError):
-        TutorialSettings(width=130, heads=8)
+        TutorialConfig(hidden_size=130, num_attention_heads=8)

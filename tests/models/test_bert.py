@@ -7,30 +7,32 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from unmask.core.errors import RecipeError
-from unmask.core.types import Batch, Encoder, Head, Text, pack, unpack
-from unmask.models import build, build_pair
-from unmask.models.bert import ClassicSettings
+from unmask.core.types import Batch, Encoder, Head, Sample, pack, unpack
+from unmask.models import build_model, build_pair
+from unmask.models.bert import BertConfig
 from unmask.training.optim import goes_to_muon
 
-SMALL = ClassicSettings(layers=2, width=32, heads=2, feed_forward=48, longest=64)
+SMALL = BertConfig(
+    num_hidden_layers=2, hidden_size=32, num_attention_heads=2, intermediate_size=48, max_position_embeddings=64
+)
 
 
-def text(length: int, number: int, segments: bool = False) -> Text:
+def text(length: int, number: int, segments: bool = False) -> Sample:
     draw = np.random.default_rng(number)
     segment = (np.arange(length) > length // 2).astype(np.int64) if segments else None
-    return Text(draw.integers(1, 40, length), np.zeros(length, np.uint8), number=number, segment=segment)
+    return Sample(draw.integers(1, 40, length), np.zeros(length, np.uint8), number=number, token_type_ids=segment)
 
 
 def gradients(batch: Batch, threads: int = 1) -> dict[str, torch.Tensor]:
     torch.manual_seed(0)
-    encoder, head = build(SMALL, 40)
+    encoder, head = build_model(SMALL, 40)
     pair = build_pair(SMALL)
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
         hidden_TD = encoder(batch)
-        at_M = torch.arange(0, batch.tokens, 7)
-        logits_MV = head(hidden_TD.index_select(0, at_M), encoder.token_table)
+        positions_M = torch.arange(0, batch.tokens, 7)
+        logits_MV = head(hidden_TD.index_select(0, positions_M), encoder.token_embedding)
         (logits_MV.logsumexp(-1).sum() + pair(hidden_TD, batch)[:, 0].sum()).backward()
     finally:
         torch.set_num_threads(before)
@@ -39,12 +41,12 @@ def gradients(batch: Batch, threads: int = 1) -> dict[str, torch.Tensor]:
 
 
 def test_the_contracts_are_met():
-    encoder, head = build(SMALL, 40)
+    encoder, head = build_model(SMALL, 40)
     assert isinstance(encoder, Encoder) and isinstance(head, Head)
-    assert encoder.token_table.shape == (40, 32) and len(encoder.blocks) == 2
+    assert encoder.token_embedding.shape == (40, 32) and len(encoder.blocks) == 2
     hidden_TD = encoder(pack([text(9, 1), text(4, 2)]))
     assert hidden_TD.shape == (13, 32) and hidden_TD.dtype == torch.float32
-    assert head(hidden_TD[[3, 7]], encoder.token_table).shape == (2, 40)
+    assert head(hidden_TD[[3, 7]], encoder.token_embedding).shape == (2, 40)
 
 
 @pytest.mark.parametrize("segments", [False, True])
@@ -53,7 +55,7 @@ def test_the_contracts_are_met():
 def test_a_text_is_alone_whatever_lies_beside_it(segments: bool, lengths: list[int], filler: int) -> None:
     """Also beside a filler text that is longer than there are positions."""
     torch.manual_seed(1)
-    encoder, pair = build(SMALL, 40)[0].eval(), build_pair(SMALL)
+    encoder, pair = build_model(SMALL, 40)[0].eval(), build_pair(SMALL)
     texts = [text(length, number, segments) for number, length in enumerate(lengths)]
     batch = pack(texts, slots=sum(lengths) + filler)
     with torch.no_grad():
@@ -69,10 +71,10 @@ def test_a_text_is_alone_whatever_lies_beside_it(segments: bool, lengths: list[i
 
 def test_no_segments_are_segment_0_everywhere():
     torch.manual_seed(1)
-    encoder = build(SMALL, 40)[0].eval()
+    encoder = build_model(SMALL, 40)[0].eval()
     none = text(20, 3)
-    zeros = Text(none.ids, none.marks, segment=np.zeros(20, np.int64))
-    ones = Text(none.ids, none.marks, segment=np.ones(20, np.int64))
+    zeros = Sample(none.ids, none.token_flags, token_type_ids=np.zeros(20, np.int64))
+    ones = Sample(none.ids, none.token_flags, token_type_ids=np.ones(20, np.int64))
     with torch.no_grad():
         assert torch.equal(encoder(pack([none])), encoder(pack([zeros])))
         assert not torch.allclose(encoder(pack([none])), encoder(pack([ones])), atol=1e-3)
@@ -81,7 +83,7 @@ def test_no_segments_are_segment_0_everywhere():
 def test_every_parameter_learns_and_gradients_are_finite_beside_a_filler_text():
     batch = pack([text(n, n, segments=True) for n in (30, 3, 64, 2, 17)], slots=250)
     found = gradients(batch)
-    encoder, head = build(SMALL, 40)
+    encoder, head = build_model(SMALL, 40)
     modules = (encoder, head, build_pair(SMALL))
     assert set(found) == {name for module in modules for name, _ in module.named_parameters()}
     assert all(gradient.isfinite().all() and gradient.any() for gradient in found.values())
@@ -102,9 +104,9 @@ def test_initial_weights_are_berts_and_come_from_the_seed():
     states: list[dict[str, torch.Tensor]] = []
     for seed in (5, 5, 6):
         torch.manual_seed(seed)
-        states.append(build(SMALL, 400)[0].state_dict())
+        states.append(build_model(SMALL, 400)[0].state_dict())
     assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
-    assert not torch.equal(states[0]["token_table"], states[2]["token_table"])
+    assert not torch.equal(states[0]["token_embedding"], states[2]["token_embedding"])
     for name, tensor in states[0].items():
         if "norm" in name:
             assert (tensor == name.endswith("weight")).all(), name
@@ -115,7 +117,7 @@ def test_initial_weights_are_berts_and_come_from_the_seed():
 
 
 def test_muon_takes_the_matrices_and_no_table():
-    encoder, head = build(SMALL, 40)
+    encoder, head = build_model(SMALL, 40)
     named = [
         (f"{room}.{name}", p)
         for room, part in (("encoder", encoder), ("head", head))
@@ -124,14 +126,21 @@ def test_muon_takes_the_matrices_and_no_table():
     taken = {name for name, parameter in named if goes_to_muon(name, parameter)}
     assert len(taken) == 2 * 6 + 1 and "head.dense.weight" in taken
     assert {name for name, p in named if p.ndim == 2} - taken == {
-        "encoder.token_table", "encoder.position_table", "encoder.segment_table",
+        "encoder.token_embedding", "encoder.position_embedding", "encoder.token_type_embedding",
     }  # fmt: skip
 
 
 def test_dropout_drops_in_training_alone():
     torch.manual_seed(0)
-    dropping = ClassicSettings(layers=1, width=32, heads=2, feed_forward=48, hidden_dropout=0.3, attention_dropout=0.3)
-    encoder = build(dropping, 40)[0]
+    dropping = BertConfig(
+        num_hidden_layers=1,
+        hidden_size=32,
+        num_attention_heads=2,
+        intermediate_size=48,
+        hidden_dropout=0.3,
+        attention_dropout=0.3,
+    )
+    encoder = build_model(dropping, 40)[0]
     batch = pack([text(30, 0)])
     with torch.no_grad():
         assert not torch.equal(encoder(batch), encoder(batch))
@@ -141,28 +150,28 @@ def test_dropout_drops_in_training_alone():
 
 def test_autocast_gives_nearly_the_same():
     torch.manual_seed(0)
-    encoder, head = build(SMALL, 40)
+    encoder, head = build_model(SMALL, 40)
     batch = pack([text(n, n) for n in (64, 31, 31)])
     with torch.no_grad():
-        full = head(encoder(batch), encoder.token_table)
+        full = head(encoder(batch), encoder.token_embedding)
         with torch.autocast("cpu", torch.bfloat16):
-            half = head(encoder(batch), encoder.token_table)
+            half = head(encoder(batch), encoder.token_embedding)
     torch.testing.assert_close(half.float(), full, atol=0.05, rtol=0.05)
 
 
 @pytest.mark.parametrize(
     ("wrong", "where"),
     [
-        ({"width": 30, "heads": 4}, "heads"),
-        ({"segments": 0}, "segments"),
-        ({"longest": 0}, "longest"),
-        ({"norm_epsilon": 0.0}, "norm_epsilon"),
+        ({"hidden_size": 30, "num_attention_heads": 4}, "num_attention_heads"),
+        ({"type_vocab_size": 0}, "type_vocab_size"),
+        ({"max_position_embeddings": 0}, "max_position_embeddings"),
+        ({"layer_norm_eps": 0.0}, "layer_norm_eps"),
         ({"hidden_dropout": 1.0}, "hidden_dropout"),
         ({"attention_dropout": -0.1}, "attention_dropout"),
     ],
 )
 def test_a_shape_that_cannot_be_is_refused_with_a_mend(wrong: dict[str, float], where: str):
     with pytest.raises(RecipeError) as refused:
-        ClassicSettings(**wrong)  # pyright: ignore[reportArgumentType]
-    assert refused.value.where == where
-    assert refused.value.next
+        BertConfig(**wrong)  # pyright: ignore[reportArgumentType]
+    assert refused.value.location == where
+    assert refused.value.hint

@@ -10,15 +10,15 @@ import torch
 
 import unmask
 from unmask.core.errors import DamagedError, ModelError
-from unmask.models import build
+from unmask.models import build_model
 from unmask.models.model import Model, save_model
-from unmask.models.modernbert import ModernSettings
+from unmask.models.modernbert import ModernBertConfig
 from unmask.tokenization.settings import (
-    ByteBpeSettings,
-    ByteSettings,
-    CharacterSettings,
-    UnigramSettings,
-    WordPieceSettings,
+    ByteBpeConfig,
+    ByteConfig,
+    CharacterConfig,
+    UnigramConfig,
+    WordPieceConfig,
 )
 from unmask.tokenization.tokenizer import train_tokenizer
 
@@ -29,11 +29,11 @@ TEXT = (
 
 @pytest.fixture(scope="module", params=["wordpiece", "characters"])
 def model(request: pytest.FixtureRequest) -> Model:
-    settings = WordPieceSettings(vocab=50) if request.param == "wordpiece" else CharacterSettings()
+    settings = WordPieceConfig(vocab_size=50) if request.param == "wordpiece" else CharacterConfig()
     tokenizer = train_tokenizer([TEXT], settings)
     torch.manual_seed(1)
-    shape = ModernSettings(layers=2, width=32, heads=2, feed_forward=48)
-    encoder, head = build(shape, tokenizer.size)
+    shape = ModernBertConfig(num_hidden_layers=2, hidden_size=32, num_attention_heads=2, intermediate_size=48)
+    encoder, head = build_model(shape, tokenizer.size)
     return Model(encoder, head, tokenizer, shape, {"context": 24, "words": "spaces"})
 
 
@@ -42,44 +42,44 @@ def test_several_masks_in_one_text(model: Model) -> None:
     one = unmask.fill(model, text, top=4)[0]
     assert one.text == text and len(one.masks) == 2
     for order, mask in enumerate(one.masks):
-        probabilities = [candidate.probability for candidate in mask.candidates]
+        probabilities = [candidate.score for candidate in mask.candidates]
         assert probabilities == sorted(probabilities, reverse=True) and len(probabilities) == 4
         for candidate in mask.candidates:
-            assert candidate.text.count("[MASK]") == 1
-            assert model.tokenizer.token_to_id(candidate.token) == candidate.id
-            if not candidate.token.startswith("##"):
+            assert candidate.sequence.count("[MASK]") == 1
+            assert model.tokenizer.token_to_id(candidate.token_str) == candidate.id
+            if not candidate.token_str.startswith("##"):
                 parts = text.split("[MASK]")
-                assert candidate.text == (
-                    "[MASK]".join(parts[: order + 1]) + candidate.token + "[MASK]".join(parts[order + 1 :])
+                assert candidate.sequence == (
+                    "[MASK]".join(parts[: order + 1]) + candidate.token_str + "[MASK]".join(parts[order + 1 :])
                 )
 
 
 def test_the_answers_are_those_of_log_probabilities(model: Model) -> None:
     one = unmask.fill(model, "the [MASK] walks", top=3)[0].masks[0]
     encoded = model.tokenizer.encode("the [MASK] walks", "spaces", specials_in_text=True)
-    ids, _ = model.tokenizer.framed(encoded.ids, encoded.marks)
+    ids, _ = model.tokenizer.add_special_tokens(encoded.ids, encoded.marks)
     assert ids[one.position] == model.tokenizer.mask_id
     row = model.log_probabilities([ids.tolist()], [[one.position]])[0][0]
     assert row.exp().sum() == pytest.approx(1.0, abs=1e-5)
-    assert [row.exp()[c.id].item() for c in one.candidates] == pytest.approx([c.probability for c in one.candidates])
-    ordinary_N = torch.from_numpy(model.tokenizer.ordinary_N)
-    assert one.candidates[0].id == int(ordinary_N[row[ordinary_N].argmax()])
+    assert [row.exp()[c.id].item() for c in one.candidates] == pytest.approx([c.score for c in one.candidates])
+    regular_token_ids = torch.from_numpy(model.tokenizer.regular_token_ids)
+    assert one.candidates[0].id == int(regular_token_ids[row[regular_token_ids].argmax()])
 
 
 def test_a_piece_that_continues_a_word_is_joined(model: Model) -> None:
-    if model.tokenizer.token_to_id("##ing") is None and model.tokenizer.frame is not None:
+    if model.tokenizer.token_to_id("##ing") is None and model.tokenizer.cls_sep_ids is not None:
         pieces = [p for p in ("##s", "##er", "##ed") if model.tokenizer.token_to_id(p) is not None]
     else:
         pieces = ["##ing"] if model.tokenizer.token_to_id("##ing") is not None else []
     everything = unmask.fill(model, "play [MASK] now", top=model.tokenizer.size)[0].masks[0].candidates
     for candidate in everything:
-        if candidate.token in pieces:
-            assert candidate.text == f"play{candidate.token[2:]} now"
+        if candidate.token_str in pieces:
+            assert candidate.sequence == f"play{candidate.token_str[2:]} now"
 
 
 def test_special_pieces_are_no_answer(model: Model) -> None:
     candidates = unmask.fill(model, "play [MASK] now", top=model.tokenizer.size)[0].masks[0].candidates
-    assert {one.id for one in candidates} == set(model.tokenizer.ordinary_N.tolist())
+    assert {one.id for one in candidates} == set(model.tokenizer.regular_token_ids.tolist())
 
 
 def test_a_text_longer_than_the_context_is_windowed(model: Model) -> None:
@@ -87,8 +87,8 @@ def test_a_text_longer_than_the_context_is_windowed(model: Model) -> None:
     filled = unmask.fill(model, [long, "a short [MASK]"], top=2)
     assert len(filled[0].masks) == 1 and filled[0].masks[0].position > 24 and len(filled[1].masks) == 1
     near = "and the walker walks " * 30 + "[MASK]" + " by players and walkers" * 35
-    assert unmask.fill(model, near, top=2)[0].masks[0].candidates[0].probability == pytest.approx(
-        filled[0].masks[0].candidates[0].probability, rel=1e-4
+    assert unmask.fill(model, near, top=2)[0].masks[0].candidates[0].score == pytest.approx(
+        filled[0].masks[0].candidates[0].score, rel=1e-4
     ), "only what stands around the mask within the context counts"
 
 
@@ -198,19 +198,19 @@ SENTENCES = (
 @pytest.fixture(
     scope="module",
     params=[
-        WordPieceSettings(vocab=60),
-        ByteBpeSettings(vocab=330),
-        UnigramSettings(vocab=60),
-        ByteSettings(),
-        CharacterSettings(),
+        WordPieceConfig(vocab_size=60),
+        ByteBpeConfig(vocab_size=330),
+        UnigramConfig(vocab_size=60),
+        ByteConfig(),
+        CharacterConfig(),
     ],
     ids=lambda value: value.kind,
 )
 def speaker(request: pytest.FixtureRequest) -> Model:
     tokenizer = train_tokenizer([SPOKEN], request.param)
     torch.manual_seed(1)
-    shape = ModernSettings(layers=1, width=16, heads=2, feed_forward=16)
-    encoder, head = build(shape, tokenizer.size)
+    shape = ModernBertConfig(num_hidden_layers=1, hidden_size=16, num_attention_heads=2, intermediate_size=16)
+    encoder, head = build_model(shape, tokenizer.size)
     return Model(encoder, head, tokenizer, shape, {"context": 64, "words": "spaces"})
 
 
@@ -220,16 +220,16 @@ def test_no_space_is_doubled_or_lost(speaker: Model, sentence: str) -> None:
     before, after = sentence.split("[MASK]", 1)
     for candidate in one.masks[0].candidates:
         letters = candidate.shown.removeprefix("##").strip("␣")
-        assert candidate.text.startswith(before.rstrip(" ")) and candidate.text.endswith(after)
-        assert letters in candidate.text and (not letters or "  " not in candidate.text)
+        assert candidate.sequence.startswith(before.rstrip(" ")) and candidate.sequence.endswith(after)
+        assert letters in candidate.sequence and (not letters or "  " not in candidate.sequence)
         assert not set(candidate.shown) & set("Ġ▁")
         if candidate.shown.startswith("␣") and before and letters:
-            assert candidate.text == f"{before.rstrip(' ')} {letters}{after}"
+            assert candidate.sequence == f"{before.rstrip(' ')} {letters}{after}"
 
 
 def test_a_word_with_its_space(speaker: Model) -> None:
     (one,) = unmask.fill(speaker, "sat on the [MASK].", top=speaker.tokenizer.size)
-    texts = {candidate.shown: candidate.text for candidate in one.masks[0].candidates}
+    texts = {candidate.shown: candidate.sequence for candidate in one.masks[0].candidates}
     is_spelled = speaker.tokenizer.size in (261, 5 + len(set(SPOKEN)))  # bytes or characters
     assert texts["c" if is_spelled else "␣cat" if "␣cat" in texts else "cat"] == (
         "sat on the c." if is_spelled else "sat on the cat."
@@ -239,12 +239,12 @@ def test_a_word_with_its_space(speaker: Model) -> None:
 
 def test_a_mask_behind_a_letter_goes_on_there(speaker: Model) -> None:
     candidates = unmask.fill(speaker, "서울[MASK] 간다", top=speaker.tokenizer.size)[0].masks[0].candidates
-    assert candidates and all(candidate.text.startswith("서울") for candidate in candidates)
+    assert candidates and all(candidate.sequence.startswith("서울") for candidate in candidates)
     assert not any(candidate.shown.startswith("␣") and len(candidate.shown) > 1 for candidate in candidates)
-    texts = {candidate.text for candidate in candidates}
+    texts = {candidate.sequence for candidate in candidates}
     assert "서울에 간다" in texts or "⟨EC⟩" in {candidate.shown for candidate in candidates}
     if speaker.tokenizer.token_to_id("##에") is not None:
-        assert not any(candidate.token == "cat" for candidate in candidates), "a new word needs a space"
+        assert not any(candidate.token_str == "cat" for candidate in candidates), "a new word needs a space"
 
 
 def test_letters_behind_a_mask_continue_its_word(speaker: Model) -> None:
@@ -256,7 +256,7 @@ def test_letters_behind_a_mask_continue_its_word(speaker: Model) -> None:
         ids = encoded.ids
     else:
         ids = np.array([tokenizer.mask_id, following, *tokenizer.encode("간다").ids])
-    framed, _ = tokenizer.framed(ids, np.zeros(len(ids), dtype=np.uint8))
+    framed, _ = tokenizer.add_special_tokens(ids, np.zeros(len(ids), dtype=np.uint8))
     row = speaker.log_probabilities([framed.tolist()], [[1]])[0][0].exp()
     answered = unmask.fill(speaker, "[MASK]에 간다", top=3)[0].masks[0].candidates
-    assert [one.probability for one in answered] == pytest.approx([row[one.id].item() for one in answered], rel=1e-4)
+    assert [one.score for one in answered] == pytest.approx([row[one.id].item() for one in answered], rel=1e-4)

@@ -12,20 +12,37 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from unmask.core.errors import ModelError
-from unmask.core.types import Text, logits_at, pack
-from unmask.models import EncoderSettings, build, build_pair
-from unmask.models.annotated import TutorialSettings
-from unmask.models.bert import ClassicSettings
+from unmask.core.types import Sample, logits_at, pack
+from unmask.models import EncoderConfig, build_model, build_pair
+from unmask.models.annotated import TutorialConfig
+from unmask.models.bert import BertConfig
 from unmask.models.hf_format import States, config, from_ecosystem, settings_of, to_ecosystem
-from unmask.models.modernbert import ModernSettings
+from unmask.models.modernbert import ModernBertConfig
 
 VOCABULARY = 61
 IDS = {"pad": 0, "unk": 1, "cls": 2, "sep": 3, "mask": 4}
 LENGTHS = (7, 70, 200)
 SHAPES = [
-    ModernSettings(layers=4, width=32, heads=2, feed_forward=48, global_every=3),
-    ModernSettings(layers=3, width=32, heads=4, feed_forward=40, global_every=1, global_theta=5000.0),
-    ModernSettings(layers=3, width=48, heads=2, feed_forward=40, global_every=5, local_window=32, local_theta=77.0),
+    ModernBertConfig(
+        num_hidden_layers=4, hidden_size=32, num_attention_heads=2, intermediate_size=48, global_attn_every_n_layers=3
+    ),
+    ModernBertConfig(
+        num_hidden_layers=3,
+        hidden_size=32,
+        num_attention_heads=4,
+        intermediate_size=40,
+        global_attn_every_n_layers=1,
+        global_rope_theta=5000.0,
+    ),
+    ModernBertConfig(
+        num_hidden_layers=3,
+        hidden_size=48,
+        num_attention_heads=2,
+        intermediate_size=40,
+        global_attn_every_n_layers=5,
+        local_attention=32,
+        local_rope_theta=77.0,
+    ),
 ]
 
 
@@ -48,7 +65,7 @@ def texts() -> Iterator[np.ndarray[Any, np.dtype[np.int64]]]:
 
 
 def our_logits(encoder: nn.Module, head: nn.Module) -> list[torch.Tensor]:
-    batch = pack([Text(ids, np.zeros(len(ids), np.uint8)) for ids in texts()])
+    batch = pack([Sample(ids, np.zeros(len(ids), np.uint8)) for ids in texts()])
     with torch.no_grad():
         return list(logits_at(encoder, head, batch, torch.arange(batch.tokens)).split(list(LENGTHS)))
 
@@ -62,17 +79,17 @@ def states(encoder: nn.Module, head: nn.Module, pair: nn.Module | None = None) -
     return States(encoder.state_dict(), head.state_dict(), None if pair is None else pair.state_dict())
 
 
-def write(folder: Path, encoder: nn.Module, head: nn.Module, shape: EncoderSettings) -> None:
+def write(folder: Path, encoder: nn.Module, head: nn.Module, shape: EncoderConfig) -> None:
     tensors = to_ecosystem(states(encoder, head), shape)
     save_file({name: t.contiguous() for name, t in tensors.items()}, folder / "model.safetensors", {"format": "pt"})
     (folder / "config.json").write_text(json.dumps(config(shape, VOCABULARY, IDS)))
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_transformers_opens_ours_with_equal_logits(shape: ModernSettings, tmp_path: Path):
+def test_transformers_opens_ours_with_equal_logits(shape: ModernBertConfig, tmp_path: Path):
     from transformers import AutoModelForMaskedLM, ModernBertForMaskedLM
 
-    encoder, head = build(shape, VOCABULARY)
+    encoder, head = build_model(shape, VOCABULARY)
     lively(encoder, head)
     write(tmp_path, encoder, head, shape)
     model, report = AutoModelForMaskedLM.from_pretrained(tmp_path, output_loading_info=True)
@@ -87,10 +104,11 @@ def test_transformers_opens_ours_with_equal_logits(shape: ModernSettings, tmp_pa
 
 @pytest.mark.parametrize("every", [1, 2, 3])
 def test_we_open_what_transformers_saved_with_equal_logits(every: int, tmp_path: Path):
-    from transformers import ModernBertConfig, ModernBertForMaskedLM
+    from transformers import ModernBertConfig as HfModernBertConfig
+    from transformers import ModernBertForMaskedLM
 
     theirs = ModernBertForMaskedLM(
-        ModernBertConfig(
+        HfModernBertConfig(
             vocab_size=VOCABULARY, hidden_size=32, intermediate_size=24, num_hidden_layers=4, num_attention_heads=2,
             pad_token_id=0, bos_token_id=2, eos_token_id=3, cls_token_id=2, sep_token_id=3,
             global_attn_every_n_layers=every, local_attention=64, max_position_embeddings=512,
@@ -101,9 +119,9 @@ def test_we_open_what_transformers_saved_with_equal_logits(every: int, tmp_path:
             parameter.add_(torch.randn_like(parameter) * 0.2)
     theirs.save_pretrained(tmp_path)
     shape = settings_of(json.loads((tmp_path / "config.json").read_text()))
-    assert isinstance(shape, ModernSettings)
-    assert (shape.global_every, shape.local_window, shape.longest) == (every, 64, 512)
-    encoder, head = build(shape, VOCABULARY)
+    assert isinstance(shape, ModernBertConfig)
+    assert (shape.global_attn_every_n_layers, shape.local_attention, shape.max_position_embeddings) == (every, 64, 512)
+    encoder, head = build_model(shape, VOCABULARY)
     found = from_ecosystem(load_file(tmp_path / "model.safetensors"), shape)
     encoder.load_state_dict(found.encoder)
     head.load_state_dict(found.head)
@@ -112,15 +130,23 @@ def test_we_open_what_transformers_saved_with_equal_logits(every: int, tmp_path:
         torch.testing.assert_close(mine, other, atol=1e-4, rtol=0)
 
 
-CLASSIC = ClassicSettings(layers=2, width=32, heads=4, feed_forward=40, longest=70, segments=3, hidden_dropout=0.2)
-OTHERS = [TutorialSettings(layers=2, width=32, heads=2, feed_forward=40), CLASSIC]
+CLASSIC = BertConfig(
+    num_hidden_layers=2,
+    hidden_size=32,
+    num_attention_heads=4,
+    intermediate_size=40,
+    max_position_embeddings=70,
+    type_vocab_size=3,
+    hidden_dropout=0.2,
+)
+OTHERS = [TutorialConfig(num_hidden_layers=2, hidden_size=32, num_attention_heads=2, intermediate_size=40), CLASSIC]
 
 
 @pytest.mark.parametrize(
     ("shape", "pair"), [*((shape, False) for shape in (*SHAPES, *OTHERS)), (CLASSIC, True)], ids=str
 )
-def test_a_round_trip_changes_nothing(shape: EncoderSettings, pair: bool):
-    modules = (*build(shape, VOCABULARY), build_pair(shape) if pair else None)
+def test_a_round_trip_changes_nothing(shape: EncoderConfig, pair: bool):
+    modules = (*build_model(shape, VOCABULARY), build_pair(shape) if pair else None)
     found = from_ecosystem(to_ecosystem(states(*modules), shape), shape)
     assert (found.pair is None) is not pair
     for module, state in zip(modules, found, strict=True):
@@ -132,7 +158,7 @@ def test_a_round_trip_changes_nothing(shape: EncoderSettings, pair: bool):
 
 
 def test_the_tied_decoder_is_not_written_and_an_untied_one_not_read():
-    encoder, head = build(SHAPES[0], VOCABULARY)
+    encoder, head = build_model(SHAPES[0], VOCABULARY)
     tensors = to_ecosystem(states(encoder, head), SHAPES[0])
     assert "decoder.weight" not in tensors
     table = tensors["model.embeddings.tok_embeddings.weight"]
@@ -142,7 +168,7 @@ def test_the_tied_decoder_is_not_written_and_an_untied_one_not_read():
 
 
 def test_missing_and_unknown_tensors_are_named():
-    encoder, head = build(SHAPES[0], VOCABULARY)
+    encoder, head = build_model(SHAPES[0], VOCABULARY)
     tensors = to_ecosystem(states(encoder, head), SHAPES[0])
     with pytest.raises(ModelError, match=r"model\.layers\.0\.attn\.Wqkv\.bias"):
         from_ecosystem(tensors | {"model.layers.0.attn.Wqkv.bias": torch.zeros(3)}, SHAPES[0])
@@ -162,10 +188,12 @@ VERSION_4 = {  # as version 4.57 writes it, shortened
 
 def test_version_4_is_read():
     shape = settings_of(VERSION_4)
-    assert shape == ModernSettings(layers=22, width=768, heads=12, feed_forward=1152)
+    assert shape == ModernBertConfig(
+        num_hidden_layers=22, hidden_size=768, num_attention_heads=12, intermediate_size=1152
+    )
     low = settings_of(VERSION_4 | {"local_rope_theta": None})
-    assert isinstance(low, ModernSettings)
-    assert low.local_theta == 160_000.0
+    assert isinstance(low, ModernBertConfig)
+    assert low.local_rope_theta == 160_000.0
 
 
 @pytest.mark.parametrize(
@@ -180,7 +208,7 @@ def test_version_4_is_read():
         ({"classifier_activation": "relu"}, "classifier_activation"),
         ({"layer_types": ["sliding_attention"] * 22}, "layer_types"),
         ({"rope_parameters": {"full_attention": {"rope_type": "yarn", "rope_theta": 1.0}}}, "rope_parameters"),
-        ({"num_attention_heads": 7}, "heads"),
+        ({"num_attention_heads": 7}, "num_attention_heads"),
         ({"hidden_size": "wide"}, "config.json"),
     ],
 )
@@ -192,8 +220,8 @@ def test_what_cannot_be_held_is_refused_by_name(change: dict[str, Any], culprit:
 def test_transformers_refuses_the_tutorials_net(tmp_path: Path):
     from transformers import AutoModel
 
-    shape = TutorialSettings(layers=1, width=32, heads=2, feed_forward=40)
-    encoder, head = build(shape, VOCABULARY)
+    shape = TutorialConfig(num_hidden_layers=1, hidden_size=32, num_attention_heads=2, intermediate_size=40)
+    encoder, head = build_model(shape, VOCABULARY)
     write(tmp_path, encoder, head, shape)
     with pytest.raises(ValueError, match="unmask-seed"):
         AutoModel.from_pretrained(tmp_path)

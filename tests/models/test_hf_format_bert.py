@@ -13,17 +13,27 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from unmask.core.errors import ModelError
-from unmask.core.types import Text, logits_at, pack
-from unmask.models import build, build_pair
-from unmask.models.bert import ClassicSettings
+from unmask.core.types import Sample, logits_at, pack
+from unmask.models import build_model, build_pair
+from unmask.models.bert import BertConfig
 from unmask.models.hf_format import States, config, from_ecosystem, settings_of, to_ecosystem
 
 VOCABULARY = 61
 IDS = {"pad": 0, "unk": 1, "cls": 2, "sep": 3, "mask": 4}
 LENGTHS = (7, 70, 2, 33)
 SHAPES = [
-    ClassicSettings(layers=3, width=32, heads=2, feed_forward=48, longest=70),
-    ClassicSettings(layers=2, width=36, heads=12, feed_forward=40, longest=512, segments=3, norm_epsilon=1e-5),
+    BertConfig(
+        num_hidden_layers=3, hidden_size=32, num_attention_heads=2, intermediate_size=48, max_position_embeddings=70
+    ),
+    BertConfig(
+        num_hidden_layers=2,
+        hidden_size=36,
+        num_attention_heads=12,
+        intermediate_size=40,
+        max_position_embeddings=512,
+        type_vocab_size=3,
+        layer_norm_eps=1e-5,
+    ),
 ]
 SHAPE = SHAPES[0]
 
@@ -40,19 +50,19 @@ def lively(*modules: nn.Module) -> None:
             parameter.add_(torch.randn_like(parameter) * (0.2 if parameter.ndim == 2 else 0.3))
 
 
-def texts(segments: int) -> list[Text]:
+def texts(segments: int) -> list[Sample]:
     draw = np.random.default_rng(3)
     return [
-        Text(
+        Sample(
             draw.integers(0, VOCABULARY, length),
             np.zeros(length, np.uint8),
-            segment=draw.integers(0, segments, length) if segments else None,
+            token_type_ids=draw.integers(0, segments, length) if segments else None,
         )
         for length in LENGTHS
     ]
 
 
-def ours(encoder: nn.Module, head: nn.Module, pair: nn.Module | None, some: list[Text]) -> list[torch.Tensor]:
+def ours(encoder: nn.Module, head: nn.Module, pair: nn.Module | None, some: list[Sample]) -> list[torch.Tensor]:
     """Logits at every slot of each text; last, where there is a pair head, its logits."""
     batch = pack(some, slots=130)
     with torch.no_grad():
@@ -60,16 +70,16 @@ def ours(encoder: nn.Module, head: nn.Module, pair: nn.Module | None, some: list
         return logits if pair is None else [*logits, pair(encoder(batch), batch)]
 
 
-def theirs(model: nn.Module, some: list[Text]) -> list[torch.Tensor]:
+def theirs(model: nn.Module, some: list[Sample]) -> list[torch.Tensor]:
     """The same from one padded batch."""
     wide = max(LENGTHS)
     ids, mask, kinds = (torch.zeros(len(some), wide, dtype=torch.int64) for _ in range(3))
     for row, text in enumerate(some):
         n = len(text.ids)
         ids[row, :n], mask[row, :n] = torch.from_numpy(text.ids), 1
-        kinds[row, :n] = torch.from_numpy(text.segment) if text.segment is not None else 0
+        kinds[row, :n] = torch.from_numpy(text.token_type_ids) if text.token_type_ids is not None else 0
     given: dict[str, Any] = {"input_ids": ids, "attention_mask": mask}
-    if some[0].segment is not None:
+    if some[0].token_type_ids is not None:
         given["token_type_ids"] = kinds
     with torch.no_grad():
         out = model(**given)
@@ -78,7 +88,7 @@ def theirs(model: nn.Module, some: list[Text]) -> list[torch.Tensor]:
     return rows if hasattr(out, "logits") else [*rows, out.seq_relationship_logits]
 
 
-def write(folder: Path, states: States, shape: ClassicSettings) -> None:
+def write(folder: Path, states: States, shape: BertConfig) -> None:
     tensors = to_ecosystem(states, shape)
     save_file({name: t.contiguous() for name, t in tensors.items()}, folder / "model.safetensors", {"format": "pt"})
     said = config(shape, VOCABULARY, IDS, pair=states.pair is not None)
@@ -88,12 +98,10 @@ def write(folder: Path, states: States, shape: ClassicSettings) -> None:
 @pytest.mark.parametrize("segments", [0, 2])
 @pytest.mark.parametrize("with_pair", [False, True])
 @pytest.mark.parametrize("shape", SHAPES, ids=["small", "wide"])
-def test_transformers_opens_ours_with_equal_logits(
-    shape: ClassicSettings, with_pair: bool, segments: int, tmp_path: Path
-):
+def test_transformers_opens_ours_with_equal_logits(shape: BertConfig, with_pair: bool, segments: int, tmp_path: Path):
     from transformers import AutoModelForMaskedLM, AutoModelForPreTraining, BertForMaskedLM, BertForPreTraining
 
-    encoder, head = build(shape, VOCABULARY)
+    encoder, head = build_model(shape, VOCABULARY)
     pair = build_pair(shape) if with_pair else None
     lively(*(module for module in (encoder, head, pair) if module is not None))
     write(tmp_path, States(encoder.state_dict(), head.state_dict(), pair and pair.state_dict()), shape)
@@ -111,11 +119,12 @@ def test_transformers_opens_ours_with_equal_logits(
 @pytest.mark.parametrize("segments", [0, 2])
 @pytest.mark.parametrize("with_pair", [False, True])
 def test_we_open_what_transformers_saved_with_equal_logits(with_pair: bool, segments: int, tmp_path: Path):
-    from transformers import BertConfig, BertForMaskedLM, BertForPreTraining
+    from transformers import BertConfig as HfBertConfig
+    from transformers import BertForMaskedLM, BertForPreTraining
 
     kind = BertForPreTraining if with_pair else BertForMaskedLM
     model = kind(
-        BertConfig(
+        HfBertConfig(
             vocab_size=VOCABULARY, hidden_size=32, intermediate_size=56, num_hidden_layers=3, num_attention_heads=4,
             max_position_embeddings=80, hidden_dropout_prob=0.2,
         )
@@ -123,10 +132,16 @@ def test_we_open_what_transformers_saved_with_equal_logits(with_pair: bool, segm
     lively(model)
     model.save_pretrained(tmp_path)
     shape = settings_of(json.loads((tmp_path / "config.json").read_text()))
-    assert shape == ClassicSettings(
-        layers=3, width=32, heads=4, feed_forward=56, longest=80, hidden_dropout=0.2, attention_dropout=0.1
+    assert shape == BertConfig(
+        num_hidden_layers=3,
+        hidden_size=32,
+        num_attention_heads=4,
+        intermediate_size=56,
+        max_position_embeddings=80,
+        hidden_dropout=0.2,
+        attention_dropout=0.1,
     )
-    encoder, head = build(shape, VOCABULARY)
+    encoder, head = build_model(shape, VOCABULARY)
     pair = build_pair(shape) if with_pair else None
     found = from_ecosystem(load_file(tmp_path / "model.safetensors"), shape)
     for module, state in zip((encoder, head, pair), found, strict=True):
@@ -139,7 +154,7 @@ def test_we_open_what_transformers_saved_with_equal_logits(with_pair: bool, segm
 
 
 def tensors_of(with_pair: bool = True) -> dict[str, torch.Tensor]:
-    encoder, head = build(SHAPE, VOCABULARY)
+    encoder, head = build_model(SHAPE, VOCABULARY)
     return to_ecosystem(
         States(encoder.state_dict(), head.state_dict(), build_pair(SHAPE).state_dict() if with_pair else None), SHAPE
     )
@@ -179,7 +194,7 @@ def test_a_bare_encoder_is_refused():
     for found in (tensors, bare):
         with pytest.raises(ModelError, match="no masked-language-model head") as refused:
             from_ecosystem(found, SHAPE)
-        assert "BertForMaskedLM or BertForPreTraining" in refused.value.next
+        assert "BertForMaskedLM or BertForPreTraining" in refused.value.hint
 
 
 BASE = {  # as version 4 wrote it for bert-base-uncased
@@ -192,7 +207,14 @@ BASE = {  # as version 4 wrote it for bert-base-uncased
 
 
 def test_version_4_is_read_and_what_is_left_out_is_what_they_mean():
-    base = ClassicSettings(layers=12, width=768, heads=12, feed_forward=3072, hidden_dropout=0.1, attention_dropout=0.1)
+    base = BertConfig(
+        num_hidden_layers=12,
+        hidden_size=768,
+        num_attention_heads=12,
+        intermediate_size=3072,
+        hidden_dropout=0.1,
+        attention_dropout=0.1,
+    )
     assert settings_of(BASE) == settings_of({"model_type": "bert"}) == base
 
 
@@ -203,7 +225,7 @@ def test_version_4_is_read_and_what_is_left_out_is_what_they_mean():
         ({"hidden_act": "gelu_new"}, "hidden_act"),
         ({"is_decoder": True}, "is_decoder"),
         ({"add_cross_attention": True}, "add_cross_attention"),
-        ({"num_attention_heads": 7}, "heads"),
+        ({"num_attention_heads": 7}, "num_attention_heads"),
         ({"hidden_size": "wide"}, "config.json"),
         ({"layer_norm_eps": None}, "config.json"),
     ],

@@ -11,37 +11,39 @@ from safetensors.torch import load_file, save_file
 
 import unmask
 from unmask.core.errors import ModelError
-from unmask.core.types import Text, pack
-from unmask.models import EncoderSettings, build, build_pair
-from unmask.models.bert import ClassicSettings
+from unmask.core.types import Sample, pack
+from unmask.models import EncoderConfig, build_model, build_pair
+from unmask.models.bert import BertConfig
 from unmask.models.model import Model, load, save_model
-from unmask.models.modernbert import ModernSettings
-from unmask.tokenization.settings import WordPieceSettings
+from unmask.models.modernbert import ModernBertConfig
+from unmask.tokenization.settings import WordPieceConfig
 from unmask.tokenization.tokenizer import Tokenizer, train_tokenizer
 
-CLASSIC = ClassicSettings(layers=2, width=32, heads=2, feed_forward=48, longest=64)
-MODERN = ModernSettings(layers=2, width=32, heads=2, feed_forward=48)
+CLASSIC = BertConfig(
+    num_hidden_layers=2, hidden_size=32, num_attention_heads=2, intermediate_size=48, max_position_embeddings=64
+)
+MODERN = ModernBertConfig(num_hidden_layers=2, hidden_size=32, num_attention_heads=2, intermediate_size=48)
 LINES = ["the cat sat on the mat", "a dog ran over the hill to meet the old man and the ship came home with salt"]
 
 
 @pytest.fixture(scope="module")
 def tokenizer() -> Tokenizer:
-    return train_tokenizer(LINES * 20, WordPieceSettings(vocab=70))
+    return train_tokenizer(LINES * 20, WordPieceConfig(vocab_size=70))
 
 
-def model(shape: EncoderSettings, tokenizer: Tokenizer, rows: int = 0, *, pair: bool = False) -> Model:
+def model(shape: EncoderConfig, tokenizer: Tokenizer, rows: int = 0, *, pair: bool = False) -> Model:
     torch.manual_seed(3)
-    encoder, head = build(shape, rows or tokenizer.size)
+    encoder, head = build_model(shape, rows or tokenizer.size)
     return Model(encoder.eval(), head.eval(), tokenizer, shape, pair=build_pair(shape).eval() if pair else None)
 
 
-def framed(tokenizer: Tokenizer) -> list[Text]:
-    return [Text(*tokenizer.framed(one.ids, one.marks)) for one in map(tokenizer.encode, LINES)]
+def framed(tokenizer: Tokenizer) -> list[Sample]:
+    return [Sample(*tokenizer.add_special_tokens(one.ids, one.marks)) for one in map(tokenizer.encode, LINES)]
 
 
-@pytest.mark.parametrize("shape", [CLASSIC, MODERN], ids=["classic", "modern"])
+@pytest.mark.parametrize("shape", [CLASSIC, MODERN], ids=["bert", "modernbert"])
 def test_the_ecosystem_opens_the_folder_and_sees_the_same(
-    shape: EncoderSettings, tokenizer: Tokenizer, tmp_path: Path
+    shape: EncoderConfig, tokenizer: Tokenizer, tmp_path: Path
 ) -> None:
     from transformers import AutoModelForMaskedLM, AutoTokenizer
 
@@ -50,7 +52,7 @@ def test_the_ecosystem_opens_the_folder_and_sees_the_same(
     theirs, report = AutoModelForMaskedLM.from_pretrained(tmp_path, output_loading_info=True)
     assert not report["missing_keys"] and not report["unexpected_keys"]
     pieces = AutoTokenizer.from_pretrained(tmp_path)
-    classic = isinstance(shape, ClassicSettings)
+    classic = isinstance(shape, BertConfig)
     assert ("token_type_ids" in pieces.model_input_names) is classic
     given = pieces(LINES, padding=True, return_tensors="pt")
     with torch.inference_mode():
@@ -83,7 +85,7 @@ def test_a_classic_model_comes_back_as_it_was_saved(pair: bool, tokenizer: Token
 
 
 def test_the_roles_of_a_tokenizer_that_calls_its_pieces_otherwise(tmp_path: Path) -> None:
-    tokenizer = train_tokenizer(LINES * 20, WordPieceSettings(vocab=70))
+    tokenizer = train_tokenizer(LINES * 20, WordPieceConfig(vocab_size=70))
     renamed = json.loads(tokenizer.to_json().replace("[PAD]", "<empty>").replace("[MASK]", "<gap>"))
     folder = tmp_path / "tokenizer"
     folder.mkdir()
@@ -115,7 +117,7 @@ def test_a_bare_encoder_and_a_lost_half_of_the_pair_head_are_refused(tokenizer: 
     save_file({name: t for name, t in tensors.items() if not name.startswith("cls.seq")}, weights)
     with pytest.raises(ModelError, match=r"lacks cls\.seq_relationship") as refused:
         load(tmp_path)
-    assert refused.value.where == str(weights)
+    assert refused.value.location == str(weights)
     save_file({name: t for name, t in tensors.items() if not name.startswith("cls.")}, weights)
     with pytest.raises(ModelError, match="no masked-language-model head"):
         load(tmp_path)

@@ -5,34 +5,36 @@ import pytest
 import torch
 
 from unmask.core.errors import RecipeError
-from unmask.core.types import Encoder, Head, Text, pack
-from unmask.models import build
-from unmask.models.modernbert import ModernSettings
+from unmask.core.types import Encoder, Head, Sample, pack
+from unmask.models import build_model
+from unmask.models.modernbert import ModernBertConfig
 
-SMALL = ModernSettings(layers=3, width=32, heads=2, feed_forward=48, global_every=2)
+SMALL = ModernBertConfig(
+    num_hidden_layers=3, hidden_size=32, num_attention_heads=2, intermediate_size=48, global_attn_every_n_layers=2
+)
 
 
 def puzzle_gradients(threads: int) -> dict[str, torch.Tensor]:
     torch.manual_seed(0)
-    encoder, head = build(SMALL, 40)
+    encoder, head = build_model(SMALL, 40)
     draw = np.random.default_rng(0)
-    batch = pack([Text(draw.integers(0, 40, n), np.zeros(n, np.uint8)) for n in (50, 50, 31, 9)])
+    batch = pack([Sample(draw.integers(0, 40, n), np.zeros(n, np.uint8)) for n in (50, 50, 31, 9)])
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
         hidden_TD = encoder(batch)
-        at_M = torch.arange(0, 140, 7)
-        head(hidden_TD.index_select(0, at_M), encoder.token_table).logsumexp(-1).sum().backward()
+        positions_M = torch.arange(0, 140, 7)
+        head(hidden_TD.index_select(0, positions_M), encoder.token_embedding).logsumexp(-1).sum().backward()
     finally:
         torch.set_num_threads(before)
     return {name: p.grad for name, p in (*encoder.named_parameters(), *head.named_parameters()) if p.grad is not None}
 
 
 def test_the_contracts_are_met():
-    encoder, head = build(SMALL, 40)
+    encoder, head = build_model(SMALL, 40)
     assert isinstance(encoder, Encoder)
     assert isinstance(head, Head)
-    assert encoder.token_table.shape == (40, 32)
+    assert encoder.token_embedding.shape == (40, 32)
     assert len(encoder.blocks) == 3
 
 
@@ -51,7 +53,7 @@ def test_deterministic_algorithms_are_enough():
 
 
 def test_every_parameter_learns():
-    encoder, head = build(SMALL, 40)
+    encoder, head = build_model(SMALL, 40)
     names = {name for module in (encoder, head) for name, _ in module.named_parameters()}
     assert set(puzzle_gradients(1)) == names
 
@@ -60,17 +62,17 @@ def test_initial_weights_come_from_the_seed():
     states: list[dict[str, torch.Tensor]] = []
     for seed in (5, 5, 6):
         torch.manual_seed(seed)
-        states.append(build(SMALL, 40)[0].state_dict())
+        states.append(build_model(SMALL, 40)[0].state_dict())
     assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
-    assert not torch.equal(states[0]["token_table"], states[2]["token_table"])
-    assert states[0]["token_table"].abs().max() <= 0.04
+    assert not torch.equal(states[0]["token_embedding"], states[2]["token_embedding"])
+    assert states[0]["token_embedding"].abs().max() <= 0.04
     assert states[0]["blocks.1.attention.output.weight"].abs().max() <= 0.04 / 6**0.5
 
 
 def test_autocast_gives_nearly_the_same():
     torch.manual_seed(0)
-    encoder, _ = build(SMALL, 40)
-    batch = pack([Text(np.arange(n) % 40, np.zeros(n, np.uint8)) for n in (200, 31, 31)])
+    encoder, _ = build_model(SMALL, 40)
+    batch = pack([Sample(np.arange(n) % 40, np.zeros(n, np.uint8)) for n in (200, 31, 31)])
     with torch.no_grad():
         full = encoder(batch)
         with torch.autocast("cpu", torch.bfloat16):
@@ -79,8 +81,8 @@ def test_autocast_gives_nearly_the_same():
 
 
 def test_a_model_used_in_inference_mode_can_train_afterwards():
-    encoder, _ = build(SMALL, 40)
-    batch = pack([Text(np.arange(20), np.zeros(20, np.uint8))])
+    encoder, _ = build_model(SMALL, 40)
+    batch = pack([Sample(np.arange(20), np.zeros(20, np.uint8))])
     with torch.inference_mode():
         encoder(batch)
     encoder(batch).sum().backward()
@@ -89,16 +91,16 @@ def test_a_model_used_in_inference_mode_can_train_afterwards():
 @pytest.mark.parametrize(
     ("wrong", "where"),
     [
-        ({"width": 30, "heads": 4}, "heads"),
-        ({"width": 36, "heads": 4}, "heads"),
-        ({"layers": 0}, "layers"),
-        ({"local_window": 127}, "local_window"),
-        ({"norm_epsilon": 0.0}, "norm_epsilon"),
+        ({"hidden_size": 30, "num_attention_heads": 4}, "num_attention_heads"),
+        ({"hidden_size": 36, "num_attention_heads": 4}, "num_attention_heads"),
+        ({"num_hidden_layers": 0}, "num_hidden_layers"),
+        ({"local_attention": 127}, "local_attention"),
+        ({"layer_norm_eps": 0.0}, "layer_norm_eps"),
         ({"attention_dropout": 1.0}, "attention_dropout"),
     ],
 )
 def test_a_shape_that_cannot_be_is_refused_with_a_mend(wrong: dict[str, float], where: str):
     with pytest.raises(RecipeError) as refused:
-        ModernSettings(**wrong)  # pyright: ignore[reportArgumentType]
-    assert refused.value.where == where
-    assert refused.value.next
+        ModernBertConfig(**wrong)  # pyright: ignore[reportArgumentType]
+    assert refused.value.location == where
+    assert refused.value.hint

@@ -10,24 +10,24 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from unmask.core.errors import RecipeError
-from unmask.core.types import SPECIAL, WORD_START, Text, pack
-from unmask.objectives.masking import SPAN_MOST, Laid, MaskingSettings, choose, hide
-from unmask.objectives.mlm import Mlm, MlmSettings
+from unmask.core.types import SPECIAL, WORD_START, Sample, pack
+from unmask.objectives.masking import SPAN_MOST, MaskingConfig, PackedSequences, corrupt_tokens, select_positions
+from unmask.objectives.mlm import MaskedLMConfig, MaskedLMObjective
 
 MASK, ORDINARY = 4, np.arange(5, 1000)
 
 
-def text(rng: np.random.Generator, length: int, number: int, special_share: float = 0.1) -> Text:
+def text(rng: np.random.Generator, length: int, number: int, special_share: float = 0.1) -> Sample:
     marks = np.where(rng.random(length) < 0.6, WORD_START, 0).astype(np.uint8)
     special = rng.random(length) < special_share
     marks[special] = SPECIAL
     ids = np.where(special, 1, rng.integers(5, 1000, length))
-    return Text(ids, marks, epoch=3, number=number)
+    return Sample(ids, marks, epoch=3, number=number)
 
 
-def laid(texts: list[Text]) -> Laid:
+def laid(texts: list[Sample]) -> PackedSequences:
     batch = pack(texts)
-    return Laid(batch.marks_T.numpy(), np.asarray(batch.starts), batch.sample_B2.numpy())
+    return PackedSequences(batch.token_flags_T.numpy(), np.asarray(batch.offsets), batch.sample_keys_B2.numpy())
 
 
 lengths = st.lists(st.integers(1, 90), min_size=1, max_size=12)
@@ -38,7 +38,7 @@ lengths = st.lists(st.integers(1, 90), min_size=1, max_size=12)
     lengths,
     st.integers(0, 2**32),
     st.sampled_from([0.05, 0.15, 0.4, 1.0]),
-    st.sampled_from(["token", "word", "span", "ngram"]),
+    st.sampled_from(["token", "whole-word", "span", "ngram"]),
     st.booleans(),
 )
 def test_counts_specials_and_order(sizes: list[int], seed: int, rate: float, how: str, prefers: bool) -> None:
@@ -47,12 +47,12 @@ def test_counts_specials_and_order(sizes: list[int], seed: int, rate: float, how
     texts = [text(rng, n, i) for i, n in enumerate(sizes)]
     place = laid(texts)
     preferred_T = rng.random(sum(sizes)) < 0.2 if prefers else None
-    at_M = choose(place, MaskingSettings(rate=rate, choose=how), seed, preferred_T=preferred_T)
-    assert (np.diff(at_M) > 0).all(), "ascending, without repeats"
-    assert not (place.marks_T[at_M] & SPECIAL).any()
+    positions_M = select_positions(place, MaskingConfig(mask_rate=rate, mask_unit=how), seed, preferred_T=preferred_T)
+    assert (np.diff(positions_M) > 0).all(), "ascending, without repeats"
+    assert not (place.token_flags_T[positions_M] & SPECIAL).any()
     for b, one in enumerate(texts):
-        n = int(((one.marks & SPECIAL) == 0).sum())
-        asked = int(((at_M >= place.starts_B1[b]) & (at_M < place.starts_B1[b + 1])).sum())
+        n = int(((one.token_flags & SPECIAL) == 0).sum())
+        asked = int(((positions_M >= place.cu_seqlens[b]) & (positions_M < place.cu_seqlens[b + 1])).sum())
         assert (asked >= 1) == (n >= 1)
         longest_word = max_word(one)
         slack = 0 if how == "token" else longest_word - 1
@@ -66,10 +66,10 @@ def test_counts_specials_and_order(sizes: list[int], seed: int, rate: float, how
             }
 
 
-def words_of(one: Text) -> list[list[int]]:
+def words_of(one: Sample) -> list[list[int]]:
     words: list[list[int]] = []
     fresh = True
-    for i, mark in enumerate(one.marks):
+    for i, mark in enumerate(one.token_flags):
         if mark & SPECIAL:
             fresh = True
             continue
@@ -80,70 +80,72 @@ def words_of(one: Text) -> list[list[int]]:
     return words
 
 
-def max_word(one: Text) -> int:
+def max_word(one: Sample) -> int:
     return max((len(word) for word in words_of(one)), default=1)
 
 
 @settings(max_examples=60, deadline=None)
-@given(lengths, st.integers(0, 2**32), st.sampled_from(["word", "span", "ngram"]))
+@given(lengths, st.integers(0, 2**32), st.sampled_from(["whole-word", "span", "ngram"]))
 def test_words_are_asked_whole(sizes: list[int], seed: int, how: str) -> None:
     rng = np.random.default_rng(seed)
     texts = [text(rng, n, i) for i, n in enumerate(sizes)]
     place = laid(texts)
-    at = set(choose(place, MaskingSettings(rate=0.3, choose=how), seed).tolist())
+    at = set(select_positions(place, MaskingConfig(mask_rate=0.3, mask_unit=how), seed).tolist())
     for b, one in enumerate(texts):
         for word in words_of(one):
-            asked = [place.starts_B1[b] + i in at for i in word]
+            asked = [place.cu_seqlens[b] + i in at for i in word]
             assert all(asked) or not any(asked)
 
 
 @settings(max_examples=40, deadline=None)
-@given(lengths, st.integers(0, 2**32), st.sampled_from(["token", "word", "span", "ngram"]), st.randoms())
+@given(lengths, st.integers(0, 2**32), st.sampled_from(["token", "whole-word", "span", "ngram"]), st.randoms())
 def test_a_mask_does_not_depend_on_the_batch(sizes: list[int], seed: int, how: str, shuffler) -> None:
     """Alone, together or in another order: a text of an epoch has one mask and one set of replacements."""
     rng = np.random.default_rng(seed)
     texts = [text(rng, n, i) for i, n in enumerate(sizes)]
-    objective = Mlm(MlmSettings(rate=0.3, choose=how), MASK, ORDINARY, [(8,), (9, 10), (11, 12, 13)])
+    objective = MaskedLMObjective(
+        MaskedLMConfig(mask_rate=0.3, mask_unit=how), MASK, ORDINARY, [(8,), (9, 10), (11, 12, 13)]
+    )
     alone = {t.number: objective.corrupt(pack([t]), seed) for t in texts}
     shuffler.shuffle(texts)
     together = objective.corrupt(pack(texts, slots=sum(sizes) + 7), seed)
     for b, one in enumerate(texts):
-        first, last = together.batch.starts[b], together.batch.starts[b + 1]
+        first, last = together.batch.offsets[b], together.batch.offsets[b + 1]
         assert (together.batch.ids_T[first:last] == alone[one.number].batch.ids_T).all()
-        inside = (together.at_M >= first) & (together.at_M < last)
-        assert (together.at_M[inside] - first == alone[one.number].at_M).all()
+        inside = (together.positions_M >= first) & (together.positions_M < last)
+        assert (together.positions_M[inside] - first == alone[one.number].positions_M).all()
         assert (together.chance_M[inside] == alone[one.number].chance_M).all()
-    assert (together.at_M < sum(sizes)).all(), "nothing is asked of the filler text"
+    assert (together.positions_M < sum(sizes)).all(), "nothing is asked of the filler text"
 
 
-@pytest.mark.parametrize("how", ["token", "word", "span", "ngram"])
+@pytest.mark.parametrize("how", ["token", "whole-word", "span", "ngram"])
 def test_the_mean_rate(how: str) -> None:
     rng = np.random.default_rng(0)
     texts = [text(rng, 64, i) for i in range(3000)]
     place = laid(texts)
-    askable = int(((place.marks_T & SPECIAL) == 0).sum())
-    realised = len(choose(place, MaskingSettings(rate=0.15, choose=how), 1)) / askable
+    askable = int(((place.token_flags_T & SPECIAL) == 0).sum())
+    realised = len(select_positions(place, MaskingConfig(mask_rate=0.15, mask_unit=how), 1)) / askable
     # Exact in the mean for tokens: four standard errors of 3,000 uniform draws of at most one token each.
     assert abs(realised - 0.15) < (4 * 0.29 * 3000**0.5 / askable if how == "token" else 0.012)
 
 
 def test_short_texts_keep_the_mean_rate_in_long_run() -> None:
-    texts = [Text(np.full(7, 9), np.full(7, WORD_START, np.uint8), 0, i) for i in range(20_000)]
-    realised = len(choose(laid(texts), MaskingSettings(rate=0.5), 3)) / 140_000
+    texts = [Sample(np.full(7, 9), np.full(7, WORD_START, np.uint8), 0, i) for i in range(20_000)]
+    realised = len(select_positions(laid(texts), MaskingConfig(mask_rate=0.5), 3)) / 140_000
     assert abs(realised - 0.5) < 4 * 0.5 * 20_000**0.5 / 140_000
 
 
 def test_the_split_is_80_10_10_and_disjoint() -> None:
-    texts = [Text(np.full(500, 7), np.full(500, WORD_START, np.uint8), 1, i) for i in range(400)]
+    texts = [Sample(np.full(500, 7), np.full(500, WORD_START, np.uint8), 1, i) for i in range(400)]
     place = laid(texts)
-    rule = MaskingSettings(rate=0.5)
-    at_M = choose(place, rule, 5)
+    rule = MaskingConfig(mask_rate=0.5)
+    positions_M = select_positions(place, rule, 5)
     ids_T = np.full(200_000, 7)
-    hidden_T = hide(ids_T, at_M, place, rule, 5, mask_id=MASK, ordinary_N=ORDINARY)
-    untouched = np.delete(hidden_T, at_M)
+    hidden_T = corrupt_tokens(ids_T, positions_M, place, rule, 5, mask_id=MASK, regular_token_ids=ORDINARY)
+    untouched = np.delete(hidden_T, positions_M)
     assert (untouched == 7).all()
-    asked = hidden_T[at_M]
-    error = 4 * (0.25 / len(at_M)) ** 0.5
+    asked = hidden_T[positions_M]
+    error = 4 * (0.25 / len(positions_M)) ** 0.5
     assert abs((asked == MASK).mean() - 0.8) < error
     # The random token may be the original, as in BERT: one time in 995.
     assert abs((asked == 7).mean() - (0.1 + 0.1 / 995)) < error
@@ -152,20 +154,20 @@ def test_the_split_is_80_10_10_and_disjoint() -> None:
 
 
 def test_epochs_and_seeds_mask_differently() -> None:
-    base = Text(np.full(300, 7), np.full(300, WORD_START, np.uint8), 0, 11)
-    later = Text(base.ids, base.marks, 1, 11)
-    rule = MaskingSettings()
-    first, second = choose(laid([base]), rule, 1), choose(laid([later]), rule, 1)
-    other_seed = choose(laid([base]), rule, 2)
+    base = Sample(np.full(300, 7), np.full(300, WORD_START, np.uint8), 0, 11)
+    later = Sample(base.ids, base.token_flags, 1, 11)
+    rule = MaskingConfig()
+    first, second = select_positions(laid([base]), rule, 1), select_positions(laid([later]), rule, 1)
+    other_seed = select_positions(laid([base]), rule, 2)
     assert set(first.tolist()) != set(second.tolist()) and set(first.tolist()) != set(other_seed.tolist())
 
 
 def test_spans_are_runs_of_words() -> None:
     """On one-token words, runs are longer than chance would have them and about as long as SpanBERT's."""
-    texts = [Text(np.full(400, 7), np.full(400, WORD_START, np.uint8), 0, i) for i in range(100)]
+    texts = [Sample(np.full(400, 7), np.full(400, WORD_START, np.uint8), 0, i) for i in range(100)]
     place = laid(texts)
     hit = np.zeros(40_000, bool)
-    hit[choose(place, MaskingSettings(choose="span"), 0)] = True
+    hit[select_positions(place, MaskingConfig(mask_unit="span"), 0)] = True
     runs = np.diff(np.flatnonzero(np.diff(np.concatenate([[0], hit.view(np.int8), [0]]))))[::2]
     assert 3.0 < runs.mean() < 6.0 and runs.max() <= 4 * SPAN_MOST
 
@@ -173,9 +175,9 @@ def test_spans_are_runs_of_words() -> None:
 @pytest.mark.parametrize(("longest", "mean"), [(1, 1.0), (2, 4 / 3), (3, 18 / 11), (5, 300 / 137)])
 def test_ngrams_have_the_lengths_of_albert(longest: int, mean: float) -> None:
     """p(n) is (1 ÷ n) ÷ Σ 1 ÷ k, so the mean is N ÷ Σ 1 ÷ k; at a low rate few of them touch."""
-    texts = [Text(np.full(2000, 7), np.full(2000, WORD_START, np.uint8), 0, i) for i in range(100)]
+    texts = [Sample(np.full(2000, 7), np.full(2000, WORD_START, np.uint8), 0, i) for i in range(100)]
     hit = np.zeros(200_000, bool)
-    hit[choose(laid(texts), MaskingSettings(rate=0.01, choose="ngram", longest_ngram=longest), 0)] = True
+    hit[select_positions(laid(texts), MaskingConfig(mask_rate=0.01, mask_unit="ngram", max_ngram=longest), 0)] = True
     runs = np.diff(np.flatnonzero(np.diff(np.concatenate([[0], hit.view(np.int8), [0]]))))[::2]
     touching = 1 + 0.01 * longest  # runs beside each other look like one
     assert mean * 0.94 < runs.mean() < mean * touching * 1.06
@@ -186,31 +188,31 @@ def test_ngrams_have_the_lengths_of_albert(longest: int, mean: float) -> None:
 def test_runs_stop_at_special_tokens_and_texts() -> None:
     """Every second slot is special: no run has more than one word, and what is asked fills the quota all the same."""
     marks = np.tile(np.array([WORD_START, SPECIAL], np.uint8), 50)
-    texts = [Text(np.full(100, 7), marks, 0, i) for i in range(20)]
+    texts = [Sample(np.full(100, 7), marks, 0, i) for i in range(20)]
     place = laid(texts)
-    at_M = choose(place, MaskingSettings(rate=0.5, choose="ngram"), 0)
-    assert not (place.marks_T[at_M] & SPECIAL).any() and len(at_M) == 20 * 25
+    positions_M = select_positions(place, MaskingConfig(mask_rate=0.5, mask_unit="ngram"), 0)
+    assert not (place.token_flags_T[positions_M] & SPECIAL).any() and len(positions_M) == 20 * 25
 
 
 def test_a_text_of_specials_asks_nothing() -> None:
-    special = Text(np.array([2, 1, 3]), np.full(3, SPECIAL, np.uint8))
-    puzzle = Mlm(MlmSettings(), MASK, ORDINARY).corrupt(pack([special]), 0)
-    assert puzzle.counts == {"mlm": 0} and (puzzle.batch.ids_T.numpy() == special.ids).all()
+    special = Sample(np.array([2, 1, 3]), np.full(3, SPECIAL, np.uint8))
+    masked = MaskedLMObjective(MaskedLMConfig(), MASK, ORDINARY).corrupt(pack([special]), 0)
+    assert masked.denominators == {"mlm": 0} and (masked.batch.ids_T.numpy() == special.ids).all()
 
 
 @pytest.mark.parametrize(
     "wrong",
     [
-        {"rate": 0.0},
-        {"rate": 1.5},
-        {"rate_end": 0.0},
-        {"mask": 0.9},
-        {"mask": -0.1, "keep": 1.0},
-        {"longest_ngram": 0},
-        {"prefer_factor": 0.5},
-        {"prefer": ("word",) * 10_001},
+        {"mask_rate": 0.0},
+        {"mask_rate": 1.5},
+        {"final_mask_rate": 0.0},
+        {"mask_token_rate": 0.9},
+        {"mask_token_rate": -0.1, "keep_rate": 1.0},
+        {"max_ngram": 0},
+        {"boost_factor": 0.5},
+        {"boosted_words": ("apple",) * 10_001},
     ],
 )
 def test_settings_that_make_no_sense_are_refused(wrong: dict[str, Any]) -> None:
     with pytest.raises(RecipeError, match="next:"):
-        MaskingSettings(**wrong)
+        MaskingConfig(**wrong)

@@ -13,17 +13,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from unmask.core.errors import RecipeError
-from unmask.core.types import SPECIAL, WORD_START, Text, pack
-from unmask.objectives.masking import Laid, MaskingSettings, choose
-from unmask.objectives.mlm import Mlm, MlmSettings
-from unmask.objectives.word_boost import Preference, preferred, read_words, settled, spell
+from unmask.core.types import SPECIAL, WORD_START, Sample, pack
+from unmask.objectives.masking import MaskingConfig, PackedSequences, select_positions
+from unmask.objectives.mlm import MaskedLMConfig, MaskedLMObjective
+from unmask.objectives.word_boost import WordMatcher, preferred, read_words, resolve_word_list, spell
 from unmask.tokenization.settings import (
-    ByteBpeSettings,
-    ByteSettings,
-    CharacterSettings,
-    TokenizerSettings,
-    UnigramSettings,
-    WordPieceSettings,
+    ByteBpeConfig,
+    ByteConfig,
+    CharacterConfig,
+    TokenizerConfig,
+    UnigramConfig,
+    WordPieceConfig,
 )
 from unmask.tokenization.tokenizer import Tokenizer, train_tokenizer
 from unmask.tokenization.words import WordsRule
@@ -34,12 +34,12 @@ SAMPLE = [
     "The patient had a heart attack. A second attack (heart) followed; the hearty patient walked.\n",
     "환자는 병원에서 퇴원했다. 병원 (병원) 환자\n明天我們去醫院。醫院在哪裡？\n",
 ] * 6
-KINDS: dict[str, TokenizerSettings] = {
-    "wordpiece": WordPieceSettings(vocab=110, minimum_count=1),
-    "bpe": ByteBpeSettings(vocab=320, minimum_count=1),
-    "unigram": UnigramSettings(vocab=120),
-    "bytes": ByteSettings(),
-    "characters": CharacterSettings(minimum_count=1),
+KINDS: dict[str, TokenizerConfig] = {
+    "wordpiece": WordPieceConfig(vocab_size=110, min_frequency=1),
+    "bpe": ByteBpeConfig(vocab_size=320, min_frequency=1),
+    "unigram": UnigramConfig(vocab_size=120),
+    "bytes": ByteConfig(),
+    "characters": CharacterConfig(min_frequency=1),
 }
 
 
@@ -52,9 +52,9 @@ def found_in(text: str, words: list[str], kind: str, rule: WordsRule = "spaces")
     """What of the text is preferred: neighbouring slots as one, without the space around them."""
     tokenizer = tokenizer_of(kind)
     encoded = tokenizer.encode(text, rule)
-    preference = Preference(spell(words, tokenizer, rule).ids)
-    laid = Laid(encoded.marks, np.array([0, len(encoded.ids)]), np.zeros((1, 2), np.int64))
-    hit = preference.slots(encoded.ids, laid)
+    preference = WordMatcher(spell(words, tokenizer, rule).ids)
+    packed = PackedSequences(encoded.marks, np.array([0, len(encoded.ids)]), np.zeros((1, 2), np.int64))
+    hit = preference.slots(encoded.ids, packed)
     edges = np.flatnonzero(np.diff(np.concatenate([[0], hit.view(np.int8), [0]]))).reshape(-1, 2)
     return [text[encoded.offsets[a, 0] : encoded.offsets[b - 1, 1]].strip() for a, b in edges.tolist()]
 
@@ -82,15 +82,15 @@ def test_a_chinese_word_may_be_several_units(kind: str, rule: WordsRule) -> None
 def test_what_it_cannot_spell_is_said() -> None:
     said: list[str] = []
     ids = preferred(
-        MaskingSettings(prefer=("heart", "žižek", " heart ", "")), tokenizer_of("wordpiece"), "spaces", said.append
+        MaskingConfig(boosted_words=("heart", "žižek", " heart ", "")), tokenizer_of("wordpiece"), "spaces", said.append
     )
     assert ids and said == [
-        "preferred: 1 words (objective.prefer); this tokenizer can't spell 1 of the list as whole words, which are "
+        "boosted: 1 words (objective.boosted_words); this tokenizer can't spell 1 of the list as whole words, which are "
         "asked like any other: žižek"
     ]
-    with pytest.raises(RecipeError, match="none of the words to prefer as whole words: žižek"):
+    with pytest.raises(RecipeError, match="none of the words to boost as whole words: žižek"):
         spell(["žižek"], tokenizer_of("wordpiece"), "spaces")
-    assert preferred(MaskingSettings(), tokenizer_of("bpe"), "spaces", said.append) == () and len(said) == 1
+    assert preferred(MaskingConfig(), tokenizer_of("bpe"), "spaces", said.append) == () and len(said) == 1
 
 
 @pytest.mark.parametrize(
@@ -110,29 +110,33 @@ def test_a_list_that_is_none_is_refused(tmp_path: Path, content: bytes | None, s
         path.write_bytes(content)
     with pytest.raises(RecipeError, match=says) as refused:
         read_words(path)
-    assert str(path) in refused.value.where and refused.value.next
+    assert str(path) in refused.value.location and refused.value.hint
 
 
 def test_a_list_is_read_once_in_nfc(tmp_path: Path) -> None:
     path = tmp_path / "words.txt"
     path.write_bytes("\ufeffheart\r\n\r\ncafe\u0301\r\n heart \nheart   attack\n".encode())
     assert read_words(path) == ("heart", "café", "heart attack")
-    assert settled(MlmSettings(prefer=path)) == MlmSettings(prefer=("heart", "café", "heart attack"))
+    assert resolve_word_list(MaskedLMConfig(boosted_words=path)) == MaskedLMConfig(
+        boosted_words=("heart", "café", "heart attack")
+    )
 
 
-@pytest.mark.parametrize("how", ["token", "word"])
+@pytest.mark.parametrize("how", ["token", "whole-word"])
 @pytest.mark.parametrize("factor", [2.0, 4.0])
 def test_the_factor_is_realised_and_the_rate_stays(how: str, factor: float) -> None:
     """Of 4,000 texts: listed words are asked `factor` times as often as the others, within four standard errors."""
     rng = np.random.default_rng(1)
     ids = [np.where(rng.random(80) < 0.1, 7, rng.integers(20, 900, 80)) for _ in range(4000)]
-    batch = pack([Text(one, np.full(80, WORD_START, np.uint8), 0, i) for i, one in enumerate(ids)])
-    rule = MlmSettings(rate=0.15, choose=how, prefer=("listed",), prefer_factor=factor)
-    plain, puzzle = (Mlm(rule, 4, np.arange(5, 900), ids).corrupt(batch, 3) for ids in ((), [(7,)]))
-    assert len(puzzle.at_M) == len(plain.at_M) == puzzle.counts["mlm"], "text by text, the numbers are the same"
+    batch = pack([Sample(one, np.full(80, WORD_START, np.uint8), 0, i) for i, one in enumerate(ids)])
+    rule = MaskedLMConfig(mask_rate=0.15, mask_unit=how, boosted_words=("listed",), boost_factor=factor)
+    plain, masked = (MaskedLMObjective(rule, 4, np.arange(5, 900), ids).corrupt(batch, 3) for ids in ((), [(7,)]))
+    assert len(masked.positions_M) == len(plain.positions_M) == masked.denominators["mlm"], (
+        "text by text, the numbers are the same"
+    )
     listed = batch.ids_T.numpy() == 7
     hit = np.zeros(len(listed), dtype=bool)
-    hit[puzzle.at_M] = True
+    hit[masked.positions_M] = True
     often, seldom = hit[listed].mean(), hit[~listed].mean()
     error = often / seldom * ((1 - often) / hit[listed].sum() + (1 - seldom) / hit[~listed].sum()) ** 0.5
     # Texts with many listed words ask less of each, which moves the ratio of the means by less than 2 %.
@@ -143,12 +147,12 @@ def test_the_factor_is_realised_and_the_rate_stays(how: str, factor: float) -> N
 def test_a_text_of_listed_words_alone_and_a_factor_beyond_all() -> None:
     marks = np.full(40, WORD_START, np.uint8)
     some = np.where(np.arange(40) < 4, 7, 8)
-    batch = pack([Text(np.full(40, 7), marks, 0, 0), Text(some, marks, 0, 1), Text(np.full(40, 8), marks, 0, 2)])
-    rule = MlmSettings(rate=0.2, prefer=("listed",), prefer_factor=1000.0)
-    at = Mlm(rule, 4, np.arange(9, 90), [(7,)]).corrupt(batch, 3).at_M.numpy()
+    batch = pack([Sample(np.full(40, 7), marks, 0, 0), Sample(some, marks, 0, 1), Sample(np.full(40, 8), marks, 0, 2)])
+    rule = MaskedLMConfig(mask_rate=0.2, boosted_words=("listed",), boost_factor=1000.0)
+    at = MaskedLMObjective(rule, 4, np.arange(9, 90), [(7,)]).corrupt(batch, 3).positions_M.numpy()
     assert np.bincount(at // 40).tolist() == [8, 8, 8]
     assert set(range(40, 44)) <= set(at.tolist()), "always asked, and others for the rest"
-    without = Mlm(rule, 4, np.arange(9, 90)).corrupt(batch, 3).at_M.numpy()
+    without = MaskedLMObjective(rule, 4, np.arange(9, 90)).corrupt(batch, 3).positions_M.numpy()
     assert (without[without >= 80] == at[at >= 80]).all(), "a text without listed words is asked as ever"
 
 
@@ -166,7 +170,7 @@ def test_slots_are_those_of_a_search(data: st.DataObject) -> None:
     )
     middle = data.draw(st.integers(0, len(ids)))
     borders = sorted({0, middle, len(ids)})
-    laid = Laid(marks.astype(np.uint8), np.array(borders), np.zeros((len(borders) - 1, 2), np.int64))
+    packed = PackedSequences(marks.astype(np.uint8), np.array(borders), np.zeros((len(borders) - 1, 2), np.int64))
     expected = np.zeros(len(ids), dtype=bool)
     for first, last in pairwise(borders):
         edges = [i for i in range(first, last) if i == first or marks[i] or marks[i - 1] == SPECIAL] + [last]
@@ -175,21 +179,21 @@ def test_slots_are_those_of_a_search(data: st.DataObject) -> None:
                 end = begin + len(entry)
                 if end in edges and tuple(ids[begin:end].tolist()) == entry:
                     expected[begin:end] = True
-    assert Preference(entries).slots(ids, laid).tolist() == expected.tolist()
+    assert WordMatcher(entries).slots(ids, packed).tolist() == expected.tolist()
 
 
 def test_a_run_goes_on_without_its_list(prose: Path, tmp_path: Path) -> None:
     listed = tmp_path / "words.txt"
     listed.write_text("the\nand\n", encoding="utf-8")
     small = [
-        "encoder.layers=1", "encoder.width=16", "encoder.heads=1", "encoder.feed_forward=24", "train.threads=1",
-        "text.tokenizer.vocab=120", f"objective.prefer={json.dumps(str(listed))}", "train.every.validate=100%",
-        "stage=[{length = 32, batch = '256 tokens'}]", "show.lines=0", "objective.choose=word",
+        "model.num_hidden_layers=1", "model.hidden_size=16", "model.num_attention_heads=1", "model.intermediate_size=24", "train.threads=1",
+        "data.tokenizer.vocab_size=120", f"objective.boosted_words={json.dumps(str(listed))}", "train.every.validate=100%",
+        "stage=[{max_seq_len = 32, batch_size = '256 tokens'}]", "preview.num_samples=0", "objective.mask_unit=whole-word",
     ]  # fmt: skip
     run = tmp_path / "run"
     launch([prose], recipe="tiny", out=run, settings=[*small, "train.budget=2 steps"])
     recipe, _ = read_recipe(run)
-    assert recipe.objective.prefer == ("the", "and")
+    assert recipe.objective.boosted_words == ("the", "and")
     listed.unlink()
     resume(run, budget="4 steps")
     with pytest.raises(RecipeError, match="can't be read"):
@@ -197,7 +201,7 @@ def test_a_run_goes_on_without_its_list(prose: Path, tmp_path: Path) -> None:
 
 
 def test_choose_by_itself_prefers_slots() -> None:
-    laid = Laid(np.full(100, WORD_START, np.uint8), np.array([0, 100]), np.zeros((1, 2), np.int64))
+    packed = PackedSequences(np.full(100, WORD_START, np.uint8), np.array([0, 100]), np.zeros((1, 2), np.int64))
     wanted = np.arange(100) < 10
-    rule = MaskingSettings(rate=0.1, prefer_factor=1e6)
-    assert set(choose(laid, rule, 1, preferred_T=wanted).tolist()) <= set(range(11))
+    rule = MaskingConfig(mask_rate=0.1, boost_factor=1e6)
+    assert set(select_positions(packed, rule, 1, preferred_T=wanted).tolist()) <= set(range(11))

@@ -13,11 +13,11 @@ from hypothesis import strategies as st
 from unmask.core.errors import RecipeError, TokenizerError
 from unmask.tokenization.extend import origins
 from unmask.tokenization.settings import (
-    ByteBpeSettings,
-    CharacterSettings,
-    ExtendedTokenizerSettings,
-    UnigramSettings,
-    WordPieceSettings,
+    ByteBpeConfig,
+    CharacterConfig,
+    ExtendedTokenizerConfig,
+    UnigramConfig,
+    WordPieceConfig,
 )
 from unmask.tokenization.tokenizer import Tokenizer, train_tokenizer
 
@@ -27,7 +27,7 @@ DOMAIN = (
     "cirrhosis , splenomegaly , gastritis . "
 )
 KOREAN = "고양이가 매트 위에 앉아 있다 . 고양이가 달을 보았다 . 개가 언덕을 넘어 달렸다 . "
-KINDS = {"wordpiece": WordPieceSettings(vocab=70), "bpe": ByteBpeSettings(vocab=300)}
+KINDS = {"wordpiece": WordPieceConfig(vocab_size=70), "bpe": ByteBpeConfig(vocab_size=300)}
 
 
 @pytest.fixture(scope="module", params=KINDS)
@@ -38,7 +38,7 @@ def base(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 
 
 def extended(base: Path, text: str, pieces: int) -> tuple[Tokenizer, Tokenizer]:
-    settings = ExtendedTokenizerSettings("extended", base, pieces)
+    settings = ExtendedTokenizerConfig("extended", base, pieces)
     return Tokenizer.load(base), train_tokenizer([text] * 20, settings)
 
 
@@ -49,8 +49,8 @@ def test_new_pieces_stand_behind_the_old_ones_and_shorten_the_text(base: Path, t
     assert [new.id_to_token(number) for number in range(old.size)] == [
         old.id_to_token(number) for number in range(old.size)
     ]
-    assert (new.mask_id, new.unknown_id, new.frame, new.special_ids) == (
-        old.mask_id, old.unknown_id, old.frame, old.special_ids,
+    assert (new.mask_id, new.unknown_id, new.cls_sep_ids, new.special_ids) == (
+        old.mask_id, old.unknown_id, old.cls_sep_ids, old.special_ids,
     )  # fmt: skip
     before, after = old.encode(text), new.encode(text)
     assert after.characters_unknown <= before.characters_unknown
@@ -106,8 +106,8 @@ def test_older_files_write_merges_as_texts(tmp_path: Path) -> None:
     assert all(origins(old.to_json(), new.to_json()))
 
 
-@pytest.mark.parametrize("kind", [UnigramSettings(vocab=60), CharacterSettings()])
-def test_a_vocabulary_of_another_kind_is_refused(tmp_path: Path, kind: UnigramSettings | CharacterSettings) -> None:
+@pytest.mark.parametrize("kind", [UnigramConfig(vocab_size=60), CharacterConfig()])
+def test_a_vocabulary_of_another_kind_is_refused(tmp_path: Path, kind: UnigramConfig | CharacterConfig) -> None:
     train_tokenizer([ENGLISH] * 20, kind).save(tmp_path)
     with pytest.raises(TokenizerError, match="can't be extended"):
         extended(tmp_path, DOMAIN, 10)
@@ -116,13 +116,13 @@ def test_a_vocabulary_of_another_kind_is_refused(tmp_path: Path, kind: UnigramSe
 def test_more_than_the_text_gives_is_refused_with_what_it_gives(base: Path) -> None:
     with pytest.raises(TokenizerError, match="new pieces are more than this text can give") as refused:
         extended(base, DOMAIN, 5000)
-    assert "ask for" in refused.value.next
-    with pytest.raises(RecipeError, match="`pieces` is 0"):
-        ExtendedTokenizerSettings("extended", base, 0)
+    assert "ask for" in refused.value.hint
+    with pytest.raises(RecipeError, match="`num_new_tokens` is 0"):
+        ExtendedTokenizerConfig("extended", base, 0)
 
 
 def test_learning_ends_where_words_come_once(base: Path) -> None:
     letters = random.Random(7)
     once = " ".join("".join(letters.choices("abcdefgh", k=9)) for _ in range(50))
     with pytest.raises(TokenizerError, match="can give: 0"):
-        train_tokenizer([once], ExtendedTokenizerSettings("extended", base, 10))
+        train_tokenizer([once], ExtendedTokenizerConfig("extended", base, 10))

@@ -10,14 +10,14 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from unmask.tokenization.fast_encode import Encoder
+from unmask.tokenization.fast_encode import CachedEncoder
 from unmask.tokenization.settings import (
-    ByteBpeSettings,
-    ByteSettings,
-    CharacterSettings,
-    TokenizerSettings,
-    UnigramSettings,
-    WordPieceSettings,
+    ByteBpeConfig,
+    ByteConfig,
+    CharacterConfig,
+    TokenizerConfig,
+    UnigramConfig,
+    WordPieceConfig,
 )
 from unmask.tokenization.tokenizer import Tokenizer, train_tokenizer
 from unmask.tokenization.words import WordsRule
@@ -27,13 +27,13 @@ SAMPLE = [
     "Numbers 12, 1,000 and 3.14; a [MASK] and a [UNK]. 今天天氣很好。我們去公園。「好！」他說明天？ 食べる\n",
     "한국어 문장은 띄어 씁니다. cafe\u0301 naïve क\u093f हिन्दी की किताब\u200d \u200bend\u00ad x\ty  z\u3000w\n",
 ] * 4
-KINDS: dict[str, TokenizerSettings] = {
-    "wordpiece": WordPieceSettings(vocab=180, minimum_count=1),
-    "bert": WordPieceSettings(vocab=150, minimum_count=1, lowercase=True, strip_accents=True),
-    "characters": CharacterSettings(minimum_count=2),
-    "bpe": ByteBpeSettings(vocab=300, minimum_count=1),
-    "unigram": UnigramSettings(vocab=150),
-    "bytes": ByteSettings(),
+KINDS: dict[str, TokenizerConfig] = {
+    "wordpiece": WordPieceConfig(vocab_size=180, min_frequency=1),
+    "bert": WordPieceConfig(vocab_size=150, min_frequency=1, lowercase=True, strip_accents=True),
+    "characters": CharacterConfig(min_frequency=2),
+    "bpe": ByteBpeConfig(vocab_size=300, min_frequency=1),
+    "unigram": UnigramConfig(vocab_size=150),
+    "bytes": ByteConfig(),
 }
 PIECES = (
     *(
@@ -85,11 +85,11 @@ def tokenizer_of(kind: str) -> Tokenizer:
 
 
 @cache
-def encoder_of(kind: str, words: WordsRule) -> Encoder:
-    return Encoder(tokenizer_of(kind), words)
+def encoder_of(kind: str, words: WordsRule) -> CachedEncoder:
+    return CachedEncoder(tokenizer_of(kind), words)
 
 
-def equal(encoder: Encoder, tokenizer: Tokenizer, texts: Sequence[str], words: WordsRule) -> None:
+def equal(encoder: CachedEncoder, tokenizer: Tokenizer, texts: Sequence[str], words: WordsRule) -> None:
     encoded, first = encoder.encode(texts), 0
     for text, tokens, unknown in zip(texts, encoded.tokens_B.tolist(), encoded.unknown_B.tolist(), strict=True):
         single = tokenizer.encode(text, words)
@@ -120,7 +120,7 @@ def test_what_it_gives_is_what_the_tokenizer_gives(kind: str, texts: list[str], 
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_second_time_is_like_the_first(kind: str) -> None:
     tokenizer = tokenizer_of(kind)
-    encoder = Encoder(tokenizer, "spaces")
+    encoder = CachedEncoder(tokenizer, "spaces")
     long = "word" * 30
     texts = [*SAMPLE, f"{long} {long}. {long}", "".join(SAMPLE), f"a  {long}\u200b {long}"]
     for _ in range(2):

@@ -15,12 +15,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from unmask.core.types import WORD_START, Text, pack
+from unmask.core.types import WORD_START, Sample, pack
 from unmask.data.prepare import folder_of, prepare
-from unmask.data.settings import TextSettings
+from unmask.data.settings import DataConfig
 from unmask.data.sources import MemorySource
-from unmask.objectives.mlm import Mlm, MlmSettings
-from unmask.tokenization.settings import ByteSettings, CharacterSettings, WordPieceSettings
+from unmask.objectives.mlm import MaskedLMConfig, MaskedLMObjective
+from unmask.tokenization.settings import ByteConfig, CharacterConfig, WordPieceConfig
 from unmask.tokenization.tokenizer import train_tokenizer
 from unmask.tokenization.words import WordsRule, in_words, version, word_lengths, word_starts
 
@@ -83,16 +83,16 @@ def test_long_runs_are_cut_in_parts() -> None:
 
 
 @pytest.mark.parametrize(("text", "rule"), [(CHINESE, "jieba"), (JAPANESE, "sudachi")])
-@pytest.mark.parametrize("kind", [WordPieceSettings(vocab=28, minimum_count=1), ByteSettings(), CharacterSettings()])
+@pytest.mark.parametrize("kind", [WordPieceConfig(vocab_size=28, min_frequency=1), ByteConfig(), CharacterConfig()])
 def test_whole_words_are_hidden(text: str, rule: WordsRule, kind) -> None:
     tokenizer = train_tokenizer(iter([text] * 5), kind)
     encoded = tokenizer.encode(text * 4, rule)
-    samples = [Text(encoded.ids, encoded.marks, 0, number) for number in range(40)]
-    puzzle = Mlm(MlmSettings(rate=0.3, choose="word"), tokenizer.mask_id, tokenizer.ordinary_N).corrupt(
-        pack(samples), 1
-    )
+    samples = [Sample(encoded.ids, encoded.marks, 0, number) for number in range(40)]
+    masked = MaskedLMObjective(
+        MaskedLMConfig(mask_rate=0.3, mask_unit="whole-word"), tokenizer.mask_id, tokenizer.regular_token_ids
+    ).corrupt(pack(samples), 1)
     hit_BT = np.zeros(len(encoded.ids) * 40, dtype=bool)
-    hit_BT[puzzle.at_M] = True
+    hit_BT[masked.positions_M] = True
     word_T = np.cumsum((encoded.marks & WORD_START) != 0)
     for hit_T in hit_BT.reshape(40, -1):
         asked, passed = set(word_T[hit_T].tolist()), set(word_T[~hit_T].tolist())
@@ -110,14 +110,14 @@ def _edges(text: str, rule: WordsRule) -> tuple[list[int], list[int]]:
 def test_a_corpus_by_words(tmp_path: Path) -> None:
     """The marks lie in the shards; the cache knows the rule; a person is told."""
     documents = [CHINESE * 3 + str(number) for number in range(120)]
-    plain = TextSettings(tokenizer=CharacterSettings(minimum_count=1))
+    plain = DataConfig(tokenizer=CharacterConfig(min_frequency=1))
     source = MemorySource(documents, "NFC")
     by_words = replace(plain, words="jieba")
     assert folder_of(source, plain, tmp_path, None) != folder_of(source, by_words, tmp_path, None)
     corpora = [prepare(source, one, tmp_path, workers=1) for one in (plain, by_words)]
     assert [corpus.words for corpus in corpora] == ["characters", "jieba"]
     assert [corpus.facts.get("segmenter") for corpus in corpora] == [None, version("jieba")]
-    assert f"words: {in_words('jieba')} (text.words)" in corpora[1].said and version("jieba") in in_words("jieba")
+    assert f"words: {in_words('jieba')} (data.words)" in corpora[1].notes and version("jieba") in in_words("jieba")
     train = corpora[1].train
     assert corpora[1].tokenizer.decode(train.ids(0, 0, len(CHINESE))) == CHINESE
     marks = train.marks(0, 0, len(CHINESE))
@@ -140,7 +140,7 @@ for rule in ("jieba", "sudachi"):
         try:
             door()
         except RecipeError as error:
-            said.append([error.what, error.next])
+            said.append([error.message, error.hint])
 print(json.dumps(said), len(word_starts("今天 hello", "spaces")))
 """
     source = str(Path(__file__).parents[2] / "src")

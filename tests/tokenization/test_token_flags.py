@@ -12,12 +12,12 @@ from hypothesis import strategies as st
 
 from unmask.core.types import SENTENCE_START, WORD_START
 from unmask.tokenization.settings import (
-    ByteBpeSettings,
-    ByteSettings,
-    CharacterSettings,
-    TokenizerSettings,
-    UnigramSettings,
-    WordPieceSettings,
+    ByteBpeConfig,
+    ByteConfig,
+    CharacterConfig,
+    TokenizerConfig,
+    UnigramConfig,
+    WordPieceConfig,
 )
 from unmask.tokenization.tokenizer import Tokenizer, train_tokenizer
 from unmask.tokenization.words import WordsRule, white_space, word_starts
@@ -33,14 +33,14 @@ SAMPLE = [
     (ENGLISH + KOREAN + CHINESE + JAPANESE) * 20 + "\n🙂👍🏽 done 👩‍👩‍👧 ab\tcd\n",
 ]
 EVERY = [
-    WordPieceSettings(vocab=200),
-    WordPieceSettings(vocab=200, lowercase=True, strip_accents=True),
-    ByteBpeSettings(vocab=420),
-    ByteBpeSettings(vocab=420, lowercase=True, strip_accents=True, clean_text=True),
-    UnigramSettings(vocab=250),
-    UnigramSettings(vocab=250, lowercase=True, strip_accents=True, clean_text=False),
-    ByteSettings(),
-    CharacterSettings(),
+    WordPieceConfig(vocab_size=200),
+    WordPieceConfig(vocab_size=200, lowercase=True, strip_accents=True),
+    ByteBpeConfig(vocab_size=420),
+    ByteBpeConfig(vocab_size=420, lowercase=True, strip_accents=True, clean_text=True),
+    UnigramConfig(vocab_size=250),
+    UnigramConfig(vocab_size=250, lowercase=True, strip_accents=True, clean_text=False),
+    ByteConfig(),
+    CharacterConfig(),
 ]
 ALPHABETS = [
     "The cat's log, sat...",
@@ -69,7 +69,7 @@ TEXTS = st.one_of([st.lists(st.sampled_from(list(alphabet)), max_size=24).map(""
 
 @pytest.fixture(scope="module", params=EVERY, ids=lambda value: value.kind)
 def tokenizer(request: pytest.FixtureRequest) -> Tokenizer:
-    chosen: TokenizerSettings = request.param
+    chosen: TokenizerConfig = request.param
     return train_tokenizer(SAMPLE, chosen)
 
 
@@ -124,21 +124,21 @@ def pieces(tokenizer: Tokenizer, text: str, rule: WordsRule = "spaces") -> list[
 
 
 def test_the_bytes_of_a_character_start_one_word() -> None:
-    tokenizer = train_tokenizer([], ByteSettings())
+    tokenizer = train_tokenizer([], ByteConfig())
     starts = [start for _, start in pieces(tokenizer, "뷁氣 a", "characters")]
     assert starts == [True, False, False, True, False, False, False, True]
 
 
 def test_a_space_that_stands_alone_goes_with_its_word() -> None:
-    for chosen in (ByteBpeSettings(vocab=420), UnigramSettings(vocab=250)):
+    for chosen in (ByteBpeConfig(vocab_size=420), UnigramConfig(vocab_size=250)):
         found = pieces(train_tokenizer(SAMPLE, chosen), "cat 뷁")
         assert (" ", True) in found and found[-1] == ("뷁", False)
 
 
 def test_pieces_cross_no_word() -> None:
-    for chosen in (ByteBpeSettings(vocab=420), UnigramSettings(vocab=250)):
+    for chosen in (ByteBpeConfig(vocab_size=420), UnigramConfig(vocab_size=250)):
         tokenizer = train_tokenizer(["don't stop... he said (well), 한국어'는 !!! "] * 60 + SAMPLE, chosen)
-        for id in tokenizer.ordinary_N.tolist():
+        for id in tokenizer.regular_token_ids.tolist():
             text = tokenizer.decode([id])
             if "\ufffd" not in text:
                 assert int(word_starts(text, "spaces").sum()) <= 1, text

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from unmask.core.errors import TokenizerError
 from unmask.core.types import SENTENCE_START, SPECIAL, WORD_START
-from unmask.tokenization.settings import CharacterSettings, TokenizerSettings, WordPieceSettings
+from unmask.tokenization.settings import CharacterConfig, TokenizerConfig, WordPieceConfig
 from unmask.tokenization.tokenizer import Tokenizer, train_tokenizer
 
 ENGLISH = "The cat sat on the mat, and the dog sat on the log. A naïve café! They said so — didn't they? "
@@ -29,7 +29,7 @@ SPEECHES = [ENGLISH, KOREAN, "line one\nline two\n\n\tend", "smile 🙂👍🏽 
 
 
 @pytest.fixture(
-    scope="module", params=[WordPieceSettings(vocab=300), CharacterSettings()], ids=lambda value: value.kind
+    scope="module", params=[WordPieceConfig(vocab_size=300), CharacterConfig()], ids=lambda value: value.kind
 )
 def tokenizer(request: pytest.FixtureRequest) -> Tokenizer:
     return train_tokenizer(SAMPLE, request.param)
@@ -42,8 +42,8 @@ from unmask.tokenization.tokenizer import *
 draw = random.Random(0)
 words = ["".join(draw.choices("abcdefgh한국어學", k=draw.randint(1, 6))) for _ in range(900)]
 texts = [" ".join(draw.choices(words, k=200)) for _ in range(60)]
-learnt = [make(vocab=size) for make in (WordPieceSettings, UnigramSettings) for size in (100, 500)]
-for settings in (ByteBpeSettings(vocab=700), ByteSettings(), CharacterSettings(), *learnt):
+learnt = [make(vocab_size=size) for make in (WordPieceConfig, UnigramConfig) for size in (100, 500)]
+for settings in (ByteBpeConfig(vocab_size=700), ByteConfig(), CharacterConfig(), *learnt):
     print(train_tokenizer(texts, settings).to_json())
 train_tokenizer(texts, settings).save(Path(sys.argv[1]))
 """
@@ -71,16 +71,16 @@ def test_transformers_gives_the_same_ids(tmp_path: Path, tokenizer: Tokenizer) -
     assert len(theirs) == tokenizer.size and theirs.model_max_length == 64
     for text in [*SPEECHES, "The [MASK] sat"]:
         encoded = tokenizer.encode(text, specials_in_text=True)
-        framed, _ = tokenizer.framed(encoded.ids, encoded.marks)
+        framed, _ = tokenizer.add_special_tokens(encoded.ids, encoded.marks)
         assert theirs(text)["input_ids"] == framed.tolist()
         assert theirs.decode(framed, skip_special_tokens=True) == tokenizer.decode(framed)
     assert set(theirs("x")) == {"input_ids", "attention_mask"}
     theirs.save_pretrained(tmp_path / "again")
     again = Tokenizer.load(tmp_path / "again")
     assert again.encode(ENGLISH).ids.tolist() == tokenizer.encode(ENGLISH).ids.tolist()
-    assert (again.mask_id, again.frame, again.special_ids) == (
+    assert (again.mask_id, again.cls_sep_ids, again.special_ids) == (
         tokenizer.mask_id,
-        tokenizer.frame,
+        tokenizer.cls_sep_ids,
         tokenizer.special_ids,
     )
 
@@ -90,7 +90,7 @@ def test_saving_and_loading(tmp_path: Path, tokenizer: Tokenizer) -> None:
     for place in (tmp_path, tmp_path / "tokenizer.json"):
         loaded = Tokenizer.load(place)
         assert loaded.fingerprint == tokenizer.fingerprint and loaded.to_json() == tokenizer.to_json()
-        assert loaded.mask_id == tokenizer.mask_id and loaded.frame == tokenizer.frame
+        assert loaded.mask_id == tokenizer.mask_id and loaded.cls_sep_ids == tokenizer.cls_sep_ids
     with pytest.raises(TokenizerError, match="no tokenizer here"):
         Tokenizer.load(tmp_path / "absent")
     (tmp_path / "tokenizer.json").write_text(tokenizer.to_json()[:100])
@@ -101,8 +101,8 @@ def test_saving_and_loading(tmp_path: Path, tokenizer: Tokenizer) -> None:
 def test_the_parts_of_a_vocabulary(tokenizer: Tokenizer) -> None:
     names = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
     assert tokenizer.special_ids == (0, 1, 2, 3, 4) == tuple(tokenizer.token_to_id(name) for name in names)
-    assert tokenizer.frame == (2, 3) and tokenizer.mask_id == 4 and tokenizer.unknown_id == 1
-    assert tokenizer.ordinary_N.tolist() == list(range(5, tokenizer.size))
+    assert tokenizer.cls_sep_ids == (2, 3) and tokenizer.mask_id == 4 and tokenizer.unknown_id == 1
+    assert tokenizer.regular_token_ids.tolist() == list(range(5, tokenizer.size))
     assert all(tokenizer.token_to_id(tokenizer.id_to_token(id)) == id for id in range(tokenizer.size))
     assert tokenizer.token_to_id("no such piece") is None
     for id in (-1, tokenizer.size):
@@ -120,7 +120,7 @@ def test_a_mask_in_training_text_is_letters(tokenizer: Tokenizer) -> None:
 
 
 def test_a_piece_of_characters_is_the_character() -> None:
-    tokenizer = train_tokenizer(["ab\na \n"], CharacterSettings())
+    tokenizer = train_tokenizer(["ab\na \n"], CharacterConfig())
     assert [tokenizer.id_to_token(id) for id in range(5, tokenizer.size)] == ["\n", "a", " ", "b"]
     assert tokenizer.decode(tokenizer.encode("b a\nb").ids) == "b a\nb"
     encoded = tokenizer.encode("axb")
@@ -128,7 +128,7 @@ def test_a_piece_of_characters_is_the_character() -> None:
 
 
 def test_marks_and_offsets() -> None:
-    tokenizer = train_tokenizer(SAMPLE, WordPieceSettings(vocab=300))
+    tokenizer = train_tokenizer(SAMPLE, WordPieceConfig(vocab_size=300))
     text = "The catlog sat. didn't ﷲﷲ they?"
     encoded = tokenizer.encode(text)
     words, sentences = ([text[first:last] for (first, last), mark in zip(encoded.offsets, encoded.marks, strict=True)
@@ -152,41 +152,41 @@ def test_marks_agree_with_each_other(tokenizer: Tokenizer, text: str) -> None:
         assert sentence.any() == word.any() == bool(text.strip()) and not (sentence & ~word).any()
 
 
-@pytest.mark.parametrize("kind", [WordPieceSettings, CharacterSettings])
+@pytest.mark.parametrize("kind", [WordPieceConfig, CharacterConfig])
 @pytest.mark.parametrize("specials", [("[UNK]",), ("[MASK]", "[PAD]"), ("[UNK]", "[MASK]", "[MASK]")])
-def test_specials_that_are_needed(kind: type[TokenizerSettings], specials: tuple[str, ...]) -> None:
+def test_specials_that_are_needed(kind: type[TokenizerConfig], specials: tuple[str, ...]) -> None:
     with pytest.raises(TokenizerError) as caught:
-        train_tokenizer(SAMPLE, kind(specials=specials))
-    assert caught.value.where == "text.tokenizer.specials"
+        train_tokenizer(SAMPLE, kind(special_tokens=specials))
+    assert caught.value.location == "data.tokenizer.special_tokens"
 
 
 def test_a_tokenizer_without_a_frame() -> None:
-    tokenizer = train_tokenizer(SAMPLE, WordPieceSettings(vocab=300, specials=("[UNK]", "[MASK]")))
+    tokenizer = train_tokenizer(SAMPLE, WordPieceConfig(vocab_size=300, special_tokens=("[UNK]", "[MASK]")))
     encoded = tokenizer.encode(ENGLISH)
-    assert tokenizer.frame is None and tokenizer.size == 300
-    assert tokenizer.framed(encoded.ids, encoded.marks)[0].tolist() == encoded.ids.tolist()
+    assert tokenizer.cls_sep_ids is None and tokenizer.size == 300
+    assert tokenizer.add_special_tokens(encoded.ids, encoded.marks)[0].tolist() == encoded.ids.tolist()
 
 
 def test_a_vocabulary_that_the_text_can_not_give() -> None:
     with pytest.raises(TokenizerError, match="more than this text can give") as caught:
-        train_tokenizer(SAMPLE, WordPieceSettings(vocab=20_000))
-    size = int(caught.value.next.split("vocab=")[1].split(",")[0])
-    assert train_tokenizer(SAMPLE, WordPieceSettings(vocab=size)).size == size
+        train_tokenizer(SAMPLE, WordPieceConfig(vocab_size=20_000))
+    size = int(caught.value.hint.split("vocab_size=")[1].split(",")[0])
+    assert train_tokenizer(SAMPLE, WordPieceConfig(vocab_size=size)).size == size
     for text in ("", "a b c"):
         with pytest.raises(TokenizerError, match="no pieces"):
-            train_tokenizer([text], WordPieceSettings(vocab=100))
+            train_tokenizer([text], WordPieceConfig(vocab_size=100))
 
 
 @pytest.mark.parametrize("vocab", [40, 100, 250])
 def test_a_vocabulary_has_the_size_that_was_asked(vocab: int) -> None:
-    tokenizer = train_tokenizer(SAMPLE, WordPieceSettings(vocab=vocab))
-    assert tokenizer.size == vocab and len(set(tokenizer.ordinary_N.tolist())) == vocab - 5
+    tokenizer = train_tokenizer(SAMPLE, WordPieceConfig(vocab_size=vocab))
+    assert tokenizer.size == vocab and len(set(tokenizer.regular_token_ids.tolist())) == vocab - 5
 
 
 def test_lower_case_and_the_sample(tmp_path: Path) -> None:
-    tokenizer = train_tokenizer(SAMPLE, WordPieceSettings(vocab=250, lowercase=True))
+    tokenizer = train_tokenizer(SAMPLE, WordPieceConfig(vocab_size=250, lowercase=True))
     assert tokenizer.encode("THE").ids.tolist() == tokenizer.encode("the").ids.tolist()
-    short = WordPieceSettings(vocab=60, sample_characters=1500)
+    short = WordPieceConfig(vocab_size=60, max_train_chars=1500)
     cut = train_tokenizer([SAMPLE[0][:1500]], short)
     assert train_tokenizer([SAMPLE[0][:1000], SAMPLE[0][1000:]], short).size == cut.size
     assert train_tokenizer(iter([SAMPLE[0][:1500], "zzz " * 500]), short).token_to_id("z") is None

@@ -14,14 +14,14 @@ import pytest
 from numpy.typing import NDArray
 
 from unmask.core.types import SPECIAL, WORD_START
-from unmask.objectives.masking import Choose, Laid, MaskingSettings, choose
-from unmask.tokenization.analysis import Reader
+from unmask.objectives.masking import MaskingConfig, MaskUnit, PackedSequences, select_positions
+from unmask.tokenization.analysis import TokenFormatter
 from unmask.tokenization.settings import (
-    ByteBpeSettings,
-    ByteSettings,
-    CharacterSettings,
-    UnigramSettings,
-    WordPieceSettings,
+    ByteBpeConfig,
+    ByteConfig,
+    CharacterConfig,
+    UnigramConfig,
+    WordPieceConfig,
 )
 from unmask.tokenization.tokenizer import Encoded, Tokenizer, train_tokenizer
 from unmask.tokenization.words import WordsRule, detect_words, white_space, word_starts
@@ -58,11 +58,11 @@ SIZES = {  # about as much as so little text gives
 def tokenizer_of(kind: str, language: str) -> Tokenizer:
     wordpiece, bpe, unigram = SIZES[language]
     settings = {
-        "wordpiece": WordPieceSettings(vocab=wordpiece),
-        "bpe": ByteBpeSettings(vocab=bpe),
-        "unigram": UnigramSettings(vocab=unigram),
-        "bytes": ByteSettings(),
-        "characters": CharacterSettings(),
+        "wordpiece": WordPieceConfig(vocab_size=wordpiece),
+        "bpe": ByteBpeConfig(vocab_size=bpe),
+        "unigram": UnigramConfig(vocab_size=unigram),
+        "bytes": ByteConfig(),
+        "characters": CharacterConfig(),
     }
     return train_tokenizer([" ".join(LEARNT[language].split()) + "\n"] * 40, settings[kind])
 
@@ -86,23 +86,23 @@ def is_whole(text: str, encoded: Encoded, rule: WordsRule, asked: NDArray[np.int
     return all(len(one) == 1 for one in answers.values())
 
 
-def law_holds(kind: str, language: str, how: Choose) -> bool:
+def law_holds(kind: str, language: str, how: MaskUnit) -> bool:
     tokenizer, sentence = tokenizer_of(kind, language), SENTENCES[language]
     text, rule = f"{sentence} {LEARNT[language][:60]}", detect_words(sentence)
     encoded = tokenizer.encode(text, rule)
     edges = np.array([0, len(encoded.ids)])
     for seed in range(60):
-        laid = Laid(encoded.marks, edges, np.array([[0, seed]]))
-        asked = choose(laid, MaskingSettings(rate=0.3, choose=how), seed)
+        packed = PackedSequences(encoded.marks, edges, np.array([[0, seed]]))
+        asked = select_positions(packed, MaskingConfig(mask_rate=0.3, mask_unit=how), seed)
         if not len(asked) or not is_whole(text, encoded, rule, asked):
             return False
     return True
 
 
-@pytest.mark.parametrize("how", ["word", "span"])
+@pytest.mark.parametrize("how", ["whole-word", "span"])
 @pytest.mark.parametrize("language", SENTENCES)
 @pytest.mark.parametrize("kind", KINDS)
-def test_words_are_asked_whole(kind: str, language: str, how: Choose) -> None:
+def test_words_are_asked_whole(kind: str, language: str, how: MaskUnit) -> None:
     assert law_holds(kind, language, how)
 
 
@@ -116,7 +116,7 @@ def test_this_finds_words_that_are_torn() -> None:
 def cut(kind: str, language: str) -> str:
     """The sentence as it is cut: pieces parted by |, words by a middle dot."""
     tokenizer, sentence = tokenizer_of(kind, language), SENTENCES[language]
-    encoded, reader = tokenizer.encode(sentence, detect_words(sentence)), Reader(tokenizer)
+    encoded, reader = tokenizer.encode(sentence, detect_words(sentence)), TokenFormatter(tokenizer)
     shown = ""
     for number, (id, mark) in enumerate(zip(encoded.ids.tolist(), encoded.marks.tolist(), strict=True)):
         shown += (" · " if mark & WORD_START else "|") * bool(number) + reader.shown(id)
@@ -133,7 +133,7 @@ def table() -> str:
             rule = detect_words(sentence)
             encoded = tokenizer_of(kind, language).encode(sentence, rule)
             several = sum(len(words) > 1 for words in words_of_tokens(sentence, encoded, rule))
-            law = "yes" if law_holds(kind, language, "word") and law_holds(kind, language, "span") else "no"
+            law = "yes" if law_holds(kind, language, "whole-word") and law_holds(kind, language, "span") else "no"
             law += f" ({several} hold several)" if several else ""
             unknown = encoded.characters_unknown / len(sentence)
             fertility = len(encoded.ids) / int(word_starts(sentence, rule).sum())

@@ -12,16 +12,16 @@ import tokenizers
 
 from unmask.core.config import build_config, dump_config
 from unmask.core.errors import RecipeError, TokenizerError
-from unmask.data.settings import TextSettings
-from unmask.tokenization.analysis import Reader
+from unmask.data.settings import DataConfig
+from unmask.tokenization.analysis import TokenFormatter
 from unmask.tokenization.settings import (
-    ByteBpeSettings,
-    ByteSettings,
-    CharacterSettings,
-    FileTokenizerSettings,
-    TokenizerSettings,
-    UnigramSettings,
-    WordPieceSettings,
+    ByteBpeConfig,
+    ByteConfig,
+    CharacterConfig,
+    FileTokenizerConfig,
+    TokenizerConfig,
+    UnigramConfig,
+    WordPieceConfig,
 )
 from unmask.tokenization.tokenizer import Tokenizer, train_tokenizer
 
@@ -43,16 +43,16 @@ PROMPTS = [
     "[MASK]",
     "",
 ]
-LEARNT = [ByteBpeSettings(vocab=400), UnigramSettings(vocab=250)]
+LEARNT = [ByteBpeConfig(vocab_size=400), UnigramConfig(vocab_size=250)]
 
 
 @pytest.mark.parametrize(
     "chosen",
-    [*LEARNT, ByteSettings(), ByteBpeSettings(vocab=400, lowercase=True, strip_accents=True, clean_text=True)],
+    [*LEARNT, ByteConfig(), ByteBpeConfig(vocab_size=400, lowercase=True, strip_accents=True, clean_text=True)],
     ids=repr,
 )
 @pytest.mark.filterwarnings("ignore")
-def test_transformers_gives_the_same_ids(tmp_path: Path, chosen: TokenizerSettings) -> None:
+def test_transformers_gives_the_same_ids(tmp_path: Path, chosen: TokenizerConfig) -> None:
     from transformers import AutoTokenizer
 
     tokenizer = train_tokenizer(SAMPLE, chosen)
@@ -61,11 +61,11 @@ def test_transformers_gives_the_same_ids(tmp_path: Path, chosen: TokenizerSettin
     assert theirs.mask_token_id == tokenizer.mask_id and len(theirs) == tokenizer.size
     for text in PROMPTS:
         encoded = tokenizer.encode(text, specials_in_text=True)
-        framed, _ = tokenizer.framed(encoded.ids, encoded.marks)
+        framed, _ = tokenizer.add_special_tokens(encoded.ids, encoded.marks)
         assert theirs(text)["input_ids"] == framed.tolist(), text
         assert theirs.decode(framed, skip_special_tokens=True) == tokenizer.decode(framed)
     theirs.save_pretrained(tmp_path / "again")
-    opened = train_tokenizer([], FileTokenizerSettings("file", tmp_path / "again"))
+    opened = train_tokenizer([], FileTokenizerConfig("file", tmp_path / "again"))
     assert opened.encode(PROMPTS[-4], specials_in_text=True).ids.tolist() == encoded_ids(tokenizer, PROMPTS[-4])
     assert opened.mask_takes_space == tokenizer.mask_takes_space == (chosen.kind != "bytes")
 
@@ -74,8 +74,8 @@ def encoded_ids(tokenizer: Tokenizer, text: str) -> list[int]:
     return tokenizer.encode(text, specials_in_text=True).ids.tolist()
 
 
-@pytest.mark.parametrize("chosen", [ByteBpeSettings(vocab=400), ByteSettings()], ids=repr)
-def test_bytes_give_every_text_back(chosen: TokenizerSettings) -> None:
+@pytest.mark.parametrize("chosen", [ByteBpeConfig(vocab_size=400), ByteConfig()], ids=repr)
+def test_bytes_give_every_text_back(chosen: TokenizerConfig) -> None:
     tokenizer = train_tokenizer(SAMPLE, chosen)
     for text in [*PROMPTS, "뷁ŧ\u2028𐍈"]:
         encoded = tokenizer.encode(text)
@@ -84,12 +84,12 @@ def test_bytes_give_every_text_back(chosen: TokenizerSettings) -> None:
     assert tokenizer.size == (400 if chosen.kind == "bpe" else 261)
 
 
-@pytest.mark.parametrize("make", [WordPieceSettings, ByteBpeSettings, UnigramSettings])
-def test_normalisation_by_name(make: type[WordPieceSettings | ByteBpeSettings | UnigramSettings]) -> None:
-    vocab = 400 if make is ByteBpeSettings else 130
+@pytest.mark.parametrize("make", [WordPieceConfig, ByteBpeConfig, UnigramConfig])
+def test_normalisation_by_name(make: type[WordPieceConfig | ByteBpeConfig | UnigramConfig]) -> None:
+    vocab = 400 if make is ByteBpeConfig else 130
 
     def shown(text: str, *, lowercase: bool = False, strip_accents: bool = False) -> str:
-        settings = make(vocab=vocab, lowercase=lowercase, strip_accents=strip_accents)
+        settings = make(vocab_size=vocab, lowercase=lowercase, strip_accents=strip_accents)
         sample = "the café cafe naive school 학교에 갔다 the cafe café naïve school 학교에 갔다 TC "
         tokenizer = train_tokenizer([sample * 30 + SAMPLE[0]], settings)
         return tokenizer.decode(tokenizer.encode(text).ids).strip()
@@ -101,42 +101,44 @@ def test_normalisation_by_name(make: type[WordPieceSettings | ByteBpeSettings | 
 
 
 @pytest.mark.parametrize("chosen", LEARNT, ids=repr)
-def test_a_vocabulary_that_the_text_can_not_give(chosen: ByteBpeSettings | UnigramSettings) -> None:
+def test_a_vocabulary_that_the_text_can_not_give(chosen: ByteBpeConfig | UnigramConfig) -> None:
     make = type(chosen)
     with pytest.raises(TokenizerError, match="more than this text can give") as caught:
-        train_tokenizer(SAMPLE, make(vocab=50_000))
-    size = int(caught.value.next.split("vocab=")[1].split(",")[0])
-    assert train_tokenizer(SAMPLE, make(vocab=size)).size == size
+        train_tokenizer(SAMPLE, make(vocab_size=50_000))
+    size = int(caught.value.hint.split("vocab_size=")[1].split(",")[0])
+    assert train_tokenizer(SAMPLE, make(vocab_size=size)).size == size
     with pytest.raises(TokenizerError):
-        train_tokenizer([""], make(vocab=300))
+        train_tokenizer([""], make(vocab_size=300))
 
 
 def test_the_smallest_vocabulary_of_bytes_is_named() -> None:
     with pytest.raises(TokenizerError, match="261 pieces") as caught:
-        train_tokenizer(["word"], ByteBpeSettings())
-    assert "vocab=261" in caught.value.next and train_tokenizer(["word"], ByteBpeSettings(vocab=261)).size == 261
+        train_tokenizer(["word"], ByteBpeConfig())
+    assert (
+        "vocab_size=261" in caught.value.hint and train_tokenizer(["word"], ByteBpeConfig(vocab_size=261)).size == 261
+    )
 
 
 def test_the_space_before_a_text_is_known_where_text_has_none() -> None:
-    tokenizer = train_tokenizer(["ACGT" * 30 + "TTAGGC" * 30], UnigramSettings(vocab=12))
+    tokenizer = train_tokenizer(["ACGT" * 30 + "TTAGGC" * 30], UnigramConfig(vocab_size=12))
     encoded = tokenizer.encode("TTAGGCACGT")
     assert not encoded.characters_unknown and tokenizer.unknown_id not in encoded.ids
-    assert Reader(tokenizer).shown(int(encoded.ids[0])) == "␣" and encoded.marks.tolist()[:2] == [3, 0]
+    assert TokenFormatter(tokenizer).shown(int(encoded.ids[0])) == "␣" and encoded.marks.tolist()[:2] == [3, 0]
 
 
 def test_what_settings_refuse() -> None:
     with pytest.raises(RecipeError, match="260") as caught:
-        ByteBpeSettings(vocab=260)
-    assert caught.value.where == "vocab" and "261" in caught.value.next
+        ByteBpeConfig(vocab_size=260)
+    assert caught.value.location == "vocab_size" and "261" in caught.value.hint
     with pytest.raises(TokenizerError, match="lack"):
-        train_tokenizer(SAMPLE, ByteSettings(specials=("[UNK]",)))
+        train_tokenizer(SAMPLE, ByteConfig(special_tokens=("[UNK]",)))
     with pytest.raises(TokenizerError, match="lack"):
-        train_tokenizer(SAMPLE, UnigramSettings(vocab=250, specials=("[MASK]",)))
-    assert train_tokenizer(SAMPLE, ByteSettings(specials=("[MASK]",))).unknown_id is None
+        train_tokenizer(SAMPLE, UnigramConfig(vocab_size=250, special_tokens=("[MASK]",)))
+    assert train_tokenizer(SAMPLE, ByteConfig(special_tokens=("[MASK]",))).unknown_id is None
 
 
 def test_only_so_much_is_looked_at_and_told() -> None:
-    for chosen in (ByteBpeSettings(vocab=262, sample_characters=50), UnigramSettings(vocab=8, sample_characters=50)):
+    for chosen in (ByteBpeConfig(vocab_size=262, max_train_chars=50), UnigramConfig(vocab_size=8, max_train_chars=50)):
         told: list[tuple[str, float]] = []
         texts = ["ab " * 20, "zz " * 400_000]
         tokenizer = train_tokenizer(texts, chosen, lambda *one, told=told: told.append(one))
@@ -145,11 +147,11 @@ def test_only_so_much_is_looked_at_and_told() -> None:
 
 
 def test_every_kind_stands_in_a_recipe() -> None:
-    for tokenizer in (*LEARNT, ByteSettings(), CharacterSettings(), FileTokenizerSettings("file", Path("a/b"))):
-        tree = {"tokenizer": build_config(TextSettings, {"tokenizer": {"kind": tokenizer.kind} | (
+    for tokenizer in (*LEARNT, ByteConfig(), CharacterConfig(), FileTokenizerConfig("file", Path("a/b"))):
+        tree = {"tokenizer": build_config(DataConfig, {"tokenizer": {"kind": tokenizer.kind} | (
             {"path": "a/b"} if tokenizer.kind == "file" else {})}, "x").tokenizer}  # fmt: skip
         assert tree["tokenizer"].kind == tokenizer.kind
-        assert f'kind = "{tokenizer.kind}"' in dump_config(TextSettings(tokenizer=tokenizer))
+        assert f'kind = "{tokenizer.kind}"' in dump_config(DataConfig(tokenizer=tokenizer))
 
 
 def test_a_file_without_a_mask_or_that_is_none(tmp_path: Path) -> None:
@@ -157,17 +159,17 @@ def test_a_file_without_a_mask_or_that_is_none(tmp_path: Path) -> None:
     built = tokenizers.Tokenizer(tokenizers.models.WordLevel({"<unk>": 0, "a": 1}, unk_token="<unk>"))
     built.save(str(file))
     with pytest.raises(TokenizerError, match="no piece for a mask") as caught:
-        train_tokenizer([], FileTokenizerSettings("file", file))
-    assert "add_special_tokens" in caught.value.next and str(file) == caught.value.where
+        train_tokenizer([], FileTokenizerConfig("file", file))
+    assert "add_special_tokens" in caught.value.hint and str(file) == caught.value.location
     built.add_special_tokens(["<blank>"])
     built.save(str(file))
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"mask_token": {"content": "<blank>"}}))
-    opened = train_tokenizer([], FileTokenizerSettings("file", tmp_path))
+    opened = train_tokenizer([], FileTokenizerConfig("file", tmp_path))
     assert opened.id_to_token(opened.mask_id) == "<blank>" and opened.role_id("mask_token") == opened.mask_id
     assert opened.role_id("cls_token") is None
     file.write_text("not JSON")
     with pytest.raises(TokenizerError, match="can't be read"):
-        train_tokenizer([], FileTokenizerSettings("file", tmp_path))
+        train_tokenizer([], FileTokenizerConfig("file", tmp_path))
 
 
 def test_letters_of_a_mask_in_a_file_that_looks_for_it(tmp_path: Path) -> None:

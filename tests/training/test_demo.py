@@ -10,7 +10,7 @@ from unmask.core.errors import RunError
 from unmask.training.demo import MARK, SENTENCES, demo, english_of_python
 
 SMALL = {
-    "train.budget": "3 steps", "encoder.layers": 1, "encoder.width": 32, "encoder.heads": 2, "encoder.feed_forward": 32,
+    "train.budget": "3 steps", "model.num_hidden_layers": 1, "model.hidden_size": 32, "model.num_attention_heads": 2, "model.intermediate_size": 32,
     "train.threads": 1,
 }  # fmt: skip
 

@@ -17,8 +17,8 @@ from unmask import load
 from unmask.core.errors import DamagedError, StoreError
 from unmask.models.model import follow
 from unmask.training.display.plain import SilentDisplay
-from unmask.training.loggers import JsonLines, read_log
-from unmask.training.loop import Standing
+from unmask.training.loggers import JsonlLogger, read_log
+from unmask.training.loop import TrainState
 from unmask.training.pretrain import launch, resume
 
 try:
@@ -27,15 +27,15 @@ except ImportError:  # Windows
     resource = None
 
 SMALL = [
-    "text.tokenizer.kind=characters", "encoder.layers=1", "encoder.width=16", "encoder.heads=2",
-    "encoder.feed_forward=16", "train.every.log=1 steps", "train.every.validate=4 steps", "train.every.save=4 steps",
-    "train.threads=1", "stage=[{length = 32, batch = '256 tokens'}]", "train.budget=10 steps", "train.average=0.9",
+    "data.tokenizer.kind=characters", "model.num_hidden_layers=1", "model.hidden_size=16", "model.num_attention_heads=2",
+    "model.intermediate_size=16", "train.every.log=1 steps", "train.every.validate=4 steps", "train.every.save=4 steps",
+    "train.threads=1", "stage=[{max_seq_len = 32, batch_size = '256 tokens'}]", "train.budget=10 steps", "train.ema_decay=0.9",
 ]  # fmt: skip
 
 
 def weights(run: Path) -> dict[str, torch.Tensor]:
     step = follow(run / "latest")
-    files = ("model", "resume/weights", "resume/optimiser", "resume/average")
+    files = ("model", "resume/weights", "resume/optimizer", "resume/ema")
     return {
         f"{file} {name}": value for file in files for name, value in load_file(step / f"{file}.safetensors").items()
     }
@@ -64,7 +64,7 @@ def test_a_full_disk_loses_nothing_that_was_saved(prose: Path, tmp_path: Path, u
     program = f"""
 import resource
 from pathlib import Path
-from unmask.cli.errors import answered
+from unmask.cli.errors import handle_errors
 from unmask.training.pretrain import launch
 from unmask.training.display.plain import SilentDisplay
 run = Path({str(run)!r})
@@ -73,7 +73,7 @@ class Fills(SilentDisplay):
         if standing.step == 6:
             most = (run / "log.jsonl").stat().st_size + 2000
             resource.setrlimit(resource.RLIMIT_FSIZE, (most, resource.RLIM_INFINITY))
-answered(lambda: launch([Path({str(prose)!r})], recipe="tiny", out=run, settings={SMALL!r}, display=Fills()))()
+handle_errors(lambda: launch([Path({str(prose)!r})], recipe="tiny", out=run, settings={SMALL!r}, display=Fills()))()
 """
     done = subprocess.run([sys.executable, "-c", program], check=False, capture_output=True, text=True, timeout=120)
     err = " ".join(done.stderr.split())
@@ -98,8 +98,8 @@ class Limits(SilentDisplay):
         self._when, self._most = when, most
         self._before: tuple[int, int] | None = None
 
-    def step(self, standing: Standing) -> None:
-        if f"step {standing.step}" == self._when:
+    def step(self, state: TrainState) -> None:
+        if f"step {state.step}" == self._when:
             self._limit()
 
     def text(self, text: str, slots: object) -> None:
@@ -121,7 +121,7 @@ def test_a_log_without_room_ends_the_run_with_whole_lines(prose: Path, tmp_path:
     display = Limits("step 6", lambda: (run / "log.jsonl").stat().st_size + 20)
     with pytest.raises(StoreError, match="File too large") as caught:
         launch([prose], recipe="tiny", out=run, settings=SMALL, display=display)
-    assert str(run / "log.jsonl") in caught.value.where and f"--resume {run}" in caught.value.next
+    assert str(run / "log.jsonl") in caught.value.location and f"--resume {run}" in caught.value.hint
     goes_on(run, undisturbed)
 
 
@@ -135,7 +135,7 @@ def test_a_run_that_could_not_begin_leaves_nothing(prose: Path, tmp_path: Path) 
 
 @pytest.mark.skipif(resource is None, reason="this system has no limits to set")
 def test_a_log_line_is_whole_or_not_there(tmp_path: Path) -> None:
-    log = JsonLines(tmp_path / "log.jsonl")
+    log = JsonlLogger(tmp_path / "log.jsonl")
     log.write(1, {"loss": 2.5, "earlier": {128: float("nan")}})
     before = (tmp_path / "log.jsonl").read_bytes()
     assert json.loads(before) == {"step": 1, "loss": 2.5, "earlier": {"128": None}}, "JSON has no NaN"
@@ -156,7 +156,7 @@ class Says(SilentDisplay):
     def __init__(self) -> None:
         self.said: list[str] = []
 
-    def say(self, message: str) -> None:
+    def message(self, message: str) -> None:
         self.said.append(message)
 
 

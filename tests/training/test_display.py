@@ -12,7 +12,7 @@ from rich.console import Console
 
 from unmask.core.format import count, duration, visible
 from unmask.evaluation.validation import Validation
-from unmask.training.display import Cell, Display, Line, Seen, Summary
+from unmask.training.display import Display, Line, PreviewSpan, Summary, TokenView
 from unmask.training.display.live import LiveDisplay
 from unmask.training.display.plain import PlainDisplay, SilentDisplay
 from unmask.training.display.text import (
@@ -25,26 +25,39 @@ from unmask.training.display.text import (
     stage_rows,
     unigram_line,
 )
-from unmask.training.estimate import Forecast
-from unmask.training.loop import Standing
+from unmask.training.estimate import CostEstimate
+from unmask.training.loop import TrainState
 from unmask.training.plan import Plan, StagePlan
 from unmask.training.pretrain import for_stream
 
 PLAN = Plan((StagePlan(64, 4096, 0, 300, 0.02), StagePlan(128, 4096, 300, 200, 0.03)), 0.1, 0.1, 2.0)
-FORECAST = Forecast(
+FORECAST = CostEstimate(
     "tiny", 1_482_240, 9.2e6, 312, 1_200_000, PLAN, (60.8, 2.2), {"notes.txt": 63.0}, 1.6e11, 420_000_000, 38_000_000,
     "cpu", "bfloat16", 2, "muon",
 )  # fmt: skip
 LETTERS: list[Line] = [
-    (Cell("We are acc"), Cell("o", "right", "o"), Cell("u"), Cell("x", "wrong", "n"), Cell("ted\npoor"))
+    (
+        PreviewSpan("We are acc"),
+        PreviewSpan("o", "right", "o"),
+        PreviewSpan("u"),
+        PreviewSpan("x", "wrong", "n"),
+        PreviewSpan("ted\npoor"),
+    )
 ]
-WORDS: list[Line] = [(Cell("The "), Cell("cat", "right", "cat"), Cell(" sat on "), Cell("dog", "wrong", "the"))]
+WORDS: list[Line] = [
+    (
+        PreviewSpan("The "),
+        PreviewSpan("cat", "right", "cat"),
+        PreviewSpan(" sat on "),
+        PreviewSpan("dog", "wrong", "the"),
+    )
+]
 SLOTS = [
-    Seen("[CLS]", "[CLS]", False),
-    Seen("the", "[MASK]", True),
-    Seen("cat", "horse", True),
-    Seen("sat", "sat", True),
-    Seen("down", "down", False),
+    TokenView("[CLS]", "[CLS]", False),
+    TokenView("the", "[MASK]", True),
+    TokenView("cat", "horse", True),
+    TokenView("sat", "sat", True),
+    TokenView("down", "down", False),
 ]
 
 
@@ -55,25 +68,25 @@ def validation(loss: float) -> Validation:
 def run(display: Display, panel: list[Line]) -> None:
     """A run as pretrain tells it."""
     for share in (0.0, 0.4, 1.0):
-        display.preparing("reading the text", share)
-    display.say("a document is what stands between blank lines")
+        display.progress("reading the text", share)
+    display.message("a document is what stands between blank lines")
     display.forecast(FORECAST)
     display.text("the cat sat down", SLOTS)
-    standing = Standing()
-    display.begin(PLAN, standing, 9.2e6, 1.6e11)
+    state = TrainState()
+    display.train_start(PLAN, state, 9.2e6, 1.6e11)
     for step in range(1, PLAN.steps + 1):
-        standing.step, standing.tokens, standing.seconds = step, step * 4096, step * 0.04
-        standing.window.add({"loss": (1800.0, 600), "accuracy": (200.0, 600)})
-        standing.window.tokens += 4096
-        standing.window.seconds += 0.04
-        display.step(standing)
+        state.step, state.tokens, state.seconds = step, step * 4096, step * 0.04
+        state.window.add({"loss": (1800.0, 600), "accuracy": (200.0, 600)})
+        state.window.tokens += 4096
+        state.window.seconds += 0.04
+        display.step(state)
         if step % 100 == 0:
-            metrics = {"tokens": standing.tokens, "seconds": standing.seconds, "loss": 4 - step / 200, "accuracy": 0.3}
+            metrics = {"tokens": state.tokens, "seconds": state.seconds, "loss": 4 - step / 200, "accuracy": 0.3}
             display.logged(step, {**metrics, "tokens_per_second": 8000.0, "learning_rate": 1e-3})
-            standing.window = type(standing.window)()
+            state.window = type(state.window)()
     display.validated(PLAN.steps, validation(2.4), panel)
     display.saved(Path("runs/x/step-0000500"))
-    display.done(Summary(Path("runs/x"), 500, 2_048_000, 20.0, 14.0, 18.0, 8000.0, validation(2.4)))
+    display.train_end(Summary(Path("runs/x"), 500, 2_048_000, 20.0, 14.0, 18.0, 8000.0, validation(2.4)))
     display.close()
 
 
@@ -81,7 +94,7 @@ def test_how_often_the_text_is_seen_is_told_in_all_by_stage_and_by_text() -> Non
     assert [row[4] for row in stage_rows(FORECAST)] == ["61 times", "2.2 times"]
     assert ("text", "312 documents, 1.2M tokens, which will be seen 63 times") in forecast_rows(FORECAST)
     (warned,) = forecast_notes(FORECAST)
-    assert "by heart" in warned and "stop_after" in warned
+    assert "by heart" in warned and "early_stopping_patience" in warned
     fits = replace(FORECAST, epochs=(1.0, 2.2), texts_seen={"notes.txt": 3.2})
     assert forecast_notes(fits) == []
     two = replace(FORECAST, epochs=(1.0, 0.5), texts_seen={"notes.txt": 3.2, "wiki": 0.4})
@@ -160,7 +173,7 @@ def test_a_terminal_of_eighty_columns_holds_every_line(panel: list[Line]) -> Non
 def test_the_cursor_comes_back() -> None:
     stream = io.StringIO()
     display = LiveDisplay(Console(file=stream, width=80, height=30, force_terminal=True, color_system="truecolor"))
-    display.begin(PLAN, Standing(), 9.2e6, 1.6e11)
+    display.train_start(PLAN, TrainState(), 9.2e6, 1.6e11)
     assert stream.getvalue().count("\x1b[?25l") == 1
     display.close()
     display.close()
@@ -170,12 +183,12 @@ def test_the_cursor_comes_back() -> None:
 def test_between_redraws_a_step_costs_next_to_nothing() -> None:
     console = Console(file=io.StringIO(), width=80, height=30, force_terminal=True, color_system="truecolor")
     display = LiveDisplay(console)
-    standing = Standing()
-    display.begin(PLAN, standing, 9.2e6, 1.6e11)
+    state = TrainState()
+    display.train_start(PLAN, state, 9.2e6, 1.6e11)
     drawn = 0
     for _ in range(2000):
         before = console.file.tell()
-        display.step(standing)
+        display.step(state)
         drawn += console.file.tell() > before
     display.close()
     # A redraw is followed by a pause of an eighth of a second at least, and 2,000 steps take a few milliseconds.
@@ -191,13 +204,13 @@ def test_the_unigram_line_says_where_the_plateau_ends(loss: float, said: str) ->
 
 
 def test_what_is_left_follows_the_plan_and_the_pace() -> None:
-    pace = Pace(PLAN, Standing(step=100, seconds=10.0), 9.2e6, 1.6e11)
+    pace = Pace(PLAN, TrainState(step=100, seconds=10.0), 9.2e6, 1.6e11)
     # Steps 100 to 200 were planned to take 2.4 s and took 4.8; what remains of the plan, 9.6 s, takes twice as long.
-    assert pace.seconds_left(Standing(step=200, seconds=14.8)) == pytest.approx(2 * (14 - 2 * 2.4))
-    assert pace.seconds_left(Standing(step=500, seconds=30.0)) == 0
+    assert pace.seconds_left(TrainState(step=200, seconds=14.8)) == pytest.approx(2 * (14 - 2 * 2.4))
+    assert pace.seconds_left(TrainState(step=500, seconds=30.0)) == 0
     unmeasured = Plan((StagePlan(64, 100, 0, 10, 0.0),))
-    assert Pace(unmeasured, Standing(), 1, 0).seconds_left(Standing(step=5, seconds=3.0)) == pytest.approx(3.0)
-    assert share_of_matmul(Pace(unmeasured, Standing(), 1, 0).share_of_matmul(5.0)) == ""
+    assert Pace(unmeasured, TrainState(), 1, 0).seconds_left(TrainState(step=5, seconds=3.0)) == pytest.approx(3.0)
+    assert share_of_matmul(Pace(unmeasured, TrainState(), 1, 0).share_of_matmul(5.0)) == ""
 
 
 def test_one_text_is_laid_out_slot_under_slot() -> None:
@@ -205,7 +218,7 @@ def test_one_text_is_laid_out_slot_under_slot() -> None:
     assert [[slot.piece for slot in row] for row in rows] == [["[CLS]", "the   ", "cat  "], ["sat", "down"]]
     assert [slot.state for row in rows for slot in row] == ["plain", "hidden", "random", "kept", "plain"]
     assert rows[0][1].shown == "[MASK]" and rows[0][1].mark == "^^^^^^"
-    letters = [Seen("a", "[MASK]", True), Seen("\n", "\n", False), Seen("字", "b", True)]
+    letters = [TokenView("a", "[MASK]", True), TokenView("\n", "\n", False), TokenView("字", "b", True)]
     assert [(slot.piece, slot.shown) for slot in slot_rows(letters, 80)[0]] == [
         ("a", "_"), ("⏎", "⏎"), ("字", "b "),
     ]  # fmt: skip
@@ -240,7 +253,7 @@ def test_counts(number: float, said: str) -> None:
 
 def test_control_characters_do_not_reach_the_terminal() -> None:
     assert "\x1b" not in visible("a\x1b[31mred\x07\n\t")
-    assert "\x1b" not in plain([(Cell("a\x1b[2J"), Cell("\x1b", "wrong", "b"))])
+    assert "\x1b" not in plain([(PreviewSpan("a\x1b[2J"), PreviewSpan("\x1b", "wrong", "b"))])
 
 
 def test_a_long_preparation_says_so_every_few_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -250,9 +263,9 @@ def test_a_long_preparation_says_so_every_few_seconds(monkeypatch: pytest.Monkey
     display = PlainDisplay(stream)
     for tenth in range(200):
         clock[0] = tenth / 10
-        display.preparing("reading the text", tenth / 200)
-    display.preparing("reading the text", 1.0)
-    display.preparing("reading the text", 1.0)
+        display.progress("reading the text", tenth / 200)
+    display.progress("reading the text", 1.0)
+    display.progress("reading the text", 1.0)
     assert stream.getvalue().splitlines()[0] == "reading the text  0%"
     assert len(stream.getvalue().splitlines()) == 5
 

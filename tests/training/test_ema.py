@@ -12,32 +12,34 @@ from safetensors.torch import load_file
 
 from unmask import load
 from unmask.core.errors import RecipeError, Stopped
-from unmask.models import build
-from unmask.models.modernbert import ModernSettings
-from unmask.objectives.mlm import Mlm, MlmSettings
+from unmask.models import build_model
+from unmask.models.modernbert import ModernBertConfig
+from unmask.objectives.mlm import MaskedLMConfig, MaskedLMObjective
 from unmask.training.display.plain import SilentDisplay
-from unmask.training.loop import Average, Learner
+from unmask.training.loop import EMA, TrainModule
 from unmask.training.pretrain import launch, resume
-from unmask.training.recipe import TrainSettings
+from unmask.training.recipe import TrainConfig
 
 SMALL = [
-    "text.tokenizer.kind=characters", "encoder.layers=1", "encoder.width=16", "encoder.heads=2",
-    "encoder.feed_forward=16", "train.every.log=2 steps", "train.every.validate=3 steps", "train.every.save=4 steps",
-    "train.threads=1", "stage=[{length = 32, batch = '256 tokens'}]", "train.budget=8 steps", "train.average=0.9",
-    "train.keep=9",
+    "data.tokenizer.kind=characters", "model.num_hidden_layers=1", "model.hidden_size=16", "model.num_attention_heads=2",
+    "model.intermediate_size=16", "train.every.log=2 steps", "train.every.validate=3 steps", "train.every.save=4 steps",
+    "train.threads=1", "stage=[{max_seq_len = 32, batch_size = '256 tokens'}]", "train.budget=8 steps", "train.ema_decay=0.9",
+    "train.keep_last=9",
 ]  # fmt: skip
 
 
-def learner() -> Learner:
+def learner() -> TrainModule:
     torch.manual_seed(1)
-    encoder, head = build(ModernSettings(layers=1, width=16, heads=2, feed_forward=16), 30)
-    return Learner(encoder, head, Mlm(MlmSettings(), 4, np.arange(5, 30)))
+    encoder, head = build_model(
+        ModernBertConfig(num_hidden_layers=1, hidden_size=16, num_attention_heads=2, intermediate_size=16), 30
+    )
+    return TrainModule(encoder, head, MaskedLMObjective(MaskedLMConfig(), 4, np.arange(5, 30)))
 
 
 def test_it_is_the_average_that_it_says() -> None:
     """A reference computed here in float64: early on d = (1 + n) ÷ (10 + n), later the decay."""
     trained = learner()
-    average = Average(trained, 0.7)
+    average = EMA(trained, 0.7)
     reference = {name: value.double() for name, value in trained.state_dict().items()}
     for step in range(40):
         with torch.no_grad():
@@ -55,15 +57,15 @@ def test_it_is_the_average_that_it_says() -> None:
 
 @pytest.mark.parametrize("decay", [1.0, -0.1, 1.5])
 def test_a_decay_that_makes_no_average(decay: float) -> None:
-    with pytest.raises(RecipeError, match="average"):
-        TrainSettings(average=decay)
+    with pytest.raises(RecipeError, match="ema_decay"):
+        TrainConfig(ema_decay=decay)
 
 
 class Stops(SilentDisplay):
     """Ends the run after a step, as a signal would."""
 
-    def step(self, standing) -> None:
-        if standing.step == 5:
+    def step(self, state) -> None:
+        if state.step == 5:
             import os
             import signal
 
@@ -76,8 +78,8 @@ def test_the_average_is_judged_saved_and_resumed_exactly(prose: Path, tmp_path: 
     with pytest.raises(Stopped):
         launch([prose], recipe="tiny", out=cut, settings=SMALL, display=Stops())
     resume(cut)
-    launch([prose], recipe="tiny", out=raw, settings=[*SMALL, "train.average=0"])
-    files = ["model.safetensors", "resume/weights.safetensors", "resume/average.safetensors"]
+    launch([prose], recipe="tiny", out=raw, settings=[*SMALL, "train.ema_decay=0"])
+    files = ["model.safetensors", "resume/weights.safetensors", "resume/ema.safetensors"]
     for file in files:
         one, other = load_file(whole / "latest" / file), load_file(cut / "latest" / file)
         assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one), file
@@ -85,9 +87,9 @@ def test_the_average_is_judged_saved_and_resumed_exactly(prose: Path, tmp_path: 
     trained = load_file(whole / "latest" / "resume" / "weights.safetensors")
     plain = load_file(raw / "latest" / "resume" / "weights.safetensors")
     assert all(torch.equal(trained[name], plain[name]) for name in plain)
-    assert not (raw / "latest" / "resume" / "average.safetensors").exists()
+    assert not (raw / "latest" / "resume" / "ema.safetensors").exists()
     # What is opened is the average, and validations judged it.
-    held = load_file(whole / "latest" / "resume" / "average.safetensors")
+    held = load_file(whole / "latest" / "resume" / "ema.safetensors")
     model = load(whole / "latest")
     for name, value in model.encoder.state_dict().items():
         assert torch.equal(value, held[f"encoder.{name}"]), name

@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 
 from unmask.core.errors import RecipeError, RunError, TextError
-from unmask.data.settings import TextSettings
+from unmask.data.settings import DataConfig
 from unmask.data.sources import FileSource, MemorySource, absolute, open_text
 from unmask.training.environment import open_text_again
 
-SETTINGS = TextSettings(document="line")
+SETTINGS = DataConfig(document="line")
 
 
 @pytest.fixture(autouse=True)

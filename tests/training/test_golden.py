@@ -20,16 +20,16 @@ HERE = Path(__file__).parent / "golden"
 ALPHABET = "\n !$&',-.3:;?" + string.ascii_uppercase + string.ascii_lowercase  # the 65 characters of Tiny Shakespeare
 RUNS = {
     "seed": ["train.every.validate=50 steps"],
-    "modern": [
-        "text.tokenizer.kind=characters", "text.document=file", "encoder.layers=3", "encoder.width=48",
-        "encoder.heads=3", "encoder.feed_forward=64", "encoder.local_window=16",
-        "train.precision=float32", "objective.choose=word", "objective.rate=0.2",
-        "stage=[{until = '50%', length = 32, batch = '1k tokens'}, {until = '100%', length = 64, batch = '1k tokens'}]",
+    "modernbert": [
+        "data.tokenizer.kind=characters", "data.document=file", "model.num_hidden_layers=3", "model.hidden_size=48",
+        "model.num_attention_heads=3", "model.intermediate_size=64", "model.local_attention=16",
+        "train.precision=float32", "objective.mask_unit=whole-word", "objective.mask_rate=0.2",
+        "stage=[{until = '50%', max_seq_len = 32, batch_size = '1k tokens'}, {until = '100%', max_seq_len = 64, batch_size = '1k tokens'}]",
     ],
-    "classic": [
-        "text.tokenizer.kind=characters", "text.document=file", "encoder={kind = 'classic', layers = 2, width = 32}",
-        "encoder.heads=2", "encoder.feed_forward=64", "optimiser.kind=adamw", "train.precision=float32",
-        "stage=[{length = 32, batch = '512 tokens'}]",
+    "bert": [
+        "data.tokenizer.kind=characters", "data.document=file", "model={kind = 'bert', num_hidden_layers = 2, hidden_size = 32}",
+        "model.num_attention_heads=2", "model.intermediate_size=64", "optimizer.kind=adamw", "train.precision=float32",
+        "stage=[{max_seq_len = 32, batch_size = '512 tokens'}]",
     ],
 }  # fmt: skip
 

@@ -45,7 +45,7 @@ def test_a_run_in_use_is_refused_with_process_host_and_time(tmp_path: Path, othe
         locked(tmp_path, print),
     ):
         pass
-    assert f"kill {other.pid}" in caught.value.next and (tmp_path / LOCK).is_file()
+    assert f"kill {other.pid}" in caught.value.hint and (tmp_path / LOCK).is_file()
     other.communicate("end\n")
     assert not (tmp_path / LOCK).exists(), "it goes with the work"
     with locked(tmp_path, print):
@@ -76,7 +76,7 @@ def test_of_another_host_nothing_is_known(tmp_path: Path) -> None:
     (tmp_path / LOCK).write_text(json.dumps(asdict(elsewhere)))
     with pytest.raises(RunError, match="another-host") as caught, locked(tmp_path, print):
         pass
-    assert f"remove {tmp_path / LOCK}" in caught.value.next
+    assert f"remove {tmp_path / LOCK}" in caught.value.hint
 
 
 def test_an_empty_lock_of_a_kill_is_removed_when_it_is_old(tmp_path: Path) -> None:

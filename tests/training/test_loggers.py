@@ -14,13 +14,13 @@ import pytest
 
 from unmask.core.errors import RunError, Stopped
 from unmask.training.display.plain import SilentDisplay
-from unmask.training.loggers import Repeaters, TensorBoardSink, points
+from unmask.training.loggers import MetricLoggers, TensorBoardLogger, points
 from unmask.training.pretrain import launch, resume
 
 SMALL = [
-    "text.tokenizer.kind=characters", "encoder.layers=1", "encoder.width=16", "encoder.heads=2",
-    "encoder.feed_forward=16", "train.every.log=1 steps", "train.every.validate=2 steps", "train.every.save=4 steps",
-    "train.threads=1", "stage=[{length = 32, batch = '256 tokens'}]", "train.budget=6 steps",
+    "data.tokenizer.kind=characters", "model.num_hidden_layers=1", "model.hidden_size=16", "model.num_attention_heads=2",
+    "model.intermediate_size=16", "train.every.log=1 steps", "train.every.validate=2 steps", "train.every.save=4 steps",
+    "train.threads=1", "stage=[{max_seq_len = 32, batch_size = '256 tokens'}]", "train.budget=6 steps",
 ]  # fmt: skip
 LINES = [
     {"step": 1, "tokens": 300, "seconds": 0.5, "loss": 3.5, "accuracy": None, "phase_seconds": {"data": 0.1}},
@@ -31,8 +31,8 @@ LINES = [
 
 
 class StopsAt(SilentDisplay):
-    def step(self, standing) -> None:
-        if standing.step == 3:
+    def step(self, state) -> None:
+        if state.step == 3:
             os.kill(os.getpid(), signal.SIGINT)
 
 
@@ -57,14 +57,14 @@ def test_a_package_that_is_not_there_is_named_before_any_work(
     monkeypatch.setattr(sys, "path", [str(tmp_path)])
     monkeypatch.setattr(sys, "modules", {k: v for k, v in sys.modules.items() if k.split(".")[0] != "trackio"})
     with pytest.raises(RunError, match="trackio is not installed") as caught:
-        launch([prose], recipe="tiny", out=tmp_path / "run", settings=[*SMALL, 'train.sinks=["trackio"]'])
-    assert 'pip install "unmask[trackio]"' in caught.value.next and not list(tmp_path.iterdir())
+        launch([prose], recipe="tiny", out=tmp_path / "run", settings=[*SMALL, 'train.loggers=["trackio"]'])
+    assert 'pip install "unmask[trackio]"' in caught.value.hint and not list(tmp_path.iterdir())
 
 
 def test_tensorboard_has_each_point_of_the_log_once_after_a_stop(prose: Path, tmp_path: Path) -> None:
     pytest.importorskip("tensorboard", reason='tensorboard is not installed: pip install "unmask[tensorboard]"')
     run = tmp_path / "run"
-    settings = [*SMALL, 'train.sinks=["tensorboard"]']
+    settings = [*SMALL, 'train.loggers=["tensorboard"]']
     with pytest.raises(Stopped):
         launch([prose], recipe="tiny", out=run, settings=settings, display=StopsAt())
     resume(run)
@@ -81,7 +81,7 @@ def test_a_sink_that_fails_does_not_cost_the_run(tmp_path: Path) -> None:
     pytest.importorskip("tensorboard", reason='tensorboard is not installed: pip install "unmask[tensorboard]"')
     (tmp_path / "tensorboard").write_text("a file where the folder should be")
     said: list[str] = []
-    repeaters = Repeaters(said.append)
+    repeaters = MetricLoggers(said.append)
     repeaters.open(["tensorboard"], tmp_path, LINES, {}, "")
     repeaters.write(3, {"loss": 2.0})
     repeaters.close()
@@ -93,7 +93,7 @@ def test_a_sink_that_fails_does_not_cost_the_run(tmp_path: Path) -> None:
 def test_tensorboard_without_a_run(tmp_path: Path) -> None:
     pytest.importorskip("tensorboard", reason='tensorboard is not installed: pip install "unmask[tensorboard]"')
     for _ in range(2):  # opened again, it repeats the log and doubles nothing
-        sink = TensorBoardSink(tmp_path, LINES, "seed = 17\n")
+        sink = TensorBoardLogger(tmp_path, LINES, "seed = 17\n")
         sink.close()
     assert scalars(tmp_path)["training/loss"] == [(1, 3.5), (2, 3.25)]
 
@@ -107,11 +107,11 @@ def refuse(*arguments, **named):
     raise AssertionError("a network call")
 socket.socket.connect = socket.getaddrinfo = refuse
 from pathlib import Path
-from unmask.training.loggers import Repeaters
+from unmask.training.loggers import MetricLoggers
 lines = {LINES!r}
 for _ in range(2):
-    repeaters = Repeaters(print)
-    repeaters.open(["trackio"], Path({str(tmp_path / "run")!r}), lines, {{"encoder.width": 16}}, "")
+    repeaters = MetricLoggers(print)
+    repeaters.open(["trackio"], Path({str(tmp_path / "run")!r}), lines, {{"model.hidden_size": 16}}, "")
     repeaters.write(3, {{"loss": 2.5, "seconds": 1.5}})
     repeaters.close()
 """

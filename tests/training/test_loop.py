@@ -12,16 +12,16 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from unmask.core.distributed import World, discover
-from unmask.core.types import WORD_START, Batch, Text, pack
-from unmask.data.loader import deal
-from unmask.models import build, build_pair
-from unmask.models.bert import ClassicSettings
-from unmask.models.modernbert import ModernSettings
-from unmask.objectives.mlm import Mlm, MlmSettings
-from unmask.objectives.sentence_pairs import BertSettings, MlmWithPairs
-from unmask.training.loop import Learner, Standing, Training, train
-from unmask.training.optim import OptimiserSettings, build_optimiser
+from unmask.core.distributed import DistributedContext, init_distributed
+from unmask.core.types import WORD_START, Batch, Sample, pack
+from unmask.data.loader import assign_microbatches
+from unmask.models import build_model, build_pair
+from unmask.models.bert import BertConfig
+from unmask.models.modernbert import ModernBertConfig
+from unmask.objectives.mlm import MaskedLMConfig, MaskedLMObjective
+from unmask.objectives.sentence_pairs import BertPretrainingConfig, BertPretrainingObjective
+from unmask.training.loop import TrainLoopInputs, TrainModule, TrainState, train
+from unmask.training.optim import OptimizerConfig, build_optimizer
 from unmask.training.plan import Plan, StagePlan
 
 VOCABULARY, TOKENS = 60, 1600
@@ -43,54 +43,59 @@ class Numbers:
         rng = np.random.default_rng(cursor)
         sizes = rng.integers(3, 90, self._texts).tolist()
         texts = [
-            Text(rng.integers(5, VOCABULARY, n), np.full(n, WORD_START, np.uint8), cursor, i)
+            Sample(rng.integers(5, VOCABULARY, n), np.full(n, WORD_START, np.uint8), cursor, i)
             for i, n in enumerate(sizes)
         ]
         if self._pairs:
             halves = [(np.arange(n) >= n // 2).astype(np.int64) for n in sizes]
             texts = [
-                replace(text, segment=half, label=i % 2)
+                replace(text, token_type_ids=half, pair_label=i % 2)
                 for i, (text, half) in enumerate(zip(texts, halves, strict=True))
             ]
-        dealt = deal(sizes, ranks, self._micro_tokens)[rank]
+        dealt = assign_microbatches(sizes, ranks, self._micro_tokens)[rank]
         self.used += [(cursor, index) for micro in dealt for index in micro]
         return [pack([texts[index] for index in micro]) for micro in dealt if micro], cursor + 1
 
 
 def after_three_steps(
-    micro_tokens: int, world: World, texts: int = 34, *, pairs: bool = False
-) -> tuple[dict[str, torch.Tensor], Standing, Numbers]:
+    micro_tokens: int, world: DistributedContext, texts: int = 34, *, pairs: bool = False
+) -> tuple[dict[str, torch.Tensor], TrainState, Numbers]:
     torch.manual_seed(3)
-    shape = (ClassicSettings if pairs else ModernSettings)(layers=2, width=32, heads=2, feed_forward=48)
-    encoder, head = build(shape, VOCABULARY)
-    objective = Mlm(MlmSettings(rate=0.2), 4, np.arange(5, VOCABULARY))
+    shape = (BertConfig if pairs else ModernBertConfig)(
+        num_hidden_layers=2, hidden_size=32, num_attention_heads=2, intermediate_size=48
+    )
+    encoder, head = build_model(shape, VOCABULARY)
+    objective = MaskedLMObjective(MaskedLMConfig(mask_rate=0.2), 4, np.arange(5, VOCABULARY))
     if pairs:
-        objective = MlmWithPairs(BertSettings(), objective, build_pair(shape))
-    learner = Learner(encoder, head, objective)
+        objective = BertPretrainingObjective(BertPretrainingConfig(), objective, build_pair(shape))
+    learner = TrainModule(encoder, head, objective)
     # AdamW's division by the root of tiny second moments would turn rounding into steps of full size; SGD-like momentum
     # on every parameter shows the gradients themselves.
-    optimiser = build_optimiser(learner, OptimiserSettings(kind="adam", rate=1e-3, epsilon=1e-2), bf16=False)
+    optimizer = build_optimizer(learner, OptimizerConfig(kind="adam", lr=1e-3, eps=1e-2), bf16=False)
     feed = Numbers(micro_tokens, texts, pairs)
     plan = Plan((StagePlan(90, TOKENS, 0, 3, 0.0),))
-    standing = Standing()
+    state = TrainState()
     train(
-        Training(learner, objective, [feed], optimiser, lambda p, s: 1.0, plan, world, seed=5), standing, [], lambda: 0
+        TrainLoopInputs(learner, objective, [feed], optimizer, lambda p, s: 1.0, plan, world, seed=5),
+        state,
+        [],
+        lambda: 0,
     )
-    return dict(learner.state_dict()), standing, feed
+    return dict(learner.state_dict()), state, feed
 
 
 @pytest.fixture(scope="module")
-def whole() -> tuple[dict[str, torch.Tensor], Standing, Numbers]:
-    return after_three_steps(10**6, discover("float32", 1))
+def whole() -> tuple[dict[str, torch.Tensor], TrainState, Numbers]:
+    return after_three_steps(10**6, init_distributed("float32", 1))
 
 
 @pytest.mark.parametrize("micro_tokens", [800, 400, 200])
 def test_accumulation_is_one_step(whole, micro_tokens: int) -> None:
-    state, standing, feed = after_three_steps(micro_tokens, discover("float32", 1))
+    tensors, state, feed = after_three_steps(micro_tokens, init_distributed("float32", 1))
     assert sorted(feed.used) == sorted(whole[2].used), "the same samples in each step"
-    assert standing.window.sums["loss"] == pytest.approx(whole[1].window.sums["loss"], rel=1e-5)
-    assert standing.window.counts == whole[1].window.counts
-    for name, tensor in state.items():
+    assert state.window.sums["loss"] == pytest.approx(whole[1].window.sums["loss"], rel=1e-5)
+    assert state.window.counts == whole[1].window.counts
+    for name, tensor in tensors.items():
         torch.testing.assert_close(tensor, whole[0][name], rtol=0, atol=2e-6)
 
 
@@ -108,7 +113,7 @@ def test_two_ranks_are_one_step(whole, tmp_path: Path) -> None:
     for name, tensor in whole[0].items():
         assert torch.equal(ranks[0][name], ranks[1][name]), "both ranks hold the same weights"
         torch.testing.assert_close(ranks[0][name], tensor, rtol=0, atol=2e-6)
-    alone, _, _ = after_three_steps(10**6, discover("float32", 1), texts=1)
+    alone, _, _ = after_three_steps(10**6, init_distributed("float32", 1), texts=1)
     for name, tensor in alone.items():  # steps of one text: a rank has nothing to do, and waits with the other
         torch.testing.assert_close(load_file(tmp_path / "1-alone.safetensors")[name], tensor, rtol=0, atol=2e-6)
     samples = [np.loadtxt(tmp_path / f"{rank}.txt", dtype=int).tolist() for rank in (0, 1)]
@@ -117,11 +122,11 @@ def test_two_ranks_are_one_step(whole, tmp_path: Path) -> None:
 
 def test_pairs_are_one_step_too(tmp_path: Path) -> None:
     """Two terms, each with a count of its own: in micro-batches, and dealt to two ranks."""
-    whole, standing, _ = after_three_steps(10**6, discover("float32", 1), pairs=True)
-    assert {"parts.pooler.weight", "parts.relation.weight"} <= whole.keys()
-    split, other, _ = after_three_steps(200, discover("float32", 1), pairs=True)
-    assert standing.window.counts == other.window.counts
-    for name, sum_ in standing.window.sums.items():
+    whole, state, _ = after_three_steps(10**6, init_distributed("float32", 1), pairs=True)
+    assert {"parts.pooler.weight", "parts.classifier.weight"} <= whole.keys()
+    split, other, _ = after_three_steps(200, init_distributed("float32", 1), pairs=True)
+    assert state.window.counts == other.window.counts
+    for name, sum_ in state.window.sums.items():
         assert other.window.sums[name] == pytest.approx(sum_, rel=1e-5), name
     ranks = on_two_ranks(tmp_path, "pairs")
     for name, tensor in whole.items():
@@ -131,7 +136,7 @@ def test_pairs_are_one_step_too(tmp_path: Path) -> None:
 
 
 if __name__ == "__main__":
-    here = discover("float32", 1)
+    here = init_distributed("float32", 1)
     folder, asked = Path(sys.argv[1]), sys.argv[2]
     final, _, numbers = after_three_steps(800, here, pairs=asked == "pairs")
     save_file({name: tensor.contiguous() for name, tensor in final.items()}, folder / f"{here.rank}.safetensors")

@@ -5,21 +5,21 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from unmask.core.errors import RecipeError
-from unmask.core.quantities import Share
-from unmask.training.optim import START, ScheduleSettings, rate_factor
+from unmask.core.quantities import Fraction
+from unmask.training.optim import START, ScheduleConfig, rate_factor
 
-KINDS = st.sampled_from(["stable", "linear", "cosine"])
-SHARES = st.floats(0.01, 0.5).map(Share)
-SETTINGS = st.builds(ScheduleSettings, kind=KINDS, warmup=SHARES, decay=SHARES, floor=st.floats(0, 0.5))
+KINDS = st.sampled_from(["wsd", "linear", "cosine"])
+SHARES = st.floats(0.01, 0.5).map(Fraction)
+SETTINGS = st.builds(ScheduleConfig, kind=KINDS, warmup=SHARES, decay=SHARES, min_lr_ratio=st.floats(0, 0.5))
 PROGRESS = st.floats(0, 1, exclude_max=True)
 
 
-def factor(settings: ScheduleSettings, progress: float) -> float:
+def factor(settings: ScheduleConfig, progress: float) -> float:
     return rate_factor(settings, progress, step=0, width=128)
 
 
 @given(SETTINGS, PROGRESS, PROGRESS)
-def test_it_rises_in_warm_up_and_never_after(settings: ScheduleSettings, one: float, other: float):
+def test_it_rises_in_warm_up_and_never_after(settings: ScheduleConfig, one: float, other: float):
     early, late = sorted((one, other))
     if late <= settings.warmup.fraction:
         assert factor(settings, early) <= factor(settings, late) + 1e-12
@@ -28,43 +28,43 @@ def test_it_rises_in_warm_up_and_never_after(settings: ScheduleSettings, one: fl
 
 
 @given(SETTINGS, PROGRESS)
-def test_it_is_continuous_and_within_bounds(settings: ScheduleSettings, progress: float):
+def test_it_is_continuous_and_within_bounds(settings: ScheduleConfig, progress: float):
     near = min(progress + 1e-7, 1 - 1e-9)
     assert abs(factor(settings, progress) - factor(settings, near)) < 1e-3
-    assert min(START, settings.floor) <= factor(settings, progress) <= 1
+    assert min(START, settings.min_lr_ratio) <= factor(settings, progress) <= 1
 
 
 @given(SETTINGS)
-def test_it_starts_above_zero_peaks_and_ends_at_the_floor(settings: ScheduleSettings):
+def test_it_starts_above_zero_peaks_and_ends_at_the_floor(settings: ScheduleConfig):
     assert factor(settings, 0.0) == START
     assert factor(settings, settings.warmup.fraction) == pytest.approx(1)
-    assert factor(settings, 1 - 1e-9) == pytest.approx(settings.floor, abs=1e-6)
+    assert factor(settings, 1 - 1e-9) == pytest.approx(settings.min_lr_ratio, abs=1e-6)
 
 
 def test_stable_keeps_its_peak_until_the_decay():
-    settings = ScheduleSettings(warmup=Share(0.1), decay=Share(0.4))
+    settings = ScheduleConfig(warmup=Fraction(0.1), decay=Fraction(0.4))
     assert [factor(settings, p) for p in (0.1, 0.3, 0.6, 0.8)] == pytest.approx([1, 1, 1, 0.5])
 
 
 def test_no_warm_up_and_no_decay_is_a_constant():
-    settings = ScheduleSettings(warmup=Share(0), decay=Share(0))
+    settings = ScheduleConfig(warmup=Fraction(0), decay=Fraction(0))
     assert [factor(settings, p) for p in (0.0, 0.5, 0.999)] == [1, 1, 1]
 
 
 @given(st.integers(0, 10_000), st.floats(0, 0.99))
 def test_noam_is_the_papers_and_looks_at_the_step_alone(step: int, progress: float):
-    settings = ScheduleSettings(kind="noam", warmup_steps=2000)
+    settings = ScheduleConfig(kind="noam", warmup_steps=2000)
     want = 128**-0.5 * min((step + 1) ** -0.5, (step + 1) * 2000**-1.5)
     assert rate_factor(settings, progress, step, 128) == want
 
 
 def test_noam_peaks_at_the_end_of_its_warm_up():
-    settings = ScheduleSettings(kind="noam", warmup_steps=50)
+    settings = ScheduleConfig(kind="noam", warmup_steps=50)
     assert max(range(200), key=lambda step: rate_factor(settings, 0.5, step, 64)) == 49
 
 
 def test_more_than_the_whole_run_is_refused():
     with pytest.raises(RecipeError, match="whole run"):
-        ScheduleSettings(warmup=Share(0.7), decay=Share(0.4))
+        ScheduleConfig(warmup=Fraction(0.7), decay=Fraction(0.4))
     with pytest.raises(RecipeError):
-        ScheduleSettings(floor=1.5)
+        ScheduleConfig(min_lr_ratio=1.5)

@@ -10,20 +10,20 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from unmask.core.errors import RecipeError
-from unmask.core.quantities import Amount, Share
-from unmask.training.plan import EverySettings, Measured, Plan, StageSettings, affordable, due, make_plan, prolong
+from unmask.core.quantities import Fraction, Quantity
+from unmask.training.plan import EveryConfig, Measured, Plan, StageConfig, affordable, due, make_plan, prolong
 
-EVERY = EverySettings()
+EVERY = EveryConfig()
 TWO = (
-    StageSettings(Share(0.6), 128, Amount(1000, "tokens")),
-    StageSettings(Share(1.0), 512, Amount(4000, "tokens")),
+    StageConfig(Fraction(0.6), 128, Quantity(1000, "tokens")),
+    StageConfig(Fraction(1.0), 512, Quantity(4000, "tokens")),
 )
 MEASURED = Measured((0.1, 0.5), validate_seconds=1.0, save_seconds=0.5)
 
 
-def plan(budget: str, stages: tuple[StageSettings, ...] = TWO) -> Plan:
+def plan(budget: str, stages: tuple[StageConfig, ...] = TWO) -> Plan:
     return make_plan(
-        stages, Amount.parse(budget), EVERY, [100_000] * len(stages), Measured((0.1, 0.5)[: len(stages)], 1.0, 0.5)
+        stages, Quantity.parse(budget), EVERY, [100_000] * len(stages), Measured((0.1, 0.5)[: len(stages)], 1.0, 0.5)
     )
 
 
@@ -46,7 +46,7 @@ def test_seconds_pay_for_validation_and_saving() -> None:
     assert shares == pytest.approx([0.6, 0.4], abs=0.01)
 
 
-def counted(made: Plan, every: EverySettings, measured: Measured) -> float:
+def counted(made: Plan, every: EveryConfig, measured: Measured) -> float:
     """Seconds that a run of this plan takes, counted step by step as the loop does."""
     clock, since = 0.0, {"validate": 0.0, "save": 0.0}
     duties = {name: due(getattr(every, name), made) for name in since}
@@ -62,34 +62,34 @@ def counted(made: Plan, every: EverySettings, measured: Measured) -> float:
 
 
 INTERVALS = st.one_of(
-    st.sampled_from([0.0, 0.01, 0.05, 0.3, 1.0]).map(Share),
-    st.builds(Amount, st.sampled_from([1.0, 7.0, 100.0, 10_000.0]), st.just("steps")),
-    st.builds(Amount, st.sampled_from([0.5, 7.0, 60.0, 1e6]), st.just("seconds")),
+    st.sampled_from([0.0, 0.01, 0.05, 0.3, 1.0]).map(Fraction),
+    st.builds(Quantity, st.sampled_from([1.0, 7.0, 100.0, 10_000.0]), st.just("steps")),
+    st.builds(Quantity, st.sampled_from([0.5, 7.0, 60.0, 1e6]), st.just("seconds")),
 )
 
 
 @given(INTERVALS, INTERVALS, st.sampled_from([0.0, 0.3, 5.0]), st.sampled_from([0.0, 0.1, 2.0]), st.integers(60, 1000))
 def test_a_budget_in_seconds_is_kept_however_often_it_validates_and_saves(
-    validate: Share | Amount, save: Share | Amount, validate_seconds: float, save_seconds: float, seconds: int
+    validate: Fraction | Quantity, save: Fraction | Quantity, validate_seconds: float, save_seconds: float, seconds: int
 ) -> None:
-    every = EverySettings(validate=validate, save=save)
+    every = EveryConfig(validate=validate, save=save)
     measured = Measured((0.1, 0.5), validate_seconds, save_seconds)
-    made = make_plan(TWO, Amount(seconds, "seconds"), every, [100_000] * 2, measured)
+    made = make_plan(TWO, Quantity(seconds, "seconds"), every, [100_000] * 2, measured)
     longest_step = 0.5 + validate_seconds + save_seconds
     assert counted(made, every, measured) <= made.seconds + longest_step <= seconds + 2 * longest_step
-    more = prolong(made, Amount(seconds, "seconds", relative=True), every=every, epoch_tokens=100_000)
+    more = prolong(made, Quantity(seconds, "seconds", relative=True), every=every, epoch_tokens=100_000)
     assert more.overhead_seconds >= made.overhead_seconds
     assert more.seconds - made.seconds <= seconds + longest_step
     assert counted(more, every, measured) <= 2 * seconds + 3 * longest_step
 
 
 def test_a_validation_every_so_many_steps_is_paid_for() -> None:
-    every = EverySettings(validate=Amount(10, "steps"), save=Amount(60, "seconds"))
-    made = make_plan(TWO[1:], Amount(300, "seconds"), every, [100_000], Measured((0.5,), 5.0, 1.0))
+    every = EveryConfig(validate=Quantity(10, "steps"), save=Quantity(60, "seconds"))
+    made = make_plan(TWO[1:], Quantity(300, "seconds"), every, [100_000], Measured((0.5,), 5.0, 1.0))
     assert 300 - 6 < made.seconds <= 300, "one step is half a second, and another half of its validation"
     assert made.overhead_seconds == 5.0 * -(-made.steps // 10) + 1.0 * 5
     assert counted(made, every, Measured((0.5,), 5.0, 1.0)) == pytest.approx(made.seconds, abs=1.5)
-    other = make_plan(TWO[1:], Amount(100, "steps"), every, [100_000], Measured((0.5,), 5.0, 1.0))
+    other = make_plan(TWO[1:], Quantity(100, "steps"), every, [100_000], Measured((0.5,), 5.0, 1.0))
     assert other.overhead_seconds == 10 * 5.0 + 2 * 1.0, "a budget in steps forecasts the same way"
 
 
@@ -106,7 +106,7 @@ def test_progress_rises_from_zero_to_one(steps: int) -> None:
 @given(st.integers(2, 3000), st.sampled_from([0.01, 0.05, 0.2, 0.5, 1.0]))
 def test_a_share_is_due_as_often_as_it_says_and_at_the_end(steps: int, share: float) -> None:
     made = plan(f"{steps} steps")
-    ask = due(Share(share), made)
+    ask = due(Fraction(share), made)
     times = [step for step in range(1, steps + 1) if ask(step, 0, 0.0)]
     assert times[-1] == steps and len(times) <= round(1 / share)
     if steps > 20 / share:
@@ -115,30 +115,30 @@ def test_a_share_is_due_as_often_as_it_says_and_at_the_end(steps: int, share: fl
 
 def test_steps_and_seconds_are_due() -> None:
     made = plan("10 steps")
-    ask = due(Amount(4, "steps"), made)
+    ask = due(Quantity(4, "steps"), made)
     assert [step for step in range(1, 11) if ask(step, 0, 0)] == [4, 8, 10]
-    ask = due(Amount(5, "seconds"), made)
+    ask = due(Quantity(5, "seconds"), made)
     assert not ask(3, 0, 4.9) and ask(3, 0, 5.0) and ask(10, 0, 0.0)
 
 
 def test_prolonging() -> None:
     made = plan("100 steps")
     before = made.stages[0]
-    longer = prolong(made, Amount(50, "steps", relative=True), every=EVERY, epoch_tokens=100_000)
+    longer = prolong(made, Quantity(50, "steps", relative=True), every=EVERY, epoch_tokens=100_000)
     assert longer.steps == 150 and longer.stages[0] == before
-    assert prolong(made, Amount(120, "steps"), every=EVERY, epoch_tokens=100_000).steps == 120
-    epoch = prolong(made, Amount(1, "epochs", relative=True), every=EVERY, epoch_tokens=100_000)
+    assert prolong(made, Quantity(120, "steps"), every=EVERY, epoch_tokens=100_000).steps == 120
+    epoch = prolong(made, Quantity(1, "epochs", relative=True), every=EVERY, epoch_tokens=100_000)
     assert epoch.tokens - made.tokens == 100_000
     with pytest.raises(RecipeError, match="no more than"):
-        prolong(made, Amount(100, "steps"), every=EVERY, epoch_tokens=100_000)
+        prolong(made, Quantity(100, "steps"), every=EVERY, epoch_tokens=100_000)
 
 
 def test_prolonging_by_seconds_pays_for_what_is_due_and_says_so() -> None:
     made = plan("300 s")
-    longer = prolong(made, Amount(300, "seconds", relative=True), every=EVERY, epoch_tokens=100_000)
+    longer = prolong(made, Quantity(300, "seconds", relative=True), every=EVERY, epoch_tokens=100_000)
     assert longer.seconds == pytest.approx(600, abs=2)
     assert longer.overhead_seconds > made.overhead_seconds
-    total = prolong(made, Amount(600, "seconds"), every=EVERY, epoch_tokens=100_000)
+    total = prolong(made, Quantity(600, "seconds"), every=EVERY, epoch_tokens=100_000)
     assert total.steps == pytest.approx(longer.steps, abs=2)
 
 
@@ -148,8 +148,8 @@ def test_a_budget_in_what_a_run_is_not_counted_in(unit: str) -> None:
     with pytest.raises(RecipeError, match=said):
         plan(f"5 {unit}")
     with pytest.raises(RecipeError, match=said) as caught:
-        prolong(plan("100 steps"), Amount(5, unit, relative=True), every=EVERY, epoch_tokens=100_000)
-    assert caught.value.next == "give it in seconds, steps, tokens or epochs"
+        prolong(plan("100 steps"), Quantity(5, unit, relative=True), every=EVERY, epoch_tokens=100_000)
+    assert caught.value.hint == "give it in seconds, steps, tokens or epochs"
 
 
 @pytest.mark.parametrize(
@@ -158,11 +158,11 @@ def test_a_budget_in_what_a_run_is_not_counted_in(unit: str) -> None:
         ((TWO[1], TWO[0]), "never reached"),
         ((TWO[0],), "last stage ends at 60%"),
         ((), "at least one"),
-        ((StageSettings(length=2),), "no room"),
-        ((StageSettings(batch=Amount(3, "epochs")),), "batch in epochs"),
+        ((StageConfig(max_seq_len=2),), "no room"),
+        ((StageConfig(batch_size=Quantity(3, "epochs")),), "batch in epochs"),
     ],
 )
-def test_curricula_that_make_no_sense(stages: tuple[StageSettings, ...], words: str) -> None:
+def test_curricula_that_make_no_sense(stages: tuple[StageConfig, ...], words: str) -> None:
     with pytest.raises(RecipeError, match=words):
         plan("100 steps", stages)
 
@@ -174,10 +174,10 @@ def test_a_budget_too_small_for_a_stage() -> None:
 
 @given(st.floats(0.01, 100), st.sampled_from(["1%", "5%", "10%", "33%", "100%", "0%"]))
 def test_validation_leaves_most_of_a_budget_in_seconds_to_training(cost: float, validate: str) -> None:
-    measured, asked = Measured((0.1, 0.5), cost, 0.0), EverySettings(validate=Share.parse(validate))
-    every, note = affordable(asked, Amount.parse("300 s"), measured)
-    again = Share.parse(str(every.validate))  # as it is written into recipe.toml
-    made = make_plan(TWO, Amount.parse("300 s"), replace(every, validate=again), [1, 1], measured)
+    measured, asked = Measured((0.1, 0.5), cost, 0.0), EveryConfig(validate=Fraction.parse(validate))
+    every, note = affordable(asked, Quantity.parse("300 s"), measured)
+    again = Fraction.parse(str(every.validate))  # as it is written into recipe.toml
+    made = make_plan(TWO, Quantity.parse("300 s"), replace(every, validate=again), [1, 1], measured)
     times = round(made.overhead_seconds / cost)
     assert times == 1 or times * cost <= 60
     assert bool(note) == (every != asked)
@@ -186,8 +186,8 @@ def test_validation_leaves_most_of_a_budget_in_seconds_to_training(cost: float, 
 
 
 def test_validations_asked_for_by_the_clock_are_kept_and_told() -> None:
-    every = EverySettings(validate=Amount(10, "seconds"))
-    kept, note = affordable(every, Amount.parse("300 s"), Measured((0.1, 0.5), 5.0, 0.0))
+    every = EveryConfig(validate=Quantity(10, "seconds"))
+    kept, note = affordable(every, Quantity.parse("300 s"), Measured((0.1, 0.5), 5.0, 0.0))
     assert kept == every and "each validation takes 5 s" in note
-    assert affordable(every, Amount.parse("300 s"), Measured((0.1, 0.5), 1.0, 0.0)) == (every, "")
-    assert affordable(EverySettings(), Amount.parse("300 steps"), Measured((0.1, 0.5), 50.0, 0.0))[1] == ""
+    assert affordable(every, Quantity.parse("300 s"), Measured((0.1, 0.5), 1.0, 0.0)) == (every, "")
+    assert affordable(EveryConfig(), Quantity.parse("300 steps"), Measured((0.1, 0.5), 50.0, 0.0))[1] == ""

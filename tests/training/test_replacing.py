@@ -7,21 +7,21 @@ from pathlib import Path
 
 import torch
 
-from unmask.models import build
+from unmask.models import build_model
 from unmask.models.model import Model, load
-from unmask.models.modernbert import ModernSettings
-from unmask.tokenization.settings import WordPieceSettings
+from unmask.models.modernbert import ModernBertConfig
+from unmask.tokenization.settings import WordPieceConfig
 from unmask.tokenization.tokenizer import train_tokenizer
 from unmask.training.checkpoint import save_best
 
-SHAPE = ModernSettings(layers=1, width=16, heads=2, feed_forward=16)
+SHAPE = ModernBertConfig(num_hidden_layers=1, hidden_size=16, num_attention_heads=2, intermediate_size=16)
 
 
 def test_the_best_model_can_be_opened_while_it_is_replaced(tmp_path: Path) -> None:
-    tokenizer = train_tokenizer(["the cat sat on the mat"] * 20, WordPieceSettings(vocab=24))
+    tokenizer = train_tokenizer(["the cat sat on the mat"] * 20, WordPieceConfig(vocab_size=24))
 
     def constant(value: float) -> Model:
-        encoder, head = build(SHAPE, tokenizer.size)
+        encoder, head = build_model(SHAPE, tokenizer.size)
         for parameter in [*encoder.parameters(), *head.parameters()]:
             torch.nn.init.constant_(parameter, value)
         return Model(encoder, head, tokenizer, SHAPE)

@@ -20,10 +20,10 @@ from unmask.training.display.plain import SilentDisplay
 from unmask.training.pretrain import launch, resume
 
 SMALL = [
-    "text.tokenizer.kind=characters", "encoder.layers=2", "encoder.width=32", "encoder.heads=2",
-    "encoder.feed_forward=48", "encoder.attention_dropout=0.1", "encoder.embedding_dropout=0.1",
+    "data.tokenizer.kind=characters", "model.num_hidden_layers=2", "model.hidden_size=32", "model.num_attention_heads=2",
+    "model.intermediate_size=48", "model.attention_dropout=0.1", "model.embedding_dropout=0.1",
     "train.every.log=2 steps", "train.every.validate=5 steps", "train.every.save=5 steps", "train.threads=1",
-    "stage=[{until = '50%', length = 24, batch = '512 tokens'}, {until = '100%', length = 48, batch = '512 tokens'}]",
+    "stage=[{until = '50%', max_seq_len = 24, batch_size = '512 tokens'}, {until = '100%', max_seq_len = 48, batch_size = '512 tokens'}]",
 ]  # fmt: skip
 
 
@@ -32,7 +32,7 @@ def weights(run: Path) -> dict[str, torch.Tensor]:
     return {
         **load_file(step / "model.safetensors"),
         **load_file(step / "resume" / "weights.safetensors"),
-        **load_file(step / "resume" / "optimiser.safetensors"),
+        **load_file(step / "resume" / "optimizer.safetensors"),
     }
 
 
@@ -53,8 +53,8 @@ class StopsAt(SilentDisplay):
     def __init__(self, step: int, number: int) -> None:
         self._step, self._number = step, number
 
-    def step(self, standing) -> None:
-        if standing.step == self._step:
+    def step(self, state) -> None:
+        if state.step == self._step:
             os.kill(os.getpid(), self._number)
 
 
@@ -120,8 +120,8 @@ def test_a_finished_run_says_so_and_can_be_prolonged(undisturbed: Path, prose: P
 
 
 def test_what_may_not_change_is_refused_with_what_may(undisturbed: Path) -> None:
-    with pytest.raises(RunError, match=r"train\.every, train\.keep, show"):
-        resume(undisturbed, settings=["objective.rate=0.3"], budget="+1 steps")
+    with pytest.raises(RunError, match=r"train\.every, train\.keep_last, preview"):
+        resume(undisturbed, settings=["objective.mask_rate=0.3"], budget="+1 steps")
 
 
 def test_a_changed_corpus_is_refused(prose: Path, tmp_path: Path) -> None:
@@ -136,7 +136,7 @@ def test_a_changed_corpus_is_refused(prose: Path, tmp_path: Path) -> None:
     assert (tmp_path / "run" / "recipe.toml").read_bytes() == before
 
 
-@pytest.mark.parametrize("file", ["model.safetensors", "resume/optimiser.safetensors", "resume/state.json"])
+@pytest.mark.parametrize("file", ["model.safetensors", "resume/optimizer.safetensors", "resume/state.json"])
 @pytest.mark.parametrize("harm", ["flip", "cut"])
 def test_a_damaged_checkpoint_is_named(undisturbed: Path, tmp_path: Path, file: str, harm: str) -> None:
     import shutil
@@ -157,12 +157,12 @@ def test_other_versions_are_named(undisturbed: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     shutil.copytree(undisturbed, run, symlinks=True)
     environment = json.loads((run / "env.json").read_text())
-    environment["bits"]["torch"] = "1.0"
+    environment["determinism"]["torch"] = "1.0"
     (run / "env.json").write_text(json.dumps(environment))
     with pytest.raises(RunError, match=r"torch: '1\.0' then"):
         resume(run, budget="+1 steps")
-    assert resume(run, budget="+1 steps", elsewhere=True).summary is not None
-    assert json.loads((run / "env.json").read_text())["resumed_elsewhere"]
+    assert resume(run, budget="+1 steps", allow_different_environment=True).summary is not None
+    assert json.loads((run / "env.json").read_text())["resumed_in_different_environment"]
 
 
 def test_an_existing_out_is_refused_and_names_resume(undisturbed: Path, prose: Path) -> None:
@@ -179,10 +179,10 @@ def test_a_place_that_cannot_be_written(prose: Path, tmp_path: Path) -> None:
 
 def test_resuming_costs_the_same_after_many_steps(prose: Path, tmp_path: Path) -> None:
     """No replay: the cursor is one integer, and the millionth sample is found as fast as the first."""
-    from unmask.data.sampling import Windows
+    from unmask.data.sampling import WindowSampler
 
     lengths = torch.randint(1, 400, (2000,)).numpy()
-    cutter = Windows(lengths, 64, seed=1)
+    cutter = WindowSampler(lengths, 64, seed=1)
     begin = time.perf_counter()
     late = cutter.cut(epoch=10**6, sample=cutter.count(0) - 1)
     assert late.tokens > 0 and time.perf_counter() - begin < 1.0

@@ -13,18 +13,18 @@ from safetensors.torch import load_file
 
 import unmask
 from unmask.core.errors import RecipeError, Stopped, TextError, TokenizerError, UnmaskError
-from unmask.core.types import Text, pack
+from unmask.core.types import Sample, pack
 from unmask.models.model import load
 from unmask.training.display.plain import PlainDisplay, SilentDisplay
 from unmask.training.pretrain import launch, resume
 
 SMALL = [
-    "text.tokenizer={kind = 'characters'}", "text.held_out={by = 'hash', share = '10%'}",
-    "encoder={kind = 'classic', layers = 1, width = 16, heads = 2, feed_forward = 16, longest = 64}",
-    "objective={kind = 'bert', pair = 'next-sentence'}",
+    "data.tokenizer={kind = 'characters'}", "data.held_out={method = 'hash', fraction = '10%'}",
+    "model={kind = 'bert', num_hidden_layers = 1, hidden_size = 16, num_attention_heads = 2, intermediate_size = 16, max_position_embeddings = 64}",
+    "objective={kind = 'mlm+pairs', pair_task = 'next-sentence'}",
     "train.every.log=1 steps", "train.every.validate=4 steps", "train.every.save=4 steps", "train.threads=1",
-    "stage=[{until = '50%', length = 48, batch = '12 texts'}, {until = '100%', length = 64, batch = '12 texts'}]",
-    "train.budget=8 steps", "train.average=0.9", "show.lines=1",
+    "stage=[{until = '50%', max_seq_len = 48, batch_size = '12 texts'}, {until = '100%', max_seq_len = 64, batch_size = '12 texts'}]",
+    "train.budget=8 steps", "train.ema_decay=0.9", "preview.num_samples=1",
 ]  # fmt: skip
 
 
@@ -32,8 +32,8 @@ class StopsAt(SilentDisplay):
     def __init__(self, step: int) -> None:
         self._step = step
 
-    def step(self, standing) -> None:
-        if standing.step == self._step:
+    def step(self, state) -> None:
+        if state.step == self._step:
             signal.raise_signal(signal.SIGINT)
 
 
@@ -69,7 +69,7 @@ def test_it_goes_on_bit_for_bit(whole: Path, prose: Path, tmp_path: Path) -> Non
     assert log(run) == log(whole)
     step = (whole / "latest").resolve()
     names = [path.relative_to(step) for path in step.rglob("*.safetensors")]
-    assert {name.name for name in names} >= {"objective.safetensors", "average.safetensors", "model.safetensors"}
+    assert {name.name for name in names} >= {"objective.safetensors", "ema.safetensors", "model.safetensors"}
     for name in names:
         mine, theirs = load_file(run / "latest" / name), load_file(whole / "latest" / name)
         assert mine.keys() == theirs.keys() and all(torch.equal(mine[key], theirs[key]) for key in mine), name
@@ -89,7 +89,7 @@ def test_transformers_opens_what_was_saved(whole: Path) -> None:
     assert all(torch.equal(parts[name], tensor) for name, tensor in mine.pair.state_dict().items())
     ids, segment = given["input_ids"][0].numpy(), given["token_type_ids"][0].numpy()
     assert segment.tolist() == [0] * (len(first) + 2) + [1] * (len(second) + 1)
-    batch = pack([Text(ids, ids.astype("uint8") * 0, segment=segment)])
+    batch = pack([Sample(ids, ids.astype("uint8") * 0, token_type_ids=segment)])
     with torch.inference_mode():
         logits = theirs.eval()(**given).seq_relationship_logits
         torch.testing.assert_close(mine.pair(mine.encoder(batch), batch), logits, atol=1e-5, rtol=0)
@@ -97,7 +97,7 @@ def test_transformers_opens_what_was_saved(whole: Path) -> None:
 
 
 def test_a_person_reads_it(prose: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    order = [*SMALL, "objective.pair=sentence-order", "train.budget=4 steps"]
+    order = [*SMALL, "objective.pair_task=sentence-order", "train.budget=4 steps"]
     launch([prose], recipe="tiny", out=tmp_path / "run", settings=order, display=PlainDisplay())
     told = capsys.readouterr().out
     assert "pairs (sentence-order): from" in told and "of two sentences or more; the other" in told
@@ -105,13 +105,13 @@ def test_a_person_reads_it(prose: Path, tmp_path: Path, capsys: pytest.CaptureFi
 
 
 BAD: list[tuple[list[str], type[UnmaskError], str]] = [
-    (["encoder={kind = 'modern', layers = 1, width = 16, heads = 2, feed_forward = 16}"], RecipeError, "no segments"),
-    (["encoder.segments=1"], RecipeError, r"1 segment.*no segments"),
-    (["text.document=file", "text.held_out={by = 'tail'}"], TextError, "only one document has two sentences"),
-    (["text.tokenizer={kind = 'characters', specials = ['[UNK]', '[MASK]']}"], TokenizerError, r"no \[CLS\] and"),
-    (["stage=[{length = 4}]"], RecipeError, "no room for two segments"),
-    (["objective.short=2"], RecipeError, "no share of the pairs"),
-    (["objective.pair=previous"], RecipeError, "previous"),
+    (["model={kind = 'modernbert', num_hidden_layers = 1, hidden_size = 16, num_attention_heads = 2, intermediate_size = 16}"], RecipeError, "no segments"),
+    (["model.type_vocab_size=1"], RecipeError, r"1 segment.*no segments"),
+    (["data.document=file", "data.held_out={method = 'tail'}"], TextError, "only one document has two sentences"),
+    (["data.tokenizer={kind = 'characters', special_tokens = ['[UNK]', '[MASK]']}"], TokenizerError, r"no \[CLS\] and"),
+    (["stage=[{max_seq_len = 4}]"], RecipeError, "no room for two segments"),
+    (["objective.short_seq_prob=2"], RecipeError, "no share of the pairs"),
+    (["objective.pair_task=previous"], RecipeError, "previous"),
 ]  # fmt: skip
 
 
@@ -121,23 +121,23 @@ def test_what_gives_no_pairs_is_refused(
 ) -> None:
     with pytest.raises(kind, match=match) as caught:
         launch([prose], recipe="tiny", out=tmp_path / "run", settings=[*SMALL, *settings])
-    assert caught.value.next and caught.value.where and not (tmp_path / "run").exists()
+    assert caught.value.hint and caught.value.location and not (tmp_path / "run").exists()
 
 
 def test_lines_of_one_sentence_are_refused(tmp_path: Path) -> None:
     text = tmp_path / "lines.txt"
     text.write_text("\n".join(f"this is line {number}" for number in range(300)))
     with pytest.raises(TextError, match="no document has two sentences") as caught:
-        launch([text], recipe="tiny", out=tmp_path / "run", settings=[*SMALL, "text.document=line"])
-    assert "lines.txt" in caught.value.where
+        launch([text], recipe="tiny", out=tmp_path / "run", settings=[*SMALL, "data.document=line"])
+    assert "lines.txt" in caught.value.location
 
 
 def test_too_little_held_out_is_refused(prose: Path, tmp_path: Path) -> None:
     few = tmp_path / "few.txt"
     few.write_text("\n\n".join(f"one sentence {number}. two of them. three." for number in range(30)))
     with pytest.raises(TextError, match="of the held-out text, no document") as caught:
-        launch([few], recipe="tiny", out=tmp_path / "run", settings=[*SMALL, "text.held_out={by = 'tail'}"])
-    assert "held_out.share" in caught.value.next
+        launch([few], recipe="tiny", out=tmp_path / "run", settings=[*SMALL, "data.held_out={method = 'tail'}"])
+    assert "held_out.fraction" in caught.value.hint
 
 
 def test_weights_are_refused(prose: Path, tmp_path: Path) -> None:
@@ -149,20 +149,20 @@ def test_weights_are_refused(prose: Path, tmp_path: Path) -> None:
 
 JOINT = """
 from torch import nn
-from unmask.objectives.mlm import Mlm, MlmSettings
-from unmask.objectives.sentence_pairs import BertSettings, MlmWithPairs
+from unmask.objectives.mlm import MaskedLMObjective, MaskedLMConfig
+from unmask.objectives.sentence_pairs import BertPretrainingConfig, BertPretrainingObjective
 
 class Head(nn.Module):
     def __init__(self, width):
         super().__init__()
         self.linear = nn.Linear(width, 2)
     def forward(self, hidden_TD, batch):
-        return self.linear(hidden_TD.index_select(0, batch.starts_B1[: batch.texts]))
+        return self.linear(hidden_TD.index_select(0, batch.cu_seqlens[: batch.num_samples]))
 
-class Joint(MlmWithPairs):
+class Joint(BertPretrainingObjective):
     def __init__(self, settings, tools):
-        mlm = Mlm(MlmSettings(), tools.vocabulary.mask_id, tools.vocabulary.ordinary_N)
-        super().__init__(BertSettings(pair="sentence-order"), mlm, Head(tools.width))
+        mlm = MaskedLMObjective(MaskedLMConfig(), tools.vocabulary.mask_id, tools.vocabulary.regular_token_ids)
+        super().__init__(BertPretrainingConfig(pair_task="sentence-order"), mlm, Head(tools.width))
 """
 
 
@@ -171,7 +171,7 @@ def test_an_objective_of_ones_own_reads_pairs_and_keeps_its_parameters(
 ) -> None:
     (tmp_path / "joint_of_mine.py").write_text(JOINT)
     monkeypatch.chdir(tmp_path)
-    settings = [one for one in SMALL if not one.startswith(("objective", "train.average"))]
+    settings = [one for one in SMALL if not one.startswith(("objective", "train.ema_decay"))]
     settings.append("objective={kind = 'joint_of_mine:Joint'}")
     launch([prose], recipe="tiny", out=tmp_path / "whole", settings=settings)
     with pytest.raises(Stopped):

@@ -17,29 +17,29 @@ from unmask.tokenization.extend import origins
 from unmask.training.loggers import LOG, read_log
 from unmask.training.pretrain import launch, resume
 from unmask.training.recipe import read_recipe
-from unmask.training.warm_start import START, Start
+from unmask.training.warm_start import START, WarmStart
 
 SMALL = """
-[text]
-tokenizer = { kind = "wordpiece", vocab = 90 }
-[encoder]
-kind = "modern"
-layers = 1
-width = 16
-heads = 2
-feed_forward = 16
-longest = 48
+[data]
+tokenizer = { kind = "wordpiece", vocab_size = 90 }
+[model]
+kind = "modernbert"
+num_hidden_layers = 1
+hidden_size = 16
+num_attention_heads = 2
+intermediate_size = 16
+max_position_embeddings = 48
 [[stage]]
 until = "100%"
-length = 32
-batch = "256 tokens"
+max_seq_len = 32
+batch_size = "256 tokens"
 [train]
 budget = "6 steps"
 threads = 1
 precision = "float32"
 every = { log = "1 steps", validate = "50%", save = "50%" }
 """
-QUICK = ("stage.0.batch=256 tokens", "train.threads=1", "train.precision=float32", "train.every.save=50%")
+QUICK = ("stage.0.batch_size=256 tokens", "train.threads=1", "train.precision=float32", "train.every.save=50%")
 DOMAIN = (
     "the patient has hepatitis and an enlarged liver . the hepatocytes of this patient were enlarged .",
     "hepatitis of the liver is seen in every second patient ; gastritis and arthritis are as frequent .",
@@ -76,11 +76,11 @@ def test_it_begins_where_the_model_stands_and_says_before_and_after(made: Path, 
         [domain],
         recipe="continue",
         out=tmp_path / "run",
-        settings=[*QUICK, "train.budget=4 steps", "stage.0.length=100"],
-        start=Start.open(made / "run"),
+        settings=[*QUICK, "train.budget=4 steps", "stage.0.max_seq_len=100"],
+        start=WarmStart.open(made / "run"),
     )
     recipe, _ = read_recipe(tmp_path / "run")
-    assert recipe.encoder == old.settings and recipe.stage[0].length == 48, "cut to what the model holds"
+    assert recipe.model == old.settings and recipe.stage[0].max_seq_len == 48, "cut to what the model holds"
     assert same(load(tmp_path / "run" / START), old)
     assert result.summary is not None and result.summary.before is not None and result.summary.validation is not None
     first = next(line for line in read_log(tmp_path / "run" / LOG) if "validation" in line)
@@ -97,9 +97,9 @@ def test_a_run_resumes_when_the_model_is_gone(made: Path, domain: Path, tmp_path
             domain,
             recipe="continue",
             out=tmp_path / name,
-            settings=[*QUICK, "stage.0.length=32", "schedule.floor=1"],
+            settings=[*QUICK, "stage.0.max_seq_len=32", "lr_schedule.min_lr_ratio=1"],
             budget=budget,
-            start=Start.open(model, 6),
+            start=WarmStart.open(model, 6),
         )
         shutil.rmtree(model)
         return tmp_path / name
@@ -119,13 +119,13 @@ def test_a_run_resumes_when_the_model_is_gone(made: Path, domain: Path, tmp_path
 
 
 def test_new_pieces_begin_as_the_mean_of_their_own(made: Path, domain: Path, tmp_path: Path) -> None:
-    start = Start.open(made / "run", 6)
+    start = WarmStart.open(made / "run", 6)
     old = start.model
     unmask.pretrain(domain, recipe="continue", out=tmp_path / "run", settings=QUICK, budget="1 steps", start=start)
     tokenizer = load(tmp_path / "run").tokenizer
     assert tokenizer.size == old.tokenizer.size + 6
     encoder, head = start.modules(tokenizer)
-    table, before = cast(Any, encoder).token_table, cast(Any, old.encoder).token_table
+    table, before = cast(Any, encoder).token_embedding, cast(Any, old.encoder).token_embedding
     assert torch.equal(table[: len(before)], before)
     parts = origins(old.tokenizer.to_json(), tokenizer.to_json())
     for number, pieces in enumerate(parts, start=old.tokenizer.size):
@@ -136,31 +136,31 @@ def test_new_pieces_begin_as_the_mean_of_their_own(made: Path, domain: Path, tmp
     assert rows, "the decoder's bias has grown too"
     config = json.loads((tmp_path / "run" / "latest" / "config.json").read_text())
     assert config["vocab_size"] == tokenizer.size
-    assert read_recipe(tmp_path / "run")[0].start.rows == tokenizer.size
+    assert read_recipe(tmp_path / "run")[0].init.vocab_size == tokenizer.size
 
 
-@pytest.mark.parametrize("key", ["encoder.layers=2", "text.tokenizer.vocab=100"])
+@pytest.mark.parametrize("key", ["model.num_hidden_layers=2", "data.tokenizer.vocab_size=100"])
 def test_what_the_model_decides_can_t_be_named(made: Path, domain: Path, tmp_path: Path, key: str) -> None:
     with pytest.raises(RecipeError, match="decides"):
         unmask.pretrain(domain, recipe="continue", out=tmp_path / "run", settings=[key], start=made / "run")
-    with pytest.raises(RecipeError, match=r"decides \[encoder\]"):
+    with pytest.raises(RecipeError, match=r"decides \[model\]"):
         unmask.pretrain(domain, recipe=made / "small.toml", out=tmp_path / "run", start=made / "run")
 
 
 def test_the_recipe_for_it_needs_a_model(domain: Path, tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match="none is named") as refused:
         unmask.pretrain(domain, recipe="continue", out=tmp_path / "run")
-    assert "--from MODEL" in refused.value.next
+    assert "--from MODEL" in refused.value.hint
 
 
 def saved_by_transformers(kind: str, folder: Path) -> Path:
     """A small net of `transformers` with random weights, and a tokenizer of ours beside it."""
     import transformers
 
-    from unmask.tokenization.settings import ByteBpeSettings, WordPieceSettings
+    from unmask.tokenization.settings import ByteBpeConfig, WordPieceConfig
     from unmask.tokenization.tokenizer import train_tokenizer
 
-    settings = WordPieceSettings(vocab=50) if kind == "bert" else ByteBpeSettings(vocab=280)
+    settings = WordPieceConfig(vocab_size=50) if kind == "bert" else ByteBpeConfig(vocab_size=280)
     tokenizer = train_tokenizer(["the cat sat on the mat and looked at the moon of the old man"] * 30, settings)
     sizes: dict[str, Any] = {
         "vocab_size": tokenizer.size + 3, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2,
@@ -185,7 +185,12 @@ def test_a_bert_of_transformers_goes_on_with_its_pair_head(domain: Path, tmp_pat
         recipe="continue",
         out=tmp_path / "run",
         budget="2 steps",
-        settings=[*QUICK, 'objective={kind="bert", pair="next-sentence"}', "stage.0.length=40", "optimiser.rate=1e-9"],
+        settings=[
+            *QUICK,
+            'objective={kind="mlm+pairs", pair_task="next-sentence"}',
+            "stage.0.max_seq_len=40",
+            "optimizer.lr=1e-9",
+        ],
         start=model,
     )
     step = tmp_path / "run" / "latest"
@@ -200,11 +205,11 @@ def test_a_roberta_goes_on_within_its_positions_and_stays_one(domain: Path, tmp_
     from transformers import AutoModelForMaskedLM
 
     model = saved_by_transformers("roberta", tmp_path / "model")
-    start = Start.open(model, 12)
+    start = WarmStart.open(model, 12)
     unmask.pretrain(domain, recipe="continue", out=tmp_path / "run", budget="2 steps", settings=QUICK, start=start)
     recipe, _ = read_recipe(tmp_path / "run")
     first = start.model.tokenizer.role_id("pad_token")
-    assert first is not None and recipe.stage[0].length == 50 - first - 1
+    assert first is not None and recipe.stage[0].max_seq_len == 50 - first - 1
     after = AutoModelForMaskedLM.from_pretrained(tmp_path / "run" / "latest")
     assert type(after).__name__ == "RobertaForMaskedLM"
     assert after.config.vocab_size == start.model.tokenizer.size + 12, "new pieces take the padded rows first"

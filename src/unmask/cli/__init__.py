@@ -13,7 +13,7 @@ import typer
 
 from unmask.cli.checks import AUDIT_EXAMPLES, CHECK_EXAMPLES, audit, check_plugin_command
 from unmask.cli.data import INSPECT_EXAMPLES, PREPARE_EXAMPLES, inspect, prepare
-from unmask.cli.errors import answered, debug_everywhere
+from unmask.cli.errors import debug_everywhere, handle_errors
 from unmask.cli.models import (
     EVALUATE_EXAMPLES,
     EXPORT_EXAMPLES,
@@ -56,30 +56,30 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["--help", "-h"]},
 )
-app.command("pretrain", epilog=PRETRAIN_EXAMPLES)(answered(pretrain))
-app.command("fill", epilog=FILL_EXAMPLES)(answered(fill))
-app.command("evaluate", epilog=EVALUATE_EXAMPLES)(answered(evaluate))
-app.command("export", epilog=EXPORT_EXAMPLES)(answered(export))
-app.command("import", epilog=IMPORT_EXAMPLES)(answered(import_))
-app.command("audit", epilog=AUDIT_EXAMPLES)(answered(audit))
-app.command("check", epilog=CHECK_EXAMPLES)(answered(check_plugin_command))
-app.command("runs", epilog=RUNS_EXAMPLES)(answered(runs))
-app.command("demo", epilog=DEMO_EXAMPLES)(answered(demo))
+app.command("pretrain", epilog=PRETRAIN_EXAMPLES)(handle_errors(pretrain))
+app.command("fill", epilog=FILL_EXAMPLES)(handle_errors(fill))
+app.command("evaluate", epilog=EVALUATE_EXAMPLES)(handle_errors(evaluate))
+app.command("export", epilog=EXPORT_EXAMPLES)(handle_errors(export))
+app.command("import", epilog=IMPORT_EXAMPLES)(handle_errors(import_))
+app.command("audit", epilog=AUDIT_EXAMPLES)(handle_errors(audit))
+app.command("check-plugin", epilog=CHECK_EXAMPLES)(handle_errors(check_plugin_command))
+app.command("runs", epilog=RUNS_EXAMPLES)(handle_errors(runs))
+app.command("demo", epilog=DEMO_EXAMPLES)(handle_errors(demo))
 _recipes = typer.Typer(no_args_is_help=True, help="List, show and check recipes.", rich_markup_mode="rich")
-_recipes.command("list")(answered(list_recipes))
-_recipes.command("show", epilog=SHOW_RECIPE_EXAMPLES)(answered(show_recipe))
-_recipes.command("check", epilog=CHECK_RECIPE_EXAMPLES)(answered(check_recipe))
+_recipes.command("list")(handle_errors(list_recipes))
+_recipes.command("show", epilog=SHOW_RECIPE_EXAMPLES)(handle_errors(show_recipe))
+_recipes.command("check", epilog=CHECK_RECIPE_EXAMPLES)(handle_errors(check_recipe))
 app.add_typer(_recipes, name="recipe")
 _texts = typer.Typer(
     no_args_is_help=True, help="Look at text, and prepare it, before training on it.", rich_markup_mode="rich"
 )
-_texts.command("look", epilog=INSPECT_EXAMPLES)(answered(inspect))
-_texts.command("build", epilog=PREPARE_EXAMPLES)(answered(prepare))
-app.add_typer(_texts, name="text")
+_texts.command("inspect", epilog=INSPECT_EXAMPLES)(handle_errors(inspect))
+_texts.command("prepare", epilog=PREPARE_EXAMPLES)(handle_errors(prepare))
+app.add_typer(_texts, name="data")
 _tokenizers = typer.Typer(no_args_is_help=True, help="Train, look at and compare tokenizers.", rich_markup_mode="rich")
-_tokenizers.command("train", epilog=TRAIN_TOKENIZER_EXAMPLES)(answered(train_tokenizer))
-_tokenizers.command("look", epilog=SHOW_TOKENIZER_EXAMPLES)(answered(show_tokenizer))
-_tokenizers.command("compare", epilog=COMPARE_TOKENIZERS_EXAMPLES)(answered(compare_tokenizers))
+_tokenizers.command("train", epilog=TRAIN_TOKENIZER_EXAMPLES)(handle_errors(train_tokenizer))
+_tokenizers.command("show", epilog=SHOW_TOKENIZER_EXAMPLES)(handle_errors(show_tokenizer))
+_tokenizers.command("compare", epilog=COMPARE_TOKENIZERS_EXAMPLES)(handle_errors(compare_tokenizers))
 app.add_typer(_tokenizers, name="tokenizer")
 
 

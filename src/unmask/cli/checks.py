@@ -19,9 +19,9 @@ from unmask.cli.options import Debug, Errors, Field, Json, Rule, Settings, Token
 from unmask.core.errors import RecipeError
 
 if TYPE_CHECKING:
-    from unmask.checks.audit.maskers import Collator, Function, Ours
+    from unmask.checks.audit.maskers import Collator, Function, ObjectiveMasker
     from unmask.checks.audit.settings import AuditReport, Claims
-    from unmask.checks.plugins import Checked
+    from unmask.checks.plugins import CheckReport
     from unmask.tokenization.tokenizer import Tokenizer
     from unmask.tokenization.words import WordsRule
     from unmask.training.recipe import Recipe
@@ -34,7 +34,7 @@ AUDIT_EXAMPLES = """\
 [bold]Examples[/bold]
 
 unmask audit                                             our own masking, on the English that every Python carries
-unmask audit --recipe tiny --set objective.choose=word --text notes.txt --tokenizer runs/notes/latest
+unmask audit --recipe tiny --set objective.mask_unit=whole-word --text notes.txt --tokenizer runs/notes/latest
 unmask audit transformers:whole-word --text notes.txt --tokenizer pieces
 unmask audit mylab.masks:hide --text notes.txt --tokenizer pieces --rate 0.3 --split 100/0/0 --json
 
@@ -91,23 +91,23 @@ def audit(
     its module, which runs it. The same command finds the same, number for number.
     """
     from unmask.checks.audit import audit as judge
-    from unmask.checks.audit.settings import AuditSettings
+    from unmask.checks.audit.settings import AuditConfig
     from unmask.cli.data import patient
     from unmask.tokenization.words import detect_words
     from unmask.training.pretrain import for_stream
     from unmask.training.recipe import load_recipe
 
-    watched = AuditSettings(samples, length, min(16, max(2, samples // 64)), epochs, workers, ranks, seed, seeds)
-    flags = {"text.errors": errors, "text.document": document, "text.field": field}
+    watched = AuditConfig(samples, length, min(16, max(2, samples // 64)), epochs, workers, ranks, seed, seeds)
+    flags = {"data.errors": errors, "data.document": document, "data.field": field}
     whole = load_recipe(recipe, settings or (), {key: value for key, value in flags.items() if value is not None})
     display = for_stream(sys.stderr)
     try:
         shown = patient(display)
         texts = _texts(text or [], whole)
         opened = _tokenizer(tokenizer, texts, whole, shown)
-        rule = whole.text.words
-        words = detect_words("".join(texts)[:200_000]) if rule == "by-script" else rule
-        taken = _masker(masker, whole, opened, words, seed, progress, display.say)
+        rule = whole.data.words
+        words = detect_words("".join(texts)[:200_000]) if rule == "auto" else rule
+        taken = _masker(masker, whole, opened, words, seed, progress, display.message)
         taken.claims = _claims(taken.claims, rate, split, units)
         report = judge(taken, texts, opened, settings=watched, words=words, progress=shown)
     finally:
@@ -133,7 +133,7 @@ def _texts(named: Sequence[str], recipe: Recipe) -> list[str]:
     from unmask.training.demo import english_of_python
 
     if named:
-        return list(some_text(open_source(named, recipe.text), MOST_CHARACTERS))
+        return list(some_text(open_source(named, recipe.data), MOST_CHARACTERS))
     return english_of_python(_ENGLISH_CHARACTERS)
 
 
@@ -142,7 +142,7 @@ def _tokenizer(path: Path | None, texts: Sequence[str], recipe: Recipe, progress
 
     if path is not None:
         return open_tokenizer(path)
-    return train_tokenizer(iter(texts), recipe.text.tokenizer, progress)
+    return train_tokenizer(iter(texts), recipe.data.tokenizer, progress)
 
 
 def _masker(
@@ -153,20 +153,20 @@ def _masker(
     seed: int,
     progress: float,
     say: Callable[[str], object],
-) -> Ours | Function | Collator:
+) -> ObjectiveMasker | Function | Collator:
     """The masker that a person named."""
-    from unmask.checks.audit.maskers import LIBRARY, Ours, claims_of_settings, library_collator, masker_of
+    from unmask.checks.audit.maskers import LIBRARY, ObjectiveMasker, claims_of_settings, library_collator, masker_of
     from unmask.checks.audit.settings import Claims
     from unmask.core.plugins import find_object
-    from unmask.objectives.masking import MaskingSettings
+    from unmask.objectives.masking import MaskingConfig
 
     if name == OURS:
         from unmask.training.setup import build_objective
 
         asked = recipe.objective
-        claims = claims_of_settings(asked, progress) if isinstance(asked, MaskingSettings) else Claims()
+        claims = claims_of_settings(asked, progress) if isinstance(asked, MaskingConfig) else Claims()
         objective = build_objective(recipe, tokenizer, words, say)
-        return Ours(objective, recipe.seed, f"unmask, recipe {recipe.name}", claims, progress)
+        return ObjectiveMasker(objective, recipe.seed, f"unmask, recipe {recipe.name}", claims, progress)
     if name.partition(":")[0] == LIBRARY:
         return library_collator(name, tokenizer, seed)
     return masker_of(find_object(name), tokenizer, recipe.seed)
@@ -183,7 +183,7 @@ def _claims(own: Claims, rate: float | None, split: str | None, units: str | Non
         except ValueError:
             shares = []
         if len(shares) != 3:
-            raise RecipeError(f"`{split}` is no split", where="--split", next="write three shares: --split 80/10/10")
+            raise RecipeError(f"`{split}` is no split", location="--split", hint="write three shares: --split 80/10/10")
         changed.update(zip(("mask", "random", "keep"), shares, strict=True))
     if units is not None:
         changed["units"] = units
@@ -233,9 +233,9 @@ BROKEN = 2  # the exit code where a law is broken: a person can mend it
 CHECK_EXAMPLES = """\
 [bold]Examples[/bold]
 
-unmask check mylab.spans:Spans
-unmask check mylab.spans:Spans --settings mean_words=4
-unmask check mylab.logs:LogLines access.log            a source, with what it shall read
+unmask check-plugin mylab.spans:Spans
+unmask check-plugin mylab.spans:Spans --settings mean_words=4
+unmask check-plugin mylab.logs:LogLines access.log            a source, with what it shall read
 """
 
 
@@ -246,17 +246,17 @@ def check_plugin_command(
         list[str] | None, typer.Option("--settings", metavar="KEY=VALUE", help="One of its settings; may be repeated.")
     ] = None,
     role: Annotated[
-        Literal["objective", "cutter", "source"] | None,
+        Literal["objective", "sampler", "source"] | None,
         typer.Option(help="What it shall be.", show_default="told by its methods"),
     ] = None,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Check an objective, a cutter or a source of your own by the laws that ours keep.
+    """Check an objective, a sampler or a source of your own by the laws that ours keep.
 
     The module is imported, which runs it. Exit code 2 where a law is broken.
     """
-    from unmask.checks.plugins import check as checked_by_laws
+    from unmask.checks.plugins import check_plugin as checked_by_laws
 
     checked = checked_by_laws(kind, settings or (), texts or (), role or "")
     if as_json:
@@ -267,19 +267,19 @@ def check_plugin_command(
         raise typer.Exit(BROKEN)
 
 
-def _print_check(checked: Checked) -> None:
+def _print_check(checked: CheckReport) -> None:
     yes, no = ("✓", "✗") if (sys.stdout.encoding or "").lower().startswith("utf") else ("ok", "NO")
-    print(checked.said)
+    print(checked.notes)
     for line in checked.settings.splitlines()[1:]:
         print(f"  {line}")
     print()
-    wide = max(len(verdict.law) for verdict in checked.verdicts)
-    for verdict in checked.verdicts:
-        print(f"{yes if verdict.passed else no:<2} {verdict.law:<{wide}}  {verdict.sentence.splitlines()[0]}")
+    wide = max(len(verdict.check) for verdict in checked.results)
+    for verdict in checked.results:
+        print(f"{yes if verdict.passed else no:<2} {verdict.check:<{wide}}  {verdict.sentence.splitlines()[0]}")
         if verdict.detail:
             print(textwrap.indent(textwrap.fill(verdict.detail, 110), "     "))
-    kept = sum(verdict.passed for verdict in checked.verdicts)
-    print(f"\n{kept} of {len(checked.verdicts)} laws are kept")
+    kept = sum(verdict.passed for verdict in checked.results)
+    print(f"\n{kept} of {len(checked.results)} laws are kept")
     if not checked.passed:
-        first = next(verdict for verdict in checked.verdicts if not verdict.passed)
-        print(f'  next:  mend "{first.law}" first, then check again; docs/extending.md has an example that keeps all')
+        first = next(verdict for verdict in checked.results if not verdict.passed)
+        print(f'  next:  mend "{first.check}" first, then check again; docs/extending.md has an example that keeps all')

@@ -40,10 +40,10 @@ if TYPE_CHECKING:
 INSPECT_EXAMPLES = """\
 [bold]Examples[/bold]
 
-unmask text look notes.txt
-unmask text look notes/ --recipe char --seed 3
-unmask text look "posts/*.jsonl.gz" --field body --errors skip
-unmask text look notes.txt --tokenizer runs/notes/latest --json
+unmask data inspect notes.txt
+unmask data inspect notes/ --recipe char --seed 3
+unmask data inspect "posts/*.jsonl.gz" --field body --errors skip
+unmask data inspect notes.txt --tokenizer runs/notes/latest --json
 """
 _HISTOGRAM_WIDTH = 30
 _BLOCKS = " ▏▎▍▌▋▊▉█"
@@ -73,16 +73,16 @@ def inspect(
     from unmask.training.pretrain import for_stream
     from unmask.training.recipe import load_recipe
 
-    flags = {"text.errors": errors, "text.document": document, "text.field": field}
+    flags = {"data.errors": errors, "data.document": document, "data.field": field}
     whole = load_recipe(recipe, settings or (), {key: value for key, value in flags.items() if value is not None})
     given = None if tokenizer is None else open_tokenizer(tokenizer)
-    source = open_text(texts, whole.text)
+    source = open_text(texts, whole.data)
     display = for_stream(sys.stderr)
     try:
         report = look_at(
             source,
-            whole.text,
-            [stage.length for stage in whole.stage],
+            whole.data,
+            [stage.max_seq_len for stage in whole.stage],
             patient(display),
             seed=seed,
             tokenizer=given,
@@ -101,7 +101,7 @@ def patient(display: Display) -> Callable[[str, float], None]:
 
     def progress(what: str, share: float) -> None:
         if time.monotonic() - began >= _PATIENCE_SECONDS:
-            display.preparing(what, share)
+            display.progress(what, share)
 
     return progress
 
@@ -152,7 +152,7 @@ def _rows(report: Report) -> Iterator[tuple[str, str]]:
     one = report.lengths
     most = f"eight of ten between {one.tenth:,} and {one.ninetieth:,}, the longest {one.longest:,}"
     yield "lengths", f"{one.median:,} characters in the median, {most}"
-    yield "words", in_words(report.words) + (" (what its script asks for)" if report.words_by == "by-script" else "")
+    yield "words", in_words(report.words) + (" (what its script asks for)" if report.words_by == "auto" else "")
     scripts = [f"{name.title()} {share:.1%}" for name, share in report.alphabet.scripts.items() if share >= 0.0005]
     yield "letters", f"{report.alphabet.distinct:,} different characters" + "".join(f", {one}" for one in scripts[:6])
     if foreign := "  ".join(f"{one.character} {count(one.count)}" for one in report.alphabet.foreign):
@@ -165,7 +165,7 @@ def _rows(report: Report) -> Iterator[tuple[str, str]]:
             "tokenizer",
             (
                 f"{found.kind} of {found.vocabulary:,}"
-                + (f", trained on {count(found.sample_characters)} characters" if found.trained else "")
+                + (f", trained on {count(found.max_train_chars)} characters" if found.trained else "")
                 + f": {found.characters_per_token:.2f} characters per token, {found.unknown_share:.3%} [UNK]"
             ),
         )
@@ -223,9 +223,9 @@ def _cut(example: Example) -> Text:
 PREPARE_EXAMPLES = """\
 [bold]Examples[/bold]
 
-unmask text build notes/ --recipe modern-tiny
-unmask text build notes.txt --tokenizer pieces --json
-unmask text build notes.txt --set text.tokenizer.vocab=16384
+unmask data prepare notes/ --recipe modern-tiny
+unmask data prepare notes.txt --tokenizer pieces --json
+unmask data prepare notes.txt --set data.tokenizer.vocab_size=16384
 """
 
 
@@ -250,11 +250,11 @@ def prepare(
     from unmask.training.pretrain import for_stream
     from unmask.training.recipe import load_recipe
 
-    flags = {"text.errors": errors, "text.document": document, "text.field": field}
+    flags = {"data.errors": errors, "data.document": document, "data.field": field}
     overrides: dict[str, Any] = {key: value for key, value in flags.items() if value is not None}
     if tokenizer is not None:
-        overrides |= {"text.tokenizer.kind": "file", "text.tokenizer.path": str(tokenizer_at(tokenizer))}
-    chosen = load_recipe(recipe, settings or (), overrides).text
+        overrides |= {"data.tokenizer.kind": "file", "data.tokenizer.path": str(tokenizer_at(tokenizer))}
+    chosen = load_recipe(recipe, settings or (), overrides).data
     begun = time.perf_counter()
     source = open_text(texts, chosen)
     display = for_stream(sys.stderr)
@@ -262,7 +262,7 @@ def prepare(
 
     def progress(stage: str, share: float) -> None:
         made.append(stage) if stage not in made else None
-        display.preparing(stage, share)
+        display.progress(stage, share)
 
     try:
         corpus = prepare(source, chosen, default_cache(), progress)
@@ -281,7 +281,7 @@ def prepare(
             }
         )
         return
-    for sentence in corpus.said:
+    for sentence in corpus.notes:
         print(sentence)
     print(f"shards: {corpus.folder}")
     if was_there:

@@ -29,7 +29,7 @@ INTERRUPTED, FAULT = 130, 1
 debug_everywhere: list[bool] = []  # filled by `unmask --debug VERB`
 
 
-def answered(verb: Callable[Arguments, None]) -> Callable[Arguments, None]:
+def handle_errors(verb: Callable[Arguments, None]) -> Callable[Arguments, None]:
     """The verb, whose errors end it with a message and the right exit code."""
 
     @functools.wraps(verb)
@@ -48,12 +48,12 @@ def answered(verb: Callable[Arguments, None]) -> Callable[Arguments, None]:
         except Exception as error:
             if debug:
                 traceback.print_exc()
-            raise typer.Exit(_told(error)) from error
+            raise typer.Exit(report_error(error)) from error
 
     return run
 
 
-def _told(error: Exception) -> int:
+def report_error(error: Exception) -> int:
     """Say what happened on standard error; the exit code."""
     if isinstance(error, UnmaskError):
         complain("error:", str(error))
@@ -70,9 +70,9 @@ def _told(error: Exception) -> int:
         complain("stopped:", str(error).removeprefix("stopped "))
         return code
     crash_file = getattr(error, "crash_file", None)
-    from unmask.core.plugins import culprit
+    from unmask.core.plugins import user_frame
 
-    if place := culprit(error):
+    if place := user_frame(error):
         kept = crash_file or "--debug shows it"
         complain(
             "a fault in your module:",

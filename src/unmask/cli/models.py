@@ -19,7 +19,7 @@ from unmask.cli.options import Debug, Json, open_model, print_json
 from unmask.core.errors import TextError, UnmaskError
 
 if TYPE_CHECKING:
-    from unmask.models.fill_mask import Filled
+    from unmask.models.fill_mask import FillMaskResult
     from unmask.models.model import Model
 
 
@@ -66,7 +66,7 @@ def fill(
     if from_input:
         given += _lines(sys.stdin.buffer.read(), "standard input")
     if not given:
-        raise TextError("there is no text", next='give one with [MASK] in it: "The cat sat on the [MASK]."')
+        raise TextError("there is no text", hint='give one with [MASK] in it: "The cat sat on the [MASK]."')
     filled = answers(opened, given, top)
     if as_json:
         print_json([asdict(one) for one in filled])
@@ -91,7 +91,9 @@ def _read(file: Path) -> bytes:
     try:
         return file.read_bytes()
     except OSError as error:
-        raise TextError(f"this file can't be read: {error.strerror}", where=str(file), next="check the path") from error
+        raise TextError(
+            f"this file can't be read: {error.strerror}", location=str(file), hint="check the path"
+        ) from error
 
 
 def _lines(content: bytes, where: str) -> list[str]:
@@ -101,7 +103,7 @@ def _lines(content: bytes, where: str) -> list[str]:
         lines = [line.removesuffix("\r") for line in content.decode("utf-8-sig").split("\n")]
     except UnicodeDecodeError as error:
         raise TextError(
-            "this text is not UTF-8", where=f"{where}, byte {error.start}", next="convert it: iconv -t UTF-8"
+            "this text is not UTF-8", location=f"{where}, byte {error.start}", hint="convert it: iconv -t UTF-8"
         ) from error
     return [line for line in lines if line.strip()]
 
@@ -111,11 +113,11 @@ def _checked(text: str) -> str:
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
-        raise TextError("this text is not UTF-8", where=ascii(text[:60]), next="give it in UTF-8") from error
+        raise TextError("this text is not UTF-8", location=ascii(text[:60]), hint="give it in UTF-8") from error
     return text
 
 
-def print_filled(filled: Sequence[Filled]) -> None:
+def print_filled(filled: Sequence[FillMaskResult]) -> None:
     """Answers for a person: bars in a terminal, the filled texts in a pipe."""
     from rich.cells import cell_len
     from rich.console import Console
@@ -132,8 +134,8 @@ def print_filled(filled: Sequence[Filled]) -> None:
             pieces = [visible(candidate.shown) for candidate in mask.candidates]
             wide = max(cell_len(piece) for piece in pieces)
             for piece, candidate in zip(pieces, mask.candidates, strict=True):
-                line = Text(f"    {piece}{' ' * (wide - cell_len(piece))}  {candidate.probability:>6.1%}  ")
-                bar = _bar(candidate.probability) if console.is_terminal else visible(candidate.text)
+                line = Text(f"    {piece}{' ' * (wide - cell_len(piece))}  {candidate.score:>6.1%}  ")
+                bar = _bar(candidate.score) if console.is_terminal else visible(candidate.sequence)
                 console.print(line.append(bar, "green" if console.is_terminal else ""))
         print()
 
@@ -169,7 +171,7 @@ def evaluate(
         typer.Option(help="Bytes that are not UTF-8 and broken rows: refuse, replace, or skip."),
     ] = "strict",
     field: Annotated[str, typer.Option(help="Where the text of a .jsonl line or a table stands.")] = "text",
-    at_most: Annotated[
+    max_size: Annotated[
         str | None,
         typer.Option(metavar="AMOUNT", help='Read no further: "2M characters".', show_default="all of it"),
     ] = None,
@@ -180,26 +182,26 @@ def evaluate(
 
     Bits per character compare models of one tokenizer only.
     """
-    from unmask.core.distributed import discover
-    from unmask.core.quantities import Amount
+    from unmask.core.distributed import init_distributed
+    from unmask.core.quantities import Quantity
     from unmask.evaluation.validation import evaluate_text
 
     held = evaluate_text(
         open_model(model),
         texts,
-        world=discover("float32"),
+        world=init_distributed("float32"),
         length=length,
         document=document,
         errors=errors,
         field=field,
-        at_most=Amount.parse(at_most).require("characters").number if at_most else float("inf"),
+        max_size=Quantity.parse(max_size).require("characters").number if max_size else float("inf"),
     )
     if as_json:
         print_json(asdict(held))
         return
     print(f"loss                {held.loss:.4f} nats per hidden token")
     print(f"unigram loss        {held.unigram_loss:.4f} (a guess that knows how often each token stands in this text)")
-    print(f"accuracy            {held.accuracy:.2%} of {held.asked:,} hidden tokens")
+    print(f"accuracy            {held.accuracy:.2%} of {held.masked_tokens:,} hidden tokens")
     print(f"bits per character  {held.bits_per_character:.4f}")
     print(f"unknown tokens      {held.unknown_share:.3%} (left out)")
     print(f"text length         {held.length} slots at most")
@@ -240,7 +242,7 @@ def export(
     if as_json:
         print_json(asdict(done))
         return
-    for sentence in done.said:
+    for sentence in done.notes:
         print(sentence)
     if done.parity is None:
         print("unverified: nothing was compared with transformers")
@@ -275,10 +277,12 @@ def import_(
     model = import_model(folder, out, force=force, seed=seed)
     if as_json:
         print_json(
-            {"path": model.path, "kind": model.settings.kind, "said": model.said, "vocabulary": model.tokenizer.size}
+            {"path": model.path, "kind": model.settings.kind, "notes": model.notes, "vocabulary": model.tokenizer.size}
         )
         return
-    for sentence in model.said:
+    for sentence in model.notes:
         print(sentence)
-    shape = f"{model.settings.layers} layers of {model.settings.width}, {model.tokenizer.size:,} pieces"
+    shape = (
+        f"{model.settings.num_hidden_layers} layers of {model.settings.hidden_size}, {model.tokenizer.size:,} pieces"
+    )
     print(f"written   {model.path}: {model.settings.kind}, {shape}")

@@ -91,7 +91,7 @@ def tokenizer_at(path: Path) -> Path:
         return find_checkpoint(path)
     if not os.path.lexists(path):
         raise TokenizerError(
-            "there is nothing at this path", where=str(path), next="give a folder with a tokenizer.json"
+            "there is nothing at this path", location=str(path), hint="give a folder with a tokenizer.json"
         )
     return path
 

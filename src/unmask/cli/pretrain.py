@@ -36,7 +36,7 @@ from unmask.core.errors import RecipeError, RunError
 if TYPE_CHECKING:
     from unmask.training.display import Display
     from unmask.training.pretrain import Result
-    from unmask.training.warm_start import Start
+    from unmask.training.warm_start import WarmStart
 
 
 PRETRAIN_EXAMPLES = """\
@@ -47,7 +47,7 @@ unmask pretrain notes/ --budget "30 min" --out runs/notes
 unmask pretrain "posts/**/*.jsonl.zst" --field body       a field of each line; also .csv, .tsv and .parquet
 unmask pretrain notes.txt:0.7 dataset:imdb:0.3            seven tokens in ten from your notes
 zcat notes.gz | unmask pretrain -                         standard input
-unmask pretrain play.txt --recipe char --set stage.0.length=64
+unmask pretrain play.txt --recipe char --set stage.0.max_seq_len=64
 unmask pretrain notes.txt --dry-run                       the forecast alone
 unmask pretrain notes.txt --valid news=valid_news.txt     measure a text of yours at each validation
 unmask pretrain law.txt --from runs/notes                 go on from a model, ours or one of transformers
@@ -83,8 +83,9 @@ def pretrain(
         int | None, typer.Option(min=1, metavar="N", help="With --from: add N pieces learnt from the text.")
     ] = None,
     resume: Annotated[Path | None, typer.Option(metavar="RUN", help="Go on with a run that stopped.")] = None,
-    elsewhere: Annotated[
-        bool, typer.Option("--elsewhere", help="With --resume: accept a machine that computes other bits.")
+    allow_different_environment: Annotated[
+        bool,
+        typer.Option("--allow-different-environment", help="With --resume: accept a machine that computes other bits."),
     ] = False,
     threads: Threads = None,
     errors: Errors = None,
@@ -101,14 +102,17 @@ def pretrain(
     An explicit flag beats --set, which beats the recipe. Ctrl-C saves and names the command that resumes.
     """
     overrides: dict[str, Any] = {
-        "train.budget": budget, "seed": seed, "train.threads": threads, "text.errors": errors,
-        "text.document": document, "text.field": field,
+        "train.budget": budget, "seed": seed, "train.threads": threads, "data.errors": errors,
+        "data.document": document, "data.field": field,
     }  # fmt: skip
     if valid:
-        overrides["text.valid"] = _named(valid)
+        overrides["data.valid"] = _named(valid)
     if resume is None:
-        if elsewhere:
-            raise RunError("--elsewhere says how to resume", next="name the run: --resume RUN --elsewhere")
+        if allow_different_environment:
+            raise RunError(
+                "--allow-different-environment says how to resume",
+                hint="name the run: --resume RUN --allow-different-environment",
+            )
     else:
         _refuse_with_resume({
             "TEXT": texts, "--recipe": recipe, "--out": out, "--seed": seed, "--threads": threads, "--errors": errors,
@@ -120,7 +124,13 @@ def pretrain(
 
     display = _display(as_json=as_json, quiet=quiet)
     if resume is not None:
-        result = go_on(resume, budget=budget, settings=settings or (), display=display, elsewhere=elsewhere)
+        result = go_on(
+            resume,
+            budget=budget,
+            settings=settings or (),
+            display=display,
+            allow_different_environment=allow_different_environment,
+        )
     else:
         name = recipe or ("continue" if start else "tiny")
         result = launch(
@@ -159,17 +169,17 @@ def demo(
     ])  # fmt: skip
 
 
-def _start(model: Path | None, pieces: int | None) -> Start | None:
+def _start(model: Path | None, pieces: int | None) -> WarmStart | None:
     """What --from and --extend-vocabulary say."""
     if model is None:
         if pieces:
             what = "--extend-vocabulary adds to the vocabulary of a model"
-            mend = "name the model: --from MODEL; else set the size: --set text.tokenizer.vocab=8192"
-            raise RecipeError(what, next=mend)
+            mend = "name the model: --from MODEL; else set the size: --set data.tokenizer.vocab_size=8192"
+            raise RecipeError(what, hint=mend)
         return None
-    from unmask.training.warm_start import Start
+    from unmask.training.warm_start import WarmStart
 
-    return Start.open(model, pieces or 0)
+    return WarmStart.open(model, pieces or 0)
 
 
 def _display(*, as_json: bool, quiet: bool) -> Display:
@@ -189,7 +199,7 @@ def _refuse_with_resume(given: Mapping[str, Any]) -> None:
         if value not in (None, []):
             raise RunError(
                 f"{name} can't be given together with --resume: the run remembers what it was started with",
-                next="leave it out; beside --budget, --set and --elsewhere nothing may change",
+                hint="leave it out; beside --budget, --set and --allow-different-environment nothing may change",
             )
 
 
@@ -200,9 +210,11 @@ def _named(valid: Sequence[str]) -> dict[str, str]:
         name, equals, path = given.partition("=")
         if not equals or not path or not name:
             what = "a validation text without a name"
-            raise RecipeError(what, where=f"--valid {given}", next="name it: --valid news=news.txt")
+            raise RecipeError(what, location=f"--valid {given}", hint="name it: --valid news=news.txt")
         if name in named:
-            raise RecipeError(f"`{name}` names two texts", where=f"--valid {given}", next="give each a name of its own")
+            raise RecipeError(
+                f"`{name}` names two texts", location=f"--valid {given}", hint="give each a name of its own"
+            )
         named[name] = path
     return named
 
@@ -210,7 +222,7 @@ def _named(valid: Sequence[str]) -> dict[str, str]:
 def _free_folder(name: str) -> Path:
     """runs/NAME-1, or the first number that is free."""
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise RunError("several ranks need one folder", next="name it: --out RUN")
+        raise RunError("several ranks need one folder", hint="name it: --out RUN")
     return next(path for number in itertools.count(1) if not (path := Path("runs") / f"{name}-{number}").exists())
 
 

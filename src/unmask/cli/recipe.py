@@ -21,7 +21,7 @@ SHOW_RECIPE_EXAMPLES = """\
 [bold]Examples[/bold]
 
 unmask recipe show tiny
-unmask recipe show tiny --set stage.0.length=256 > mine.toml
+unmask recipe show tiny --set stage.0.max_seq_len=256 > mine.toml
 """
 CHECK_RECIPE_EXAMPLES = """\
 [bold]Examples[/bold]
@@ -53,7 +53,7 @@ def show_recipe(
 ) -> None:
     """Show a recipe with every value, defaults filled in, and the size of its model."""
     from unmask.core.config import dump_config
-    from unmask.core.plugins import said
+    from unmask.core.plugins import describe
     from unmask.training.recipe import load_recipe
 
     recipe = load_recipe(name, settings or ())
@@ -61,7 +61,7 @@ def show_recipe(
     if as_json:
         print_json(tomllib.loads(text) | {"size": size})
     else:
-        told = [*map(said, recipe.outside), *_in_words(size)]
+        told = [*map(describe, recipe.outside), *_in_words(size)]
         comments = (f"# {' '.join(line.split())}\n" for line in told)  # so that it stays a recipe
         print("".join(comments) + text, end="")
 
@@ -72,25 +72,25 @@ def _pieces(recipe: Recipe) -> tuple[int, str]:
     from unmask.tokenization.settings import BYTES
     from unmask.tokenization.tokenizer import Tokenizer
 
-    tokenizer = recipe.text.tokenizer
+    tokenizer = recipe.data.tokenizer
     if tokenizer.kind == "characters":
         return ASSUMED["characters"], "assumed: the text decides"
     if tokenizer.kind == "bytes":
-        return BYTES + len(tokenizer.specials), "bytes and special pieces"
+        return BYTES + len(tokenizer.special_tokens), "bytes and special pieces"
     if tokenizer.kind == "file" or tokenizer.kind == "extended":
-        more = tokenizer.pieces if tokenizer.kind == "extended" else 0
+        more = tokenizer.num_new_tokens if tokenizer.kind == "extended" else 0
         try:
             return Tokenizer.load(tokenizer.path).size + more, str(tokenizer.path)
         except TokenizerError:
             return ASSUMED["file"], f"assumed: {tokenizer.path} can't be read here"
-    return tokenizer.vocab, "text.tokenizer.vocab"
+    return tokenizer.vocab_size, "data.tokenizer.vocab_size"
 
 
 def _size(recipe: Recipe) -> dict[str, Any]:
     """Parameters and arithmetic of a recipe's model."""
     from unmask.models import flops_per_token, parameters, parameters_beside_the_table
 
-    (pieces, source), encoder, rate = _pieces(recipe), recipe.encoder, recipe.objective.asked_share
+    (pieces, source), encoder, rate = _pieces(recipe), recipe.model, recipe.objective.masked_fraction
     return {
         "vocabulary": pieces,
         "vocabulary_from": source,
@@ -98,7 +98,7 @@ def _size(recipe: Recipe) -> dict[str, Any]:
         "parameters_beside_the_table": parameters_beside_the_table(encoder, pieces),
         "parameters_per_piece": parameters(encoder, pieces + 1) - parameters(encoder, pieces),
         "stage": [
-            {"length": stage.length, "flops_per_token": flops_per_token(encoder, pieces, stage.length, rate)}
+            {"length": stage.max_seq_len, "flops_per_token": flops_per_token(encoder, pieces, stage.max_seq_len, rate)}
             for stage in recipe.stage
         ],
     }
@@ -123,10 +123,10 @@ def check_recipe(
     debug: Debug = False,
 ) -> None:
     """Check a recipe: every key, value and unit. A module of your own that it names is imported, which runs it."""
-    from unmask.core.plugins import said
+    from unmask.core.plugins import describe
     from unmask.training.recipe import load_recipe
 
     whole = load_recipe(name, settings or ())
     for kind in whole.outside:
-        print(said(kind))
+        print(describe(kind))
     print(f"{name} is a recipe: {len(whole.stage)} stage{'s' * (len(whole.stage) > 1)}, budget {whole.train.budget}")

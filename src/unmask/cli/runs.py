@@ -18,7 +18,7 @@ import typer
 from unmask.cli.options import Debug, Json, print_json
 
 if TYPE_CHECKING:
-    from unmask.training.runs import Past
+    from unmask.training.runs import RunSummary
 
 
 RUNS_EXAMPLES = """\
@@ -52,7 +52,7 @@ def runs(
     if not pasts:
         print(f"no runs in {folder}")
         return
-    groups: dict[str, list[Past]] = {}
+    groups: dict[str, list[RunSummary]] = {}
     for past in pasts:  # a group stands where its newest run does
         groups.setdefault(past.tokenizer, []).append(past)
     damaged = groups.pop("", [])
@@ -67,17 +67,17 @@ def runs(
         print(f"{_name(past, folder)}: {past.state}: {' '.join(past.problem.split())}")
 
 
-def _as_json(past: Past, differ: Sequence[str]) -> dict[str, Any]:
+def _as_json(past: RunSummary, differ: Sequence[str]) -> dict[str, Any]:
     told = asdict(past)
     told["settings"] = {key: told["settings"][key] for key in differ if key in told["settings"]}
     return told
 
 
-def _name(past: Past, folder: Path) -> str:
+def _name(past: RunSummary, folder: Path) -> str:
     return str(past.run.relative_to(folder)) if past.run != folder else str(past.run)
 
 
-def _row(past: Past, folder: Path) -> list[str]:
+def _row(past: RunSummary, folder: Path) -> list[str]:
     from unmask.core.format import count, duration
 
     def shown(value: float | None, form: str) -> str:
@@ -97,7 +97,7 @@ def _row(past: Past, folder: Path) -> list[str]:
     ]
 
 
-def _value(past: Past, key: str) -> str:
+def _value(past: RunSummary, key: str) -> str:
     value = past.settings.get(key, "")
     return ("true" if value else "false") if isinstance(value, bool) else str(value)
 

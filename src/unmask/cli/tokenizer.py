@@ -27,15 +27,15 @@ if TYPE_CHECKING:
 TRAIN_TOKENIZER_EXAMPLES = """\
 [bold]Examples[/bold]
 
-unmask tokenizer train notes.txt --vocab 120 --out words
-unmask tokenizer train notes.txt --kind bpe --vocab 400 --set lowercase=true --out pieces
+unmask tokenizer train notes.txt --vocab-size 120 --out words
+unmask tokenizer train notes.txt --kind bpe --vocab-size 400 --set lowercase=true --out pieces
 unmask tokenizer train notes.txt --kind bytes --out bytes
 """
 SHOW_TOKENIZER_EXAMPLES = """\
 [bold]Examples[/bold]
 
-unmask tokenizer look pieces "An unbelievable story."
-unmask tokenizer look runs/notes --file notes.txt --json
+unmask tokenizer show pieces "An unbelievable story."
+unmask tokenizer show runs/notes --file notes.txt --json
 """
 COMPARE_TOKENIZERS_EXAMPLES = """\
 [bold]Examples[/bold]
@@ -46,8 +46,8 @@ _COLOURS = ("cyan", "yellow", "green", "magenta")
 _NO_WIDTH = 1000  # a pipe has none; programs and people cut its lines themselves
 
 Words = Annotated[
-    Literal["by-script", "spaces", "characters", "jieba", "sudachi"],
-    typer.Option(help="What a word is (text.words of a recipe)."),
+    Literal["auto", "spaces", "characters", "jieba", "sudachi"],
+    typer.Option(help="What a word is (data.words of a recipe)."),
 ]
 
 
@@ -57,7 +57,7 @@ def train_tokenizer(
     kind: Annotated[
         Literal["wordpiece", "bpe", "unigram", "bytes", "characters"], typer.Option(help="The kind of tokenizer.")
     ] = "wordpiece",
-    vocab: Annotated[
+    vocab_size: Annotated[
         int | None, typer.Option(help="Pieces, special ones included.", show_default="the kind's: 8192")
     ] = None,
     settings: Annotated[
@@ -69,27 +69,30 @@ def train_tokenizer(
     field: Field = None,
     debug: Debug = False,
 ) -> None:
-    """Train a tokenizer: a folder that transformers, tokenizers and text.tokenizer.path open."""
-    from unmask.core.files import new_folder
+    """Train a tokenizer: a folder that transformers, tokenizers and data.tokenizer.path open."""
+    from unmask.core.files import atomic_directory
     from unmask.tokenization.analysis import some_text
     from unmask.tokenization.settings import VOCABULARY_AT
     from unmask.tokenization.tokenizer import train_tokenizer
 
     if os.path.lexists(out):
-        raise RunError("this exists already", where=str(out), next="name another folder with --out, or remove it")
-    chosen = _settings(kind, vocab, settings or [])
+        raise RunError("this exists already", location=str(out), hint="name another folder with --out, or remove it")
+    chosen = _settings(kind, vocab_size, settings or [])
     source = _source(texts, errors, document, field)
-    most = getattr(chosen, "sample_characters", sys.maxsize)
+    most = getattr(chosen, "max_train_chars", sys.maxsize)
     try:
         with _progress() as progress:
             tokenizer = train_tokenizer(some_text(source, most), chosen, progress)
     except TokenizerError as error:  # which speaks of a recipe's keys
-        following = error.next.replace(f"--set {VOCABULARY_AT}=", "--vocab ").replace(
+        following = error.hint.replace(f"--set {VOCABULARY_AT}=", "--vocab-size ").replace(
             "kind = 'characters'", "--kind characters"
         )
-        where, following = (text.replace("text.tokenizer.", "--") for text in (error.where, following))
-        raise TokenizerError(error.what, where=where, next=following) from error
-    with new_folder(out) as aside:
+        where, following = (
+            text.replace("data.tokenizer.vocab_size", "--vocab-size").replace("data.tokenizer.", "--")
+            for text in (error.location, following)
+        )
+        raise TokenizerError(error.message, location=where, hint=following) from error
+    with atomic_directory(out) as aside:
         tokenizer.save(aside)
     print(f"{out}: {kind}, {tokenizer.size:,} pieces")
 
@@ -99,7 +102,7 @@ def show_tokenizer(
     text: Annotated[str | None, typer.Argument(metavar="TEXT", help="The text to cut.")] = None,
     file: Annotated[Path | None, typer.Option(help="A file whose beginning is cut.")] = None,
     characters: Annotated[int, typer.Option(min=1, help="How much of a file is cut.")] = 1000,
-    words: Words = "by-script",
+    words: Words = "auto",
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
@@ -110,13 +113,13 @@ def show_tokenizer(
 
     opened = open_tokenizer(tokenizer)
     if (text is None) == (file is None):
-        raise RecipeError("give a text or a file, one of them", next='unmask tokenizer look TOKENIZER "some text"')
+        raise RecipeError("give a text or a file, one of them", hint='unmask tokenizer show TOKENIZER "some text"')
     given = text if text is not None else "\n".join(some_text(_source([str(file)]), characters))
     if not given.strip():
-        raise TextError("there is no text", where=str(file or ""), next="give some letters to cut")
+        raise TextError("there is no text", location=str(file or ""), hint="give some letters to cut")
     if text is not None:  # a prompt: its [MASK] is the mask, whatever the tokenizer calls it
         given = given.replace(MASK, opened.id_to_token(opened.mask_id))
-    rule = detect_words(given) if words == "by-script" else words
+    rule = detect_words(given) if words == "auto" else words
     found = cuts(opened, given, rule, is_prompt=text is not None)
     if as_json:
         print_json({"text": given, "tokens": [asdict(cut) for cut in found]})
@@ -128,7 +131,7 @@ def compare_tokenizers(
     tokenizers: Annotated[list[Path], typer.Argument(metavar="TOKENIZER...", help=TOKENIZER_HELP)],
     texts: Annotated[list[str], typer.Option("--text", metavar="FILE", help="A text to cut; may be repeated.")],
     characters: Annotated[int, typer.Option(min=1, help="How much of each text is read.")] = 1_000_000,
-    words: Words = "by-script",
+    words: Words = "auto",
     errors: Errors = None,
     document: Rule = None,
     field: Field = None,
@@ -144,8 +147,8 @@ def compare_tokenizers(
     for text in texts:
         held = list(some_text(_source([text], errors, document, field), characters))
         if not any(one.strip() for one in held):
-            raise TextError("there is no text", where=text, next="give a file with text in it")
-        rule = detect_words("".join(held)[:200_000]) if words == "by-script" else words
+            raise TextError("there is no text", location=text, hint="give a file with text in it")
+        rule = detect_words("".join(held)[:200_000]) if words == "auto" else words
         for name, tokenizer in opened:
             rows.append({"text": text, "tokenizer": name, "words_by": rule, **asdict(measure(tokenizer, held, rule))})
     if as_json:
@@ -154,34 +157,36 @@ def compare_tokenizers(
     _print_table(rows)
 
 
-def _settings(kind: str, vocab: int | None, sets: Sequence[str]) -> Any:
+def _settings(kind: str, vocab_size: int | None, sets: Sequence[str]) -> Any:
     """The settings of a kind, with what was changed on the command line."""
     from unmask.core.config import apply_set, build_config
     from unmask.tokenization.settings import (
-        ByteBpeSettings,
-        ByteSettings,
-        CharacterSettings,
-        UnigramSettings,
-        WordPieceSettings,
+        ByteBpeConfig,
+        ByteConfig,
+        CharacterConfig,
+        UnigramConfig,
+        WordPieceConfig,
     )
 
-    kinds: list[type[Any]] = [WordPieceSettings, ByteBpeSettings, UnigramSettings, ByteSettings, CharacterSettings]
+    kinds: list[type[Any]] = [WordPieceConfig, ByteBpeConfig, UnigramConfig, ByteConfig, CharacterConfig]
     chosen = next(one for one in kinds if one.kind == kind)
-    tree: Any = {"kind": kind} if vocab is None else {"kind": kind, "vocab": vocab}
+    tree: Any = {"kind": kind} if vocab_size is None else {"kind": kind, "vocab_size": vocab_size}
     for text in sets:
         tree = apply_set(tree, text)
     if tree["kind"] != kind:
-        raise RecipeError("the kind is said twice", where="--set kind", next=f"use --kind {tree['kind']} alone")
-    if vocab is not None and not hasattr(chosen, "vocab"):
-        raise RecipeError(f"a tokenizer of {kind} has no size to choose", where="--vocab", next="leave --vocab out")
-    return build_config(chosen, tree, "the command line", sets, {"vocab": "--vocab"})
+        raise RecipeError("the kind is said twice", location="--set kind", hint=f"use --kind {tree['kind']} alone")
+    if vocab_size is not None and not hasattr(chosen, "vocab_size"):
+        raise RecipeError(
+            f"a tokenizer of {kind} has no size to choose", location="--vocab-size", hint="leave --vocab-size out"
+        )
+    return build_config(chosen, tree, "the command line", sets, {"vocab_size": "--vocab-size"})
 
 
 def _source(texts: Sequence[str], errors: Errors = None, document: Rule = None, field: Field = None) -> FileSource:
-    from unmask.data.settings import TextSettings
+    from unmask.data.settings import DataConfig
     from unmask.data.sources import open_source
 
-    plain = TextSettings()
+    plain = DataConfig()
     return open_source(
         texts,
         replace(

@@ -23,21 +23,21 @@ from typing import Annotated, Any, Final, Literal, TypeVar, Union, cast, get_arg
 import tomli_w
 
 from unmask.core.errors import RecipeError
-from unmask.core.plugins import NoSettings, Outside, find, guarded, is_outside, settings_class
-from unmask.core.quantities import UNIT_EXAMPLES, Amount, Share, nearest
+from unmask.core.plugins import NoConfig, PluginConfig, find, is_outside, settings_class, wrap_plugin_errors
+from unmask.core.quantities import UNIT_EXAMPLES, Fraction, Quantity, closest_match
 
 Tree = dict[str, Any]  # what TOML reads as: tables, lists, texts, numbers, true and false
 _TOP: Final = 1 << 30  # the layer of all that is set by hand, above every recipe
 
 
-class _Laid(Tree):
+class LayeredTable(Tree):
     """A table that remembers in which layer each key was given: `build` leaves out what lies below another kind."""
 
     def __init__(self, table: Tree) -> None:
         super().__init__(table)
         self.layers: dict[str, int] = {key: layer_of(table, key) for key in table}
 
-    def lay(self, key: str, value: Any, layer: int) -> None:
+    def set(self, key: str, value: Any, layer: int) -> None:
         if key != "kind" or self.get(key) != value:  # who repeats the kind chooses none
             self.layers[key] = layer
         self[key] = value
@@ -45,7 +45,7 @@ class _Laid(Tree):
 
 def layer_of(table: Tree, key: str) -> int:
     """In which layer a key was given; 0 in a table that nothing was laid on, and for a key that isn't there."""
-    return table.layers.get(key, 0) if isinstance(table, _Laid) else 0
+    return table.layers.get(key, 0) if isinstance(table, LayeredTable) else 0
 
 
 def merge(base: Tree, over: Tree, layer: int = 0) -> Tree:
@@ -53,20 +53,20 @@ def merge(base: Tree, over: Tree, layer: int = 0) -> Tree:
 
     `layer` is the layer that `over` is; without one, the next above all of `base`.
     """
-    merged = _Laid(base)
+    merged = LayeredTable(base)
     layer = layer or 1 + max(merged.layers.values(), default=0)
     for key, value in over.items():
         below = base.get(key)
         both_tables = isinstance(below, dict) and isinstance(value, dict)
-        laid = merge(cast("Tree", below), cast("Tree", value), layer) if both_tables else value
-        merged.lay(key, laid, layer)
+        packed = merge(cast("Tree", below), cast("Tree", value), layer) if both_tables else value
+        merged.set(key, packed, layer)
     return merged
 
 
 def apply_set(tree: Tree, text: str) -> Tree:
     """The tree with one `key=value` laid on it; the right side is read as TOML and, where that fails, as a string.
 
-    Keys are dotted; a whole number is an entry of a list, counted from 0: `stage.1.length=256` is the second stage.
+    Keys are dotted; a whole number is an entry of a list, counted from 0: `stage.1.max_seq_len=256` is the second stage.
 
     Raises:
         RecipeError: no "=", no key, a list entry that isn't there, or a key below something that is no table.
@@ -75,7 +75,7 @@ def apply_set(tree: Tree, text: str) -> Tree:
     where = f"--set {text}"
     if not equals or not all(part.strip() for part in key.split(".")):
         raise RecipeError(
-            "a setting is a dotted key, = and a value", where=where, next='--set "train.every.save=20 steps"'
+            "a setting is a dotted key, = and a value", location=where, hint='--set "train.every.save=20 steps"'
         )
     right = right.strip()
     try:
@@ -109,24 +109,26 @@ def _assigned(below: Any, path: Sequence[str], depth: int, value: Any, where: st
             if len(entries) < 2:
                 have = "one entry, which is number 0" if entries else "no entry"
                 mend = f"{done}.0, or the whole list: {done}=[...]" if entries else f"the whole list: {done}=[...]"
-            raise RecipeError(f"there is no `{done}.{part}`: `{done}` has {have}", where=where, next=f"set {mend}")
+            raise RecipeError(f"there is no `{done}.{part}`: `{done}` has {have}", location=where, hint=f"set {mend}")
         at = int(part)
         return [*entries[:at], _assigned(entries[at], path, depth + 1, value, where), *entries[at + 1 :]]
     if not isinstance(below, dict):
-        raise RecipeError(f"`{done}` is a single value: it has no `{part}`", where=where, next=f"set `{done}` itself")
+        raise RecipeError(
+            f"`{done}` is a single value: it has no `{part}`", location=where, hint=f"set `{done}` itself"
+        )
     table = cast("Tree", below)
     if part not in table and depth + 1 < len(path) and path[depth + 1].isdecimal():
         listed = ".".join(path[: depth + 1])
         raise RecipeError(
-            f"there is no list `{listed}` in this recipe", where=where, next=f"set it whole: {listed}=[...]"
+            f"there is no list `{listed}` in this recipe", location=where, hint=f"set it whole: {listed}=[...]"
         )
-    assigned = _Laid(table)
-    assigned.lay(part, _assigned(table.get(part, {}), path, depth + 1, value, where), _TOP)
+    assigned = LayeredTable(table)
+    assigned.set(part, _assigned(table.get(part, {}), path, depth + 1, value, where), _TOP)
     return assigned
 
 
 Settings = TypeVar("Settings")
-OutsideKind = TypeVar("OutsideKind", bound=Outside)
+PluginKind = TypeVar("PluginKind", bound=PluginConfig)
 
 
 # TOML on disk -------------------------------------------------------------------------------------------------------
@@ -142,17 +144,17 @@ def load_toml(path: Path | Traversable) -> Tree:
         text = path.read_text(encoding="utf-8")
     except OSError as error:
         reason = error.strerror or str(error)
-        raise RecipeError(f"this recipe can't be read: {reason}", where=str(path), next="check the path") from error
+        raise RecipeError(f"this recipe can't be read: {reason}", location=str(path), hint="check the path") from error
     except UnicodeDecodeError as error:
         message = f"this recipe is not UTF-8 text (byte {error.start})"
-        raise RecipeError(message, where=str(path), next="save it as UTF-8") from error
+        raise RecipeError(message, location=str(path), hint="save it as UTF-8") from error
     try:
         return tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
         found = re.search(r" \(at line (\d+), column \d+\)$", str(error))
         line = int(found[1]) if found else text.count("\n") + 1
         reason = str(error).partition(" (at ")[0]
-        raise RecipeError(f"not TOML: {reason}", where=f"{path}, line {line}", next="mend that line") from error
+        raise RecipeError(f"not TOML: {reason}", location=f"{path}, line {line}", hint="mend that line") from error
 
 
 def _shipped_folder() -> Traversable:
@@ -176,11 +178,11 @@ def _find(name: str, beside: Path | None, shipped: Traversable) -> Path | Traver
     path = (beside or Path()) / name
     if os.path.isfile(path):  # Path.is_file raises where a name is too long to be one
         return path
-    near = nearest(name, names)
+    near = closest_match(name, names)
     raise RecipeError(
         f"unknown recipe `{name}`" + (f": did you mean `{near}`?" if near else ""),
-        where=str(path) if name.endswith(".toml") else "",
-        next=f"name one of {', '.join(names) or 'none that are shipped'}, or a TOML file that exists",
+        location=str(path) if name.endswith(".toml") else "",
+        hint=f"name one of {', '.join(names) or 'none that are shipped'}, or a TOML file that exists",
     )
 
 
@@ -202,7 +204,7 @@ def resolve_recipe(name_or_path: str | Path, *, shipped: Traversable | None = No
         place = str(file.resolve() if isinstance(file, Path) else file)
         if place in chain:
             circle = " -> ".join(Path(link).name for link in [*chain[chain.index(place) :], place])
-            raise RecipeError(f"these recipes extend each other: {circle}", where=place, next="break the circle")
+            raise RecipeError(f"these recipes extend each other: {circle}", location=place, hint="break the circle")
         chain.append(place)
         tree = load_toml(file)
         parent = tree.pop("extends", None)
@@ -210,7 +212,7 @@ def resolve_recipe(name_or_path: str | Path, *, shipped: Traversable | None = No
         if parent is None:
             break
         if not isinstance(parent, str):
-            raise RecipeError("`extends` names one recipe", where=f"{place}: extends", next='write extends = "tiny"')
+            raise RecipeError("`extends` names one recipe", location=f"{place}: extends", hint='write extends = "tiny"')
         name, beside = parent, file.parent if isinstance(file, Path) else None
     whole: Tree = {}
     for tree in reversed(below):
@@ -236,12 +238,12 @@ class _Place:
     def error(self, what: str, next: str = "") -> RecipeError:
         for key, text in self.flags.items():  # a flag beats what was set
             if f"{self.key}.".startswith(f"{key}."):
-                return RecipeError(what, where=text, next=next)
+                return RecipeError(what, location=text, hint=next)
         for text in reversed(self.sets):  # the last one to touch this key, or a table around it, is to blame
             name = text.partition("=")[0].strip()
             if f"{self.key}.".startswith(f"{name}."):
-                return RecipeError(what, where=f"--set {text}: {self.key}", next=next)
-        return RecipeError(what, where=": ".join(filter(None, (self.where, self.key))), next=next)
+                return RecipeError(what, location=f"--set {text}: {self.key}", hint=next)
+        return RecipeError(what, location=": ".join(filter(None, (self.where, self.key))), hint=next)
 
 
 _SPOKEN: Final[Mapping[Any, str]] = {
@@ -250,8 +252,8 @@ _SPOKEN: Final[Mapping[Any, str]] = {
     float: "a number",
     str: "text in quotes",
     Path: "a path in quotes",
-    Share: 'a share such as "60%"',
-    Amount: 'an amount such as "300 s"',
+    Fraction: 'a share such as "60%"',
+    Quantity: 'an amount such as "300 s"',
     list: "a list",
     tuple: "a list",
     dict: "a table",
@@ -293,13 +295,13 @@ def build_config(
     return cast("Settings", _table((settings,), tree, _Place(where, tuple(sets), flags or {})))
 
 
-def build_outside(role: type[OutsideKind], tree: Tree, where: str, sets: Sequence[str] = ()) -> OutsideKind:
+def build_plugin(role: type[PluginKind], tree: Tree, where: str, sets: Sequence[str] = ()) -> PluginKind:
     """A kind from outside and its settings, from a table of its own.
 
     Raises:
         RecipeError: as by `build`; or the kind names nothing that can be what `role` says.
     """
-    return cast("OutsideKind", _from_outside(role, tree, _Place(where, tuple(sets), {})))
+    return cast("PluginKind", _from_plugin(role, tree, _Place(where, tuple(sets), {})))
 
 
 def _kinds(member: Any) -> tuple[str, ...]:
@@ -308,11 +310,11 @@ def _kinds(member: Any) -> tuple[str, ...]:
 
 def _table(members: Sequence[Any], tree: Tree, place: _Place) -> Any:
     """One of the dataclasses `members`, chosen by the table's `kind`; without one, the first."""
-    inside = [member for member in members if not issubclass(member, Outside)]
-    outside = [member for member in members if issubclass(member, Outside)]
+    inside = [member for member in members if not issubclass(member, PluginConfig)]
+    outside = [member for member in members if issubclass(member, PluginConfig)]
     chosen = inside[0]
     if "kind" in tree and outside and is_outside(tree["kind"]):
-        return _from_outside(outside[0], tree, place)
+        return _from_plugin(outside[0], tree, place)
     if "kind" in tree and len(members) > 1:
         fitting = [member for member in inside if tree["kind"] in _kinds(member)]
         if not fitting:
@@ -331,17 +333,17 @@ def _above_its_kind(tree: Tree, others: Collection[str]) -> Tree:
     return {k: v for k, v in tree.items() if k not in others or layer_of(tree, k) >= layer_of(tree, "kind")}
 
 
-def _from_outside(member: type[Outside], tree: Tree, place: _Place) -> Outside:
+def _from_plugin(member: type[PluginConfig], tree: Tree, place: _Place) -> PluginConfig:
     """A kind from outside and its own settings, walked as any other's."""
     kind = cast("str", tree["kind"])
     try:
         cls = find(kind, member)
         chosen = settings_class(cls)
-        hints: dict[str, Any] = guarded(
+        hints: dict[str, Any] = wrap_plugin_errors(
             f"the types of `{cls.__name__}.Settings` can't be read", lambda: get_type_hints(chosen), cls
         )
     except RecipeError as error:
-        raise place.inside("kind").error(error.what, error.next) from error
+        raise place.inside("kind").error(error.message, error.hint) from error
     tree = _above_its_kind(tree, set(tree) - set(hints) - {"kind"})
     if "kind" not in hints:
         tree = {key: value for key, value in tree.items() if key != "kind"}
@@ -355,13 +357,13 @@ def _from_outside(member: type[Outside], tree: Tree, place: _Place) -> Outside:
     return member(kind, settings)
 
 
-def _filled(chosen: Any, tree: Tree, place: _Place, kind: str = "", cls: type = NoSettings) -> Any:
+def _filled(chosen: Any, tree: Tree, place: _Place, kind: str = "", cls: type = NoConfig) -> Any:
     """The dataclass `chosen` with what its table says; `kind` and its class are given for one from outside."""
     fields = [field for field in dataclasses.fields(chosen) if field.init]
     hints, known = get_type_hints(chosen), [field.name for field in fields]
     for key in tree:
         if key not in known:
-            near = nearest(key, known)
+            near = closest_match(key, known)
             whose = kind or (_kinds(chosen)[0] if "kind" in known else "")
             what = f"unknown key `{key}`{f' of kind `{whose}`' if whose else ''}"
             keys = f"the keys here are {', '.join(known)}" if known else "there are no keys here"
@@ -375,13 +377,13 @@ def _filled(chosen: Any, tree: Tree, place: _Place, kind: str = "", cls: type = 
             )
     try:
         return (
-            guarded(f"the settings of `{kind}` are refused", lambda: chosen(**values), cls)
+            wrap_plugin_errors(f"the settings of `{kind}` are refused", lambda: chosen(**values), cls)
             if kind
             else chosen(**values)
         )
     except RecipeError as error:
         # Settings may say in `where` which of their own fields is at fault.
-        raise (place.inside(error.where) if error.where else place).error(error.what, error.next) from error
+        raise (place.inside(error.location) if error.location else place).error(error.message, error.hint) from error
 
 
 def _choice(choices: Sequence[Any], value: Any, place: _Place, *, or_outside: bool = False) -> Any:
@@ -389,7 +391,11 @@ def _choice(choices: Sequence[Any], value: Any, place: _Place, *, or_outside: bo
     for choice in choices:
         if type(choice) is type(value) and choice == value:
             return choice
-    near = nearest(value, [choice for choice in choices if isinstance(choice, str)]) if isinstance(value, str) else ""
+    near = (
+        closest_match(value, [choice for choice in choices if isinstance(choice, str)])
+        if isinstance(value, str)
+        else ""
+    )
     what = f"unknown choice {_shown(value)}" + (f": did you mean {_shown(near)}?" if near else "")
     own = ", or name a class of your own: package.module:Name" if or_outside else ""
     raise place.error(what, next=f"choose one of {', '.join(map(_shown, choices))}{own}")
@@ -401,7 +407,7 @@ def _value(hint: Any, value: Any, place: _Place) -> Any:
         hint = get_args(hint)[0]
     if get_origin(hint) in (Union, UnionType):
         return _either([member for member in get_args(hint) if member is not NoneType], value, place)
-    if dataclasses.is_dataclass(hint) and hint not in (Share, Amount) and isinstance(value, dict):
+    if dataclasses.is_dataclass(hint) and hint not in (Fraction, Quantity) and isinstance(value, dict):
         return _table((hint,), cast("Tree", value), place)
     if get_origin(hint) is Literal:
         return _choice(get_args(hint), value, place)
@@ -410,12 +416,12 @@ def _value(hint: Any, value: Any, place: _Place) -> Any:
     if (get_origin(hint) or hint) in (dict, Mapping) and isinstance(value, dict):
         inner = get_args(hint)[1]
         return {key: _value(inner, entry, place.inside(key)) for key, entry in cast("Tree", value).items()}
-    if hint in (Share, Amount) and isinstance(value, str):
+    if hint in (Fraction, Quantity) and isinstance(value, str):
         try:
             return hint.parse(value)
         except RecipeError as error:
-            raise place.error(error.what, error.next) from error
-    if hint is Amount and type(value) in (int, float):
+            raise place.error(error.message, error.hint) from error
+    if hint is Quantity and type(value) in (int, float):
         raise place.error(f"`{value}` needs a unit: {UNIT_EXAMPLES}", next=f'write it in quotes, as in "{value} steps"')
     if hint is Path and isinstance(value, str):
         return Path(value)
@@ -428,12 +434,12 @@ def _value(hint: Any, value: Any, place: _Place) -> Any:
 
 def _either(members: Sequence[Any], value: Any, place: _Place) -> Any:
     """A value as the member of a union that it is meant as."""
-    tables = [member for member in members if dataclasses.is_dataclass(member) and member not in (Share, Amount)]
+    tables = [member for member in members if dataclasses.is_dataclass(member) and member not in (Fraction, Quantity)]
     if isinstance(value, dict) and tables:
         return _table(tables, cast("Tree", value), place)
     plain = [member for member in members if member not in tables]
-    if Share in plain and Amount in plain and isinstance(value, str):
-        plain.remove(Amount if value.rstrip().endswith("%") else Share)
+    if Fraction in plain and Quantity in plain and isinstance(value, str):
+        plain.remove(Quantity if value.rstrip().endswith("%") else Fraction)
     refused: list[RecipeError] = []
     for member in plain:
         try:
@@ -443,7 +449,7 @@ def _either(members: Sequence[Any], value: Any, place: _Place) -> Any:
     if len(refused) == 1:
         raise refused[0]
     wanted = " or ".join(map(_spoken, members))
-    raise place.error(f"{_shown(value)} is not {wanted}", next=refused[-1].next if refused else f"write {wanted}")
+    raise place.error(f"{_shown(value)} is not {wanted}", next=refused[-1].hint if refused else f"write {wanted}")
 
 
 def _entries(hints: tuple[Any, ...], value: list[Any], place: _Place) -> tuple[Any, ...]:
@@ -463,9 +469,9 @@ def dump_config(settings: object) -> str:
 
 def _written(value: Any) -> Any:
     """A settings value as TOML holds it; a field that is None is left out, so None must be its default."""
-    if isinstance(value, Share | Amount | Path):
+    if isinstance(value, Fraction | Quantity | Path):
         return str(value)
-    if isinstance(value, Outside):
+    if isinstance(value, PluginConfig):
         return {"kind": value.kind, **_written(value.settings)}
     if dataclasses.is_dataclass(value):
         held = {field.name: getattr(value, field.name) for field in dataclasses.fields(value) if field.init}

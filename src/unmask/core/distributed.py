@@ -22,12 +22,12 @@ from torch import Tensor, nn
 from unmask.core.errors import RecipeError
 from unmask.core.hardware import cores, has_bfloat16, processor_name
 
-Precision = Literal["by-machine", "bfloat16", "float32"]
-Device = Literal["by-machine", "cpu", "cuda", "mps"]
+Precision = Literal["auto", "bfloat16", "float32"]
+Device = Literal["auto", "cpu", "cuda", "mps"]
 
 
 @dataclass(frozen=True)
-class World:
+class DistributedContext:
     """One process's view: which of how many it is, where its tensors live and how they are multiplied."""
 
     device: torch.device
@@ -37,7 +37,7 @@ class World:
     ranks: int = 1
 
     @property
-    def first(self) -> bool:
+    def is_main_process(self) -> bool:
         """Whether this process writes files and speaks."""
         return self.rank == 0
 
@@ -74,7 +74,7 @@ class World:
         if self.ranks > 1:
             distributed.barrier()
 
-    def facts(self) -> dict[str, Any]:
+    def describe(self) -> dict[str, Any]:
         """What bits depend on: imposed on resume, or the run stops and names the difference."""
         return {
             "device": self.device.type,
@@ -85,9 +85,9 @@ class World:
         }
 
 
-def discover(
-    precision: Precision = "by-machine", threads: int | Literal["all"] = "all", device: Device = "by-machine"
-) -> World:
+def init_distributed(
+    precision: Precision = "auto", threads: int | Literal["auto"] = "auto", device: Device = "auto"
+) -> DistributedContext:
     """Look at the machine, start the process group where torchrun asks for one, and set threads and determinism.
 
     By the machine means a CUDA device where there is one, else the processor. Apple's GPU ("mps") is taken only where
@@ -108,10 +108,10 @@ def discover(
         distributed.init_process_group("nccl" if cuda else "gloo")
         atexit.register(_leave)
     usable = max(1, cores() // local_ranks)
-    wanted = usable if threads == "all" else threads
+    wanted = usable if threads == "auto" else threads
     if not 1 <= wanted <= cores():
         raise RecipeError(
-            f"{wanted} threads on {cores()} cores", where="train.threads", next=f'choose 1 to {cores()}, or "all"'
+            f"{wanted} threads on {cores()} cores", location="train.threads", hint=f'choose 1 to {cores()}, or "auto"'
         )
     torch.set_num_threads(wanted)
     if kind == "cpu":
@@ -124,11 +124,11 @@ def discover(
             "this processor has no bfloat16 instructions, so bfloat16 would only be slower"
             if kind == "cpu"
             else "bfloat16 was never tried on this device",
-            where="train.precision",
-            next='use "float32" or "by-machine"',
+            location="train.precision",
+            hint='use "float32" or "auto"',
         )
     chosen = "bfloat16" if fast and precision != "float32" else "float32"
-    return World(device=place, precision=chosen, threads=wanted, rank=rank, ranks=ranks)
+    return DistributedContext(device=place, precision=chosen, threads=wanted, rank=rank, ranks=ranks)
 
 
 def _leave() -> None:
@@ -139,16 +139,16 @@ def _leave() -> None:
 
 def _device_kind(device: Device, ranks: int) -> Literal["cpu", "cuda", "mps"]:
     """What a recipe's device is on this machine."""
-    if device == "by-machine":
+    if device == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     there = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available() and ranks == 1}
     if not there[device]:
         what = "several ranks on Apple's GPU" if device == "mps" and ranks > 1 else f"there is no {device} device here"
-        raise RecipeError(what, where="train.device", next='use "by-machine" or "cpu"')
+        raise RecipeError(what, location="train.device", hint='use "auto" or "cpu"')
     return device
 
 
-def device_note(world: World) -> str:
+def device_note(world: DistributedContext) -> str:
     """A sentence where a GPU of the machine is left alone, or one is taken that nobody has tried; else nothing."""
     if world.device.type == "mps":
         return "Apple's GPU (mps) is written for and was never tried: watch the loss, expect no bit-identical resume"
@@ -157,7 +157,7 @@ def device_note(world: World) -> str:
     return ""
 
 
-def load_warning(world: World) -> str:
+def load_warning(world: DistributedContext) -> str:
     """A sentence where other processes keep the cores busy: two threads on two busy cores are slower than one."""
     if world.device.type != "cpu" or world.threads == 1 or not hasattr(os, "getloadavg"):
         return ""
@@ -168,7 +168,7 @@ def load_warning(world: World) -> str:
     return f"other processes keep {busy:.1f} of {cores()} cores busy; {advice}"
 
 
-def matmul_rate(shapes: Iterable[tuple[int, int, int]], world: World, seconds: float = 0.15) -> float:
+def matmul_rate(shapes: Iterable[tuple[int, int, int]], world: DistributedContext, seconds: float = 0.15) -> float:
     """Floating-point operations per second of plain matrix products of these shapes (rows, inner, columns)."""
     dtype = torch.bfloat16 if world.precision == "bfloat16" else torch.float32
     pairs = [

@@ -23,13 +23,13 @@ class UnmaskError(ValueError):
 
     exit_code = 2
 
-    def __init__(self, what: str, *, where: str = "", next: str = "") -> None:
-        self.what, self.where, self.next = what, where, next
-        lines = [what]
-        if where:
-            lines.append(f"  where: {where}")
-        if next:
-            lines.append(f"  next:  {next}")
+    def __init__(self, message: str, *, location: str = "", hint: str = "") -> None:
+        self.message, self.location, self.hint = message, location, hint
+        lines = [message]
+        if location:
+            lines.append(f"  where: {location}")
+        if hint:
+            lines.append(f"  next:  {hint}")
         super().__init__("\n".join(lines))
 
 

@@ -60,7 +60,7 @@ def _sync(path: Path) -> None:
 
 
 @contextmanager
-def saying_where(path: Path) -> Generator[None]:
+def wrap_os_errors(path: Path) -> Generator[None]:
     """Turn the system's refusal to write into a message that names the place and the mend."""
     try:
         yield
@@ -68,8 +68,8 @@ def saying_where(path: Path) -> Generator[None]:
         reason = getattr(error, "strerror", None) or str(error).removeprefix("Error while serializing: ")
         raise StoreError(
             f"can't write here: {reason}",
-            where=str(getattr(error, "filename", None) or path),
-            next="choose another place (--out), make room on the disk, or give yourself the right to write there",
+            location=str(getattr(error, "filename", None) or path),
+            hint="choose another place (--out), make room on the disk, or give yourself the right to write there",
         ) from error
 
 
@@ -81,7 +81,7 @@ def check_writable(folder: Path) -> None:
     """
     made: list[Path] = []
     try:
-        with saying_where(folder):
+        with wrap_os_errors(folder):
             for place in [*reversed(folder.parents), folder]:
                 if not os.path.lexists(place):
                     place.mkdir()
@@ -96,7 +96,7 @@ def check_writable(folder: Path) -> None:
 
 def write_text(path: Path, text: str) -> None:
     """Replace a small file by another, whole: written aside, synced, renamed."""
-    with saying_where(path):
+    with wrap_os_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         aside = path.with_name(f".{path.name}.{os.getpid()}")
         try:
@@ -124,22 +124,22 @@ def read_json(path: Path) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         what = f"this file can't be read: {error.strerror or error}"
-        raise DamagedError(what, where=str(path), next=_REPLACE_IT) from error
+        raise DamagedError(what, location=str(path), hint=_REPLACE_IT) from error
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise DamagedError(f"not readable as JSON: {error}", where=str(path), next=_REPLACE_IT) from error
+        raise DamagedError(f"not readable as JSON: {error}", location=str(path), hint=_REPLACE_IT) from error
 
 
 _REPLACE_IT = "restore this file from a copy, or remove the folder it is in and make it anew"
 
 
 @contextmanager
-def new_folder(path: Path) -> Generator[Path]:
+def atomic_directory(path: Path) -> Generator[Path]:
     """A folder to fill that appears under its name only when the block ends well; one that stood there is replaced.
 
     A kill at any moment leaves either the old folder or the new one under the name. What a kill left aside is removed
     by the next call for the same name.
     """
-    with saying_where(path):
+    with wrap_os_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         recover(path)
         old = set_aside(path)
@@ -165,24 +165,24 @@ def new_folder(path: Path) -> Generator[Path]:
 
 
 def set_aside(path: Path) -> Path:
-    """Where `new_folder` puts the folder that it is about to replace, for the moment between its two renames."""
+    """Where `atomic_directory` puts the folder that it is about to replace, for the moment between its two renames."""
     return path.parent / f".{path.name}.aside-old"
 
 
 def recover(path: Path) -> None:
-    """Put back a folder that a kill between the two renames of `new_folder` left aside."""
+    """Put back a folder that a kill between the two renames of `atomic_directory` left aside."""
     if set_aside(path).exists() and not path.exists():
         os.rename(set_aside(path), path)
 
 
-def point(link: Path, target: str) -> bool:
+def write_pointer(link: Path, target: str) -> bool:
     """Make `link` name `target` (relative to the link's folder), replacing what it named before in one step.
 
     Returns:
         Whether it is a symbolic link. Where none can be made (a file system or an account without them; Windows, where
         none can be replaced in one step) it is a small file with the name in it; `pointed` reads both.
     """
-    with saying_where(link):
+    with wrap_os_errors(link):
         aside = link.with_name(f".{link.name}.{os.getpid()}")
         aside.unlink(missing_ok=True)
         linked = os.name != "nt"
@@ -199,7 +199,7 @@ def point(link: Path, target: str) -> bool:
     return linked
 
 
-def pointed(link: Path) -> Path | None:
+def read_pointer(link: Path) -> Path | None:
     """What `point` made `link` name, whether or not it exists; None where this is neither a link nor such a file."""
     if link.is_symlink():
         return link.parent / link.readlink()
@@ -210,8 +210,8 @@ def pointed(link: Path) -> Path | None:
     return None
 
 
-def seal(folder: Path) -> None:
-    """Write down size and digest of the files of a folder, so that `check_seal` can find damage later.
+def write_manifest(folder: Path) -> None:
+    """Write down size and digest of the files of a folder, so that `verify_manifest` can find damage later.
 
     Folders inside have seals of their own: a step folder without its resume/ is still a whole model.
     """
@@ -223,7 +223,7 @@ def seal(folder: Path) -> None:
     write_json(folder / DIGESTS, entries)
 
 
-def check_seal(folder: Path) -> None:
+def verify_manifest(folder: Path) -> None:
     """Compare a sealed folder with what was written down.
 
     Raises:
@@ -231,19 +231,21 @@ def check_seal(folder: Path) -> None:
     """
     entries: Mapping[str, Mapping[str, Any]] = read_json(folder / DIGESTS)
     if not all(set(entry) == {"bytes", "digest"} for entry in entries.values()):
-        raise DamagedError("not the seal that was written", where=str(folder / DIGESTS), next=_REPLACE_IT)
+        raise DamagedError("not the seal that was written", location=str(folder / DIGESTS), hint=_REPLACE_IT)
     for name, entry in entries.items():
         file = folder / name
         if not file.is_file():
-            raise DamagedError("a file of this folder is missing", where=str(file), next=_REPLACE_IT)
+            raise DamagedError("a file of this folder is missing", location=str(file), hint=_REPLACE_IT)
         if file.stat().st_size != entry["bytes"]:
             raise DamagedError(
                 f"this file holds {file.stat().st_size:,} bytes where {entry['bytes']:,} were written",
-                where=str(file),
-                next=_REPLACE_IT,
+                location=str(file),
+                hint=_REPLACE_IT,
             )
         if file_digest(file) != entry["digest"]:
-            raise DamagedError("the bytes of this file have changed since writing", where=str(file), next=_REPLACE_IT)
+            raise DamagedError(
+                "the bytes of this file have changed since writing", location=str(file), hint=_REPLACE_IT
+            )
 
 
 def default_cache() -> Path:

@@ -1,4 +1,4 @@
-"""Room card: kinds from outside: a person's own objective, cutter or source, named "package.module:Name".
+"""Room card: kinds from outside: a person's own objective, sampler or source, named "package.module:Name".
 
 Comes in: such a name, the settings that stood beside it in a recipe, the tools that its protocol promises. Goes out:
 the class, found and checked; an instance; which file was imported and its digest; in which of a person's files an error
@@ -25,7 +25,7 @@ from types import ModuleType
 from typing import Any, ClassVar, Final, cast
 
 from unmask.core.errors import RecipeError, UnmaskError
-from unmask.core.quantities import nearest
+from unmask.core.quantities import closest_match
 
 _NAME: Final = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*")
 _WHERE_MODULES_ARE: Final = "modules are found where Python finds them and in the current folder"
@@ -33,12 +33,12 @@ SAMPLE: Final = "mylab.spans:Spans"
 
 
 @dataclass(frozen=True)
-class NoSettings:
+class NoConfig:
     """What a class without `Settings` is given."""
 
 
 @dataclass(frozen=True)
-class Outside:
+class PluginConfig:
     """A kind from outside with its settings, as a recipe holds it; the subclasses say what it shall be."""
 
     kind: str
@@ -50,43 +50,43 @@ class Outside:
 
 
 @dataclass(frozen=True)
-class OutsideObjective(Outside):
-    """An objective (contracts.Objective), made with contracts.ObjectiveTools."""
+class PluginObjectiveConfig(PluginConfig):
+    """An objective (contracts.Objective), made with contracts.ObjectiveContext."""
 
     role = "objective"
     methods = ("corrupt", "loss")
-    attributes = ("terms", "metrics", "cutter", "parts", "fills")
+    attributes = ("loss_weights", "metrics", "sampler", "modules", "fills")
 
     @property
-    def asked_share(self) -> float:
+    def masked_fraction(self) -> float:
         """Share of the tokens that it asks about, by which costs are forecast; all where its settings don't say."""
-        return float(getattr(self.settings, "asked_share", 1.0))
+        return float(getattr(self.settings, "masked_fraction", 1.0))
 
 
 @dataclass(frozen=True)
-class OutsideCutter(Outside):
-    """A cutter (contracts.Cutter), made with contracts.CutterTools."""
+class PluginSamplerConfig(PluginConfig):
+    """A sampler (contracts.Cutter), made with contracts.SamplerContext."""
 
-    role = "cutter"
+    role = "sampler"
     methods = ("count", "cut")
 
 
 @dataclass(frozen=True)
-class OutsideSource(Outside):
-    """A source (contracts.Source), made with contracts.SourceTools."""
+class PluginSourceConfig(PluginConfig):
+    """A source (contracts.Source), made with contracts.SourceContext."""
 
     role = "source"
     methods = ("parts", "documents")
     attributes = ("fingerprint",)
 
 
-ROLES: Final[Mapping[str, type[Outside]]] = {
-    role.role: role for role in (OutsideObjective, OutsideCutter, OutsideSource)
+PLUGIN_TYPES: Final[Mapping[str, type[PluginConfig]]] = {
+    role.role: role for role in (PluginObjectiveConfig, PluginSamplerConfig, PluginSourceConfig)
 }
 
 
 @dataclass(frozen=True)
-class Found:
+class LoadedModule:
     """A module that was imported for a recipe, as it was at that moment."""
 
     module: ModuleType
@@ -94,7 +94,7 @@ class Found:
     digest: str  # of the file's bytes
 
 
-_found: dict[str, Found] = {}
+_found: dict[str, LoadedModule] = {}
 
 
 # Finding ------------------------------------------------------------------------------------------------------------
@@ -105,7 +105,7 @@ def is_outside(kind: object) -> bool:
     return isinstance(kind, str) and ":" in kind
 
 
-def find(kind: str, role: type[Outside]) -> type:
+def find(kind: str, role: type[PluginConfig]) -> type:
     """The class that a kind names; its module is imported, which runs it.
 
     Raises:
@@ -113,23 +113,23 @@ def find(kind: str, role: type[Outside]) -> type:
             its role asks for.
     """
     if not _NAME.fullmatch(kind):
-        raise RecipeError(f"`{kind}` does not name a class", next=f"write it as package.module:Name, e.g. {SAMPLE}")
+        raise RecipeError(f"`{kind}` does not name a class", hint=f"write it as package.module:Name, e.g. {SAMPLE}")
     module_name, _, name = kind.partition(":")
     found = _imported(module_name, kind)
     place = found.file or module_name
     cls: Any = getattr(found.module, name, None)
     if cls is None:
-        near = nearest(name, [known for known, value in vars(found.module).items() if inspect.isclass(value)])
+        near = closest_match(name, [known for known, value in vars(found.module).items() if inspect.isclass(value)])
         raise RecipeError(
             f"there is no `{name}` in {place}" + (f": did you mean `{near}`?" if near else ""),
-            next="name a class of that module",
+            hint="name a class of that module",
         )
     what = f"`{name}` in {place} is no {role.role}"
     if not inspect.isclass(cls):
-        raise RecipeError(f"{what}: it is a {type(cls).__name__}, not a class", next="name the class, not what it made")
+        raise RecipeError(f"{what}: it is a {type(cls).__name__}, not a class", hint="name the class, not what it made")
     missing = [method for method in role.methods if not callable(getattr(cls, method, None))]
     if missing:
-        raise RecipeError(f"{what}: it has no {_listed(missing)}", next=_suite(role, kind))
+        raise RecipeError(f"{what}: it has no {_listed(missing)}", hint=_suite(role, kind))
     return cls
 
 
@@ -140,19 +140,19 @@ def find_object(name: str) -> Any:
         RecipeError: no such module or name, or an error in the module (its file and line).
     """
     if not _NAME.fullmatch(name):
-        raise RecipeError(f"`{name}` names nothing", next="write it as package.module:name, e.g. mylab.masks:hide")
+        raise RecipeError(f"`{name}` names nothing", hint="write it as package.module:name, e.g. mylab.masks:hide")
     module_name, _, wanted = name.partition(":")
     found = _imported(module_name, name)
     if not hasattr(found.module, wanted):
-        near = nearest(wanted, [known for known in vars(found.module) if not known.startswith("_")])
+        near = closest_match(wanted, [known for known in vars(found.module) if not known.startswith("_")])
         raise RecipeError(
             f"there is no `{wanted}` in {found.file or module_name}" + (f": did you mean `{near}`?" if near else ""),
-            next="name something of that module",
+            hint="name something of that module",
         )
     return getattr(found.module, wanted)
 
 
-def _imported(name: str, kind: str) -> Found:
+def _imported(name: str, kind: str) -> LoadedModule:
     """The module, imported at most once; what its file held is remembered."""
     if name in _found:
         return _found[name]
@@ -166,10 +166,10 @@ def _imported(name: str, kind: str) -> Found:
         missing = error.name or ""
         if not (name == missing or name.startswith(f"{missing}.")):
             raise _fault(error, f"`{kind}` can't be imported") from error
-        near = nearest(name, [file.stem for file in Path(here).glob("*.py")]) if "." not in name else ""
+        near = closest_match(name, [file.stem for file in Path(here).glob("*.py")]) if "." not in name else ""
         raise RecipeError(
             f"there is no module `{missing}`" + (f": did you mean `{near}`?" if near else ""),
-            next=f"{_WHERE_MODULES_ARE} ({here}): install it, or go to the folder that holds it",
+            hint=f"{_WHERE_MODULES_ARE} ({here}): install it, or go to the folder that holds it",
         ) from error
     except UnmaskError:
         raise
@@ -178,7 +178,7 @@ def _imported(name: str, kind: str) -> Found:
     file = str(getattr(module, "__file__", None) or "")
     file = os.path.abspath(file) if file else ""
     digest = hashlib.sha256(Path(file).read_bytes()).hexdigest()[:16] if os.path.isfile(file) else ""
-    return _found.setdefault(name, Found(module, file, digest))
+    return _found.setdefault(name, LoadedModule(module, file, digest))
 
 
 def settings_class(cls: type) -> type:
@@ -187,17 +187,17 @@ def settings_class(cls: type) -> type:
     Raises:
         RecipeError: `Settings` is something else.
     """
-    settings: Any = getattr(cls, "Settings", NoSettings)
+    settings: Any = getattr(cls, "Settings", NoConfig)
     parameters = getattr(settings, "__dataclass_params__", None)
     if not (inspect.isclass(settings) and dataclasses.is_dataclass(settings) and getattr(parameters, "frozen", False)):
         raise RecipeError(
             f"`{cls.__name__}.Settings` in {_file_of(cls)} is no frozen dataclass",
-            next="write @dataclass(frozen=True) above it, with a default for each field",
+            hint="write @dataclass(frozen=True) above it, with a default for each field",
         )
     return settings
 
 
-def guarded(what: str, made: Callable[[], Any], cls: type) -> Any:
+def wrap_plugin_errors(what: str, made: Callable[[], Any], cls: type) -> Any:
     """What `made()` gives; an error in a person's own code becomes one that names file and line.
 
     Raises:
@@ -214,7 +214,7 @@ def guarded(what: str, made: Callable[[], Any], cls: type) -> Any:
 # Making -------------------------------------------------------------------------------------------------------------
 
 
-def make(outside: Outside, tools: object) -> Any:
+def make(outside: PluginConfig, tools: object) -> Any:
     """An instance of the class that a recipe names.
 
     Raises:
@@ -222,34 +222,34 @@ def make(outside: Outside, tools: object) -> Any:
     """
     role = type(outside)
     cls = find(outside.kind, role)
-    made = guarded(f"`{outside.kind}` can't be made", lambda: cls(outside.settings, tools), cls)
+    made = wrap_plugin_errors(f"`{outside.kind}` can't be made", lambda: cls(outside.settings, tools), cls)
 
     def lacking() -> list[str]:
         return [name for name in role.attributes if not hasattr(made, name)]
 
-    missing = guarded(f"`{outside.kind}` can't be asked what it is", lacking, cls)
+    missing = wrap_plugin_errors(f"`{outside.kind}` can't be asked what it is", lacking, cls)
     if missing:
         what = f"`{cls.__name__}` in {_file_of(cls)} is no {role.role}: it has no {_listed(missing)}"
-        raise RecipeError(what, where=outside.kind, next=_suite(role, outside.kind))
+        raise RecipeError(what, location=outside.kind, hint=_suite(role, outside.kind))
     return made
 
 
 # Telling ------------------------------------------------------------------------------------------------------------
 
 
-def plugin_facts(outside: Outside) -> dict[str, str]:
+def plugin_facts(outside: PluginConfig) -> dict[str, str]:
     """What a run remembers of a kind from outside: its name, the module's file and the digest of what stood there."""
     found = _imported(outside.kind.partition(":")[0], outside.kind)
     return {"kind": outside.kind, "file": found.file, "digest": found.digest}
 
 
-def said(outside: Outside) -> str:
+def describe(outside: PluginConfig) -> str:
     """Which code a recipe runs, in a sentence."""
     place = plugin_facts(outside)["file"] or "no file"
     return f"{outside.role}: {outside.kind}, code of your own that this recipe runs, from {place}"
 
 
-def culprit(error: BaseException) -> str:
+def user_frame(error: BaseException) -> str:
     """File, line and function of the innermost frame of an error that lies in a person's own module, if any does.
 
     What lies beside such a module is a person's own as well, except where packages are installed.
@@ -279,7 +279,7 @@ def _fault(error: BaseException, what: str, file: str = "") -> RecipeError:
         step = step.tb_next
     reason = error.msg if isinstance(error, SyntaxError) else str(error)
     message = f"{what}: {type(error).__name__}: {reason}" + (f"\n  at:    {where}" if where else "")
-    return RecipeError(message, next="mend that line; --debug shows the whole traceback")
+    return RecipeError(message, hint="mend that line; --debug shows the whole traceback")
 
 
 def _file_of(cls: type) -> str:
@@ -287,8 +287,8 @@ def _file_of(cls: type) -> str:
     return str(cast("Any", getattr(module, "__file__", None)) or cls.__module__)
 
 
-def _suite(role: type[Outside], kind: str) -> str:
-    return f"`unmask check {kind} --role {role.role}` says what is missing; docs/extending.md has an example"
+def _suite(role: type[PluginConfig], kind: str) -> str:
+    return f"`unmask check-plugin {kind} --role {role.role}` says what is missing; docs/extending.md has an example"
 
 
 def _listed(names: list[str]) -> str:

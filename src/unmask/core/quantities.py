@@ -32,7 +32,7 @@ _UNITS = dict.fromkeys(_SECONDS, "seconds") | {
 UNIT_EXAMPLES = "300 s, 120 steps, 2M tokens or 3 epochs"
 
 
-def nearest(word: str, known: Iterable[str]) -> str:
+def closest_match(word: str, known: Iterable[str]) -> str:
     """The known word most like `word`, or an empty string where none is near."""
     return next(iter(difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)), "")
 
@@ -48,7 +48,7 @@ def _exact(number: float) -> Decimal:
 
 
 @dataclass(frozen=True)
-class Share:
+class Fraction:
     """A part of a whole, written in per cent: "60%"."""
 
     fraction: float
@@ -66,7 +66,7 @@ class Share:
         """
         match = _SHARE.fullmatch(text)
         if not match:
-            raise RecipeError(f"`{text}` is not a share", next='write a share in per cent: "60%"')
+            raise RecipeError(f"`{text}` is not a share", hint='write a share in per cent: "60%"')
         number = Decimal(match[1])
         if number > 100:
             raise RecipeError(f"a share lies between 0% and 100%, not {text.strip()}")
@@ -77,7 +77,7 @@ class Share:
 
 
 @dataclass(frozen=True)
-class Amount:
+class Quantity:
     """A number with its unit."""
 
     number: float
@@ -97,22 +97,22 @@ class Amount:
         """
         match = _AMOUNT.fullmatch(text)
         if not match:
-            raise RecipeError(f"`{text}` is not an amount", next=f"write a number and a unit: {UNIT_EXAMPLES}")
+            raise RecipeError(f"`{text}` is not an amount", hint=f"write a number and a unit: {UNIT_EXAMPLES}")
         plus, digits, power, word = match.groups()
         if not word:
-            raise RecipeError(f"`{text.strip()}` needs a unit: {UNIT_EXAMPLES}", next="add the unit that you mean")
+            raise RecipeError(f"`{text.strip()}` needs a unit: {UNIT_EXAMPLES}", hint="add the unit that you mean")
         unit = _UNITS.get(word.lower())
         if unit is None:
-            near = nearest(word.lower(), _UNITS)
+            near = closest_match(word.lower(), _UNITS)
             known = f"the units are s, min, h, {', '.join(_COUNTED)}; k, M and B stand before one, as in 2M tokens"
-            raise RecipeError(f"unknown unit `{word}`" + (f": did you mean `{near}`?" if near else ""), next=known)
+            raise RecipeError(f"unknown unit `{word}`" + (f": did you mean `{near}`?" if near else ""), hint=known)
         if plus and not relative:
             raise RecipeError(
-                f"`{text.strip()}` adds to something", next="leave out the plus; it prolongs a run: --resume"
+                f"`{text.strip()}` adds to something", hint="leave out the plus; it prolongs a run: --resume"
             )
         number = float(Decimal(digits) * 10 ** _POWERS.get(power or "", 0) * _SECONDS.get(word.lower(), 1))
         if not math.isfinite(number):
-            raise RecipeError(f"`{text.strip()}` is too large to count", next="write a smaller number")
+            raise RecipeError(f"`{text.strip()}` is too large to count", hint="write a smaller number")
         return cls(number, unit, bool(plus))
 
     def require(self, *units: str) -> Self:
@@ -123,7 +123,7 @@ class Amount:
         """
         if self.unit not in units:
             raise RecipeError(
-                f"`{self}` is not an amount of {' or '.join(units)}", next=f"count it in {' or '.join(units)}"
+                f"`{self}` is not an amount of {' or '.join(units)}", hint=f"count it in {' or '.join(units)}"
             )
         return self
 

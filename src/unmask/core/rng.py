@@ -2,7 +2,7 @@
 
 Comes in: a seed, the name of a stream and any integers that say which draw is meant (epoch, sample, offset, ...).
 Goes out: that draw. The same question has the same answer on every machine, in any order, in any process, whatever was
-drawn before: nothing is made, saved or advanced. Called by: masking, cutter, loader, weight initialisation, dropout.
+drawn before: nothing is made, saved or advanced. Called by: masking, sampler, loader, weight initialisation, dropout.
 
 The hash is the finaliser of SplitMix64 (Steele, Lea and Flood 2014) applied after each absorbed integer; test vectors
 stand in tests/test_rng.py, and changing one bit of them changes every run.

@@ -1,6 +1,6 @@
 """Room card: cuts to batches.
 
-Comes in: shards, a cutter, a cursor. Goes out: the next samples of the order until a step's tokens are met, the cursor
+Comes in: shards, a sampler, a cursor. Goes out: the next samples of the order until a step's tokens are met, the cursor
 after them, how they are dealt to ranks and micro-batches, and the batches. Called by: the training loop, validation.
 
 The cursor is one integer, samples since the first; nothing else is kept, so a run resumes at once.
@@ -17,9 +17,9 @@ from typing import Final, Literal, NamedTuple, Protocol
 import numpy as np
 
 from unmask.core.errors import RecipeError
-from unmask.core.plugins import OutsideCutter
-from unmask.core.types import SPECIAL, Batch, Cut, Text, pack
-from unmask.data.sampling import EPOCH_STRIDE, FromOutside, MixedText, Mixture, Windows, is_weighted
+from unmask.core.plugins import PluginSamplerConfig
+from unmask.core.types import SPECIAL, Batch, Sample, SampleSpec, pack
+from unmask.data.sampling import EPOCH_STRIDE, MixedText, Mixture, PluginSampler, WindowSampler, is_weighted
 from unmask.data.sentence_pairs import PairKind, Pairs
 from unmask.data.shards import Shards
 from unmask.tokenization.tokenizer import Tokenizer
@@ -29,50 +29,50 @@ _CHUNKS_KEPT: Final = 4
 
 
 class ChunkCutter(Protocol):
-    """A cutter that gives a stretch of its order at once."""
+    """A sampler that gives a stretch of its order at once."""
 
     def count(self, epoch: int) -> int:
         """Samples in this epoch, the same in each."""
         ...
 
-    def cuts(self, epoch: int, first: int, last: int) -> list[Cut]:
+    def cuts(self, epoch: int, first: int, last: int) -> list[SampleSpec]:
         """The samples at places [first, last) of the epoch's order."""
         ...
 
 
-def read(shards: Shards, cut: Cut, tokenizer: Tokenizer) -> Text:
+def read(shards: Shards, cut: SampleSpec, tokenizer: Tokenizer) -> Sample:
     """Fetch the tokens of a cut and frame them, where the tokenizer has [CLS] and [SEP].
 
     One span becomes `[CLS] … [SEP]`, two become `[CLS] A [SEP] B [SEP]` with the segments of their spans, [CLS] in that
     of the first one and each [SEP] in that of the span before it.
     """
     first, *others = cut.spans
-    ids, marks = tokenizer.framed(shards.ids(*first[:3]), shards.marks(*first[:3]))
+    ids, marks = tokenizer.add_special_tokens(shards.ids(*first[:3]), shards.marks(*first[:3]))
     if not others:
-        return Text(ids, marks, cut.epoch, cut.number, label=cut.label)
-    assert tokenizer.frame is not None, "what parts two spans is [SEP]"
-    end, edge = np.array([tokenizer.frame[1]]), np.array([SPECIAL], dtype=np.uint8)
+        return Sample(ids, marks, cut.epoch, cut.number, pair_label=cut.pair_label)
+    assert tokenizer.cls_sep_ids is not None, "what parts two spans is [SEP]"
+    end, edge = np.array([tokenizer.cls_sep_ids[1]]), np.array([SPECIAL], dtype=np.uint8)
     all_ids, all_marks, segments = [ids], [marks], [np.full(len(ids), first.segment)]
     for span in others:
         all_ids += [shards.ids(*span[:3]).astype(np.int64), end]
         all_marks += [shards.marks(*span[:3]), edge]
         segments.append(np.full(span.last - span.first + 1, span.segment))
     ids, marks = np.concatenate(all_ids), np.concatenate(all_marks)
-    return Text(ids, marks, cut.epoch, cut.number, np.concatenate(segments), cut.label)
+    return Sample(ids, marks, cut.epoch, cut.number, np.concatenate(segments), cut.pair_label)
 
 
 def frame_tokens(tokenizer: Tokenizer, spans: int = 1) -> int:
     """Special tokens around a text of so many spans."""
-    return 0 if tokenizer.frame is None else 1 + spans
+    return 0 if tokenizer.cls_sep_ids is None else 1 + spans
 
 
 class _Chunk(NamedTuple):
-    cuts: list[Cut]
+    cuts: list[SampleSpec]
     ends: list[int]  # tokens of this and all cuts before it in the chunk, frames included
 
 
-class Stream:
-    """The samples of a cutter's order, epoch after epoch."""
+class SampleStream:
+    """The samples of a sampler's order, epoch after epoch."""
 
     def __init__(self, shards: Shards, cutter: ChunkCutter, tokenizer: Tokenizer) -> None:
         assert tokenizer.fingerprint == shards.tokenizer_fingerprint, "these shards were made with another tokenizer"
@@ -82,9 +82,9 @@ class Stream:
         self._frames = [frame_tokens(tokenizer, spans) for spans in range(3)]
         self._kept: dict[tuple[int, int], _Chunk] = {}
 
-    def take(self, cursor: int, tokens: int) -> tuple[list[Cut], int]:
+    def take(self, cursor: int, tokens: int) -> tuple[list[SampleSpec], int]:
         """The next cuts from `cursor` until they hold `tokens` tokens, frames included, and the cursor after them."""
-        taken: list[Cut] = []
+        taken: list[SampleSpec] = []
         while tokens > 0 or not taken:
             epoch, sample = divmod(cursor, self._count)
             number, first = divmod(sample, _CHUNK_SAMPLES)
@@ -96,11 +96,13 @@ class Stream:
             cursor += last - first
         return taken, cursor
 
-    def lengths(self, cuts: Sequence[Cut]) -> list[int]:
+    def lengths(self, cuts: Sequence[SampleSpec]) -> list[int]:
         """Tokens of each cut, its frame included: what `deal` takes."""
         return [cut.tokens + self._frames[len(cut.spans)] for cut in cuts]
 
-    def batch(self, cuts: Sequence[Cut], *, slots: int | None = None, look: Literal["both", "left"] = "both") -> Batch:
+    def batch(
+        self, cuts: Sequence[SampleSpec], *, slots: int | None = None, look: Literal["both", "left"] = "both"
+    ) -> Batch:
         """The batch of these cuts, in the order given."""
         return pack([read(self._shards, cut, self._tokenizer) for cut in cuts], slots=slots, look=look)
 
@@ -115,7 +117,7 @@ class Stream:
         return self._kept[key]
 
 
-def deal(lengths: Sequence[int], ranks: int, micro_tokens: int) -> list[list[list[int]]]:
+def assign_microbatches(lengths: Sequence[int], ranks: int, micro_tokens: int) -> list[list[list[int]]]:
     """Deal a step's samples: for each rank its micro-batches, each a list of indices into `lengths`.
 
     Every rank gets the same number of micro-batches, as few as hold at most `micro_tokens` tokens each (or one text
@@ -172,7 +174,7 @@ class PairSampling:
     short: float = 0.1  # share of the samples that are cut to a random length
 
 
-class StageFeed:
+class StageLoader:
     """A stage's samples: texts of up to `length` slots (special tokens included) in a seeded order, epoch after epoch.
 
     They are windows, or pairs where the objective reads such. Where the texts have weights, windows are mixed; else
@@ -187,9 +189,9 @@ class StageFeed:
         micro_tokens: int,
         seed: int,
         groups: Sequence[MixedText] = (),
-        other: OutsideCutter | PairSampling | None = None,
+        other: PluginSamplerConfig | PairSampling | None = None,
     ) -> None:
-        """`other` is what is read in the place of windows: by a cutter of a person's own, or pairs.
+        """`other` is what is read in the place of windows: by a sampler of a person's own, or pairs.
 
         Raises:
             RecipeError: texts with weights, where windows are not what is cut.
@@ -197,19 +199,21 @@ class StageFeed:
         """
         self._shards = shards
         self._names = [group.name for group in groups]
-        self._framing = frame_tokens(tokenizer, 2 if isinstance(other, PairSampling) else 1)
-        inside = length - self._framing
-        self._cutter: Windows | Mixture | FromOutside | Pairs
+        self._num_special_tokens = frame_tokens(tokenizer, 2 if isinstance(other, PairSampling) else 1)
+        inside = length - self._num_special_tokens
+        self._cutter: WindowSampler | Mixture | PluginSampler | Pairs
         if isinstance(other, PairSampling):
             _refuse_weights(groups, f"pairs ({other.kind})", "objective", "pairs are drawn from all documents alike")
             self._cutter = Pairs(shards, inside, seed, other.kind, short_share=other.short)
         elif other:
-            self._cutter = _from_outside(other, shards, groups, inside, seed)
+            self._cutter = _from_plugin(other, shards, groups, inside, seed)
         elif is_weighted(groups):
-            self._cutter = Mixture(shards.lengths_N, groups, inside, seed, framing=self._framing, stride=EPOCH_STRIDE)
+            self._cutter = Mixture(
+                shards.lengths_N, groups, inside, seed, num_special_tokens=self._num_special_tokens, stride=EPOCH_STRIDE
+            )
         else:
-            self._cutter = Windows(shards.lengths_N, inside, seed)
-        self._stream = Stream(shards, self._cutter, tokenizer)
+            self._cutter = WindowSampler(shards.lengths_N, inside, seed)
+        self._stream = SampleStream(shards, self._cutter, tokenizer)
         self._micro_tokens = micro_tokens
 
     @property
@@ -222,9 +226,9 @@ class StageFeed:
         """Tokens of one epoch, special tokens included; of a mixture, in the mean."""
         if isinstance(self._cutter, Mixture):
             return self._cutter.epoch_tokens
-        if isinstance(self._cutter, FromOutside | Pairs):  # which may leave tokens out, or read some twice: about
-            return round(self.samples * (self._cutter.mean_tokens + self._framing))
-        return self._shards.tokens + self._framing * self.samples
+        if isinstance(self._cutter, PluginSampler | Pairs):  # which may leave tokens out, or read some twice: about
+            return round(self.samples * (self._cutter.mean_tokens + self._num_special_tokens))
+        return self._shards.tokens + self._num_special_tokens * self.samples
 
     def seen(self, tokens: float) -> dict[str, float]:
         """How often each text, by its name, is seen in so many tokens."""
@@ -239,19 +243,19 @@ class StageFeed:
     def step(self, cursor: int, tokens: int, rank: int, ranks: int) -> tuple[list[Batch], int]:
         """This rank's micro-batches of the next `tokens` tokens of the order, and the cursor after them."""
         cuts, after = self._stream.take(cursor, tokens)
-        dealt = deal(self._stream.lengths(cuts), ranks, self._micro_tokens)
+        dealt = assign_microbatches(self._stream.lengths(cuts), ranks, self._micro_tokens)
         return [self._stream.batch([cuts[index] for index in micro]) for micro in dealt[rank] if micro], after
 
 
-def _from_outside(
-    outside: OutsideCutter, shards: Shards, groups: Sequence[MixedText], length: int, seed: int
-) -> FromOutside:
-    """A cutter of a person's own; it decides the order alone, so texts can't have weights beside it."""
-    why = "a cutter of one's own decides what comes how often"
-    _refuse_weights(groups, f"the cutter `{outside.kind}`", "text.cutter", why)
-    return FromOutside(outside, shards.lengths_N, length, seed)
+def _from_plugin(
+    outside: PluginSamplerConfig, shards: Shards, groups: Sequence[MixedText], length: int, seed: int
+) -> PluginSampler:
+    """A sampler of a person's own; it decides the order alone, so texts can't have weights beside it."""
+    why = "a sampler of one's own decides what comes how often"
+    _refuse_weights(groups, f"the sampler `{outside.kind}`", "data.sampler", why)
+    return PluginSampler(outside, shards.lengths_N, length, seed)
 
 
 def _refuse_weights(groups: Sequence[MixedText], beside: str, where: str, why: str) -> None:
     if is_weighted(groups):
-        raise RecipeError(f"texts with weights and {beside}", where=where, next=f"leave the weights out: {why}")
+        raise RecipeError(f"texts with weights and {beside}", location=where, hint=f"leave the weights out: {why}")

@@ -26,20 +26,29 @@ import tokenizers
 from filelock import FileLock, Timeout
 
 from unmask.core.errors import DamagedError, StoreError, TextError
-from unmask.core.files import DIGESTS, check_seal, digest, new_folder, read_json, saying_where, seal, write_json
-from unmask.core.plugins import OutsideSource, plugin_facts
-from unmask.core.types import Group, Source
-from unmask.data.settings import FilesSettings, TextSettings, WindowsSettings
+from unmask.core.files import (
+    DIGESTS,
+    atomic_directory,
+    digest,
+    read_json,
+    verify_manifest,
+    wrap_os_errors,
+    write_json,
+    write_manifest,
+)
+from unmask.core.plugins import PluginSourceConfig, plugin_facts
+from unmask.core.types import InputGroup, Source
+from unmask.data.settings import DataConfig, FilesConfig, WindowsConfig
 from unmask.data.shards import Shards, append, gather, mapped, merge, open_shards
 from unmask.data.sources import FileSource, MemorySource
-from unmask.data.split import Division, Progress, Side, Survey, divide, sizes_of
+from unmask.data.split import DocumentStats, Progress, Split, SplitName, divide, sizes_of
 from unmask.data.workers import SIDES, Result, Task, Workers, WorkersWanted, units_of, written_of
-from unmask.tokenization.fast_encode import Encoder
-from unmask.tokenization.settings import ExtendedTokenizerSettings, FileTokenizerSettings, WordPieceSettings
+from unmask.tokenization.fast_encode import CachedEncoder
+from unmask.tokenization.settings import ExtendedTokenizerConfig, FileTokenizerConfig, WordPieceConfig
 from unmask.tokenization.tokenizer import Tokenizer, train_tokenizer
 from unmask.tokenization.words import WordsRule, detect_words, in_words, version
 
-TOLD: Final = "told"  # the folder of the tokenizer and the facts
+META: Final = "told"  # the folder of the tokenizer and the facts
 FACTS: Final = "facts.json"
 DOCUMENTS: Final = "documents.json"  # to train on, of each part of the source
 _WORK: Final = "work"
@@ -54,7 +63,7 @@ class Build:
 
     folder: Path
     source: Source
-    settings: TextSettings
+    settings: DataConfig
     progress: Progress
     tokenizer: Tokenizer | None
     workers: WorkersWanted
@@ -78,12 +87,12 @@ def make(build: Build) -> None:
         division = divide(found, build.settings.held_out, drop_duplicates=build.settings.drop_duplicates, folder=work)
         tasks = _informed(tasks, surveyed)
         kept = int(sizes_of(division.first_held_N, [0, found.documents])[0])
-        words: WordsRule = detect_words(found.sample) if build.settings.words == "by-script" else build.settings.words
+        words: WordsRule = detect_words(found.sample) if build.settings.words == "auto" else build.settings.words
         tokenizer = build.tokenizer
         if tokenizer is None:
             tokenizer = _trained(build, workers, tasks, division, kept)
-        tokenizer.save(build.folder / TOLD)
-        by_chunks = Encoder(tokenizer, words).agrees(found.sample.split("\n")[:_COMPARED_LINES])
+        tokenizer.save(build.folder / META)
+        by_chunks = CachedEncoder(tokenizer, words).agrees(found.sample.split("\n")[:_COMPARED_LINES])
         tasks = [replace(task, words=words, by_chunks=by_chunks) for task in tasks]
         total = int(found.lengths_N.sum())
         answers = workers.do("encode", tasks, _teller(build.progress, "tokenizing", total))
@@ -111,9 +120,9 @@ def make(build: Build) -> None:
         name = which.replace("-", "_")
         facts |= {f"{name}_documents": shards.documents, f"{name}_characters": shards.characters}
         facts |= {f"{name}_tokens": shards.tokens, f"{name}_unknown_characters": shards.unknown_characters}
-    write_json(build.folder / TOLD / FACTS, facts)
-    write_json(build.folder / TOLD / DOCUMENTS, list(chain.from_iterable(one["train"]["documents"] for one in answers)))
-    seal(build.folder / TOLD)
+    write_json(build.folder / META / FACTS, facts)
+    write_json(build.folder / META / DOCUMENTS, list(chain.from_iterable(one["train"]["documents"] for one in answers)))
+    write_manifest(build.folder / META)
     del found, division  # what is mapped can't be removed everywhere
     shutil.rmtree(work)
 
@@ -137,13 +146,13 @@ def _surveyed(build: Build, workers: Workers, tasks: Sequence[Task]) -> list[Res
     return surveyed
 
 
-def _joined(work: Path, tasks: Sequence[Task], surveyed: Sequence[Result]) -> Survey:
+def _joined(work: Path, tasks: Sequence[Task], surveyed: Sequence[Result]) -> DocumentStats:
     """What was found in all units, as one."""
     for name in ("lengths", "hashes"):
         append(work / name, [task.file(name) for task in tasks])
     characters = sum(one["characters"] for one in surveyed)
     sample = surveyed[0]["sample"] if surveyed else ""
-    return Survey(mapped(work / "lengths"), mapped(work / "hashes", "<u8"), characters, sample)
+    return DocumentStats(mapped(work / "lengths"), mapped(work / "hashes", "<u8"), characters, sample)
 
 
 def _informed(tasks: Sequence[Task], surveyed: Sequence[Result]) -> list[Task]:
@@ -155,10 +164,10 @@ def _informed(tasks: Sequence[Task], surveyed: Sequence[Result]) -> list[Task]:
     ]
 
 
-def _trained(build: Build, workers: Workers, tasks: Sequence[Task], division: Division, kept: int) -> Tokenizer:
+def _trained(build: Build, workers: Workers, tasks: Sequence[Task], division: Split, kept: int) -> Tokenizer:
     """A tokenizer that has learnt from training text: all of it, or as much as it looks at."""
     settings = build.settings.tokenizer
-    wanted = getattr(settings, "sample_characters", kept)
+    wanted = getattr(settings, "max_train_chars", kept)
     tasks = _with_shares(build.source, tasks, division, wanted, kept)
     stage = "training the tokenizer"
     build.progress(stage, 0.0)
@@ -176,11 +185,11 @@ def _nothing(characters: int) -> None:
     """The tokenizer itself tells how far it is."""
 
 
-def _with_shares(source: Source, tasks: Sequence[Task], division: Division, wanted: int, kept: int) -> list[Task]:
+def _with_shares(source: Source, tasks: Sequence[Task], division: Split, wanted: int, kept: int) -> list[Task]:
     """The tasks, each with how much of its parts the tokenizer learns from: of weighted texts as their weights are."""
     parts = sum(len(task.parts) for task in tasks)
     shares = [wanted / max(1, kept)] * parts
-    groups: Sequence[Group] = getattr(source, "groups", ())
+    groups: Sequence[InputGroup] = getattr(source, "groups", ())
     total = sum(group.weight for group in groups)
     if total:
         documents = list(accumulate(chain.from_iterable(task.documents for task in tasks), initial=0))
@@ -206,9 +215,9 @@ def _read_sample(task: Task) -> Iterator[str]:
     task.file("sample").unlink()
 
 
-def _gathered(build: Build, answers: Sequence[Result], tokenizer: Tokenizer) -> dict[Side, Shards]:
+def _gathered(build: Build, answers: Sequence[Result], tokenizer: Tokenizer) -> dict[SplitName, Shards]:
     """The shards of both sides, of all units."""
-    sides: dict[Side, Shards] = {}
+    sides: dict[SplitName, Shards] = {}
     for which in SIDES:
         written = [written_of(answer, which) for answer in answers]
         if which == "held-out" and len(written) > 1:  # a little from each unit
@@ -219,18 +228,18 @@ def _gathered(build: Build, answers: Sequence[Result], tokenizer: Tokenizer) -> 
     return sides
 
 
-def _require_tokens(sides: dict[Side, Shards], source: Source) -> None:
+def _require_tokens(sides: dict[SplitName, Shards], source: Source) -> None:
     if not sides["train"].tokens:
         raise TextError(
             "there is no text left to train on",
-            where=places(source),
-            next="give more text, or hold out less: --set text.held_out.share=5%",
+            location=places(source),
+            hint="give more text, or hold out less: --set data.held_out.fraction=5%",
         )
     if not sides["held-out"].tokens:
         raise TextError(
             "there is no text to hold out for validation",
-            where=places(source),
-            next="give more text, or hold out more: --set text.held_out.share=20%",
+            location=places(source),
+            hint="give more text, or hold out more: --set data.held_out.fraction=20%",
         )
 
 
@@ -256,7 +265,7 @@ class CorpusGroup:
 
 
 @dataclass(frozen=True)
-class Corpus:
+class TokenizedCorpus:
     """Text made ready for training."""
 
     train: Shards
@@ -264,7 +273,7 @@ class Corpus:
     tokenizer: Tokenizer
     words: WordsRule
     facts: Facts  # what was found and decided
-    said: Sequence[str]  # the same, in sentences
+    notes: Sequence[str]  # the same, in sentences
     fingerprint: str  # changes with the text, what was decided, or the tokenizer
     groups: Sequence[CorpusGroup]
     folder: Path
@@ -276,12 +285,12 @@ def quiet(stage: str, share: float) -> None:
 
 def prepare(
     source: Source,
-    settings: TextSettings,
+    settings: DataConfig,
     cache: Path,
     progress: Progress = quiet,
     tokenizer: Tokenizer | None = None,
     workers: WorkersWanted = "all cores",
-) -> Corpus:
+) -> TokenizedCorpus:
     """Tokenize a source, or open what an earlier call made of it.
 
     Args:
@@ -300,36 +309,36 @@ def prepare(
     """
     if isinstance(source, FileSource | MemorySource):
         source.check()
-    if tokenizer is None and isinstance(settings.tokenizer, FileTokenizerSettings):
+    if tokenizer is None and isinstance(settings.tokenizer, FileTokenizerConfig):
         tokenizer = Tokenizer.load(Path(settings.tokenizer.path))
     folder = folder_of(source, settings, cache, tokenizer)
     try:
         with _alone(folder, progress):
-            if not all((folder / name / DIGESTS).is_file() for name in (TOLD, "train", "held-out")):
-                with new_folder(folder) as aside:
+            if not all((folder / name / DIGESTS).is_file() for name in (META, "train", "held-out")):
+                with atomic_directory(folder) as aside:
                     make(Build(aside, source, settings, progress, tokenizer, workers))
             return _open(folder, source)
     except StoreError as error:
         raise StoreError(
-            error.what,
-            where=error.where,
-            next=f"make room in {cache}, or set UNMASK_CACHE to a folder that you may write and that has room",
+            error.message,
+            location=error.location,
+            hint=f"make room in {cache}, or set UNMASK_CACHE to a folder that you may write and that has room",
         ) from error
 
 
-def folder_of(source: Source, settings: TextSettings, cache: Path, tokenizer: Tokenizer | None) -> Path:
+def folder_of(source: Source, settings: DataConfig, cache: Path, tokenizer: Tokenizer | None) -> Path:
     """Where a corpus stands: called after all that decides its bytes."""
     # What else settings say decides how the corpus is read, not what it is.
-    decisive = replace(settings, valid={}, source=FilesSettings(), cutter=WindowsSettings())
+    decisive = replace(settings, valid={}, source=FilesConfig(), sampler=WindowsConfig())
     given = "trained"
-    if isinstance(settings.tokenizer, ExtendedTokenizerSettings) and tokenizer is None:
+    if isinstance(settings.tokenizer, ExtendedTokenizerConfig) and tokenizer is None:
         given = f"extended {_told_of(Tokenizer.load(settings.tokenizer.path))}"
         decisive = replace(decisive, tokenizer=replace(settings.tokenizer, path=Path()))
     if tokenizer is not None:
         given = _told_of(tokenizer)
-        decisive = replace(decisive, tokenizer=WordPieceSettings())
+        decisive = replace(decisive, tokenizer=WordPieceConfig())
     # A source of a person's own may keep its fingerprint when its code changes; nobody would look for that.
-    code = plugin_facts(settings.source)["digest"] if isinstance(settings.source, OutsideSource) else "ours"
+    code = plugin_facts(settings.source)["digest"] if isinstance(settings.source, PluginSourceConfig) else "ours"
     versions = f"{_FORMAT} tokenizers-{tokenizers.__version__} unicode-{unicodedata.unidata_version}"
     decided = [versions, source.fingerprint, code, repr(decisive), given]
     if segmenter := version(settings.words):
@@ -348,7 +357,7 @@ def _alone(folder: Path, progress: Progress) -> Generator[None]:
     """Wait until no other process (another rank, another run) makes the same corpus."""
     lock = FileLock(folder.parent / f".{folder.name}.lock")
     owner = folder.parent / f".{folder.name}.owner"
-    with saying_where(folder.parent):
+    with wrap_os_errors(folder.parent):
         folder.parent.mkdir(parents=True, exist_ok=True)
         begun, share = time.monotonic(), 0.0
         while True:
@@ -361,7 +370,7 @@ def _alone(folder: Path, progress: Progress) -> Generator[None]:
         if share:
             progress(f"waiting for {_owner(owner)}, which prepares the same text", 1.0)
     try:
-        with saying_where(folder.parent):
+        with wrap_os_errors(folder.parent):
             owner.write_text(json.dumps({"pid": os.getpid(), "host": socket.gethostname()}), encoding="utf-8")
         yield
     finally:
@@ -378,20 +387,20 @@ def _owner(file: Path) -> str:
         return "another process"
 
 
-def _open(folder: Path, source: Source) -> Corpus:
+def _open(folder: Path, source: Source) -> TokenizedCorpus:
     """What an earlier call made."""
-    check_seal(folder / TOLD)
-    facts = cast("Facts", read_json(folder / TOLD / FACTS))
-    tokenizer = Tokenizer.load(folder / TOLD)
+    verify_manifest(folder / META)
+    facts = cast("Facts", read_json(folder / META / FACTS))
+    tokenizer = Tokenizer.load(folder / META)
     train, held_out = open_shards(folder / "train"), open_shards(folder / "held-out")
     for shards in (train, held_out):
         if shards.tokenizer_fingerprint != tokenizer.fingerprint:
             raise DamagedError(
                 "this tokenizer is not the one that its shards were made with",
-                where=str(folder / TOLD),
-                next=f"remove {folder}; it is made anew from the text",
+                location=str(folder / META),
+                hint=f"remove {folder}; it is made anew from the text",
             )
-    return Corpus(
+    return TokenizedCorpus(
         train,
         held_out,
         tokenizer,
@@ -406,8 +415,8 @@ def _open(folder: Path, source: Source) -> Corpus:
 
 def _groups(folder: Path, source: Source) -> list[CorpusGroup]:
     """The texts as the source names them now, by the documents that each part gave."""
-    documents: list[int] = read_json(folder / TOLD / DOCUMENTS)
-    groups: Sequence[Group] = getattr(source, "groups", (Group(places(source), 0.0, len(documents)),))
+    documents: list[int] = read_json(folder / META / DOCUMENTS)
+    groups: Sequence[InputGroup] = getattr(source, "groups", (InputGroup(places(source), 0.0, len(documents)),))
     found: list[CorpusGroup] = []
     part = first = 0
     for name, weight, parts in groups:
@@ -419,23 +428,23 @@ def _groups(folder: Path, source: Source) -> list[CorpusGroup]:
 
 def _sentences(facts: Facts, source: Source) -> list[str]:
     """What was found and decided, as a person would say it."""
-    what = source.said if isinstance(source, FileSource | MemorySource) else "documents are as the source gives them"
+    what = source.notes if isinstance(source, FileSource | MemorySource) else "documents are as the source gives them"
     size = f"{facts['documents']:,} documents, {facts['characters']:,} characters"
     if facts["held_out_by"] == "hash":
         held = f"{facts['held_out_documents']:,} documents, chosen by the hash of their text"
     else:
         held = f"the last {facts['held_out_share']} of every document"
-    reason = " (what its script asks for)" if facts["words_by"] == "by-script" else ""
+    reason = " (what its script asks for)" if facts["words_by"] == "auto" else ""
     how = in_words(cast("WordsRule", facts["words"]))
     unknown = int(facts["train_unknown_characters"]) / max(1, int(facts["train_characters"]))
-    said = [f"text: {size}; {what} (text.document)"]
+    said = [f"text: {size}; {what} (data.document)"]
     if facts["left_out"]:
-        said.append(f"left out: {facts['left_out']:,} lines or rows that could not be read (text.errors = skip)")
+        said.append(f"left out: {facts['left_out']:,} lines or rows that could not be read (data.errors = skip)")
     if facts["drop_duplicates"]:
-        said.append(f"left out: {facts['duplicates']:,} documents whose text was there before (text.drop_duplicates)")
+        said.append(f"left out: {facts['duplicates']:,} documents whose text was there before (data.drop_duplicates)")
     said += [
-        f"held out: {held}; {facts['held_out_characters']:,} characters (text.held_out)",
-        f"words: {how}{reason} (text.words)",
+        f"held out: {held}; {facts['held_out_characters']:,} characters (data.held_out)",
+        f"words: {how}{reason} (data.words)",
         f"tokens: {facts['train_tokens']:,} to train on, {facts['held_out_tokens']:,} held out, of a vocabulary of "
         f"{facts['vocabulary']:,}; {unknown:.3%} of the characters are [UNK]",
     ]

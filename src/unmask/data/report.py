@@ -20,11 +20,11 @@ from numpy.typing import NDArray
 
 from unmask.core import rng
 from unmask.core.errors import TextError, TokenizerError
-from unmask.core.types import WORD_START, Group, Passage, Source
+from unmask.core.types import WORD_START, DocumentChunk, InputGroup, Source
 from unmask.data.prepare import CorpusGroup
-from unmask.data.sampling import MixedText, Mixture, Windows, is_weighted
-from unmask.data.settings import TextSettings
-from unmask.data.split import LEFT_OUT, Division, Progress, Survey, divide, survey
+from unmask.data.sampling import MixedText, Mixture, WindowSampler, is_weighted
+from unmask.data.settings import DataConfig
+from unmask.data.split import LEFT_OUT, DocumentStats, Progress, Split, divide, survey
 from unmask.tokenization.tokenizer import Encoded, Tokenizer, train_tokenizer
 from unmask.tokenization.words import WordsRule, codes, detect_words
 
@@ -139,7 +139,7 @@ class NamedText:
 class Reading:
     """One more reading of a text that was surveyed; the whole of it happens when this is made."""
 
-    def __init__(self, source: Source, found: Survey, seed: int, wanted: int, progress: Progress) -> None:
+    def __init__(self, source: Source, found: DocumentStats, seed: int, wanted: int, progress: Progress) -> None:
         """`wanted` is the characters of the sample, about; `seed` says which documents are drawn."""
         self.letters = Letters()
         self.sample: list[str] = []
@@ -154,7 +154,7 @@ class Reading:
         full = np.flatnonzero(found.lengths_N)
         chosen = rng.permute(np.arange(min(_EXAMPLES, len(full))), len(full), seed, "look") if len(full) else full
         self._shown = set(full[chosen].tolist())
-        self.sample_characters = 0
+        self.max_train_chars = 0
         self._copied = _most_copied(found)
         done = reported = 0
         for document, passage in self._documents(source):
@@ -176,9 +176,9 @@ class Reading:
 
     def _take(self, text: str) -> None:
         """Into the sample, which a chance of the draw doesn't make more than twice as large as it should be."""
-        if self.sample_characters + len(text) <= 2 * self._wanted:
+        if self.max_train_chars + len(text) <= 2 * self._wanted:
             self.sample.append(text)
-            self.sample_characters += len(text)
+            self.max_train_chars += len(text)
 
     def _remember(self, document: int, text: str) -> None:
         if document in self._shown:
@@ -186,17 +186,17 @@ class Reading:
         if document == self._copied:
             self.copy = text[:_QUOTED_CHARACTERS]
 
-    def _documents(self, source: Source) -> Iterator[tuple[int, Passage]]:
+    def _documents(self, source: Source) -> Iterator[tuple[int, DocumentChunk]]:
         """All passages with the number of their document, text by text."""
         parts = list(source.parts())
-        groups: Sequence[Group] = getattr(source, "groups", ()) or (Group("text", 0.0, len(parts)),)
+        groups: Sequence[InputGroup] = getattr(source, "groups", ()) or (InputGroup("text", 0.0, len(parts)),)
         document = part = 0
         for group in groups:
             first, characters = document, 0
             for one in parts[part : part + group.parts]:
                 for passage in source.documents(one):
                     if document >= self._found.documents:
-                        raise TextError("the text has changed while it was read", next="start again")
+                        raise TextError("the text has changed while it was read", hint="start again")
                     yield document, passage
                     characters += passage.characters
                     document += passage.last
@@ -205,7 +205,7 @@ class Reading:
             self.groups.append(CorpusGroup(group.name, group.weight, first, document))
 
 
-def _most_copied(found: Survey) -> int:
+def _most_copied(found: DocumentStats) -> int:
     """The first document of the text that occurs most often; -1 where all differ."""
     full = np.flatnonzero(found.lengths_N)
     _, first, count = np.unique(found.hashes_N[full], return_index=True, return_counts=True)
@@ -287,7 +287,7 @@ class TokenizerLook:
     kind: str
     vocabulary: int
     trained: bool  # on the sample, where none was given
-    sample_characters: int
+    max_train_chars: int
     characters_per_token: float
     unknown_share: float  # of the sample's characters
 
@@ -345,7 +345,7 @@ class Report:
 
 def look(
     source: Source,
-    settings: TextSettings,
+    settings: DataConfig,
     lengths: Sequence[int],
     progress: Progress,
     *,
@@ -367,16 +367,16 @@ def look(
     """
     found = survey(source, progress)
     if not int(found.lengths_N.sum()):
-        raise TextError("there is no text: nothing but white space", next="give some text")
-    words: WordsRule = detect_words(found.sample) if settings.words == "by-script" else settings.words
-    wanted = max(SAMPLE_CHARACTERS, _SAMPLE_PER_PIECE * getattr(settings.tokenizer, "vocab", 0))
+        raise TextError("there is no text: nothing but white space", hint="give some text")
+    words: WordsRule = detect_words(found.sample) if settings.words == "auto" else settings.words
+    wanted = max(SAMPLE_CHARACTERS, _SAMPLE_PER_PIECE * getattr(settings.tokenizer, "vocab_size", 0))
     read = Reading(source, found, seed, wanted, progress)
     warnings: list[str] = []
     try:
         division = divide(found, settings.held_out, drop_duplicates=settings.drop_duplicates)
     except TextError as error:
         division = None
-        warnings.append(f"nothing can be held out: {error.what}")
+        warnings.append(f"nothing can be held out: {error.message}")
     trained = tokenizer is None
     try:
         if tokenizer is None:
@@ -386,15 +386,15 @@ def look(
     except TokenizerError as error:
         progress("training the tokenizer on a sample", 1.0)
         warnings.append(
-            f"no such tokenizer can be trained on {read.sample_characters:,} characters of this text: {error.what}"
-            + (f": {error.next}" if error.next else "")
+            f"no such tokenizer can be trained on {read.max_train_chars:,} characters of this text: {error.message}"
+            + (f": {error.hint}" if error.hint else "")
         )
     seen = None if tokenizer is None else _tokenized(read.sample, tokenizer, words, settings, trained)
     stages: tuple[StageLook, ...] = ()
     if tokenizer is not None and seen is not None:
-        framing = 2 if tokenizer.frame else 0
+        num_special_tokens = 2 if tokenizer.cls_sep_ids else 0
         tokens_N = _tokens(found, division, seen)
-        stages = tuple(_stage(tokens_N, read.groups, length, framing) for length in lengths)
+        stages = tuple(_stage(tokens_N, read.groups, length, num_special_tokens) for length in lengths)
     report = Report(
         documents=found.documents,
         characters=found.characters,
@@ -415,7 +415,7 @@ def look(
     return replace(report, warnings=(*warnings, *_warnings(report, settings, lengths)))
 
 
-def _copies(found: Survey, example: str) -> Copies:
+def _copies(found: DocumentStats, example: str) -> Copies:
     full = found.lengths_N > 0
     lengths_K, hashes_K = found.lengths_N[full], found.hashes_N[full]
     _, first, count = np.unique(hashes_K, return_index=True, return_counts=True)
@@ -445,7 +445,7 @@ def _alphabet(letters: Letters) -> Alphabet:
     return Alphabet(letters.distinct, letters.scripts(), letters.foreign(_FOREIGN), letters.replaced, letters.controls)
 
 
-def _held_out(found: Survey, division: Division | None) -> HeldOutLook | None:
+def _held_out(found: DocumentStats, division: Split | None) -> HeldOutLook | None:
     if division is None:
         return None
     left_N = np.where(division.first_held_N == LEFT_OUT, 0, found.lengths_N - division.first_held_N)
@@ -453,7 +453,7 @@ def _held_out(found: Survey, division: Division | None) -> HeldOutLook | None:
 
 
 def _tokenized(
-    sample: Sequence[str], tokenizer: Tokenizer, words: WordsRule, settings: TextSettings, trained: bool
+    sample: Sequence[str], tokenizer: Tokenizer, words: WordsRule, settings: DataConfig, trained: bool
 ) -> TokenizerLook:
     """What the tokenizer makes of the sample, some of it at a time."""
     tokens = unknown = size = waiting = 0
@@ -470,25 +470,25 @@ def _tokenized(
     return TokenizerLook(kind, tokenizer.size, trained, size, size / max(1, tokens), unknown / max(1, size))
 
 
-def _tokens(found: Survey, division: Division | None, seen: TokenizerLook) -> NDArray[np.int64]:
+def _tokens(found: DocumentStats, division: Split | None, seen: TokenizerLook) -> NDArray[np.int64]:
     """About how many tokens each document has to train on."""
     characters_N = found.lengths_N if division is None else np.maximum(division.first_held_N, 0)
     return np.ceil(characters_N / seen.characters_per_token).astype(np.int64)
 
 
-def _stage(tokens_N: NDArray[np.int64], groups: Sequence[MixedText], length: int, framing: int) -> StageLook:
-    inside = length - framing
+def _stage(tokens_N: NDArray[np.int64], groups: Sequence[MixedText], length: int, num_special_tokens: int) -> StageLook:
+    inside = length - num_special_tokens
     seen: dict[str, float] = {}
-    windows = Windows(tokens_N, inside, 0).count(0)
-    epoch = int(tokens_N.sum()) + framing * windows
+    windows = WindowSampler(tokens_N, inside, 0).count(0)
+    epoch = int(tokens_N.sum()) + num_special_tokens * windows
     if is_weighted(groups):
-        mixture = Mixture(tokens_N, groups, inside, 0, framing=framing, stride=1)
+        mixture = Mixture(tokens_N, groups, inside, 0, num_special_tokens=num_special_tokens, stride=1)
         epoch = mixture.epoch_tokens
         seen = mixture.seen(epoch)
     return StageLook(length, windows, epoch / max(1, windows), epoch, seen)
 
 
-def _examples(read: Reading, found: Survey, tokenizer: Tokenizer, words: WordsRule) -> Iterator[Example]:
+def _examples(read: Reading, found: DocumentStats, tokenizer: Tokenizer, words: WordsRule) -> Iterator[Example]:
     for document in sorted(read.shown):
         text = read.shown[document]
         encoded = tokenizer.encode(text, words)
@@ -506,7 +506,7 @@ def _pieces(text: str, encoded: Encoded, tokenizer: Tokenizer) -> Iterator[Piece
         done = max(done, last)
 
 
-def _warnings(report: Report, settings: TextSettings, lengths: Sequence[int]) -> Iterator[str]:
+def _warnings(report: Report, settings: DataConfig, lengths: Sequence[int]) -> Iterator[str]:
     """What a person should know before training."""
     if report.left_out:
         yield f"{report.left_out:,} lines could not be read and were left out"
@@ -514,12 +514,12 @@ def _warnings(report: Report, settings: TextSettings, lengths: Sequence[int]) ->
     if copies.share > _MANY_COPIES and not settings.drop_duplicates:
         yield (
             f"{copies.share:.0%} of the documents are copies of others: leave them out with "
-            "--set text.drop_duplicates=true"
+            "--set data.drop_duplicates=true"
         )
     if report.lengths.median < _SHORT_CHARACTERS:
         yield (
             f"half of the documents have at most {report.lengths.median} characters: there is little context to learn "
-            "from; is a document what it should be (text.document)?"
+            "from; is a document what it should be (data.document)?"
         )
     if report.documents == 1:
         yield "all of the text is one document"
@@ -532,7 +532,7 @@ def _warnings(report: Report, settings: TextSettings, lengths: Sequence[int]) ->
     if report.tokenizer and report.tokenizer.unknown_share > _MANY_UNKNOWN:
         yield (
             f"{report.tokenizer.unknown_share:.1%} of the characters are [UNK], which is never asked about: take a "
-            "tokenizer that spells everything, e.g. --set text.tokenizer.kind=bpe"
+            "tokenizer that spells everything, e.g. --set data.tokenizer.kind=bpe"
         )
     for stage, length in zip(report.stages, lengths, strict=False):
         if stage.epoch_tokens < length:

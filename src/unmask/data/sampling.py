@@ -21,8 +21,8 @@ from numpy.typing import NDArray
 
 from unmask.core import rng
 from unmask.core.errors import RecipeError, TextError
-from unmask.core.plugins import OutsideCutter, make
-from unmask.core.types import Cut, Cutter, CutterTools, Span
+from unmask.core.plugins import PluginSamplerConfig, make
+from unmask.core.types import Sampler, SamplerContext, SampleSpec, TokenSpan
 
 EPOCH_STRIDE = 1 << 20  # epochs of stage k are numbered from k times this, so that no two stages share a draw
 
@@ -30,10 +30,10 @@ EPOCH_STRIDE = 1 << 20  # epochs of stage k are numbered from k times this, so t
 LONG: Final = 16
 _BLOCK: Final = 64  # documents
 _COUNTED_AT_ONCE: Final = _BLOCK << 12
-LOOKED_AT: Final = 4096  # samples by which the size of an epoch is estimated where a cutter is not ours
+LOOKED_AT: Final = 4096  # samples by which the size of an epoch is estimated where a sampler is not ours
 
 
-class Windows:
+class WindowSampler:
     """Cuts of one document each. `length` is what a window holds of the document, special pieces not counted."""
 
     def __init__(self, lengths_N: Int[np.ndarray, "N"], length: int, seed: int) -> None:
@@ -53,18 +53,18 @@ class Windows:
         """Samples in an epoch; the same in each."""
         return self._count
 
-    def cut(self, epoch: int, sample: int) -> Cut:
+    def cut(self, epoch: int, sample: int) -> SampleSpec:
         """The sample at place `sample` of the epoch's order; its `number` is the window's, whatever its place."""
         return self.cuts(epoch, sample, sample + 1)[0]
 
-    def cuts(self, epoch: int, first: int, last: int) -> list[Cut]:
+    def cuts(self, epoch: int, first: int, last: int) -> list[SampleSpec]:
         """The samples at places [first, last) of the epoch's order."""
         assert 0 <= first <= last <= self._count, "a place outside the epoch"
         number_N = rng.permute(np.arange(first, last), self._count, self._seed, "order", epoch)
         document_N, begin_N, end_N = self._borders(number_N, epoch)
         columns = (number_N.tolist(), document_N.tolist(), begin_N.tolist(), end_N.tolist())
         return [
-            Cut(epoch, number, (Span(document, begin, end),))
+            SampleSpec(epoch, number, (TokenSpan(document, begin, end),))
             for number, document, begin, end in zip(*columns, strict=True)
         ]
 
@@ -98,12 +98,12 @@ class Windows:
         return document_N, bounds[0], bounds[1]
 
 
-class FromOutside:
-    """A cutter of a person's own, whose cuts are looked at before anything is read by them."""
+class PluginSampler:
+    """A sampler of a person's own, whose cuts are looked at before anything is read by them."""
 
-    def __init__(self, settings: OutsideCutter, lengths_N: Int[np.ndarray, "N"], length: int, seed: int) -> None:
+    def __init__(self, settings: PluginSamplerConfig, lengths_N: Int[np.ndarray, "N"], length: int, seed: int) -> None:
         self._kind, self._lengths_N, self._length = settings.kind, np.asarray(lengths_N, dtype=np.int64), length
-        self._cutter: Cutter = make(settings, CutterTools(self._lengths_N, length, seed))
+        self._cutter: Sampler = make(settings, SamplerContext(self._lengths_N, length, seed))
         self._count = self._cutter.count(0)
         if self._count < 1:
             raise self._refused(f"it finds no sample in {len(self._lengths_N):,} documents")
@@ -112,7 +112,7 @@ class FromOutside:
         """Samples in an epoch; the same in each."""
         return self._count
 
-    def cuts(self, epoch: int, first: int, last: int) -> list[Cut]:
+    def cuts(self, epoch: int, first: int, last: int) -> list[SampleSpec]:
         """The samples at places [first, last) of the epoch's order."""
         return [self._looked_at(self._cutter.cut(epoch, sample), epoch, sample) for sample in range(first, last)]
 
@@ -122,7 +122,7 @@ class FromOutside:
         places = np.unique(np.linspace(0, self._count - 1, min(self._count, LOOKED_AT), dtype=np.int64)).tolist()
         return float(np.mean([self.cuts(0, place, place + 1)[0].tokens for place in places]))
 
-    def _looked_at(self, cut: Cut, epoch: int, sample: int) -> Cut:
+    def _looked_at(self, cut: SampleSpec, epoch: int, sample: int) -> SampleSpec:
         spans = cut.spans
         wrong = f"it gave {len(spans)} spans where a sample has one" if len(spans) != 1 else ""
         if not wrong:
@@ -139,20 +139,20 @@ class FromOutside:
 
     def _refused(self, why: str) -> RecipeError:
         return RecipeError(
-            f"the cutter `{self._kind}` breaks its promise: {why}",
-            where="text.cutter",
-            next=f"`unmask check {self._kind}` shows which promises it keeps",
+            f"the sampler `{self._kind}` breaks its promise: {why}",
+            location="data.sampler",
+            hint=f"`unmask check-plugin {self._kind}` shows which promises it keeps",
         )
 
 
-def frozen(lengths_N: Int[np.ndarray, "N"], length: int) -> list[Cut]:
+def frozen(lengths_N: Int[np.ndarray, "N"], length: int) -> list[SampleSpec]:
     """The windows that validation reads: equal pieces of every document, in their order, the same for every run."""
-    cuts: list[Cut] = []
+    cuts: list[SampleSpec] = []
     for document, tokens in enumerate(np.asarray(lengths_N).tolist()):
         windows = -(-tokens // length)
         for place in range(windows):
-            span = Span(document, place * tokens // windows, (place + 1) * tokens // windows)
-            cuts.append(Cut(0, len(cuts), (span,)))
+            span = TokenSpan(document, place * tokens // windows, (place + 1) * tokens // windows)
+            cuts.append(SampleSpec(0, len(cuts), (span,)))
     return cuts
 
 
@@ -191,7 +191,7 @@ def is_weighted(groups: Sequence[MixedText]) -> bool:
 
 
 class Mixture:
-    """A cutter over several texts. `number` of a cut is the window's among those of all texts, whatever its place."""
+    """A sampler over several texts. `number` of a cut is the window's among those of all texts, whatever its place."""
 
     def __init__(
         self,
@@ -200,7 +200,7 @@ class Mixture:
         length: int,
         seed: int,
         *,
-        framing: int,
+        num_special_tokens: int,
         stride: int,
     ) -> None:
         """Lay out the order.
@@ -219,17 +219,17 @@ class Mixture:
         self.names = tuple(group.name for group in groups)
         self._stride = stride
         self._first_documents = [group.first_document for group in groups]
-        self._windows: list[Windows] = []
+        self._windows: list[WindowSampler] = []
         self._own: list[int] = []  # windows of each text
         self._tokens: list[int] = []  # of each text's own epoch, special ones included
         for index, group in enumerate(groups):
             own_N = np.asarray(lengths_N[group.first_document : group.last_document], dtype=np.int64)
             # The first text keeps the seed, so that a single one is what it would be without a weight.
-            windows = Windows(own_N, length, rng.integer(seed, "text of a mixture", index) if index else seed)
+            windows = WindowSampler(own_N, length, rng.integer(seed, "text of a mixture", index) if index else seed)
             _require(group, windows.count(0))
             self._windows.append(windows)
             self._own.append(windows.count(0))
-            self._tokens.append(int(own_N.sum()) + framing * windows.count(0))
+            self._tokens.append(int(own_N.sum()) + num_special_tokens * windows.count(0))
         self._offsets = [sum(self._own[:index]) for index in range(len(groups))]
         self._count = sum(self._own)
         self._samples = _apportioned(
@@ -260,11 +260,11 @@ class Mixture:
         """Samples in an epoch; the same in each."""
         return self._count
 
-    def cut(self, epoch: int, sample: int) -> Cut:
+    def cut(self, epoch: int, sample: int) -> SampleSpec:
         """The sample at place `sample` of the epoch's order."""
         return self.cuts(epoch, sample, sample + 1)[0]
 
-    def cuts(self, epoch: int, first: int, last: int) -> list[Cut]:
+    def cuts(self, epoch: int, first: int, last: int) -> list[SampleSpec]:
         """The samples at places [first, last) of the epoch's order; `epoch` of a cut is the text's own."""
         assert 0 <= first <= last <= self._count, "a place outside the epoch"
         beginning, since = divmod(epoch, self._stride)
@@ -283,18 +283,18 @@ class Mixture:
             samples * tokens / own for samples, tokens, own in zip(self._samples, self._tokens, self._own, strict=True)
         ]
 
-    def _own_cuts(self, index: int, beginning: int, running: int, number: int) -> list[Cut]:
+    def _own_cuts(self, index: int, beginning: int, running: int, number: int) -> list[SampleSpec]:
         """So many cuts of one text's own order, epoch after epoch, from a running number on."""
         windows, own, offset = self._windows[index], self._own[index], self._offsets[index]
         first_document = self._first_documents[index]
-        cuts: list[Cut] = []
+        cuts: list[SampleSpec] = []
         while len(cuts) < number:
             own_epoch, place = divmod(running + len(cuts), own)
             until = min(own, place + number - len(cuts))
             for cut in windows.cuts(beginning * _OWN_STRIDE + own_epoch, place, until):
                 (span,) = cut.spans
                 moved = span._replace(document=first_document + span.document)
-                cuts.append(Cut(cut.epoch, offset + cut.number, (moved,)))
+                cuts.append(SampleSpec(cut.epoch, offset + cut.number, (moved,)))
         return cuts
 
 
@@ -302,14 +302,14 @@ def _require(group: MixedText, windows: int) -> None:
     if not group.weight > 0:
         raise TextError(
             "a text without a weight beside others that have one",
-            where=group.name,
-            next=f"give each text its share, as in {group.name}:0.5",
+            location=group.name,
+            hint=f"give each text its share, as in {group.name}:0.5",
         )
     if not windows:
         raise TextError(
             "there is nothing to train on in one of the texts of the mixture",
-            where=group.name,
-            next="bring more of this text, leave it out, or hold out less: --set text.held_out.share=1%",
+            location=group.name,
+            hint="bring more of this text, leave it out, or hold out less: --set data.held_out.fraction=1%",
         )
 
 

@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 
 from unmask.core import rng
 from unmask.core.errors import TextError
-from unmask.core.types import SENTENCE_START, Cut, Span
+from unmask.core.types import SENTENCE_START, SampleSpec, TokenSpan
 from unmask.data.sampling import LOOKED_AT
 
 PairKind = Literal["next-sentence", "sentence-order"]
@@ -110,11 +110,11 @@ class Pairs:
         """Tokens of a sample in the mean, special pieces not counted; of many samples, the first are looked at."""
         return float(np.mean([cut.tokens for cut in self.cuts(0, 0, min(self._count, LOOKED_AT))]))
 
-    def cut(self, epoch: int, sample: int) -> Cut:
+    def cut(self, epoch: int, sample: int) -> SampleSpec:
         """The sample at place `sample` of the epoch's order; its `number` is the piece's, whatever its place."""
         return self.cuts(epoch, sample, sample + 1)[0]
 
-    def cuts(self, epoch: int, first: int, last: int) -> list[Cut]:
+    def cuts(self, epoch: int, first: int, last: int) -> list[SampleSpec]:
         """The samples at places [first, last) of the epoch's order."""
         assert 0 <= first <= last <= self._count, "a place outside the epoch"
         ring_N = rng.permute(np.arange(first, last), self._count, self._seed, "order", epoch)
@@ -136,14 +136,14 @@ class Pairs:
         target_N = np.where(rng.uniform(*which) < self._short_share, drawn_N, self._room)
         fronts_N2 = [rng.uniform(self._seed, name, epoch, number_N).tolist() for name in ("front a", "front b")]
         columns = (number_N.tolist(), document_N.tolist(), second_document_N.tolist(), label_N.tolist())
-        cuts: list[Cut] = []
+        cuts: list[SampleSpec] = []
         for number, document, other, label, piece, second, target, front_a, front_b in zip(
             *columns, pieces, seconds, target_N.tolist(), *fronts_N2, strict=True
         ):
             a, b = _fitted(piece.starts[: piece.parted + 1], second, target, (front_a, front_b))
             if self._kind == "sentence-order" and label == OTHER:
                 a, b = b, a
-            cuts.append(Cut(epoch, number, (Span(document, *a, 0), Span(other, *b, 1)), label))
+            cuts.append(SampleSpec(epoch, number, (TokenSpan(document, *a, 0), TokenSpan(other, *b, 1)), label))
         return cuts
 
     # Which pieces -----------------------------------------------------------------------------------------------------
@@ -308,12 +308,12 @@ def require_pairs(documents: MarkedDocuments, kind: PairKind) -> None:
     if having == 0:
         raise TextError(
             "no document has two sentences, so none is followed by another",
-            next="let a document be more than a line (text.document=blank-line or file), give other text, or train on "
+            hint="let a document be more than a line (data.document=blank-line or file), give other text, or train on "
             "masks alone: --set objective.kind=mlm",
         )
     if having == 1 and kind == "next-sentence":
         raise TextError(
             "only one document has two sentences, so nothing can be taken from another one",
-            next="give more documents, say where they end (text.document=blank-line, line or file), or ask for the "
-            "order of sentences: --set objective.pair=sentence-order",
+            hint="give more documents, say where they end (data.document=blank-line, line or file), or ask for the "
+            "order of sentences: --set objective.pair_task=sentence-order",
         )

@@ -25,7 +25,7 @@ from jaxtyping import Int, UInt8
 from numpy.typing import DTypeLike, NDArray
 
 from unmask.core.errors import DamagedError
-from unmask.core.files import DIGESTS, check_seal, new_folder, read_json, seal, write_json
+from unmask.core.files import DIGESTS, atomic_directory, read_json, verify_manifest, write_json, write_manifest
 from unmask.core.types import SENTENCE_START
 
 Kind = Literal["<i8", "<u8", "<u4", "<u2", "u1"]
@@ -37,7 +37,7 @@ _LARGEST_HEADER: Final = 1 << 16
 CHUNK: Final = 1 << 18  # numbers that are worked on at a time: 2 MB
 
 
-class Column:
+class NumberFile:
     """A file that numbers are appended to."""
 
     def __init__(self, path: Path, kind: Kind = "<i8") -> None:
@@ -109,7 +109,7 @@ def append(target: Path, sources: Sequence[Path]) -> None:
             source.unlink()
 
 
-class Tensor(NamedTuple):
+class TensorSpec(NamedTuple):
     """Numbers that will stand in a safetensors file."""
 
     kind: Kind
@@ -131,7 +131,7 @@ def header(tensors: Mapping[str, tuple[Kind, int]], room: int = 0) -> bytes:
     return (size - _LENGTH_BYTES).to_bytes(_LENGTH_BYTES, "little") + text.ljust(size - _LENGTH_BYTES)
 
 
-def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+def write_tensors(path: Path, tensors: Mapping[str, TensorSpec]) -> None:
     """A safetensors file, written as its numbers come."""
     with path.open("wb") as file:
         file.write(header({name: (tensor.kind, tensor.length) for name, tensor in tensors.items()}))
@@ -234,7 +234,7 @@ class ShardWriter:
         assert shard_tokens > 0, "a shard holds at least one token"
         self._stem, self._vocabulary = stem, vocabulary
         self._tokens = _TokenWriter(stem, id_kind(vocabulary), shard_tokens)
-        self._columns = [Column(stem.with_name(f"{stem.name}.{name}")) for name in _COLUMNS]
+        self._columns = [NumberFile(stem.with_name(f"{stem.name}.{name}")) for name in _COLUMNS]
         self._counts_V = np.zeros(vocabulary, dtype=np.int64)
         self._open_3 = np.zeros(3, dtype=np.int64)  # of the document that is not finished
         self._is_open = False
@@ -295,7 +295,7 @@ def write_shards(
     Raises:
         StoreError: the place can't be written.
     """
-    with new_folder(folder) as aside:
+    with atomic_directory(folder) as aside:
         writer = ShardWriter(aside / "made", vocabulary, shard_tokens)
         with writer.closing():
             for ids, marks, characters, unknown, last in passages:
@@ -353,11 +353,11 @@ def gather(folder: Path, several: Sequence[Written], vocabulary: int, tokenizer_
     columns = {name: mapped(path) for name, path in whole.items()}
     documents = len(columns["lengths"])
     arrays = {
-        "document_starts_N1": Tensor("<i8", documents + 1, _starts(columns["lengths"])),
-        "lengths_N": Tensor("<i8", documents, _by_chunks(columns["lengths"])),
-        "characters_N": Tensor("<i8", documents, _by_chunks(columns["characters"])),
-        "unknown_characters_N": Tensor("<i8", documents, _by_chunks(columns["unknown"])),
-        "counts_V": Tensor("<i8", vocabulary, [counts_V]),
+        "document_starts_N1": TensorSpec("<i8", documents + 1, _starts(columns["lengths"])),
+        "lengths_N": TensorSpec("<i8", documents, _by_chunks(columns["lengths"])),
+        "characters_N": TensorSpec("<i8", documents, _by_chunks(columns["characters"])),
+        "unknown_characters_N": TensorSpec("<i8", documents, _by_chunks(columns["unknown"])),
+        "counts_V": TensorSpec("<i8", vocabulary, [counts_V]),
     }
     write_tensors(folder / ARRAYS, arrays)
     del arrays, columns  # a file that is mapped can't be removed everywhere
@@ -365,7 +365,7 @@ def gather(folder: Path, several: Sequence[Written], vocabulary: int, tokenizer_
         path.unlink()
     index = {"format": FORMAT, "vocabulary": vocabulary, "tokenizer": tokenizer_fingerprint, "tokens": shards}
     write_json(folder / INDEX, index)
-    seal(folder)
+    write_manifest(folder)
 
 
 def _by_chunks(column: NDArray[np.int64]) -> Iterator[NDArray[np.int64]]:
@@ -447,7 +447,7 @@ class Shards:
         index = read_json(folder / INDEX)
         if index["format"] != FORMAT:
             raise DamagedError(
-                f"made by another version: {index['format']}, not {FORMAT}", where=str(folder / INDEX), next=_REMAKE
+                f"made by another version: {index['format']}, not {FORMAT}", location=str(folder / INDEX), hint=_REMAKE
             )
         self._folder = folder
         self.vocabulary: int = index["vocabulary"]
@@ -472,7 +472,7 @@ class Shards:
             largest = max((int(ids.max()) for ids in tensor_chunks(file, "ids")), default=0)
         if largest >= self.vocabulary:
             raise DamagedError(
-                f"id {largest} is beyond the vocabulary of {self.vocabulary:,}", where=str(file), next=_REMAKE
+                f"id {largest} is beyond the vocabulary of {self.vocabulary:,}", location=str(file), hint=_REMAKE
             )
 
     @property
@@ -559,8 +559,8 @@ class Shards:
         if any(len(columns.get(name, ())) != self._tokens[number] for name in ("ids", "marks")):
             raise DamagedError(
                 f"not the {self._tokens[number]:,} tokens that were written",
-                where=str(self._file(number)),
-                next=_REMAKE,
+                location=str(self._file(number)),
+                hint=_REMAKE,
             )
         return columns
 
@@ -575,7 +575,7 @@ def _naming(file: Path) -> Generator[None]:
     try:
         yield
     except (OSError, ValueError, KeyError) as error:
-        raise DamagedError(f"not a shard that can be read: {error}", where=str(file), next=_REMAKE) from error
+        raise DamagedError(f"not a shard that can be read: {error}", location=str(file), hint=_REMAKE) from error
 
 
 def open_shards(folder: Path) -> Shards:
@@ -585,6 +585,6 @@ def open_shards(folder: Path) -> Shards:
         DamagedError: a file is missing, cut short or changed, or holds ids beyond the vocabulary; it is named.
     """
     if not (folder / DIGESTS).is_file():
-        raise DamagedError("there are no finished shards here", where=str(folder / DIGESTS), next=_REMAKE)
-    check_seal(folder)
+        raise DamagedError("there are no finished shards here", location=str(folder / DIGESTS), hint=_REMAKE)
+    verify_manifest(folder)
     return Shards(folder)

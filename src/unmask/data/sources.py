@@ -20,9 +20,9 @@ from pathlib import Path
 from typing import BinaryIO, Final, Literal, NamedTuple
 
 from unmask.core.errors import RecipeError, TextError
-from unmask.core.files import default_cache, digest, file_digest, saying_where
-from unmask.core.plugins import OutsideSource, make
-from unmask.core.types import Group, Part, Passage, Source, SourceTools
+from unmask.core.files import default_cache, digest, file_digest, wrap_os_errors
+from unmask.core.plugins import PluginSourceConfig, make
+from unmask.core.types import DocumentChunk, InputGroup, Source, SourceContext, SourceShard
 from unmask.data.readers.bytes import decoded, packing
 from unmask.data.readers.documents import (
     PART_BYTES,
@@ -35,7 +35,7 @@ from unmask.data.readers.documents import (
 )
 from unmask.data.readers.hf_datasets import PREFIX, column_digest, column_of, dataset_rows, is_saved, parse
 from unmask.data.readers.tables import Rows, json_rows, parquet_groups, parquet_rows, seekable, separated_rows
-from unmask.data.settings import DocumentRule, ErrorsRule, TextSettings, UnicodeForm
+from unmask.data.settings import DataConfig, DocumentRule, ErrorsRule, UnicodeForm
 
 Kind = Literal["text", "jsonl", "csv", "tsv", "parquet", "dataset"]
 
@@ -48,7 +48,7 @@ _WEIGHT: Final = re.compile(r"(.+):([+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?)",
 _PATTERN: Final = re.compile(r"[*?\[]")
 
 
-class Named(NamedTuple):
+class TextInput(NamedTuple):
     """One of the names: what is meant by it."""
 
     name: str
@@ -56,24 +56,24 @@ class Named(NamedTuple):
     entries: tuple[str, ...]  # paths of files, and dataset:NAME
 
 
-def listed(texts: Sequence[str]) -> list[Named]:
+def listed(texts: Sequence[str]) -> list[TextInput]:
     """What all names mean; weights are made to add up to 1.
 
     Raises:
         TextError: something isn't there, or the weights make no sense.
     """
     if not texts:
-        raise TextError("no text was given", next="name a text file, or a folder with *.txt files")
+        raise TextError("no text was given", hint="name a text file, or a folder with *.txt files")
     parted = [weighted(text) for text in texts]
     weights = [weight for _, weight in parted if weight is not None]
     for (name, weight), text in zip(parted, texts, strict=True):
         if weight is not None and not (weight > 0 and math.isfinite(weight)):
-            raise TextError(f"a weight of {weight:g}", where=text, next="choose a weight above 0, as in TEXT:0.7")
+            raise TextError(f"a weight of {weight:g}", location=text, hint="choose a weight above 0, as in TEXT:0.7")
         if weight is None and weights:
             mend = f"give each text one ({name}:1), or none"
-            raise TextError("a text without a weight, where others have one", where=text, next=mend)
+            raise TextError("a text without a weight, where others have one", location=text, hint=mend)
     total = sum(weights)
-    return [Named(_called(name), (weight or 0.0) / (total or 1.0), _entries(name)) for name, weight in parted]
+    return [TextInput(_called(name), (weight or 0.0) / (total or 1.0), _entries(name)) for name, weight in parted]
 
 
 def weighted(text: str) -> tuple[str, float | None]:
@@ -130,13 +130,13 @@ def _entries(name: str) -> tuple[str, ...]:
         return _absent(name)
     folder = Path(name)
     if not folder.is_dir():
-        raise TextError("neither a file nor a folder", where=name, next="give a text file")
+        raise TextError("neither a file nor a folder", location=name, hint="give a text file")
     if is_saved(folder):
         return (PREFIX + name,)
     found = [str(file) for file in folder.rglob("*") if file.is_file() and is_name(file.name)]
     if not found:
         mend = f"name its files, or give them names that end in {', '.join(_KINDS)} (or these with .gz or .zst)"
-        raise TextError("this folder holds no text", where=name, next=mend)
+        raise TextError("this folder holds no text", location=name, hint=mend)
     return tuple(sorted(found, key=lambda file: Path(file).as_posix()))
 
 
@@ -145,11 +145,13 @@ def _absent(name: str) -> tuple[str, ...]:
         found = [file for file in glob.glob(name, recursive=True) if os.path.isfile(file)]
         if found:
             return tuple(sorted(found, key=lambda file: Path(file).as_posix()))
-        raise TextError("no file matches this pattern", where=name, next="check it; ** stands for folders of any depth")
+        raise TextError(
+            "no file matches this pattern", location=name, hint="check it; ** stands for folders of any depth"
+        )
     if _is_spooled(name):
         what = "what came by standard input is no longer in the cache"
-        raise TextError(what, where=name, next="bring this file back, or start anew from the text")
-    raise TextError("there is no such file or folder", where=name, next="check the path")
+        raise TextError(what, location=name, hint="bring this file back, or start anew from the text")
+    raise TextError("there is no such file or folder", location=name, hint="check the path")
 
 
 _SAID = {
@@ -189,10 +191,10 @@ class FileSource:
         self._errors: ErrorsRule = errors
         self._field = field
         self._unicode: UnicodeForm = unicode
-        self._left_out: dict[Part, int] = {}
+        self._left_out: dict[SourceShard, int] = {}
 
     @property
-    def said(self) -> str:
+    def notes(self) -> str:
         """What a document is, in words, and what else a person should know of how the text is read."""
         kinds = {kind_of(entry) for entry in self._entries}
         row = f"a row's `{self._field}`"
@@ -213,7 +215,7 @@ class FileSource:
         return [named.entries[0] for named in self._named if named.name == "standard input"]
 
     @cached_property
-    def _named(self) -> list[Named]:
+    def _named(self) -> list[TextInput]:
         return listed(self.paths)
 
     @property
@@ -243,22 +245,22 @@ class FileSource:
             return f"{kind}{packing(Path(entry))}:{file_digest(Path(entry))}"
         except OSError as error:
             what = f"this file can't be read: {error.strerror or error}"
-            raise TextError(what, where=entry, next="check that you may read it") from error
+            raise TextError(what, location=entry, hint="check that you may read it") from error
 
     @property
-    def groups(self) -> Sequence[Group]:
+    def groups(self) -> Sequence[InputGroup]:
         """The names that were given, each with its weight and the number of its parts."""
         return [
-            Group(named.name, named.weight, sum(len(self._parts_of[entry]) for entry in named.entries))
+            InputGroup(named.name, named.weight, sum(len(self._parts_of[entry]) for entry in named.entries))
             for named in self._named
         ]
 
     @property
-    def left_out(self) -> Mapping[Part, int]:
+    def left_out(self) -> Mapping[SourceShard, int]:
         """Lines and rows that were left out, of each part that was read to its end."""
         return self._left_out
 
-    def parts(self) -> Sequence[Part]:
+    def parts(self) -> Sequence[SourceShard]:
         """Of each file, in the order given, one part or several of about PART_BYTES.
 
         Raises:
@@ -267,10 +269,10 @@ class FileSource:
         return [part for entry in self._entries for part in self._parts_of[entry]]
 
     @cached_property
-    def _parts_of(self) -> dict[str, list[Part]]:
+    def _parts_of(self) -> dict[str, list[SourceShard]]:
         return {entry: self._cut(entry) for entry in self._entries}
 
-    def _cut(self, entry: str) -> list[Part]:
+    def _cut(self, entry: str) -> list[SourceShard]:
         kind, path = kind_of(entry), Path(entry)
         if kind == "dataset":
             column = column_of(entry, self._field)
@@ -284,7 +286,7 @@ class FileSource:
                         starts.append(byte)
             elif kind in ("text", "jsonl") and not packing(path):
                 starts = part_starts(path, self._document, self._errors, is_table=kind == "jsonl")
-        return [Part(entry, first, last) for first, last in zip(starts, [*starts[1:], size], strict=True)]
+        return [SourceShard(entry, first, last) for first, last in zip(starts, [*starts[1:], size], strict=True)]
 
     def check(self) -> None:
         """Open every file and data set and look at its first document.
@@ -304,7 +306,7 @@ class FileSource:
             else:
                 raise _empty(entry, 0)
 
-    def documents(self, part: Part) -> Iterator[Passage]:
+    def documents(self, part: SourceShard) -> Iterator[DocumentChunk]:
         """The passages of one part.
 
         Raises:
@@ -319,18 +321,18 @@ class FileSource:
         if not seen and part.first_byte == 0 and self._is_whole(part):
             raise _empty(part.path, self._left_out[part])
 
-    def _is_whole(self, part: Part) -> bool:
+    def _is_whole(self, part: SourceShard) -> bool:
         is_dataset = kind_of(part.path) == "dataset"
         return is_dataset or part.last_byte >= _file_of(part.path).stat().st_size
 
-    def _plain(self, part: Part) -> Iterator[Passage]:
+    def _plain(self, part: SourceShard) -> Iterator[DocumentChunk]:
         def leave_out() -> None:
             self._left_out[part] += 1
 
         pieces = decoded(Path(part.path), self._errors, leave_out, part.first_byte, part.last_byte)
         return assembled(composed(pieces, self._unicode), self._document, self._unicode)
 
-    def _of_rows(self, part: Part) -> Iterator[Passage]:
+    def _of_rows(self, part: SourceShard) -> Iterator[DocumentChunk]:
         number = 0
         for row in self._rows(part):
             if row is None:
@@ -338,12 +340,12 @@ class FileSource:
             elif row and not row.isspace():
                 text = normal(row, self._unicode)
                 if len(text) <= PASSAGE_CHARACTERS:
-                    yield Passage(number, 0, text, len(text), last=True)
+                    yield DocumentChunk(number, 0, text, len(text), last=True)
                 else:
                     yield from broken(number, text, self._unicode)
                 number += 1
 
-    def _rows(self, part: Part) -> Rows:
+    def _rows(self, part: SourceShard) -> Rows:
         kind, path = kind_of(part.path), Path(part.path)
         if kind == "dataset":
             return dataset_rows(part.path, self._field, self._errors, part.first_byte, part.last_byte)
@@ -357,7 +359,7 @@ class FileSource:
 class MemorySource:
     """Texts in memory, each one document."""
 
-    said = "a document is one of the texts given"
+    notes = "a document is one of the texts given"
 
     def __init__(self, texts: Sequence[str], unicode: UnicodeForm = "NFC") -> None:
         self._texts = texts
@@ -373,9 +375,9 @@ class MemorySource:
         self.check()
         return digest("memory", self._unicode, *self._texts)
 
-    def parts(self) -> Sequence[Part]:
+    def parts(self) -> Sequence[SourceShard]:
         """One part that holds all texts."""
-        return [Part("memory", 0, len(self._texts))]
+        return [SourceShard("memory", 0, len(self._texts))]
 
     def check(self) -> None:
         """Look at every text.
@@ -384,18 +386,20 @@ class MemorySource:
             TextError: there is nothing but white space, or a text that can't be written as UTF-8.
         """
         if all(not text or text.isspace() for text in self._texts):
-            raise TextError("there is no text: nothing but white space", where="the texts given", next="give some text")
+            raise TextError(
+                "there is no text: nothing but white space", location="the texts given", hint="give some text"
+            )
         for number, text in enumerate(self._texts):
             try:
                 text.encode()
             except UnicodeEncodeError as error:
                 raise TextError(
                     f"half of a surrogate pair (U+{ord(text[error.start]):04X}), which is no character",
-                    where=f"text {number}, character {error.start}",
-                    next='repair the text, as with text.encode("utf-8", "replace").decode()',
+                    location=f"text {number}, character {error.start}",
+                    hint='repair the text, as with text.encode("utf-8", "replace").decode()',
                 ) from error
 
-    def documents(self, part: Part) -> Iterator[Passage]:
+    def documents(self, part: SourceShard) -> Iterator[DocumentChunk]:
         """The passages of the texts [first_byte, last_byte) of a part, which count texts here."""
         for number in range(part.first_byte, part.last_byte):
             yield from broken(number, normal(self._texts[number], self._unicode), self._unicode)
@@ -413,12 +417,12 @@ def _nothing() -> None:
 def _empty(entry: str, left_out: int) -> TextError:
     if left_out:
         what = f"nothing of this file can be read: {left_out:,} lines or rows were left out, and no text is left"
-        return TextError(what, where=entry, next="see what is wrong with them: --errors strict")
+        return TextError(what, location=entry, hint="see what is wrong with them: --errors strict")
     if kind_of(entry) == "text":
         what = "this file is empty: it has no characters but white space"
     else:
         what = "this table is empty: it has no row with text"
-    return TextError(what, where=entry, next="leave it out, or fill it")
+    return TextError(what, location=entry, hint="leave it out, or fill it")
 
 
 _CHUNK_BYTES: Final = 1 << 20
@@ -430,14 +434,14 @@ class SourceRecipe:
     """All that it takes to open a source again, in this process or another."""
 
     paths: tuple[str, ...]  # FileSource.paths
-    settings: TextSettings
+    settings: DataConfig
 
     def open(self) -> FileSource:
         """The source."""
         return open_source(self.paths, self.settings)
 
 
-def open_source(paths: Sequence[str | Path], settings: TextSettings) -> FileSource:
+def open_source(paths: Sequence[str | Path], settings: DataConfig) -> FileSource:
     """The source of these files, folders, patterns and data sets; of standard input where one of them is "-".
 
     Standard input is read to its end here, into a file of the cache that is called after its content.
@@ -449,7 +453,7 @@ def open_source(paths: Sequence[str | Path], settings: TextSettings) -> FileSour
     texts = [path.as_posix() if isinstance(path, Path) else path for path in paths]
     piped = [text for text in texts if weighted(text)[0] == STANDARD_INPUT]
     if len(piped) > 1:
-        raise TextError("standard input can be read once only", where=" ".join(piped), next="name - once")
+        raise TextError("standard input can be read once only", location=" ".join(piped), hint="name - once")
     if piped:
         kept = str(_keep_standard_input())
         texts = [kept + text.removeprefix(STANDARD_INPUT) if text in piped else text for text in texts]
@@ -460,12 +464,12 @@ def _keep_standard_input() -> Path:
     """Copy standard input to the cache; the same content is kept once."""
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise TextError(
-            "several processes can't share standard input", where=STANDARD_INPUT, next="save the text as a file"
+            "several processes can't share standard input", location=STANDARD_INPUT, hint="save the text as a file"
         )
     if sys.stdin is None:
-        raise TextError("there is no standard input", where=STANDARD_INPUT, next="name a text file")
+        raise TextError("there is no standard input", location=STANDARD_INPUT, hint="name a text file")
     folder = default_cache() / SPOOL
-    with saying_where(folder):
+    with wrap_os_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
         aside = folder / f".{os.getpid()}"
         try:
@@ -485,7 +489,9 @@ def _copied(stream: BinaryIO, aside: BinaryIO) -> str:
         state.update(chunk)
         aside.write(chunk)
     if not first:
-        raise TextError("standard input is empty", where=STANDARD_INPUT, next="pipe text into it: cat notes.txt | ...")
+        raise TextError(
+            "standard input is empty", location=STANDARD_INPUT, hint="pipe text into it: cat notes.txt | ..."
+        )
     packed = next((ending for magic, ending in _PACKED if first.startswith(magic)), "")
     return f"{state.hexdigest()}.txt{packed}"
 
@@ -493,7 +499,7 @@ def _copied(stream: BinaryIO, aside: BinaryIO) -> str:
 _LONGEST_NAME = 255  # bytes that a file's name may have almost everywhere
 
 
-def open_text(texts: Sequence[str | Path], settings: TextSettings) -> Source:
+def open_text(texts: Sequence[str | Path], settings: DataConfig) -> Source:
     """Files, folders, patterns, data sets, "-" for standard input, each perhaps with a weight (`TEXT:0.7`).
 
     Or the texts themselves, one document each, where one of them can't be meant as the name of something.
@@ -502,25 +508,25 @@ def open_text(texts: Sequence[str | Path], settings: TextSettings) -> Source:
         RecipeError: nothing was given.
         TextError: paths among texts; or, now or on reading, text that can't be read.
     """
-    if isinstance(settings.source, OutsideSource):
+    if isinstance(settings.source, PluginSourceConfig):
         return open_outside(settings.source, texts)
     if not texts:
-        raise RecipeError("no text was given", next="name text files or folders: unmask pretrain notes.txt")
+        raise RecipeError("no text was given", hint="name text files or folders: unmask pretrain notes.txt")
     if not any(_is_prose(text) for text in texts):
         return open_source(texts, settings)
     for text in texts:
         if isinstance(text, Path) or (len(text) <= _LONGEST_NAME and os.path.isfile(text)):
             raise TextError(
                 "a file among texts that are given as they are",
-                where=str(text),
-                next="give paths alone, or texts alone",
+                location=str(text),
+                hint="give paths alone, or texts alone",
             )
     return MemorySource([str(text) for text in texts], settings.unicode)
 
 
-def open_outside(settings: OutsideSource, texts: Sequence[str | Path]) -> Source:
+def open_outside(settings: PluginSourceConfig, texts: Sequence[str | Path]) -> Source:
     """A source of a person's own, which is told what was named on the command line."""
-    return make(settings, SourceTools(tuple(Path(text).absolute() for text in texts)))
+    return make(settings, SourceContext(tuple(Path(text).absolute() for text in texts)))
 
 
 def _is_prose(text: str | Path) -> bool:

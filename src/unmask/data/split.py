@@ -23,25 +23,25 @@ from jaxtyping import Int
 from numpy.typing import NDArray
 
 from unmask.core.errors import TextError
-from unmask.core.quantities import Share
-from unmask.core.types import Part, Passage, Source, runs
-from unmask.data.settings import HeldOutSettings
+from unmask.core.quantities import Fraction
+from unmask.core.types import DocumentChunk, Source, SourceShard, runs
+from unmask.data.settings import HeldOutConfig
 from unmask.data.shards import CHUNK, empty
 
 FEW_DOCUMENTS: Final = 100  # below, one document more or less would decide what is measured
 SAMPLE_CHARACTERS: Final = 1_000_000
 REPORT_CHARACTERS: Final = 1_000_000
 LEFT_OUT: Final = -1  # in a division: a document that is on neither side
-_SHARES: Final = {"hash": Share(0.01), "tail": Share(0.10)}
+_SHARES: Final = {"hash": Fraction(0.01), "tail": Fraction(0.10)}
 _BLOCK: Final = 1 << 14  # documents whose numbers are looked up at once
 
-Side = Literal["train", "held-out"]
+SplitName = Literal["train", "held-out"]
 Progress = Callable[[str, float], None]
 Tell = Callable[[int], None]  # so many characters further
 
 
 @dataclass(frozen=True)
-class Survey:
+class DocumentStats:
     """What one pass over a source found."""
 
     lengths_N: Int[np.ndarray, "N"]  # characters of each document's text
@@ -56,11 +56,11 @@ class Survey:
 
 
 @dataclass(frozen=True)
-class Division:
+class Split:
     """From which character on each document is held out: from the first, from its end (not at all), or in between."""
 
     by: Literal["hash", "tail"]
-    share: Share
+    share: Fraction
     first_held_N: Int[np.ndarray, "N"]  # LEFT_OUT: on neither side
     duplicates: int = 0  # documents that were left out
 
@@ -70,10 +70,10 @@ class Division:
         return hashlib.blake2b(np.ascontiguousarray(self.first_held_N, "<i8").data, digest_size=8).hexdigest()
 
 
-class Stretch(NamedTuple):
+class DocumentSlice(NamedTuple):
     """Part of a document that lies on one side."""
 
-    side: Side
+    side: SplitName
     document: int
     piece: int
     text: str
@@ -88,7 +88,7 @@ class Measured(NamedTuple):
     hash: int
 
 
-def numbered(source: Source, parts: Iterable[Part]) -> Iterator[tuple[int, Passage]]:
+def numbered(source: Source, parts: Iterable[SourceShard]) -> Iterator[tuple[int, DocumentChunk]]:
     """All passages of these parts, with the number of their document among them."""
     document = 0
     for part in parts:
@@ -97,7 +97,7 @@ def numbered(source: Source, parts: Iterable[Part]) -> Iterator[tuple[int, Passa
             document += passage.last
 
 
-def measured(passages: Iterable[Passage], note: Callable[[Passage], None]) -> Iterator[Measured]:
+def measured(passages: Iterable[DocumentChunk], note: Callable[[DocumentChunk], None]) -> Iterator[Measured]:
     """The length and the hash of each document; `note` is called with each passage."""
     length = 0
     state = hashlib.blake2b(digest_size=8)
@@ -110,15 +110,15 @@ def measured(passages: Iterable[Passage], note: Callable[[Passage], None]) -> It
             length, state = 0, hashlib.blake2b(digest_size=8)
 
 
-class Noted:
+class CharCounter:
     """What is counted of passages: their characters, how they begin, how far one is."""
 
-    def __init__(self, tell: Tell, sample_characters: int = SAMPLE_CHARACTERS) -> None:
+    def __init__(self, tell: Tell, max_train_chars: int = SAMPLE_CHARACTERS) -> None:
         self.characters = self._told = self._sampled = 0
-        self._tell, self._most = tell, sample_characters
+        self._tell, self._most = tell, max_train_chars
         self._sample: list[str] = []
 
-    def __call__(self, passage: Passage) -> None:
+    def __call__(self, passage: DocumentChunk) -> None:
         """Count one."""
         if self._sampled < self._most:
             self._sample.append(passage.text)
@@ -138,7 +138,7 @@ class Noted:
         return "\n".join(self._sample)[: self._most]
 
 
-def survey(source: Source, progress: Progress) -> Survey:
+def survey(source: Source, progress: Progress) -> DocumentStats:
     """Read everything once, with 16 bytes of memory per document; `units` does it with none.
 
     Raises:
@@ -153,17 +153,17 @@ def survey(source: Source, progress: Progress) -> Survey:
         # Bytes and characters are not the same, least of all in a packed file; the end is reported below.
         progress("reading the text", min(0.99, done / max(1, total_bytes)))
 
-    noted = Noted(tell)
+    noted = CharCounter(tell)
     passages = (passage for _, passage in numbered(source, source.parts()))
     kind = np.dtype([("length", np.int64), ("hash", np.uint64)])
     found_N = np.fromiter(measured(passages, noted), dtype=kind)
     progress("reading the text", 1.0)
-    return Survey(found_N["length"], found_N["hash"], noted.characters, noted.sample)
+    return DocumentStats(found_N["length"], found_N["hash"], noted.characters, noted.sample)
 
 
 def divide(
-    found: Survey, settings: HeldOutSettings, *, drop_duplicates: bool = False, folder: Path | None = None
-) -> Division:
+    found: DocumentStats, settings: HeldOutConfig, *, drop_duplicates: bool = False, folder: Path | None = None
+) -> Split:
     """Decide for every document what of it is held out; with memory for 12 bytes of each.
 
     Args:
@@ -175,10 +175,10 @@ def divide(
     Raises:
         TextError: by hash, nothing would be left to train on.
     """
-    by = settings.by
-    if by == "count-decides":
+    by = settings.method
+    if by == "auto":
         by = "hash" if found.documents >= FEW_DOCUMENTS else "tail"
-    share = settings.share if isinstance(settings.share, Share) else _SHARES[by]
+    share = settings.fraction if isinstance(settings.fraction, Fraction) else _SHARES[by]
     first_held_N = empty(folder, "first-held", found.documents)
     for first in range(0, found.documents, CHUNK):
         lengths_N = found.lengths_N[first : first + CHUNK]
@@ -187,7 +187,7 @@ def divide(
             lengths_N = np.floor(np.round(lengths_N * (1 - share.fraction), 6)).astype(np.int64)
         first_held_N[first : first + CHUNK] = lengths_N
     if by == "tail" and not drop_duplicates:
-        return Division(by, share, first_held_N)
+        return Split(by, share, first_held_N)
     # By hash, and documents of the same text by number: the first of them is the first of its group.
     order_N = np.argsort(found.hashes_N, kind="stable")
     duplicates = _leave_copies_out(found, order_N, first_held_N) if drop_duplicates else 0
@@ -196,15 +196,15 @@ def divide(
         if groups.count < 2:
             raise TextError(
                 f"there is nothing to divide by hash: {found.documents:,} documents, {groups.count} of them different",
-                next="hold out the end of every document (--set text.held_out.by=tail), or make documents smaller "
-                "(--set text.document=line)",
+                hint="hold out the end of every document (--set data.held_out.method=tail), or make documents smaller "
+                "(--set data.document=line)",
             )
         # What parts documents counts, but not that of copies that nobody will read.
-        groups.hold_out(min(share.fraction * found.characters, settings.at_most.number))
-    return Division(by, share, first_held_N, duplicates)
+        groups.hold_out(min(share.fraction * found.characters, settings.max_size.number))
+    return Split(by, share, first_held_N, duplicates)
 
 
-def _leave_copies_out(found: Survey, order_N: NDArray[np.int64], first_held_N: NDArray[np.int64]) -> int:
+def _leave_copies_out(found: DocumentStats, order_N: NDArray[np.int64], first_held_N: NDArray[np.int64]) -> int:
     """Mark documents that follow one of the same hash; those without text are nobody's copy."""
     duplicates = 0
     for first in range(0, len(order_N), CHUNK):
@@ -221,7 +221,7 @@ class _Groups:
     """Documents of the same text, by their hash: how many characters each group has, and where it ends in the order."""
 
     def __init__(
-        self, found: Survey, order_N: NDArray[np.int64], first_held_N: NDArray[np.int64], folder: Path | None
+        self, found: DocumentStats, order_N: NDArray[np.int64], first_held_N: NDArray[np.int64], folder: Path | None
     ) -> None:
         self._order_N, self._first_held_N, self._lengths_N = order_N, first_held_N, found.lengths_N
         self._sizes = empty(folder, "group-sizes", found.documents)
@@ -281,8 +281,8 @@ class _Groups:
 
 
 def stretches(
-    passages: Iterable[tuple[int, Passage]], lengths_N: NDArray[np.int64], first_held_N: NDArray[np.int64]
-) -> Iterator[Stretch]:
+    passages: Iterable[tuple[int, DocumentChunk]], lengths_N: NDArray[np.int64], first_held_N: NDArray[np.int64]
+) -> Iterator[DocumentSlice]:
     """The text of both sides, in its order; a document with nothing on a side is left out there.
 
     Both sides together have all characters of the source but those of documents that were left out; what parts two
@@ -312,20 +312,20 @@ def stretches(
         if whole and (position < held_from or not is_split):
             characters = passage.characters if not is_split or end <= held_from else cut
             is_last = end >= held_from if is_split else passage.last
-            yield Stretch("train", document, passage.piece, passage.text[:cut], characters, is_last)
+            yield DocumentSlice("train", document, passage.piece, passage.text[:cut], characters, is_last)
         if is_split and (end > held_from or passage.last):
             characters = passage.characters - (cut if position < held_from else 0)
-            yield Stretch("held-out", document, passage.piece, passage.text[cut:], characters, passage.last)
+            yield DocumentSlice("held-out", document, passage.piece, passage.text[cut:], characters, passage.last)
         position = 0 if passage.last else end
     if document + 1 != len(lengths_N) or position:
         raise _changed()
 
 
 def _changed() -> TextError:
-    return TextError("the text has changed while it was read", next="start again")
+    return TextError("the text has changed while it was read", hint="start again")
 
 
-def side(source: Source, found: Survey, division: Division, which: Side) -> Iterator[Stretch]:
+def side(source: Source, found: DocumentStats, division: Split, which: SplitName) -> Iterator[DocumentSlice]:
     """The text of one side, document by document."""
     passages = numbered(source, source.parts())
     return (stretch for stretch in stretches(passages, found.lengths_N, division.first_held_N) if stretch.side == which)

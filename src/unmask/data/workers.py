@@ -31,22 +31,31 @@ import unmask
 from unmask.core import errors, rng
 from unmask.core.config import build_config, dump_config
 from unmask.core.errors import TextError, UnmaskError
-from unmask.core.files import saying_where
+from unmask.core.files import wrap_os_errors
 from unmask.core.hardware import cores
-from unmask.core.types import Part, Source
+from unmask.core.types import Source, SourceShard
 from unmask.data.readers.documents import PART_BYTES
-from unmask.data.settings import TextSettings
-from unmask.data.shards import Column, ShardWriter, Written, mapped
+from unmask.data.settings import DataConfig
+from unmask.data.shards import NumberFile, ShardWriter, Written, mapped
 from unmask.data.sources import FileSource, SourceRecipe, kind_of
-from unmask.data.split import REPORT_CHARACTERS, Noted, Side, Stretch, Tell, measured, numbered, stretches
-from unmask.tokenization.fast_encode import Encoder
+from unmask.data.split import (
+    REPORT_CHARACTERS,
+    CharCounter,
+    DocumentSlice,
+    SplitName,
+    Tell,
+    measured,
+    numbered,
+    stretches,
+)
+from unmask.tokenization.fast_encode import CachedEncoder
 from unmask.tokenization.tokenizer import Tokenizer
 from unmask.tokenization.words import WordsRule
 
 LARGEST_UNIT_BYTES: Final = 64_000_000  # of text: half a minute of work or so, and 50 MB of shards
 SMALLEST_UNIT_BYTES: Final = 4_000_000  # less would not be worth a process
 UNITS: Final = 16  # between the two: so many, that several workers end at about the same time
-SIDES: Final[tuple[Side, Side]] = ("train", "held-out")
+SIDES: Final[tuple[SplitName, SplitName]] = ("train", "held-out")
 _BATCH_CHARACTERS: Final = 1_000_000  # encoded at a time; what an encoding holds is many times its text
 _BATCH_PASSAGES: Final = 8192
 
@@ -54,11 +63,11 @@ Result = dict[str, Any]
 
 
 @dataclass(frozen=True)
-class Unit:
+class WorkUnit:
     """Neighbouring parts of a source."""
 
     number: int
-    parts: tuple[Part, ...]
+    parts: tuple[SourceShard, ...]
 
 
 @dataclass(frozen=True)
@@ -66,7 +75,7 @@ class Task:
     """What is to be done with a unit. It goes to another process as JSON, so it holds plain values only."""
 
     unit: int
-    parts: Sequence[Part]
+    parts: Sequence[SourceShard]
     folder: str  # where its files are written, and where those of all documents lie
     first_document: int = 0  # of all documents; what follows is known after the survey
     documents: Sequence[int] = ()  # of each part
@@ -82,14 +91,14 @@ class Task:
     def from_json(cls, told: Result) -> Task:
         """As it was sent."""
         task = cls(**told)
-        return replace(task, parts=[Part(*part) for part in task.parts])
+        return replace(task, parts=[SourceShard(*part) for part in task.parts])
 
     def file(self, ending: str) -> Path:
         """A file of this unit."""
         return Path(self.folder) / f"unit-{self.unit:05d}.{ending}"
 
 
-def units_of(parts: Sequence[Part], unit_bytes: int | None = None) -> list[Unit]:
+def units_of(parts: Sequence[SourceShard], unit_bytes: int | None = None) -> list[WorkUnit]:
     """Neighbouring parts, together up to so many bytes; a larger one stands alone.
 
     By itself it makes a dozen units or more of any text that is worth several workers: all that decides is the text,
@@ -98,7 +107,7 @@ def units_of(parts: Sequence[Part], unit_bytes: int | None = None) -> list[Unit]
     sizes = list(map(_bytes, parts))
     if unit_bytes is None:
         unit_bytes = min(LARGEST_UNIT_BYTES, max(SMALLEST_UNIT_BYTES, sum(sizes) // UNITS))
-    units: list[list[Part]] = []
+    units: list[list[SourceShard]] = []
     size = 0
     for part, own in zip(parts, sizes, strict=True):
         if not units or size + own > unit_bytes:
@@ -106,20 +115,20 @@ def units_of(parts: Sequence[Part], unit_bytes: int | None = None) -> list[Unit]
             size = 0
         units[-1].append(part)
         size += own
-    return [Unit(number, tuple(held)) for number, held in enumerate(units)]
+    return [WorkUnit(number, tuple(held)) for number, held in enumerate(units)]
 
 
-def _bytes(part: Part) -> int:
+def _bytes(part: SourceShard) -> int:
     """How large a part is; those of a data set are counted in rows, and made about equally large."""
     return PART_BYTES if kind_of(part.path) == "dataset" else part.last_byte - part.first_byte
 
 
-class Hand:
+class TaskRunner:
     """Works on units of one source. The work: "survey", "sample", "encode"."""
 
     def __init__(self, source: Source) -> None:
         self._source = source
-        self._encoder: tuple[Tokenizer, Encoder] | None = None  # remembers words from unit to unit
+        self._encoder: tuple[Tokenizer, CachedEncoder] | None = None  # remembers words from unit to unit
 
     def do(self, work: str, task: Task, tell: Tell) -> Result:
         """Do a piece of work; the answer holds plain values only.
@@ -133,14 +142,14 @@ class Hand:
             "sample": self._write_sample,
             "encode": self._encode,
         }
-        with saying_where(Path(task.folder)):
+        with wrap_os_errors(Path(task.folder)):
             return doing[work](task, tell)
 
     def _survey(self, task: Task, tell: Tell) -> Result:
         """Length and hash of each document of the unit, in files."""
         documents: list[int] = []
-        noted = Noted(tell) if task.unit == 0 else Noted(tell, 0)
-        lengths, hashes = Column(task.file("lengths")), Column(task.file("hashes"), "<u8")
+        noted = CharCounter(tell) if task.unit == 0 else CharCounter(tell, 0)
+        lengths, hashes = NumberFile(task.file("lengths")), NumberFile(task.file("hashes"), "<u8")
         try:
             for part in task.parts:
                 documents.append(0)
@@ -154,7 +163,7 @@ class Hand:
             lengths.abandon()
             hashes.abandon()
         noted.tell()
-        left_out: Mapping[Part, int] = getattr(self._source, "left_out", {})
+        left_out: Mapping[SourceShard, int] = getattr(self._source, "left_out", {})
         return {
             "documents": documents,
             "characters": noted.characters,
@@ -201,7 +210,7 @@ class Hand:
         """The unit's shards of both sides, and how many documents each part has on them."""
         tokenizer, encoder = self._encoder_of(task)
         writers = {which: ShardWriter(task.file(which), tokenizer.size) for which in SIDES}
-        documents: dict[Side, list[int]] = {which: [] for which in SIDES}
+        documents: dict[SplitName, list[int]] = {which: [] for which in SIDES}
         with writers["train"].closing(), writers["held-out"].closing():
             first = 0
             for part, count in zip(task.parts, task.documents, strict=True):
@@ -217,10 +226,10 @@ class Hand:
             written = {which: writers[which].finish() for which in SIDES}
         return {which: {"written": list(written[which]), "documents": documents[which]} for which in SIDES}
 
-    def _encoder_of(self, task: Task) -> tuple[Tokenizer, Encoder]:
+    def _encoder_of(self, task: Task) -> tuple[Tokenizer, CachedEncoder]:
         if self._encoder is None:
             tokenizer = Tokenizer.load(tokenizer_folder(Path(task.folder)))
-            self._encoder = tokenizer, Encoder(tokenizer, task.words, by_chunks=task.by_chunks)
+            self._encoder = tokenizer, CachedEncoder(tokenizer, task.words, by_chunks=task.by_chunks)
         return self._encoder
 
 
@@ -229,7 +238,9 @@ def tokenizer_folder(folder: Path) -> Path:
     return folder.parent / "told"
 
 
-def _stretches(source: Source, task: Task, parts: Sequence[Part], first: int, count: int) -> Iterator[Stretch]:
+def _stretches(
+    source: Source, task: Task, parts: Sequence[SourceShard], first: int, count: int
+) -> Iterator[DocumentSlice]:
     """The text of some parts of a unit, divided."""
     begin = task.first_document + first
     columns: list[NDArray[np.int64]] = [
@@ -238,9 +249,9 @@ def _stretches(source: Source, task: Task, parts: Sequence[Part], first: int, co
     return stretches(numbered(source, parts), *columns)
 
 
-def _batches(all_stretches: Iterable[Stretch]) -> Iterator[list[Stretch]]:
+def _batches(all_stretches: Iterable[DocumentSlice]) -> Iterator[list[DocumentSlice]]:
     """Some at a time."""
-    held: list[Stretch] = []
+    held: list[DocumentSlice] = []
     size = 0
     for stretch in all_stretches:
         held.append(stretch)
@@ -252,7 +263,7 @@ def _batches(all_stretches: Iterable[Stretch]) -> Iterator[list[Stretch]]:
         yield held
 
 
-def _write(writer: ShardWriter, encoder: Encoder, batch: Sequence[Stretch]) -> int:
+def _write(writer: ShardWriter, encoder: CachedEncoder, batch: Sequence[DocumentSlice]) -> int:
     """Encode stretches of one side and write them; how many documents ended."""
     encoded = encoder.encode([stretch.text for stretch in batch])
     characters_B = np.array([stretch.characters for stretch in batch], dtype=np.int64)
@@ -262,7 +273,7 @@ def _write(writer: ShardWriter, encoder: Encoder, batch: Sequence[Stretch]) -> i
     return int(last_B.sum())
 
 
-def written_of(result: Result, which: Side) -> Written:
+def written_of(result: Result, which: SplitName) -> Written:
     """What a unit wrote for a side."""
     return Written(*result[which]["written"])
 
@@ -274,8 +285,8 @@ _SINGLE: Final = {"TOKENIZERS_PARALLELISM": "false", "RAYON_NUM_THREADS": "1", "
 class Workers:
     """Does tasks; use it as a context, since it may hold processes."""
 
-    def __init__(self, source: Source, settings: TextSettings, wanted: WorkersWanted, units: int) -> None:
-        self._hand = Hand(source)
+    def __init__(self, source: Source, settings: DataConfig, wanted: WorkersWanted, units: int) -> None:
+        self._hand = TaskRunner(source)
         limit = cores() if wanted == "all cores" else wanted
         # A source in memory, or of a person's own, can't be opened elsewhere.
         self.count = min(limit, units) if isinstance(source, FileSource) else 1
@@ -286,7 +297,7 @@ class Workers:
             self._hello = {"paths": recipe.paths, "settings": dump_config(settings)}
 
     @property
-    def hand(self) -> Hand:
+    def hand(self) -> TaskRunner:
         """The one that works in this process."""
         return self._hand
 
@@ -383,7 +394,7 @@ class Process:
         how = f"was killed by signal {-code}" if code < 0 else f"ended with code {code}"
         return TextError(
             f"a process that worked on the text {how}",
-            next="see above what it said; where it said nothing, the machine may be short of memory",
+            hint="see above what it said; where it said nothing, the machine may be short of memory",
         )
 
     def end(self) -> None:
@@ -399,14 +410,14 @@ class Process:
 
 def _told(error: BaseException) -> Result:
     if isinstance(error, UnmaskError):
-        return {"kind": type(error).__name__, "what": error.what, "where": error.where, "next": error.next}
+        return {"kind": type(error).__name__, "what": error.message, "where": error.location, "next": error.hint}
     return {"kind": "", "what": "".join(traceback.format_exception(error))}
 
 
 def _error_of(told: Result) -> Exception:
     kind = getattr(errors, told["kind"], None) if told["kind"] else None
     if isinstance(kind, type) and issubclass(kind, UnmaskError):
-        return kind(told["what"], where=told["where"], next=told["next"])
+        return kind(told["what"], location=told["where"], hint=told["next"])
     return RuntimeError(f"in a worker process:\n{told['what']}")
 
 
@@ -419,8 +430,8 @@ def serve() -> None:
     requests: queue.SimpleQueue[Result] = queue.SimpleQueue()
     threading.Thread(target=_hear, args=(requests,), daemon=True).start()
     hello = requests.get()
-    settings = build_config(TextSettings, tomllib.loads(hello["settings"]), "the parent's settings")
-    hand = Hand(SourceRecipe(tuple(hello["paths"]), settings).open())
+    settings = build_config(DataConfig, tomllib.loads(hello["settings"]), "the parent's settings")
+    hand = TaskRunner(SourceRecipe(tuple(hello["paths"]), settings).open())
     while True:
         request = requests.get()
         try:

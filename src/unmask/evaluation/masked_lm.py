@@ -22,18 +22,18 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import nn
 
-from unmask.core.distributed import World
+from unmask.core.distributed import DistributedContext
 from unmask.core.errors import TextError
-from unmask.core.types import SPECIAL, Passage, Puzzle, Source, Text, logits_at, pack
+from unmask.core.types import SPECIAL, DocumentChunk, MaskedBatch, Sample, Source, logits_at, pack
 from unmask.data.sampling import frozen
 from unmask.data.shards import Shards
-from unmask.objectives.masking import Integers, Laid, MaskingSettings, choose, hide
-from unmask.objectives.mlm import puzzle
+from unmask.objectives.masking import Integers, MaskingConfig, PackedSequences, corrupt_tokens, select_positions
+from unmask.objectives.mlm import masked_batch
 from unmask.tokenization.tokenizer import Tokenizer
 from unmask.tokenization.words import WordsRule
 
-HOUSE_SEED = 20181011  # the day BERT was submitted to arXiv; frozen, or no two results compare
-HOUSE_RULE = MaskingSettings()  # 15 %, tokens, 80/10/10
+EVAL_SEED = 20181011  # the day BERT was submitted to arXiv; frozen, or no two results compare
+EVAL_MASKING = MaskingConfig()  # 15 %, tokens, 80/10/10
 _BATCH_TOKENS = 16_384
 
 
@@ -48,12 +48,12 @@ class Document:
 
 
 @dataclass(frozen=True)
-class Frozen:
+class EvalSet:
     """Puzzles that never change, and what is known of their text."""
 
-    puzzles: tuple[Puzzle, ...]
+    puzzles: tuple[MaskedBatch, ...]
     length: int
-    asked: int
+    masked_tokens: int
     tokens: int  # askable ones: [UNK] is left out
     characters: int  # likewise
     unknown_share: float  # of the tokens
@@ -61,21 +61,21 @@ class Frozen:
 
 
 @dataclass(frozen=True)
-class Heldout:
+class EvalResult:
     """What a model made of a frozen set."""
 
     loss: float  # nats per asked token
     accuracy: float
     bits_per_character: float
     unigram_loss: float
-    asked: int
+    masked_tokens: int
     length: int
     unknown_share: float
 
 
-def freeze(
+def build_eval_set(
     documents: Sequence[Document], tokenizer: Tokenizer, length: int, counts_V: NDArray[np.integer[Any]]
-) -> Frozen:
+) -> EvalSet:
     """Hide 15 % of every document, then cut at `length` slots (special tokens included).
 
     Args:
@@ -87,39 +87,45 @@ def freeze(
     Raises:
         TextError: nothing in the documents can be asked about.
     """
-    framing = 2 if tokenizer.frame else 0
-    texts: list[Text] = []
+    num_special_tokens = 2 if tokenizer.cls_sep_ids else 0
+    texts: list[Sample] = []
     asked: list[tuple[Integers, Integers]] = []
     for number, document in enumerate(documents):
         if not len(document.ids):
             continue
-        laid = Laid(document.marks, np.array([0, len(document.ids)]), np.array([[0, number]]))
-        at_M = choose(laid, HOUSE_RULE, HOUSE_SEED)
-        hidden = hide(
-            document.ids, at_M, laid, HOUSE_RULE, HOUSE_SEED, mask_id=tokenizer.mask_id, ordinary_N=tokenizer.ordinary_N
+        packed = PackedSequences(document.marks, np.array([0, len(document.ids)]), np.array([[0, number]]))
+        positions_M = select_positions(packed, EVAL_MASKING, EVAL_SEED)
+        hidden = corrupt_tokens(
+            document.ids,
+            positions_M,
+            packed,
+            EVAL_MASKING,
+            EVAL_SEED,
+            mask_id=tokenizer.mask_id,
+            regular_token_ids=tokenizer.regular_token_ids,
         )
-        for cut in frozen(np.array([len(document.ids)]), length - framing):
+        for cut in frozen(np.array([len(document.ids)]), length - num_special_tokens):
             first, last = cut.spans[0].first, cut.spans[0].last
-            ids, marks = tokenizer.framed(hidden[first:last], document.marks[first:last])
-            texts.append(Text(ids, marks))
-            inside = at_M[(at_M >= first) & (at_M < last)]
-            asked.append((inside - first + framing // 2, document.ids[inside].astype(np.int64)))
-    puzzles = tuple(_packed(texts, asked))
+            ids, marks = tokenizer.add_special_tokens(hidden[first:last], document.marks[first:last])
+            texts.append(Sample(ids, marks))
+            inside = positions_M[(positions_M >= first) & (positions_M < last)]
+            asked.append((inside - first + num_special_tokens // 2, document.ids[inside].astype(np.int64)))
+    masked_batches = tuple(_packed(texts, asked))
     answer_N = np.concatenate([a for _, a in asked]) if asked else np.empty(0, np.int64)
     if not len(answer_N):
         raise TextError(
             "the held-out text has nothing to ask about: the tokenizer knows none of it",
-            next="give more text, or text that the tokenizer knows",
+            hint="give more text, or text that the tokenizer knows",
         )
-    ordinary = (counts_V + 1)[tokenizer.ordinary_N]
+    ordinary = (counts_V + 1)[tokenizer.regular_token_ids]
     unigram_V = np.zeros(len(counts_V))
-    unigram_V[tokenizer.ordinary_N] = -np.log(ordinary / ordinary.sum())
+    unigram_V[tokenizer.regular_token_ids] = -np.log(ordinary / ordinary.sum())
     slots = sum(len(document.ids) for document in documents)
     unknown = sum(int((document.marks & SPECIAL).astype(bool).sum()) for document in documents)
-    return Frozen(
-        puzzles=puzzles,
+    return EvalSet(
+        puzzles=masked_batches,
         length=length,
-        asked=len(answer_N),
+        masked_tokens=len(answer_N),
         tokens=slots - unknown,
         characters=sum(document.characters - document.unknown_characters for document in documents),
         unknown_share=unknown / slots,
@@ -127,10 +133,10 @@ def freeze(
     )
 
 
-def _packed(texts: Sequence[Text], asked: Sequence[tuple[Integers, Integers]]) -> list[Puzzle]:
+def _packed(texts: Sequence[Sample], asked: Sequence[tuple[Integers, Integers]]) -> list[MaskedBatch]:
     """Batches of texts of like length, longest first, so that a set too large for memory fails at once."""
     order = sorted((i for i in range(len(texts)) if len(asked[i][0])), key=lambda i: (-len(texts[i].ids), i))
-    puzzles: list[Puzzle] = []
+    masked_batches: list[MaskedBatch] = []
     while order:
         group = [order.pop(0)]
         tokens = len(texts[group[0]].ids)
@@ -138,14 +144,16 @@ def _packed(texts: Sequence[Text], asked: Sequence[tuple[Integers, Integers]]) -
             tokens += len(texts[order[0]].ids)
             group.append(order.pop(0))
         batch = pack([texts[i] for i in group])
-        at_M = np.concatenate([asked[i][0] + batch.starts[b] for b, i in enumerate(group)])
-        answer_M = np.concatenate([asked[i][1] for i in group])
-        puzzles.append(puzzle(batch, batch.ids_T.numpy(), at_M, answer_M, np.zeros(len(at_M))))
-    return puzzles
+        positions_M = np.concatenate([asked[i][0] + batch.offsets[b] for b, i in enumerate(group)])
+        labels_M = np.concatenate([asked[i][1] for i in group])
+        masked_batches.append(
+            masked_batch(batch, batch.ids_T.numpy(), positions_M, labels_M, np.zeros(len(positions_M)))
+        )
+    return masked_batches
 
 
 @torch.inference_mode()
-def evaluate(encoder: nn.Module, head: nn.Module, held: Frozen, world: World) -> Heldout:
+def evaluate(encoder: nn.Module, head: nn.Module, held: EvalSet, world: DistributedContext) -> EvalResult:
     """Mean loss and accuracy over everything asked; ranks share the puzzles."""
     encoder.eval()
     head.eval()
@@ -153,17 +161,17 @@ def evaluate(encoder: nn.Module, head: nn.Module, held: Frozen, world: World) ->
     for one in held.puzzles[world.rank :: world.ranks]:
         here = one.to(world.device)
         with world.autocast():
-            logits_MV = logits_at(encoder, head, here.batch, here.at_M)
-        nats += float(F.cross_entropy(logits_MV, here.answer_M, reduction="sum"))
-        right += float((logits_MV.argmax(-1) == here.answer_M).sum())
+            logits_MV = logits_at(encoder, head, here.batch, here.positions_M)
+        nats += float(F.cross_entropy(logits_MV, here.labels_M, reduction="sum"))
+        right += float((logits_MV.argmax(-1) == here.labels_M).sum())
     nats, right = world.sum([nats, right])
-    loss = nats / held.asked
-    return Heldout(
+    loss = nats / held.masked_tokens
+    return EvalResult(
         loss=loss,
-        accuracy=right / held.asked,
+        accuracy=right / held.masked_tokens,
         bits_per_character=loss * held.tokens / held.characters / math.log(2),
         unigram_loss=held.unigram_loss,
-        asked=held.asked,
+        masked_tokens=held.masked_tokens,
         length=held.length,
         unknown_share=held.unknown_share,
     )
@@ -183,9 +191,9 @@ class Gathered:
 
 
 def documents_of_source(
-    source: Source, tokenizer: Tokenizer, words: WordsRule, at_most: float = float("inf")
+    source: Source, tokenizer: Tokenizer, words: WordsRule, max_size: float = float("inf")
 ) -> Gathered:
-    """The first `at_most` characters of a source as tokens; memory is bounded by them.
+    """The first `max_size` characters of a source as tokens; memory is bounded by them.
 
     Raises:
         TextError: the text can't be read.
@@ -194,9 +202,9 @@ def documents_of_source(
     open_pieces: list[Document] = []  # of a document whose end has not come yet
     taken, whole = 0, True
     for held in _batches(source):
-        last: list[Passage] = []
+        last: list[DocumentChunk] = []
         for passage in held:
-            left = at_most - taken
+            left = max_size - taken
             if passage.characters > left:
                 passage, whole = passage._replace(text=passage.text[: int(left)], characters=int(left)), False
             last.append(passage)
@@ -213,9 +221,9 @@ def documents_of_source(
     return Gathered([one for one in documents if one.characters], taken, whole)
 
 
-def _batches(source: Source) -> Iterator[list[Passage]]:
+def _batches(source: Source) -> Iterator[list[DocumentChunk]]:
     """The passages of a source, some at a time."""
-    held: list[Passage] = []
+    held: list[DocumentChunk] = []
     size = 0
     for part in source.parts():
         for passage in source.documents(part):
@@ -240,7 +248,7 @@ def documents_of_shards(shards: Shards) -> list[Document]:
         for number, length in enumerate(lengths)
     ]
     if not any(lengths):
-        raise TextError("the held-out text is empty", next="hold out more: --set text.held_out.share=10%")
+        raise TextError("the held-out text is empty", hint="hold out more: --set data.held_out.fraction=10%")
     return documents
 
 

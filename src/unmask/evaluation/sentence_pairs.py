@@ -1,6 +1,6 @@
 """Room card: a model's answers on frozen pairs of segments.
 
-Comes in: held-out token shards, a tokenizer, what is asked of a pair. Goes out: a FrozenPairs, and what a model makes
+Comes in: held-out token shards, a tokenizer, what is asked of a pair. Goes out: a PairEvalSet, and what a model makes
 of it: loss and accuracy. Called by: workshop (validation).
 
 Pairs are drawn once with a constant of the house for a seed and hidden as held-out documents are, always at 15 %: the
@@ -18,16 +18,16 @@ import numpy as np
 import torch
 from torch import nn
 
-from unmask.core.distributed import World
+from unmask.core.distributed import DistributedContext
 from unmask.core.errors import TextError
-from unmask.core.types import Batch, Text, pack
+from unmask.core.types import Batch, Sample, pack
 from unmask.data.loader import frame_tokens, read
-from unmask.data.prepare import Corpus
+from unmask.data.prepare import TokenizedCorpus
 from unmask.data.sentence_pairs import PairKind, Pairs
 from unmask.data.shards import Shards
-from unmask.evaluation.masked_lm import HOUSE_RULE, HOUSE_SEED
+from unmask.evaluation.masked_lm import EVAL_MASKING, EVAL_SEED
 from unmask.evaluation.validation import PairValidation
-from unmask.objectives.masking import Laid, choose, hide
+from unmask.objectives.masking import PackedSequences, corrupt_tokens, select_positions
 from unmask.objectives.sentence_pairs import pair_loss
 from unmask.tokenization.tokenizer import Tokenizer
 
@@ -36,7 +36,7 @@ _BATCH_TOKENS: Final = 16_384
 
 
 @dataclass(frozen=True)
-class FrozenPairs:
+class PairEvalSet:
     """Batches of pairs that never change, some tokens hidden."""
 
     batches: tuple[Batch, ...]
@@ -45,7 +45,7 @@ class FrozenPairs:
 
 
 @dataclass(frozen=True)
-class PairHeldout:
+class PairEvalResult:
     """What a model made of frozen pairs."""
 
     loss: float  # nats per pair
@@ -54,23 +54,23 @@ class PairHeldout:
     length: int
 
 
-def freeze_pairs(shards: Shards, tokenizer: Tokenizer, length: int, kind: PairKind) -> FrozenPairs:
+def build_pair_eval_set(shards: Shards, tokenizer: Tokenizer, length: int, kind: PairKind) -> PairEvalSet:
     """Draw pairs of up to `length` slots (special tokens included) from held-out documents, and hide 15 %.
 
     Raises:
         TextError: too few of the documents have two sentences.
     """
     try:
-        cutter = Pairs(shards, length - frame_tokens(tokenizer, 2), HOUSE_SEED, kind)
+        cutter = Pairs(shards, length - frame_tokens(tokenizer, 2), EVAL_SEED, kind)
     except TextError as error:
         raise TextError(
-            f"of the held-out text, {error.what}",
-            where="text.held_out",
-            next="hold out more: --set text.held_out.share=20%",
+            f"of the held-out text, {error.message}",
+            location="data.held_out",
+            hint="hold out more: --set data.held_out.fraction=20%",
         ) from error
     texts = [read(shards, cut, tokenizer) for cut in cutter.cuts(0, 0, min(cutter.count(0), PAIRS_AT_MOST))]
     texts.sort(key=lambda text: (-len(text.ids), text.number))
-    groups: list[list[Text]] = []
+    groups: list[list[Sample]] = []
     room = 0
     for text in texts:
         if len(text.ids) > room:
@@ -78,27 +78,29 @@ def freeze_pairs(shards: Shards, tokenizer: Tokenizer, length: int, kind: PairKi
             room = _BATCH_TOKENS
         groups[-1].append(text)
         room -= len(text.ids)
-    return FrozenPairs(tuple(_hidden(group, tokenizer) for group in groups), length, len(texts))
+    return PairEvalSet(tuple(_hidden(group, tokenizer) for group in groups), length, len(texts))
 
 
-def _hidden(texts: Sequence[Text], tokenizer: Tokenizer) -> Batch:
+def _hidden(texts: Sequence[Sample], tokenizer: Tokenizer) -> Batch:
     batch = pack(texts)
-    laid = Laid(batch.marks_T.numpy(), np.asarray(batch.starts), batch.sample_B2.numpy())
-    at_M = choose(laid, HOUSE_RULE, HOUSE_SEED)
-    ids_T = hide(
+    packed = PackedSequences(batch.token_flags_T.numpy(), np.asarray(batch.offsets), batch.sample_keys_B2.numpy())
+    positions_M = select_positions(packed, EVAL_MASKING, EVAL_SEED)
+    ids_T = corrupt_tokens(
         batch.ids_T.numpy(),
-        at_M,
-        laid,
-        HOUSE_RULE,
-        HOUSE_SEED,
+        positions_M,
+        packed,
+        EVAL_MASKING,
+        EVAL_SEED,
         mask_id=tokenizer.mask_id,
-        ordinary_N=tokenizer.ordinary_N,
+        regular_token_ids=tokenizer.regular_token_ids,
     )
     return replace(batch, ids_T=torch.from_numpy(ids_T))
 
 
 @torch.inference_mode()
-def evaluate_pairs(encoder: nn.Module, pair_head: nn.Module, held: FrozenPairs, world: World) -> PairHeldout:
+def evaluate_pairs(
+    encoder: nn.Module, pair_head: nn.Module, held: PairEvalSet, world: DistributedContext
+) -> PairEvalResult:
     """Mean loss and accuracy over all pairs; ranks share the batches."""
     encoder.eval()
     pair_head.eval()
@@ -109,13 +111,13 @@ def evaluate_pairs(encoder: nn.Module, pair_head: nn.Module, held: FrozenPairs, 
             found = pair_loss(pair_head, encoder(batch), batch)
         nats, right = nats + float(found[0]), right + float(found[1])
     nats, right = world.sum([nats, right])
-    return PairHeldout(nats / held.pairs, right / held.pairs, held.pairs, held.length)
+    return PairEvalResult(nats / held.pairs, right / held.pairs, held.pairs, held.length)
 
 
 class PairJudge:
     """Asks a learner about frozen pairs of the held-out text."""
 
-    def __init__(self, kind: str, corpus: Corpus, lengths: Sequence[int], world: World) -> None:
+    def __init__(self, kind: str, corpus: TokenizedCorpus, lengths: Sequence[int], world: DistributedContext) -> None:
         """`lengths` are those of the stages.
 
         Raises:
@@ -123,13 +125,15 @@ class PairJudge:
         """
         self._kind: PairKind = cast("PairKind", kind)
         self._corpus, self._lengths, self._world = corpus, lengths, world
-        self._frozen: dict[int, FrozenPairs] = {}
+        self._frozen: dict[int, PairEvalSet] = {}
         self.frozen(lengths[-1])  # now, and not when hours have gone into training
 
-    def frozen(self, length: int) -> FrozenPairs:
+    def frozen(self, length: int) -> PairEvalSet:
         """Pairs of at most this length; made once."""
         if length not in self._frozen:
-            self._frozen[length] = freeze_pairs(self._corpus.held_out, self._corpus.tokenizer, length, self._kind)
+            self._frozen[length] = build_pair_eval_set(
+                self._corpus.held_out, self._corpus.tokenizer, length, self._kind
+            )
         return self._frozen[length]
 
     def validation(self, encoder: nn.Module, pair_head: nn.Module, stage: int) -> PairValidation:

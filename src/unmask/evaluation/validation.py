@@ -13,11 +13,11 @@ from typing import cast
 
 import numpy as np
 
-from unmask.core.distributed import World
+from unmask.core.distributed import DistributedContext
 from unmask.core.errors import ModelError
-from unmask.data.settings import DocumentRule, ErrorsRule, TextSettings
+from unmask.data.settings import DataConfig, DocumentRule, ErrorsRule
 from unmask.data.sources import open_source
-from unmask.evaluation.masked_lm import Heldout, documents_of_source, evaluate, freeze
+from unmask.evaluation.masked_lm import EvalResult, build_eval_set, documents_of_source, evaluate
 from unmask.models.model import Model
 
 
@@ -29,7 +29,7 @@ class SetValidation:
     accuracy: float
     bits_per_character: float
     unigram_loss: float
-    asked: int
+    masked_tokens: int
     unknown_share: float
 
 
@@ -53,7 +53,7 @@ class Validation:
     unigram_loss: float
     length: int
     earlier: Mapping[int, float]  # length -> loss, of the stage that runs where it isn't the last
-    sets: Mapping[str, SetValidation] = field(default_factory=dict[str, SetValidation])  # by name: text.valid
+    sets: Mapping[str, SetValidation] = field(default_factory=dict[str, SetValidation])  # by name: data.valid
     pair: PairValidation | None = None  # where the objective asks about pairs
 
 
@@ -61,13 +61,13 @@ def evaluate_text(
     model: Model,
     paths: Sequence[Path],
     *,
-    world: World,
+    world: DistributedContext,
     length: int | None = None,
     document: DocumentRule | None = None,
     errors: ErrorsRule = "strict",
     field: str = "text",
-    at_most: float = float("inf"),
-) -> Heldout:
+    max_size: float = float("inf"),
+) -> EvalResult:
     """Hide 15 % of the text with the house's frozen masks and ask the model; float32.
 
     Bits per character are mean nats per asked token × tokens ÷ Unicode characters of the NFC text (line ends counted) ÷
@@ -82,20 +82,20 @@ def evaluate_text(
             else what stands between blank lines.
         errors: "replace" puts U+FFFD in the place of bytes that are not UTF-8.
         field: of a table, where the text stands.
-        at_most: characters that are read; what is held in memory is some 30 bytes for each of their tokens.
+        max_size: characters that are read; what is held in memory is some 30 bytes for each of their tokens.
 
     Raises:
         TextError: the text can't be read or holds nothing to ask about.
         ModelError: a length that the encoder doesn't hold.
     """
     slots = model.context if length is None else length
-    if not 3 <= slots <= model.settings.longest:
-        raise ModelError(f"length = {slots}", next=f"choose 3 to {model.settings.longest}")
+    if not 3 <= slots <= model.settings.max_position_embeddings:
+        raise ModelError(f"length = {slots}", hint=f"choose 3 to {model.settings.max_position_embeddings}")
     rule = document or cast("DocumentRule", model.card.get("document", "blank-line"))
-    source = open_source(paths, TextSettings(document=rule, errors=errors, field=field))
-    documents = documents_of_source(source, model.tokenizer, model.words, at_most).documents
+    source = open_source(paths, DataConfig(document=rule, errors=errors, field=field))
+    documents = documents_of_source(source, model.tokenizer, model.words, max_size).documents
     counts_V = np.zeros(model.tokenizer.size, np.int64)
     for one in documents:
         counts_V += np.bincount(one.ids, minlength=len(counts_V))
-    held = freeze(documents, model.tokenizer, slots, counts_V)
+    held = build_eval_set(documents, model.tokenizer, slots, counts_V)
     return evaluate(model.encoder.to(world.device), model.head.to(world.device), held, world)

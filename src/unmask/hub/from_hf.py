@@ -22,9 +22,9 @@ from torch import Tensor
 from unmask.core import files
 from unmask.core.errors import DamagedError, ModelError
 from unmask.hub.tokenizer import open_tokenizer
-from unmask.models import build, build_pair
-from unmask.models.annotated import TutorialSettings
-from unmask.models.bert import ClassicSettings
+from unmask.models import build_model, build_pair
+from unmask.models.annotated import TutorialConfig
+from unmask.models.bert import BertConfig
 from unmask.models.hf_format import (
     SEED_TYPE,
     States,
@@ -38,7 +38,7 @@ from unmask.models.hf_format import (
     vocabulary_of,
 )
 from unmask.models.model import CARD, CONFIG, WEIGHTS, Model, find_checkpoint, free_place, load, save_model
-from unmask.models.modernbert import ModernSettings
+from unmask.models.modernbert import ModernBertConfig
 
 INDEX: Final = "model.safetensors.index.json"
 _PICKLES: Final = ("pytorch_model*.bin", "*.pt", "*.pth", "*.ckpt*", "*.h5", "*.msgpack")
@@ -48,7 +48,7 @@ _OF_TASKS: Final = ("classifier.", "qa_outputs.", "score.")
 _COUNTERS: Final = ("position_ids", "token_type_ids", "inv_freq")  # 0, 1, 2 … and what follows from settings alone
 _SHOWN: Final = 5
 
-Settings = ModernSettings | ClassicSettings
+Settings = ModernBertConfig | BertConfig
 
 
 def read(folder: Path) -> tuple[dict[str, Tensor], list[str]]:
@@ -65,8 +65,8 @@ def read(folder: Path) -> tuple[dict[str, Tensor], list[str]]:
         except (SafetensorError, OSError) as error:
             raise DamagedError(
                 f"not readable as safetensors: {error}",
-                where=str(file),
-                next="restore it from a copy, or fetch it anew",
+                location=str(file),
+                hint="restore it from a copy, or fetch it anew",
             ) from error
     formats = sorted({str(t.dtype).removeprefix("torch.") for t in tensors.values() if t.is_floating_point()})
     said = [f"weights in {', '.join(formats)} were read as float32"] if formats not in ([], ["float32"]) else []
@@ -81,27 +81,27 @@ def _files(folder: Path) -> list[Path]:
         try:
             names = sorted({str(name) for name in cast("Mapping[str, str]", places["weight_map"]).values()})
         except (KeyError, TypeError, AttributeError) as error:
-            raise DamagedError("no index of weights", where=str(folder / INDEX), next="fetch it anew") from error
+            raise DamagedError("no index of weights", location=str(folder / INDEX), hint="fetch it anew") from error
         for name in names:
             if Path(name).name != name or not (folder / name).is_file():
                 raise DamagedError(
                     f"a file of weights that {INDEX} names is not here",
-                    where=str(folder / name),
-                    next="copy or fetch it, so that all stand in one folder",
+                    location=str(folder / name),
+                    hint="copy or fetch it, so that all stand in one folder",
                 )
         return [folder / name for name in names]
     pickles = sorted(file.name for pattern in _PICKLES for file in folder.glob(pattern))
     if pickles:
         raise ModelError(
             f"the weights here are no safetensors ({', '.join(pickles[:_SHOWN])}); pickles are programs, never read",
-            where=str(folder),
-            next="if you trust who made them: AutoModelForMaskedLM.from_pretrained(FOLDER).save_pretrained(OTHER) in "
+            location=str(folder),
+            hint="if you trust who made them: AutoModelForMaskedLM.from_pretrained(FOLDER).save_pretrained(OTHER) in "
             "`transformers`, with the tokenizer's files beside, then import OTHER",
         )
     raise ModelError(
         f"there are no weights here: neither {WEIGHTS} nor {INDEX}",
-        where=str(folder),
-        next="give a folder that `save_pretrained` of transformers wrote",
+        location=str(folder),
+        hint="give a folder that `save_pretrained` of transformers wrote",
     )
 
 
@@ -135,7 +135,7 @@ def _is_of_a_task(name: str, settings: Settings) -> bool:
     """Whether a tensor belongs to a head that neither masks nor pairs need; RoBERTa's pooler is one."""
     if name.startswith(_OF_TASKS):
         return True
-    return isinstance(settings, ClassicSettings) and settings.family != "bert" and name.startswith("roberta.pooler.")
+    return isinstance(settings, BertConfig) and settings.model_type != "bert" and name.startswith("roberta.pooler.")
 
 
 def tie_as_found(tensors: Mapping[str, Tensor], settings: Settings) -> tuple[Settings, list[str]]:
@@ -147,7 +147,7 @@ def tie_as_found(tensors: Mapping[str, Tensor], settings: Settings) -> tuple[Set
     ]
     if not apart:
         return settings, []
-    return replace(settings, tied=False), [
+    return replace(settings, tie_word_embeddings=False), [
         f"config.json ties the decoder and the weights don't ({apart[0]}): kept apart"
     ]
 
@@ -184,8 +184,8 @@ def completed(
             found, meant = (" × ".join(map(str, t.shape)) for t in (whole[name], initial[name]))
             raise ModelError(
                 f"`{name}` is {found} where config.json means {meant}",
-                where=name,
-                next="config.json is not of these weights",
+                location=name,
+                hint="config.json is not of these weights",
             )
     whole |= {name: initial[name] for name in missing}
     heads = {"the masked-language-model head": "head.", "the pair head": "pair."}
@@ -199,7 +199,7 @@ def completed(
 
 def _refuse(what: str, names: Sequence[str], next: str) -> None:
     if names:
-        raise ModelError(f"{what} {_some(names)}", next=next)
+        raise ModelError(f"{what} {_some(names)}", hint=next)
 
 
 def _some(names: Sequence[str]) -> str:
@@ -226,19 +226,19 @@ def open_model(folder: str | Path) -> Model:
     if (place / CARD).is_file() and not _is_alone(description):
         return load(folder)
     if (place / files.DIGESTS).is_file():
-        files.check_seal(place)
+        files.verify_manifest(place)
     try:
         settings, rows = settings_of(description), vocabulary_of(description)
     except ModelError as error:
-        raise ModelError(error.what, where=str(place / error.where), next=error.next) from error
-    if isinstance(settings, TutorialSettings):
-        raise ModelError(f"a {SEED_TYPE} folder without its card", where=str(place), next="restore it from a copy")
+        raise ModelError(error.message, location=str(place / error.location), hint=error.hint) from error
+    if isinstance(settings, TutorialConfig):
+        raise ModelError(f"a {SEED_TYPE} folder without its card", location=str(place), hint="restore it from a copy")
     tokenizer, said = open_tokenizer(place)
     if tokenizer.size > rows:
         raise ModelError(
             f"the tokenizer has {tokenizer.size} pieces and the weights {rows} rows",
-            where=str(place),
-            next="use the tokenizer that this model was trained with",
+            location=str(place),
+            hint="use the tokenizer that this model was trained with",
         )
     try:
         tensors, told = read(place)
@@ -247,7 +247,7 @@ def open_model(folder: str | Path) -> Model:
         said += told
         settings, told = tie_as_found(tensors, settings)
         said += told
-        encoder, head = build(settings, rows)
+        encoder, head = build_model(settings, rows)
         pair = build_pair(settings) if has_pair(tensors, settings) else None
         states = States(encoder.state_dict(), head.state_dict(), None if pair is None else pair.state_dict())
         tensors, told = completed(tensors, settings, to_ecosystem(states, settings))
@@ -257,13 +257,13 @@ def open_model(folder: str | Path) -> Model:
                 module.eval()
     except ModelError as error:
         raise ModelError(
-            error.what, where=error.where if "/" in error.where else str(place), next=error.next
+            error.message, location=error.location if "/" in error.location else str(place), hint=error.hint
         ) from error
     said += told
     if rows > tokenizer.size:
         said.append(f"{rows - tokenizer.size} rows beyond the tokenizer's {tokenizer.size:,} pieces are kept")
-    if isinstance(settings, ClassicSettings) and settings.family != "bert":
-        padding, counted = tokenizer.role_id("pad_token"), settings.first_position - 1
+    if isinstance(settings, BertConfig) and settings.model_type != "bert":
+        padding, counted = tokenizer.role_id("pad_token"), settings.position_offset - 1
         if padding != counted:
             said.append(
                 f"the tokenizer pads with {padding}, and positions are counted from {counted}, as config.json says"
@@ -271,7 +271,7 @@ def open_model(folder: str | Path) -> Model:
     card: Any = files.read_json(place / CARD) if (place / CARD).is_file() else {}
     if not isinstance(card, dict):
         raise DamagedError(
-            "no card that we wrote", where=str(place / CARD), next="restore it from a copy, or remove it"
+            "no card that we wrote", location=str(place / CARD), hint="restore it from a copy, or remove it"
         )
     return Model(encoder, head, tokenizer, settings, cast("dict[str, Any]", card), str(place), pair, tuple(said))
 
@@ -294,11 +294,11 @@ def import_model(folder: str | Path, out: str | Path, *, force: bool = False, se
         torch.manual_seed(seed)
         model = open_model(folder)
     source = Path(model.path).resolve()
-    card = model.card or {"imported": {"from": source.name, "said": list(model.said)}}
+    card = model.card or {"imported": {"from": source.name, "notes": list(model.notes)}}
     model = replace(model, card=card, path=str(place))
-    with files.new_folder(place) as aside:
+    with files.atomic_directory(place) as aside:
         save_model(aside, model)
-        files.seal(aside)
+        files.write_manifest(aside)
     return model
 
 

@@ -74,7 +74,7 @@ def _what(model: Model, architecture: str) -> str:
     facts = {
         "class": f"`{architecture}` of `transformers`, without remote code",
         "parameters": f"{parameters:,}" + (" (with the heads)" if architecture.endswith("Model") else ""),
-        "layers × width": f"{settings.layers} × {settings.width}, {settings.heads} heads",
+        "layers × width": f"{settings.num_hidden_layers} × {settings.hidden_size}, {settings.num_attention_heads} heads",
         "context": f"{model.context:,} tokens",
         "vocabulary": f"{model.tokenizer.size:,} pieces",
     }
@@ -103,8 +103,8 @@ def _origin(model: Model, recipe: Table, environment: Table) -> dict[str, str]:
     facts: dict[str, str] = {}
     if imported := card.get("imported"):
         facts["imported from"] = f"a folder called `{imported['from']}`"
-        facts["converted"] = "; ".join(imported["said"]) or "nothing"
-    if start := recipe.get("start", {}).get("model"):
+        facts["converted"] = "; ".join(imported["notes"]) or "nothing"
+    if start := recipe.get("init", {}).get("model"):
         facts["continued from"] = f"a folder called `{Path(start).name}`"
     for key, label in {"recipe": "recipe", "seed": "seed", "text_fingerprint": "text (fingerprint)"}.items():
         if key in card:
@@ -143,7 +143,7 @@ def _results(model: Model) -> str:
 
 
 def _checked(parity: Parity | None, environment: Table) -> str:
-    made = cast("Table", environment.get("bits", {}))
+    made = cast("Table", environment.get("determinism", {}))
     versions = {name: str(made[name]) for name in ("unmask", "torch", "tokenizers", "python") if name in made}
     versions["torch, on writing"] = torch.__version__
     if parity is None:

@@ -19,10 +19,10 @@ from torch import Tensor
 from unmask.core import files
 from unmask.core.errors import ModelError, UnmaskError
 from unmask.core.files import default_cache
-from unmask.core.types import SPECIAL, Text, logits_at, pack
-from unmask.data.prepare import FACTS, TOLD
+from unmask.core.types import SPECIAL, Sample, logits_at, pack
+from unmask.data.prepare import FACTS, META
 from unmask.data.shards import open_shards
-from unmask.models.bert import ClassicSettings
+from unmask.models.bert import BertConfig
 from unmask.models.model import CONFIG, Model
 
 TOLERANCE: Final = 1e-4  # of a logit in float32
@@ -79,8 +79,8 @@ def compare(folder: Path, model: Model, texts: Sequence[str], source: str) -> Pa
         if not difference <= TOLERANCE:
             raise ModelError(
                 f"{what} differ by {difference:.2g} from those of `transformers`, more than {TOLERANCE:g}",
-                where=architecture,
-                next=_REPORT,
+                location=architecture,
+                hint=_REPORT,
             )
     return Parity(architecture, len(given), tokens, largest, pair, source, transformers.__version__)
 
@@ -104,7 +104,7 @@ def _quietly() -> Generator[None]:
 def _refuse_lost(names: set[Any]) -> None:
     if names:
         some = ", ".join(sorted(map(str, names))[:5])
-        raise ModelError(f"`transformers` doesn't find its tensors in what was written: {some}", next=_REPORT)
+        raise ModelError(f"`transformers` doesn't find its tensors in what was written: {some}", hint=_REPORT)
 
 
 def _compare_ids(tokenizer: Any, model: Model, texts: Sequence[str]) -> None:
@@ -115,28 +115,28 @@ def _compare_ids(tokenizer: Any, model: Model, texts: Sequence[str]) -> None:
         words[len(words) // 2] = mask
         for one in (text, " ".join(words)):
             encoded = model.tokenizer.encode(one, model.words, specials_in_text=True)
-            ours = model.tokenizer.framed(encoded.ids, encoded.marks)[0].tolist()
+            ours = model.tokenizer.add_special_tokens(encoded.ids, encoded.marks)[0].tolist()
             theirs = list(tokenizer(one)["input_ids"])
             if ours != theirs:
                 place = next((i for i, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b), -1)
                 raise ModelError(
                     f"AutoTokenizer gives other ids: at {place}, {theirs[place : place + 5]} where ours are "
                     f"{ours[place : place + 5]}",
-                    where=repr(one[:60]),
-                    next=_REPORT,
+                    location=repr(one[:60]),
+                    hint=_REPORT,
                 )
 
 
-def _framed(model: Model, texts: Sequence[str]) -> list[Text]:
+def _framed(model: Model, texts: Sequence[str]) -> list[Sample]:
     """Each text as the model reads it, cut to what it holds; with segments also every two of them together."""
-    room = min(model.context, _LONGEST) - (2 if model.tokenizer.frame else 0)
+    room = min(model.context, _LONGEST) - (2 if model.tokenizer.cls_sep_ids else 0)
     inner = [model.tokenizer.encode(text, model.words).ids[: max(1, room)] for text in texts]
-    framed: list[Text] = []
+    framed: list[Sample] = []
     for ids in inner:
-        whole, _ = model.tokenizer.framed(ids, np.zeros(len(ids), np.uint8))
+        whole, _ = model.tokenizer.add_special_tokens(ids, np.zeros(len(ids), np.uint8))
         framed.append(_text(whole, None))
-    if model.pair is not None and model.tokenizer.frame is not None:
-        first, last = model.tokenizer.frame
+    if model.pair is not None and model.tokenizer.cls_sep_ids is not None:
+        first, last = model.tokenizer.cls_sep_ids
         half = max(1, (room - 1) // 2)
         for a, b in zip(inner[::2], inner[1::2], strict=False):
             ids = np.concatenate([[first], a[:half], [last], b[:half], [last]])
@@ -144,12 +144,12 @@ def _framed(model: Model, texts: Sequence[str]) -> list[Text]:
     return framed
 
 
-def _text(ids: Any, segment: Any) -> Text:
+def _text(ids: Any, segment: Any) -> Sample:
     kinds = np.zeros(len(ids), np.int64) if segment is None else segment.astype(np.int64)
-    return Text(ids.astype(np.int64), np.full(len(ids), SPECIAL, np.uint8), segment=kinds)
+    return Sample(ids.astype(np.int64), np.full(len(ids), SPECIAL, np.uint8), token_type_ids=kinds)
 
 
-def _ours(model: Model, text: Text, architecture: str) -> tuple[Tensor, Tensor | None]:
+def _ours(model: Model, text: Sample, architecture: str) -> tuple[Tensor, Tensor | None]:
     batch = pack([text])
     hidden_TD: Tensor = model.encoder(batch)
     pair: Any = model.pair
@@ -159,10 +159,14 @@ def _ours(model: Model, text: Text, architecture: str) -> tuple[Tensor, Tensor |
     return logits_TV, None if pair is None else pair(hidden_TD, batch)
 
 
-def _theirs(theirs: Any, model: Model, text: Text, architecture: str) -> tuple[Tensor, Tensor | None]:
+def _theirs(theirs: Any, model: Model, text: Sample, architecture: str) -> tuple[Tensor, Tensor | None]:
     given = {"input_ids": torch.from_numpy(text.ids)[None], "attention_mask": torch.ones(1, len(text.ids)).long()}
-    if text.segment is not None and isinstance(model.settings, ClassicSettings) and model.settings.family == "bert":
-        given["token_type_ids"] = torch.from_numpy(text.segment)[None]
+    if (
+        text.token_type_ids is not None
+        and isinstance(model.settings, BertConfig)
+        and model.settings.model_type == "bert"
+    ):
+        given["token_type_ids"] = torch.from_numpy(text.token_type_ids)[None]
     out = theirs(**given)
     if architecture.endswith("Model"):
         return out.last_hidden_state[0], getattr(out, "pooler_output", None)
@@ -207,7 +211,7 @@ def _held_out(model: Model, run: Path) -> list[str]:
     """What the run held out, found in the cache by the facts that the run wrote down."""
     try:
         facts: Any = files.read_json(run / "env.json")["text"]["facts"]
-        for told in sorted(default_cache().glob(f"*/{TOLD}/{FACTS}")):
+        for told in sorted(default_cache().glob(f"*/{META}/{FACTS}")):
             if files.read_json(told) == facts:
                 shards = open_shards(told.parent.parent / "held-out")
                 break
@@ -229,6 +233,6 @@ def _is_known(model: Model, text: str) -> bool:
 
 def _from_pieces(model: Model) -> list[str]:
     """Texts of pieces that stand evenly spread in the vocabulary."""
-    ordinary_N = model.tokenizer.ordinary_N
-    spread = ordinary_N[np.linspace(0, len(ordinary_N) - 1, 8 * _TEXTS).astype(np.int64)]
+    regular_token_ids = model.tokenizer.regular_token_ids
+    spread = regular_token_ids[np.linspace(0, len(regular_token_ids) - 1, 8 * _TEXTS).astype(np.int64)]
     return [text for row in spread.reshape(_TEXTS, 8) if (text := model.tokenizer.decode(row)).strip()]

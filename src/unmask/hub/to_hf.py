@@ -17,7 +17,7 @@ from unmask.core.errors import ModelError
 from unmask.hub.from_hf import open_model
 from unmask.hub.model_card import model_card
 from unmask.hub.parity import Parity, compare, sample
-from unmask.models.annotated import TutorialSettings
+from unmask.models.annotated import TutorialConfig
 from unmask.models.model import CONFIG, free_place, save_model
 
 CARD = "README.md"
@@ -30,7 +30,7 @@ class Exported:
     path: str
     architecture: str
     parity: Parity | None  # None: unverified
-    said: tuple[str, ...]  # what had to be converted or begun anew in a folder of others
+    notes: tuple[str, ...]  # what had to be converted or begun anew in a folder of others
 
 
 def export(
@@ -62,24 +62,24 @@ def export(
     if not unverified and importlib.util.find_spec("transformers") is None:
         raise ModelError(
             "an export is compared with `transformers`, which is not installed",
-            next='pip install "transformers>=4.57"; or write it unchecked: --unverified (unverified=True)',
+            hint='pip install "transformers>=4.57"; or write it unchecked: --unverified (unverified=True)',
         )
     opened = open_model(model)
-    if isinstance(opened.settings, TutorialSettings):
+    if isinstance(opened.settings, TutorialConfig):
         raise ModelError(
             "the tutorial's net (recipe `seed`) is no class of `transformers`, so that nobody else could open it",
-            where=opened.path,
-            next="train an encoder that is one: unmask pretrain TEXT --recipe char, tiny or bert-tiny",
+            location=opened.path,
+            hint="train an encoder that is one: unmask pretrain TEXT --recipe char, tiny or bert-tiny",
         )
     run = _run_of(Path(model), Path(opened.path))
-    with files.new_folder(place) as aside:
+    with files.atomic_directory(place) as aside:
         save_model(aside, opened, only_encoder=only == "encoder")
         architecture = str(files.read_json(aside / CONFIG)["architectures"][0])
         parity = None
         if not unverified:
             parity = compare(aside, opened, *sample(opened, run))
         files.write_text(aside / CARD, model_card(place.name, opened, run, architecture, parity))
-    return Exported(str(place), architecture, parity, opened.said)
+    return Exported(str(place), architecture, parity, opened.notes)
 
 
 def _run_of(given: Path, opened: Path) -> Path | None:

@@ -56,13 +56,13 @@ def open_tokenizer(folder: Path) -> tuple[Tokenizer, list[str]]:
         if models_here:
             raise TokenizerError(
                 f"the tokenizer is a SentencePiece model ({models_here[0]}), which is not read here",
-                where=str(folder),
-                next=f"{_SAVE_WHOLE} (it needs the sentencepiece library)",
+                location=str(folder),
+                hint=f"{_SAVE_WHOLE} (it needs the sentencepiece library)",
             )
         raise TokenizerError(
             f"there is no tokenizer here: neither {WHOLE}, {_PIECES} nor {_JSON} with {_MERGES}",
-            where=str(folder),
-            next="copy the tokenizer's files into this folder",
+            location=str(folder),
+            hint="copy the tokenizer's files into this folder",
         )
     framed = _with_a_frame(tokenizer)
     if framed is not None:
@@ -76,7 +76,7 @@ def _from_pieces(folder: Path) -> tuple[Tokenizer, list[str]]:
     pieces = _lines(folder / _PIECES)
     vocabulary = {piece: number for number, piece in enumerate(pieces)}
     if len(vocabulary) != len(pieces):
-        raise TokenizerError("a piece stands twice in this list", where=str(folder / _PIECES), next=_SAVE_WHOLE)
+        raise TokenizerError("a piece stands twice in this list", location=str(folder / _PIECES), hint=_SAVE_WHOLE)
     _check_roles(roles, vocabulary, folder / _PIECES, ("unk_token", "mask_token"))
     inner = tokenizers.Tokenizer(
         models.WordPiece(
@@ -108,7 +108,7 @@ def _from_merges(folder: Path) -> tuple[Tokenizer, list[str]]:
         model = models.BPE(vocab=vocabulary, merges=cast("list[tuple[str, str]]", merges), fuse_unk=False)
     except Exception as error:  # the library raises nothing more exact
         raise TokenizerError(
-            f"{_JSON} and {_MERGES} don't fit together: {error}", where=str(folder), next="fetch them anew"
+            f"{_JSON} and {_MERGES} don't fit together: {error}", location=str(folder), hint="fetch them anew"
         ) from error
     _check_roles(roles, cast("Mapping[str, int]", vocabulary), folder / _JSON, ("mask_token",))
     inner = tokenizers.Tokenizer(model)
@@ -122,7 +122,7 @@ def _from_merges(folder: Path) -> tuple[Tokenizer, list[str]]:
 def _told(folder: Path) -> Mapping[str, Any]:
     told: Any = files.read_json(folder / _CONFIG) if (folder / _CONFIG).is_file() else {}
     if not isinstance(told, dict):
-        raise TokenizerError("no table of settings", where=str(folder / _CONFIG), next="restore it from a copy")
+        raise TokenizerError("no table of settings", location=str(folder / _CONFIG), hint="restore it from a copy")
     return cast("Mapping[str, Any]", told)
 
 
@@ -130,7 +130,7 @@ def _lines(file: Path) -> list[str]:
     try:
         lines = file.read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
-        raise TokenizerError(f"not readable: {error}", where=str(file), next="restore it from a copy") from error
+        raise TokenizerError(f"not readable: {error}", location=str(file), hint="restore it from a copy") from error
     lines = [line.removesuffix("\r") for line in lines]
     return lines[:-1] if lines and not lines[-1] else lines
 
@@ -140,8 +140,8 @@ def _check_roles(roles: Mapping[str, str], vocabulary: Mapping[str, int], file: 
         if roles[role] not in vocabulary:
             raise TokenizerError(
                 f"{roles[role]!r}, the {role.replace('_', ' ')}, is not among the pieces",
-                where=str(file),
-                next=f"name the piece in {_CONFIG}: {{{json.dumps(role)}: ...}}",
+                location=str(file),
+                hint=f"name the piece in {_CONFIG}: {{{json.dumps(role)}: ...}}",
             )
 
 
@@ -164,8 +164,8 @@ def _add(inner: tokenizers.Tokenizer, config: Mapping[str, Any], roles: Mapping[
         if inner.token_to_id(piece) != number:
             raise TokenizerError(
                 f"the added piece {piece!r} would have the id {inner.token_to_id(piece)}, not {number}",
-                where=str(folder),
-                next=_SAVE_WHOLE,
+                location=str(folder),
+                hint=_SAVE_WHOLE,
             )
 
 
@@ -180,13 +180,13 @@ def _takes_space(inner: tokenizers.Tokenizer, config: Mapping[str, Any]) -> bool
 def _with_a_frame(tokenizer: Tokenizer) -> Tokenizer | None:
     """The tokenizer that sets [CLS] and [SEP] around a text, where it has them and sets nothing; else None."""
     whole = json.loads(tokenizer.to_json())
-    if whole.get("post_processor") is not None or tokenizer.frame is None:
+    if whole.get("post_processor") is not None or tokenizer.cls_sep_ids is None:
         return None
     inner = tokenizers.Tokenizer.from_str(tokenizer.to_json())
-    first, last = (tokenizer.id_to_token(number) for number in tokenizer.frame)
+    first, last = (tokenizer.id_to_token(number) for number in tokenizer.cls_sep_ids)
     inner.post_processor = processors.TemplateProcessing(
         single=f"{first} $A {last}",
         pair=f"{first} $A {last} $B:1 {last}:1",
-        special_tokens=[(first, tokenizer.frame[0]), (last, tokenizer.frame[1])],
+        special_tokens=[(first, tokenizer.cls_sep_ids[0]), (last, tokenizer.cls_sep_ids[1])],
     )
     return tokenizer.changed(inner.to_str())

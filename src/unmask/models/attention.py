@@ -9,7 +9,7 @@ alone:
 
 - "variable-length": FlashAttention over the starts of the texts; CUDA, half precision, no dropout.
 - "padded": texts of similar length side by side in buckets, and `scaled_dot_product_attention`; everything else.
-- "written-out": the same buckets, with two matrix products and a softmax; half precision on a CPU, where the fused
+- "eager": the same buckets, with two matrix products and a softmax; half precision on a CPU, where the fused
   kernel is 2 to 5 times slower (4,096 tokens, 4 heads × 64, forward and backward, one thread: 32-token texts 41
   against 8 ms, 128-token texts 56 against 22 ms; at 512 they meet. In float32 the fused kernel wins at every length).
 
@@ -34,7 +34,7 @@ from torch.nn.attention.varlen import varlen_attn
 
 from unmask.core.types import Batch
 
-Backend = Literal["variable-length", "padded", "written-out"]
+Backend = Literal["variable-length", "padded", "eager"]
 MaskKey = tuple[int, int | None, torch.dtype]  # bucket, how far a slot sees, number format
 
 WASTE = 0.15  # of a bucket's pairs of slots may be padding
@@ -63,15 +63,15 @@ class Bucket:
 
 
 @dataclass(frozen=True, eq=False)
-class Layout:
+class AttentionPlan:
     """How the texts of a batch lie while the layers run; the filler text, if any, stays last and attends to nothing."""
 
     backend: Backend
     look: Literal["both", "left"]
     lengths: tuple[int, ...]  # of the texts as they lie, the filler not counted
-    starts_B1: Int[Tensor, "B1"]
+    cu_seqlens: Int[Tensor, "B1"]
     position_T: Int[Tensor, "T"]  # of each slot within its text
-    longest: int
+    max_seqlen: int
     filler: int
     order_T: Int[Tensor, "T"] | None  # slot of the batch that each slot comes from; None: as in the batch
     back_T: Int[Tensor, "T"] | None
@@ -100,49 +100,51 @@ def backend_of(device: torch.device, dtype: torch.dtype, dropout: float = 0.0, h
     if dropout > 0 or dtype not in _HALF:
         return "padded"
     if device.type == "cpu":
-        return "written-out"
+        return "eager"
     fits = head_width % 8 == 0 and head_width <= 256
     if device.type == "cuda" and fits and torch.cuda.get_device_capability(device) >= (8, 0):
         return "variable-length"
     return "padded"
 
 
-def arrange(batch: Batch, *, dtype: torch.dtype = torch.float32, dropout: float = 0.0, head_width: int = 64) -> Layout:
+def plan_attention(
+    batch: Batch, *, dtype: torch.dtype = torch.float32, dropout: float = 0.0, head_width: int = 64
+) -> AttentionPlan:
     """How the texts of a batch lie while the layers run; made once per forward.
 
     `dtype` is the number format of the queries to come, `dropout` what `attend` will be asked for.
     """
     device = batch.ids_T.device
     backend = backend_of(device, dtype, dropout, head_width)
-    lengths = [last - first for first, last in pairwise(batch.starts)]
+    lengths = [last - first for first, last in pairwise(batch.offsets)]
     filler = lengths.pop() if batch.filler else 0
     texts = list(range(len(lengths)))
     descending = all(one >= other for one, other in pairwise(lengths))
     ascending = all(one <= other for one, other in pairwise(lengths))
     order_T = back_T = None
-    starts_B1 = batch.starts_B1
+    cu_seqlens = batch.cu_seqlens
     if backend != "variable-length" and not (descending or ascending):
         texts.sort(key=lambda text: -lengths[text])
-        starts = torch.tensor([batch.starts[text] for text in texts] + [batch.starts[-1] - filler])
+        starts = torch.tensor([batch.offsets[text] for text in texts] + [batch.offsets[-1] - filler])
         lengths = [lengths[text] for text in texts]
         counts = torch.tensor([*lengths, filler])
         firsts = counts.cumsum(0) - counts
-        order_T = torch.arange(batch.starts[-1]) + torch.repeat_interleave(starts - firsts, counts)
+        order_T = torch.arange(batch.offsets[-1]) + torch.repeat_interleave(starts - firsts, counts)
         back_T = torch.empty_like(order_T)
         back_T[order_T] = torch.arange(len(order_T))
         order_T, back_T = order_T.to(device), back_T.to(device)
         ends = accumulate([*lengths, filler] if filler else lengths)
-        starts_B1 = torch.tensor([0, *ends], dtype=torch.int32, device=device)
+        cu_seqlens = torch.tensor([0, *ends], dtype=torch.int32, device=device)
         descending = True
-    slots = batch.starts[-1]
-    first_T = torch.repeat_interleave(starts_B1[:-1], starts_B1.diff(), output_size=slots)
-    return Layout(
+    slots = batch.offsets[-1]
+    first_T = torch.repeat_interleave(cu_seqlens[:-1], cu_seqlens.diff(), output_size=slots)
+    return AttentionPlan(
         backend=backend,
         look=batch.look,
         lengths=tuple(lengths),
-        starts_B1=starts_B1,
+        cu_seqlens=cu_seqlens,
         position_T=torch.arange(slots, device=device) - first_T,
-        longest=batch.longest,
+        max_seqlen=batch.max_seqlen,
         filler=filler,
         order_T=order_T,
         back_T=back_T,
@@ -202,10 +204,10 @@ def _half_of(window: int | None, padded: int) -> int | None:
     return None if window is None or padded <= window // 2 + 1 else window // 2
 
 
-def padded_pairs(layout: Layout, window: int | None = None) -> int:
+def padded_pairs(layout: AttentionPlan, window: int | None = None) -> int:
     """Pairs of slots for which a layer computes a score, padding included; compare with `layout.attended_pairs`."""
     if layout.backend == "variable-length":
-        widest = layout.longest if window is None else 2 * (window // 2) + 1
+        widest = layout.max_seqlen if window is None else 2 * (window // 2) + 1
         return sum(length * min(length, widest) for length in layout.lengths)
     pairs = 0
     for bucket in layout.buckets:
@@ -215,11 +217,11 @@ def padded_pairs(layout: Layout, window: int | None = None) -> int:
     return pairs
 
 
-def attend(
+def attention(
     q_THK: Float[Tensor, "T H K"],
     k_THK: Float[Tensor, "T H K"],
     v_THK: Float[Tensor, "T H K"],
-    layout: Layout,
+    layout: AttentionPlan,
     window: int | None = None,
     dropout: float = 0.0,
 ) -> Float[Tensor, "T H K"]:
@@ -233,10 +235,10 @@ def attend(
         assert dropout == 0, "variable-length attention has no dropout: say so to arrange()"
         reach = -1 if window is None else window // 2
         # A constant length keeps compiled graphs and launches few; the next power of two is nearly one.
-        longest = max(128, 1 << (layout.longest - 1).bit_length())
-        starts_B1 = layout.starts_B1
+        longest = max(128, 1 << (layout.max_seqlen - 1).bit_length())
+        cu_seqlens = layout.cu_seqlens
         sides = (reach, 0 if layout.look == "left" else reach)
-        return varlen_attn(q_THK, k_THK, v_THK, starts_B1, starts_B1, longest, longest, window_size=sides)  # pyright: ignore[reportReturnType]
+        return varlen_attn(q_THK, k_THK, v_THK, cu_seqlens, cu_seqlens, longest, longest, window_size=sides)  # pyright: ignore[reportReturnType]
     sizes = [bucket.slots for bucket in layout.buckets] + ([layout.filler] if layout.filler else [])
     # split, not slices: its gradient is one cat, where slices would each make a T × H × K of zeros
     parts = list(zip(*(x_THK.split(sizes) for x_THK in (q_THK, k_THK, v_THK)), strict=True))
@@ -247,7 +249,7 @@ def attend(
 
 
 def _attend_bucket(
-    qkv: tuple[Tensor, Tensor, Tensor], layout: Layout, number: int, window: int | None, dropout: float
+    qkv: tuple[Tensor, Tensor, Tensor], layout: AttentionPlan, number: int, window: int | None, dropout: float
 ) -> Tensor:
     bucket = layout.buckets[number]
     texts, padded = len(bucket.lengths), bucket.padded
@@ -266,7 +268,7 @@ def _attend_bucket(
         q_NSHK = F.pad(q_NSHK, (0, 0, 0, 0, 0, behind)).reshape(texts * blocks, block, heads, head_width)
         k_NSHK, v_NSHK = (_neighbours(x_NSHK, block, behind) for x_NSHK in (k_NSHK, v_NSHK))
     q_NHSK, k_NHSK, v_NHSK = (x_NSHK.transpose(1, 2) for x_NSHK in (q_NSHK, k_NSHK, v_NSHK))
-    if layout.backend == "written-out" and k_NHSK.shape[2] <= _WRITTEN_OUT_KEYS and dropout == 0:
+    if layout.backend == "eager" and k_NHSK.shape[2] <= _WRITTEN_OUT_KEYS and dropout == 0:
         out_NHSK = _written_out(q_NHSK, k_NHSK, v_NHSK, mask)
     else:
         # cuDNN's kernel can give NaN gradients under a mask at length % 128 == 64 (pytorch#196678)

@@ -1,6 +1,6 @@
 """Room card: the classic encoder, weight for weight the BertForPreTraining of `transformers` (arXiv 1810.04805).
 
-Comes in: a Batch; segments from its `segment_T`, where None means segment 0 everywhere. Goes out: one vector per slot;
+Comes in: a Batch; segments from its `token_type_ids_T`, where None means segment 0 everywhere. Goes out: one vector per slot;
 from the head, logits at the asked positions; from the pair head, two logits per text. Called by: build, and through the
 Encoder and Head contracts by everyone.
 
@@ -24,59 +24,68 @@ from torch.nn.utils import skip_init
 
 from unmask.core.errors import ModelError, RecipeError
 from unmask.core.types import Batch
-from unmask.models.attention import Layout, arrange, attend
+from unmask.models.attention import AttentionPlan, attention, plan_attention
 from unmask.models.layers import matrix, working_dtype
 
 
 @dataclass(frozen=True)
-class ClassicSettings:
+class BertConfig:
     """The shape of a classic encoder; all that a BERT config.json can say and a recipe would want to."""
 
-    kind: Literal["classic"] = "classic"
-    layers: int = 4
-    width: int = 256
-    heads: int = 4
-    feed_forward: int = 1024
-    longest: int = 512  # tokens of a text: positions are learned, so there are no more than these
-    segments: int = 2
-    norm_epsilon: float = 1e-12
-    initial_deviation: float = 0.02
-    beginning: Literal["random", "beside", "pairs"] = "random"  # where heads look at first: see nn/beginning
+    kind: Literal["bert"] = "bert"
+    num_hidden_layers: int = 4
+    hidden_size: int = 256
+    num_attention_heads: int = 4
+    intermediate_size: int = 1024
+    max_position_embeddings: int = 512  # tokens of a text: positions are learned, so there are no more than these
+    type_vocab_size: int = 2
+    layer_norm_eps: float = 1e-12
+    initializer_range: float = 0.02
+    init: Literal["normal", "neighbor-attention", "pair-matching"] = (
+        "normal"  # where heads look at first: see nn/beginning
+    )
     hidden_dropout: float = 0.0  # on the embedding and on what a block adds; BERT's own is 0.1
     attention_dropout: float = 0.0  # above 0, attention takes the padded path; BERT's own is 0.1
-    tied: bool = True  # the decoder is the token table; untied, the head has a table of its own
-    family: Literal["bert", "roberta", "xlm-roberta"] = "bert"  # whose class and names its folders carry
-    first_position: int = 0  # row of the position table for a text's first token; RoBERTa: its padding's id + 1, so 2
+    tie_word_embeddings: bool = True  # the decoder is the token table; untied, the head has a table of its own
+    model_type: Literal["bert", "roberta", "xlm-roberta"] = "bert"  # whose class and names its folders carry
+    position_offset: int = 0  # row of the position table for a text's first token; RoBERTa: its padding's id + 1, so 2
 
     def __post_init__(self) -> None:
-        for name in ("layers", "width", "heads", "feed_forward", "longest", "segments"):
+        for name in (
+            "num_hidden_layers",
+            "hidden_size",
+            "num_attention_heads",
+            "intermediate_size",
+            "max_position_embeddings",
+            "type_vocab_size",
+        ):
             if getattr(self, name) < 1:
-                raise RecipeError(f"`{name}` is {getattr(self, name)}", where=name, next="give at least 1")
-        if (self.first_position == 0) != (self.family == "bert") or self.first_position < 0:
+                raise RecipeError(f"`{name}` is {getattr(self, name)}", location=name, hint="give at least 1")
+        if (self.position_offset == 0) != (self.model_type == "bert") or self.position_offset < 0:
             raise RecipeError(
-                f"`first_position` is {self.first_position} in a net of the family {self.family!r}",
-                where="first_position",
-                next="give 0 for bert; for roberta and xlm-roberta the id of their padding + 1, which is 2 in theirs",
+                f"`position_offset` is {self.position_offset} in a net of the family {self.model_type!r}",
+                location="position_offset",
+                hint="give 0 for bert; for roberta and xlm-roberta the id of their padding + 1, which is 2 in theirs",
             )
-        if self.width % self.heads:
+        if self.hidden_size % self.num_attention_heads:
             raise RecipeError(
-                f"a width of {self.width} can't be cut into {self.heads} heads",
-                where="heads",
-                next=f"choose `width` as a multiple of {self.heads}, or fewer heads",
+                f"a width of {self.hidden_size} can't be cut into {self.num_attention_heads} heads",
+                location="num_attention_heads",
+                hint=f"choose `hidden_size` as a multiple of {self.num_attention_heads}, or fewer heads",
             )
-        for name in ("norm_epsilon", "initial_deviation"):
+        for name in ("layer_norm_eps", "initializer_range"):
             if not 0 < getattr(self, name) < math.inf:
-                raise RecipeError(f"`{name}` is {getattr(self, name)}", where=name, next="give a number above 0")
+                raise RecipeError(f"`{name}` is {getattr(self, name)}", location=name, hint="give a number above 0")
         for name in ("hidden_dropout", "attention_dropout"):
             if not 0 <= getattr(self, name) < 1:
                 raise RecipeError(
-                    f"`{name}` is {getattr(self, name)}", where=name, next="give a share from 0 to below 1"
+                    f"`{name}` is {getattr(self, name)}", location=name, hint="give a share from 0 to below 1"
                 )
 
     @property
     def head_width(self) -> int:
         """Width of one head."""
-        return self.width // self.heads
+        return self.hidden_size // self.num_attention_heads
 
 
 def _linear(inputs: int, outputs: int, deviation: float) -> nn.Linear:
@@ -92,89 +101,95 @@ def _table(rows: int, width: int, deviation: float) -> nn.Parameter:
     return nn.Parameter(matrix(width, rows, deviation).weight.detach())
 
 
-class ClassicAttention(nn.Module):
+class BertAttention(nn.Module):
     """Multi-head attention with biases."""
 
-    def __init__(self, settings: ClassicSettings) -> None:
+    def __init__(self, settings: BertConfig) -> None:
         super().__init__()
         self.query, self.key, self.value, self.output = (
-            _linear(settings.width, settings.width, settings.initial_deviation) for _ in range(4)
+            _linear(settings.hidden_size, settings.hidden_size, settings.initializer_range) for _ in range(4)
         )
-        self._heads = (settings.heads, settings.head_width)
+        self._heads = (settings.num_attention_heads, settings.head_width)
         self._dropout = settings.attention_dropout
 
-    def forward(self, hidden_TD: Float[Tensor, "T D"], layout: Layout) -> Float[Tensor, "T D"]:
+    def forward(self, hidden_TD: Float[Tensor, "T D"], layout: AttentionPlan) -> Float[Tensor, "T D"]:
         """Each slot's view of its own text."""
         hidden_TD = hidden_TD.to(working_dtype(hidden_TD))  # cast once, not once per matrix
         q_THK, k_THK, v_THK = (
             linear(hidden_TD).unflatten(-1, self._heads) for linear in (self.query, self.key, self.value)
         )
         dropout = self._dropout if self.training else 0.0
-        return self.output(attend(q_THK, k_THK, v_THK, layout, dropout=dropout).flatten(1))
+        return self.output(attention(q_THK, k_THK, v_THK, layout, dropout=dropout).flatten(1))
 
 
-class ClassicFeedForward(nn.Module):
+class BertFeedForward(nn.Module):
     """Two linear maps with a GELU between."""
 
-    def __init__(self, settings: ClassicSettings) -> None:
+    def __init__(self, settings: BertConfig) -> None:
         super().__init__()
-        self.input = _linear(settings.width, settings.feed_forward, settings.initial_deviation)
-        self.output = _linear(settings.feed_forward, settings.width, settings.initial_deviation)
+        self.input = _linear(settings.hidden_size, settings.intermediate_size, settings.initializer_range)
+        self.output = _linear(settings.intermediate_size, settings.hidden_size, settings.initializer_range)
 
     def forward(self, hidden_TD: Float[Tensor, "T D"]) -> Float[Tensor, "T D"]:
         """Each row for itself."""
         return self.output(F.gelu(self.input(hidden_TD)))
 
 
-class ClassicBlock(nn.Module):
+class BertBlock(nn.Module):
     """Attention, then the feed-forward net, each added first and normalised after."""
 
-    def __init__(self, settings: ClassicSettings) -> None:
+    def __init__(self, settings: BertConfig) -> None:
         super().__init__()
-        self.attention = ClassicAttention(settings)
-        self.attention_norm = nn.LayerNorm(settings.width, settings.norm_epsilon)
-        self.feed_forward = ClassicFeedForward(settings)
-        self.feed_forward_norm = nn.LayerNorm(settings.width, settings.norm_epsilon)
+        self.attention = BertAttention(settings)
+        self.attention_norm = nn.LayerNorm(settings.hidden_size, settings.layer_norm_eps)
+        self.mlp = BertFeedForward(settings)
+        self.mlp_norm = nn.LayerNorm(settings.hidden_size, settings.layer_norm_eps)
         self._dropout = settings.hidden_dropout
 
-    def forward(self, hidden_TD: Float[Tensor, "T D"], layout: Layout) -> Float[Tensor, "T D"]:
+    def forward(self, hidden_TD: Float[Tensor, "T D"], layout: AttentionPlan) -> Float[Tensor, "T D"]:
         """The normalised vectors after this block."""
         seen_TD = F.dropout(self.attention(hidden_TD, layout), self._dropout, self.training)
         hidden_TD = self.attention_norm(hidden_TD + seen_TD)
-        inner_TD = F.dropout(self.feed_forward(hidden_TD), self._dropout, self.training)
-        return self.feed_forward_norm(hidden_TD + inner_TD)
+        inner_TD = F.dropout(self.mlp(hidden_TD), self._dropout, self.training)
+        return self.mlp_norm(hidden_TD + inner_TD)
 
 
-class ClassicEncoder(nn.Module):
+class BertEncoder(nn.Module):
     """BertModel without its pooler: initial weights are drawn from torch's generator, which the caller seeds."""
 
-    def __init__(self, settings: ClassicSettings, vocabulary: int) -> None:
+    def __init__(self, settings: BertConfig, vocabulary: int) -> None:
         super().__init__()
         self.settings = settings
-        self.width = settings.width
+        self.width = settings.hidden_size
         self.vocabulary = vocabulary
-        deviation = settings.initial_deviation
-        self.token_table = _table(vocabulary, settings.width, deviation)
-        self.position_table = _table(settings.first_position + settings.longest, settings.width, deviation)
-        self.segment_table = _table(settings.segments, settings.width, deviation)
-        self.embedding_norm = nn.LayerNorm(settings.width, settings.norm_epsilon)
-        self.blocks = nn.ModuleList(ClassicBlock(settings) for _ in range(settings.layers))
+        deviation = settings.initializer_range
+        self.token_embedding = _table(vocabulary, settings.hidden_size, deviation)
+        self.position_embedding = _table(
+            settings.position_offset + settings.max_position_embeddings, settings.hidden_size, deviation
+        )
+        self.token_type_embedding = _table(settings.type_vocab_size, settings.hidden_size, deviation)
+        self.embedding_norm = nn.LayerNorm(settings.hidden_size, settings.layer_norm_eps)
+        self.blocks = nn.ModuleList(BertBlock(settings) for _ in range(settings.num_hidden_layers))
 
     def forward(self, batch: Batch) -> Float[Tensor, "T D"]:
         """One vector per slot, in the batch's order."""
         settings = self.settings
-        assert batch.tokens == 0 or batch.longest <= max(settings.longest, batch.filler), "a text beyond `longest`"
+        assert batch.tokens == 0 or batch.max_seqlen <= max(settings.max_position_embeddings, batch.filler), (
+            "a text beyond `max_position_embeddings`"
+        )
         dropout = settings.attention_dropout if self.training else 0.0
-        dtype = working_dtype(self.token_table)
-        layout = arrange(batch, dtype=dtype, dropout=dropout, head_width=settings.head_width)
+        dtype = working_dtype(self.token_embedding)
+        layout = plan_attention(batch, dtype=dtype, dropout=dropout, head_width=settings.head_width)
         # In BERT's order of addition, so that both have the same bits.
-        hidden_TD = F.embedding(layout.arranged(batch.ids_T), self.token_table)
-        if batch.segment_T is None:
-            hidden_TD = hidden_TD + self.segment_table[0]
+        hidden_TD = F.embedding(layout.arranged(batch.ids_T), self.token_embedding)
+        if batch.token_type_ids_T is None:
+            hidden_TD = hidden_TD + self.token_type_embedding[0]
         else:
-            hidden_TD = hidden_TD + F.embedding(layout.arranged(batch.segment_T), self.segment_table)
-        position_T = layout.position_T.clamp_max(settings.longest - 1)  # only a filler text can be longer
-        hidden_TD = hidden_TD + F.embedding(position_T + settings.first_position, self.position_table)
+            hidden_TD = hidden_TD + F.embedding(layout.arranged(batch.token_type_ids_T), self.token_type_embedding)
+        position_T = layout.position_T.clamp_max(
+            settings.max_position_embeddings - 1
+        )  # only a filler text can be longer
+        hidden_TD = hidden_TD + F.embedding(position_T + settings.position_offset, self.position_embedding)
         hidden_TD = self.embedding_norm(hidden_TD)
         hidden_TD = F.dropout(hidden_TD, settings.hidden_dropout, self.training)
         for block in self.blocks:
@@ -182,15 +197,19 @@ class ClassicEncoder(nn.Module):
         return layout.restored(hidden_TD)
 
 
-class ClassicHead(nn.Module):
+class BertHead(nn.Module):
     """Dense, GELU, norm, and a decoder with a bias of its own: the token table, or a table of its own if untied."""
 
-    def __init__(self, settings: ClassicSettings, vocabulary: int) -> None:
+    def __init__(self, settings: BertConfig, vocabulary: int) -> None:
         super().__init__()
-        self.dense = _linear(settings.width, settings.width, settings.initial_deviation)
-        self.norm = nn.LayerNorm(settings.width, settings.norm_epsilon)
+        self.dense = _linear(settings.hidden_size, settings.hidden_size, settings.initializer_range)
+        self.norm = nn.LayerNorm(settings.hidden_size, settings.layer_norm_eps)
         self.bias = nn.Parameter(Tensor(vocabulary).zero_())
-        self.decoder = None if settings.tied else _table(vocabulary, settings.width, settings.initial_deviation)
+        self.decoder = (
+            None
+            if settings.tie_word_embeddings
+            else _table(vocabulary, settings.hidden_size, settings.initializer_range)
+        )
 
     def forward(self, hidden_MD: Float[Tensor, "M D"], token_table_VD: Float[Tensor, "V D"]) -> Float[Tensor, "M V"]:
         """Logits over the vocabulary."""
@@ -198,21 +217,21 @@ class ClassicHead(nn.Module):
         return F.linear(self.norm(F.gelu(self.dense(hidden_MD))), decoder_VD, self.bias)
 
 
-class PairHead(nn.Module):
+class SentencePairHead(nn.Module):
     """The pooler, dense and tanh on each text's first slot, and the two-way choice that BERT reads from it.
 
     In a model trained by BERT's own rule the first logit says that the second segment follows the first one.
     """
 
-    def __init__(self, settings: ClassicSettings) -> None:
+    def __init__(self, settings: BertConfig) -> None:
         super().__init__()
-        self.pooler = _linear(settings.width, settings.width, settings.initial_deviation)
-        self.relation = _linear(settings.width, 2, settings.initial_deviation)
+        self.pooler = _linear(settings.hidden_size, settings.hidden_size, settings.initializer_range)
+        self.classifier = _linear(settings.hidden_size, 2, settings.initializer_range)
 
     def forward(self, hidden_TD: Float[Tensor, "T D"], batch: Batch) -> Float[Tensor, "B 2"]:
         """Two logits for each text, the filler left out."""
-        first_BD = hidden_TD.index_select(0, batch.starts_B1[: batch.texts])
-        return self.relation(self.pooler(first_BD).tanh())
+        first_BD = hidden_TD.index_select(0, batch.cu_seqlens[: batch.num_samples])
+        return self.classifier(self.pooler(first_BD).tanh())
 
 
 @dataclass(frozen=True)
@@ -247,7 +266,7 @@ FAMILIES: Final[Mapping[str, Family]] = {
         bias="cls.predictions.bias",
         decoder="cls.predictions.decoder",
         with_pair="BertForPreTraining",
-        pair={"bert.pooler.dense": "pair.pooler", "cls.seq_relationship": "pair.relation"},
+        pair={"bert.pooler.dense": "pair.pooler", "cls.seq_relationship": "pair.classifier"},
     ),
     "roberta": _roberta("Roberta"),
     "xlm-roberta": _roberta("XLMRoberta"),
@@ -260,28 +279,28 @@ _OF_A_BLOCK: Final[Mapping[str, str]] = {
     "attention.self.value": "attention.value",
     "attention.output.dense": "attention.output",
     "attention.output.LayerNorm": "attention_norm",
-    "intermediate.dense": "feed_forward.input",
-    "output.dense": "feed_forward.output",
-    "output.LayerNorm": "feed_forward_norm",
+    "intermediate.dense": "mlp.input",
+    "output.dense": "mlp.output",
+    "output.LayerNorm": "mlp_norm",
 }
 _TABLES: Final[Mapping[str, str]] = {
-    "embeddings.word_embeddings.weight": "encoder.token_table",
-    "embeddings.position_embeddings.weight": "encoder.position_table",
-    "embeddings.token_type_embeddings.weight": "encoder.segment_table",
+    "embeddings.word_embeddings.weight": "encoder.token_embedding",
+    "embeddings.position_embeddings.weight": "encoder.position_embedding",
+    "embeddings.token_type_embeddings.weight": "encoder.token_type_embedding",
 }
 
 # their key -> our field
 _KEYS: Final[Mapping[str, str]] = {
-    "hidden_size": "width",
-    "intermediate_size": "feed_forward",
-    "num_hidden_layers": "layers",
-    "num_attention_heads": "heads",
-    "type_vocab_size": "segments",
-    "layer_norm_eps": "norm_epsilon",
-    "initializer_range": "initial_deviation",
+    "hidden_size": "hidden_size",
+    "intermediate_size": "intermediate_size",
+    "num_hidden_layers": "num_hidden_layers",
+    "num_attention_heads": "num_attention_heads",
+    "type_vocab_size": "type_vocab_size",
+    "layer_norm_eps": "layer_norm_eps",
+    "initializer_range": "initializer_range",
     "hidden_dropout_prob": "hidden_dropout",
     "attention_probs_dropout_prob": "attention_dropout",
-    "tie_word_embeddings": "tied",
+    "tie_word_embeddings": "tie_word_embeddings",
 }
 # what a BERT config may say and we can't hold: their key -> the only value that we do
 _FIXED: Final[Mapping[str, object]] = {
@@ -308,11 +327,11 @@ _ABSENT: Final[Mapping[str, Any]] = {
 }
 
 
-def table(settings: ClassicSettings, *, pair: bool) -> dict[str, tuple[str, ...]]:
+def table(settings: BertConfig, *, pair: bool) -> dict[str, tuple[str, ...]]:
     """Their names -> ours (encoder, head and pair head told apart by prefix), spelled out for each layer."""
-    family = FAMILIES[settings.family]
+    family = FAMILIES[settings.model_type]
     linear = {f"{family.prefix}embeddings.LayerNorm": "encoder.embedding_norm"}
-    for layer in range(settings.layers):
+    for layer in range(settings.num_hidden_layers):
         linear |= {
             f"{family.prefix}encoder.layer.{layer}.{theirs}": f"encoder.blocks.{layer}.{ours}"
             for theirs, ours in _OF_A_BLOCK.items()
@@ -321,50 +340,52 @@ def table(settings: ClassicSettings, *, pair: bool) -> dict[str, tuple[str, ...]
     names = {f"{theirs}.{part}": f"{ours}.{part}" for theirs, ours in linear.items() for part in ("weight", "bias")}
     tables = {f"{family.prefix}{theirs}": ours for theirs, ours in _TABLES.items()}
     whole = {theirs: (ours,) for theirs, ours in {**tables, **names, family.bias: "head.bias"}.items()}
-    if not settings.tied:  # version 5 then reads the decoder's own bias, version 4 the one beside it
+    if not settings.tie_word_embeddings:  # version 5 then reads the decoder's own bias, version 4 the one beside it
         whole |= {f"{family.decoder}.weight": ("head.decoder",), f"{family.decoder}.bias": ("head.bias",)}
     return whole
 
 
-def tied(settings: ClassicSettings) -> Mapping[str, str]:
+def tied(settings: BertConfig) -> Mapping[str, str]:
     """Their names for what is another tensor once more -> that other one's."""
-    family = FAMILIES[settings.family]
-    if not settings.tied:
+    family = FAMILIES[settings.model_type]
+    if not settings.tie_word_embeddings:
         return {}
     table = f"{family.prefix}embeddings.word_embeddings.weight"
     return {f"{family.decoder}.weight": table, f"{family.decoder}.bias": family.bias}
 
 
-def ignored(settings: ClassicSettings) -> tuple[str, ...]:
+def ignored(settings: BertConfig) -> tuple[str, ...]:
     """The numbers 0, 1, 2 …, which older versions wrote among the weights."""
-    return (f"{FAMILIES[settings.family].prefix}embeddings.position_ids",)
+    return (f"{FAMILIES[settings.model_type].prefix}embeddings.position_ids",)
 
 
-def whole(settings: ClassicSettings) -> str:
+def whole(settings: BertConfig) -> str:
     """The classes that hold encoder and head, for a message."""
-    family = FAMILIES[settings.family]
+    family = FAMILIES[settings.model_type]
     return " or ".join(name for name in (family.masked, family.with_pair) if name)
 
 
-def has_pair(tensors: Mapping[str, object], settings: ClassicSettings) -> bool:
+def has_pair(tensors: Mapping[str, object], settings: BertConfig) -> bool:
     """Whether a file holds any part of a pair head."""
-    return any(name.startswith(tuple(f"{theirs}." for theirs in FAMILIES[settings.family].pair)) for name in tensors)
+    return any(
+        name.startswith(tuple(f"{theirs}." for theirs in FAMILIES[settings.model_type].pair)) for name in tensors
+    )
 
 
-def config(settings: ClassicSettings, ids: Mapping[str, int | None], *, pair: bool) -> dict[str, Any]:
+def config(settings: BertConfig, ids: Mapping[str, int | None], *, pair: bool) -> dict[str, Any]:
     """All of config.json but the size of the vocabulary; `ids` has pad_token_id, cls_token_id and sep_token_id."""
-    family = FAMILIES[settings.family]
-    said = {"architectures": [family.with_pair if pair else family.masked], "model_type": settings.family}
+    family = FAMILIES[settings.model_type]
+    said = {"architectures": [family.with_pair if pair else family.masked], "model_type": settings.model_type}
     said |= {theirs: getattr(settings, ours) for theirs, ours in _KEYS.items()}
-    said |= {"max_position_embeddings": settings.longest + settings.first_position, **_FIXED}
-    if settings.family == "bert":
+    said |= {"max_position_embeddings": settings.max_position_embeddings + settings.position_offset, **_FIXED}
+    if settings.model_type == "bert":
         return said | {"pad_token_id": ids["pad_token_id"]}
     # Their positions are counted from this number, whatever the tokenizer pads with.
-    said |= {"pad_token_id": settings.first_position - 1}
+    said |= {"pad_token_id": settings.position_offset - 1}
     return said | {"bos_token_id": ids["cls_token_id"], "eos_token_id": ids["sep_token_id"]}
 
 
-def settings_of(said: Mapping[str, Any]) -> ClassicSettings:
+def settings_of(said: Mapping[str, Any]) -> BertConfig:
     """The settings that a config.json of these model_types means.
 
     Raises:
@@ -375,14 +396,14 @@ def settings_of(said: Mapping[str, Any]) -> ClassicSettings:
         if config[key] != only:
             raise ModelError(
                 f"`{key}` = {config[key]!r} is not held here, only {only!r}",
-                where=f"config.json: {key}",
-                next="give a BERT or RoBERTa folder without it, or a model of `unmask pretrain`",
+                location=f"config.json: {key}",
+                hint="give a BERT or RoBERTa folder without it, or a model of `unmask pretrain`",
             )
     family = config["model_type"]
     first = 0 if family == "bert" else config.get("pad_token_id", _ROBERTA_PAD) + 1
-    return ClassicSettings(
+    return BertConfig(
         **{ours: config[theirs] for theirs, ours in _KEYS.items()},
-        longest=config["max_position_embeddings"] - first,
-        family=family,
-        first_position=first,
+        max_position_embeddings=config["max_position_embeddings"] - first,
+        model_type=family,
+        position_offset=first,
     )

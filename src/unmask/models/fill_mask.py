@@ -17,7 +17,7 @@ from torch import Tensor
 from unmask.core.errors import ModelError
 from unmask.core.types import WORD_START
 from unmask.models.model import Model
-from unmask.tokenization.analysis import Piece, Reader
+from unmask.tokenization.analysis import TokenFormatter, TokenText
 from unmask.tokenization.tokenizer import Tokenizer
 from unmask.tokenization.words import is_letter, stands_without_spaces
 
@@ -29,15 +29,15 @@ _LETTERS = "aeinorst가나다라이"  # one of them is a piece that begins a wor
 class Candidate:
     """A piece for one mask: `token` is the vocabulary's piece, `text` the text with that mask filled."""
 
-    token: str
+    token_str: str
     id: int
-    probability: float
-    text: str
+    score: float
+    sequence: str
     shown: str  # the piece for a person: ␣ for its space, ⟨E5 A4⟩ for bytes that are no letter by themselves
 
 
 @dataclass(frozen=True)
-class MaskAnswer:
+class MaskPrediction:
     """One mask: its slot in the model's ids (special tokens counted, as transformers counts) and its candidates."""
 
     position: int
@@ -45,14 +45,14 @@ class MaskAnswer:
 
 
 @dataclass(frozen=True)
-class Filled:
+class FillMaskResult:
     """One text and the answers for its masks, in the order of the text."""
 
     text: str
-    masks: tuple[MaskAnswer, ...]
+    masks: tuple[MaskPrediction, ...]
 
 
-def fill(model: Model, text: str | Sequence[str], top: int = 5) -> list[Filled]:
+def fill(model: Model, text: str | Sequence[str], top: int = 5) -> list[FillMaskResult]:
     """Fill every [MASK] of one text or of several; masks of one text are answered together, each on its own.
 
     A text longer than the model's context is answered in windows around its masks. A mask right behind a letter
@@ -70,9 +70,9 @@ def fill(model: Model, text: str | Sequence[str], top: int = 5) -> list[Filled]:
     texts = [text] if isinstance(text, str) else list(text)
     if not 1 <= top <= model.tokenizer.size:
         raise ModelError(
-            f"top = {top} of {model.tokenizer.size} pieces", next="ask for 1 or more, at most the vocabulary"
+            f"top = {top} of {model.tokenizer.size} pieces", hint="ask for 1 or more, at most the vocabulary"
         )
-    reader = Reader(model.tokenizer)
+    reader = TokenFormatter(model.tokenizer)
     asked: list[tuple[list[int], list[int]]] = []
     for number, one in enumerate(texts):
         ids = _ids(model, one, reader)
@@ -80,22 +80,25 @@ def fill(model: Model, text: str | Sequence[str], top: int = 5) -> list[Filled]:
         if not at:
             raise ModelError(
                 "there is no [MASK] in the text",
-                where=f"text {number + 1}: {one[:60]!r}" if len(texts) > 1 else repr(one[:60]),
-                next='write [MASK] where something is to be filled in: "The cat sat on the [MASK]."',
+                location=f"text {number + 1}: {one[:60]!r}" if len(texts) > 1 else repr(one[:60]),
+                hint='write [MASK] where something is to be filled in: "The cat sat on the [MASK]."',
             )
         asked.append((ids, at))
     windows = [_window(ids, slot, model) for ids, at in asked for slot in at]
     answers = iter(model.log_probabilities([ids for ids, _ in windows], [[slot] for _, slot in windows]))
-    filled: list[Filled] = []
+    filled: list[FillMaskResult] = []
     for one, (_, at) in zip(texts, asked, strict=True):
         masks = [
-            MaskAnswer(slot, _best(model, one, order, next(answers)[0], top, reader)) for order, slot in enumerate(at)
+            MaskPrediction(slot, _best(model, one, order, next(answers)[0], top, reader))
+            for order, slot in enumerate(at)
         ]
-        filled.append(Filled(one, tuple(masks)))
+        filled.append(FillMaskResult(one, tuple(masks)))
     return filled
 
 
-def _best(model: Model, text: str, order: int, row_V: Tensor, top: int, reader: Reader) -> tuple[Candidate, ...]:
+def _best(
+    model: Model, text: str, order: int, row_V: Tensor, top: int, reader: TokenFormatter
+) -> tuple[Candidate, ...]:
     """The likeliest pieces for one mask, each with the text that it makes."""
     tokenizer = model.tokenizer
     parts = text.replace(tokenizer.id_to_token(tokenizer.mask_id), MASK).split(MASK)
@@ -115,13 +118,13 @@ def _best(model: Model, text: str, order: int, row_V: Tensor, top: int, reader: 
     )
 
 
-def _ids(model: Model, text: str, reader: Reader) -> list[int]:
+def _ids(model: Model, text: str, reader: TokenFormatter) -> list[int]:
     # A model that others made may call its mask <mask>; a person writes [MASK] all the same.
     tokenizer = model.tokenizer
     text = text.replace(MASK, tokenizer.id_to_token(tokenizer.mask_id))
     encoded = tokenizer.encode(text, specials_in_text=True)  # ids depend on no rule for words, nor on its package
     ids = _continued(tokenizer, text) if reader.prefix else encoded.ids
-    framed, _ = tokenizer.framed(ids, np.zeros(len(ids), dtype=np.uint8))
+    framed, _ = tokenizer.add_special_tokens(ids, np.zeros(len(ids), dtype=np.uint8))
     return framed.tolist()
 
 
@@ -150,17 +153,17 @@ def _window(ids: list[int], slot: int, model: Model) -> tuple[list[int], int]:
     context = model.context
     if len(ids) <= context:
         return ids, slot
-    frame = model.tokenizer.frame
+    frame = model.tokenizer.cls_sep_ids
     inner, place, room = (ids[1:-1], slot - 1, context - 2) if frame else (ids, slot, context)
     first = min(max(0, place - room // 2), len(inner) - room)
     cut = inner[first : first + room]
     return ([frame[0], *cut, frame[1]], place - first + 1) if frame else (cut, place - first)
 
 
-def _allowed(model: Model, before: str, reader: Reader) -> NDArray[np.bool_]:
+def _allowed(model: Model, before: str, reader: TokenFormatter) -> NDArray[np.bool_]:
     """Which pieces can stand behind this text: ordinary ones; right behind a letter, none that begins a new word."""
     allowed_V = np.zeros(model.tokenizer.size, dtype=bool)
-    allowed_V[model.tokenizer.ordinary_N] = True
+    allowed_V[model.tokenizer.regular_token_ids] = True
     is_glued = bool(before) and not before[-1].isspace() and not before.endswith(MASK)
     if is_glued and (not reader.prefix or is_letter(before[-1])):
         goes_on_V = allowed_V & ~reader.begins_word_V
@@ -168,7 +171,7 @@ def _allowed(model: Model, before: str, reader: Reader) -> NDArray[np.bool_]:
     return allowed_V
 
 
-def _filled(before: str, after: str, piece: Piece, takes_space: bool, reader: Reader) -> str:
+def _filled(before: str, after: str, piece: TokenText, takes_space: bool, reader: TokenFormatter) -> str:
     """The text with a piece in the place of a mask: one space where there should be one, none where not."""
     if piece.stand == "after-space":
         gap = "" if not before or before[-1].isspace() else " "

@@ -89,12 +89,12 @@ class GeGLU(nn.Module):
     """gelu(x · input) × (x · gate) · output (arXiv 2002.05202)."""
 
     def __init__(
-        self, width: int, feed_forward: int, deviation: float, output_deviation: float, dropout: float
+        self, width: int, intermediate_size: int, deviation: float, output_deviation: float, dropout: float
     ) -> None:
         super().__init__()
-        self.input = matrix(width, feed_forward, deviation)
-        self.gate = matrix(width, feed_forward, deviation)
-        self.output = matrix(feed_forward, width, output_deviation)
+        self.input = matrix(width, intermediate_size, deviation)
+        self.gate = matrix(width, intermediate_size, deviation)
+        self.output = matrix(intermediate_size, width, output_deviation)
         self._dropout = dropout
 
     def forward(self, hidden_TD: Float[Tensor, "T D"]) -> Float[Tensor, "T D"]:

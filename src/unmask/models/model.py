@@ -22,9 +22,9 @@ from torch import Tensor, nn
 
 from unmask.core import files
 from unmask.core.errors import DamagedError, ModelError, RunError, UnmaskError
-from unmask.core.types import SPECIAL, Text, logits_at, pack
-from unmask.models import EncoderSettings, build, build_pair
-from unmask.models.bert import ClassicSettings
+from unmask.core.types import SPECIAL, Sample, logits_at, pack
+from unmask.models import EncoderConfig, build_model, build_pair
+from unmask.models.bert import BertConfig
 from unmask.models.hf_format import (
     States,
     config,
@@ -54,16 +54,16 @@ class Model:
     encoder: nn.Module
     head: nn.Module
     tokenizer: Tokenizer
-    settings: EncoderSettings
+    settings: EncoderConfig
     card: dict[str, Any] = field(default_factory=dict)
     path: str = ""
     pair: nn.Module | None = None
-    said: tuple[str, ...] = ()  # of a folder of others: what was converted, left out or begun anew
+    notes: tuple[str, ...] = ()  # of a folder of others: what was converted, left out or begun anew
 
     @property
     def context(self) -> int:
         """Slots of the longest text it was trained on, special tokens included (without a card: what it can hold)."""
-        return int(self.card.get("context") or self.settings.longest)
+        return int(self.card.get("context") or self.settings.max_position_embeddings)
 
     @property
     def words(self) -> Any:
@@ -82,7 +82,7 @@ class Model:
         """
         if len(ids) != len(at):
             raise ModelError(
-                f"{len(ids)} texts but positions for {len(at)}", next="give one list of positions per text"
+                f"{len(ids)} texts but positions for {len(at)}", hint="give one list of positions per text"
             )
         vocabulary = int(cast(Any, self.encoder).vocabulary)
         for number, (one, places) in enumerate(zip(ids, at, strict=True)):
@@ -104,35 +104,37 @@ class Model:
     def _check(self, number: int, ids: Sequence[int], at: Sequence[int], vocabulary: int) -> None:
         where = f"text {number}"
         if not len(ids):
-            raise ModelError("a text without ids", where=where, next="give at least one id")
-        if len(ids) > self.settings.longest:
+            raise ModelError("a text without ids", location=where, hint="give at least one id")
+        if len(ids) > self.settings.max_position_embeddings:
             raise ModelError(
-                f"{len(ids)} ids where the encoder holds {self.settings.longest}",
-                where=where,
-                next="cut the text in windows",
+                f"{len(ids)} ids where the encoder holds {self.settings.max_position_embeddings}",
+                location=where,
+                hint="cut the text in windows",
             )
         if min(ids) < 0 or max(ids) >= vocabulary:
             culprit = next(i for i in ids if not 0 <= i < vocabulary)
             raise ModelError(
                 f"id {culprit} is beyond the vocabulary of {vocabulary}",
-                where=where,
-                next="make the ids with this model's own tokenizer",
+                location=where,
+                hint="make the ids with this model's own tokenizer",
             )
         if len(at) and not (min(at) >= 0 and max(at) < len(ids)):
             culprit = max(at) if min(at) >= 0 else min(at)
             raise ModelError(
-                f"position {culprit} of a text of {len(ids)} ids", where=where, next="positions start at 0"
+                f"position {culprit} of a text of {len(ids)} ids", location=where, hint="positions start at 0"
             )
 
     @torch.inference_mode()
     def _answer(self, ids: list[Sequence[int]], at: list[Sequence[int]]) -> list[Tensor]:
         self.encoder.eval()
         self.head.eval()
-        texts = [Text(np.asarray(one, np.int64), np.full(len(one), SPECIAL, np.uint8)) for one in ids]
+        texts = [Sample(np.asarray(one, np.int64), np.full(len(one), SPECIAL, np.uint8)) for one in ids]
         batch = pack(texts)
-        at_M = torch.tensor([batch.starts[b] + p for b, places in enumerate(at) for p in places], dtype=torch.int64)
+        positions_M = torch.tensor(
+            [batch.offsets[b] + p for b, places in enumerate(at) for p in places], dtype=torch.int64
+        )
         device = next(self.encoder.parameters()).device
-        logits_MV = logits_at(self.encoder, self.head, batch.to(device), at_M.to(device))
+        logits_MV = logits_at(self.encoder, self.head, batch.to(device), positions_M.to(device))
         return list(logits_MV.log_softmax(-1).cpu().split([len(places) for places in at]))
 
 
@@ -142,7 +144,7 @@ def save_model(folder: Path, model: Model, *, only_encoder: bool = False) -> Non
     Tensors carry the ecosystem's names and are written in one sorted order, without metadata that would differ from
     process to process. With `only_encoder` they are those of BertModel or its like, which has no head for masks.
     """
-    with files.saying_where(folder):
+    with files.wrap_os_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
         pair = None if model.pair is None else model.pair.state_dict()
         tensors = to_ecosystem(States(model.encoder.state_dict(), model.head.state_dict(), pair), model.settings)
@@ -164,9 +166,9 @@ _INPUTS = ("input_ids", "attention_mask")  # what a forward takes there; the mod
 _CLASSIC_INPUTS = ("input_ids", "token_type_ids", "attention_mask")
 
 
-def _takes_segments(settings: EncoderSettings) -> bool:
+def _takes_segments(settings: EncoderConfig) -> bool:
     """Whether a pair's second text is told apart: RoBERTa has one segment, and no row for a second."""
-    return isinstance(settings, ClassicSettings) and settings.segments > 1 and settings.family == "bert"
+    return isinstance(settings, BertConfig) and settings.type_vocab_size > 1 and settings.model_type == "bert"
 
 
 def follow(latest: Path) -> Path:
@@ -178,21 +180,21 @@ def follow(latest: Path) -> Path:
     Raises:
         DamagedError: the step folder that it names is gone.
     """
-    folder = files.pointed(latest)
+    folder = files.read_pointer(latest)
     if folder is None:
         return latest
     if not folder.is_dir():
         raise DamagedError(
             f"the step that `latest` names is gone: {folder.name}",
-            where=str(latest),
-            next=f"restore that folder, or name another of this run: {how_to_point(latest.parent, 'step-…')}",
+            location=str(latest),
+            hint=f"restore that folder, or name another of this run: {how_to_point(latest.parent, 'step-…')}",
         )
     return folder
 
 
 def last_step(run: Path) -> int | None:
     """The number of a run's last step, if its `latest` says."""
-    folder = files.pointed(run / LATEST)
+    folder = files.read_pointer(run / LATEST)
     number = folder.name.removeprefix("step-") if folder else ""
     return int(number) if number.isdecimal() else None
 
@@ -215,7 +217,7 @@ def find_checkpoint(path: str | Path) -> Path:
     """
     folder = Path(path)
     if not os.path.exists(folder):  # Path.exists raises where a name is too long to be one
-        raise ModelError("there is nothing at this path", where=str(folder), next=_NEXT_A_MODEL)
+        raise ModelError("there is nothing at this path", location=str(folder), hint=_NEXT_A_MODEL)
     best = best_of(folder)
     if best is not None and not (folder / CONFIG).is_file():
         folder = best
@@ -227,8 +229,8 @@ def find_checkpoint(path: str | Path) -> Path:
         is_run = (folder / "recipe.toml").is_file()
         raise ModelError(
             "this run has not saved a step yet" if is_run else "this folder holds no model: there is no config.json",
-            where=str(folder),
-            next=f"continue it: unmask pretrain --resume {folder}" if is_run else _NEXT_A_MODEL,
+            location=str(folder),
+            hint=f"continue it: unmask pretrain --resume {folder}" if is_run else _NEXT_A_MODEL,
         )
     return folder
 
@@ -275,48 +277,50 @@ def _identity(folder: Path) -> tuple[int, int, int] | None:
 
 def _opened(folder: Path) -> Model:
     if (folder / files.DIGESTS).is_file():
-        files.check_seal(folder)
+        files.verify_manifest(folder)
     description = files.read_json(folder / CONFIG)
     try:
         settings, vocabulary = settings_of(description), vocabulary_of(description)
     except ModelError as error:
-        raise ModelError(error.what, where=str(folder / error.where), next=error.next) from error
+        raise ModelError(error.message, location=str(folder / error.location), hint=error.hint) from error
     weights = folder / WEIGHTS
     if not weights.is_file():
         raise ModelError(
             "there is no model.safetensors in this folder",
-            where=str(folder),
-            next="save it again with safe_serialization=True: pickles (.bin) are never read",
+            location=str(folder),
+            hint="save it again with safe_serialization=True: pickles (.bin) are never read",
         )
     tokenizer = Tokenizer.load(folder)
     if tokenizer.size > vocabulary:
         raise ModelError(
             f"the tokenizer has {tokenizer.size} pieces and the weights {vocabulary} rows",
-            where=str(folder),
-            next="use the tokenizer that this model was trained with",
+            location=str(folder),
+            hint="use the tokenizer that this model was trained with",
         )
     encoder, head, pair = _filled(settings, vocabulary, weights)
     card: Any = files.read_json(folder / CARD) if (folder / CARD).is_file() else {}
     if not isinstance(card, dict):
         raise DamagedError(
-            "no card that we wrote", where=str(folder / CARD), next="restore it from a copy, or remove it"
+            "no card that we wrote", location=str(folder / CARD), hint="restore it from a copy, or remove it"
         )
     return Model(encoder, head, tokenizer, settings, cast("dict[str, Any]", card), str(folder), pair)
 
 
-def _filled(settings: EncoderSettings, vocabulary: int, weights: Path) -> tuple[nn.Module, nn.Module, nn.Module | None]:
+def _filled(settings: EncoderConfig, vocabulary: int, weights: Path) -> tuple[nn.Module, nn.Module, nn.Module | None]:
     """Encoder, head and pair head, if any, filled strictly: a missing, foreign or misshapen tensor is an error."""
     try:
         tensors: Mapping[str, Tensor] = load_file(weights)
     except SafetensorError as error:
         raise DamagedError(
-            f"not readable as safetensors: {error}", where=str(weights), next="restore it from a copy or another step"
+            f"not readable as safetensors: {error}",
+            location=str(weights),
+            hint="restore it from a copy or another step",
         ) from error
     try:
         states = from_ecosystem({name: t.float() for name, t in tensors.items()}, settings)
     except ModelError as error:
-        raise ModelError(error.what, where=str(weights), next=error.next) from error
-    encoder, head = build(settings, vocabulary)
+        raise ModelError(error.message, location=str(weights), hint=error.hint) from error
+    encoder, head = build_model(settings, vocabulary)
     pair = None if states.pair is None else build_pair(settings)
     try:
         for module, state in zip((encoder, head, pair), states, strict=True):
@@ -325,7 +329,7 @@ def _filled(settings: EncoderSettings, vocabulary: int, weights: Path) -> tuple[
                 module.eval()
     except RuntimeError as error:
         raise ModelError(
-            f"the weights don't fit the configuration: {error}", where=str(weights), next=_NEXT_A_MODEL
+            f"the weights don't fit the configuration: {error}", location=str(weights), hint=_NEXT_A_MODEL
         ) from error
     return encoder, head, pair
 
@@ -339,19 +343,19 @@ def free_place(out: Path, source: Path, *, force: bool) -> Path:
     """
     target, read = out.absolute(), source.absolute()
     if target.resolve() == read.resolve() or target.resolve() in read.resolve().parents:
-        raise RunError("what is read stands there itself", where=str(out), next="name another folder to write")
+        raise RunError("what is read stands there itself", location=str(out), hint="name another folder to write")
     if os.path.lexists(target):
         if not force:
             raise RunError(
                 "something stands here already, and nothing was written",
-                where=str(out),
-                next="name another folder, or replace this one with --force (force=True)",
+                location=str(out),
+                hint="name another folder, or replace this one with --force (force=True)",
             )
         if not target.is_dir() or (any(target.iterdir()) and not (target / CONFIG).is_file()):
             raise RunError(
                 "what stands here is no model folder, and is not replaced",
-                where=str(out),
-                next="name another folder, or remove this one yourself",
+                location=str(out),
+                hint="name another folder, or remove this one yourself",
             )
     else:
         files.check_writable(target)

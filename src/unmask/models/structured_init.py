@@ -1,6 +1,6 @@
 """Room card: first weights of a classic encoder whose heads know at birth where to look.
 
-Comes in: a ClassicEncoder with random weights. Goes out: the same one, some of them replaced. Called by: classic.
+Comes in: a BertEncoder with random weights. Goes out: the same one, some of them replaced. Called by: classic.
 
 Where learned positions begin as noise, a classic net has to find out from text alone which slot is beside which, and
 stays near the unigram line until it has. Here the position table begins as waves (arXiv 1706.03762, section 3.5) in
@@ -26,7 +26,7 @@ from torch import nn
 from unmask.core.errors import RecipeError
 
 if TYPE_CHECKING:
-    from unmask.models.bert import ClassicAttention, ClassicBlock, ClassicEncoder
+    from unmask.models.bert import BertAttention, BertBlock, BertEncoder
 
 
 _SHARE: Final = 4  # a quarter of the width is the positions'
@@ -42,76 +42,82 @@ _TOLD: Final = 0.5  # deviation of the weights by which what was gathered is tol
 
 
 @torch.no_grad()
-def look_beside(encoder: ClassicEncoder) -> None:
+def init_neighbor_attention(encoder: BertEncoder) -> None:
     """Replace the positions, and the queries and keys of the lower half of the blocks.
 
     Raises:
         RecipeError: a head, or a quarter of the width, can't hold one wave.
     """
     settings = encoder.settings
-    if min(settings.width // _SHARE, settings.head_width) < 2:
+    if min(settings.hidden_size // _SHARE, settings.head_width) < 2:
         raise RecipeError(
-            f"a width of {settings.width} in {settings.heads} heads is too small to begin with heads that look beside",
-            where="encoder.beginning",
-            next=f"give it a width of {2 * _SHARE} and heads of 2 or more, or say beginning=random",
+            f"a width of {settings.hidden_size} in {settings.num_attention_heads} heads is too small to begin with heads that look beside",
+            location="model.init",
+            hint=f"give it a width of {2 * _SHARE} and heads of 2 or more, or say init=normal",
         )
     speed_W = _speeds(encoder)
-    angle_PW = torch.arange(len(encoder.position_table))[:, None] * speed_W
+    angle_PW = torch.arange(len(encoder.position_embedding))[:, None] * speed_W
     own = 2 * len(speed_W)
-    encoder.token_table[:, :own] = 0.0
-    encoder.segment_table[:, :own] = 0.0
-    encoder.position_table[:, own:] = 0.0
-    amplitude = math.sqrt(2) * settings.initial_deviation  # the deviation of a wave is then that of the other tables
-    encoder.position_table[:, 0:own:2] = amplitude * angle_PW.sin()
-    encoder.position_table[:, 1:own:2] = amplitude * angle_PW.cos()
-    for layer in range((settings.layers + 1) // 2):
-        _ask_beside(_attention(encoder, layer), speed_W, settings.heads)
+    encoder.token_embedding[:, :own] = 0.0
+    encoder.token_type_embedding[:, :own] = 0.0
+    encoder.position_embedding[:, own:] = 0.0
+    amplitude = math.sqrt(2) * settings.initializer_range  # the deviation of a wave is then that of the other tables
+    encoder.position_embedding[:, 0:own:2] = amplitude * angle_PW.sin()
+    encoder.position_embedding[:, 1:own:2] = amplitude * angle_PW.cos()
+    for layer in range((settings.num_hidden_layers + 1) // 2):
+        _ask_beside(_attention(encoder, layer), speed_W, settings.num_attention_heads)
 
 
 @torch.no_grad()
-def look_across(encoder: ClassicEncoder) -> None:
-    """After look_beside: let half the heads of its last block look for their own token, and the last block compare.
+def init_pair_matching(encoder: BertEncoder) -> None:
+    """After init_neighbor_attention: let half the heads of its last block look for their own token, and the last block compare.
 
     Raises:
         RecipeError: too few blocks, heads, segments or dimensions for that.
     """
     settings = encoder.settings
     own = 2 * len(_speeds(encoder))
-    fits = min(settings.layers, settings.heads, settings.segments) > 1 and settings.head_width >= 4 * _MARKS
+    fits = (
+        min(settings.num_hidden_layers, settings.num_attention_heads, settings.type_vocab_size) > 1
+        and settings.head_width >= 4 * _MARKS
+    )
     if not fits:
         raise RecipeError(
             "this encoder is too small to begin with heads for pairs",
-            where="encoder.beginning",
-            next=f"give it two layers, two heads of a width of {4 * _MARKS} and two segments, or say beginning=beside",
+            location="model.init",
+            hint=f"give it two layers, two heads of a width of {4 * _MARKS} and two segments, or say init=neighbor-attention",
         )
     mark = slice(own, own + _MARKS)
     saw = slice(own + _MARKS, own + 2 * _MARKS)
-    encoder.token_table[:, own : saw.stop] = 0.0
-    encoder.segment_table[:2] = 0.0
-    encoder.segment_table[0, mark] = settings.initial_deviation
-    encoder.segment_table[1, mark] = -settings.initial_deviation
-    middle, last = (_attention(encoder, layer) for layer in ((settings.layers + 1) // 2 - 1, settings.layers - 1))
-    for head in range(settings.heads // 2, settings.heads):
-        _ask_same(_Head(middle, head, settings.head_width), mark, saw)
+    encoder.token_embedding[:, own : saw.stop] = 0.0
+    encoder.token_type_embedding[:2] = 0.0
+    encoder.token_type_embedding[0, mark] = settings.initializer_range
+    encoder.token_type_embedding[1, mark] = -settings.initializer_range
+    middle, last = (
+        _attention(encoder, layer)
+        for layer in ((settings.num_hidden_layers + 1) // 2 - 1, settings.num_hidden_layers - 1)
+    )
+    for head in range(settings.num_attention_heads // 2, settings.num_attention_heads):
+        _init_same_token_head(_Head(middle, head, settings.head_width), mark, saw)
     for head, sign in ((0, 1.0), (1, -1.0)):
-        _gather(_Head(last, head, settings.head_width), sign, mark, saw)
+        _init_segment_pooling_head(_Head(last, head, settings.head_width), sign, mark, saw)
 
 
-def _speeds(encoder: ClassicEncoder) -> torch.Tensor:
+def _speeds(encoder: BertEncoder) -> torch.Tensor:
     """Radians from slot to slot of each wave."""
     settings = encoder.settings
-    waves = min(settings.width // _SHARE, settings.head_width) // 2
+    waves = min(settings.hidden_size // _SHARE, settings.head_width) // 2
     return _FASTEST * _SPREAD ** (-torch.arange(waves) / waves)
 
 
-def _attention(encoder: ClassicEncoder, layer: int) -> ClassicAttention:
-    return cast("ClassicBlock", encoder.blocks[layer]).attention
+def _attention(encoder: BertEncoder, layer: int) -> BertAttention:
+    return cast("BertBlock", encoder.blocks[layer]).attention
 
 
 class _Head:
     """Views of one head's weights."""
 
-    def __init__(self, attention: ClassicAttention, head: int, width: int) -> None:
+    def __init__(self, attention: BertAttention, head: int, width: int) -> None:
         rows = slice(head * width, (head + 1) * width)
         self.width = width
         self.query_KD, self.key_KD, self.value_KD = (
@@ -121,7 +127,7 @@ class _Head:
         self.output_DK = attention.output.weight[:, rows]
 
 
-def _ask_beside(attention: ClassicAttention, speed_W: torch.Tensor, heads: int) -> None:
+def _ask_beside(attention: BertAttention, speed_W: torch.Tensor, heads: int) -> None:
     """Let head h ask for the slot at its distance: -1, +1, -2, +2 and so on."""
     waves = len(speed_W)
     head_width = len(attention.query.weight) // heads
@@ -139,7 +145,7 @@ def _ask_beside(attention: ClassicAttention, speed_W: torch.Tensor, heads: int) 
         head.key_KD[even_W, even_W] = head.key_KD[even_W + 1, even_W + 1] = torch.full((waves,), gain)
 
 
-def _ask_same(head: _Head, mark: slice, saw: slice) -> None:
+def _init_same_token_head(head: _Head, mark: slice, saw: slice) -> None:
     """Let a head look for its own token in other slots, and write the mark of the segment it looked at."""
     tokens = head.width * 3 // 4
     places = min(head.width - tokens, mark.start)
@@ -157,7 +163,7 @@ def _ask_same(head: _Head, mark: slice, saw: slice) -> None:
     head.output_DK[saw, :_MARKS] = torch.eye(_MARKS)
 
 
-def _gather(head: _Head, sign: float, mark: slice, saw: slice) -> None:
+def _init_segment_pooling_head(head: _Head, sign: float, mark: slice, saw: slice) -> None:
     """Let a head look at all slots of one segment, whoever asks, and tell what they saw."""
     head.query_KD[:_MARKS] = 0.0
     head.query_bias_K[:_MARKS] = sign

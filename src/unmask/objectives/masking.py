@@ -25,7 +25,7 @@ from unmask.core import rng
 from unmask.core.errors import RecipeError
 from unmask.core.types import SPECIAL, WORD_START
 
-Choose = Literal["token", "word", "span", "ngram"]
+MaskUnit = Literal["token", "whole-word", "span", "ngram"]
 Integers = NDArray[np.integer[Any]]
 
 SPAN_STOP = 0.2  # SpanBERT's geometric distribution over words: mean 3.8 after the cut at 10
@@ -35,49 +35,53 @@ _NEARLY_NEVER = 1e-9  # keeps the odds of what is sure to be asked finite, so th
 
 
 @dataclass(frozen=True)
-class MaskingSettings:
+class MaskingConfig:
     """What is asked, and what stands in its place: [MASK], a random ordinary token, or the token itself."""
 
-    rate: float = 0.15
-    rate_end: float | Literal["constant"] = "constant"  # a straight line over the plan's tokens leads from rate to it
-    choose: Choose = "token"
-    longest_ngram: int = 3  # words; of "ngram" alone
-    prefer: Path | tuple[str, ...] = ()  # words asked more often: a list, or a file with one in each line
-    prefer_factor: float = 3.0  # how many times as often as the other words of their text
-    mask: float = 0.8
-    random: float = 0.1
-    keep: float = 0.1
+    mask_rate: float = 0.15
+    final_mask_rate: float | Literal["constant"] = (
+        "constant"  # a straight line over the plan's tokens leads from rate to it
+    )
+    mask_unit: MaskUnit = "token"
+    max_ngram: int = 3  # words; of "ngram" alone
+    boosted_words: Path | tuple[str, ...] = ()  # words asked more often: a list, or a file with one in each line
+    boost_factor: float = 3.0  # how many times as often as the other words of their text
+    mask_token_rate: float = 0.8
+    random_token_rate: float = 0.1
+    keep_rate: float = 0.1
 
     def __post_init__(self) -> None:
-        for name in ("rate", "rate_end"):
+        for name in ("mask_rate", "final_mask_rate"):
             rate = getattr(self, name)
             if rate != "constant" and not 0.0 < rate <= 1.0:
                 raise RecipeError(
                     f"{name} = {rate} is no share of the tokens",
-                    where=name,
-                    next="choose 0 < rate <= 1; BERT's is 0.15",
+                    location=name,
+                    hint="choose 0 < mask_rate <= 1; BERT's is 0.15",
                 )
-        shares = (self.mask, self.random, self.keep)
+        shares = (self.mask_token_rate, self.random_token_rate, self.keep_rate)
         if min(shares) < 0.0 or abs(sum(shares) - 1.0) > 1e-9:
             raise RecipeError(
-                f"mask + random + keep = {sum(shares):g}, not 1",
-                next="give three shares >= 0 that sum to 1; BERT's are 0.8, 0.1 and 0.1",
+                f"mask_token_rate + random_token_rate + keep_rate = {sum(shares):g}, not 1",
+                hint="give three shares >= 0 that sum to 1; BERT's are 0.8, 0.1 and 0.1",
             )
-        if not 1 <= self.longest_ngram <= SPAN_MOST:
+        if not 1 <= self.max_ngram <= SPAN_MOST:
             raise RecipeError(
-                f"longest_ngram = {self.longest_ngram}",
-                where="longest_ngram",
-                next=f"give 1 to {SPAN_MOST} words; ALBERT's is 3",
+                f"max_ngram = {self.max_ngram}",
+                location="max_ngram",
+                hint=f"give 1 to {SPAN_MOST} words; ALBERT's is 3",
             )
-        if not (self.prefer_factor >= 1.0 and math.isfinite(self.prefer_factor)):
+        if not (self.boost_factor >= 1.0 and math.isfinite(self.boost_factor)):
             raise RecipeError(
-                f"prefer_factor = {self.prefer_factor} does not ask more often",
-                where="prefer_factor",
-                next="give a number >= 1, e.g. 3",
+                f"boost_factor = {self.boost_factor} does not ask more often",
+                location="boost_factor",
+                hint="give a number >= 1, e.g. 3",
             )
-        if isinstance(self.prefer, tuple) and len(self.prefer) > LONGEST_LIST:
+        if isinstance(self.boosted_words, tuple) and len(self.boosted_words) > LONGEST_LIST:
             raise RecipeError(
-                f"{len(self.prefer):,} words to prefer", where="prefer", next=f"give {LONGEST_LIST:,} at most"
+                f"{len(self.boosted_words):,} words to boost",
+                location="boosted_words",
+                hint=f"give {LONGEST_LIST:,} at most",
             )
 
     @property
@@ -87,54 +91,58 @@ class MaskingSettings:
 
     def rate_at(self, progress: float) -> float:
         """The rate where this share of the planned tokens is done."""
-        return self.rate if self.rate_end == "constant" else self.rate + (self.rate_end - self.rate) * progress
+        return (
+            self.mask_rate
+            if self.final_mask_rate == "constant"
+            else self.mask_rate + (self.final_mask_rate - self.mask_rate) * progress
+        )
 
 
 @dataclass(frozen=True)
-class Laid:
-    """Texts laid end to end, as the masking sees them. `key_B2` holds what tells one text's draws from another's."""
+class PackedSequences:
+    """Texts laid end to end, as the masking sees them. `sample_keys_B2` holds what tells one text's draws from another's."""
 
-    marks_T: NDArray[np.uint8]
-    starts_B1: Integers
-    key_B2: Integers
+    token_flags_T: NDArray[np.uint8]
+    cu_seqlens: Integers
+    sample_keys_B2: Integers
 
     def text_T(self) -> Integers:
         """The text that each slot belongs to."""
-        return np.repeat(np.arange(len(self.starts_B1) - 1), np.diff(self.starts_B1))
+        return np.repeat(np.arange(len(self.cu_seqlens) - 1), np.diff(self.cu_seqlens))
 
-    def key_at(self, at_M: Integers) -> tuple[Integers, Integers, Integers]:
+    def draw_keys(self, positions_M: Integers) -> tuple[Integers, Integers, Integers]:
         """Epoch, number and offset of each slot: the arguments of its draws."""
-        text_M = np.searchsorted(self.starts_B1, at_M, side="right") - 1
-        return self.key_B2[text_M, 0], self.key_B2[text_M, 1], at_M - self.starts_B1[text_M]
+        text_M = np.searchsorted(self.cu_seqlens, positions_M, side="right") - 1
+        return self.sample_keys_B2[text_M, 0], self.sample_keys_B2[text_M, 1], positions_M - self.cu_seqlens[text_M]
 
 
-def choose(
-    laid: Laid,
-    settings: MaskingSettings,
+def select_positions(
+    packed: PackedSequences,
+    settings: MaskingConfig,
     seed: int,
     progress: float = 0.0,
     preferred_T: NDArray[np.bool_] | None = None,
 ) -> Integers:
     """The slots that are asked about, ascending; `preferred_T` are those of words that are asked more often."""
-    askable_T = (laid.marks_T & SPECIAL) == 0
-    text_T = laid.text_T()
-    askable_B = np.bincount(text_T[askable_T], minlength=len(laid.key_B2))
-    luck_B = rng.uniform(seed, "count", laid.key_B2[:, 0], laid.key_B2[:, 1])
+    askable_T = (packed.token_flags_T & SPECIAL) == 0
+    text_T = packed.text_T()
+    askable_B = np.bincount(text_T[askable_T], minlength=len(packed.sample_keys_B2))
+    luck_B = rng.uniform(seed, "count", packed.sample_keys_B2[:, 0], packed.sample_keys_B2[:, 1])
     quota_B = np.floor(settings.rate_at(progress) * askable_B + luck_B).astype(np.int64)
     quota_B = np.minimum(np.maximum(quota_B, askable_B > 0), askable_B)
 
     # A unit is what is taken whole: a token, or the askable tokens of a word. Its draw is that of its first token.
-    if settings.choose == "token":
+    if settings.mask_unit == "token":
         first_U = np.flatnonzero(askable_T)
         size_U = np.ones(len(first_U), dtype=np.int64)
     else:
-        first_U, size_U = words_of(laid, askable_T)
+        first_U, size_U = words_of(packed, askable_T)
     text_U = text_T[first_U]
-    draw_U = rng.uniform(seed, "mask", *laid.key_at(first_U))
+    draw_U = rng.uniform(seed, "mask", *packed.draw_keys(first_U))
     if preferred_T is not None:
-        draw_U = _drawn_earlier(draw_U, text_U, size_U, quota_B, preferred_T[first_U], settings.prefer_factor)
-    if settings.choose in ("span", "ngram"):
-        length_U = _run_words(rng.uniform(seed, "span", *laid.key_at(first_U)), settings)
+        draw_U = _drawn_earlier(draw_U, text_U, size_U, quota_B, preferred_T[first_U], settings.boost_factor)
+    if settings.mask_unit in ("span", "ngram"):
+        length_U = _run_words(rng.uniform(seed, "span", *packed.draw_keys(first_U)), settings)
         is_joined_U = (first_U[1:] == first_U[:-1] + size_U[:-1]) & (text_U[1:] == text_U[:-1])
         draw_U = _of_runs(draw_U, length_U, is_joined_U)
     order_U = np.lexsort((draw_U, text_U))  # stable: the words of one run keep their order
@@ -145,31 +153,33 @@ def choose(
     return np.repeat(first_taken, size_taken) + within
 
 
-def hide(
+def corrupt_tokens(
     ids_T: Integers,
-    at_M: Integers,
-    laid: Laid,
-    settings: MaskingSettings,
+    positions_M: Integers,
+    packed: PackedSequences,
+    settings: MaskingConfig,
     seed: int,
     *,
     mask_id: int,
-    ordinary_N: Integers,
+    regular_token_ids: Integers,
 ) -> NDArray[np.int64]:
     """A copy of the ids with each asked one replaced, by one draw per asked token: the three cases are disjoint."""
-    key = laid.key_at(at_M)
+    key = packed.draw_keys(positions_M)
     action_M = rng.uniform(seed, "action", *key)
-    random_M = ordinary_N[rng.below(len(ordinary_N), seed, "random", *key)]
+    random_M = regular_token_ids[rng.below(len(regular_token_ids), seed, "random", *key)]
     hidden_T = ids_T.astype(np.int64)
-    hidden_T[at_M] = np.select(
-        [action_M < settings.mask, action_M < settings.mask + settings.random], [mask_id, random_M], hidden_T[at_M]
+    hidden_T[positions_M] = np.select(
+        [action_M < settings.mask_token_rate, action_M < settings.mask_token_rate + settings.random_token_rate],
+        [mask_id, random_M],
+        hidden_T[positions_M],
     )
     return hidden_T
 
 
-def words_of(laid: Laid, askable_T: NDArray[np.bool_]) -> tuple[Integers, Integers]:
+def words_of(packed: PackedSequences, askable_T: NDArray[np.bool_]) -> tuple[Integers, Integers]:
     """First slot and number of askable slots of each word; a special token or the edge of a text ends a word."""
-    begins_T = (laid.marks_T & WORD_START) != 0
-    begins_T[laid.starts_B1[:-1]] = True
+    begins_T = (packed.token_flags_T & WORD_START) != 0
+    begins_T[packed.cu_seqlens[:-1]] = True
     begins_T[1:] |= ~askable_T[:-1]
     first_U = np.flatnonzero(begins_T & askable_T)
     ends_T = begins_T | ~askable_T
@@ -227,11 +237,11 @@ def _drawn_earlier(
     return draw_U / (1 - draw_U) * ((1 - chance_U) / chance_U)
 
 
-def _run_words(draw_U: NDArray[np.float64], settings: MaskingSettings) -> Integers:
+def _run_words(draw_U: NDArray[np.float64], settings: MaskingConfig) -> Integers:
     """How many words a run has, from uniform draws: SpanBERT's, or ALBERT's 1 ÷ n of the n-grams."""
-    if settings.choose == "span":
+    if settings.mask_unit == "span":
         return np.minimum(np.floor(np.log1p(-draw_U) / np.log1p(-SPAN_STOP)).astype(np.int64) + 1, SPAN_MOST)
-    until_N = np.cumsum(1 / np.arange(1, settings.longest_ngram + 1))
+    until_N = np.cumsum(1 / np.arange(1, settings.max_ngram + 1))
     return np.searchsorted(until_N[:-1] / until_N[-1], draw_U, side="right") + 1
 
 

@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from unmask.core import rng
 from unmask.core.errors import RecipeError
 from unmask.core.types import SPECIAL, WORD_START
-from unmask.objectives.masking import LONGEST_LIST, Laid, MaskingSettings, words_of
+from unmask.objectives.masking import LONGEST_LIST, MaskingConfig, PackedSequences, words_of
 from unmask.tokenization.tokenizer import Tokenizer
 from unmask.tokenization.words import WordsRule
 
@@ -38,22 +38,22 @@ _SHOWN: Final = 5  # words that a message names
 
 
 @dataclass(frozen=True)
-class Spelled:
+class TokenizedWords:
     """How a tokenizer spells words, which of them it can't, and what a person is told of that."""
 
     ids: tuple[tuple[int, ...], ...]
     unspelled: tuple[str, ...]
-    said: str
+    notes: str
 
 
-def settled(settings: Settings) -> Settings:
+def resolve_word_list(settings: Settings) -> Settings:
     """Settings with the words of a file in its place, so that a run goes on when the file has changed or is gone.
 
     Raises:
         RecipeError: there is no such file, or no list of words in it.
     """
-    if isinstance(settings, MaskingSettings) and isinstance(settings.prefer, Path):
-        return replace(settings, prefer=read_words(settings.prefer))
+    if isinstance(settings, MaskingConfig) and isinstance(settings.boosted_words, Path):
+        return replace(settings, boosted_words=read_words(settings.boosted_words))
     return settings
 
 
@@ -65,7 +65,7 @@ def read_words(path: Path) -> tuple[str, ...]:
     """
 
     def refused(what: str, next: str) -> RecipeError:
-        return RecipeError(what, where=f"objective.prefer: {path}", next=next)
+        return RecipeError(what, location=f"objective.boosted_words: {path}", hint=next)
 
     a_list = "give a text file with one word in each line"
     try:
@@ -93,7 +93,7 @@ def _cleaned(lines: Iterable[str]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(word for word in words if word))
 
 
-def spell(words: Sequence[str], tokenizer: Tokenizer, rule: WordsRule) -> Spelled:
+def spell(words: Sequence[str], tokenizer: Tokenizer, rule: WordsRule) -> TokenizedWords:
     """How the tokenizer spells each word: behind a space, at a line's beginning, between brackets.
 
     Raises:
@@ -114,32 +114,32 @@ def spell(words: Sequence[str], tokenizer: Tokenizer, rule: WordsRule) -> Spelle
     unspelled = tuple(word for number, word in enumerate(words) if number not in {held for _, held in found})
     if len(unspelled) == len(words):
         raise RecipeError(
-            f"this tokenizer spells none of the words to prefer as whole words: {_listed(unspelled)}",
-            where="objective.prefer",
-            next="name words as they stand in the text, that the tokenizer knows without [UNK]",
+            f"this tokenizer spells none of the words to boost as whole words: {_listed(unspelled)}",
+            location="objective.boosted_words",
+            hint="name words as they stand in the text, that the tokenizer knows without [UNK]",
         )
-    said = f"preferred: {len(words) - len(unspelled):,} words (objective.prefer)"
+    said = f"boosted: {len(words) - len(unspelled):,} words (objective.boosted_words)"
     if unspelled:
         said += (
             f"; this tokenizer can't spell {len(unspelled):,} of the list as whole words, which are asked like any "
             f"other: {_listed(unspelled)}"
         )
-    return Spelled(tuple(dict.fromkeys(ids for ids, _ in found)), unspelled, said)
+    return TokenizedWords(tuple(dict.fromkeys(ids for ids, _ in found)), unspelled, said)
 
 
 def preferred(
-    settings: MaskingSettings, tokenizer: Tokenizer, rule: WordsRule, say: Callable[[str], object]
+    settings: MaskingConfig, tokenizer: Tokenizer, rule: WordsRule, say: Callable[[str], object]
 ) -> tuple[tuple[int, ...], ...]:
     """The ids of the words that settings prefer; what can't be spelled is said.
 
     Raises:
         RecipeError: the file of words can't be read, or the tokenizer can spell none of them.
     """
-    words = settled(settings).prefer
+    words = resolve_word_list(settings).boosted_words
     if not words:
         return ()
     spelled = spell(cast("tuple[str, ...]", words), tokenizer, rule)
-    say(spelled.said)
+    say(spelled.notes)
     return spelled.ids
 
 
@@ -175,7 +175,7 @@ def _listed(words: Sequence[str]) -> str:
     return ", ".join(words[:_SHOWN]) + (f" and {further:,} more" if further > 0 else "")
 
 
-class Preference:
+class WordMatcher:
     """Finds words in ids by a hash of each stretch of ids; what it finds is compared."""
 
     def __init__(self, spellings: Sequence[Sequence[int]]) -> None:
@@ -191,9 +191,9 @@ class Preference:
             order = np.argsort(keys_N)
             self._by_length[length] = keys_N[order], ids_NL[order]
 
-    def slots(self, ids_T: NDArray[np.integer[Any]], laid: Laid) -> Bool[np.ndarray, "T"]:
+    def slots(self, ids_T: NDArray[np.integer[Any]], packed: PackedSequences) -> Bool[np.ndarray, "T"]:
         """Whether each slot belongs to one of the words."""
-        first_U, size_U = words_of(laid, (laid.marks_T & SPECIAL) == 0)
+        first_U, size_U = words_of(packed, (packed.token_flags_T & SPECIAL) == 0)
         ends_T1 = np.zeros(len(ids_T) + 1, dtype=bool)
         ends_T1[first_U + size_U] = True
         known_T = np.minimum(ids_T, len(self._hash_V) - 1).astype(np.int64)
@@ -201,7 +201,7 @@ class Preference:
         np.cumsum(self._hash_V[known_T] * _powers(_STEP, len(ids_T)), out=total_T1[1:])
         back_T = _powers(_BACK, len(ids_T))
         first_C = first_U[self._begins_V[known_T[first_U]]]
-        text_end_C = laid.starts_B1[np.searchsorted(laid.starts_B1, first_C, side="right")]
+        text_end_C = packed.cu_seqlens[np.searchsorted(packed.cu_seqlens, first_C, side="right")]
         change_T1 = np.zeros(len(ids_T) + 1, dtype=np.int64)
         for length, (keys_N, ids_NL) in self._by_length.items():
             fits = first_C[(first_C + length <= text_end_C)]

@@ -21,19 +21,19 @@ from unmask.tokenization.tokenizer import Tokenizer
 from unmask.tokenization.trainers import BYTE_OF
 from unmask.tokenization.words import WordsRule, is_letter, stands_without_spaces, word_starts
 
-Stand = Literal["as-is", "joins", "after-space"]
+SpacingRule = Literal["as-is", "joins", "after-space"]
 _SPACE: Final = "␣"
 
 
 @dataclass(frozen=True)
-class Piece:
+class TokenText:
     """Letters of a piece; bytes that are no letters by themselves stand as ⟨E5 A4⟩."""
 
     letters: str  # without the space before them
-    stand: Stand  # as-is: where it is put; joins: to the word before it; after-space: a space stands before it
+    stand: SpacingRule  # as-is: where it is put; joins: to the word before it; after-space: a space stands before it
 
 
-class Reader:
+class TokenFormatter:
     """Reads the pieces of one tokenizer."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
@@ -42,7 +42,7 @@ class Reader:
         self._space, self._is_bytes, self.prefix = leading_space(whole), is_byte_level(whole), continuing_prefix(whole)
         self._special = frozenset(tokenizer.special_ids)
 
-    def read(self, id: int) -> Piece:
+    def read(self, id: int) -> TokenText:
         """A piece as text.
 
         Raises:
@@ -50,9 +50,9 @@ class Reader:
         """
         token = self._tokenizer.id_to_token(id)
         if id in self._special:
-            return Piece(token, "as-is")
+            return TokenText(token, "as-is")
         if self.prefix and token.startswith(self.prefix) and len(token) > len(self.prefix):
-            return Piece(token.removeprefix(self.prefix), "joins")
+            return TokenText(token.removeprefix(self.prefix), "joins")
         is_led = bool(self._space) and token.startswith(self._space)
         letters = token[1:] if is_led else token
         if self._is_bytes:
@@ -60,8 +60,8 @@ class Reader:
         elif self._space:
             letters = letters.replace(self._space, " ")
         if is_led:
-            return Piece(letters, "after-space")
-        return Piece(letters, "joins" if self._space else "as-is")
+            return TokenText(letters, "after-space")
+        return TokenText(letters, "joins" if self._space else "as-is")
 
     def shown(self, id: int) -> str:
         """A piece for a person: ␣ for a space, ## before a piece that goes on where others begin without a sign."""
@@ -75,12 +75,12 @@ class Reader:
     def begins_word_V(self) -> NDArray[np.bool_]:
         """Whether a piece can't stand directly behind a letter: it brings a space, or would need one."""
         begins_V = np.zeros(self._tokenizer.size, dtype=bool)
-        for id in self._tokenizer.ordinary_N.tolist():
+        for id in self._tokenizer.regular_token_ids.tolist():
             piece = self.read(id)
             begins_V[id] = piece.stand == "after-space" or (bool(self.prefix) and self.needs_space("a", piece))
         return begins_V
 
-    def needs_space(self, before: str, piece: Piece) -> bool:
+    def needs_space(self, before: str, piece: TokenText) -> bool:
         """Whether a word that begins with this piece would run into the word before it."""
         if not before or not piece.letters or piece.stand == "joins":
             return False
@@ -161,7 +161,7 @@ def measure(tokenizer: Tokenizer, texts: Iterable[str], rule: WordsRule) -> Meas
 
 def cuts(tokenizer: Tokenizer, text: str, rule: WordsRule, *, is_prompt: bool) -> list[Cut]:
     """The tokens of a text; special pieces in it are that in a prompt, letters in a text to learn from."""
-    encoded, reader = tokenizer.encode(text, rule, specials_in_text=is_prompt), Reader(tokenizer)
+    encoded, reader = tokenizer.encode(text, rule, specials_in_text=is_prompt), TokenFormatter(tokenizer)
     return [
         Cut(
             id,

@@ -25,13 +25,13 @@ import tokenizers
 
 from unmask.core.errors import TokenizerError
 from unmask.tokenization.normalization import continuing_prefix, splits_at_spaces
-from unmask.tokenization.settings import ExtendedTokenizerSettings, Progress, blocks_of, round_below
+from unmask.tokenization.settings import ExtendedTokenizerConfig, Progress, blocks_of, round_below
 
 _MOST_WORDS: Final = 300_000  # different ones, the most frequent, in which pairs are counted
 _TOO_MANY: Final = 3  # of WordPiece, times as many pieces are joined as are wanted: some are used up by longer ones
 _TOLD_EVERY: Final = 64  # pieces
 _STAGE: Final = "extending the vocabulary"
-_AT: Final = "text.tokenizer.pieces"
+_AT: Final = "data.tokenizer.num_new_tokens"
 
 Node = dict[str, Any]
 
@@ -92,7 +92,7 @@ class _Merges:
 
 
 def extended(
-    tokenizer_json: str, texts: Iterable[str], settings: ExtendedTokenizerSettings, progress: Progress | None
+    tokenizer_json: str, texts: Iterable[str], settings: ExtendedTokenizerConfig, progress: Progress | None
 ) -> str:
     """The same tokenizer with `settings.pieces` more pieces, learnt from text.
 
@@ -106,8 +106,8 @@ def extended(
         raise TokenizerError(
             f"a vocabulary of the kind {model['type']} can't be extended"
             + (" where it marks ends" if marks_ends else ""),
-            where=str(settings.path),
-            next="go on with its own pieces (leave --extend-vocabulary out), or extend a WordPiece or BPE vocabulary",
+            location=str(settings.path),
+            hint="go on with its own pieces (leave --extend-vocabulary out), or extend a WordPiece or BPE vocabulary",
         )
     inner = tokenizers.Tokenizer.from_str(tokenizer_json)
     counts = _counted(tokenizer_json, texts, settings, progress)
@@ -116,16 +116,16 @@ def extended(
         pieces = _wordpieces(kind, model["vocab"], counts, settings, progress)
     else:
         joiner = _Joiner(_Merges(inner.model), set(model["vocab"]), counts)
-        merges = list(joiner.merges(settings.pieces, settings.minimum_count, progress))
+        merges = list(joiner.merges(settings.num_new_tokens, settings.min_frequency, progress))
         as_lists = _as_lists(model)
         model["merges"] += [[left, right] if as_lists else f"{left} {right}" for left, right, _ in merges]
         pieces = [joined for *_, joined in merges]
-    if len(pieces) < settings.pieces:
+    if len(pieces) < settings.num_new_tokens:
         fits = round_below(len(pieces))
         raise TokenizerError(
-            f"{settings.pieces:,} new pieces are more than this text can give: {len(pieces):,}",
-            where=_AT,
-            next=f"ask for {fits:,} or fewer, or give more text" if fits else "give more text, or none of them",
+            f"{settings.num_new_tokens:,} new pieces are more than this text can give: {len(pieces):,}",
+            location=_AT,
+            hint=f"ask for {fits:,} or fewer, or give more text" if fits else "give more text, or none of them",
         )
     first = max(inner.get_vocab(with_added_tokens=True).values()) + 1
     model["vocab"] |= {piece: first + number for number, piece in enumerate(pieces)}
@@ -165,12 +165,12 @@ def _as_lists(model: Node) -> bool:
 
 
 def _counted(
-    tokenizer_json: str, texts: Iterable[str], settings: ExtendedTokenizerSettings, progress: Progress | None
+    tokenizer_json: str, texts: Iterable[str], settings: ExtendedTokenizerConfig, progress: Progress | None
 ) -> dict[str, int]:
     """The words of a sample, as this tokenizer tells words apart, the most frequent first."""
     chunks: Counter[str] = Counter()
     parts = splits_at_spaces(tokenizer_json)  # so that each chunk is looked at once, however often it stands there
-    for block in blocks_of(texts, settings.sample_characters, progress, _STAGE):
+    for block in blocks_of(texts, settings.max_train_chars, progress, _STAGE):
         for text in block.split("\n"):
             first, *others = text.split(" ") if parts else [text]
             chunks[first] += 1
@@ -181,7 +181,7 @@ def _counted(
         normal = inner.normalizer.normalize_str(chunk) if inner.normalizer else chunk
         for word, _ in inner.pre_tokenizer.pre_tokenize_str(normal) if inner.pre_tokenizer else [(normal, (0, 0))]:
             counts[word] += count
-    frequent = [(word, count) for word, count in counts.items() if count >= settings.minimum_count]
+    frequent = [(word, count) for word, count in counts.items() if count >= settings.min_frequency]
     # By the word where counts are equal, so that each process has the same order.
     return dict(sorted(frequent, key=lambda entry: (-entry[1], entry[0]))[:_MOST_WORDS])
 
@@ -190,26 +190,26 @@ def _wordpieces(
     kind: _WordPieces,
     vocabulary: Mapping[str, int],
     counts: Mapping[str, int],
-    settings: ExtendedTokenizerSettings,
+    settings: ExtendedTokenizerConfig,
     progress: Progress | None,
 ) -> list[str]:
     """New characters, then the joined pieces that most words are still cut into at the end."""
     # Rare ones would take every place in a script of many: what is longer makes texts shorter, and is worth the others.
     found = _new_characters(kind, vocabulary, counts, settings)
-    characters = found[: max(1, settings.pieces // 2)]
+    characters = found[: max(1, settings.num_new_tokens // 2)]
     kind.learn(characters)
-    room = settings.pieces - len(characters)
+    room = settings.num_new_tokens - len(characters)
     joiner = _Joiner(kind, {*vocabulary, *characters}, counts)
-    made = [joined for *_, joined in joiner.merges(_TOO_MANY * room, settings.minimum_count, progress)]
+    made = [joined for *_, joined in joiner.merges(_TOO_MANY * room, settings.min_frequency, progress)]
     used = joiner.used()
     chosen = sorted(
-        (piece for piece in made if used[piece] >= settings.minimum_count), key=lambda piece: (-used[piece], piece)
+        (piece for piece in made if used[piece] >= settings.min_frequency), key=lambda piece: (-used[piece], piece)
     )
-    return [*characters, *chosen[:room], *found[len(characters) :]][: settings.pieces]
+    return [*characters, *chosen[:room], *found[len(characters) :]][: settings.num_new_tokens]
 
 
 def _new_characters(
-    kind: _WordPieces, vocabulary: Mapping[str, int], counts: Mapping[str, int], settings: ExtendedTokenizerSettings
+    kind: _WordPieces, vocabulary: Mapping[str, int], counts: Mapping[str, int], settings: ExtendedTokenizerConfig
 ) -> list[str]:
     """Characters of words that can't be spelled, as beginning and as continuation, the most frequent first."""
     missing: Counter[str] = Counter()
@@ -220,7 +220,7 @@ def _new_characters(
                 piece = character if not place else prefix + character
                 if piece not in vocabulary:
                     missing[piece] += count
-    frequent = [piece for piece, count in missing.items() if count >= settings.minimum_count]
+    frequent = [piece for piece, count in missing.items() if count >= settings.min_frequency]
     return sorted(frequent, key=lambda piece: (-missing[piece], piece))
 
 
@@ -240,7 +240,7 @@ class _Joiner:
                 self._words.append(pieces)
                 self._counts.append(count)
 
-    def merges(self, most: int, minimum_count: int, progress: Progress | None) -> Iterator[tuple[str, str, str]]:
+    def merges(self, most: int, min_frequency: int, progress: Progress | None) -> Iterator[tuple[str, str, str]]:
         """Pairs and what they become, at most so many, until no pair is frequent enough."""
         left = most
         heap = [(-count, pair) for pair, count in self._pairs.items()]
@@ -249,10 +249,10 @@ class _Joiner:
             count, pair = heapq.heappop(heap)
             now = self._pairs[pair]
             if now != -count:  # it was joined elsewhere since; what is left of it stands further back
-                if now >= minimum_count:
+                if now >= min_frequency:
                     heapq.heappush(heap, (-now, pair))
                 continue
-            if now < minimum_count:
+            if now < min_frequency:
                 return
             joined = self._kind.join(*pair)
             if joined in self._taken:  # an old piece that the old cut doesn't use here: it must stay so

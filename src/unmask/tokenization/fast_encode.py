@@ -343,7 +343,7 @@ class _Cut(NamedTuple):
     first_B: Numbers  # where each text's first chunk stands
 
 
-class Encoder:
+class CachedEncoder:
     """Encodes texts as `Tokenizer.encode` does, remembering chunks."""
 
     def __init__(self, tokenizer: Tokenizer, words: WordsRule, *, by_chunks: bool = True) -> None:
@@ -539,13 +539,13 @@ class Encoder:
         closed = [number for number in alone if chunks[number][-1:] not in INVISIBLE]
         opened = [number for number in alone if chunks[number][-1:] in INVISIBLE]
         order = [*closed, *joinable, *itertools.chain.from_iterable((number, _NOBODY) for number in opened)]
-        laid = [chunks[number] if number != _NOBODY else _SPACER for number in order]
+        packed = [chunks[number] if number != _NOBODY else _SPACER for number in order]
         sizes = (
             [1] * len(closed)
             + blocks([len(chunks[number]) for number in joinable], _BLOCK_CHARACTERS)
             + [1] * (2 * len(opened))
         )
-        rows = self._parted(laid, sizes, self._spelled(texts_of(laid, sizes)), is_whole)
+        rows = self._parted(packed, sizes, self._spelled(texts_of(packed, sizes)), is_whole)
         place = np.zeros(len(chunks) + 1, dtype=np.int64)  # _NOBODY is the last
         place[order] = np.arange(len(order))
         # Where characters that can be seen left no token, that showed only now; such chunks are few.
@@ -553,8 +553,8 @@ class Encoder:
             order[at + 1] for at in np.flatnonzero(rows.flags_C[:-1] & OPEN).tolist() if order[at + 1] != _NOBODY
         ]
         if tainted:
-            laid, sizes = [chunks[number] for number in tainted], [1] * len(tainted)
-            again = self._parted(laid, sizes, self._spelled_singly(laid), is_whole)
+            packed, sizes = [chunks[number] for number in tainted], [1] * len(tainted)
+            again = self._parted(packed, sizes, self._spelled_singly(packed), is_whole)
             rows = rows.followed_by(again)
             place[tainted] = len(order) + np.arange(len(tainted))
         return rows.taken(place[:-1])

@@ -18,7 +18,7 @@ from typing import Any, Final, cast
 
 from tokenizers import Regex, normalizers, pre_tokenizers
 
-from unmask.tokenization.settings import CharacterSettings, TrainedSettings, UnigramSettings, WordPieceSettings
+from unmask.tokenization.settings import CharacterConfig, TrainedConfig, UnigramConfig, WordPieceConfig
 
 META: Final = "▁"  # U+2581, which stands for a space in Unigram's pieces
 _RUN: Final = r"[^\p{P}\p{S}\p{Z}\p{Cc}]+"
@@ -31,9 +31,9 @@ _CHARACTERS: Final = r"[\s\S]"  # "(?s)." would say the same and is refused by t
 CUTTING_PATTERNS: Final = (_SPACED_WORDS, _META_WORDS, _CHARACTERS)  # no match goes on over a single space
 
 
-def normalizer_of(settings: TrainedSettings) -> normalizers.Normalizer:
+def normalizer_of(settings: TrainedConfig) -> normalizers.Normalizer:
     """NFC, then BERT's steps as far as they are asked for."""
-    chinese = isinstance(settings, WordPieceSettings) and settings.handle_chinese_chars
+    chinese = isinstance(settings, WordPieceConfig) and settings.handle_chinese_chars
     steps: list[normalizers.Normalizer] = [normalizers.NFC()]
     if settings.clean_text or chinese or settings.strip_accents or settings.lowercase:
         # BERT itself strips accents wherever it lower-cases; here each is asked for alone.
@@ -47,18 +47,18 @@ def normalizer_of(settings: TrainedSettings) -> normalizers.Normalizer:
         )
     if settings.strip_accents:
         steps.append(normalizers.NFC())  # stripping tears Hangul into jamo: 한 would be three letters
-    if isinstance(settings, UnigramSettings) and settings.clean_text:
+    if isinstance(settings, UnigramConfig) and settings.clean_text:
         steps += [normalizers.Replace(Regex(" {2,}"), " "), normalizers.Strip(left=False, right=True)]
     return steps[0] if len(steps) == 1 else normalizers.Sequence(steps)
 
 
-def pre_tokenizer_of(settings: TrainedSettings) -> pre_tokenizers.PreTokenizer:
+def pre_tokenizer_of(settings: TrainedConfig) -> pre_tokenizers.PreTokenizer:
     """The borders that no piece crosses."""
-    if isinstance(settings, WordPieceSettings):
+    if isinstance(settings, WordPieceConfig):
         return pre_tokenizers.BertPreTokenizer()
-    if isinstance(settings, CharacterSettings):
+    if isinstance(settings, CharacterConfig):
         return pre_tokenizers.Split(Regex(_CHARACTERS), "isolated")
-    if isinstance(settings, UnigramSettings):
+    if isinstance(settings, UnigramConfig):
         # "first": a text that begins within a word, as after [MASK], gets no space put before it.
         spaces = pre_tokenizers.Metaspace(replacement=META, prepend_scheme="first", split=False)
         return pre_tokenizers.Sequence([spaces, pre_tokenizers.Split(Regex(_META_WORDS), "isolated")])

@@ -1,6 +1,6 @@
 """Room card: which tokenizers there are, as a person says it.
 
-Comes in: the [text.tokenizer] table of a recipe. Goes out: frozen settings of each kind, and what all kinds share:
+Comes in: the [data.tokenizer] table of a recipe. Goes out: frozen settings of each kind, and what all kinds share:
 their special pieces, the sample that they learn from. Called by: settings, tokenizer and the rooms that train each
 kind.
 """
@@ -20,94 +20,94 @@ UNKNOWN: Final = "[UNK]"
 MASK: Final = "[MASK]"
 SPECIALS: Final = ("[PAD]", UNKNOWN, "[CLS]", "[SEP]", MASK)
 BYTES: Final = 256
-SPECIALS_AT: Final = "text.tokenizer.specials"
-VOCABULARY_AT: Final = "text.tokenizer.vocab"
+SPECIALS_AT: Final = "data.tokenizer.special_tokens"
+VOCABULARY_AT: Final = "data.tokenizer.vocab_size"
 _BLOCK_CHARACTERS: Final = 1 << 18
 
 Progress = Callable[[str, float], None]
 
 
 @dataclass(frozen=True)
-class WordPieceSettings:
+class WordPieceConfig:
     """Pieces of words, as in BERT."""
 
     kind: Literal["wordpiece"] = "wordpiece"
-    vocab: int = 8192  # pieces, special ones included
+    vocab_size: int = 8192  # pieces, special ones included
     lowercase: bool = False
     strip_accents: bool = False
     clean_text: bool = True  # control characters out, every white space becomes a space
     handle_chinese_chars: bool = True  # each Han character is a word
-    specials: tuple[str, ...] = SPECIALS
-    minimum_count: int = 2  # of a character, or of a pair of pieces that becomes one
-    sample_characters: int = 20_000_000  # of training text that is looked at; 3-7 s for 20 MB
+    special_tokens: tuple[str, ...] = SPECIALS
+    min_frequency: int = 2  # of a character, or of a pair of pieces that becomes one
+    max_train_chars: int = 20_000_000  # of training text that is looked at; 3-7 s for 20 MB
 
     def __post_init__(self) -> None:
-        _at_least(self, vocab=len(self.specials) + 1, minimum_count=1, sample_characters=1)
+        _at_least(self, vocab_size=len(self.special_tokens) + 1, min_frequency=1, max_train_chars=1)
 
 
 @dataclass(frozen=True)
-class ByteBpeSettings:
+class ByteBpeConfig:
     """Pieces made by joining frequent pairs of bytes, as in RoBERTa and ModernBERT: nothing is unknown."""
 
     kind: Literal["bpe"] = "bpe"
-    vocab: int = 8192  # pieces, special ones and the 256 bytes included
+    vocab_size: int = 8192  # pieces, special ones and the 256 bytes included
     lowercase: bool = False
     strip_accents: bool = False
     clean_text: bool = False
-    specials: tuple[str, ...] = SPECIALS
-    minimum_count: int = 2  # of a pair of pieces that becomes one
-    sample_characters: int = 20_000_000
+    special_tokens: tuple[str, ...] = SPECIALS
+    min_frequency: int = 2  # of a pair of pieces that becomes one
+    max_train_chars: int = 20_000_000
 
     def __post_init__(self) -> None:
-        _at_least(self, vocab=len(self.specials) + BYTES, minimum_count=1, sample_characters=1)
+        _at_least(self, vocab_size=len(self.special_tokens) + BYTES, min_frequency=1, max_train_chars=1)
 
 
 @dataclass(frozen=True)
-class UnigramSettings:
+class UnigramConfig:
     """Pieces that make the text likeliest, as in ALBERT, T5 and XLM-R (Kudo 2018, arXiv 1804.10959)."""
 
     kind: Literal["unigram"] = "unigram"
-    vocab: int = 8192  # pieces, special ones included
+    vocab_size: int = 8192  # pieces, special ones included
     lowercase: bool = False
     strip_accents: bool = False
     clean_text: bool = True  # control characters out, every white space becomes a space
-    specials: tuple[str, ...] = SPECIALS
-    minimum_count: int = 2  # of a character, or of a piece in the sample
-    longest_piece: int = 16  # characters
-    sample_characters: int = 10_000_000
+    special_tokens: tuple[str, ...] = SPECIALS
+    min_frequency: int = 2  # of a character, or of a piece in the sample
+    max_token_length: int = 16  # characters
+    max_train_chars: int = 10_000_000
 
     def __post_init__(self) -> None:
-        _at_least(self, vocab=len(self.specials) + 1, minimum_count=1, longest_piece=1, sample_characters=1)
+        _at_least(self, vocab_size=len(self.special_tokens) + 1, min_frequency=1, max_token_length=1, max_train_chars=1)
 
 
 @dataclass(frozen=True)
-class ByteSettings:
+class ByteConfig:
     """Every byte of UTF-8 is a piece, as in ByT5: nothing to learn, nothing unknown, long texts."""
 
     kind: Literal["bytes"] = "bytes"
     lowercase: bool = False
     strip_accents: bool = False
     clean_text: bool = False
-    specials: tuple[str, ...] = SPECIALS
+    special_tokens: tuple[str, ...] = SPECIALS
 
 
 @dataclass(frozen=True)
-class CharacterSettings:
+class CharacterConfig:
     """Every character is a piece, white space too."""
 
     kind: Literal["characters"] = "characters"
     lowercase: bool = False
     strip_accents: bool = False
     clean_text: bool = False
-    specials: tuple[str, ...] = SPECIALS
-    minimum_count: int = 1
+    special_tokens: tuple[str, ...] = SPECIALS
+    min_frequency: int = 1
 
     def __post_init__(self) -> None:
-        _at_least(self, minimum_count=1)
+        _at_least(self, min_frequency=1)
 
 
 @dataclass(frozen=True)
-class FileTokenizerSettings:
+class FileTokenizerConfig:
     """A tokenizer that exists: a tokenizer.json, or a folder with one."""
 
     kind: Literal["file"]
@@ -115,51 +115,51 @@ class FileTokenizerSettings:
 
 
 @dataclass(frozen=True)
-class ExtendedTokenizerSettings:
+class ExtendedTokenizerConfig:
     """A WordPiece or BPE tokenizer that exists, with more pieces learnt from the text."""
 
     kind: Literal["extended"]
     path: Path  # of the one that exists
-    pieces: int  # new ones
-    minimum_count: int = 2  # of a word, a character or a pair
-    sample_characters: int = 20_000_000
+    num_new_tokens: int  # new ones
+    min_frequency: int = 2  # of a word, a character or a pair
+    max_train_chars: int = 20_000_000
 
     def __post_init__(self) -> None:
-        _at_least(self, pieces=1, minimum_count=1, sample_characters=1)
+        _at_least(self, num_new_tokens=1, min_frequency=1, max_train_chars=1)
 
 
-TokenizerSettings = (
-    WordPieceSettings
-    | ByteBpeSettings
-    | UnigramSettings
-    | ByteSettings
-    | CharacterSettings
-    | FileTokenizerSettings
-    | ExtendedTokenizerSettings
+TokenizerConfig = (
+    WordPieceConfig
+    | ByteBpeConfig
+    | UnigramConfig
+    | ByteConfig
+    | CharacterConfig
+    | FileTokenizerConfig
+    | ExtendedTokenizerConfig
 )
-TrainedSettings = WordPieceSettings | ByteBpeSettings | UnigramSettings | ByteSettings | CharacterSettings
-SampledSettings = WordPieceSettings | ByteBpeSettings | UnigramSettings
+TrainedConfig = WordPieceConfig | ByteBpeConfig | UnigramConfig | ByteConfig | CharacterConfig
+SampledConfig = WordPieceConfig | ByteBpeConfig | UnigramConfig
 
 
 def _at_least(settings: object, **least: int) -> None:
     for name, bound in least.items():
         if getattr(settings, name) < bound:
-            raise RecipeError(f"`{name}` is {getattr(settings, name)}", where=name, next=f"give {bound} or more")
+            raise RecipeError(f"`{name}` is {getattr(settings, name)}", location=name, hint=f"give {bound} or more")
 
 
-def check_specials(settings: TrainedSettings) -> None:
+def check_specials(settings: TrainedConfig) -> None:
     """Refuse special pieces that a model can't do without, or that stand there twice.
 
     Raises:
         TokenizerError: they lack [MASK], or [UNK] where the kind needs one.
     """
-    needed = (MASK,) if isinstance(settings, ByteBpeSettings | ByteSettings) else (UNKNOWN, MASK)
-    missing = [name for name in needed if name not in settings.specials]
-    if missing or len(set(settings.specials)) < len(settings.specials):
+    needed = (MASK,) if isinstance(settings, ByteBpeConfig | ByteConfig) else (UNKNOWN, MASK)
+    missing = [name for name in needed if name not in settings.special_tokens]
+    if missing or len(set(settings.special_tokens)) < len(settings.special_tokens):
         raise TokenizerError(
             f"the special pieces lack {' and '.join(missing)}" if missing else "a special piece stands there twice",
-            where=SPECIALS_AT,
-            next='write them as in specials = ["[UNK]", "[MASK]"]',
+            location=SPECIALS_AT,
+            hint='write them as in special_tokens = ["[UNK]", "[MASK]"]',
         )
 
 
@@ -167,12 +167,12 @@ def too_few(wanted: int, given: int, fits: int) -> TokenizerError:
     """A vocabulary that the text can't give; `fits` is a number that it can, 0 where there is none."""
     if not fits:
         return TokenizerError(
-            "this text gives no pieces", where=VOCABULARY_AT, next="give more text, or kind = 'characters'"
+            "this text gives no pieces", location=VOCABULARY_AT, hint="give more text, or kind = 'characters'"
         )
     return TokenizerError(
         f"a vocabulary of {wanted:,} is more than this text can give: {given:,} pieces",
-        where=VOCABULARY_AT,
-        next=f"--set {VOCABULARY_AT}={fits}, or more text",
+        location=VOCABULARY_AT,
+        hint=f"--set {VOCABULARY_AT}={fits}, or more text",
     )
 
 
@@ -182,12 +182,12 @@ def round_below(number: int) -> int:
     return number // step * step
 
 
-def sample_blocks(texts: Iterable[str], settings: SampledSettings, progress: Progress | None) -> Iterator[str]:
-    """The first `sample_characters` of the texts, in blocks that keep the trainer's threads busy.
+def sample_blocks(texts: Iterable[str], settings: SampledConfig, progress: Progress | None) -> Iterator[str]:
+    """The first `max_train_chars` of the texts, in blocks that keep the trainer's threads busy.
 
     `progress` hears of feeding alone: what a trainer does afterwards can't be watched.
     """
-    return blocks_of(texts, settings.sample_characters, progress, "training the tokenizer")
+    return blocks_of(texts, settings.max_train_chars, progress, "training the tokenizer")
 
 
 def blocks_of(texts: Iterable[str], characters: int, progress: Progress | None, stage: str) -> Iterator[str]:

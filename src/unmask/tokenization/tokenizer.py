@@ -43,16 +43,16 @@ from unmask.tokenization.settings import (
     MASK,
     PREFIX,
     UNKNOWN,
-    ByteBpeSettings,
-    ByteSettings,
-    CharacterSettings,
-    ExtendedTokenizerSettings,
-    FileTokenizerSettings,
+    ByteBpeConfig,
+    ByteConfig,
+    CharacterConfig,
+    ExtendedTokenizerConfig,
+    FileTokenizerConfig,
     Progress,
-    TokenizerSettings,
-    TrainedSettings,
-    UnigramSettings,
-    WordPieceSettings,
+    TokenizerConfig,
+    TrainedConfig,
+    UnigramConfig,
+    WordPieceConfig,
     check_specials,
 )
 from unmask.tokenization.trainers import choose_characters, choose_wordpieces, spell_bytes, train_bpe
@@ -105,11 +105,11 @@ class Encoded:
     characters_unknown: int  # characters that became [UNK]
 
 
-def train_tokenizer(texts: Iterable[str], settings: TokenizerSettings, progress: Progress | None = None) -> Tokenizer:
+def train_tokenizer(texts: Iterable[str], settings: TokenizerConfig, progress: Progress | None = None) -> Tokenizer:
     """Learn a vocabulary from text, byte for byte the same in every process; or open a file, which reads no text.
 
     Args:
-        texts: what is learnt from; at most `sample_characters` of it, where the kind has such a setting.
+        texts: what is learnt from; at most `max_train_chars` of it, where the kind has such a setting.
         settings: the kind and its size.
         progress: told what is done and which share of it is, while text is fed.
 
@@ -117,9 +117,9 @@ def train_tokenizer(texts: Iterable[str], settings: TokenizerSettings, progress:
         TokenizerError: the settings lack [UNK] or [MASK], ask for more pieces than the text gives, or name a file that
             is no tokenizer.
     """
-    if isinstance(settings, FileTokenizerSettings):
+    if isinstance(settings, FileTokenizerConfig):
         return Tokenizer.load(settings.path)
-    if isinstance(settings, ExtendedTokenizerSettings):
+    if isinstance(settings, ExtendedTokenizerConfig):
         base = Tokenizer.load(settings.path)
         return base.changed(extended(base.to_json(), texts, settings, progress))
     check_specials(settings)
@@ -127,14 +127,14 @@ def train_tokenizer(texts: Iterable[str], settings: TokenizerSettings, progress:
     built.normalizer, built.pre_tokenizer = normalizer_of(settings), pre_tokenizer_of(settings)
     built.decoder = _decoder_of(settings)
     # Where pieces carry the space before them, a mask takes it too: it stands for such a piece.
-    takes_space = isinstance(settings, ByteBpeSettings | UnigramSettings)
+    takes_space = isinstance(settings, ByteBpeConfig | UnigramConfig)
     built.add_special_tokens(
         [
             AddedToken(piece, special=True, normalized=False, lstrip=takes_space and piece == MASK)
-            for piece in settings.specials
+            for piece in settings.special_tokens
         ]
     )
-    if {"[CLS]", "[SEP]"} <= set(settings.specials):
+    if {"[CLS]", "[SEP]"} <= set(settings.special_tokens):
         built.post_processor = processors.TemplateProcessing(
             single="[CLS] $A [SEP]",
             pair="[CLS] $A [SEP] $B:1 [SEP]:1",
@@ -143,14 +143,14 @@ def train_tokenizer(texts: Iterable[str], settings: TokenizerSettings, progress:
     return Tokenizer(built)
 
 
-def _learn(texts: Iterable[str], settings: TrainedSettings, progress: Progress | None) -> models.Model:
-    if isinstance(settings, ByteBpeSettings):
+def _learn(texts: Iterable[str], settings: TrainedConfig, progress: Progress | None) -> models.Model:
+    if isinstance(settings, ByteBpeConfig):
         return train_bpe(texts, settings, progress)
-    if isinstance(settings, ByteSettings):
+    if isinstance(settings, ByteConfig):
         return spell_bytes(settings)
-    if isinstance(settings, UnigramSettings):
+    if isinstance(settings, UnigramConfig):
         return train_unigram(texts, settings, progress)
-    if isinstance(settings, CharacterSettings):
+    if isinstance(settings, CharacterConfig):
         characters = choose_characters(texts, settings)
         return models.WordLevel({piece: number for number, piece in enumerate(characters)}, unk_token=UNKNOWN)
     pieces = choose_wordpieces(texts, settings, progress)
@@ -162,12 +162,12 @@ def _learn(texts: Iterable[str], settings: TrainedSettings, progress: Progress |
     )
 
 
-def _decoder_of(settings: TrainedSettings) -> decoders.Decoder:
-    if isinstance(settings, WordPieceSettings):
+def _decoder_of(settings: TrainedConfig) -> decoders.Decoder:
+    if isinstance(settings, WordPieceConfig):
         return decoders.WordPiece(prefix=PREFIX)
-    if isinstance(settings, CharacterSettings):
+    if isinstance(settings, CharacterConfig):
         return decoders.Fuse()
-    if isinstance(settings, UnigramSettings):
+    if isinstance(settings, UnigramConfig):
         return decoders.Metaspace(replacement=META, prepend_scheme="first", split=False)
     return decoders.ByteLevel()
 
@@ -196,7 +196,7 @@ class Tokenizer:
         if "mask_token" not in self._roles or self.token_to_id(self._roles["mask_token"]) is None:
             raise TokenizerError(
                 "this tokenizer has no piece for a mask",
-                next='name it in tokenizer_config.json beside tokenizer.json ("mask_token": ...), or add one: '
+                hint='name it in tokenizer_config.json beside tokenizer.json ("mask_token": ...), or add one: '
                 'AutoTokenizer.from_pretrained(FOLDER), then add_special_tokens({"mask_token": "[MASK]"}) and '
                 "save_pretrained(FOLDER)",
             )
@@ -206,7 +206,7 @@ class Tokenizer:
         special = {number for number, token in added.items() if token.special}
         special |= {vocabulary[name] for name in self._roles.values() if name in vocabulary}
         self.special_ids: tuple[int, ...] = tuple(sorted(special))
-        self.ordinary_N: NDArray[np.int64] = np.array(sorted(set(vocabulary.values()) - special), dtype=np.int64)
+        self.regular_token_ids: NDArray[np.int64] = np.array(sorted(set(vocabulary.values()) - special), dtype=np.int64)
         self._special_V = np.zeros(self.size, dtype=bool)
         self._special_V[list(self.special_ids)] = True
 
@@ -227,7 +227,7 @@ class Tokenizer:
         return self.role_id("unk_token")
 
     @property
-    def frame(self) -> tuple[int, int] | None:
+    def cls_sep_ids(self) -> tuple[int, int] | None:
         """The ids of [CLS] and [SEP] that a text is set between, where both exist."""
         first, last = self.role_id("cls_token"), self.role_id("sep_token")
         return None if first is None or last is None else (first, last)
@@ -268,7 +268,7 @@ class Tokenizer:
         """
         piece = self._marked.id_to_token(id) if id >= 0 else None
         if piece is None:
-            raise TokenizerError(f"no piece has the id {id}", next=f"ids run from 0 to {self.size - 1}")
+            raise TokenizerError(f"no piece has the id {id}", hint=f"ids run from 0 to {self.size - 1}")
         return piece
 
     def encode(self, text: str, words: WordsRule = "spaces", *, specials_in_text: bool = False) -> Encoded:
@@ -296,13 +296,13 @@ class Tokenizer:
         """The text of ids."""
         return self._marked.decode([int(number) for number in ids], skip_special_tokens=skip_specials)
 
-    def framed(
+    def add_special_tokens(
         self, ids: NDArray[np.integer[Any]], marks: NDArray[np.uint8]
     ) -> tuple[NDArray[np.int64], NDArray[np.uint8]]:
         """The ids and marks of a text between [CLS] and [SEP], where there are such pieces."""
-        if self.frame is None:
+        if self.cls_sep_ids is None:
             return ids.astype(np.int64), marks
-        first, last = self.frame
+        first, last = self.cls_sep_ids
         edge = np.array([SPECIAL], dtype=np.uint8)
         return np.concatenate([[first], ids, [last]]).astype(np.int64), np.concatenate([edge, marks, edge])
 
@@ -349,18 +349,18 @@ class Tokenizer:
         file = path / _FILE if path.is_dir() else path
         if not file.is_file():
             raise TokenizerError(
-                "there is no tokenizer here", where=str(file), next="give a folder that holds a tokenizer.json"
+                "there is no tokenizer here", location=str(file), hint="give a folder that holds a tokenizer.json"
             )
         try:
             inner = tokenizers.Tokenizer.from_str(file.read_text(encoding="utf-8"))
         except Exception as error:  # the library raises nothing more exact
             raise TokenizerError(
-                f"this tokenizer can't be read: {error}", where=str(file), next="restore it from a copy"
+                f"this tokenizer can't be read: {error}", location=str(file), hint="restore it from a copy"
             ) from error
         try:
             return cls(inner, roles_in(file.parent))
         except TokenizerError as error:
-            raise TokenizerError(error.what, where=error.where or str(file), next=error.next) from error
+            raise TokenizerError(error.message, location=error.location or str(file), hint=error.hint) from error
 
 
 def roles_in(folder: Path) -> dict[str, str]:
@@ -370,7 +370,7 @@ def roles_in(folder: Path) -> dict[str, str]:
         if (folder / name).is_file():
             told = cast("Mapping[str, Any]", read_json(folder / name))
             if not isinstance(told, dict):
-                raise TokenizerError("no table of settings", where=str(folder / name), next="restore it from a copy")
+                raise TokenizerError("no table of settings", location=str(folder / name), hint="restore it from a copy")
             for role in _ROLES:
                 piece = told.get(role)
                 content = cast("Any", piece["content"]) if isinstance(piece, dict) else piece

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from tokenizers import models
 
 from unmask.tokenization.normalization import META, normalizer_of, pre_tokenizer_of
-from unmask.tokenization.settings import UNKNOWN, Progress, UnigramSettings, round_below, sample_blocks, too_few
+from unmask.tokenization.settings import UNKNOWN, Progress, UnigramConfig, round_below, sample_blocks, too_few
 from unmask.tokenization.words import codes
 
 Floats = NDArray[np.float64]
@@ -213,43 +213,45 @@ class _Candidates:
     counts_P: NDArray[np.float64]
 
 
-def train_unigram(texts: Iterable[str], settings: UnigramSettings, progress: Progress | None) -> models.Model:
+def train_unigram(texts: Iterable[str], settings: UnigramConfig, progress: Progress | None) -> models.Model:
     """Special pieces, then pieces from the likeliest to the rarest, with their log probabilities.
 
     Raises:
         TokenizerError: the text can't give as many pieces as asked.
     """
     words, times = _word_counts(texts, settings, progress)
-    laid = _lay(words, times, settings)
-    levels = frequent_substrings(laid.letters_N, laid.times_N, settings.longest_piece, settings.minimum_count)
-    found = _candidates(laid, levels, settings)
-    room = settings.vocab - len(settings.specials)
+    packed = _lay(words, times, settings)
+    levels = frequent_substrings(packed.letters_N, packed.times_N, settings.max_token_length, settings.min_frequency)
+    found = _candidates(packed, levels, settings)
+    room = settings.vocab_size - len(settings.special_tokens)
     if len(found.place_P) < room:
-        given = len(settings.specials) + len(found.place_P)
-        raise too_few(settings.vocab, given, _fitting(words, times, settings, given))
-    scores_P = _prune(laid, found, _edges(levels, found), room, progress)
-    pieces = _spelled(laid, found, np.flatnonzero(scores_P > -np.inf))
+        given = len(settings.special_tokens) + len(found.place_P)
+        raise too_few(settings.vocab_size, given, _fitting(words, times, settings, given))
+    scores_P = _prune(packed, found, _edges(levels, found), room, progress)
+    pieces = _spelled(packed, found, np.flatnonzero(scores_P > -np.inf))
     scores = scores_P[scores_P > -np.inf].round(_DECIMALS).tolist()
     ordered = sorted(zip(pieces, scores, strict=True), key=lambda entry: (-entry[1], entry[0]))
-    vocabulary = [(piece, 0.0) for piece in settings.specials] + ordered
-    return models.Unigram(vocabulary, unk_id=settings.specials.index(UNKNOWN), byte_fallback=False)
+    vocabulary = [(piece, 0.0) for piece in settings.special_tokens] + ordered
+    return models.Unigram(vocabulary, unk_id=settings.special_tokens.index(UNKNOWN), byte_fallback=False)
 
 
-def _fitting(words: Sequence[str], times: Sequence[int], settings: UnigramSettings, given: int) -> int:
+def _fitting(words: Sequence[str], times: Sequence[int], settings: UnigramConfig, given: int) -> int:
     """A round number of pieces that the text does give; 0: none."""
     fits = round_below(given)
-    while fits > len(settings.specials):
-        smaller = replace(settings, vocab=fits)  # with fewer characters in its alphabet
-        laid = _lay(words, times, smaller)
-        levels = frequent_substrings(laid.letters_N, laid.times_N, settings.longest_piece, settings.minimum_count)
-        if len(_candidates(laid, levels, smaller).place_P) >= fits - len(settings.specials):
+    while fits > len(settings.special_tokens):
+        smaller = replace(settings, vocab_size=fits)  # with fewer characters in its alphabet
+        packed = _lay(words, times, smaller)
+        levels = frequent_substrings(
+            packed.letters_N, packed.times_N, settings.max_token_length, settings.min_frequency
+        )
+        if len(_candidates(packed, levels, smaller).place_P) >= fits - len(settings.special_tokens):
             return fits
         fits = round_below(fits - 1)
     return 0
 
 
 def _word_counts(
-    texts: Iterable[str], settings: UnigramSettings, progress: Progress | None
+    texts: Iterable[str], settings: UnigramConfig, progress: Progress | None
 ) -> tuple[list[str], list[int]]:
     """The sample's words with the space before them, the commonest first."""
     normalizer, pre_tokenizer = normalizer_of(settings), pre_tokenizer_of(settings)
@@ -266,24 +268,24 @@ def _word_counts(
     return [word for word, _ in kept], [count for _, count in kept]
 
 
-def _alphabet(words: Sequence[str], times: Sequence[int], settings: UnigramSettings) -> list[int]:
+def _alphabet(words: Sequence[str], times: Sequence[int], settings: UnigramConfig) -> list[int]:
     """Code points that get a piece of their own: 99.99 % of the sample, at most half of the vocabulary; always "▁"."""
     if not words:
         return []
     lengths = [len(word) for word in words]
     weights = np.repeat(np.array(times, dtype=np.float64), lengths)
     counts_C = np.bincount(codes("".join(words)), weights=weights, minlength=1)
-    found_C = np.flatnonzero(counts_C >= settings.minimum_count)
+    found_C = np.flatnonzero(counts_C >= settings.min_frequency)
     found_C = found_C[np.argsort(-counts_C[found_C], kind="stable")]
     before_C = np.cumsum(counts_C[found_C]) - counts_C[found_C]
     found_C = found_C[before_C < _COVERAGE * counts_C.sum()]
-    alphabet: list[int] = found_C[: settings.vocab // 2].tolist()
+    alphabet: list[int] = found_C[: settings.vocab_size // 2].tolist()
     if alphabet and ord(META) not in alphabet:  # rare without spaces, yet it begins every text: never unknown
-        return [ord(META), *alphabet[: max(1, settings.vocab // 2 - 1)]]
+        return [ord(META), *alphabet[: max(1, settings.vocab_size // 2 - 1)]]
     return alphabet
 
 
-def _lay(words: Sequence[str], times: Sequence[int], settings: UnigramSettings) -> _Laid:
+def _lay(words: Sequence[str], times: Sequence[int], settings: UnigramConfig) -> _Laid:
     alphabet = _alphabet(words, times, settings)
     number_C = np.zeros(_CODES, dtype=np.int64)
     number_C[alphabet] = np.arange(1, len(alphabet) + 1)
@@ -293,16 +295,16 @@ def _lay(words: Sequence[str], times: Sequence[int], settings: UnigramSettings) 
     return _Laid(alphabet, letters_N, np.repeat(np.array(times, dtype=np.float64), lengths))
 
 
-def _candidates(laid: _Laid, levels: Sequence[Substrings], settings: UnigramSettings) -> _Candidates:
+def _candidates(packed: _Laid, levels: Sequence[Substrings], settings: UnigramConfig) -> _Candidates:
     """All single characters, and the substrings that stand for most characters of the sample."""
     joined = [(level, np.flatnonzero(level.apart_S)) for level in levels[1:]]
     place_P = np.concatenate([np.zeros(0, np.int64), *(level.place_S[which] for level, which in joined)])
     length_P = np.concatenate([np.zeros(0, np.int64), *(np.full(len(which), level.length) for level, which in joined)])
     counts_P = np.concatenate([np.zeros(0), *(level.counts_S[which] for level, which in joined)])
-    order_P = np.lexsort((place_P, length_P, -counts_P * length_P))[: max(_SEEDS * settings.vocab, _FEWEST_SEEDS)]
+    order_P = np.lexsort((place_P, length_P, -counts_P * length_P))[: max(_SEEDS * settings.vocab_size, _FEWEST_SEEDS)]
     return _Candidates(
         np.concatenate([levels[0].place_S, place_P[order_P]]),
-        np.concatenate([np.ones(len(laid.alphabet), np.int64), length_P[order_P]]),
+        np.concatenate([np.ones(len(packed.alphabet), np.int64), length_P[order_P]]),
         np.concatenate([levels[0].counts_S, counts_P[order_P]]),
     )
 
@@ -326,26 +328,28 @@ def _edges(levels: Sequence[Substrings], found: _Candidates) -> Edges:
     return Edges(start_E[order_E], end_E[order_E], piece_E[order_E])
 
 
-def _spelled(laid: _Laid, found: _Candidates, which: NDArray[np.int64]) -> list[str]:
-    letters = np.array(laid.alphabet, dtype=np.uint32)
+def _spelled(packed: _Laid, found: _Candidates, which: NDArray[np.int64]) -> list[str]:
+    letters = np.array(packed.alphabet, dtype=np.uint32)
     pieces: list[str] = []
     for piece in which.tolist():
-        if piece < len(laid.alphabet):
-            pieces.append(chr(laid.alphabet[piece]))
+        if piece < len(packed.alphabet):
+            pieces.append(chr(packed.alphabet[piece]))
             continue
         first = int(found.place_P[piece])
-        numbers_N = laid.letters_N[first : first + int(found.length_P[piece])]
+        numbers_N = packed.letters_N[first : first + int(found.length_P[piece])]
         pieces.append(letters[numbers_N - 1].tobytes().decode("utf-32-le"))
     return pieces
 
 
-def _prune(laid: _Laid, found: _Candidates, edges: Edges, room: int, progress: Progress | None) -> NDArray[np.float64]:
+def _prune(
+    packed: _Laid, found: _Candidates, edges: Edges, room: int, progress: Progress | None
+) -> NDArray[np.float64]:
     """The log probability of each candidate that stays; minus infinity for the others."""
-    letters = len(laid.alphabet)
+    letters = len(packed.alphabet)
     border, inner, end_S = inner_edges(edges, found.place_P[letters:], found.length_P[letters:])
-    own, words = Lattice(border, inner), Lattice(laid.letters_N == 0, edges)
-    times_N = np.where(laid.letters_N == 0, laid.times_N, 0.0)
-    characters = float(laid.times_N[laid.letters_N > 0].sum())
+    own, words = Lattice(border, inner), Lattice(packed.letters_N == 0, edges)
+    times_N = np.where(packed.letters_N == 0, packed.times_N, 0.0)
+    characters = float(packed.times_N[packed.letters_N > 0].sum())
     alive_P = np.ones(len(found.counts_P), dtype=bool)
     scores_P = np.log(np.maximum(found.counts_P, _LEAST) / found.counts_P.sum())
     level = 3.0  # nats per character, so that the chance of a long word is still a number

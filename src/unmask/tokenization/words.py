@@ -85,8 +85,8 @@ def _sudachi() -> Callable[[str], list[int]]:
 
 def _missing(segmenter: Segmenter) -> RecipeError:
     return RecipeError(
-        f'`text.words = "{segmenter}"` needs {" and ".join(_PACKAGES[segmenter])}, which is not installed',
-        next=f'pip install "unmask[{_EXTRAS[segmenter]}]", or choose text.words = "characters"',
+        f'`data.words = "{segmenter}"` needs {" and ".join(_PACKAGES[segmenter])}, which is not installed',
+        hint=f'pip install "unmask[{_EXTRAS[segmenter]}]", or choose data.words = "characters"',
     )
 
 

@@ -20,9 +20,9 @@ from unmask.core.config import dump_config
 from unmask.core.errors import Stopped, StoreError, UnmaskError
 from unmask.evaluation.validation import Validation
 from unmask.training.display import Display, Summary
-from unmask.training.estimate import Forecast
-from unmask.training.loggers import CRASH, LOG, JsonLines, Repeaters, plain, read_log
-from unmask.training.loop import EARLY, Duty, Interrupted, Signals, Standing, train
+from unmask.training.estimate import CostEstimate
+from unmask.training.loggers import CRASH, LOG, JsonlLogger, MetricLoggers, plain, read_log
+from unmask.training.loop import EARLY, Callback, Interrupted, Signals, TrainState, train
 from unmask.training.plan import Plan, always, due
 from unmask.training.recipe import Recipe
 from unmask.training.runs import flattened
@@ -33,54 +33,54 @@ def work(
     run: Path,
     workshop: Workshop,
     plan: Plan,
-    standing: Standing,
-    forecast: Forecast,
+    state: TrainState,
+    forecast: CostEstimate,
     display: Display,
     signals: Signals,
 ) -> Summary:
     """Train with the duties of a run; then sum up."""
     recipe, every = workshop.recipe, workshop.recipe.train.every
-    tokens_before, seconds_before, early = standing.tokens, standing.training_seconds, ""
-    duty = _Duties(run, workshop, plan, display)
+    tokens_before, seconds_before, early = state.tokens, state.training_seconds, ""
+    duty = RunCallbacks(run, workshop, plan, display)
     duties = [
-        Duty(always, display.step),
-        Duty(due(every.log, plan), duty.log),
-        Duty(due(every.validate, plan), duty.validate),
-        Duty(due(every.save, plan), duty.save),
+        Callback(always, display.step),
+        Callback(due(every.log, plan), duty.log),
+        Callback(due(every.validate, plan), duty.validate),
+        Callback(due(every.save, plan), duty.save),
     ]
-    display.begin(plan, standing, forecast.flops_per_token, forecast.flops_per_second)
+    display.train_start(plan, state, forecast.flops_per_token, forecast.flops_per_second)
     with _going_on_told(run), _crash_kept(run):
         duty.open()
         try:
-            if recipe.start.model and not standing.step:
-                duty.validate(standing)
-            ended = train(duty.training, standing, duties, signals.wish, lambda now: has_enough(recipe, now))
-            if ended and standing.step < plan.steps:
+            if recipe.init.model and not state.step:
+                duty.validate(state)
+            ended = train(duty.training, state, duties, signals.wish, lambda now: has_enough(recipe, now))
+            if ended and state.step < plan.steps:
                 if ended == EARLY:
                     early = enough_in_words(recipe)
-                    duty.end_early(standing, early)
+                    duty.end_early(state, early)
                 else:
-                    if duty.saved != standing.step:
-                        duty.save(standing)
-                    raise Stopped(ended, str(run), standing.step)
+                    if duty.saved != state.step:
+                        duty.save(state)
+                    raise Stopped(ended, str(run), state.step)
         finally:
             duty.close()
     summary = Summary(
         run=run,
-        steps=standing.step,
-        tokens=standing.tokens,
-        seconds=standing.seconds,
+        steps=state.step,
+        tokens=state.tokens,
+        seconds=state.seconds,
         planned_seconds=plan.seconds,
-        training_seconds=standing.training_seconds,
-        tokens_per_second=(standing.tokens - tokens_before) / max(standing.training_seconds - seconds_before, 1e-9),
+        training_seconds=state.training_seconds,
+        tokens_per_second=(state.tokens - tokens_before) / max(state.training_seconds - seconds_before, 1e-9),
         validation=duty.last,
-        best_step=standing.best["step"] if standing.best else None,
-        best_loss=standing.best["loss"] if standing.best else None,
+        best_step=state.best["step"] if state.best else None,
+        best_loss=state.best["loss"] if state.best else None,
         early=early,
-        before=_before(run) if recipe.start.model else None,
+        before=_before(run) if recipe.init.model else None,
     )
-    if workshop.world.first:
-        display.done(summary)
+    if workshop.world.is_main_process:
+        display.train_end(summary)
     return summary
 
 
@@ -90,20 +90,20 @@ def _before(run: Path) -> Mapping[str, Any] | None:
     return first["validation"] if first and first["step"] == 0 else None
 
 
-def has_enough(recipe: Recipe, now: Standing) -> bool:
+def has_enough(recipe: Recipe, now: TrainState) -> bool:
     """Whether the validation of this very step was the last that the run waits for."""
-    patience = recipe.train.patience
+    patience = recipe.train.early_stopping_patience
     validated = now.validation is not None and now.validation["step"] == now.step
     return bool(patience) and validated and now.without_gain >= patience
 
 
 def enough_in_words(recipe: Recipe) -> str:
     """Why it ends then."""
-    patience = recipe.train.patience
+    patience = recipe.train.early_stopping_patience
     return f"{patience} validation{'s' if patience > 1 else ''} without gain"
 
 
-class _Duties:
+class RunCallbacks:
     """The duties of a run: log, validate, save."""
 
     def __init__(self, run: Path, workshop: Workshop, plan: Plan, display: Display) -> None:
@@ -111,19 +111,23 @@ class _Duties:
         self.training = workshop.training(plan)
         self.last: Validation | None = None
         self.saved: int | None = None
-        self._sink: JsonLines | None = None
-        self._repeaters = Repeaters(display.say)
+        self._sink: JsonlLogger | None = None
+        self._repeaters = MetricLoggers(display.message)
 
     def open(self) -> None:
         """Open the log, and what repeats it."""
-        if not self.workshop.world.first:
+        if not self.workshop.world.is_main_process:
             return
-        self._sink = JsonLines(self.run / LOG)
+        self._sink = JsonlLogger(self.run / LOG)
         recipe = self.workshop.recipe
-        if recipe.train.sinks:
+        if recipe.train.loggers:
             written = dump_config(recipe)
             self._repeaters.open(
-                recipe.train.sinks, self.run, list(read_log(self.run / LOG)), flattened(tomllib.loads(written)), written
+                recipe.train.loggers,
+                self.run,
+                list(read_log(self.run / LOG)),
+                flattened(tomllib.loads(written)),
+                written,
             )
 
     def close(self) -> None:
@@ -138,7 +142,7 @@ class _Duties:
             self._sink.write(step, line)
             self._repeaters.write(step, line)
 
-    def log(self, now: Standing) -> None:
+    def log(self, now: TrainState) -> None:
         """A training line."""
         line = _line(now)
         now.window = type(now.window)()
@@ -146,21 +150,21 @@ class _Duties:
             self.write(now.step, line)
             self.display.logged(now.step, line)
 
-    def validate(self, now: Standing) -> None:
+    def validate(self, now: TrainState) -> None:
         """Judge the model, and keep it where it is the best so far."""
         workshop, judged = self.workshop, self.training.judged
         found = self.last = workshop.validate(judged, self.plan.stage_at(now.step - 1))
         measured = plain(asdict(found))
         now.validation = {"step": now.step, **measured}
-        gained = now.judge(found.loss)
+        gained = now.record_validation(found.loss)
         clock = {"seconds": round(now.seconds, 4), "training_seconds": round(now.training_seconds, 4)}
         self.write(now.step, {"tokens": now.tokens, **clock, "validation": measured})
-        if workshop.world.first:
+        if workshop.world.is_main_process:
             self.display.validated(now.step, found, workshop.panel.ask(judged.encoder, judged.head, workshop.world))
             if gained and workshop.recipe.train.keep_best:
                 workshop.save_best(self.run, self.training, now)
 
-    def save(self, now: Standing) -> None:
+    def save(self, now: TrainState) -> None:
         """A step folder."""
         if self._sink:
             self._sink.sync()  # a step on the disk has its log lines there too
@@ -168,7 +172,7 @@ class _Duties:
         self.saved = now.step
         self.workshop.world.barrier()
 
-    def end_early(self, now: Standing, why: str) -> None:
+    def end_early(self, now: TrainState, why: str) -> None:
         """Note why, and save."""
         clock = {"seconds": round(now.seconds, 4), "training_seconds": round(now.training_seconds, 4)}
         self.write(now.step, {"tokens": now.tokens, **clock, "ended_early": why, "best": now.best})
@@ -176,7 +180,7 @@ class _Duties:
             self.save(now)
 
 
-def _line(now: Standing) -> dict[str, Any]:
+def _line(now: TrainState) -> dict[str, Any]:
     """A training line of the log: means since the line before."""
     window = now.window
     line: dict[str, Any] = {
@@ -185,10 +189,10 @@ def _line(now: Standing) -> dict[str, Any]:
         "loss": window.mean("loss"),
         "accuracy": window.mean("accuracy"),
         "tokens_per_second": window.tokens / window.seconds if window.seconds else 0.0,
-        "learning_rate": now.rate,
-        "gradient_norm": now.gradient_norm,
-        "asked": window.counts.get("loss", 0),
-        "rate": window.mean("rate"),  # realised: asked of what might have been
+        "learning_rate": now.lr,
+        "grad_norm": now.grad_norm,
+        "masked_tokens": window.counts.get("loss", 0),
+        "mask_rate": window.mean("mask_rate"),  # realised: asked of what might have been
         "training_seconds": round(now.training_seconds, 4),
         "phase_seconds": {name: round(value, 4) for name, value in now.phase_seconds.items()},
     }
@@ -203,9 +207,9 @@ def _going_on_told(run: Path) -> Generator[None]:
         yield
     except StoreError as error:
         raise StoreError(
-            error.what,
-            where=error.where,
-            next="make room there, or give yourself the right to write; nothing that was saved is lost; then go on: "
+            error.message,
+            location=error.location,
+            hint="make room there, or give yourself the right to write; nothing that was saved is lost; then go on: "
             f"unmask pretrain --resume {shlex.quote(str(run))}",
         ) from error
 

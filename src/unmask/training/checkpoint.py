@@ -1,6 +1,6 @@
 """Room card: a step on disk, and the way back.
 
-Comes in: the model, the optimiser, where the run stands. Goes out: RUN/step-0004000/ (the folder that `transformers`
+Comes in: the model, the optimizer, where the run stands. Goes out: RUN/step-0004000/ (the folder that `transformers`
 opens, plus resume/), RUN/latest and RUN/best/ (a model folder alone), written aside, synced, sealed with digests and
 renamed; and the same in memory again, bit for bit. Called by: pretrain, workshop.
 """
@@ -22,11 +22,11 @@ from torch import Tensor, nn
 from unmask.core import files
 from unmask.core.errors import DamagedError, RunError
 from unmask.models.model import BEST, LATEST, Model, follow, how_to_point, save_model
-from unmask.training.loop import Standing, Training, Window
+from unmask.training.loop import MetricAccumulator, TrainLoopInputs, TrainState
 
 RESUME = "resume"
-_STATE, _OPTIMISER, _MASTER = "state.json", "optimiser.safetensors", "weights.safetensors"
-_AVERAGE = "average.safetensors"
+_STATE, _OPTIMIZER, _MASTER = "state.json", "optimizer.safetensors", "weights.safetensors"
+_AVERAGE = "ema.safetensors"
 OBJECTIVE = "objective.safetensors"  # the objective's own parameters, beside the model's
 
 
@@ -38,8 +38,8 @@ def step_name(step: int) -> str:
 def save(
     run: Path,
     model: Model,
-    training: Training,
-    standing: Standing,
+    training: TrainLoopInputs,
+    state: TrainState,
     keep: int,
     say: Callable[[str], object] = lambda sentence: None,
 ) -> Path:
@@ -48,21 +48,21 @@ def save(
     Raises:
         StoreError: there is no room, or no right to write; the steps before stand as they were.
     """
-    target = run / step_name(standing.step)
-    with files.new_folder(target) as folder:
+    target = run / step_name(state.step)
+    with files.atomic_directory(target) as folder:
         save_model(folder, model)
         _write_parts(folder, training.judged.parts)
         resume = folder / RESUME
         resume.mkdir()
         # The ecosystem's tensors stack Q, K and V; ours stand beside them, so that resuming computes nothing.
         _write_tensors(resume / _MASTER, training.learner.state_dict())
-        _write_tensors(resume / _OPTIMISER, training.optimiser.state_tensors())
-        if training.average:
-            _write_tensors(resume / _AVERAGE, training.average.state_dict())
-        files.write_json(resume / _STATE, asdict(standing))
-        files.seal(resume)
-        files.seal(folder)
-    if not files.point(run / LATEST, target.name):
+        _write_tensors(resume / _OPTIMIZER, training.optimizer.state_tensors())
+        if training.ema:
+            _write_tensors(resume / _AVERAGE, training.ema.state_dict())
+        files.write_json(resume / _STATE, asdict(state))
+        files.write_manifest(resume)
+        files.write_manifest(folder)
+    if not files.write_pointer(run / LATEST, target.name):
         say(f"symbolic links can't be made here: `{LATEST}` is a small file that names the last step")
     for old in sorted(run.glob("step-*"))[:-keep]:
         if old.name != target.name:
@@ -87,14 +87,14 @@ def save_best(run: Path, model: Model, parts: nn.Module | None = None) -> Path:
     `parts` are the objective's own, which stand beside it.
     """
     target = run / BEST
-    with files.new_folder(target) as folder:
+    with files.atomic_directory(target) as folder:
         save_model(folder, model)
         _write_parts(folder, parts)
-        files.seal(folder)
+        files.write_manifest(folder)
     return target
 
 
-def load(run: Path, training: Training) -> Standing:
+def load(run: Path, training: TrainLoopInputs) -> TrainState:
     """Put a run's latest step back into what it trains; the cost does not grow with the steps done.
 
     Raises:
@@ -103,24 +103,24 @@ def load(run: Path, training: Training) -> Standing:
     """
     folder = latest(run)
     try:
-        files.check_seal(folder)
-        files.check_seal(folder / RESUME)
+        files.verify_manifest(folder)
+        files.verify_manifest(folder / RESUME)
     except DamagedError as error:
         others = [one.name for one in sorted(run.glob("step-*")) if one != folder]
         earlier = f", or go on from an earlier step: {how_to_point(run, others[-1])}" if others else ""
-        raise DamagedError(error.what, where=error.where, next=f"restore it from a copy{earlier}") from error
+        raise DamagedError(error.message, location=error.location, hint=f"restore it from a copy{earlier}") from error
     resume = folder / RESUME
     try:
         training.learner.load_state_dict(_tensors(resume / _MASTER))
-        if training.average:
-            training.average.learner.load_state_dict(_tensors(resume / _AVERAGE))
+        if training.ema:
+            training.ema.learner.load_state_dict(_tensors(resume / _AVERAGE))
     except RuntimeError as error:  # torch names every tensor that differs
         raise RunError(
             f"these weights are not those of the run's recipe: {error}",
-            where=str(resume),
-            next="undo what was changed in recipe.toml",
+            location=str(resume),
+            hint="undo what was changed in recipe.toml",
         ) from error
-    training.optimiser.load_state_tensors(_tensors(resume / _OPTIMISER))
+    training.optimizer.load_state_tensors(_tensors(resume / _OPTIMIZER))
     files.recover(run / BEST)
     for leftover in [*run.glob(".step-*.aside-*"), *run.glob(f".{BEST}.aside-*")]:  # of saves that a kill cut
         shutil.rmtree(leftover, ignore_errors=True)
@@ -137,29 +137,31 @@ def latest(run: Path) -> Path:
     link = run / LATEST
     if not os.path.lexists(link):
         raise RunError(
-            "this run has not saved a step yet", where=str(run), next="remove the folder and start again with pretrain"
+            "this run has not saved a step yet",
+            location=str(run),
+            hint="remove the folder and start again with pretrain",
         )
     if link.is_dir() and not link.is_symlink():
         raise RunError(
             "`latest` is a folder, where the next save would put a link",
-            where=str(link),
-            next="remove it and link the last step: ln -s step-… latest (cp -a and rsync -a keep links)",
+            location=str(link),
+            hint="remove it and link the last step: ln -s step-… latest (cp -a and rsync -a keep links)",
         )
     return follow(link)
 
 
-def standing(folder: Path) -> Standing:
+def standing(folder: Path) -> TrainState:
     """Where the run stood when this step folder was written."""
     state: dict[str, Any] = files.read_json(folder / RESUME / _STATE)
-    names = {field.name for field in dataclasses.fields(Standing)}
+    names = {field.name for field in dataclasses.fields(TrainState)}
     if set(state) != names:
         raise DamagedError(
             f"this state was written by another version: they differ in {', '.join(sorted(set(state) ^ names))}",
-            where=str(folder / RESUME / _STATE),
-            next="resume with the version of unmask that wrote it (env.json names it)",
+            location=str(folder / RESUME / _STATE),
+            hint="resume with the version of unmask that wrote it (env.json names it)",
         )
-    state["window"] = Window(**state["window"])
-    return Standing(**state)
+    state["window"] = MetricAccumulator(**state["window"])
+    return TrainState(**state)
 
 
 def _tensors(path: Path) -> dict[str, Tensor]:
@@ -167,5 +169,5 @@ def _tensors(path: Path) -> dict[str, Tensor]:
         return load_file(path)
     except (SafetensorError, OSError) as error:
         raise DamagedError(
-            f"not readable as safetensors: {error}", where=str(path), next="resume from another step folder"
+            f"not readable as safetensors: {error}", location=str(path), hint="resume from another step folder"
         ) from error

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from unmask.core.errors import RunError
-from unmask.models.fill_mask import Filled, fill
+from unmask.models.fill_mask import FillMaskResult, fill
 from unmask.models.model import load
 from unmask.training.display import Display
 from unmask.training.pretrain import Result, launch
@@ -102,7 +102,7 @@ class Demo:
     """What the demonstration made: the run, the answers, and how many of the right words were among the first five."""
 
     result: Result
-    filled: tuple[Filled, ...]
+    filled: tuple[FillMaskResult, ...]
     right: int
 
 
@@ -120,7 +120,7 @@ def demo(
         result = launch(list(english_of_python()), recipe=recipe, out=folder, display=display)
     filled = tuple(fill(load(folder), [sentence for sentence, _ in SENTENCES], top=5))
     right = sum(
-        word in {candidate.token for candidate in one.masks[0].candidates}
+        word in {candidate.token_str for candidate in one.masks[0].candidates}
         for one, (_, word) in zip(filled, SENTENCES, strict=True)
     )
     return Demo(result, filled, right)
@@ -137,7 +137,7 @@ def _earlier_set_aside(folder: Path) -> Generator[None]:
         return
     recipe = folder / RECIPE
     if not (recipe.is_file() and f'name = "{MARK}"' in recipe.read_text(encoding="utf-8")):
-        raise RunError("this folder was not made by a demo", where=str(folder), next="choose another --out")
+        raise RunError("this folder was not made by a demo", location=str(folder), hint="choose another --out")
     refuse_in_use(folder)
     shutil.rmtree(aside, ignore_errors=True)
     folder.rename(aside)

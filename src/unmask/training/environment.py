@@ -18,11 +18,11 @@ from typing import Any
 
 from unmask import __version__
 from unmask.core import files
-from unmask.core.distributed import World
+from unmask.core.distributed import DistributedContext
 from unmask.core.errors import DamagedError, RunError, TextError
-from unmask.core.plugins import OutsideSource, plugin_facts
+from unmask.core.plugins import PluginSourceConfig, plugin_facts
 from unmask.core.types import Source
-from unmask.data.settings import TextSettings
+from unmask.data.settings import DataConfig
 from unmask.data.sources import FileSource, MemorySource, absolute, open_outside, open_source
 from unmask.tokenization.words import version
 from unmask.training.recipe import Recipe
@@ -30,10 +30,10 @@ from unmask.training.setup import Workshop
 
 ENVIRONMENT, TEXTS = "env.json", "texts.jsonl"
 _PACKAGES = ("torch", "numpy", "tokenizers", "safetensors")
-_NEEDED = (("bits", "threads"), ("text", "paths"), ("text", "fingerprint"), ("text", "tokenizer"))
+_NEEDED = (("determinism", "threads"), ("text", "paths"), ("text", "fingerprint"), ("text", "tokenizer"))
 
 
-def open_text_again(run: Path, environment: Mapping[str, Any], settings: TextSettings) -> Source:
+def open_text_again(run: Path, environment: Mapping[str, Any], settings: DataConfig) -> Source:
     """The text that a run was started with.
 
     Raises:
@@ -41,25 +41,25 @@ def open_text_again(run: Path, environment: Mapping[str, Any], settings: TextSet
         RunError: the text has changed, or the run has lost the texts that it kept.
     """
     then = environment["text"]
-    if isinstance(settings.source, OutsideSource):
+    if isinstance(settings.source, PluginSourceConfig):
         source: Source = open_outside(settings.source, then["paths"])
     elif then["paths"]:
         source = open_source(then["paths"], settings)
     else:
         kept = run / TEXTS
         if not kept.is_file():
-            raise RunError("the run's text is gone", where=str(kept), next="restore this file, or start a new run")
+            raise RunError("the run's text is gone", location=str(kept), hint="restore this file, or start a new run")
         source = MemorySource(_read_texts(kept), settings.unicode)
     if source.fingerprint != then["fingerprint"]:
         raise RunError(
             "the text is not what this run was started with",
-            where=", ".join(then["paths"]) or str(run / TEXTS),
-            next="bring the old text back, or start a new run on the new one",
+            location=", ".join(then["paths"]) or str(run / TEXTS),
+            hint="bring the old text back, or start a new run on the new one",
         )
     return source
 
 
-def open_valid(settings: TextSettings) -> dict[str, FileSource]:
+def open_valid(settings: DataConfig) -> dict[str, FileSource]:
     """The further texts that validations measure, by name.
 
     Raises:
@@ -71,12 +71,12 @@ def open_valid(settings: TextSettings) -> dict[str, FileSource]:
         try:
             source.check()
         except TextError as error:
-            where = f"text.valid.{name}: {error.where or path}"
-            raise TextError(error.what, where=where, next=error.next) from error
+            where = f"data.valid.{name}: {error.location or path}"
+            raise TextError(error.message, location=where, hint=error.hint) from error
     return opened
 
 
-def open_valid_again(environment: Mapping[str, Any], settings: TextSettings) -> dict[str, FileSource]:
+def open_valid_again(environment: Mapping[str, Any], settings: DataConfig) -> dict[str, FileSource]:
     """The further texts that a run was started with.
 
     Raises:
@@ -90,8 +90,8 @@ def open_valid_again(environment: Mapping[str, Any], settings: TextSettings) -> 
         if name not in then or source.fingerprint != then[name]["fingerprint"]:
             raise RunError(
                 f"the validation text `{name}` is not what this run was started with",
-                where=paths[name],
-                next="bring the old text back, or start a new run on the new one",
+                location=paths[name],
+                hint="bring the old text back, or start a new run on the new one",
             )
     return opened
 
@@ -101,17 +101,19 @@ def _read_texts(path: Path) -> list[str]:
         return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     except ValueError as error:  # not JSON, or not UTF-8
         raise DamagedError(
-            f"a line of this file is not JSON: {error}", where=str(path), next="restore this file, or start a new run"
+            f"a line of this file is not JSON: {error}",
+            location=str(path),
+            hint="restore this file, or start a new run",
         ) from error
 
 
-def bits(world: World, recipe: Recipe) -> dict[str, Any]:
+def determinism_key(world: DistributedContext, recipe: Recipe) -> dict[str, Any]:
     """What the bits of a run depend on beside its recipe and text; the code of a person's own is part of it."""
     versions = {name: metadata.version(name) for name in _PACKAGES}
     own = {f"{kind.role} {kind.kind}": plugin_facts(kind)["digest"] for kind in recipe.outside}
-    if segmenter := version(recipe.text.words):
-        own[f"text.words {recipe.text.words}"] = segmenter
-    return {**world.facts(), **versions, "python": platform.python_version(), "unmask": __version__, **own}
+    if segmenter := version(recipe.data.words):
+        own[f"data.words {recipe.data.words}"] = segmenter
+    return {**world.describe(), **versions, "python": platform.python_version(), "unmask": __version__, **own}
 
 
 def write_environment(run: Path, workshop: Workshop, texts: Sequence[str | Path], flops_per_second: float) -> None:
@@ -119,7 +121,7 @@ def write_environment(run: Path, workshop: Workshop, texts: Sequence[str | Path]
     if isinstance(workshop.source, MemorySource):
         files.write_text(run / TEXTS, "".join(json.dumps(str(text)) + "\n" for text in texts))
     told = {
-        "bits": bits(workshop.world, workshop.recipe),
+        "determinism": determinism_key(workshop.world, workshop.recipe),
         "outside": {kind.role: plugin_facts(kind) for kind in workshop.recipe.outside},
         "platform": platform.platform(),
         "command": sys.argv,
@@ -159,5 +161,5 @@ def read_environment(run: Path) -> dict[str, Any]:
             environment[table][key]
         except (KeyError, TypeError) as error:
             what = f"not the env.json of a run: there is no {table}.{key}"
-            raise DamagedError(what, where=str(path), next="restore it, or start a new run") from error
+            raise DamagedError(what, location=str(path), hint="restore it, or start a new run") from error
     return environment

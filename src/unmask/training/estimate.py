@@ -13,13 +13,13 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from unmask.training.loop import Average, Duty, Learner, Standing, Training, train
-from unmask.training.optim import Optimiser
-from unmask.training.plan import Measured, Plan, StagePlan, StageSettings, always
+from unmask.training.loop import EMA, Callback, TrainLoopInputs, TrainModule, TrainState, train
+from unmask.training.optim import Optimizer
+from unmask.training.plan import Measured, Plan, StageConfig, StagePlan, always
 
 
 @dataclass(frozen=True)
-class Forecast:
+class CostEstimate:
     """What a run will cost, before it starts."""
 
     recipe: str
@@ -36,7 +36,7 @@ class Forecast:
     device: str
     precision: str
     threads: int
-    optimiser: str
+    optimizer: str
     patience: int = 0  # validations without gain after which the run ends; 0: never
     decay: str = ""  # when the rates come down, in words
 
@@ -45,40 +45,40 @@ _PROBE_SECONDS = 2.5  # per stage
 
 
 @dataclass(frozen=True)
-class Care:
+class ProbeEffort:
     """How many steps of each stage are timed: `steps` at most, fewer where they are slow."""
 
     warm_up: int
     steps: int
 
 
-PLANNED, TOLD = Care(2, 24), Care(1, 3)
+FULL, QUICK = ProbeEffort(2, 24), ProbeEffort(1, 3)
 """Of a budget in time, whose number of steps depends on it; of any other, which only tells how long it will take."""
 
 
-def probe(
-    training: Training,
-    stages: tuple[StageSettings, ...],
-    build_optimiser: Callable[[Learner], Optimiser],
-    validate: Callable[[Path, Training], object],
-    save: Callable[[Path, Training], object],
-    care: Care = PLANNED,
+def measure_step_time(
+    training: TrainLoopInputs,
+    stages: tuple[StageConfig, ...],
+    build_optimizer: Callable[[TrainModule], Optimizer],
+    validate: Callable[[Path, TrainLoopInputs], object],
+    save: Callable[[Path, TrainLoopInputs], object],
+    care: ProbeEffort = FULL,
 ) -> Measured:
     """Time real steps at each stage's length, one validation and one save, on a copy of the learner.
 
     `validate` and `save` are given a folder to write to and a training whose parts are copies. The run itself is
-    untouched: the copy has its own weights and optimiser, and samples are taken from the order, not used up.
+    untouched: the copy has its own weights and optimizer, and samples are taken from the order, not used up.
     """
     learner = copy.deepcopy(training.learner)
     trial = replace(
         training,
         learner=learner,
-        optimiser=build_optimiser(learner),
-        average=Average(learner, training.average.decay) if training.average else None,
+        optimizer=build_optimizer(learner),
+        ema=EMA(learner, training.ema.decay) if training.ema else None,
     )
     step_seconds: list[float] = []
     for number, stage in enumerate(stages):
-        plan = Plan((StagePlan(stage.length, stage.batch_tokens, 0, care.warm_up + care.steps, 0.0),))
+        plan = Plan((StagePlan(stage.max_seq_len, stage.batch_tokens, 0, care.warm_up + care.steps, 0.0),))
         step_seconds.append(_seconds_per_step(replace(trial, feeds=[training.feeds[number]], plan=plan), care.warm_up))
     with tempfile.TemporaryDirectory() as folder:
         begin = time.perf_counter()
@@ -91,12 +91,12 @@ def probe(
     return Measured(tuple(steps), validate_seconds, save_seconds)
 
 
-def _seconds_per_step(trial: Training, warm_up: int) -> float:
+def _seconds_per_step(trial: TrainLoopInputs, warm_up: int) -> float:
     """The median step after the warm-up."""
     times: list[float] = []
     last = time.perf_counter()
 
-    def note(standing: Standing) -> None:
+    def note(state: TrainState) -> None:
         nonlocal last
         now = time.perf_counter()
         times.append(now - last)
@@ -106,7 +106,7 @@ def _seconds_per_step(trial: Training, warm_up: int) -> float:
         measured = times[warm_up:]
         return 1 if measured and sum(measured) > _PROBE_SECONDS else 0
 
-    train(trial, Standing(), [Duty(always, note)], enough)
+    train(trial, TrainState(), [Callback(always, note)], enough)
     measured = sorted(times[warm_up:] or times)
     return measured[len(measured) // 2]
 
@@ -117,20 +117,20 @@ def memory_bytes(
     layers: int,
     micro_tokens: int,
     vocabulary: int,
-    asked_share: float,
+    masked_fraction: float,
     *,
     averaged: bool = False,
 ) -> int:
-    """A rough count: weights, their average, gradients and optimiser, and one micro-batch's activations and logits."""
+    """A rough count: weights, their average, gradients and optimizer, and one micro-batch's activations and logits."""
     activations = micro_tokens * layers * width * 34 * 4
-    logits = int(micro_tokens * asked_share) * vocabulary * 4 * 3
+    logits = int(micro_tokens * masked_fraction) * vocabulary * 4 * 3
     return parameters * 4 * (4 + averaged) + activations + logits
 
 
 def disk_bytes(
     parameters: int, keep: int, corpus_tokens: int, vocabulary: int, *, averaged: bool = False, best: bool = False
 ) -> int:
-    """Step folders (the model twice, the average, the optimiser's state), the best model, token shards with marks.
+    """Step folders (the model twice, the average, the optimizer's state), the best model, token shards with marks.
 
     A folder is written before an older one goes: one step folder more than are kept, and the best model twice.
     """

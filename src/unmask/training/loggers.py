@@ -23,14 +23,14 @@ from typing import Any, Literal, cast, final
 
 from unmask.core import files
 from unmask.core.errors import DamagedError, RunError
-from unmask.core.types import Sink
+from unmask.core.types import MetricLogger
 
-SinkKind = Literal["tensorboard", "trackio"]
+LoggerKind = Literal["tensorboard", "trackio"]
 PROJECT = "unmask"  # of trackio, where runs are compared
 FOLDER = "tensorboard"  # in a run
 
 
-def check_installed(kinds: Sequence[SinkKind]) -> None:
+def check_installed(kinds: Sequence[LoggerKind]) -> None:
     """Refuse a sink whose package isn't there, before any work is done.
 
     Raises:
@@ -40,8 +40,8 @@ def check_installed(kinds: Sequence[SinkKind]) -> None:
         if importlib.util.find_spec(kind) is None:
             raise RunError(
                 f"{kind} is not installed",
-                where="train.sinks",
-                next=f'install it: pip install "unmask[{kind}]", or leave it out: log.jsonl has everything',
+                location="train.loggers",
+                hint=f'install it: pip install "unmask[{kind}]", or leave it out: log.jsonl has everything',
             )
 
 
@@ -62,7 +62,7 @@ def _numbers(table: Mapping[str, object], under: str) -> Iterator[tuple[str, flo
 
 
 @final
-class TensorBoardSink:
+class TensorBoardLogger:
     """Event files in RUN/tensorboard."""
 
     def __init__(self, run: Path, lines: Sequence[Mapping[str, Any]], settings: str) -> None:
@@ -134,16 +134,16 @@ def _seconds(line: Mapping[str, object]) -> float:
     return float(value) if isinstance(value, int | float) else 0.0
 
 
-class Repeaters:
+class MetricLoggers:
     """The sinks of a run beside its log: one that fails is left out with a word, because the log has everything."""
 
     def __init__(self, say: Callable[[str], object]) -> None:
         self._say = say
-        self._sinks: dict[str, Sink] = {}
+        self._sinks: dict[str, MetricLogger] = {}
 
     def open(
         self,
-        kinds: Sequence[SinkKind],
+        kinds: Sequence[LoggerKind],
         run: Path,
         lines: Sequence[Mapping[str, Any]],
         settings: Mapping[str, Any],
@@ -153,7 +153,7 @@ class Repeaters:
         for kind in kinds:
             try:
                 if kind == "tensorboard":
-                    self._sinks[kind] = TensorBoardSink(run, lines, written)
+                    self._sinks[kind] = TensorBoardLogger(run, lines, written)
                     self._say(f"to look at it: tensorboard --logdir {run / FOLDER}")
                 else:
                     self._sinks[kind] = TrackioSink(run, lines, settings)
@@ -186,12 +186,12 @@ class Repeaters:
 LOG, DISCARDED, CRASH = "log.jsonl", "discarded.jsonl", "crash.txt"
 
 
-class JsonLines:
+class JsonlLogger:
     """A Sink: one JSON object a line. The log holds whole lines only, even where the disk is full."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        with files.saying_where(path):
+        with files.wrap_os_errors(path):
             self._file = path.open("ab", buffering=0)
 
     def write(self, step: int, metrics: Mapping[str, object]) -> None:
@@ -201,7 +201,7 @@ class JsonLines:
             StoreError: there is no room for it; the lines before stand.
         """
         line = _json_line({"step": step, **metrics}).encode()
-        with files.saying_where(self._path):
+        with files.wrap_os_errors(self._path):
             whole = os.fstat(self._file.fileno()).st_size
             try:
                 left = memoryview(line)
@@ -213,7 +213,7 @@ class JsonLines:
 
     def sync(self) -> None:
         """Force what was written to the disk."""
-        with files.saying_where(self._path):
+        with files.wrap_os_errors(self._path):
             os.fsync(self._file.fileno())
 
     def close(self) -> None:
@@ -256,7 +256,7 @@ def read_log(path: Path) -> Iterator[dict[str, Any]]:
             if number == len(lines) - 1:  # no line end after it: the write was cut
                 return
             raise DamagedError(
-                "no line of a log", where=f"{path}, line {number + 1}", next="mend or remove that line"
+                "no line of a log", location=f"{path}, line {number + 1}", hint="mend or remove that line"
             ) from error
 
 
@@ -279,7 +279,7 @@ def discard_after(folder: Path, step: int) -> int:
     keep = [line for line in lines if line["step"] <= step]
     gone = [line for line in lines if line["step"] > step]
     if gone:
-        with files.saying_where(folder / DISCARDED), (folder / DISCARDED).open("a", encoding="utf-8") as file:
+        with files.wrap_os_errors(folder / DISCARDED), (folder / DISCARDED).open("a", encoding="utf-8") as file:
             file.writelines(_json_line(line) for line in gone)
     whole = "".join(_json_line(line) for line in keep)
     if not log.is_file() or log.read_text(encoding="utf-8", errors="replace") != whole:

@@ -21,29 +21,29 @@ import torch
 from torch import Tensor, nn
 
 from unmask.core import rng
-from unmask.core.distributed import World
+from unmask.core.distributed import DistributedContext
 from unmask.core.errors import RunError
-from unmask.core.types import Batch, Loss, Objective, Puzzle
-from unmask.training.optim import Optimiser
+from unmask.core.types import Batch, LossSums, MaskedBatch, Objective
+from unmask.training.optim import Optimizer
 from unmask.training.plan import Plan
 
 
-class Learner(nn.Module):
-    """The one module of a run: encoder, head, the objective's parts. Sharding, clipping and the optimiser see this."""
+class TrainModule(nn.Module):
+    """The one module of a run: encoder, head, the objective's parts. Sharding, clipping and the optimizer see this."""
 
     def __init__(self, encoder: nn.Module, head: nn.Module, objective: Objective) -> None:
         super().__init__()
         self.encoder = encoder
         self.head = head
-        self.parts = objective.parts
+        self.parts = objective.modules
         self._objective = objective
 
-    def forward(self, puzzle: Puzzle) -> Loss:
+    def forward(self, masked: MaskedBatch) -> LossSums:
         """The objective's sums for one micro-batch."""
-        return self._objective.loss(self.encoder, self.head, puzzle)
+        return self._objective.loss(self.encoder, self.head, masked)
 
 
-class Average:
+class EMA:
     """An exponential moving average in float32: average ← average + (1 − d) · (weights − average).
 
     With n steps averaged before, d is min(decay, (1 + n) ÷ (10 + n)): early on the average looks back over about n ÷ 9
@@ -52,7 +52,7 @@ class Average:
     first, with its random weights, as much as the last.) n is the step, so that nothing but the average is kept.
     """
 
-    def __init__(self, learner: Learner, decay: float) -> None:
+    def __init__(self, learner: TrainModule, decay: float) -> None:
         assert 0 < decay < 1, f"an average with a decay of {decay}"
         self.decay = decay
         self.learner = copy.deepcopy(learner).float()
@@ -63,7 +63,7 @@ class Average:
         return min(self.decay, (1 + step) / (10 + step))
 
     @torch.no_grad()
-    def update(self, learner: Learner, step: int) -> None:
+    def update(self, learner: TrainModule, step: int) -> None:
         """Take in the weights as they are after step `step`, counted from 0."""
         share = 1 - self.decay_at(step)
         for mine, theirs in zip(self.learner.parameters(), learner.parameters(), strict=True):
@@ -78,7 +78,7 @@ class Average:
 
 INTERRUPTED, TERMINATED = 130, 75  # exit codes of a run that a person, or a scheduler, stopped
 EARLY = 1  # what `train` returns where there was enough before the plan was done
-PHASES = ("data", "forward", "backward", "optimiser")
+PHASES = ("data", "forward", "backward", "optimizer")
 
 
 class Feed(Protocol):
@@ -94,7 +94,7 @@ class Feed(Protocol):
 
 
 @dataclass
-class Window:
+class MetricAccumulator:
     """Measurements since the last log line; kept in the checkpoint, so that a resumed run logs the same numbers."""
 
     sums: dict[str, float] = field(default_factory=dict)
@@ -115,27 +115,27 @@ class Window:
 
 
 @dataclass
-class Standing:
-    """Where a run stands: all that changes but weights and optimiser; one integer finds the next sample."""
+class TrainState:
+    """Where a run stands: all that changes but weights and optimizer; one integer finds the next sample."""
 
     step: int = 0
     cursor: int = 0
     tokens: int = 0
     seconds: float = 0.0  # of the budget's clock: training, validation, saving
     phase_seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(PHASES, 0.0))
-    window: Window = field(default_factory=Window)
-    rate: float = 0.0  # of AdamW's parameters in the last step
-    gradient_norm: float = 0.0
+    window: MetricAccumulator = field(default_factory=MetricAccumulator)
+    lr: float = 0.0  # of AdamW's parameters in the last step
+    grad_norm: float = 0.0
     validation: dict[str, Any] | None = None  # the last one, with its step
     best: dict[str, Any] | None = None  # step and loss of the best one
     without_gain: int = 0  # validations since the best one
 
     @property
     def training_seconds(self) -> float:
-        """Seconds in data, forward, backward and optimiser alone."""
+        """Seconds in data, forward, backward and optimizer alone."""
         return sum(self.phase_seconds.values())
 
-    def judge(self, loss: float) -> bool:
+    def record_validation(self, loss: float) -> bool:
         """Note the loss of a validation at this step: whether it is below that of all before."""
         gained = math.isfinite(loss) and (self.best is None or loss < self.best["loss"])
         if gained:
@@ -152,43 +152,43 @@ class Standing:
 
 
 @dataclass(frozen=True)
-class Duty:
+class Callback:
     """Something to do every so often: `due` is asked after each step, `act` is called where it says so."""
 
-    due: Callable[[int, int, float], bool]
-    act: Callable[[Standing], None]
+    is_due: Callable[[int, int, float], bool]
+    run: Callable[[TrainState], None]
 
 
 @dataclass(frozen=True)
-class Training:
+class TrainLoopInputs:
     """The parts of a run that do not change while it trains."""
 
-    learner: Learner
+    learner: TrainModule
     objective: Objective
     feeds: Sequence[Feed]  # one per stage
-    optimiser: Optimiser
+    optimizer: Optimizer
     rate_factor: Callable[[float, int], float]  # of progress and step
     plan: Plan
-    world: World
+    world: DistributedContext
     seed: int
-    average: Average | None = None  # of the weights
+    ema: EMA | None = None  # of the weights
 
     @property
-    def judged(self) -> Learner:
+    def judged(self) -> TrainModule:
         """What validations judge and model folders hold: the average of the weights where one is kept."""
-        return self.average.learner if self.average else self.learner
+        return self.ema.learner if self.ema else self.learner
 
 
-def _never(standing: Standing) -> bool:
+def _never(state: TrainState) -> bool:
     return False
 
 
 def train(
-    training: Training,
-    standing: Standing,
-    duties: Sequence[Duty],
+    training: TrainLoopInputs,
+    state: TrainState,
+    callbacks: Sequence[Callback],
     asked_to_stop: Callable[[], int],
-    enough: Callable[[Standing], bool] = _never,
+    enough: Callable[[TrainState], bool] = _never,
 ) -> int:
     """Train until the plan is done, there is enough, or a stop is asked for.
 
@@ -199,52 +199,52 @@ def train(
     Raises:
         RunError: the gradient is no finite number.
     """
-    plan, world, begin = training.plan, training.world, time.perf_counter() - standing.seconds
-    last_done = [standing.seconds] * len(duties)
+    plan, world, begin = training.plan, training.world, time.perf_counter() - state.seconds
+    last_done = [state.seconds] * len(callbacks)
     training.learner.train()
-    while standing.step < plan.steps:
-        stage = plan.stage_at(standing.step)
+    while state.step < plan.steps:
+        stage = plan.stage_at(state.step)
         feed = training.feeds[stage]
-        if standing.step == plan.stages[stage].first_step:
-            standing.cursor = feed.first_cursor(stage)
+        if state.step == plan.stages[stage].first_step:
+            state.cursor = feed.first_cursor(stage)
 
         step_began = time.perf_counter()
-        with standing.timed("data"):
-            batches, cursor = feed.step(standing.cursor, plan.stages[stage].batch_tokens, world.rank, world.ranks)
-            progress = plan.progress(standing.step)
+        with state.timed("data"):
+            batches, cursor = feed.step(state.cursor, plan.stages[stage].batch_tokens, world.rank, world.ranks)
+            progress = plan.progress(state.step)
             batches = [replace(batch, progress=progress) for batch in batches]
-            puzzles = [training.objective.corrupt(batch, training.seed) for batch in batches]
+            masked_batches = [training.objective.corrupt(batch, training.seed) for batch in batches]
             clock = time.perf_counter() - begin
-            wish, clock, tokens, counts = _agree(world, puzzles, training.objective, asked_to_stop(), clock)
+            wish, clock, tokens, counts = _agree(world, masked_batches, training.objective, asked_to_stop(), clock)
 
-        seen = _accumulate(training, standing, puzzles, counts)
+        seen = _accumulate(training, state, masked_batches, counts)
 
-        with standing.timed("optimiser"):
+        with state.timed("optimizer"):
             world.sum_gradients(training.learner)
-            standing.gradient_norm = training.optimiser.clip()
-            _check_finite(standing)
-            factor = training.rate_factor(progress, standing.step)
-            standing.rate = training.optimiser.settings.rate * factor
-            training.optimiser.step(factor)
-            training.optimiser.zero_grad()
-            if training.average:
-                training.average.update(training.learner, standing.step)
+            state.grad_norm = training.optimizer.clip()
+            _check_finite(state)
+            factor = training.rate_factor(progress, state.step)
+            state.lr = training.optimizer.settings.lr * factor
+            training.optimizer.step(factor)
+            training.optimizer.zero_grad()
+            if training.ema:
+                training.ema.update(training.learner, state.step)
 
-        standing.step += 1
-        standing.cursor = cursor
-        standing.tokens += tokens
-        standing.window.add(_sum_seen(world, seen))
-        standing.window.tokens += tokens
-        standing.window.seconds += time.perf_counter() - step_began
-        standing.seconds = time.perf_counter() - begin
+        state.step += 1
+        state.cursor = cursor
+        state.tokens += tokens
+        state.window.add(_sum_seen(world, seen))
+        state.window.tokens += tokens
+        state.window.seconds += time.perf_counter() - step_began
+        state.seconds = time.perf_counter() - begin
 
-        for number, duty in enumerate(duties):
-            if duty.due(standing.step, standing.tokens, clock - last_done[number]):
-                duty.act(standing)
+        for number, duty in enumerate(callbacks):
+            if duty.is_due(state.step, state.tokens, clock - last_done[number]):
+                duty.run(state)
                 training.learner.train()
-                standing.seconds = time.perf_counter() - begin
+                state.seconds = time.perf_counter() - begin
                 last_done[number] = clock
-        if enough(standing):
+        if enough(state):
             return EARLY
         if wish:
             return wish
@@ -252,15 +252,15 @@ def train(
 
 
 def _agree(
-    world: World, puzzles: Sequence[Puzzle], objective: Objective, wish: int, clock: float
+    world: DistributedContext, masked_batches: Sequence[MaskedBatch], objective: Objective, wish: int, clock: float
 ) -> tuple[int, float, int, dict[str, int]]:
     """What all ranks share before the first forward: the wish to stop, one clock, the step's tokens, each term's count.
 
     The clock is the mean of all ranks', so that what is due after some seconds is due on all of them.
     """
-    terms = list(objective.terms)
-    mine = [sum(puzzle.counts[term] for puzzle in puzzles) for term in terms]
-    tokens = sum(puzzle.batch.tokens for puzzle in puzzles)
+    terms = list(objective.loss_weights)
+    mine = [sum(masked.denominators[term] for masked in masked_batches) for term in terms]
+    tokens = sum(puzzle.batch.tokens for puzzle in masked_batches)
     shared = world.sum([wish == INTERRUPTED, wish, clock, tokens, *mine])
     interrupted, wished, clocks, all_tokens, *totals = shared
     stop = INTERRUPTED if interrupted else TERMINATED if wished else 0
@@ -269,42 +269,45 @@ def _agree(
 
 
 def _accumulate(
-    training: Training, standing: Standing, puzzles: Sequence[Puzzle], counts: Mapping[str, int]
+    training: TrainLoopInputs, state: TrainState, masked_batches: Sequence[MaskedBatch], counts: Mapping[str, int]
 ) -> dict[str, tuple[Tensor, int]]:
     """Forward and backward over this rank's micro-batches, each sum divided by the count of the whole step."""
     # A rank that was dealt nothing still names every metric: all ranks must sum the same numbers.
     nothing = torch.zeros((), device=training.world.device)
     seen: dict[str, tuple[Tensor, int]] = dict.fromkeys(training.objective.metrics, (nothing, 0))
-    for micro, puzzle in enumerate(puzzles):
+    for micro, masked in enumerate(masked_batches):
         # Dropout is the one draw that torch makes; its generator starts anew for each micro-batch, so a resumed run and
         # an undisturbed one drop the same units.
-        torch.manual_seed(rng.integer(training.seed, "dropout", standing.step, micro, training.world.rank))
-        with standing.timed("forward"), training.world.autocast():
-            loss: Loss = training.learner(puzzle.to(training.world.device))
+        torch.manual_seed(rng.integer(training.seed, "dropout", state.step, micro, training.world.rank))
+        with state.timed("forward"), training.world.autocast():
+            loss: LossSums = training.learner(masked.to(training.world.device))
             total = torch.stack(
-                [weight * loss.sums[term] / max(counts[term], 1) for term, weight in training.objective.terms.items()]
+                [
+                    weight * loss.sums[term] / max(counts[term], 1)
+                    for term, weight in training.objective.loss_weights.items()
+                ]
             ).sum()
-        with standing.timed("backward"):
+        with state.timed("backward"):
             total.backward()
-        for name, (value, count) in loss.seen.items():
+        for name, (value, count) in loss.metrics.items():
             before, number = seen[name]
             seen[name] = (before + value, number + count)
     return seen
 
 
-def _sum_seen(world: World, seen: Mapping[str, tuple[Tensor, int]]) -> dict[str, tuple[float, int]]:
+def _sum_seen(world: DistributedContext, seen: Mapping[str, tuple[Tensor, int]]) -> dict[str, tuple[float, int]]:
     names = sorted(seen)
     flat = world.sum([number for name in names for number in (float(seen[name][0]), seen[name][1])])
     return {name: (flat[2 * i], int(flat[2 * i + 1])) for i, name in enumerate(names)}
 
 
-def _check_finite(standing: Standing) -> None:
+def _check_finite(state: TrainState) -> None:
     """Stop before a step that would make the weights no numbers; nothing is saved over the last good checkpoint."""
-    if not math.isfinite(standing.gradient_norm):
+    if not math.isfinite(state.grad_norm):
         raise RunError(
-            f"the gradient's norm is {standing.gradient_norm} in step {standing.step + 1}",
-            where="training",
-            next="start a new run with lower rates, e.g. --set optimiser.rate=1e-3 --set optimiser.matrix_rate=0.01",
+            f"the gradient's norm is {state.grad_norm} in step {state.step + 1}",
+            location="training",
+            hint="start a new run with lower rates, e.g. --set optimizer.lr=1e-3 --set optimizer.muon_lr=0.01",
         )
 
 

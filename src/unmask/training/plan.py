@@ -8,13 +8,12 @@ what is due when. Called by: pretrain, the loop, the forecast.
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate, pairwise
 
 from unmask.core.errors import RecipeError
-from unmask.core.quantities import Amount, Share
+from unmask.core.quantities import Fraction, Quantity
 
 BUDGET_UNITS = ("seconds", "steps", "tokens", "epochs")
 _MOST_VALIDATING = 0.2  # of a budget in seconds
@@ -22,39 +21,39 @@ SHORTEST = 3  # slots of a text: one token between [CLS] and [SEP]
 
 
 @dataclass(frozen=True)
-class StageSettings:
+class StageConfig:
     """One row of the curriculum: until which share of the planned tokens, how long a text, how much a step."""
 
-    until: Share = Share(1.0)
-    length: int = 128
-    batch: Amount = Amount(16_384, "tokens")
+    until: Fraction = Fraction(1.0)
+    max_seq_len: int = 128
+    batch_size: Quantity = Quantity(16_384, "tokens")
 
     @property
     def batch_tokens(self) -> int:
         """Tokens that a step takes at least."""
-        return round(self.batch.number * (self.length if self.batch.unit == "texts" else 1))
+        return round(self.batch_size.number * (self.max_seq_len if self.batch_size.unit == "texts" else 1))
 
 
 @dataclass(frozen=True)
-class EverySettings:
+class EveryConfig:
     """How often something is done: a share of the plan, steps or seconds."""
 
-    log: Share | Amount = Share(0.01)
-    validate: Share | Amount = Share(0.05)
-    save: Share | Amount = Share(0.2)
+    log: Fraction | Quantity = Fraction(0.01)
+    validate: Fraction | Quantity = Fraction(0.05)
+    save: Fraction | Quantity = Fraction(0.2)
 
     def __post_init__(self) -> None:
         for name in ("log", "validate", "save"):
             every = getattr(self, name)
-            if isinstance(every, Amount) and every.unit not in ("steps", "seconds"):
-                raise RecipeError(f"every {every}", where=name, next='write a share ("5%"), steps or seconds')
+            if isinstance(every, Quantity) and every.unit not in ("steps", "seconds"):
+                raise RecipeError(f"every {every}", location=name, hint='write a share ("5%"), steps or seconds')
 
 
 @dataclass(frozen=True)
 class StagePlan:
     """One stage in whole numbers; it holds steps [first_step, first_step + steps)."""
 
-    length: int
+    max_seq_len: int
     batch_tokens: int
     first_step: int
     steps: int
@@ -109,9 +108,9 @@ class Measured:
 
 
 def make_plan(
-    stages: Sequence[StageSettings],
-    budget: Amount,
-    every: EverySettings,
+    stages: Sequence[StageConfig],
+    budget: Quantity,
+    every: EveryConfig,
     epoch_tokens: Sequence[int],
     measured: Measured,
 ) -> Plan:
@@ -154,22 +153,22 @@ def make_plan(
         whole[-1],
     ]
     plans = tuple(
-        StagePlan(stage.length, stage.batch_tokens, first, last - first, seconds)
+        StagePlan(stage.max_seq_len, stage.batch_tokens, first, last - first, seconds)
         for stage, (first, last), seconds in zip(stages, pairwise(whole), measured.step_seconds, strict=True)
     )
     for number, (stage, plan) in enumerate(zip(stages, plans, strict=True)):
         if plan.steps < 1:
             raise RecipeError(
-                f"the stage of length {stage.length} is never reached: the budget {budget} gives it no step",
-                where=f"stage.{number}",
-                next="give a larger budget, a smaller batch, or take the stage out",
+                f"the stage of length {stage.max_seq_len} is never reached: the budget {budget} gives it no step",
+                location=f"stage.{number}",
+                hint="give a larger budget, a smaller batch, or take the stage out",
             )
     training = sum(stage.steps * stage.seconds_per_step for stage in plans)
     overhead = _overhead(whole[-1], training, duties)
     return Plan(plans, measured.validate_seconds, measured.save_seconds, overhead)
 
 
-def affordable(every: EverySettings, budget: Amount, measured: Measured) -> tuple[EverySettings, str]:
+def affordable(every: EveryConfig, budget: Quantity, measured: Measured) -> tuple[EveryConfig, str]:
     """Fewer validations where those asked for, a share of the plan each, would take too much of a budget in seconds.
 
     Returns:
@@ -179,7 +178,7 @@ def affordable(every: EverySettings, budget: Amount, measured: Measured) -> tupl
     if budget.unit != "seconds" or not cost:
         return every, ""
     wanted = every.validate
-    if isinstance(wanted, Amount):
+    if isinstance(wanted, Quantity):
         if wanted.unit == "seconds" and cost > _MOST_VALIDATING * wanted.number:
             return every, f"each validation takes {cost:.0f} s, and one is due every {wanted} (train.every.validate)"
         return every, ""
@@ -188,12 +187,12 @@ def affordable(every: EverySettings, budget: Amount, measured: Measured) -> tupl
         return every, ""
     fewer = max(1, math.floor(room / cost))
     what = f"validation takes {cost:.0f} s each time, so it is done {fewer} times instead of {times}"
-    mend = "a smaller text.held_out.at_most makes it shorter"
-    share = Share(math.ceil(10_000 / fewer) / 10_000)  # upwards, or there would be one more
+    mend = "a smaller data.held_out.max_size makes it shorter"
+    share = Fraction(math.ceil(10_000 / fewer) / 10_000)  # upwards, or there would be one more
     return replace(every, validate=share), f"{what}: at most a fifth of the budget goes to it; {mend}"
 
 
-def prolong(plan: Plan, budget: Amount, *, every: EverySettings, epoch_tokens: int) -> Plan:
+def prolong(plan: Plan, budget: Quantity, *, every: EveryConfig, epoch_tokens: int) -> Plan:
     """The same plan with a longer last stage, for a budget that is a new total or, `relative`, comes on top.
 
     Raises:
@@ -219,7 +218,7 @@ def prolong(plan: Plan, budget: Amount, *, every: EverySettings, epoch_tokens: i
     if steps < 1:
         raise RecipeError(
             f"{budget} is no more than the run's plan of {plan.steps} steps and {plan.tokens:,} tokens",
-            next='give a larger total, or what comes on top: --budget "+1 epoch"',
+            hint='give a larger total, or what comes on top: --budget "+1 epoch"',
         )
     return replace(
         plan,
@@ -228,62 +227,45 @@ def prolong(plan: Plan, budget: Amount, *, every: EverySettings, epoch_tokens: i
     )
 
 
-_PATIENCE = re.compile(r"\s*([0-9]{1,9})\s+validations?\s+without\s+gain\s*")
-
-
-def patience(stop_after: str) -> int:
-    """How many validations without gain end a run: "3 validations without gain" is 3; "never" and "" are 0, for never.
-
-    Raises:
-        RecipeError: anything else.
-    """
-    if stop_after.strip() in ("", "never"):
-        return 0
-    found = _PATIENCE.fullmatch(stop_after)
-    if found is None or int(found[1]) < 1:
-        raise RecipeError(
-            f"`{stop_after}` doesn't say when to stop",
-            where="stop_after",
-            next='write "3 validations without gain", or "never"',
-        )
-    return int(found[1])
-
-
-def check_budget(budget: Amount, where: str = "") -> None:
+def check_budget(budget: Quantity, where: str = "") -> None:
     """Refuse a budget in a unit that a run is not counted in."""
     if budget.unit not in BUDGET_UNITS:
         what = f"a budget of {budget}: a run is not counted in {budget.unit}"
-        raise RecipeError(what, where=where, next="give it in seconds, steps, tokens or epochs")
+        raise RecipeError(what, location=where, hint="give it in seconds, steps, tokens or epochs")
 
 
-def check_stages(stages: Sequence[StageSettings]) -> None:
+def check_stages(stages: Sequence[StageConfig]) -> None:
     """Refuse a curriculum whose stages are empty, out of order or don't fill the plan."""
     if not stages:
-        raise RecipeError("a recipe needs at least one [[stage]]", next="add one with until, length and batch")
+        raise RecipeError(
+            "a recipe needs at least one [[stage]]", hint="add one with until, max_seq_len and batch_size"
+        )
     for number, (stage, before) in enumerate(zip(stages, _befores(stages), strict=True)):
         where = f"stage.{number}"
         if stage.until.fraction <= before:
             raise RecipeError(
-                f"the stage of length {stage.length} is never reached: it ends at {stage.until}",
-                where=where,
-                next="let `until` rise from stage to stage",
+                f"the stage of length {stage.max_seq_len} is never reached: it ends at {stage.until}",
+                location=where,
+                hint="let `until` rise from stage to stage",
             )
-        if stage.length < SHORTEST:
-            what = f"length = {stage.length} leaves no room for text"
-            raise RecipeError(what, where=where, next=f"use {SHORTEST} or more")
-        if stage.batch.unit not in ("tokens", "texts"):
-            raise RecipeError(f"a batch in {stage.batch.unit}", where=where, next='write "16k tokens" or "64 texts"')
+        if stage.max_seq_len < SHORTEST:
+            what = f"max_seq_len = {stage.max_seq_len} leaves no room for text"
+            raise RecipeError(what, location=where, hint=f"use {SHORTEST} or more")
+        if stage.batch_size.unit not in ("tokens", "texts"):
+            raise RecipeError(
+                f"a batch in {stage.batch_size.unit}", location=where, hint='write "16k tokens" or "64 texts"'
+            )
         if stage.batch_tokens < 1:
-            raise RecipeError(f"a batch of {stage.batch}", where=where, next='write "16k tokens" or "64 texts"')
+            raise RecipeError(f"a batch of {stage.batch_size}", location=where, hint='write "16k tokens" or "64 texts"')
     if abs(stages[-1].until.fraction - 1.0) > 1e-9:
         raise RecipeError(
             f"the last stage ends at {stages[-1].until} of the plan",
-            where=f"stage.{len(stages) - 1}.until",
-            next='the last stage ends at "100%"',
+            location=f"stage.{len(stages) - 1}.until",
+            hint='the last stage ends at "100%"',
         )
 
 
-def _befores(stages: Sequence[StageSettings]) -> list[float]:
+def _befores(stages: Sequence[StageConfig]) -> list[float]:
     return [0.0, *(stage.until.fraction for stage in stages[:-1])]
 
 
@@ -304,7 +286,7 @@ def _steps_within(seconds: float, step_seconds: float, overhead: Callable[[int, 
 
 
 def _overhead(
-    steps: int, training_seconds: float, duties: Sequence[tuple[Share | Amount, float]], part: float = 1.0
+    steps: int, training_seconds: float, duties: Sequence[tuple[Fraction | Quantity, float]], part: float = 1.0
 ) -> float:
     """Seconds of all that is due, each (how often, seconds each time), in so many steps: `part` of the plan.
 
@@ -312,7 +294,7 @@ def _overhead(
     """
     known, by_clock = 0.0, list[tuple[float, float]]()
     for every, cost in duties:
-        if isinstance(every, Share):
+        if isinstance(every, Fraction):
             times = math.ceil(part / every.fraction - 1e-9) if every.fraction else 1
         elif every.unit == "steps":
             times = math.ceil(steps / max(1, round(every.number)))
@@ -333,9 +315,9 @@ def always(step: int, tokens: int, since: float) -> bool:
     return True
 
 
-def due(every: Share | Amount, plan: Plan) -> Callable[[int, int, float], bool]:
+def due(every: Fraction | Quantity, plan: Plan) -> Callable[[int, int, float], bool]:
     """A function of (step done, tokens seen, seconds since it was last true) that says whether something is due now."""
-    if isinstance(every, Share):
+    if isinstance(every, Fraction):
         if not every.fraction:
             return lambda step, tokens, since: step == plan.steps
         marks = {_step_at(plan, every.fraction * k) for k in range(1, math.ceil(1 / every.fraction))}

@@ -18,35 +18,35 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from unmask.core import files
-from unmask.core.distributed import device_note, differences, discover, load_warning
+from unmask.core.distributed import device_note, differences, init_distributed, load_warning
 from unmask.core.errors import RecipeError, RunError, StoreError
 from unmask.core.files import default_cache
 from unmask.core.hardware import cores
-from unmask.core.quantities import Amount
+from unmask.core.quantities import Quantity
 from unmask.data.sources import open_text
 from unmask.models.model import LATEST, Model, load, save_model
-from unmask.objectives.word_boost import settled
+from unmask.objectives.word_boost import resolve_word_list
 from unmask.training import checkpoint
 from unmask.training.callbacks import enough_in_words, has_enough, work
 from unmask.training.display import Display, Summary
 from unmask.training.display.plain import SilentDisplay
 from unmask.training.environment import (
     ENVIRONMENT,
-    bits,
+    determinism_key,
     open_text_again,
     open_valid,
     open_valid_again,
     read_environment,
     write_environment,
 )
-from unmask.training.estimate import Forecast
+from unmask.training.estimate import CostEstimate
 from unmask.training.loggers import CRASH, check_installed, discard_after
-from unmask.training.loop import Signals, Standing
+from unmask.training.loop import Signals, TrainState
 from unmask.training.plan import Plan, affordable, check_budget, make_plan, prolong
 from unmask.training.recipe import Recipe, change, load_recipe, read_recipe, write_recipe
 from unmask.training.runs import locked
 from unmask.training.setup import Workshop
-from unmask.training.warm_start import DECIDED, START, Start, beginning_of, started_from
+from unmask.training.warm_start import DECIDED, START, WarmStart, started_from, with_run_tokenizer
 
 
 def for_stream(stream: TextIO, quiet: bool = False) -> Display:
@@ -71,7 +71,7 @@ class Result:
 
     run: Path | None  # None for a forecast alone
     model: Model | None
-    forecast: Forecast | None
+    forecast: CostEstimate | None
     summary: Summary | None
     finished_before: bool = False
 
@@ -84,7 +84,7 @@ def pretrain(
     out: str | Path = "runs/model",
     seed: int | None = None,
     settings: Sequence[str] = (),
-    start: str | Path | Start | None = None,
+    start: str | Path | WarmStart | None = None,
     display: Display | None = None,
 ) -> Model:
     """Pretrain an encoder and give it back; what `unmask pretrain` does, for programs and notebooks.
@@ -103,7 +103,7 @@ def pretrain(
     Raises:
         UnmaskError: whatever a person can mend, in words that say how.
     """
-    begun = Start.open(start) if isinstance(start, str | Path) else start
+    begun = WarmStart.open(start) if isinstance(start, str | Path) else start
     given = [texts] if isinstance(texts, str | Path) else list(texts)
     overrides = {"seed": seed, "train.budget": budget}
     result = launch(
@@ -128,7 +128,7 @@ def launch(
     overrides: Mapping[str, Any] | None = None,
     display: Display | None = None,
     dry_run: bool = False,
-    start: Start | None = None,
+    start: WarmStart | None = None,
 ) -> Result:
     """Start a run. `overrides` are explicit flags (dotted key -> value): they beat `settings`, and those the recipe.
 
@@ -139,51 +139,51 @@ def launch(
     if os.path.lexists(run) and not dry_run:
         raise RunError(
             "there is something at this path already",
-            where=str(run),
-            next=f"choose another --out, or go on with that run: unmask pretrain --resume {run}",
+            location=str(run),
+            hint=f"choose another --out, or go on with that run: unmask pretrain --resume {run}",
         )
     decided = DECIDED if start else ()
     whole = recipe if isinstance(recipe, Recipe) else load_recipe(recipe, settings, overrides, decided)
     notes = list[str]()
     if start:
-        whole, notes = start.adopted(whole, default_cache())
-    elif whole.start.needed:
+        whole, notes = start.apply_to(whole, default_cache())
+    elif whole.init.required:
         raise RecipeError(
             f"the recipe `{whole.name}` goes on from a model, and none is named",
-            next="name it: --from MODEL; or take another recipe: unmask recipe list",
+            hint="name it: --from MODEL; or take another recipe: unmask recipe list",
         )
     # A run goes on from wherever it is resumed, whatever became of a list of words.
-    whole = replace(whole, text=whole.text.absolute(), objective=settled(whole.objective))
-    source, valid = open_text(texts, whole.text), open_valid(whole.text)
-    check_installed(whole.train.sinks)
+    whole = replace(whole, data=whole.data.absolute(), objective=resolve_word_list(whole.objective))
+    source, valid = open_text(texts, whole.data), open_valid(whole.data)
+    check_installed(whole.train.loggers)
     with _told(display), Signals() as signals:
-        world = discover(whole.train.precision, whole.train.threads, whole.train.device)
+        world = init_distributed(whole.train.precision, whole.train.threads, whole.train.device)
         for note in filter(None, (*notes, load_warning(world), device_note(world))):  # the load is not yet our own
-            display.say(note)
-        if world.first and not dry_run:
+            display.message(note)
+        if world.is_main_process and not dry_run:
             files.check_writable(run)
         workshop = Workshop(whole, source, world, display, valid, start)
         whole = workshop.recipe
         measured = workshop.probe()
         every, note = affordable(whole.train.every, whole.train.budget, measured)
         if note:
-            display.say(note)
+            display.message(note)
             whole = workshop.recipe = replace(whole, train=replace(whole.train, every=every))
         plan = make_plan(
             whole.stage, whole.train.budget, every, [feed.epoch_tokens for feed in workshop.feeds], measured
         )
         forecast = workshop.forecast(plan)
-        if world.first:
+        if world.is_main_process:
             display.forecast(forecast)
             display.text(*workshop.text_as_seen())
         if dry_run:
             return Result(None, None, forecast, None)
         signals.remember_from_now_on()  # before anything is written, so that what is written can go on
-        if world.first:
-            with files.saying_where(run):
+        if world.is_main_process:
+            with files.wrap_os_errors(run):
                 run.mkdir(parents=True)
         with _alone(run, display):
-            if world.first:
+            if world.is_main_process:
                 try:
                     write_recipe(run, whole, plan)
                     if start:  # so that the run can begin again, and be compared, when the model is gone
@@ -193,9 +193,9 @@ def launch(
                     shutil.rmtree(run, ignore_errors=True)
                     raise
             world.barrier()
-            standing = Standing()
-            summary = work(run, workshop, plan, standing, forecast, display, signals)
-            return Result(run, _model(run, workshop, standing), forecast, summary)
+            state = TrainState()
+            summary = work(run, workshop, plan, state, forecast, display, signals)
+            return Result(run, _model(run, workshop, state), forecast, summary)
 
 
 def resume(
@@ -204,15 +204,15 @@ def resume(
     budget: str | None = None,
     settings: Sequence[str] = (),
     display: Display | None = None,
-    elsewhere: bool = False,
+    allow_different_environment: bool = False,
 ) -> Result:
     """Go on with a run where its last step folder stands, bit for bit as if it had never stopped.
 
     Args:
         run: the folder of the run.
         budget: a new total ("2000 steps") or what comes on top ("+1 epoch"); without it the run's own plan is finished.
-        settings: `key=value` texts for what may change: `train.every`, `train.keep`, `train.stop_after`, `train.sinks`
-            and `show`.
+        settings: `key=value` texts for what may change: `train.every`, `train.keep_last`, `train.early_stopping_patience`, `train.loggers`
+            and `preview`.
         display: what shows the run.
         elsewhere: go on although the machine or the versions differ; the bits will differ too.
 
@@ -222,94 +222,97 @@ def resume(
     display = display or SilentDisplay()
     folder = Path(run)
     recipe, plan = read_recipe(folder)
-    more = None if budget is None else Amount.parse(budget, relative=True)
+    more = None if budget is None else Quantity.parse(budget, relative=True)
     if more is not None:
         check_budget(more, where=f"--budget {budget}")
     elif told := _why_finished(folder, change(recipe, settings), plan):
-        display.say(f"{folder} {told}")
+        display.message(f"{folder} {told}")
         display.close()
         return Result(folder, load(folder), None, None, finished_before=True)
     with _told(display), Signals() as signals, _alone(folder, display):
-        return _go_on(folder, more, settings, display, signals, elsewhere=elsewhere)
+        return _go_on(folder, more, settings, display, signals, allow_different_environment=allow_different_environment)
 
 
 def _go_on(
     folder: Path,
-    more: Amount | None,
+    more: Quantity | None,
     settings: Sequence[str],
     display: Display,
     signals: Signals,
     *,
-    elsewhere: bool,
+    allow_different_environment: bool,
 ) -> Result:
     """Resume a run that nobody else works on."""
     recipe, plan = read_recipe(folder)
-    recipe = beginning_of(folder, change(recipe, settings))
-    check_installed(recipe.train.sinks)
+    recipe = with_run_tokenizer(folder, change(recipe, settings))
+    check_installed(recipe.train.loggers)
     environment = read_environment(folder)
-    facts = environment["bits"]
+    facts = environment["determinism"]
     threads = min(int(facts["threads"]), cores())
-    world = discover(recipe.train.precision, threads, recipe.train.device)
-    changed = differences(bits(world, recipe), facts)
-    if changed and not elsewhere:
+    world = init_distributed(recipe.train.precision, threads, recipe.train.device)
+    changed = differences(determinism_key(world, recipe), facts)
+    if changed and not allow_different_environment:
         raise RunError(
             "this machine would not compute the same bits: " + "; ".join(changed),
-            where=str(folder / ENVIRONMENT),
-            next="resume where the run was started, or accept other bits with --elsewhere",
+            location=str(folder / ENVIRONMENT),
+            hint="resume where the run was started, or accept other bits with --allow-different-environment",
         )
-    source = open_text_again(folder, environment, recipe.text)
-    valid = open_valid_again(environment, recipe.text)
+    source = open_text_again(folder, environment, recipe.data)
+    valid = open_valid_again(environment, recipe.data)
     is_new = not os.path.lexists(folder / LATEST)
     workshop = Workshop(recipe, source, world, display, valid, started_from(folder, recipe) if is_new else None)
     if workshop.tokenizer.fingerprint != environment["text"]["tokenizer"]:
         raise RunError(
             "the tokenizer that this text gives is not the run's",
-            where=str(folder),
-            next="resume with the versions that env.json names, or start a new run",
+            location=str(folder),
+            hint="resume with the versions that env.json names, or start a new run",
         )
     if more is not None:
         plan = prolong(plan, more, every=recipe.train.every, epoch_tokens=workshop.feeds[-1].epoch_tokens)
-    standing = Standing()
+    state = TrainState()
     if not is_new:
-        standing = checkpoint.load(folder, workshop.training(plan))
+        state = checkpoint.load(folder, workshop.training(plan))
     forecast = workshop.forecast(plan)
     signals.remember_from_now_on()  # before anything is written
-    if world.first:
-        moved = discard_after(folder, standing.step)
+    if world.is_main_process:
+        moved = discard_after(folder, state.step)
         if moved:
-            display.say(f"{moved} log lines of steps that were not saved moved to discarded.jsonl")
+            display.message(f"{moved} log lines of steps that were not saved moved to discarded.jsonl")
         write_recipe(folder, recipe, plan)
         if changed:
-            environment["resumed_elsewhere"] = [*environment.get("resumed_elsewhere", []), *changed]
-            environment["bits"] = bits(world, recipe)
+            environment["resumed_in_different_environment"] = [
+                *environment.get("resumed_in_different_environment", []),
+                *changed,
+            ]
+            environment["determinism"] = determinism_key(world, recipe)
             files.write_json(folder / ENVIRONMENT, environment)
         with contextlib.suppress(FileNotFoundError):  # it tells of a fault that this run is past
             os.replace(folder / CRASH, folder / f"earlier-{CRASH}")
-    display.say(f"going on at step {standing.step} of {plan.steps}")
-    summary = work(folder, workshop, plan, standing, forecast, display, signals)
-    return Result(folder, _model(folder, workshop, standing), forecast, summary)
+    display.message(f"going on at step {state.step} of {plan.steps}")
+    summary = work(folder, workshop, plan, state, forecast, display, signals)
+    return Result(folder, _model(folder, workshop, state), forecast, summary)
 
 
 def _why_finished(run: Path, recipe: Recipe, plan: Plan) -> str:
     """Why there is nothing to go on with, and what can be done; empty where there is."""
     if not os.path.lexists(run / LATEST):
         return ""
-    standing = checkpoint.standing(checkpoint.latest(run))
-    if standing.step >= plan.steps:
+    state = checkpoint.standing(checkpoint.latest(run))
+    if state.step >= plan.steps:
         return f'is finished: {plan.steps} steps. Prolong it with --budget "+1 epoch".'
-    if has_enough(recipe, standing):
-        early = f"ended early at step {standing.step} of {plan.steps}: {enough_in_words(recipe)}"
-        return f"{early}. Go on all the same with --set train.stop_after=never."
+    if has_enough(recipe, state):
+        early = f"ended early at step {state.step} of {plan.steps}: {enough_in_words(recipe)}"
+        return f"{early}. Go on all the same with --set train.early_stopping_patience=0."
     return ""
 
 
-def _model(run: Path, workshop: Workshop, standing: Standing) -> Model:
+def _model(run: Path, workshop: Workshop, state: TrainState) -> Model:
     """What `unmask.load` opens: the best by validation, not always the last; beyond the first rank, the last."""
-    last_is_best = standing.best is None or standing.best["step"] == standing.step
-    if workshop.recipe.train.keep_best and not last_is_best and workshop.world.first:
+    last_is_best = state.best is None or state.best["step"] == state.step
+    if workshop.recipe.train.keep_best and not last_is_best and workshop.world.is_main_process:
         return load(run)
-    learner = workshop.average.learner if workshop.average else workshop.learner
-    return workshop.model(learner, workshop.card(standing), str(run))
+    learner = workshop.ema.learner if workshop.ema else workshop.learner
+    return workshop.model(learner, workshop.card(state), str(run))
 
 
 @contextmanager
@@ -327,5 +330,5 @@ def _alone(run: Path, display: Display) -> Generator[None]:
     if os.environ.get("RANK", "0") != "0":
         yield
         return
-    with locked(run, display.say):
+    with locked(run, display.message):
         yield

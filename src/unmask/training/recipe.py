@@ -19,81 +19,87 @@ from unmask.core import files
 from unmask.core.config import apply_set, assign, build_config, dump_config, load_toml, resolve_recipe
 from unmask.core.distributed import Device, Precision
 from unmask.core.errors import RecipeError, RunError
-from unmask.core.plugins import Outside, OutsideObjective
-from unmask.core.quantities import Amount
-from unmask.data.settings import TextSettings
-from unmask.models import EncoderSettings
-from unmask.models.modernbert import ModernSettings
-from unmask.objectives.mlm import MlmSettings
-from unmask.objectives.sentence_pairs import BertSettings
-from unmask.training.loggers import SinkKind
-from unmask.training.optim import OptimiserSettings, ScheduleSettings
-from unmask.training.plan import EverySettings, Plan, StageSettings, check_budget, check_stages, patience
+from unmask.core.plugins import PluginConfig, PluginObjectiveConfig
+from unmask.core.quantities import Quantity
+from unmask.data.settings import DataConfig
+from unmask.models import EncoderConfig
+from unmask.models.modernbert import ModernBertConfig
+from unmask.objectives.mlm import MaskedLMConfig
+from unmask.objectives.sentence_pairs import BertPretrainingConfig
+from unmask.training.loggers import LoggerKind
+from unmask.training.optim import OptimizerConfig, ScheduleConfig
+from unmask.training.plan import EveryConfig, Plan, StageConfig, check_budget, check_stages
 
 RECIPE, PLAN = "recipe.toml", "plan"
-MAY_CHANGE = ("train.stop_after", "train.sinks", "train.every", "train.keep", "show")
+MAY_CHANGE = ("train.early_stopping_patience", "train.loggers", "train.every", "train.keep_last", "preview")
 """What a resumed run may be given anew, beside its budget: nothing here changes a bit of what a step computes."""
 
 
 @dataclass(frozen=True)
-class TrainSettings:
+class TrainConfig:
     """How long, how often, how finely."""
 
-    budget: Amount = Amount(600, "seconds")
-    every: EverySettings = field(default_factory=EverySettings)
-    micro_batch: Amount = Amount(16_384, "tokens")  # a step's tokens are dealt in pieces of at most this
-    device: Device = "by-machine"
-    precision: Precision = "by-machine"
-    threads: int | Literal["all"] = "all"
-    keep: int = 2  # step folders
+    budget: Quantity = Quantity(600, "seconds")
+    every: EveryConfig = field(default_factory=EveryConfig)
+    micro_batch_size: Quantity = Quantity(16_384, "tokens")  # a step's tokens are dealt in pieces of at most this
+    device: Device = "auto"
+    precision: Precision = "auto"
+    threads: int | Literal["auto"] = "auto"
+    keep_last: int = 2  # step folders
     keep_best: bool = True  # the model of the best validation, in best/
-    stop_after: str = "never"  # or "3 validations without gain"
-    average: float = 0.0  # the decay of an average of the weights, per step, e.g. 0.999; 0: none
-    sinks: tuple[SinkKind, ...] = ()  # what repeats the log: "tensorboard", "trackio"
-
-    @property
-    def patience(self) -> int:
-        """After how many validations without gain a run ends; 0: never."""
-        return patience(self.stop_after)
+    early_stopping_patience: int = 0  # validations without gain after which a run ends; 0: never
+    ema_decay: float = 0.0  # the decay of an average of the weights, per step, e.g. 0.999; 0: none
+    loggers: tuple[LoggerKind, ...] = ()  # what repeats the log: "tensorboard", "trackio"
 
     def __post_init__(self) -> None:
         check_budget(self.budget, where="budget")
-        if self.micro_batch.unit != "tokens":
+        if self.micro_batch_size.unit != "tokens":
             raise RecipeError(
-                f"a micro-batch in {self.micro_batch.unit}", where="micro_batch", next='write "16k tokens"'
+                f"a micro-batch in {self.micro_batch_size.unit}", location="micro_batch_size", hint='write "16k tokens"'
             )
-        if self.micro_batch.number < 1:
-            raise RecipeError(f"a micro-batch of {self.micro_batch}", where="micro_batch", next='write "16k tokens"')
-        patience(self.stop_after)
-        if not 0 <= self.average < 1:
+        if self.micro_batch_size.number < 1:
             raise RecipeError(
-                f"`average` is {self.average}", where="average", next="give a decay below 1, e.g. 0.999, or 0 for none"
+                f"a micro-batch of {self.micro_batch_size}", location="micro_batch_size", hint='write "16k tokens"'
             )
-        if self.keep < 1:
-            raise RecipeError(f"keep = {self.keep} would remove every step", where="keep", next="keep 1 or more")
+        if self.early_stopping_patience < 0:
+            raise RecipeError(
+                f"`early_stopping_patience` is {self.early_stopping_patience}",
+                location="early_stopping_patience",
+                hint="give a number of validations without gain, e.g. 3, or 0 for never",
+            )
+        if not 0 <= self.ema_decay < 1:
+            raise RecipeError(
+                f"`ema_decay` is {self.ema_decay}",
+                location="ema_decay",
+                hint="give a decay below 1, e.g. 0.999, or 0 for none",
+            )
+        if self.keep_last < 1:
+            raise RecipeError(
+                f"keep_last = {self.keep_last} would remove every step", location="keep_last", hint="keep 1 or more"
+            )
 
 
 @dataclass(frozen=True)
-class ShowSettings:
+class PreviewConfig:
     """What the panel shows: these prompts, or where there are none, the first lines of held-out text."""
 
     prompts: tuple[str, ...] = ()
-    lines: int = 5
-    characters: int = 160  # of a held-out text that serves as a prompt
+    num_samples: int = 5
+    max_chars: int = 160  # of a held-out text that serves as a prompt
 
     def __post_init__(self) -> None:
-        for name, least in (("lines", 0), ("characters", 1)):
+        for name, least in (("num_samples", 0), ("max_chars", 1)):
             if getattr(self, name) < least:
-                raise RecipeError(f"`{name}` is {getattr(self, name)}", where=name, next=f"give {least} or more")
+                raise RecipeError(f"`{name}` is {getattr(self, name)}", location=name, hint=f"give {least} or more")
 
 
 @dataclass(frozen=True)
-class StartSettings:
+class InitConfig:
     """What a run's weights begin as: drawn, or those of a model; written by `unmask pretrain --from`."""
 
-    needed: bool = False  # such a recipe makes no sense without a model
+    required: bool = False  # such a recipe makes no sense without a model
     model: str = ""  # the folder that it came from; "": drawn
-    rows: int = 0  # of its token table, once the vocabulary is known
+    vocab_size: int = 0  # of its token table, once the vocabulary is known
 
 
 @dataclass(frozen=True)
@@ -103,31 +109,31 @@ class Recipe:
     name: str = "custom"
     about: str = ""
     seed: int = 17
-    text: TextSettings = field(default_factory=TextSettings)
-    encoder: EncoderSettings = field(default_factory=ModernSettings)
-    objective: MlmSettings | BertSettings | OutsideObjective = field(default_factory=MlmSettings)
-    stage: tuple[StageSettings, ...] = (StageSettings(),)
-    optimiser: OptimiserSettings = field(default_factory=OptimiserSettings)
-    schedule: ScheduleSettings = field(default_factory=ScheduleSettings)
-    train: TrainSettings = field(default_factory=TrainSettings)
-    show: ShowSettings = field(default_factory=ShowSettings)
-    start: StartSettings = field(default_factory=StartSettings)
+    data: DataConfig = field(default_factory=DataConfig)
+    model: EncoderConfig = field(default_factory=ModernBertConfig)
+    objective: MaskedLMConfig | BertPretrainingConfig | PluginObjectiveConfig = field(default_factory=MaskedLMConfig)
+    stage: tuple[StageConfig, ...] = (StageConfig(),)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    lr_schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    preview: PreviewConfig = field(default_factory=PreviewConfig)
+    init: InitConfig = field(default_factory=InitConfig)
 
     def __post_init__(self) -> None:
         check_stages(self.stage)
-        longest = max(stage.length for stage in self.stage)
-        if longest > self.encoder.longest:
+        longest = max(stage.max_seq_len for stage in self.stage)
+        if longest > self.model.max_position_embeddings:
             raise RecipeError(
-                f"a stage of length {longest} in an encoder that holds {self.encoder.longest}",
-                where="stage",
-                next=f"shorten the stage or set encoder.longest={longest}",
+                f"a stage of length {longest} in an encoder that holds {self.model.max_position_embeddings}",
+                location="stage",
+                hint=f"shorten the stage or set model.max_position_embeddings={longest}",
             )
 
     @property
-    def outside(self) -> Sequence[Outside]:
+    def outside(self) -> Sequence[PluginConfig]:
         """The kinds of a person's own that this recipe names, whose code it runs."""
-        named = (self.objective, self.text.source, self.text.cutter)
-        return [kind for kind in named if isinstance(kind, Outside)]
+        named = (self.objective, self.data.source, self.data.sampler)
+        return [kind for kind in named if isinstance(kind, PluginConfig)]
 
 
 def load_recipe(
@@ -167,8 +173,8 @@ def _refuse_named(tree: Any, key: str, name: str) -> None:
         table = cast("dict[str, Any]", table)[part]
     raise RecipeError(
         f"the model that the run goes on from decides [{key}]",
-        where=f"{name}: {key}",
-        next="leave it out of the recipe (and of --set), take --recipe continue, or start without --from",
+        location=f"{name}: {key}",
+        hint="leave it out of the recipe (and of --set), take --recipe continue, or start without --from",
     )
 
 
@@ -201,12 +207,12 @@ def read_recipe(run: Path) -> tuple[Recipe, Plan]:
     path = run / RECIPE
     if not path.is_file():
         raise RunError(
-            "this folder is no run: there is no recipe.toml", where=str(run), next="give the folder of a run"
+            "this folder is no run: there is no recipe.toml", location=str(run), hint="give the folder of a run"
         )
     tree = load_toml(path)
     plan = tree.pop(PLAN, None)
     if not isinstance(plan, dict):
-        raise RunError("recipe.toml has no [plan]", where=str(path), next="restore it, or start a new run")
+        raise RunError("recipe.toml has no [plan]", location=str(path), hint="restore it, or start a new run")
     whole = build_config(Plan, cast("dict[str, Any]", plan), f"{path} [plan]")
     return build_config(Recipe, tree, str(path)), whole
 
@@ -223,8 +229,8 @@ def change(recipe: Recipe, settings: Sequence[str]) -> Recipe:
         if not any(key == allowed or key.startswith(f"{allowed}.") for allowed in MAY_CHANGE):
             raise RunError(
                 f"`{key}` can't change when a run goes on",
-                where=f"--set {text}",
-                next=f"what may change: --budget, {', '.join(MAY_CHANGE)}; for the rest start a new run",
+                location=f"--set {text}",
+                hint=f"what may change: --budget, {', '.join(MAY_CHANGE)}; for the rest start a new run",
             )
         tree = apply_set(tree, text)
     return build_config(Recipe, tree, "the run's recipe", settings)

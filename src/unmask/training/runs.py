@@ -74,7 +74,7 @@ def locked(run: Path, say: Callable[[str], object]) -> Generator[None]:
     """
     path = run / LOCK
     mine = _me()
-    with files.saying_where(path):
+    with files.wrap_os_errors(path):
         # Looked at again when it is made: one that clears a dead lock may have taken this one away while it was empty.
         while not _made(path, mine) or holder(run) != mine:
             _clear(run, say)
@@ -100,7 +100,7 @@ def refuse_in_use(run: Path) -> None:
         next += f", or kill {held.pid}" if os.name != "nt" else ""
     else:
         next = f"look there; if that process is gone, remove {path}"
-    raise RunError(f"this run is in use by {held.in_words}", where=str(path), next=next)
+    raise RunError(f"this run is in use by {held.in_words}", location=str(path), hint=next)
 
 
 def _me() -> Holder:
@@ -206,11 +206,11 @@ def _started_on_windows(pid: int) -> str | None:
 State = Literal["running", "finished", "ended early", "stopped", "crashed", "killed", "damaged"]
 _OURS = ("recipe.toml", "env.json", LOG)
 _MACHINE = ("device", "precision", "threads", "ranks")
-_NOT_COMPARED = ("about", "show", "name", "plan")  # the name stands in a column of its own
+_NOT_COMPARED = ("about", "preview", "name", "plan")  # the name stands in a column of its own
 
 
 @dataclass(frozen=True)
-class Past:
+class RunSummary:
     """What became of one run; None where its files don't say."""
 
     run: Path
@@ -233,16 +233,16 @@ class Past:
     settings: Mapping[str, Any] = field(default_factory=dict[str, Any])  # dotted key -> value
 
 
-def runs_in(folder: Path) -> list[Past]:
+def runs_in(folder: Path) -> list[RunSummary]:
     """The runs in a folder, or the one that it is, newest first.
 
     Raises:
         RunError: there is no such folder.
     """
     if not folder.is_dir():
-        raise RunError("there is no such folder", where=str(folder), next="name the folder that your runs are in")
+        raise RunError("there is no such folder", location=str(folder), hint="name the folder that your runs are in")
     places = [folder] if _is_run(folder) else [one for one in folder.iterdir() if one.is_dir() and _is_run(one)]
-    found = [look(place) for place in places if not place.name.startswith(".") or place == folder]
+    found = [read_run(place) for place in places if not place.name.startswith(".") or place == folder]
     return sorted(found, key=lambda past: (-past.worked_on, past.run.name))
 
 
@@ -250,19 +250,19 @@ def _is_run(folder: Path) -> bool:
     return any((folder / name).is_file() for name in _OURS)
 
 
-def look(run: Path) -> Past:
+def read_run(run: Path) -> RunSummary:
     """What became of a run; whatever is wrong with its files is told in it."""
     log = run / LOG
     worked_on = (log if log.is_file() else run).stat().st_mtime
     try:
         return _read(run, worked_on)
     except UnmaskError as error:
-        return Past(run, "damaged", problem=f"{error.what} ({error.where})", worked_on=worked_on)
+        return RunSummary(run, "damaged", problem=f"{error.message} ({error.location})", worked_on=worked_on)
     except (OSError, ValueError, TypeError, KeyError, AttributeError, OverflowError) as error:  # of another shape
-        return Past(run, "damaged", problem=f"{type(error).__name__}: {error}", worked_on=worked_on)
+        return RunSummary(run, "damaged", problem=f"{type(error).__name__}: {error}", worked_on=worked_on)
 
 
-def _read(run: Path, worked_on: float) -> Past:
+def _read(run: Path, worked_on: float) -> RunSummary:
     tree = load_toml(run / "recipe.toml")
     plan: Mapping[str, Any] = tree.get("plan", {})
     environment: Mapping[str, Any] = files.read_json(run / "env.json")
@@ -276,15 +276,15 @@ def _read(run: Path, worked_on: float) -> Past:
     step = int(last.get("step", 0))
     text: Mapping[str, Any] = environment["text"]
     names = ", ".join(Path(path).name for path in text["paths"]) or "in memory"
-    machine = {f"machine.{name}": environment["bits"].get(name) for name in _MACHINE}
+    machine = {f"machine.{name}": environment["determinism"].get(name) for name in _MACHINE}
     settings = {key: value for key, value in flattened(tree).items() if key.split(".")[0] not in _NOT_COMPARED}
-    return Past(
+    return RunSummary(
         run=run,
         state=_state(run, last, step, steps),
         recipe=str(tree.get("name", "")),
         text=names,
         tokenizer=str(text["tokenizer"])[:8],
-        tokenizer_kind=str(settings.get("text.tokenizer.kind", "")),
+        tokenizer_kind=str(settings.get("data.tokenizer.kind", "")),
         step=step,
         steps=steps,
         tokens=next((int(line["tokens"]) for line in reversed(lines) if "tokens" in line), None),
@@ -332,7 +332,7 @@ def _flat(value: Any, key: str) -> Iterator[tuple[str, Any]]:
         yield key, value
 
 
-def differing(pasts: Sequence[Past]) -> list[str]:
+def differing(pasts: Sequence[RunSummary]) -> list[str]:
     """The settings in which whole runs differ, in the recipe's order; a run that lacks one differs by that."""
     whole = [past.settings for past in pasts if past.settings]
     keys = dict.fromkeys(key for settings in whole for key in settings)

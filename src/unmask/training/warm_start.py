@@ -17,34 +17,34 @@ from torch import Tensor, nn
 from unmask.core import files
 from unmask.core.errors import RecipeError
 from unmask.hub.from_hf import open_model
-from unmask.models import build
+from unmask.models import build_model
 from unmask.models.model import Model
 from unmask.tokenization.extend import origins
-from unmask.tokenization.settings import ExtendedTokenizerSettings, FileTokenizerSettings
+from unmask.tokenization.settings import ExtendedTokenizerConfig, FileTokenizerConfig
 from unmask.tokenization.tokenizer import Tokenizer
 from unmask.training.recipe import Recipe
 
-DECIDED = ("encoder", "text.tokenizer")  # keys of a recipe that the model decides
+DECIDED = ("model", "data.tokenizer")  # keys of a recipe that the model decides
 START = "start"  # the folder of a run that holds the model it started with
 
 
-def beginning_of(run: Path, recipe: Recipe) -> Recipe:
+def with_run_tokenizer(run: Path, recipe: Recipe) -> Recipe:
     """The recipe of a run, with the tokenizer that it started with read from the run: the model may be gone by now."""
-    tokenizer = recipe.text.tokenizer
-    if not recipe.start.model or not isinstance(tokenizer, FileTokenizerSettings | ExtendedTokenizerSettings):
+    tokenizer = recipe.data.tokenizer
+    if not recipe.init.model or not isinstance(tokenizer, FileTokenizerConfig | ExtendedTokenizerConfig):
         return recipe
-    return replace(recipe, text=replace(recipe.text, tokenizer=replace(tokenizer, path=(run / START).absolute())))
+    return replace(recipe, data=replace(recipe.data, tokenizer=replace(tokenizer, path=(run / START).absolute())))
 
 
 @dataclass(frozen=True)
-class Start:
+class WarmStart:
     """A model to go on from, and what its vocabulary gets beside its own."""
 
     model: Model
     pieces: int = 0
 
     @classmethod
-    def open(cls, folder: str | Path, pieces: int = 0) -> Start:
+    def open(cls, folder: str | Path, pieces: int = 0) -> WarmStart:
         """The model in a folder.
 
         Raises:
@@ -52,34 +52,37 @@ class Start:
             RecipeError: a number of new pieces that is none.
         """
         if pieces < 0:
-            raise RecipeError(f"{pieces} new pieces", where="--extend-vocabulary", next="give 0 or more")
+            raise RecipeError(f"{pieces} new pieces", location="--extend-vocabulary", hint="give 0 or more")
         return cls(open_model(folder), pieces)
 
-    def tokenizer_settings(self, folder: Path) -> FileTokenizerSettings | ExtendedTokenizerSettings:
-        """The [text.tokenizer] of a run whose first tokenizer lies in this folder."""
+    def tokenizer_settings(self, folder: Path) -> FileTokenizerConfig | ExtendedTokenizerConfig:
+        """The [data.tokenizer] of a run whose first tokenizer lies in this folder."""
         if self.pieces:
-            return ExtendedTokenizerSettings("extended", folder, self.pieces)
-        return FileTokenizerSettings("file", folder)
+            return ExtendedTokenizerConfig("extended", folder, self.pieces)
+        return FileTokenizerConfig("file", folder)
 
-    def adopted(self, recipe: Recipe, cache: Path) -> tuple[Recipe, list[str]]:
+    def apply_to(self, recipe: Recipe, cache: Path) -> tuple[Recipe, list[str]]:
         """The recipe with the model's encoder and tokenizer, stages cut to what it holds; and what there is to say."""
-        settings, said = self.model.settings, list(self.model.said)
+        settings, said = self.model.settings, list(self.model.notes)
         folder = cache / START / self.model.tokenizer.fingerprint
         if not folder.is_dir():
-            with files.new_folder(folder) as aside:
+            with files.atomic_directory(folder) as aside:
                 self.model.tokenizer.save(aside)
-        stages = tuple(replace(stage, length=min(stage.length, settings.longest)) for stage in recipe.stage)
+        stages = tuple(
+            replace(stage, max_seq_len=min(stage.max_seq_len, settings.max_position_embeddings))
+            for stage in recipe.stage
+        )
         said += [
-            f"the stage of length {asked.length} is cut to {settings.longest}: the model holds no longer texts"
+            f"the stage of length {asked.max_seq_len} is cut to {settings.max_position_embeddings}: the model holds no longer texts"
             for asked, stage in zip(recipe.stage, stages, strict=True)
             if asked != stage
         ]
         adopted = replace(
             recipe,
-            encoder=settings,
+            model=settings,
             stage=stages,
-            text=replace(recipe.text, tokenizer=self.tokenizer_settings(folder)),
-            start=replace(recipe.start, model=str(Path(self.model.path).absolute())),
+            data=replace(recipe.data, tokenizer=self.tokenizer_settings(folder)),
+            init=replace(recipe.init, model=str(Path(self.model.path).absolute())),
         )
         return adopted, said
 
@@ -94,9 +97,9 @@ class Start:
         if tokenizer.size <= rows and not self.pieces:
             return model.encoder, model.head
         parts = origins(model.tokenizer.to_json(), tokenizer.to_json())
-        encoder, head = build(model.settings, max(rows, tokenizer.size))
+        encoder, head = build_model(model.settings, max(rows, tokenizer.size))
         with torch.device("meta"):  # shapes alone
-            other = build(model.settings, rows + 1)
+            other = build_model(model.settings, rows + 1)
         for grown, module, longer in zip((encoder, head), (model.encoder, model.head), other, strict=True):
             old, shapes = module.state_dict(), {name: t.shape for name, t in longer.state_dict().items()}
             for name, new in grown.state_dict().items():  # the very tensors, not copies
@@ -110,15 +113,17 @@ class Start:
 
 def _begin(table: Tensor, parts: Sequence[Sequence[int]], tokenizer: Tokenizer) -> None:
     """Fill the rows of new pieces in a tensor that has a row for each, given the older pieces in each of them."""
-    ordinary = table[torch.from_numpy(tokenizer.ordinary_N)]
+    ordinary = table[torch.from_numpy(tokenizer.regular_token_ids)]
     mean, deviation = ordinary.mean(0), ordinary.std(0)
     for number, pieces in enumerate(parts, start=tokenizer.size):
         table[number] = table[list(pieces)].mean(0) if pieces else mean + deviation * torch.randn_like(mean)
 
 
-def started_from(run: Path, recipe: Recipe) -> Start | None:
+def started_from(run: Path, recipe: Recipe) -> WarmStart | None:
     """What a run began with, of which no step was saved yet; None where its weights were drawn."""
-    if not recipe.start.model:
+    if not recipe.init.model:
         return None
-    tokenizer = recipe.text.tokenizer
-    return Start.open(run / START, tokenizer.pieces if isinstance(tokenizer, ExtendedTokenizerSettings) else 0)
+    tokenizer = recipe.data.tokenizer
+    return WarmStart.open(
+        run / START, tokenizer.num_new_tokens if isinstance(tokenizer, ExtendedTokenizerConfig) else 0
+    )

@@ -19,10 +19,10 @@ import numpy as np
 from unmask import __version__
 from unmask.checks.audit.findings import rate_findings, repeat_findings, replacement_findings, wholeness_findings
 from unmask.checks.audit.maskers import masker_of
-from unmask.checks.audit.replay import Progress, play
+from unmask.checks.audit.replay import Progress, replay
 from unmask.checks.audit.samples import make_material
-from unmask.checks.audit.settings import AuditReport, AuditSettings, Claims
-from unmask.checks.audit.statistics import Scene
+from unmask.checks.audit.settings import AuditConfig, AuditReport, Claims
+from unmask.checks.audit.statistics import Observations
 from unmask.tokenization.tokenizer import Tokenizer
 from unmask.tokenization.words import WordsRule, detect_words
 
@@ -33,7 +33,7 @@ def audit(
     tokenizer: Tokenizer | str | Path,
     *,
     claims: Claims | None = None,
-    settings: AuditSettings | None = None,
+    settings: AuditConfig | None = None,
     words: WordsRule | None = None,
     progress: Progress | None = None,
 ) -> AuditReport:
@@ -56,15 +56,15 @@ def audit(
     """
     if isinstance(texts, str):
         texts = [texts]
-    settings = settings or AuditSettings()
+    settings = settings or AuditConfig()
     opened = tokenizer if isinstance(tokenizer, Tokenizer) else Tokenizer.load(Path(tokenizer))
     rule = words or detect_words("".join(text[:200_000] for text in texts[:50]))
     taken = masker_of(masker, opened, settings.seed, claims)
     if progress:
         progress("cutting samples", 0.0)
     material = make_material(texts, opened, rule, settings, pads=taken.pads)
-    visits = play(taken, material, settings, progress)
-    scene = Scene(material, visits, opened, taken.claims, settings)
+    visits = replay(taken, material, settings, progress)
+    scene = Observations(material, visits, opened, taken.claims, settings)
     findings = (
         *rate_findings(scene),
         *replacement_findings(scene),

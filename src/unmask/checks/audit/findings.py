@@ -16,7 +16,7 @@ from jaxtyping import Bool, Int
 from numpy.typing import NDArray
 
 from unmask.checks.audit.settings import CHANCE, Finding, none_allowed, untested
-from unmask.checks.audit.statistics import Scene, chance_of, clustered, combinations, poisson_tail
+from unmask.checks.audit.statistics import Observations, chance_of, clustered, combinations, poisson_tail
 
 _BINS: Final = 4  # of length
 _EDGE: Final = 2  # slots at each end that are told by themselves
@@ -24,7 +24,7 @@ _FEWEST_TOKENS_FOR_RATES: Final = 50  # clusters in which the normal distributio
 _POSITION_TOLERANCE: Final = 0.05  # of the rate, where words are hidden whole: their sizes don't explain all
 
 
-def rate_findings(scene: Scene) -> Iterator[Finding]:
+def rate_findings(scene: Observations) -> Iterator[Finding]:
     """What the rates tell."""
     yield _rate(scene)
     yield _nothing(scene)
@@ -32,7 +32,7 @@ def rate_findings(scene: Scene) -> Iterator[Finding]:
     yield _by_position(scene)
 
 
-def _rate(scene: Scene) -> Finding:
+def _rate(scene: Observations) -> Finding:
     share, expected = scene.rate, scene.claims.rate
     if not share.of:
         return untested("rate", f"no sample is long enough for a rate of {expected:g}")
@@ -43,7 +43,7 @@ def _rate(scene: Scene) -> Finding:
                    share.hits, share.of, chance)  # fmt: skip
 
 
-def _nothing(scene: Scene) -> Finding:
+def _nothing(scene: Observations) -> Finding:
     """Samples that teach nothing; independent draws leave some, which short samples explain."""
     some_V = scene.askable_V > 0
     empty = int((some_V & (scene.asked_V == 0)).sum())
@@ -59,7 +59,7 @@ def _nothing(scene: Scene) -> Finding:
                    empty, int(some_V.sum()), chance)  # fmt: skip
 
 
-def _by_length(scene: Scene) -> Finding:
+def _by_length(scene: Observations) -> Finding:
     long = scene.askable_V[scene.long_V]
     if not len(long) or not scene.rate.hits:
         return untested("rate by length", "no sample is long enough")
@@ -83,7 +83,7 @@ def _by_length(scene: Scene) -> Finding:
                    chance=chance)  # fmt: skip
 
 
-def _by_position(scene: Scene) -> Finding:
+def _by_position(scene: Observations) -> Finding:
     """The rate at each slot of full samples against the rate of all; the first and last slots are told.
 
     A word that the edge of a sample cuts is short, and short words fit more often: where whole words are hidden, what
@@ -126,7 +126,7 @@ _FEWEST_FOR_REPEATS: Final = 16  # pairs
 _CAUTION: Final = 2.0  # how much likelier twins may be than if all places were equally likely
 
 
-def repeat_findings(scene: Scene) -> Iterator[Finding]:
+def repeat_findings(scene: Observations) -> Iterator[Finding]:
     """What was drawn again."""
     visits, settings = scene.visits, scene.settings
     full_V = scene.full_V
@@ -148,7 +148,7 @@ def repeat_findings(scene: Scene) -> Iterator[Finding]:
         )
 
 
-def _pairs(scene: Scene, name: str, pair_P2: Int[np.ndarray, "P 2"]) -> Finding:
+def _pairs(scene: Observations, name: str, pair_P2: Int[np.ndarray, "P 2"]) -> Finding:
     first_PS, second_PS = scene.fair_VS[pair_P2[:, 0]], scene.fair_VS[pair_P2[:, 1]]
     some_P = first_PS.any(axis=1) & second_PS.any(axis=1)
     pair_P2, first_PS, second_PS = pair_P2[some_P], first_PS[some_P], second_PS[some_P]
@@ -180,7 +180,7 @@ def _pairs(scene: Scene, name: str, pair_P2: Int[np.ndarray, "P 2"]) -> Finding:
                    twins, len(pair_P2), chance)  # fmt: skip
 
 
-def _ways(scene: Scene, visit_P: Int[np.ndarray, "P"]) -> Iterator[float]:
+def _ways(scene: Observations, visit_P: Int[np.ndarray, "P"]) -> Iterator[float]:
     """In how many ways the runs of touched words of each visit could have been placed; fewer than there are.
 
     What a masker takes for one word may be as long as the runs that it hides (a line, a sentence), so only as many
@@ -197,7 +197,7 @@ def _ways(scene: Scene, visit_P: Int[np.ndarray, "P"]) -> Iterator[float]:
 _FEWEST_FOR_REPLACEMENT = 200  # asked tokens
 
 
-def replacement_findings(scene: Scene) -> Iterator[Finding]:
+def replacement_findings(scene: Observations) -> Iterator[Finding]:
     """What was asked, what was shown."""
     special_VS, changed_VS = _special(scene), scene.visits.shown_VS != scene.original_VS
     drawn_VS = scene.fair_VS & changed_VS & (scene.visits.shown_VS != scene.tokenizer.mask_id)
@@ -233,27 +233,27 @@ def replacement_findings(scene: Scene) -> Iterator[Finding]:
     yield none_allowed("unasked changed", moved, int(unasked_VS.sum()), "tokens that nobody asks about were changed")
 
 
-def _special(scene: Scene) -> Bool[np.ndarray, "V S"]:
+def _special(scene: Observations) -> Bool[np.ndarray, "V S"]:
     """Whether each slot shows a special piece."""
     return np.isin(scene.visits.shown_VS, list(scene.tokenizer.special_ids))
 
 
-def _known(scene: Scene) -> NDArray[np.bool_]:
+def _known(scene: Observations) -> NDArray[np.bool_]:
     """Which ids a piece has."""
     known = np.zeros(scene.tokenizer.size, dtype=bool)
-    known[scene.tokenizer.ordinary_N] = True
+    known[scene.tokenizer.regular_token_ids] = True
     known[list(scene.tokenizer.special_ids)] = True
     return known
 
 
-def _split(scene: Scene, changed_VS: Bool[np.ndarray, "V S"], specials_drawn: int) -> Iterator[Finding]:
+def _split(scene: Observations, changed_VS: Bool[np.ndarray, "V S"], specials_drawn: int) -> Iterator[Finding]:
     claims, fair_VS = scene.claims, scene.fair_VS
     asked_V = scene.asked_V
     names = ("masked", "randomised", "kept")
     if int(asked_V.sum()) < _FEWEST_FOR_REPLACEMENT:
         yield from (untested(name, f"{int(asked_V.sum())} tokens asked are too few") for name in names)
         return
-    pool, mask_drawn = len(scene.tokenizer.ordinary_N), 0
+    pool, mask_drawn = len(scene.tokenizer.regular_token_ids), 0
     if specials_drawn:
         pool, mask_drawn = pool + len(scene.tokenizer.special_ids), 1
     masked_VS = scene.visits.shown_VS == scene.tokenizer.mask_id
@@ -275,7 +275,7 @@ _SIZES: Final = ((1, 1), (2, 3), (4, 7), (8, 10_000))
 _TOGETHER: Final = 0.02  # of neighbours may be one word by another rule than ours
 
 
-def wholeness_findings(scene: Scene) -> Iterator[Finding]:
+def wholeness_findings(scene: Observations) -> Iterator[Finding]:
     """What became of words."""
     most = int(scene.words_V.max(initial=0)) + 1
     visits, slots = np.nonzero(scene.askable_VS)
@@ -317,7 +317,7 @@ def wholeness_findings(scene: Scene) -> Iterator[Finding]:
                   after.hits, after.of, chance)  # fmt: skip
 
 
-def _by_size(scene: Scene) -> Finding:
+def _by_size(scene: Observations) -> Finding:
     """Long words fit into what is left of a quota less often than short ones."""
     said = list[str]()
     for first, last in _SIZES:

@@ -22,9 +22,9 @@ from numpy.typing import NDArray
 from unmask.checks.audit.samples import Row
 from unmask.checks.audit.settings import Claims, Units
 from unmask.core.errors import RecipeError
-from unmask.core.quantities import nearest
-from unmask.core.types import Objective, Text, pack
-from unmask.objectives.masking import MaskingSettings
+from unmask.core.quantities import closest_match
+from unmask.core.types import Objective, Sample, pack
+from unmask.objectives.masking import MaskingConfig
 from unmask.tokenization.tokenizer import Tokenizer
 
 IGNORED: Final = -100  # the label of what is not asked, as in PyTorch's cross-entropy
@@ -62,7 +62,7 @@ class Masker(Protocol):
 
 
 @dataclass
-class Ours:
+class ObjectiveMasker:
     """Our own masking: an objective's `corrupt`, on texts that carry their epoch and number as a feed's do."""
 
     objective: Objective
@@ -74,16 +74,16 @@ class Ours:
 
     def mask(self, rows: Sequence[Row], epoch: int) -> Masked:
         """Texts laid end to end, corrupted, and laid out again."""
-        batch = pack([Text(row.ids, row.marks, epoch, row.number) for row in rows])
+        batch = pack([Sample(row.ids, row.marks, epoch, row.number) for row in rows])
         batch = replace(batch, progress=self.progress)
-        puzzle = self.objective.corrupt(batch, self.seed)
+        masked = self.objective.corrupt(batch, self.seed)
         label_T = np.full(len(batch.ids_T), IGNORED, dtype=np.int64)
-        label_T[puzzle.at_M.numpy()] = puzzle.answer_M.numpy()
-        shown_T = puzzle.batch.ids_T.numpy()
-        shape = (len(rows), batch.longest)
+        label_T[masked.positions_M.numpy()] = masked.labels_M.numpy()
+        shown_T = masked.batch.ids_T.numpy()
+        shape = (len(rows), batch.max_seqlen)
         shown_BS, label_BS = np.zeros(shape, np.int64), np.full(shape, IGNORED, np.int64)
         for number, row in enumerate(rows):
-            here = slice(batch.starts[number], batch.starts[number] + len(row.ids))
+            here = slice(batch.offsets[number], batch.offsets[number] + len(row.ids))
             shown_BS[number, : len(row.ids)], label_BS[number, : len(row.ids)] = shown_T[here], label_T[here]
         return Masked(shown_BS, label_BS, np.zeros(len(rows), np.int64))
 
@@ -171,8 +171,8 @@ def _read(given: Any, rows: Sequence[Row], longest: int, name: str, side: str) -
     if wrong:
         raise RecipeError(
             f"this is no masker: {wrong}",
-            where=name,
-            next="it takes ids (samples × slots) and gives inputs and labels of that shape, whole numbers, with labels "
+            location=name,
+            hint="it takes ids (samples × slots) and gives inputs and labels of that shape, whole numbers, with labels "
             f"{IGNORED} where nothing is asked",
         )
     lengths = np.array([len(row.ids) for row in rows])
@@ -184,23 +184,25 @@ def _array(value: Any) -> NDArray[Any]:
     return np.asarray(value.detach().cpu().numpy() if hasattr(value, "detach") else value)
 
 
-def masker_of(given: Any, tokenizer: Tokenizer, seed: int, claims: Claims | None = None) -> Ours | Function | Collator:
+def masker_of(
+    given: Any, tokenizer: Tokenizer, seed: int, claims: Claims | None = None
+) -> ObjectiveMasker | Function | Collator:
     """The door that fits what was given: an objective, a data collator of transformers, or any callable.
 
     Raises:
         RecipeError: it is none of these.
     """
-    if isinstance(given, Ours | Function | Collator):
+    if isinstance(given, ObjectiveMasker | Function | Collator):
         return given
     name = str(getattr(given, "__qualname__", type(given).__qualname__))
-    if hasattr(given, "corrupt") and hasattr(given, "terms"):
-        return Ours(given, seed, name, claims or Claims())
+    if hasattr(given, "corrupt") and hasattr(given, "loss_weights"):
+        return ObjectiveMasker(given, seed, name, claims or Claims())
     if isinstance(given, type) or not callable(given):
         what = "a class" if isinstance(given, type) else f"a {type(given).__name__}"
         raise RecipeError(
             f"this is no masker: it is {what}",
-            where=name,
-            next="give a callable (inputs -> inputs, labels), a data collator or an objective: what was made, not its "
+            location=name,
+            hint="give a callable (inputs -> inputs, labels), a data collator or an objective: what was made, not its "
             "class",
         )
     classes = inspect.getmro(cast("type", type(given)))
@@ -209,16 +211,16 @@ def masker_of(given: Any, tokenizer: Tokenizer, seed: int, claims: Claims | None
     return Function(given, tokenizer.role_id("pad_token"), name, claims or Claims())
 
 
-def claims_of_settings(settings: MaskingSettings, progress: float = 0.0) -> Claims:
+def claims_of_settings(settings: MaskingConfig, progress: float = 0.0) -> Claims:
     """What our own settings promise where this share of a run is done."""
-    units: dict[str, Units] = {"token": "tokens", "word": "words"}
+    units: dict[str, Units] = {"token": "tokens", "whole-word": "words"}
     return Claims(
         rate=settings.rate_at(progress),
-        mask=settings.mask,
-        random=settings.random,
-        keep=settings.keep,
-        units=units.get(settings.choose, "spans"),
-        even=not settings.prefer,
+        mask=settings.mask_token_rate,
+        random=settings.random_token_rate,
+        keep=settings.keep_rate,
+        units=units.get(settings.mask_unit, "spans"),
+        even=not settings.boosted_words,
     )
 
 
@@ -251,15 +253,15 @@ def library_collator(name: str, tokenizer: Tokenizer, seed: int) -> Collator:
     variants = said.split(",") if said else []
     for variant in variants:
         if variant not in VARIANTS:
-            near = nearest(variant, list(VARIANTS))
+            near = closest_match(variant, list(VARIANTS))
             raise RecipeError(
                 f"there is no variant `{variant}`" + (f": did you mean `{near}`?" if near else ""),
-                where=name,
-                next=f"choose of {', '.join(VARIANTS)}, as in {LIBRARY}:whole-word,seeded",
+                location=name,
+                hint=f"choose of {', '.join(VARIANTS)}, as in {LIBRARY}:whole-word,seeded",
             )
     if importlib.util.find_spec(LIBRARY) is None:
         raise RecipeError(
-            f"{LIBRARY} is not installed", where=library, next='install it: python -m pip install "unmask[hub]"'
+            f"{LIBRARY} is not installed", location=library, hint='install it: python -m pip install "unmask[hub]"'
         )
     from transformers import DataCollatorForLanguageModeling
 

@@ -25,8 +25,8 @@ from jaxtyping import Bool, Int
 from torch.utils.data import DataLoader, Dataset
 
 from unmask.checks.audit.maskers import IGNORED, Masked, Masker
-from unmask.checks.audit.samples import Material, Row
-from unmask.checks.audit.settings import AuditSettings
+from unmask.checks.audit.samples import AuditSamples, Row
+from unmask.checks.audit.settings import AuditConfig
 from unmask.core import rng
 from unmask.core.errors import RecipeError
 
@@ -35,7 +35,7 @@ _TOLD_EVERY: Final = 8  # batches
 
 
 @dataclass(frozen=True)
-class Visits:
+class MaskingRecord:
     """What a masker did; one line for each time that a sample was masked."""
 
     row_V: Int[np.ndarray, "V"]
@@ -54,7 +54,7 @@ class Visits:
         """Whether each slot was asked about."""
         return self.label_VS != IGNORED
 
-    def cluster_V(self, settings: AuditSettings) -> Int[np.ndarray, "V"]:
+    def cluster_V(self, settings: AuditConfig) -> Int[np.ndarray, "V"]:
         """One number for all that might have been drawn together: a turn and a seat, in any epoch, worker, rank."""
         return self.turn_V * settings.batch + self.seat_V
 
@@ -84,7 +84,9 @@ class _Collate:
             return self.masker.mask(rows, self.epoch)
 
 
-def play(masker: Masker, material: Material, settings: AuditSettings, progress: Progress | None = None) -> Visits:
+def replay(
+    masker: Masker, material: AuditSamples, settings: AuditConfig, progress: Progress | None = None
+) -> MaskingRecord:
     """Have a masker mask everything, epoch after epoch, in every rank.
 
     Raises:
@@ -129,7 +131,7 @@ def play(masker: Masker, material: Material, settings: AuditSettings, progress: 
                     if progress and at // settings.batch % _TOLD_EVERY == 0:
                         progress("masking", at / count)
     assert at == count, f"{at} of {count} samples came back"
-    return Visits(
+    return MaskingRecord(
         row_V=rank_V * per_rank + within,
         epoch_V=epoch_V,
         rank_V=rank_V,
@@ -143,7 +145,7 @@ def play(masker: Masker, material: Material, settings: AuditSettings, progress: 
     )
 
 
-def _row(visit: int, per_rank: int, settings: AuditSettings) -> int:
+def _row(visit: int, per_rank: int, settings: AuditConfig) -> int:
     rank, within = divmod(visit, per_rank * settings.epochs)
     return rank * per_rank + within % per_rank
 
@@ -160,8 +162,8 @@ def _batches(loader: DataLoader[Row], name: str) -> Generator[Masked]:
                 raise
             raise RecipeError(
                 f"this masker can't be sent to a worker process: {error}",
-                where=name,
-                next="define it at the top of a module, or take --workers 0",
+                location=name,
+                hint="define it at the top of a module, or take --workers 0",
             ) from error
         yield from iterator
 
@@ -172,8 +174,8 @@ def _copied(masker: Masker) -> Masker:
     except Exception as error:  # whatever a stranger's object does when it is copied
         raise RecipeError(
             f"this masker can't be copied, as each rank needs its own: {error}",
-            where=masker.name,
-            next="let its state be copied, or watch one rank: --ranks 1",
+            location=masker.name,
+            hint="let its state be copied, or watch one rank: --ranks 1",
         ) from error
 
 

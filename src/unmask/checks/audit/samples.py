@@ -17,7 +17,7 @@ import numpy as np
 from jaxtyping import Bool, Int
 from numpy.typing import NDArray
 
-from unmask.checks.audit.settings import AuditSettings
+from unmask.checks.audit.settings import AuditConfig
 from unmask.core import rng
 from unmask.core.errors import TextError
 from unmask.core.types import SPECIAL, WORD_START
@@ -40,7 +40,7 @@ class Row(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Material:
+class AuditSamples:
     """Samples by their number: ((rank · turns + turn) · lanes + lane) · batch + seat."""
 
     rows: tuple[Row, ...]
@@ -53,20 +53,20 @@ class Material:
 
 
 def make_material(
-    texts: Sequence[str], tokenizer: Tokenizer, words: WordsRule, settings: AuditSettings, *, pads: bool
-) -> Material:
+    texts: Sequence[str], tokenizer: Tokenizer, words: WordsRule, settings: AuditConfig, *, pads: bool
+) -> AuditSamples:
     """Cut samples from texts; where a masker can't pad (`pads` is False), those of one batch are equally long.
 
     Raises:
         TextError: the texts fill only a few samples.
     """
     stream = _Stream(_encoded(texts, tokenizer, words, settings.samples * settings.length))
-    framing = 2 if tokenizer.frame else 0
-    inside = settings.length - framing
+    num_special_tokens = 2 if tokenizer.cls_sep_ids else 0
+    inside = settings.length - num_special_tokens
     if len(stream.ids) < _SAMPLES_OF_TEXT * inside:
         raise TextError(
             f"{len(stream.ids):,} tokens are too few to judge a masker by",
-            next=f"give a text of {_SAMPLES_OF_TEXT * inside:,} tokens or more, or shorten the samples with --length",
+            hint=f"give a text of {_SAMPLES_OF_TEXT * inside:,} tokens or more, or shorten the samples with --length",
         )
     count = settings.ranks * settings.places * settings.batch
     number_N = np.arange(count)
@@ -110,16 +110,16 @@ class _Stream:
 
     def row(self, number: int, first: int, size: int, tokenizer: Tokenizer) -> Row:
         here = slice(first, first + size)
-        ids, marks = tokenizer.framed(self.ids[here], self.marks[here])
+        ids, marks = tokenizer.add_special_tokens(self.ids[here], self.marks[here])
         edge = (len(ids) - size) // 2
-        framing = np.ones(len(ids), dtype=bool)
-        framing[edge : edge + size] = False
+        num_special_tokens = np.ones(len(ids), dtype=bool)
+        num_special_tokens[edge : edge + size] = False
         offsets = np.zeros((len(ids), 2), dtype=np.int64)
         offsets[edge : edge + size] = self.offsets[here]
-        return Row(number, ids, marks, framing, offsets)
+        return Row(number, ids, marks, num_special_tokens, offsets)
 
 
-def _laid_out(rows: tuple[Row, ...], full_N: NDArray[np.bool_], slots: int, unknown: int | None) -> Material:
+def _laid_out(rows: tuple[Row, ...], full_N: NDArray[np.bool_], slots: int, unknown: int | None) -> AuditSamples:
     shape = (len(rows), slots)
     ids_NS = np.full(shape, -1, dtype=np.int32)
     marks_NS = np.full(shape, SPECIAL, dtype=np.uint8)
@@ -133,4 +133,4 @@ def _laid_out(rows: tuple[Row, ...], full_N: NDArray[np.bool_], slots: int, unkn
     word_NS = np.where(askable_NS, np.cumsum(begins_NS, axis=1) - 1, -1).astype(np.int32)
     length_N: NDArray[np.integer[Any]] = np.array([len(row.ids) for row in rows], dtype=np.int64)
     unknown_NS = np.zeros(shape, dtype=bool) if unknown is None else ids_NS == unknown
-    return Material(rows, length_N, full_N, ids_NS, askable_NS, unknown_NS, word_NS)
+    return AuditSamples(rows, length_N, full_N, ids_NS, askable_NS, unknown_NS, word_NS)

@@ -34,13 +34,13 @@ class Claims:
         if not 0.0 < self.rate <= 1.0 or min(shares) < 0.0 or abs(sum(shares) - 1.0) > 1e-9:
             raise RecipeError(
                 f"rate {self.rate:g} and split {self.mask:g}/{self.random:g}/{self.keep:g} can't be claimed",
-                where="what the masker claims",
-                next="0 < rate <= 1, and three shares >= 0 that sum to 1, as in --rate 0.15 --split 80/10/10",
+                location="what the masker claims",
+                hint="0 < rate <= 1, and three shares >= 0 that sum to 1, as in --rate 0.15 --split 80/10/10",
             )
 
 
 @dataclass(frozen=True)
-class AuditSettings:
+class AuditConfig:
     """How a masker is watched. The same settings give the same report, number for number."""
 
     samples: int = 2048  # 78,000 asked in two epochs of 128: a share of 9 % instead of 10 % is 9 standard errors off
@@ -57,19 +57,19 @@ class AuditSettings:
         for name, bound in least.items():
             if getattr(self, name) < bound:
                 raise RecipeError(
-                    f"{name} = {getattr(self, name)} is too little", where=name, next=f"give {bound} or more"
+                    f"{name} = {getattr(self, name)} is too little", location=name, hint=f"give {bound} or more"
                 )
         if self.samples < self.row_of_batches:
             raise RecipeError(
                 f"{self.samples} samples give no batch to each worker of each rank",
-                where="samples",
-                next=f"give {self.row_of_batches} or more, or fewer ranks and workers",
+                location="samples",
+                hint=f"give {self.row_of_batches} or more, or fewer ranks and workers",
             )
         if self.samples * self.length * self.epochs > MOST_SLOTS:
             raise RecipeError(
                 f"{self.samples:,} samples of {self.length} slots in {self.epochs} epochs would not fit in memory",
-                where="samples",
-                next=f"keep samples × length × epochs under {MOST_SLOTS:,}",
+                location="samples",
+                hint=f"keep samples × length × epochs under {MOST_SLOTS:,}",
             )
 
     @property
@@ -119,7 +119,7 @@ class AuditReport:
 
     masker: str
     claims: Claims
-    settings: AuditSettings
+    settings: AuditConfig
     findings: tuple[Finding, ...]
     samples: int
     tokens: int  # that were shown to the masker, all epochs together

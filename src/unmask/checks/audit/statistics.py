@@ -19,9 +19,9 @@ from typing import Literal, NamedTuple
 import numpy as np
 from jaxtyping import Bool, Float, Int, Num
 
-from unmask.checks.audit.replay import Visits
-from unmask.checks.audit.samples import Material
-from unmask.checks.audit.settings import AuditSettings, Claims
+from unmask.checks.audit.replay import MaskingRecord
+from unmask.checks.audit.samples import AuditSamples
+from unmask.checks.audit.settings import AuditConfig, Claims
 from unmask.tokenization.tokenizer import Tokenizer
 
 Side = Literal["both", "above"]
@@ -90,14 +90,14 @@ def combinations(of: int, choose: int) -> float:
 
 
 @dataclass(frozen=True)
-class Scene:
+class Observations:
     """Everything that an audit may look at."""
 
-    material: Material
-    visits: Visits
+    material: AuditSamples
+    visits: MaskingRecord
     tokenizer: Tokenizer
     claims: Claims
-    settings: AuditSettings
+    settings: AuditConfig
 
     @cached_property
     def original_VS(self) -> Int[np.ndarray, "V S"]:

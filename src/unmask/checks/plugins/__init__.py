@@ -21,13 +21,13 @@ from typing import Any, Final
 import torch
 
 from unmask.checks.plugins.fixtures import cutter_cases, objective_subject, objective_tools
-from unmask.checks.plugins.runner import Law, Verdict, judge, require
+from unmask.checks.plugins.runner import Check, CheckResult, require, run_checks
 from unmask.checks.plugins.second_process import result_digest
-from unmask.checks.plugins.suites import CUTTER_LAWS, OBJECTIVE_LAWS, SOURCE_LAWS, CutterSubject, SourceSubject
-from unmask.core.config import Tree, apply_set, build_outside, dump_config
+from unmask.checks.plugins.suites import CUTTER_LAWS, OBJECTIVE_LAWS, SOURCE_LAWS, SamplerFixture, SourceFixture
+from unmask.core.config import Tree, apply_set, build_plugin, dump_config
 from unmask.core.errors import RecipeError
-from unmask.core.plugins import ROLES, Outside, find, make, said
-from unmask.core.types import Cutter, CutterTools, Objective, Source, SourceTools
+from unmask.core.plugins import PLUGIN_TYPES, PluginConfig, describe, find, make
+from unmask.core.types import Objective, Sampler, SamplerContext, Source, SourceContext
 
 _CHILD: Final = "from unmask.checks.plugins.second_process import answer_parent; answer_parent()"
 _CHILD_SECONDS: Final = 300
@@ -35,19 +35,19 @@ _ALIKE: Final = "another process gives the same"
 
 
 @dataclass(frozen=True)
-class Checked:
+class CheckReport:
     """What the laws say of a kind from outside."""
 
     role: str
     kind: str
-    said: str  # where its code lies
+    notes: str  # where its code lies
     settings: str  # as TOML
-    verdicts: Sequence[Verdict]
+    results: Sequence[CheckResult]
 
     @property
     def passed(self) -> bool:
         """Whether every law is kept."""
-        return all(verdict.passed for verdict in self.verdicts)
+        return all(verdict.passed for verdict in self.results)
 
 
 def role_of(kind: str) -> str:
@@ -56,39 +56,41 @@ def role_of(kind: str) -> str:
     Raises:
         RecipeError: it can't be imported, or has the methods of no role.
     """
-    cls = find(kind, Outside)
-    for name, role in ROLES.items():
+    cls = find(kind, PluginConfig)
+    for name, role in PLUGIN_TYPES.items():
         if all(callable(getattr(cls, method, None)) for method in role.methods):
             return name
-    wanted = "; ".join(f"{role.role}: {' and '.join(role.methods)}" for role in ROLES.values())
+    wanted = "; ".join(f"{role.role}: {' and '.join(role.methods)}" for role in PLUGIN_TYPES.values())
     raise RecipeError(
         f"`{kind}` has the methods of no role",
-        where=kind,
-        next=f"write the methods of what it shall be ({wanted}), or name it, as in --role cutter",
+        location=kind,
+        hint=f"write the methods of what it shall be ({wanted}), or name it, as in --role sampler",
     )
 
 
-def check(kind: str, settings: Sequence[str] = (), paths: Sequence[Path] = (), role: str = "") -> Checked:
+def check_plugin(name: str, settings: Sequence[str] = (), paths: Sequence[Path] = (), role: str = "") -> CheckReport:
     """Judge a kind from outside by the laws of its role.
 
     Args:
         kind: "package.module:Name".
         settings: `key=value` texts, as they would stand in the recipe's table.
         paths: what a source shall read.
-        role: "objective", "cutter" or "source"; told by the class's methods where it isn't given.
+        role: "objective", "sampler" or "source"; told by the class's methods where it isn't given.
 
     Raises:
         RecipeError: it can't be imported or made, is nothing that a role asks for, or a setting is wrong.
     """
-    tree: Tree = {"kind": kind}
+    tree: Tree = {"kind": name}
     for text in settings:
         tree = apply_set(tree, text)
     whole = tuple(path.absolute() for path in paths)
-    outside = build_outside(ROLES[role or role_of(kind)], tree, kind, settings)
+    outside = build_plugin(PLUGIN_TYPES[role or role_of(name)], tree, name, settings)
     if whole and outside.role != "source":
-        raise RecipeError(f"TEXT is for sources, and `{kind}` is a {outside.role}", next="leave TEXT out")
+        raise RecipeError(f"TEXT is for sources, and `{name}` is a {outside.role}", hint="leave TEXT out")
     with _one_thread(), _judged(outside, whole) as verdicts:  # a source's changed files last as long as this block
-        return Checked(outside.role, kind, said(outside), dump_config(outside), [*verdicts, _alike(outside, whole)])
+        return CheckReport(
+            outside.role, name, describe(outside), dump_config(outside), [*verdicts, _alike(outside, whole)]
+        )
 
 
 @contextmanager
@@ -103,32 +105,32 @@ def _one_thread() -> Generator[None]:
 
 
 @contextmanager
-def _judged(outside: Outside, paths: tuple[Path, ...]) -> Generator[list[Verdict]]:
+def _judged(outside: PluginConfig, paths: tuple[Path, ...]) -> Generator[list[CheckResult]]:
     if outside.role == "objective":
         objective: Objective = make(outside, objective_tools())
-        yield judge(OBJECTIVE_LAWS, objective_subject(objective))
-    elif outside.role == "cutter":
+        yield run_checks(OBJECTIVE_LAWS, objective_subject(objective))
+    elif outside.role == "sampler":
 
-        def cutter_of(tools: CutterTools) -> Cutter:
+        def cutter_of(tools: SamplerContext) -> Sampler:
             return make(outside, tools)
 
         cases = cutter_cases()
         cutter_of(cases[0])  # what can't be made at all is one error and not one by each law
-        yield judge(CUTTER_LAWS, CutterSubject(cutter_of, cases))
+        yield run_checks(CUTTER_LAWS, SamplerFixture(cutter_of, cases))
     else:
         with tempfile.TemporaryDirectory() as folder:
-            make(outside, SourceTools(paths))
-            yield judge(SOURCE_LAWS, SourceSubject(*_variants(outside, paths, Path(folder))))
+            make(outside, SourceContext(paths))
+            yield run_checks(SOURCE_LAWS, SourceFixture(*_variants(outside, paths, Path(folder))))
 
 
 Made = Callable[[], Source]
 
 
-def _variants(outside: Outside, paths: tuple[Path, ...], folder: Path) -> tuple[Made, list[tuple[str, Made]]]:
+def _variants(outside: PluginConfig, paths: tuple[Path, ...], folder: Path) -> tuple[Made, list[tuple[str, Made]]]:
     """A way to make the source, and ways to make it with one setting or one text changed."""
 
     def made(settings: Any, read: tuple[Path, ...]) -> Made:
-        return lambda: make(dataclasses.replace(outside, settings=settings), SourceTools(read))
+        return lambda: make(dataclasses.replace(outside, settings=settings), SourceContext(read))
 
     others: list[tuple[str, Made]] = []
     for field in dataclasses.fields(outside.settings):
@@ -152,10 +154,10 @@ def _variants(outside: Outside, paths: tuple[Path, ...], folder: Path) -> tuple[
 # Another process ----------------------------------------------------------------------------------------------------
 
 
-def _alike(outside: Outside, paths: tuple[Path, ...]) -> Verdict:
+def _alike(outside: PluginConfig, paths: tuple[Path, ...]) -> CheckResult:
     """Whether a process of its own, in which Python's hashes are salted otherwise, gets the same results."""
 
-    def test(asked: Outside) -> None:
+    def test(asked: PluginConfig) -> None:
         task = {
             "role": asked.role,
             "toml": dump_config(asked),
@@ -179,5 +181,7 @@ def _alike(outside: Outside, paths: tuple[Path, ...]) -> Verdict:
             "a new Python got another result: does it use hash(), a set's order, the time or the process?",
         )
 
-    law: Law[Outside] = Law(_ALIKE, "A new Python gets the same result: a run must go on in another process.", test)
-    return judge([law], outside)[0]
+    law: Check[PluginConfig] = Check(
+        _ALIKE, "A new Python gets the same result: a run must go on in another process.", test
+    )
+    return run_checks([law], outside)[0]

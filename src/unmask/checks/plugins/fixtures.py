@@ -1,4 +1,4 @@
-"""Room card: what objectives and cutters are tried on.
+"""Room card: what objectives and samplers are tried on.
 
 Comes in: nothing. Goes out: a tokenizer learnt from a page of text, texts of many lengths made with it, lengths of
 documents, what an objective is made with. Called by: check, elsewhere, tests.
@@ -15,10 +15,20 @@ import torch
 from torch import Tensor, nn
 
 from unmask.checks.plugins.runner import require
-from unmask.core.types import SPECIAL, Batch, CutterTools, Loss, Objective, ObjectiveTools, Puzzle, Text, pack
-from unmask.models import EncoderSettings, build
-from unmask.models.modernbert import ModernSettings
-from unmask.tokenization.settings import WordPieceSettings
+from unmask.core.types import (
+    SPECIAL,
+    Batch,
+    LossSums,
+    MaskedBatch,
+    Objective,
+    ObjectiveContext,
+    Sample,
+    SamplerContext,
+    pack,
+)
+from unmask.models import EncoderConfig, build_model
+from unmask.models.modernbert import ModernBertConfig
+from unmask.tokenization.settings import WordPieceConfig
 from unmask.tokenization.tokenizer import Tokenizer, train_tokenizer
 
 PAGE = """\
@@ -44,46 +54,46 @@ DOCUMENTS: tuple[tuple[tuple[int, ...], int], ...] = (  # tokens of the document
 @cache
 def sample_tokenizer() -> Tokenizer:
     """WordPiece with 120 pieces, learnt from the page."""
-    return train_tokenizer([PAGE], WordPieceSettings(vocab=120))
+    return train_tokenizer([PAGE], WordPieceConfig(vocab_size=120))
 
 
-def sample_texts() -> list[Text]:
+def sample_texts() -> list[Sample]:
     """Windows of the page of many lengths, between [CLS] and [SEP], each with an epoch and a number of its own."""
     encoded = sample_tokenizer().encode(PAGE)
-    made: list[Text] = []
+    made: list[Sample] = []
     first = 0
     for number, length in enumerate(LENGTHS):
         ids, marks = encoded.ids[first : first + length], encoded.marks[first : first + length]
-        made.append(Text(*sample_tokenizer().framed(ids, marks), epoch=number % 3, number=7 * number))
+        made.append(Sample(*sample_tokenizer().add_special_tokens(ids, marks), epoch=number % 3, number=7 * number))
         first += length
     return made
 
 
-def nothing_askable() -> Text:
+def nothing_askable() -> Sample:
     """A text of special pieces alone."""
-    ids, _ = sample_tokenizer().framed(np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.uint8))
-    return Text(ids, np.full(len(ids), SPECIAL, dtype=np.uint8), epoch=1, number=5)
+    ids, _ = sample_tokenizer().add_special_tokens(np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.uint8))
+    return Sample(ids, np.full(len(ids), SPECIAL, dtype=np.uint8), epoch=1, number=5)
 
 
-def cutter_cases() -> list[CutterTools]:
+def cutter_cases() -> list[SamplerContext]:
     """Documents of many lengths: empty, short, of exactly a sample, long."""
-    return [CutterTools(np.array(lengths, dtype=np.int64), length, seed=3) for lengths, length in DOCUMENTS]
+    return [SamplerContext(np.array(lengths, dtype=np.int64), length, seed=3) for lengths, length in DOCUMENTS]
 
 
-def objective_tools() -> ObjectiveTools:
+def objective_tools() -> ObjectiveContext:
     """What an objective is made with when it is judged."""
-    return ObjectiveTools(sample_tokenizer(), WIDTH)
+    return ObjectiveContext(sample_tokenizer(), WIDTH)
 
 
 @dataclass(frozen=True)
-class ObjectiveSubject:
+class ObjectiveFixture:
     """An objective and what it is tried on: texts with something askable, and one with nothing but special pieces."""
 
     objective: Objective
     encoder: nn.Module
     head: nn.Module
-    texts: Sequence[Text]
-    nothing: Text
+    texts: Sequence[Sample]
+    nothing: Sample
     seed: int
     vocabulary: int
 
@@ -91,44 +101,49 @@ class ObjectiveSubject:
         """All texts in their order; with `slots`, a filler text of so many ends it."""
         return pack(self.texts, slots=sum(len(text.ids) for text in self.texts) + slots if slots else None)
 
-    def puzzle(self) -> Puzzle:
+    def puzzle(self) -> MaskedBatch:
         """All texts, corrupted."""
         return self.objective.corrupt(self.batch(), self.seed)
 
-    def loss(self, puzzle: Puzzle) -> Loss:
+    def loss(self, masked: MaskedBatch) -> LossSums:
         """The loss without dropout."""
         self.encoder.eval()
         self.head.eval()
-        self.objective.parts.eval()
-        return self.objective.loss(self.encoder, self.head, puzzle)
+        self.objective.modules.eval()
+        return self.objective.loss(self.encoder, self.head, masked)
 
-    def backward(self, puzzle: Puzzle) -> list[Tensor]:
+    def backward(self, masked: MaskedBatch) -> list[Tensor]:
         """The gradients of every parameter, after all sums went back through the model in training."""
-        modules = (self.encoder, self.head, self.objective.parts)
+        modules = (self.encoder, self.head, self.objective.modules)
         for module in modules:
             module.train()
             module.zero_grad(set_to_none=True)
-        loss = self.objective.loss(self.encoder, self.head, puzzle)
+        loss = self.objective.loss(self.encoder, self.head, masked)
         total = sum(loss.sums.values(), torch.zeros(()))
-        require(bool(total.requires_grad) or not len(puzzle.at_M), "the sums have no gradient: was something detached?")
+        require(
+            bool(total.requires_grad) or not len(masked.positions_M),
+            "the sums have no gradient: was something detached?",
+        )
         if total.requires_grad:
             total.backward()
         found = [parameter.grad for module in modules for parameter in module.parameters()]
         return [gradient for gradient in found if gradient is not None]
 
 
-ENCODER = ModernSettings(layers=2, width=WIDTH, heads=2, feed_forward=24, local_window=16)
+ENCODER = ModernBertConfig(
+    num_hidden_layers=2, hidden_size=WIDTH, num_attention_heads=2, intermediate_size=24, local_attention=16
+)
 
 
 def objective_subject(
     objective: Objective,
-    shape: EncoderSettings = ENCODER,
-    tried_on: Sequence[Text] | None = None,
+    shape: EncoderConfig = ENCODER,
+    tried_on: Sequence[Sample] | None = None,
     vocabulary: int | None = None,
     seed: int = SEED,
-) -> ObjectiveSubject:
+) -> ObjectiveFixture:
     """An objective with a small model and texts to be tried on."""
     size = sample_tokenizer().size if vocabulary is None else vocabulary
     torch.manual_seed(1)
-    encoder, head = build(shape, size)
-    return ObjectiveSubject(objective, encoder, head, tried_on or sample_texts(), nothing_askable(), seed, size)
+    encoder, head = build_model(shape, size)
+    return ObjectiveFixture(objective, encoder, head, tried_on or sample_texts(), nothing_askable(), seed, size)

@@ -15,67 +15,67 @@ import numpy as np
 import torch
 
 from unmask.core.errors import UnmaskError
-from unmask.core.plugins import culprit
+from unmask.core.plugins import user_frame
 
-Subject = TypeVar("Subject")
+Fixture = TypeVar("Fixture")
 
 
-class Broken(Exception):
+class CheckFailed(Exception):
     """A law is broken: how, in words."""
 
 
 @dataclass(frozen=True)
-class Law(Generic[Subject]):
+class Check(Generic[Fixture]):
     """A promise: its name, a sentence that says it, and the function that raises Broken where it is not kept."""
 
     name: str
     sentence: str
-    test: Callable[[Subject], None]
+    test: Callable[[Fixture], None]
 
 
 @dataclass(frozen=True)
-class Verdict:
+class CheckResult:
     """Whether a law is kept and, where it isn't, what was seen."""
 
-    law: str
+    check: str
     sentence: str
     passed: bool
     detail: str = ""
 
 
-def law(suite: list[Law[Subject]]) -> Callable[[Callable[[Subject], None]], Callable[[Subject], None]]:
+def law(suite: list[Check[Fixture]]) -> Callable[[Callable[[Fixture], None]], Callable[[Fixture], None]]:
     """Add a function to a suite; its name, spelt with spaces, is the law's, its docstring the sentence."""
 
-    def add(test: Callable[[Subject], None]) -> Callable[[Subject], None]:
-        suite.append(Law(test.__name__.replace("_", " "), (test.__doc__ or "").strip(), test))
+    def add(test: Callable[[Fixture], None]) -> Callable[[Fixture], None]:
+        suite.append(Check(test.__name__.replace("_", " "), (test.__doc__ or "").strip(), test))
         return test
 
     return add
 
 
-def judge(laws: Sequence[Law[Subject]], subject: Subject) -> list[Verdict]:
+def run_checks(checks: Sequence[Check[Fixture]], subject: Fixture) -> list[CheckResult]:
     """A verdict by each law; an error of the code that is judged breaks the law that met it."""
-    return [_verdict(one, subject) for one in laws]
+    return [_verdict(one, subject) for one in checks]
 
 
-def _verdict(one: Law[Subject], subject: Subject) -> Verdict:
+def _verdict(one: Check[Fixture], subject: Fixture) -> CheckResult:
     try:
         one.test(subject)
-    except Broken as broken:
-        return Verdict(one.name, one.sentence, passed=False, detail=str(broken))
+    except CheckFailed as broken:
+        return CheckResult(one.name, one.sentence, passed=False, detail=str(broken))
     except UnmaskError as error:
-        return Verdict(one.name, one.sentence, passed=False, detail=error.what)
+        return CheckResult(one.name, one.sentence, passed=False, detail=error.message)
     except Exception as error:  # whatever the code that is judged does
-        place = culprit(error)
+        place = user_frame(error)
         reason = f"{type(error).__name__}: {error}" + (f" (at {place})" if place else "")
-        return Verdict(one.name, one.sentence, passed=False, detail=reason)
-    return Verdict(one.name, one.sentence, passed=True)
+        return CheckResult(one.name, one.sentence, passed=False, detail=reason)
+    return CheckResult(one.name, one.sentence, passed=True)
 
 
 def require(kept: bool, otherwise: str) -> None:
     """Raise Broken unless `kept`."""
     if not kept:
-        raise Broken(otherwise)
+        raise CheckFailed(otherwise)
 
 
 def is_a(value: object, kind: type) -> bool:

@@ -15,23 +15,28 @@ from typing import Any, cast
 
 from unmask.checks.plugins.fixtures import SEED, cutter_cases, objective_tools, sample_texts
 from unmask.checks.plugins.suites import read
-from unmask.core.config import build_outside
-from unmask.core.plugins import ROLES, Outside, make
-from unmask.core.types import Cutter, Objective, Source, SourceTools, pack
+from unmask.core.config import build_plugin
+from unmask.core.plugins import PLUGIN_TYPES, PluginConfig, make
+from unmask.core.types import Objective, Sampler, Source, SourceContext, pack
 
 
-def result_digest(outside: Outside, paths: tuple[Path, ...]) -> str:
+def result_digest(outside: PluginConfig, paths: tuple[Path, ...]) -> str:
     """A digest of what the kind gives: a puzzle, an epoch of cuts, or a fingerprint with all passages."""
     told: Any
     if outside.role == "objective":
         objective: Objective = make(outside, objective_tools())
-        puzzle = objective.corrupt(pack(sample_texts()), SEED)
-        told = [puzzle.batch.ids_T.tolist(), puzzle.at_M.tolist(), puzzle.weight_M.tolist(), puzzle.chance_M.tolist()]
-    elif outside.role == "cutter":
-        cutters: list[Cutter] = [make(outside, tools) for tools in cutter_cases()]
+        masked = objective.corrupt(pack(sample_texts()), SEED)
+        told = [
+            masked.batch.ids_T.tolist(),
+            masked.positions_M.tolist(),
+            masked.weights_M.tolist(),
+            masked.chance_M.tolist(),
+        ]
+    elif outside.role == "sampler":
+        cutters: list[Sampler] = [make(outside, tools) for tools in cutter_cases()]
         told = [[cutter.cut(1, sample) for sample in range(cutter.count(1))] for cutter in cutters]
     else:
-        source: Source = make(outside, SourceTools(paths))
+        source: Source = make(outside, SourceContext(paths))
         told = [source.fingerprint, list(read(source).values())]
     return hashlib.sha256(repr(told).encode("utf-8", "surrogatepass")).hexdigest()
 
@@ -40,5 +45,5 @@ def answer_parent() -> None:
     """Print the digest of the task on standard input: the other process of a check."""
     task = cast("dict[str, Any]", json.load(sys.stdin))
     sys.path[:] = task["path"]
-    outside = build_outside(ROLES[task["role"]], tomllib.loads(task["toml"]), "the parent process")
+    outside = build_plugin(PLUGIN_TYPES[task["role"]], tomllib.loads(task["toml"]), "the parent process")
     print(result_digest(outside, tuple(Path(path) for path in task["paths"])))

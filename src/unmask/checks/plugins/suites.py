@@ -1,6 +1,6 @@
 """Room card: what contracts.Cutter promises, law by law.
 
-Comes in: a way to make the cutter, and the lengths of documents. Goes out: CUTTER_LAWS, judged by laws.judge. Called
+Comes in: a way to make the sampler, and the lengths of documents. Goes out: CUTTER_LAWS, judged by laws.judge. Called
 by: check, tests/contracts.
 """
 
@@ -15,32 +15,42 @@ from typing import Any, Final
 import torch
 from torch import nn
 
-from unmask.checks.plugins.fixtures import ObjectiveSubject
-from unmask.checks.plugins.runner import Broken, Law, generators, is_a, law, require
-from unmask.core.types import SPECIAL, Cut, Cutter, CutterTools, Part, Passage, Puzzle, Source, pack
+from unmask.checks.plugins.fixtures import ObjectiveFixture
+from unmask.checks.plugins.runner import Check, CheckFailed, generators, is_a, law, require
+from unmask.core.types import (
+    SPECIAL,
+    DocumentChunk,
+    MaskedBatch,
+    Sampler,
+    SamplerContext,
+    SampleSpec,
+    Source,
+    SourceShard,
+    pack,
+)
 from unmask.data.sampling import EPOCH_STRIDE
 
-CUTTER_LAWS: Final[list[Law[CutterSubject]]] = []
+CUTTER_LAWS: Final[list[Check[SamplerFixture]]] = []
 _EPOCHS: Final = (0, 1, EPOCH_STRIDE)  # the last is where the second stage of a run begins
 _CUTS: Final = 5000  # looked at in an epoch, at most
 
 
 @dataclass(frozen=True)
-class CutterSubject:
-    """A cutter, as it is made from tools, and the cases that it is tried on."""
+class SamplerFixture:
+    """A sampler, as it is made from tools, and the cases that it is tried on."""
 
-    cutter_of: Callable[[CutterTools], Cutter]
-    cases: Sequence[CutterTools]
+    cutter_of: Callable[[SamplerContext], Sampler]
+    cases: Sequence[SamplerContext]
     spans: int = 1  # of each sample
 
-    def tried(self) -> Iterator[tuple[CutterTools, Cutter, str]]:
-        """Each case, its cutter and how to call it."""
+    def tried(self) -> Iterator[tuple[SamplerContext, Sampler, str]]:
+        """Each case, its sampler and how to call it."""
         for tools in self.cases:
             sizes = tools.lengths_N.tolist()
             shown = f"{sizes[:6]}{' …' if len(sizes) > 6 else ''}"
             yield tools, self.cutter_of(tools), f"documents of {shown} tokens, {tools.length} a sample"
 
-    def cuts(self) -> Iterator[tuple[CutterTools, int, int, Cut, str]]:
+    def cuts(self) -> Iterator[tuple[SamplerContext, int, int, SampleSpec, str]]:
         """Every cut of every case and epoch: tools, epoch, sample, cut, how to call it."""
         for tools, cutter, case in self.tried():
             for epoch in _EPOCHS:
@@ -49,7 +59,7 @@ class CutterSubject:
 
 
 @law(CUTTER_LAWS)
-def the_number_of_samples_is_known(subject: CutterSubject) -> None:
+def the_number_of_samples_is_known(subject: SamplerFixture) -> None:
     """`count` is a whole number above 0, the same in each epoch and each time, and so many samples can be cut."""
     for _, cutter, case in subject.tried():
         counts = {epoch: cutter.count(epoch) for epoch in (*_EPOCHS, 0)}
@@ -57,12 +67,12 @@ def the_number_of_samples_is_known(subject: CutterSubject) -> None:
         require(min(counts.values()) > 0, f"{case}: there is no sample")
         require(len(set(counts.values())) == 1, f"{case}: epochs of different size: {counts}")
         last = cutter.cut(0, counts[0] - 1)
-        require(is_a(last, Cut), f"{case}: `cut` gives a {type(last).__name__}, not a Cut")
+        require(is_a(last, SampleSpec), f"{case}: `cut` gives a {type(last).__name__}, not a Cut")
 
 
 @law(CUTTER_LAWS)
-def cut_is_pure(subject: CutterSubject) -> None:
-    """A sample is the same each time, in any order, from a cutter made anew; no generator moves."""
+def cut_is_pure(subject: SamplerFixture) -> None:
+    """A sample is the same each time, in any order, from a sampler made anew; no generator moves."""
     before = generators()
     for tools, cutter, case in subject.tried():
         samples = range(min(cutter.count(0), _CUTS))
@@ -72,13 +82,13 @@ def cut_is_pure(subject: CutterSubject) -> None:
             require(first == backwards, f"{case}: epoch {epoch} is another when it is read backwards")
             anew = subject.cutter_of(tools)
             require(
-                first == [anew.cut(epoch, sample) for sample in samples], f"{case}: a cutter made anew cuts otherwise"
+                first == [anew.cut(epoch, sample) for sample in samples], f"{case}: a sampler made anew cuts otherwise"
             )
     require(before == generators(), "it drew from a generator: use unmask.core.rng, whose draws have no state")
 
 
 @law(CUTTER_LAWS)
-def a_sample_is_one_span_of_a_document(subject: CutterSubject) -> None:
+def a_sample_is_one_span_of_a_document(subject: SamplerFixture) -> None:
     """Each cut holds one span, not empty, within its document."""
     for tools, _, _, cut, case in subject.cuts():
         require(len(cut.spans) == subject.spans, f"{case}: {len(cut.spans)} spans, not {subject.spans}")
@@ -90,14 +100,14 @@ def a_sample_is_one_span_of_a_document(subject: CutterSubject) -> None:
 
 
 @law(CUTTER_LAWS)
-def a_sample_fits(subject: CutterSubject) -> None:
+def a_sample_fits(subject: SamplerFixture) -> None:
     """No cut holds more tokens than `length`."""
     for tools, _, _, cut, case in subject.cuts():
         require(cut.tokens <= tools.length, f"{case}: {cut.tokens} tokens")
 
 
 @law(CUTTER_LAWS)
-def a_sample_has_its_own_key(subject: CutterSubject) -> None:
+def a_sample_has_its_own_key(subject: SamplerFixture) -> None:
     """No two samples have one (epoch, number), in an epoch or in two: every draw hangs on that key."""
     for _, cutter, case in subject.tried():
         seen: dict[tuple[int, int], str] = {}
@@ -109,16 +119,16 @@ def a_sample_has_its_own_key(subject: CutterSubject) -> None:
                 require(before == place, f"{case}: {place} has the epoch and number of {before}")
 
 
-SOURCE_LAWS: Final[list[Law[SourceSubject]]] = []
+SOURCE_LAWS: Final[list[Check[SourceFixture]]] = []
 PASSAGE_CHARACTERS: Final = 1_000_000
 MOST_CHARACTERS: Final = 5_000_000  # read of a part, at most: laws that hold so far hold
 _PARTS: Final = 20
 
-Read = dict[Part, list[Passage]]
+Read = dict[SourceShard, list[DocumentChunk]]
 
 
 @dataclass(frozen=True)
-class SourceSubject:
+class SourceFixture:
     """A source, as it is made, and others that differ from it by a setting or by their text."""
 
     source_of: Callable[[], Source]
@@ -132,8 +142,8 @@ def read(source: Source, *, backwards: bool = False) -> Read:
     return {part: found[part] for part in parts}
 
 
-def _passages(source: Source, part: Part) -> list[Passage]:
-    held: list[Passage] = []
+def _passages(source: Source, part: SourceShard) -> list[DocumentChunk]:
+    held: list[DocumentChunk] = []
     characters = 0
     for passage in source.documents(part):
         held.append(passage)
@@ -143,17 +153,17 @@ def _passages(source: Source, part: Part) -> list[Passage]:
     return held
 
 
-def _whole(source: Source, part: Part, held: Sequence[Passage]) -> bool:
+def _whole(source: Source, part: SourceShard, held: Sequence[DocumentChunk]) -> bool:
     return sum(len(passage.text) for passage in held) <= MOST_CHARACTERS
 
 
 @law(SOURCE_LAWS)
-def parts_come_in_a_fixed_order(subject: SourceSubject) -> None:
+def parts_come_in_a_fixed_order(subject: SourceFixture) -> None:
     """`parts` gives the same pieces in the same order each time, each once, at least one."""
     source = subject.source_of()
     first = list(source.parts())
     require(bool(first), "there is no part")
-    wrong = [type(part).__name__ for part in first if not is_a(part, Part)]
+    wrong = [type(part).__name__ for part in first if not is_a(part, SourceShard)]
     require(not wrong, f"a part is a {wrong[:1]}, not a unmask.core.types.Part")
     require(len(set(first)) == len(first), "a part comes twice")
     require(first == list(source.parts()), "another order the second time")
@@ -161,7 +171,7 @@ def parts_come_in_a_fixed_order(subject: SourceSubject) -> None:
 
 
 @law(SOURCE_LAWS)
-def documents_are_the_same_each_time(subject: SourceSubject) -> None:
+def documents_are_the_same_each_time(subject: SourceFixture) -> None:
     """A part's passages are the same whenever they are read, whatever was read before, also from a source made anew."""
     source = subject.source_of()
     first = read(source)
@@ -171,13 +181,13 @@ def documents_are_the_same_each_time(subject: SourceSubject) -> None:
 
 
 @law(SOURCE_LAWS)
-def passages_come_in_order(subject: SourceSubject) -> None:
+def passages_come_in_order(subject: SourceFixture) -> None:
     """Documents of a part are numbered from 0 on, their passages too, and the last passage of each says so."""
     source = subject.source_of()
     for part, passages in read(source).items():
         document = piece = 0
         for number, passage in enumerate(passages):
-            require(is_a(passage, Passage), f"{part.path}: `documents` gives a {type(passage).__name__}")
+            require(is_a(passage, DocumentChunk), f"{part.path}: `documents` gives a {type(passage).__name__}")
             place = f"{part.path}, passage {number}"
             wanted, got = (document, piece), (passage.document, passage.piece)
             require(got == wanted, f"{place}: document and piece are {got} where {wanted} come next")
@@ -187,7 +197,7 @@ def passages_come_in_order(subject: SourceSubject) -> None:
 
 
 @law(SOURCE_LAWS)
-def text_is_text(subject: SourceSubject) -> None:
+def text_is_text(subject: SourceFixture) -> None:
     """Text can be written as UTF-8, is NFC, and there is some that is not blank."""
     seen = False
     for part, passages in read(subject.source_of()).items():
@@ -203,7 +213,7 @@ def text_is_text(subject: SourceSubject) -> None:
 
 
 @law(SOURCE_LAWS)
-def passages_are_bounded(subject: SourceSubject) -> None:
+def passages_are_bounded(subject: SourceFixture) -> None:
     """No passage is longer than a million characters, and each says for how many it stands."""
     for part, passages in read(subject.source_of()).items():
         for number, passage in enumerate(passages):
@@ -215,7 +225,7 @@ def passages_are_bounded(subject: SourceSubject) -> None:
 
 
 @law(SOURCE_LAWS)
-def a_fingerprint_is_stable(subject: SourceSubject) -> None:
+def a_fingerprint_is_stable(subject: SourceFixture) -> None:
     """The fingerprint is a text that stays, before and after reading and for a source made anew."""
     source = subject.source_of()
     first = source.fingerprint
@@ -226,7 +236,7 @@ def a_fingerprint_is_stable(subject: SourceSubject) -> None:
 
 
 @law(SOURCE_LAWS)
-def a_fingerprint_changes_with_the_text(subject: SourceSubject) -> None:
+def a_fingerprint_changes_with_the_text(subject: SourceFixture) -> None:
     """Where a setting or a file gives other text, the fingerprint is another: caches and resuming go by it."""
     source = subject.source_of()
     seen = {source.fingerprint: ("as it is", list(read(source).values()))}
@@ -240,49 +250,54 @@ def a_fingerprint_changes_with_the_text(subject: SourceSubject) -> None:
         require(before[1] == texts, f"one fingerprint for two texts: {before[0]}, and {what}")
 
 
-OBJECTIVE_LAWS: Final[list[Law[ObjectiveSubject]]] = []
-_OF_SLOTS: Final = ("at_M", "answer_M", "weight_M", "chance_M")
+OBJECTIVE_LAWS: Final[list[Check[ObjectiveFixture]]] = []
+_OF_SLOTS: Final = ("positions_M", "labels_M", "weights_M", "chance_M")
 _FILLER_SLOTS: Final = 11
 _NEAR: Final = 1e-4  # relative; sums in float32 differ in their last digits by how texts were batched
 
 
-def _same(one: Puzzle, other: Puzzle) -> str:
+def _same(one: MaskedBatch, other: MaskedBatch) -> str:
     """The name of what differs between two puzzles, or nothing."""
     if not torch.equal(one.batch.ids_T, other.batch.ids_T):
         return "batch.ids_T"
     for name in _OF_SLOTS:
         if not torch.equal(getattr(one, name), getattr(other, name)):
             return name
-    return "" if dict(one.counts) == dict(other.counts) and one.askable == other.askable else "counts"
+    return (
+        ""
+        if dict(one.denominators) == dict(other.denominators) and one.num_maskable == other.num_maskable
+        else "denominators"
+    )
 
 
-def _rows(puzzle: Puzzle, text: int) -> dict[str, list[Any]]:
+def _rows(masked: MaskedBatch, text: int) -> dict[str, list[Any]]:
     """What a puzzle holds of one of its texts, as if it lay alone."""
-    first, last = puzzle.batch.starts[text], puzzle.batch.starts[text + 1]
-    inside_M = (puzzle.at_M >= first) & (puzzle.at_M < last)
-    rows = {name: getattr(puzzle, name)[inside_M].tolist() for name in _OF_SLOTS}
-    rows["at_M"] = [slot - first for slot in rows["at_M"]]
-    return {"ids_T": puzzle.batch.ids_T[first:last].tolist(), **rows}
+    first, last = masked.batch.offsets[text], masked.batch.offsets[text + 1]
+    inside_M = (masked.positions_M >= first) & (masked.positions_M < last)
+    rows = {name: getattr(masked, name)[inside_M].tolist() for name in _OF_SLOTS}
+    rows["positions_M"] = [slot - first for slot in rows["positions_M"]]
+    return {"ids_T": masked.batch.ids_T[first:last].tolist(), **rows}
 
 
 @law(OBJECTIVE_LAWS)
-def says_what_it_is(subject: ObjectiveSubject) -> None:
-    """`terms`, `metrics`, `cutter`, `parts` and `fills` are what the loop reads from them."""
+def says_what_it_is(subject: ObjectiveFixture) -> None:
+    """`loss_weights`, `metrics`, `sampler`, `modules` and `fills` are what the loop reads from them."""
     objective = subject.objective
-    weights = dict(objective.terms)
-    require(bool(weights), "`terms` is empty: name one, as in {'mlm': 1.0}")
+    weights = dict(objective.loss_weights)
+    require(bool(weights), "`loss_weights` is empty: name one, as in {'mlm': 1.0}")
     require(
-        all(math.isfinite(w) and w > 0 for w in weights.values()), f"`terms` has a weight that is no share: {weights}"
+        all(math.isfinite(w) and w > 0 for w in weights.values()),
+        f"`loss_weights` has a weight that is no share: {weights}",
     )
     require("loss" in objective.metrics, f'`metrics` has no "loss", which every display shows: {objective.metrics}')
-    require(is_a(objective.parts, nn.Module), "`parts` is no torch.nn.Module; an empty nn.Module() will do")
+    require(is_a(objective.modules, nn.Module), "`modules` is no torch.nn.Module; an empty nn.Module() will do")
     require(is_a(objective.fills, bool), "`fills` is neither True nor False")
     known = ("windows", "next-sentence", "sentence-order")
-    require(objective.cutter in known, f"`cutter` is {objective.cutter!r}; there are {', '.join(known)}")
+    require(objective.sampler in known, f"`sampler` is {objective.sampler!r}; there are {', '.join(known)}")
 
 
 @law(OBJECTIVE_LAWS)
-def corrupt_is_pure(subject: ObjectiveSubject) -> None:
+def corrupt_is_pure(subject: ObjectiveFixture) -> None:
     """A batch and a seed always give the same puzzle; the batch stays as it was and no generator moves."""
     batch, before = subject.batch(), generators()
     ids_T = batch.ids_T.clone()
@@ -302,7 +317,7 @@ def corrupt_is_pure(subject: ObjectiveSubject) -> None:
 
 
 @law(OBJECTIVE_LAWS)
-def a_text_is_asked_alike_in_any_company(subject: ObjectiveSubject) -> None:
+def a_text_is_asked_alike_in_any_company(subject: ObjectiveFixture) -> None:
     """What is hidden and asked in a text is the same alone, beside other texts and in another order."""
     whole = subject.puzzle()
     turned = subject.objective.corrupt(pack(list(reversed(subject.texts))), subject.seed)
@@ -315,46 +330,53 @@ def a_text_is_asked_alike_in_any_company(subject: ObjectiveSubject) -> None:
 
 
 @law(OBJECTIVE_LAWS)
-def asks_something(subject: ObjectiveSubject) -> None:
+def asks_something(subject: ObjectiveFixture) -> None:
     """Of ordinary texts, something is asked."""
     tokens = subject.batch().tokens
-    require(len(subject.puzzle().at_M) > 0, f"nothing was asked in {len(subject.texts)} texts of {tokens} tokens")
+    require(
+        len(subject.puzzle().positions_M) > 0, f"nothing was asked in {len(subject.texts)} texts of {tokens} tokens"
+    )
 
 
 @law(OBJECTIVE_LAWS)
-def asked_slots_ascend_inside_texts(subject: ObjectiveSubject) -> None:
-    """`at_M` is int64, ascending, each slot once, and none lies in the filler text or beyond."""
+def asked_slots_ascend_inside_texts(subject: ObjectiveFixture) -> None:
+    """`positions_M` is int64, ascending, each slot once, and none lies in the filler text or beyond."""
     batch = subject.batch(slots=_FILLER_SLOTS)
-    at_M = subject.objective.corrupt(batch, subject.seed).at_M
-    require(at_M.dtype == torch.int64 and at_M.ndim == 1, f"`at_M` is {at_M.dtype} with {at_M.ndim} dimensions")
-    require(bool((at_M.diff() > 0).all()), "`at_M` does not ascend, or names a slot twice")
-    outside = [slot for slot in at_M.tolist() if not 0 <= slot < batch.tokens]
+    positions_M = subject.objective.corrupt(batch, subject.seed).positions_M
+    require(
+        positions_M.dtype == torch.int64 and positions_M.ndim == 1,
+        f"`positions_M` is {positions_M.dtype} with {positions_M.ndim} dimensions",
+    )
+    require(bool((positions_M.diff() > 0).all()), "`positions_M` does not ascend, or names a slot twice")
+    outside = [slot for slot in positions_M.tolist() if not 0 <= slot < batch.tokens]
     require(not outside, f"slots {outside[:5]} lie in no text: the texts end at {batch.tokens}")
 
 
 @law(OBJECTIVE_LAWS)
-def special_pieces_are_never_asked(subject: ObjectiveSubject) -> None:
+def special_pieces_are_never_asked(subject: ObjectiveFixture) -> None:
     """No slot with the mark SPECIAL ([CLS], [SEP], [UNK] …) is asked about."""
-    puzzle = subject.puzzle()
-    special = [slot for slot in puzzle.at_M.tolist() if subject.batch().marks_T[slot] & SPECIAL]
+    masked = subject.puzzle()
+    special = [slot for slot in masked.positions_M.tolist() if subject.batch().token_flags_T[slot] & SPECIAL]
     require(not special, f"special pieces are asked at slots {special[:5]}")
 
 
 @law(OBJECTIVE_LAWS)
-def answers_are_what_stood_there(subject: ObjectiveSubject) -> None:
-    """`answer_M` holds the ids of the batch at `at_M`, before anything was hidden."""
-    puzzle = subject.puzzle()
-    original_M = subject.batch().ids_T[puzzle.at_M]
-    require(torch.equal(puzzle.answer_M, original_M), "`answer_M` is not batch.ids_T[at_M]")
+def answers_are_what_stood_there(subject: ObjectiveFixture) -> None:
+    """`labels_M` holds the ids of the batch at `positions_M`, before anything was hidden."""
+    masked = subject.puzzle()
+    original_M = subject.batch().ids_T[masked.positions_M]
+    require(torch.equal(masked.labels_M, original_M), "`labels_M` is not batch.ids_T[positions_M]")
 
 
 @law(OBJECTIVE_LAWS)
-def the_layout_stays(subject: ObjectiveSubject) -> None:
+def the_layout_stays(subject: ObjectiveFixture) -> None:
     """Only ids change: texts keep their places, marks and keys, and ids stay within the vocabulary."""
     batch, seen = subject.batch(), subject.puzzle().batch
-    require(seen.starts == batch.starts and seen.filler == batch.filler, "texts lie elsewhere than in the batch")
-    require(torch.equal(seen.marks_T, batch.marks_T), "`marks_T` was changed")
-    require(torch.equal(seen.sample_B2, batch.sample_B2), "`sample_B2`, the key of every draw, was changed")
+    require(seen.offsets == batch.offsets and seen.filler == batch.filler, "texts lie elsewhere than in the batch")
+    require(torch.equal(seen.token_flags_T, batch.token_flags_T), "`token_flags_T` was changed")
+    require(
+        torch.equal(seen.sample_keys_B2, batch.sample_keys_B2), "`sample_keys_B2`, the key of every draw, was changed"
+    )
     require(seen.progress == batch.progress, "`progress` was changed")
     require(seen.ids_T.dtype == torch.int64 and seen.ids_T.shape == batch.ids_T.shape, "`ids_T` has another shape")
     beyond = seen.ids_T[(seen.ids_T < 0) | (seen.ids_T >= subject.vocabulary)].tolist()
@@ -362,52 +384,65 @@ def the_layout_stays(subject: ObjectiveSubject) -> None:
 
 
 @law(OBJECTIVE_LAWS)
-def counts_match_what_is_asked(subject: ObjectiveSubject) -> None:
+def counts_match_what_is_asked(subject: ObjectiveFixture) -> None:
     """There is a count for each term, and one answer, weight and chance for each asked slot."""
-    puzzle, terms = subject.puzzle(), set(subject.objective.terms)
-    require(set(puzzle.counts) == terms, f"`counts` has {sorted(puzzle.counts)}, `terms` has {sorted(terms)}")
-    require(all(type(count) is int and count >= 0 for count in puzzle.counts.values()), f"no counts: {puzzle.counts}")
-    asked = len(puzzle.at_M)
-    sizes = {name: len(getattr(puzzle, name)) for name in _OF_SLOTS}
+    masked, terms = subject.puzzle(), set(subject.objective.loss_weights)
+    require(
+        set(masked.denominators) == terms,
+        f"`denominators` has {sorted(masked.denominators)}, `loss_weights` has {sorted(terms)}",
+    )
+    require(
+        all(type(count) is int and count >= 0 for count in masked.denominators.values()),
+        f"no counts: {masked.denominators}",
+    )
+    asked = len(masked.positions_M)
+    sizes = {name: len(getattr(masked, name)) for name in _OF_SLOTS}
     require(set(sizes.values()) == {asked}, f"not one entry for each asked slot: {sizes}")
-    askable = int(((subject.batch().marks_T & SPECIAL) == 0).sum())
-    require(asked <= puzzle.askable <= askable, f"asked {asked}, `askable` {puzzle.askable}, ordinary slots {askable}")
-    require(bool(puzzle.weight_M.isfinite().all()), "`weight_M` holds what is no finite number")
-    require(bool(((puzzle.chance_M >= 0) & (puzzle.chance_M < 1)).all()), "`chance_M` leaves [0, 1)")
+    askable = int(((subject.batch().token_flags_T & SPECIAL) == 0).sum())
+    require(
+        asked <= masked.num_maskable <= askable,
+        f"asked {asked}, `num_maskable` {masked.num_maskable}, ordinary slots {askable}",
+    )
+    require(bool(masked.weights_M.isfinite().all()), "`weights_M` holds what is no finite number")
+    require(bool(((masked.chance_M >= 0) & (masked.chance_M < 1)).all()), "`chance_M` leaves [0, 1)")
 
 
 @law(OBJECTIVE_LAWS)
-def the_loss_is_named_sums(subject: ObjectiveSubject) -> None:
-    """`sums` has one finite scalar for each of `terms`, `seen` one (sum, count) for each of `metrics`."""
+def the_loss_is_named_sums(subject: ObjectiveFixture) -> None:
+    """`sums` has one finite scalar for each of `loss_weights`, `metrics` one (sum, count) for each of the objective's `metrics`."""
     loss, objective = subject.loss(subject.puzzle()), subject.objective
-    require(set(loss.sums) == set(objective.terms), f"`sums` has {sorted(loss.sums)}, not {sorted(objective.terms)}")
     require(
-        set(loss.seen) == set(objective.metrics), f"`seen` has {sorted(loss.seen)}, not {sorted(objective.metrics)}"
+        set(loss.sums) == set(objective.loss_weights),
+        f"`sums` has {sorted(loss.sums)}, not {sorted(objective.loss_weights)}",
+    )
+    require(
+        set(loss.metrics) == set(objective.metrics),
+        f"`metrics` has {sorted(loss.metrics)}, not {sorted(objective.metrics)}",
     )
     for name, value in loss.sums.items():
         require(value.ndim == 0 and bool(value.isfinite()), f"the sum of `{name}` is no finite scalar")
-    for name, (value, count) in loss.seen.items():
+    for name, (value, count) in loss.metrics.items():
         require(bool(torch.as_tensor(value).isfinite()) and type(count) is int, f"metric `{name}`: {value}, {count!r}")
 
 
 @law(OBJECTIVE_LAWS)
-def losses_add_over_micro_batches(subject: ObjectiveSubject) -> None:
+def losses_add_over_micro_batches(subject: ObjectiveFixture) -> None:
     """Sums, counts and metrics of a batch are those of its parts added up: sums, never means."""
     half = max(1, len(subject.texts) // 2)
     groups = [group for group in (subject.texts, subject.texts[:half], subject.texts[half:]) if group]
     with torch.no_grad():
-        puzzles = [subject.objective.corrupt(pack(group), subject.seed) for group in groups]
-        whole, *parts = [subject.loss(puzzle) for puzzle in puzzles]
-    for term in subject.objective.terms:
-        counted = puzzles[0].counts[term], sum(puzzle.counts[term] for puzzle in puzzles[1:])
+        masked_batches = [subject.objective.corrupt(pack(group), subject.seed) for group in groups]
+        whole, *parts = [subject.loss(masked) for masked in masked_batches]
+    for term in subject.objective.loss_weights:
+        counted = masked_batches[0].denominators[term], sum(puzzle.denominators[term] for puzzle in masked_batches[1:])
         require(counted[0] == counted[1], f"the count of `{term}` is {counted[0]} at once and {counted[1]} in parts")
         _require_near(float(whole.sums[term]), sum(float(part.sums[term]) for part in parts), f"the sum of `{term}`")
-    for name, (value, count) in whole.seen.items():
-        counted = count, sum(part.seen[name][1] for part in parts)
+    for name, (value, count) in whole.metrics.items():
+        counted = count, sum(part.metrics[name][1] for part in parts)
         require(
             counted[0] == counted[1], f"the count of metric `{name}` is {counted[0]} at once, {counted[1]} in parts"
         )
-        _require_near(float(value), sum(float(part.seen[name][0]) for part in parts), f"metric `{name}`")
+        _require_near(float(value), sum(float(part.metrics[name][0]) for part in parts), f"metric `{name}`")
 
 
 def _require_near(whole: float, parts: float, what: str) -> None:
@@ -416,41 +451,41 @@ def _require_near(whole: float, parts: float, what: str) -> None:
 
 
 @law(OBJECTIVE_LAWS)
-def the_loss_draws_nothing(subject: ObjectiveSubject) -> None:
+def the_loss_draws_nothing(subject: ObjectiveFixture) -> None:
     """Without dropout, the loss of a puzzle is the same each time and no generator moves."""
-    puzzle, before = subject.puzzle(), generators()
+    masked, before = subject.puzzle(), generators()
     with torch.no_grad():
-        first, second = subject.loss(puzzle), subject.loss(puzzle)
+        first, second = subject.loss(masked), subject.loss(masked)
     require(before == generators(), "it drew from a generator: what is random belongs into `corrupt` (chance_M)")
     for term, value in first.sums.items():
         require(torch.equal(value, second.sums[term]), f"the sum of `{term}` was another the second time")
 
 
 @law(OBJECTIVE_LAWS)
-def gradients_are_finite(subject: ObjectiveSubject) -> None:
+def gradients_are_finite(subject: ObjectiveFixture) -> None:
     """Every gradient is finite, also beside a filler text, and some of the encoder's are not zero."""
-    puzzle = subject.objective.corrupt(subject.batch(slots=_FILLER_SLOTS), subject.seed)
-    gradients = subject.backward(puzzle)
+    masked = subject.objective.corrupt(subject.batch(slots=_FILLER_SLOTS), subject.seed)
+    gradients = subject.backward(masked)
     require(all(bool(gradient.isfinite().all()) for gradient in gradients), "a gradient is no finite number")
-    if len(puzzle.at_M):
+    if len(masked.positions_M):
         moved = any(p.grad is not None and bool(p.grad.any()) for p in subject.encoder.parameters())
         require(moved, "nothing of the encoder would move: all its gradients are zero")
 
 
 @law(OBJECTIVE_LAWS)
-def nothing_askable_costs_nothing(subject: ObjectiveSubject) -> None:
+def nothing_askable_costs_nothing(subject: ObjectiveFixture) -> None:
     """A text of special pieces alone asks nothing, and what is not counted adds no loss and no gradient."""
-    puzzle = subject.objective.corrupt(pack([subject.nothing]), subject.seed)
-    require(not len(puzzle.at_M), f"asked {len(puzzle.at_M)} slots of a text that has nothing to ask")
-    loss = subject.loss(puzzle)
+    masked = subject.objective.corrupt(pack([subject.nothing]), subject.seed)
+    require(not len(masked.positions_M), f"asked {len(masked.positions_M)} slots of a text that has nothing to ask")
+    loss = subject.loss(masked)
     for term, value in loss.sums.items():
         require(bool(value.isfinite()), f"the sum of `{term}` is no number where nothing is asked (0 ÷ 0?)")
         cost = float(value.detach())
-        require(puzzle.counts[term] > 0 or not cost, f"`{term}` counts nothing and costs {cost:.4g}")
-    for name, (value, count) in loss.seen.items():
+        require(masked.denominators[term] > 0 or not cost, f"`{term}` counts nothing and costs {cost:.4g}")
+    for name, (value, count) in loss.metrics.items():
         if not bool(torch.as_tensor(value).isfinite()) or (not count and float(value)):
-            raise Broken(f"metric `{name}` is {float(value)} over {count}")
-    gradients = subject.backward(puzzle)
+            raise CheckFailed(f"metric `{name}` is {float(value)} over {count}")
+    gradients = subject.backward(masked)
     require(all(bool(gradient.isfinite().all()) for gradient in gradients), "a gradient is no finite number")
-    if not any(puzzle.counts.values()):
+    if not any(masked.denominators.values()):
         require(not any(bool(gradient.any()) for gradient in gradients), "a gradient is not zero")

@@ -88,7 +88,7 @@ def unpacked(path: Path, first: int = 0, last: int | None = None) -> Iterator[by
         raise _damaged(path, str(error)) from error
     except OSError as error:
         raise TextError(
-            f"this file can't be read: {error.strerror or error}", where=str(path), next="check that you may read it"
+            f"this file can't be read: {error.strerror or error}", location=str(path), hint="check that you may read it"
         ) from error
 
 
@@ -133,19 +133,19 @@ def _require_whole(stream: object, path: Path) -> None:
 
 def _damaged(path: Path, why: str) -> TextError:
     what = f"this {packing(path) or path.suffix} file is damaged or cut short ({why})"
-    return TextError(what, where=str(path), next="fetch or pack it anew")
+    return TextError(what, location=str(path), hint="fetch or pack it anew")
 
 
 def _refuse_binary(chunk: bytes, path: Path, base: int) -> None:
     """Look at the bytes of a file from byte `base` on."""
     for magic, what, mend in _MAGIC if base == 0 else ():
         if chunk.startswith(magic):
-            raise TextError(f"this file is not UTF-8 text; it looks like {what}", where=str(path), next=mend)
+            raise TextError(f"this file is not UTF-8 text; it looks like {what}", location=str(path), hint=mend)
     if b"\0" in chunk:
         raise TextError(
             f"this file is binary: byte {base + chunk.index(0):,}{_of_what(path)} is zero, which no text has",
-            where=str(path),
-            next="give a text file, saved as UTF-8",
+            location=str(path),
+            hint="give a text file, saved as UTF-8",
         )
 
 
@@ -215,8 +215,8 @@ def _readable(
             raise TextError(
                 f"bytes that are not UTF-8 in a line longer than {LONGEST_LEFT_OUT:,} bytes, which is too long to be "
                 "left out as a whole",
-                where=f"{path}, byte {base + error.start} (line {line_number(path, base + error.start):,})",
-                next="let such bytes become U+FFFD: --errors replace; or give the text shorter lines",
+                location=f"{path}, byte {base + error.start} (line {line_number(path, base + error.start):,})",
+                hint="let such bytes become U+FFFD: --errors replace; or give the text shorter lines",
             ) from error
     texts: list[str] = []
     for line in _LINES.findall(data[:end]):
@@ -231,8 +231,8 @@ def not_utf_8(path: Path, byte: int, value: int, reason: str) -> TextError:
     """The refusal of a byte of the unpacked file."""
     return TextError(
         f"not UTF-8: {reason} at byte {byte:,}{_of_what(path)} (0x{value:02x})",
-        where=f"{path}, byte {byte} (line {line_number(path, byte):,})",
-        next="save it as UTF-8, as with iconv -f CP1252 -t UTF-8; or let such bytes become U+FFFD: --errors replace; "
+        location=f"{path}, byte {byte} (line {line_number(path, byte):,})",
+        hint="save it as UTF-8, as with iconv -f CP1252 -t UTF-8; or let such bytes become U+FFFD: --errors replace; "
         "or leave such lines out: --errors skip",
     )
 
@@ -254,8 +254,8 @@ def read_lines(path: Path, first: int = 0, last: int | None = None) -> Iterator[
             if size > LONGEST_LINE:
                 raise TextError(
                     f"a line longer than {LONGEST_LINE:,} bytes",
-                    where=f"{path}, line {number + line_number(path, first):,}",
-                    next="give each row a line of its own",
+                    location=f"{path}, line {number + line_number(path, first):,}",
+                    hint="give each row a line of its own",
                 )
             held.append(data)
             continue

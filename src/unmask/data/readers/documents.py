@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import BinaryIO, Final, NamedTuple
 
 from unmask.core.errors import TextError
-from unmask.core.types import Passage
+from unmask.core.types import DocumentChunk
 from unmask.data.settings import DocumentRule, ErrorsRule, UnicodeForm
 
 PART_BYTES: Final = 4_000_000  # seconds of tokenizing; small beside a file that is worth several workers
@@ -47,7 +47,7 @@ def part_starts(path: Path, document: DocumentRule, errors: ErrorsRule, *, is_ta
                     starts.append(found)
     except OSError as error:
         raise TextError(
-            f"this file can't be read: {error.strerror or error}", where=str(path), next="check that you may read it"
+            f"this file can't be read: {error.strerror or error}", location=str(path), hint="check that you may read it"
         ) from error
     return starts
 
@@ -107,7 +107,7 @@ _PARTING: Final = re.compile(r"\n((?:[^\S\n]*+\n)++)")  # begins with one charac
 def normal(text: str, form: UnicodeForm) -> str:
     """The text in this form, its line ends line feeds."""
     text = text.replace("\r\n", "\n")
-    if form == "as-is" or text.isascii():
+    if form == "none" or text.isascii():
         return text
     if len(text) < _SHORT:
         return unicodedata.normalize(form, text)
@@ -147,14 +147,14 @@ def _break(text: str, form: UnicodeForm) -> int:
     return PASSAGE_CHARACTERS
 
 
-def broken(number: int, text: str, form: UnicodeForm) -> Iterator[Passage]:
+def broken(number: int, text: str, form: UnicodeForm) -> Iterator[DocumentChunk]:
     """The passages of a document that is in memory as a whole."""
     piece = 0
     while len(text) > PASSAGE_CHARACTERS:
         end = _break(text, form)
-        yield Passage(number, piece, text[:end], end, last=False)
+        yield DocumentChunk(number, piece, text[:end], end, last=False)
         text, piece = text[end:], piece + 1
-    yield Passage(number, piece, text, len(text), last=True)
+    yield DocumentChunk(number, piece, text, len(text), last=True)
 
 
 class _Open(NamedTuple):
@@ -165,7 +165,7 @@ class _Open(NamedTuple):
     lead: int  # characters before its text that it stands for
 
 
-def assembled(pieces: Iterator[str], rule: DocumentRule, form: UnicodeForm) -> Iterator[Passage]:
+def assembled(pieces: Iterator[str], rule: DocumentRule, form: UnicodeForm) -> Iterator[DocumentChunk]:
     """Cut composed text into documents, and documents into passages."""
     now, held, size = _Open(0, 0, 0), list[str](), 0
     apart = 0  # characters of blank lines since the last line that was not
@@ -187,15 +187,15 @@ def assembled(pieces: Iterator[str], rule: DocumentRule, form: UnicodeForm) -> I
         while size > PASSAGE_CHARACTERS:
             whole = "".join(held)
             end = _break(whole, form)
-            yield Passage(now.document, now.piece, whole[:end], end + now.lead, last=False)
+            yield DocumentChunk(now.document, now.piece, whole[:end], end + now.lead, last=False)
             now, held, size = _Open(now.document, now.piece + 1, 0), [whole[end:]], size - end
     if held:
         yield _last(now, held, size + apart, rule)
 
 
-def _last(now: _Open, held: list[str], size: int, rule: DocumentRule) -> Passage:
+def _last(now: _Open, held: list[str], size: int, rule: DocumentRule) -> DocumentChunk:
     text = held[0] if len(held) == 1 else "".join(held)
-    return Passage(
+    return DocumentChunk(
         now.document, now.piece, text if rule == "file" else text.removesuffix("\n"), size + now.lead, last=True
     )
 

@@ -46,8 +46,8 @@ def parse(text: str) -> Name:
     if not name or (at and not split) or (hash_ and not config):
         raise TextError(
             "the name of a data set is missing, or that of its configuration or split",
-            where=text,
-            next="write dataset:NAME, dataset:NAME@SPLIT or dataset:NAME#CONFIG@SPLIT",
+            location=text,
+            hint="write dataset:NAME, dataset:NAME@SPLIT or dataset:NAME#CONFIG@SPLIT",
         )
     return Name(name, config or None, split or None)
 
@@ -74,12 +74,12 @@ def open_dataset(text: str) -> Any:
         if split not in names:
             raise TextError(
                 f"there is no split `{split}`" if split else "it has several splits, and none is called train",
-                where=text,
-                next=f"choose one: {', '.join(f'{PREFIX}{wanted.name}@{name}' for name in names)}",
+                location=text,
+                hint=f"choose one: {', '.join(f'{PREFIX}{wanted.name}@{name}' for name in names)}",
             )
         found = found[split]
     elif wanted.split and is_saved(folder):
-        raise TextError("this data set has no splits", where=text, next=f"leave out @{wanted.split}")
+        raise TextError("this data set has no splits", location=text, hint=f"leave out @{wanted.split}")
     return found
 
 
@@ -90,7 +90,7 @@ def _saved(folder: Path) -> Any:
         return datasets.load_from_disk(str(folder))
     except Exception as error:  # damaged files raise whatever Arrow, JSON and the library raise
         what = f"this data set can't be read: {_first_line(error)}"
-        raise TextError(what, where=str(folder), next="save it anew with save_to_disk") from error
+        raise TextError(what, location=str(folder), hint="save it anew with save_to_disk") from error
 
 
 def _from_hub(text: str, wanted: Name) -> Any:
@@ -98,7 +98,7 @@ def _from_hub(text: str, wanted: Name) -> Any:
 
     if wanted.name.startswith((".", "/", "~")) or wanted.name.count("/") > 1 or "\\" in wanted.name:
         what = "this folder is no data set that save_to_disk made" if os.path.isdir(wanted.name) else "there is none"
-        raise TextError(what, where=text, next="give the folder's files as they are: unmask pretrain FOLDER")
+        raise TextError(what, location=text, hint="give the folder's files as they are: unmask pretrain FOLDER")
     with _without_waiting() as why_offline:
         try:
             return datasets.load_dataset(wanted.name, wanted.config, split=wanted.split or _DEFAULT_SPLIT)
@@ -109,10 +109,10 @@ def _from_hub(text: str, wanted: Name) -> Any:
             )
             if why_offline:
                 what = f"the data set `{wanted.name}` is not in the local cache, and the hub can't be reached"
-                raise TextError(f"{what} ({why_offline})", where=text, next=elsewhere) from error
+                raise TextError(f"{what} ({why_offline})", location=text, hint=elsewhere) from error
             what = f"the data set `{wanted.name}` can't be read: {_first_line(error)}"
             mend = "check its id, and choose #CONFIG and @SPLIT as its page names them; or " + elsewhere
-            raise TextError(what, where=text, next=mend) from error
+            raise TextError(what, location=text, hint=mend) from error
 
 
 def _first_line(error: Exception) -> str:

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from unmask.core.errors import TextError
-from unmask.core.files import default_cache, file_digest, saying_where
+from unmask.core.files import default_cache, file_digest, wrap_os_errors
 from unmask.data.readers.bytes import LONGEST_LINE, line_number, not_utf_8, packing, read_lines, unpacked
 from unmask.data.settings import ErrorsRule
 
@@ -70,13 +70,13 @@ def _json_text(line: bytes, field: str, errors: ErrorsRule, path: Path, where: W
     except UnicodeDecodeError as error:
         what = f"not UTF-8: {error.reason} at byte {error.start:,} of this line (0x{line[error.start]:02x})"
         mend = "save it as UTF-8, as with iconv -f CP1252 -t UTF-8; or let such bytes become U+FFFD: --errors replace; "
-        raise TextError(what, where=where(), next=mend + SKIP) from error
+        raise TextError(what, location=where(), hint=mend + SKIP) from error
     except (ValueError, RecursionError) as error:
         what = f"this line is not JSON: {str(error) or 'it is nested too deep'}"
-        raise TextError(what, where=where(), next="repair it, " + SKIP) from error
+        raise TextError(what, location=where(), hint="repair it, " + SKIP) from error
     if not isinstance(value, dict):
         what = f"this line holds {_kind(value)}, not an object with fields"
-        raise TextError(what, where=where(), next=f'give each line the form {{"{field}": "..."}}, ' + SKIP)
+        raise TextError(what, location=where(), hint=f'give each line the form {{"{field}": "..."}}, ' + SKIP)
     found: Any = value
     for name in [field] if field in value else field.split("."):
         if not isinstance(found, dict) or name not in found:
@@ -113,10 +113,10 @@ def text_of(value: object, field: str, errors: ErrorsRule, where: Where) -> str:
     except UnicodeError as error:
         raise TextError(
             f"`{field}` holds what is no character: {error}",
-            where=where(),
-            next="repair it, let it become U+FFFD (--errors replace), " + SKIP,
+            location=where(),
+            hint="repair it, let it become U+FFFD (--errors replace), " + SKIP,
         ) from error
-    raise TextError(f"`{field}` holds {_kind(value)}, no text", where=where(), next="repair it, " + SKIP)
+    raise TextError(f"`{field}` holds {_kind(value)}, no text", location=where(), hint="repair it, " + SKIP)
 
 
 def no_field(field: str, names: Sequence[str], where: str, what: str, *, may_skip: bool = False) -> TextError:
@@ -127,8 +127,8 @@ def no_field(field: str, names: Sequence[str], where: str, what: str, *, may_ski
     hint = f": did you mean `{near[0]}`?" if near else ""
     return TextError(
         f"there is no {what} `{field}`{hint}",
-        where=where,
-        next=f"choose one with --field (those that exist: {shown}{further})" + (f", {SKIP}" if may_skip else ""),
+        location=where,
+        hint=f"choose one with --field (those that exist: {shown}{further})" + (f", {SKIP}" if may_skip else ""),
     )
 
 
@@ -147,7 +147,7 @@ def seekable(path: Path) -> Path:
     state = path.stat()
     kept = default_cache() / FOLDER / f"{_digest(path, state.st_mtime_ns, state.st_size)}.parquet"
     if not kept.is_file():
-        with saying_where(kept.parent):
+        with wrap_os_errors(kept.parent):
             kept.parent.mkdir(parents=True, exist_ok=True)
             aside = kept.with_name(f".{os.getpid()}-{kept.name}")
             try:
@@ -207,7 +207,7 @@ def open_parquet(path: Path) -> Any:
 def _no_parquet(path: Path, error: Exception) -> TextError:
     told = str(error).splitlines()[0] if str(error) else type(error).__name__
     what = f"this is no Parquet file, or one that is damaged or cut short ({told})"
-    return TextError(what, where=str(path), next="fetch or write it anew")
+    return TextError(what, location=str(path), hint="fetch or write it anew")
 
 
 def parquet_groups(path: Path, field: str) -> list[int]:
@@ -237,8 +237,8 @@ def require_text_type(field: str, type_: Any, schema: Any, where: str) -> None:
     others = [f"`{one.name}`" for one in schema if is_text_type(one.type)]
     raise TextError(
         f"the column `{field}` holds {type_}, no text",
-        where=where,
-        next=f"choose one that does with --field: {', '.join(others) or 'there is none'}",
+        location=where,
+        hint=f"choose one that does with --field: {', '.join(others) or 'there is none'}",
     )
 
 
@@ -322,8 +322,8 @@ def separated_rows(path: Path, delimiter: str, field: str, errors: ErrorsRule) -
         else:
             raise TextError(
                 f"this row has {len(row)} columns where the first line names {len(names)}",
-                where=f"{path}, line {line:,}",
-                next=f"repair it (a cell with {_SHOWN[delimiter]} or a line end in it stands in quotes), {SKIP}",
+                location=f"{path}, line {line:,}",
+                hint=f"repair it (a cell with {_SHOWN[delimiter]} or a line end in it stands in quotes), {SKIP}",
             )
 
 
@@ -376,4 +376,4 @@ def _quoted_rows(told: _Lines, path: Path, delimiter: str, errors: ErrorsRule) -
                 what = f"a cell longer than {LONGEST_LINE:,} characters: perhaps a quote that is never closed"
             mend = "repair it: a quote inside a cell is written twice, and the cell stands in quotes"
             mend = mend if never_closed or too_long else f"{mend}; {SKIP}"
-            raise TextError(what, where=f"{path}, line {line:,}", next=mend) from error
+            raise TextError(what, location=f"{path}, line {line:,}", hint=mend) from error

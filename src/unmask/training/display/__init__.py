@@ -15,23 +15,23 @@ import numpy as np
 import torch
 from torch import nn
 
-from unmask.core.distributed import World
-from unmask.core.types import SPECIAL, Puzzle, Text, logits_at, pack
+from unmask.core.distributed import DistributedContext
+from unmask.core.types import SPECIAL, MaskedBatch, Sample, logits_at, pack
 from unmask.evaluation.validation import Validation
-from unmask.objectives.masking import Laid, MaskingSettings, choose
-from unmask.tokenization.analysis import Reader
+from unmask.objectives.masking import MaskingConfig, PackedSequences, select_positions
+from unmask.tokenization.analysis import TokenFormatter
 from unmask.tokenization.tokenizer import Tokenizer
 from unmask.tokenization.words import WordsRule
-from unmask.training.estimate import Forecast
-from unmask.training.loop import Standing
+from unmask.training.estimate import CostEstimate
+from unmask.training.loop import TrainState
 from unmask.training.plan import Plan
 
 _PANEL_SEED = 7  # of the house: which letters are hidden never changes, whatever the run's seed
-_PANEL_RULE = MaskingSettings()
+_PANEL_RULE = MaskingConfig()
 
 
 @dataclass(frozen=True)
-class Cell:
+class PreviewSpan:
     """A stretch of text: as given, or a prediction that is right or wrong (`truth` is what stood there)."""
 
     text: str
@@ -39,11 +39,11 @@ class Cell:
     truth: str = ""
 
 
-Line = tuple[Cell, ...]
+Line = tuple[PreviewSpan, ...]
 
 
 @dataclass(frozen=True)
-class Seen:
+class TokenView:
     """One slot of a text as the model sees it: the piece, what stands in its place, whether it is asked about."""
 
     piece: str
@@ -51,37 +51,40 @@ class Seen:
     asked: bool
 
 
-class Panel:
+class Preview:
     """Prompts with fixed masks. All asked tokens are shown to the model as [MASK], so that nothing is given away."""
 
     def __init__(self, prompts: Sequence[str], tokenizer: Tokenizer, words: WordsRule, length: int) -> None:
         self._prompts: list[tuple[str, np.ndarray]] = []
-        self._reader, self._pieces = Reader(tokenizer), tokenizer.size
-        texts: list[Text] = []
+        self._reader, self._pieces = TokenFormatter(tokenizer), tokenizer.size
+        texts: list[Sample] = []
         at: list[np.ndarray] = []
         answers: list[np.ndarray] = []
-        framing = 1 if tokenizer.frame else 0
+        num_special_tokens = 1 if tokenizer.cls_sep_ids else 0
         for number, prompt in enumerate(prompts):
             encoded = tokenizer.encode(prompt, words)
-            ids, marks = encoded.ids[: length - 2 * framing], encoded.marks[: length - 2 * framing]
+            ids, marks = (
+                encoded.ids[: length - 2 * num_special_tokens],
+                encoded.marks[: length - 2 * num_special_tokens],
+            )
             if not len(ids) or (marks & SPECIAL).all():
                 continue
-            laid = Laid(marks, np.array([0, len(ids)]), np.array([[0, number]]))
-            at_M = choose(laid, _PANEL_RULE, _PANEL_SEED)
+            packed = PackedSequences(marks, np.array([0, len(ids)]), np.array([[0, number]]))
+            positions_M = select_positions(packed, _PANEL_RULE, _PANEL_SEED)
             hidden = ids.copy()
-            hidden[at_M] = tokenizer.mask_id
-            texts.append(Text(*tokenizer.framed(hidden, marks)))
-            at.append(at_M + framing)
-            answers.append(ids[at_M])
+            hidden[positions_M] = tokenizer.mask_id
+            texts.append(Sample(*tokenizer.add_special_tokens(hidden, marks)))
+            at.append(positions_M + num_special_tokens)
+            answers.append(ids[positions_M])
             offsets = encoded.offsets[: len(ids)]
-            self._prompts.append((prompt[: offsets[-1][1]], offsets[at_M]))
+            self._prompts.append((prompt[: offsets[-1][1]], offsets[positions_M]))
         self._batch = pack(texts) if texts else None
-        starts = self._batch.starts if self._batch else (0,)
+        starts = self._batch.offsets if self._batch else (0,)
         self._at_M = torch.from_numpy(np.concatenate([a + starts[b] for b, a in enumerate(at)])) if texts else None
         self._answer_M = np.concatenate(answers) if answers else np.empty(0, np.int64)
 
     @torch.inference_mode()
-    def ask(self, encoder: nn.Module, head: nn.Module, world: World) -> list[Line]:
+    def ask(self, encoder: nn.Module, head: nn.Module, world: DistributedContext) -> list[Line]:
         """What the model puts in each hidden place now."""
         if self._batch is None or self._at_M is None:
             return []
@@ -102,7 +105,7 @@ class Panel:
         self, prompt: str, offsets: Sequence[Sequence[int]], guesses: Sequence[int], answers: Sequence[int]
     ) -> Line:
         """A prompt with the guesses in their places."""
-        cells: list[Cell] = []
+        cells: list[PreviewSpan] = []
         position = 0
         for (first, last), guess, answer in zip(offsets, guesses, answers, strict=True):
             right, piece = guess == answer, self._reader.read(guess).letters
@@ -112,12 +115,12 @@ class Panel:
                 cells.append(replace(before, text=before.truth if right else before.text, state=_state(right)))
                 continue
             if first > position:
-                cells.append(Cell(prompt[position:first]))
+                cells.append(PreviewSpan(prompt[position:first]))
             truth = prompt[first:last]
-            cells.append(Cell(truth if right else piece, _state(right), truth))
+            cells.append(PreviewSpan(truth if right else piece, _state(right), truth))
             position = last
         if position < len(prompt):
-            cells.append(Cell(prompt[position:]))
+            cells.append(PreviewSpan(prompt[position:]))
         return tuple(cells)
 
 
@@ -125,13 +128,15 @@ def _state(right: bool) -> Literal["right", "wrong"]:
     return "right" if right else "wrong"
 
 
-def as_seen(puzzle: Puzzle, original_ids: Sequence[int], tokenizer: Tokenizer, most: int = 48) -> list[Seen]:
+def token_views(
+    masked: MaskedBatch, original_ids: Sequence[int], tokenizer: Tokenizer, most: int = 48
+) -> list[TokenView]:
     """The first text of a puzzle, slot by slot, at most `most` of them."""
-    last = min(puzzle.batch.starts[1], most)
-    asked = set(puzzle.at_M.tolist())
-    shown = puzzle.batch.ids_T[:last].tolist()
+    last = min(masked.batch.offsets[1], most)
+    asked = set(masked.positions_M.tolist())
+    shown = masked.batch.ids_T[:last].tolist()
     return [
-        Seen(tokenizer.id_to_token(original), tokenizer.id_to_token(now), slot in asked)
+        TokenView(tokenizer.id_to_token(original), tokenizer.id_to_token(now), slot in asked)
         for slot, (original, now) in enumerate(zip(original_ids[:last], shown, strict=True))
     ]
 
@@ -157,27 +162,27 @@ class Summary:
 class Display(Protocol):
     """What a run tells while it works."""
 
-    def say(self, message: str) -> None:
+    def message(self, message: str) -> None:
         """One sentence for the person."""
         ...
 
-    def preparing(self, what: str, share: float) -> None:
+    def progress(self, what: str, share: float) -> None:
         """How far a preparation (reading, training the tokenizer, writing shards) is, 0 to 1."""
         ...
 
-    def forecast(self, forecast: Forecast) -> None:
+    def forecast(self, forecast: CostEstimate) -> None:
         """Before the first step."""
         ...
 
-    def text(self, text: str, slots: Sequence[Seen]) -> None:
+    def text(self, text: str, slots: Sequence[TokenView]) -> None:
         """One text as the model will see it."""
         ...
 
-    def begin(self, plan: Plan, standing: Standing, flops_per_token: float, flops_per_second: float) -> None:
+    def train_start(self, plan: Plan, state: TrainState, flops_per_token: float, flops_per_second: float) -> None:
         """Training starts or goes on."""
         ...
 
-    def step(self, standing: Standing) -> None:
+    def step(self, state: TrainState) -> None:
         """After each step; cheap."""
         ...
 
@@ -193,7 +198,7 @@ class Display(Protocol):
         """A step folder was written."""
         ...
 
-    def done(self, summary: Summary) -> None:
+    def train_end(self, summary: Summary) -> None:
         """The plan is finished, or the run was stopped."""
         ...
 

@@ -21,7 +21,7 @@ from rich.text import Text
 
 from unmask.core.format import duration, number, sparkline, visible
 from unmask.evaluation.validation import Validation
-from unmask.training.display import Line, Seen, Summary
+from unmask.training.display import Line, Summary, TokenView
 from unmask.training.display.plain import legend, panel_lines
 from unmask.training.display.text import (
     STAGE_COLUMNS,
@@ -40,8 +40,8 @@ from unmask.training.display.text import (
     validation_line,
     wrong_text,
 )
-from unmask.training.estimate import Forecast
-from unmask.training.loop import Standing
+from unmask.training.estimate import CostEstimate
+from unmask.training.loop import TrainState
 from unmask.training.plan import Plan
 
 _RIGHT, _WRONG = "bold green underline", "red reverse"
@@ -64,18 +64,18 @@ class LiveDisplay:
         self._preparing: tuple[str, float] | None = None  # what, and when it began
         self._plan: Plan | None = None
         self._pace: Pace | None = None
-        self._standing: Standing | None = None
+        self._standing: TrainState | None = None
         self._panel: list[Text] = []
         self._losses: list[float] = []
         self._last_line: Mapping[str, object] = {}
 
     # Before training ------------------------------------------------------------------------------------------------
 
-    def say(self, message: str) -> None:
+    def message(self, message: str) -> None:
         """One sentence, above the bar."""
         self._print(Text(message))
 
-    def preparing(self, what: str, share: float) -> None:
+    def progress(self, what: str, share: float) -> None:
         """A bar while it lasts, a line with its time when it is done."""
         now = time.monotonic()
         if self._preparing is None or self._preparing[0] != what:
@@ -88,7 +88,7 @@ class LiveDisplay:
         elif now >= self._next_update:
             self._draw(Text.assemble(f"{what}  ", *self._bar(share), f"  {share:.0%}"), now)
 
-    def forecast(self, forecast: Forecast) -> None:
+    def forecast(self, forecast: CostEstimate) -> None:
         """What the run will be and cost."""
         self._end_preparing()
         self._plan = forecast.plan
@@ -107,7 +107,7 @@ class LiveDisplay:
         if notes:
             self._print(Text(""), *(Text(f"note: {note}", "yellow") for note in notes))
 
-    def text(self, text: str, slots: Sequence[Seen]) -> None:
+    def text(self, text: str, slots: Sequence[TokenView]) -> None:
         """One text: its pieces, what the model sees in their place, what it is asked (^)."""
         self._end_preparing()
         gap = slot_gap(slots)
@@ -126,17 +126,17 @@ class LiveDisplay:
 
     # While training -------------------------------------------------------------------------------------------------
 
-    def begin(self, plan: Plan, standing: Standing, flops_per_token: float, flops_per_second: float) -> None:
+    def train_start(self, plan: Plan, state: TrainState, flops_per_token: float, flops_per_second: float) -> None:
         """The bar appears."""
         self._end_preparing()
         self._plan = plan
-        self._pace = Pace(plan, standing, flops_per_token, flops_per_second)
-        self._standing = standing
+        self._pace = Pace(plan, state, flops_per_token, flops_per_second)
+        self._standing = state
         self._redraw()
 
-    def step(self, standing: Standing) -> None:
+    def step(self, state: TrainState) -> None:
         """Redraw the bar where it is time to; else one look at the clock."""
-        self._standing = standing
+        self._standing = state
         if time.monotonic() >= self._next_update:
             self._redraw()
 
@@ -158,7 +158,7 @@ class LiveDisplay:
         """Where the step folder is."""
         self._print(Text(f"saved {folder}", "dim"))
 
-    def done(self, summary: Summary) -> None:
+    def train_end(self, summary: Summary) -> None:
         """The panel as it was last, and forecast against fact."""
         self._redraw()
         self._end_live(keep=True)
@@ -176,14 +176,14 @@ class LiveDisplay:
 
     # Drawing --------------------------------------------------------------------------------------------------------
 
-    def _bars(self, standing: Standing, plan: Plan, pace: Pace) -> list[Text]:
+    def _bars(self, state: TrainState, plan: Plan, pace: Pace) -> list[Text]:
         """The bar's line and the line of measurements."""
-        share = standing.step / plan.steps
-        left = duration(pace.seconds_left(standing))
+        share = state.step / plan.steps
+        left = duration(pace.seconds_left(state))
         bar = Text.assemble(
-            f"{share:>4.0%} ", *self._bar(share), f" step {standing.step:,}/{plan.steps:,}  {left} left", no_wrap=True
+            f"{share:>4.0%} ", *self._bar(share), f" step {state.step:,}/{plan.steps:,}  {left} left", no_wrap=True
         )
-        window, line = standing.window, self._last_line
+        window, line = state.window, self._last_line
         # Just after a log line the window is nearly empty and would flicker: until it has filled, the line counts.
         fresh = not line or window.tokens * 20 >= number(line, "tokens") / max(len(self._losses), 1)
         fresh = fresh and window.seconds > 0

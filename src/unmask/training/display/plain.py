@@ -14,7 +14,7 @@ from typing import TextIO, final
 
 from unmask.core.format import duration, number, visible
 from unmask.evaluation.validation import Validation
-from unmask.training.display import Line, Seen, Summary
+from unmask.training.display import Line, Summary, TokenView
 from unmask.training.display.text import (
     Pace,
     by_letter,
@@ -32,8 +32,8 @@ from unmask.training.display.text import (
     validation_line,
     wrong_text,
 )
-from unmask.training.estimate import Forecast
-from unmask.training.loop import Standing
+from unmask.training.estimate import CostEstimate
+from unmask.training.loop import TrainState
 from unmask.training.plan import Plan
 
 _PREPARING_SECONDS = 5.0
@@ -71,13 +71,13 @@ class PlainDisplay:
         self._preparing = ("", 0.0)
         self._plan: Plan | None = None
         self._pace: Pace | None = None
-        self._standing: Standing | None = None
+        self._standing: TrainState | None = None
 
-    def say(self, message: str) -> None:
+    def message(self, message: str) -> None:
         """One sentence, on a line of its own."""
         self._write(message)
 
-    def preparing(self, what: str, share: float) -> None:
+    def progress(self, what: str, share: float) -> None:
         """A line when a preparation starts or ends, and every few seconds while it lasts."""
         before, said_at = self._preparing
         now = time.monotonic()
@@ -88,7 +88,7 @@ class PlainDisplay:
         self._preparing = (what, now if share < 1.0 else float("inf"))
         self._write(f"{what}  {share:.0%}")
 
-    def forecast(self, forecast: Forecast) -> None:
+    def forecast(self, forecast: CostEstimate) -> None:
         """Label and value, a line each, then the stages."""
         self._plan = forecast.plan
         for label, value in forecast_rows(forecast):
@@ -100,7 +100,7 @@ class PlainDisplay:
         for note in forecast_notes(forecast):
             self._write(f"note: {note}")
 
-    def text(self, text: str, slots: Sequence[Seen]) -> None:
+    def text(self, text: str, slots: Sequence[TokenView]) -> None:
         """One text in three lines per row: its pieces, what the model sees, what is asked (^)."""
         self._write(f"one text     {visible(text)[: 2 * _WIDTH]}")
         gap = slot_gap(slots)
@@ -110,16 +110,16 @@ class PlainDisplay:
             if any("^" in slot.mark for slot in row):
                 self._write(f"asked        {gap.join(slot.mark for slot in row).rstrip()}")
 
-    def begin(self, plan: Plan, standing: Standing, flops_per_token: float, flops_per_second: float) -> None:
+    def train_start(self, plan: Plan, state: TrainState, flops_per_token: float, flops_per_second: float) -> None:
         """Where training starts."""
-        self._plan, self._standing = plan, standing
-        self._pace = Pace(plan, standing, flops_per_token, flops_per_second)
-        going_on = f", going on after step {standing.step:,}" if standing.step else ""
+        self._plan, self._standing = plan, state
+        self._pace = Pace(plan, state, flops_per_token, flops_per_second)
+        going_on = f", going on after step {state.step:,}" if state.step else ""
         self._write(f"training {plan.steps:,} steps{going_on}")
 
-    def step(self, standing: Standing) -> None:
+    def step(self, state: TrainState) -> None:
         """Only remembered; a line comes with the log."""
-        self._standing = standing
+        self._standing = state
 
     def logged(self, step: int, metrics: Mapping[str, object]) -> None:
         """One line: step, loss, accuracy, speed, rate, time gone and left."""
@@ -157,7 +157,7 @@ class PlainDisplay:
         """Where the step folder is."""
         self._write(f"saved {folder}")
 
-    def done(self, summary: Summary) -> None:
+    def train_end(self, summary: Summary) -> None:
         """Forecast against fact."""
         rows = comparison_rows(summary, self._plan)
         wide = max(len(row.label) for row in rows)
@@ -184,22 +184,22 @@ class PlainDisplay:
 class SilentDisplay:
     """Tells nothing: for tests, for scripts, for every rank but the first."""
 
-    def say(self, message: str) -> None:
+    def message(self, message: str) -> None:
         """Nothing."""
 
-    def preparing(self, what: str, share: float) -> None:
+    def progress(self, what: str, share: float) -> None:
         """Nothing."""
 
-    def forecast(self, forecast: Forecast) -> None:
+    def forecast(self, forecast: CostEstimate) -> None:
         """Nothing."""
 
-    def text(self, text: str, slots: Sequence[Seen]) -> None:
+    def text(self, text: str, slots: Sequence[TokenView]) -> None:
         """Nothing."""
 
-    def begin(self, plan: Plan, standing: Standing, flops_per_token: float, flops_per_second: float) -> None:
+    def train_start(self, plan: Plan, state: TrainState, flops_per_token: float, flops_per_second: float) -> None:
         """Nothing."""
 
-    def step(self, standing: Standing) -> None:
+    def step(self, state: TrainState) -> None:
         """Nothing."""
 
     def logged(self, step: int, metrics: Mapping[str, object]) -> None:
@@ -211,7 +211,7 @@ class SilentDisplay:
     def saved(self, folder: Path) -> None:
         """Nothing."""
 
-    def done(self, summary: Summary) -> None:
+    def train_end(self, summary: Summary) -> None:
         """Nothing."""
 
     def close(self) -> None:

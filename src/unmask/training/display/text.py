@@ -15,9 +15,9 @@ from rich.cells import cell_len
 
 from unmask.core.format import count, duration, number, rate, size, visible
 from unmask.evaluation.validation import PairValidation, Validation
-from unmask.training.display import Line, Seen, Summary
-from unmask.training.estimate import Forecast
-from unmask.training.loop import Standing
+from unmask.training.display import Line, Summary, TokenView
+from unmask.training.estimate import CostEstimate
+from unmask.training.loop import TrainState
 from unmask.training.plan import Plan
 
 MANY_EPOCHS = 40  # beyond this a text of any size is seen so often that its letters are learnt rather than its language
@@ -29,7 +29,7 @@ def share_of_matmul(share: float) -> str:
     return f"{share:.0%} of matmul rate" if math.isfinite(share) else ""
 
 
-def forecast_rows(forecast: Forecast) -> list[tuple[str, str]]:
+def forecast_rows(forecast: CostEstimate) -> list[tuple[str, str]]:
     """What a run will be and cost, as (label, words)."""
     plan = forecast.plan
     cores = "thread" if forecast.threads == 1 else "threads"
@@ -38,7 +38,7 @@ def forecast_rows(forecast: Forecast) -> list[tuple[str, str]]:
         ("recipe", forecast.recipe),
         ("model", f"{forecast.parameters:,} parameters, {count(forecast.flops_per_token)} FLOPs per token"),
         ("text", f"{tokens}, which will be seen {times(sum(forecast.epochs))}"),
-        ("optimiser", forecast.optimiser),
+        ("optimizer", forecast.optimizer),
         ("budget", f"{plan.steps:,} steps, {count(plan.tokens)} tokens"),
         ("time", f"about {duration(plan.seconds)}" if plan.seconds else "not measured"),
         ("memory", f"about {size(forecast.memory_bytes)}"),
@@ -53,7 +53,7 @@ def times(epochs: float) -> str:
     return f"{epochs:.2g} times" if epochs < 9.95 else f"{epochs:,.0f} times"
 
 
-def forecast_notes(forecast: Forecast) -> list[str]:
+def forecast_notes(forecast: CostEstimate) -> list[str]:
     """What a person should know of this plan before it begins: how often the text is seen, when the run may end."""
     epochs, by_name = sum(forecast.epochs), forecast.texts_seen
     told = [f"of the texts, {_each(by_name)}"] if len(by_name) > 1 else []
@@ -61,7 +61,7 @@ def forecast_notes(forecast: Forecast) -> list[str]:
     if most > MANY_EPOCHS:
         told.append(
             f"a text seen {times(most)} is learnt by heart: watch the validation loss, bring more text or give a "
-            'smaller budget; --set train.stop_after="3 validations without gain" ends a run that wins no more'
+            "smaller budget; --set train.early_stopping_patience=3 ends a run that wins no more"
         )
     if least < 1:
         told.append("some of the text will be left unread: a larger budget would use it")
@@ -80,12 +80,12 @@ def _each(by_name: Mapping[str, float]) -> str:
 STAGE_COLUMNS = ("stage", "text length", "batch", "steps", "text seen", "time")
 
 
-def stage_rows(forecast: Forecast) -> list[tuple[str, ...]]:
+def stage_rows(forecast: CostEstimate) -> list[tuple[str, ...]]:
     """One row of STAGE_COLUMNS per stage."""
     return [
         (
             str(number),
-            f"{stage.length:,}",
+            f"{stage.max_seq_len:,}",
             f"{count(stage.batch_tokens)} tokens",
             f"{stage.steps:,}",
             times(epochs),
@@ -127,7 +127,7 @@ def pair_line(pair: PairValidation) -> str:
 
 
 def set_lines(validation: Validation) -> list[str]:
-    """What was measured on each text of text.valid, in columns."""
+    """What was measured on each text of data.valid, in columns."""
     wide = max((cell_len(name) for name in validation.sets), default=0)
     return [
         f"{_padded(name, wide)}  loss {one.loss:.3f}  accuracy {one.accuracy:.1%}  "
@@ -189,11 +189,11 @@ def _planned(seconds: float) -> str:
 class Pace:
     """How fast a run goes, and what is left of it, from where it began."""
 
-    def __init__(self, plan: Plan, standing: Standing, flops_per_token: float, flops_per_second: float) -> None:
+    def __init__(self, plan: Plan, state: TrainState, flops_per_token: float, flops_per_second: float) -> None:
         self.plan = plan
         self._flops_per_token = flops_per_token
         self._flops_per_second = flops_per_second
-        self._begin_step, self._begin_seconds = standing.step, standing.seconds
+        self._begin_step, self._begin_seconds = state.step, state.seconds
 
     def share_of_matmul(self, tokens_per_second: float) -> float:
         """The part of this machine's matrix-product rate that became training; NaN where that wasn't measured."""
@@ -201,13 +201,13 @@ class Pace:
             return float("nan")
         return self._flops_per_token * tokens_per_second / self._flops_per_second
 
-    def seconds_left(self, standing: Standing) -> float:
+    def seconds_left(self, state: TrainState) -> float:
         """The plan's time for what remains, times how much slower the run was than the plan up to here."""
-        done = self._effort(standing.step) - self._effort(self._begin_step)
-        left = self._effort(self.plan.steps) - self._effort(standing.step)
+        done = self._effort(state.step) - self._effort(self._begin_step)
+        left = self._effort(self.plan.steps) - self._effort(state.step)
         if done <= 0:
             return left if self.plan.seconds else float("nan")
-        return left * (standing.seconds - self._begin_seconds) / done
+        return left * (state.seconds - self._begin_seconds) / done
 
     def _effort(self, step: int) -> float:
         """Planned seconds up to this step; where nothing was measured, the share of the planned tokens."""
@@ -232,7 +232,7 @@ class Slot:
     state: SlotState
 
 
-def slot_rows(slots: Sequence[Seen], width: int) -> list[list[Slot]]:
+def slot_rows(slots: Sequence[TokenView], width: int) -> list[list[Slot]]:
     """A text as the model sees it, in rows of at most `width` cells: pieces, what stands in their place, what is asked.
 
     Where pieces are single characters, a hidden one is shown as "_", so that the columns stay narrow.
@@ -253,7 +253,7 @@ def slot_rows(slots: Sequence[Seen], width: int) -> list[list[Slot]]:
     return rows
 
 
-def _state(seen: Seen) -> SlotState:
+def _state(seen: TokenView) -> SlotState:
     if not seen.asked:
         return "plain"
     if seen.shown == MASK:
@@ -261,7 +261,7 @@ def _state(seen: Seen) -> SlotState:
     return "kept" if seen.shown == seen.piece else "random"
 
 
-def slot_gap(slots: Sequence[Seen]) -> str:
+def slot_gap(slots: Sequence[TokenView]) -> str:
     """What stands between two slots of a row."""
     return "" if all(len(slot.piece) == 1 for slot in slots if not slot.piece.startswith("[")) else " "
 
