@@ -1,9 +1,9 @@
-"""Do others see what we see? One row for each tokenizer, language and kind of encoder.
+"""Compares exported models with transformers, one row per tokenizer, language and kind of encoder.
 
-Each model is trained for a moment on the text of its language, exported, and opened by `transformers`: the largest
-difference of a logit on held-out text, and for how many masks `pipeline("fill-mask")` gives the same five pieces in the
-same order as `unmask fill`. `largest_probability_difference` compares the five place by place: where it is at the last
-bit, answers that differ are ties.
+Each model is trained briefly on the text of its language, exported, and loaded by transformers. A row has the largest
+difference of a logit on held-out text, and the number of masks for which `pipeline("fill-mask")` predicts the same five
+tokens in the same order as `unmask fill`. `largest_probability_difference` compares the five rank by rank. If it is at
+the last bit of float32, different predictions are ties.
 
     python benchmarks/parity.py english=TEXT korean=TEXT [--budget "200 steps"] [--recipe tiny --recipe bert-tiny]
 """
@@ -24,18 +24,18 @@ from transformers import pipeline
 from transformers.utils import logging
 
 import unmask
-from unmask.hub.parity import sample
+from unmask.hub.parity import sample_texts
 from unmask.models.model import Model
-from unmask.training.display.plain import SilentDisplay
+from unmask.training.display import Display
 
 KINDS = ("characters", "wordpiece", "bpe", "unigram")
-WORDS = 24  # of a prompt
+WORDS = 24  # per prompt
 TOP = 5
 MASK = "[MASK]"
 
 
 def prompts(texts: list[str]) -> Iterator[str]:
-    """From each text its first words, one of them hidden: the second, the fifth, the eighth …"""
+    """Yield the beginning of each text with one masked word: the second, the fifth, the eighth and so on."""
     for text in texts:
         words = text.split()[:WORDS]
         for place in range(1, len(words), 3):
@@ -43,32 +43,33 @@ def prompts(texts: list[str]) -> Iterator[str]:
 
 
 def agreement(folder: Path, model: Model, texts: list[str]) -> tuple[int, int, float]:
-    """Masks whose five answers are the same, all masks, and the largest difference of an answer's probability."""
-    theirs = pipeline("fill-mask", model=str(folder), device="cpu")
+    """Return the masks with equal predictions, all masks, and the largest difference of a probability."""
+    hf_pipeline = pipeline("fill-mask", model=str(folder), device="cpu")
     mask = model.tokenizer.id_to_token(model.tokenizer.mask_id)
-    asked = list(prompts(texts))
+    all_prompts = list(prompts(texts))
     same, largest = 0, 0.0
-    for prompt, filled in zip(asked, unmask.fill(model, asked, TOP), strict=True):
-        ours = filled.masks[0].candidates
-        others: Any = theirs(prompt.replace(MASK, mask), top_k=TOP)
-        same += [one.id for one in ours] == [one["token"] for one in others]
-        # Place by place, whatever stands there: where two answers are as good as equal, their order means nothing.
-        differences = (abs(one.score - two["score"]) for one, two in zip(ours, others, strict=True))
+    for prompt, filled in zip(all_prompts, unmask.fill(model, all_prompts, TOP), strict=True):
+        candidates = filled.masks[0].candidates
+        expected: Any = hf_pipeline(prompt.replace(MASK, mask), top_k=TOP)
+        same += [candidate.id for candidate in candidates] == [entry["token"] for entry in expected]
+        # Compared rank by rank, because the order of two equal probabilities means nothing.
+        pairs = zip(candidates, expected, strict=True)
+        differences = (abs(candidate.score - entry["score"]) for candidate, entry in pairs)
         largest = max(largest, *differences)
-    return same, len(asked), largest
+    return same, len(all_prompts), largest
 
 
 def row(text: Path, language: str, recipe: str, kind: str, budget: str, vocab: int, place: Path) -> dict[str, Any]:
     sizes = [] if kind == "characters" else [f"data.tokenizer.vocab_size={vocab}"]
     run = place / f"{recipe}-{language}-{kind}"
     settings = [f"data.tokenizer.kind={kind}", *sizes]
-    unmask.pretrain(text, recipe=recipe, budget=budget, out=run, settings=settings, display=SilentDisplay())
+    unmask.pretrain(text, recipe=recipe, budget=budget, out=run, settings=settings, display=Display())
     out = place / f"{run.name}-exported"
     done = unmask.export(run, out)
     assert done.parity is not None
     model = unmask.load(out)
-    texts, _ = sample(model, run)
-    same, asked, largest = agreement(out, model, texts)
+    texts, _ = sample_texts(model, run)
+    same, masks, largest = agreement(out, model, texts)
     return {
         "recipe": recipe,
         "class": done.architecture,
@@ -77,7 +78,7 @@ def row(text: Path, language: str, recipe: str, kind: str, budget: str, vocab: i
         "texts": done.parity.texts,
         "tokens": done.parity.tokens,
         "largest_logit_difference": done.parity.logits,
-        "masks": asked,
+        "masks": masks,
         "same_five_answers": same,
         "largest_probability_difference": largest,
     }
@@ -99,14 +100,14 @@ def main() -> None:
             for named in given.texts:
                 language, _, text = named.partition("=")
                 for kind in KINDS:
-                    one = row(Path(text), language, recipe, kind, given.budget, given.vocab_size, Path(folder))
-                    rows.append(one)
+                    result = row(Path(text), language, recipe, kind, given.budget, given.vocab_size, Path(folder))
+                    rows.append(result)
                     print(
-                        f"{one['class']:<22} {kind:<11} {language:<9} {one['largest_logit_difference']:.1e}  "
-                        f"{one['same_five_answers']:>4} of {one['masks']} masks",
+                        f"{result['class']:<22} {kind:<11} {language:<9} {result['largest_logit_difference']:.1e}  "
+                        f"{result['same_five_answers']:>4} of {result['masks']} masks",
                         flush=True,
                     )
-    told = {
+    results = {
         "date": date.today().isoformat(),
         "versions": {
             "unmask": unmask.__version__,
@@ -117,7 +118,7 @@ def main() -> None:
         "rows": rows,
     }
     given.results.parent.mkdir(parents=True, exist_ok=True)
-    given.results.write_text(json.dumps(told, indent=2) + "\n", encoding="utf-8")
+    given.results.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

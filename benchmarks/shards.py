@@ -1,12 +1,12 @@
-"""How fast is text made into shards, beside what the tokenizers library alone does with the same text in memory?
+"""Measures how fast text becomes shards, relative to the tokenizers library on the same text in memory.
 
-`fast` is `encode_batch_fast` on the text's documents, a million characters at a time: ids, and nothing else. `pass` is
-our encoding of the same text: reading, NFC, ids, marks of words and sentences, shards. `build` is all of `prepare` with
-a tokenizer given: survey, division, that pass, digests. Each is measured with one core and with all, one after the
-other in every round, on a machine that should do nothing else; figures are the best of all rounds.
+`fast` is `encode_batch_fast` on the documents, a million characters at a time, which gives ids only. `pass` is the
+encoding of the same text by unmask: reading, NFC, ids, word and sentence marks, shards. `build` is all of `prepare`
+with an existing tokenizer: statistics, split, `pass`, digests. Each is measured with one core and with all cores, in turn in
+every round, on an otherwise idle machine. The best of all rounds is reported.
 
     python benchmarks/shards.py wiki.txt --results benchmarks/results/shards.json
-    python benchmarks/shards.py wiki.txt --documents 1000000      memory for each document, too
+    python benchmarks/shards.py wiki.txt --documents 1000000      also measures memory per document
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ from typing import Any
 
 import tokenizers
 
-from unmask import __version__
 from unmask.core.hardware import cores, processor_name
-from unmask.data.loader import StageLoader
-from unmask.data.prepare import Build, make, prepare
+from unmask.core.version import __version__
+from unmask.data.loader import StageLoader, build_sampler
+from unmask.data.prepare import Build, build_in, prepare
 from unmask.data.settings import DataConfig
 from unmask.data.sources import open_source
 from unmask.tokenization.settings import ByteBpeConfig, CharacterConfig, UnigramConfig, WordPieceConfig
@@ -45,48 +45,51 @@ BATCH_CHARACTERS = 1_000_000
 
 
 def batches(texts: list[str]) -> Iterator[list[str]]:
-    held: list[str] = []
+    batch: list[str] = []
     size = 0
     for text in texts:
-        held.append(text)
+        batch.append(text)
         size += len(text)
         if size >= BATCH_CHARACTERS:
-            yield held
-            held, size = [], 0
-    yield held
+            yield batch
+            batch, size = [], 0
+    yield batch
 
 
 def one_round(folder: Path, threads: int) -> dict[str, float]:
-    """Seconds and tokens of each way, in this process and its workers."""
+    """Return the seconds of each method and the tokens, in this process and its workers."""
     inner = tokenizers.Tokenizer.from_file(str(folder / "tokenizer" / "tokenizer.json"))
     inner.encode_special_tokens = True
     files = sorted((folder / "texts").iterdir())
     tokens = 0
-    begun = time.perf_counter()
+    start = time.perf_counter()
     seconds = 0.0
     for file in files:
         documents = file.read_text(encoding="utf-8").split("\n\n")
         for batch in batches(documents):
-            begun = time.perf_counter()
+            start = time.perf_counter()
             encoded = inner.encode_batch_fast(batch, add_special_tokens=False)
-            seconds += time.perf_counter() - begun
+            seconds += time.perf_counter() - start
             tokens += sum(map(len, encoded))
     at: dict[tuple[str, float], float] = {}
     settings = DataConfig()
     source = open_source([str(folder / "texts")], settings)
-    with tempfile.TemporaryDirectory(dir=folder) as made:
-        begun = time.perf_counter()
-        make(
+    with tempfile.TemporaryDirectory(dir=folder) as place:
+        work = Path(place) / "work"
+        work.mkdir()
+        start = time.perf_counter()
+        build_in(
+            work,
             Build(
-                Path(made),
+                Path(place) / "text",
                 source,
                 settings,
                 lambda stage, share: at.setdefault((stage, share), time.perf_counter()),
                 Tokenizer.load(folder / "tokenizer"),
                 threads,
-            )
+            ),
         )
-        build = time.perf_counter() - begun
+        build = time.perf_counter() - start
     return {
         "tokens": tokens,
         "fast": seconds,
@@ -96,7 +99,7 @@ def one_round(folder: Path, threads: int) -> dict[str, float]:
 
 
 def measure(text: Path, kind: str, rounds: int) -> dict[str, Any]:
-    """Figures of one text."""
+    """Return the figures of one text."""
     whole = text.read_text(encoding="utf-8")
     tokenizer = train([whole[:SAMPLE_CHARACTERS]], KINDS[kind])
     figures: dict[str, Any] = {
@@ -120,23 +123,23 @@ def measure(text: Path, kind: str, rounds: int) -> dict[str, Any]:
             for threads in sorted({1, cores()}):
                 environment = {**os.environ, "RAYON_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "true"}
                 command = [sys.executable, __file__, str(folder), "--one", str(threads)]
-                told = subprocess.run(command, env=environment, check=True, capture_output=True, text=True).stdout
-                found = json.loads(told)
-                known = best.setdefault(threads, found)
-                best[threads] = {key: min(known[key], found[key]) for key in found}
-    for threads, found in best.items():
-        tokens = found["tokens"]
+                output = subprocess.run(command, env=environment, check=True, capture_output=True, text=True).stdout
+                result = json.loads(output)
+                known = best.setdefault(threads, result)
+                best[threads] = {key: min(known[key], result[key]) for key in result}
+    for threads, result in best.items():
+        tokens = result["tokens"]
         figures[f"{threads} cores" if threads > 1 else "1 core"] = {
-            **{f"{way} tokens/s": round(tokens / found[way]) for way in ("fast", "pass", "build")},
-            **{f"{way} MB/s": round(figures["megabytes"] / found[way], 2) for way in ("fast", "pass", "build")},
-            "pass ÷ fast": round(found["fast"] / found["pass"], 2),
-            "build ÷ fast": round(found["fast"] / found["build"], 2),
+            **{f"{way} tokens/s": round(tokens / result[way]) for way in ("fast", "pass", "build")},
+            **{f"{way} MB/s": round(figures["megabytes"] / result[way], 2) for way in ("fast", "pass", "build")},
+            "pass ÷ fast": round(result["fast"] / result["pass"], 2),
+            "build ÷ fast": round(result["fast"] / result["build"], 2),
         }
     return figures
 
 
 def peak_of(lines: Path, cache: Path) -> int:
-    """The most anonymous memory, in bytes, that making and reading a corpus of these lines takes."""
+    """Return the peak of anonymous memory, in bytes, of building and reading a corpus of these lines."""
     peak, done = [0], threading.Event()
 
     def watch() -> None:
@@ -149,14 +152,15 @@ def peak_of(lines: Path, cache: Path) -> int:
     settings = DataConfig(document="line", tokenizer=CharacterConfig(), drop_duplicates=True)
     corpus = prepare(open_source([str(lines)], settings), settings, cache)
     for length in (16, 32, 64):
-        StageLoader(corpus.train, corpus.tokenizer, length, 4096, 1).step(0, 4096, 0, 1)
+        sampler = build_sampler(corpus.train, corpus.tokenizer, length, 1)
+        StageLoader(corpus.train, corpus.tokenizer, sampler, 4096).step(0, 4096, 0, 1)
     done.set()
     watcher.join()
     return peak[0]
 
 
 def memory(documents: int) -> dict[str, Any]:
-    """Anonymous memory of builds of so many one-word lines, and of three times as many."""
+    """Return the memory of builds with this many one-word lines, and with three times as many."""
     peaks: list[int] = []
     with tempfile.TemporaryDirectory() as name:
         for count in (documents, 3 * documents):

@@ -1,10 +1,10 @@
-"""What the Trainer of `transformers` makes of exported models: a few steps of sequence classification.
+"""Fine-tunes exported models with the Trainer of `transformers`: a few steps of sequence classification.
 
     python benchmarks/trainer.py RUN [RUN ...] --train train.tsv --valid valid.tsv [--steps 60] [--results FILE]
 
-RUN is a run of `unmask pretrain`; it is exported first, and opened by AutoTokenizer and
-AutoModelForSequenceClassification, with no code of ours. The tables have columns `label` (0 or 1) and `text`. A few
-steps show that a model can be fine-tuned, not how good it is.
+RUN is a run of `unmask pretrain`. It is exported and loaded with AutoTokenizer and AutoModelForSequenceClassification,
+without code of unmask. The tables have columns `label` (0 or 1) and `text`. A few steps show that a model can be
+fine-tuned, not how good it is.
 """
 
 from __future__ import annotations
@@ -40,18 +40,18 @@ def read(path: Path, rows: int) -> list[dict[str, Any]]:
         return [{"text": row["text"] or "", "labels": int(row["label"])} for row in islice(table, rows)]
 
 
-def tokenized(rows: list[dict[str, Any]], tokenizer: Any) -> list[dict[str, Any]]:
+def tokenize(rows: list[dict[str, Any]], tokenizer: Any) -> list[dict[str, Any]]:
     return [{**tokenizer(row["text"], truncation=True, max_length=LENGTH), "labels": row["labels"]} for row in rows]
 
 
-def fine_tuned(run: Path, train: Path, valid: Path, steps: int, work: Path) -> dict[str, Any]:
-    """Export, fine-tune, ask: how many held-out rows are right before and after."""
+def fine_tune(run: Path, train: Path, valid: Path, steps: int, work: Path) -> dict[str, Any]:
+    """Exports and fine-tunes a run; returns the accuracy on held-out rows before and after."""
     folder = work / run.name
     subprocess.run([sys.executable, "-m", "unmask", "export", str(run), str(folder)], check=True, capture_output=True)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     transformers.set_seed(0)
     model = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=2)
-    asked = tokenized(read(valid, 1000), tokenizer)
+    valid_set = tokenize(read(valid, 1000), tokenizer)
     trainer = Trainer(
         model=model,
         args=TrainingArguments(
@@ -68,15 +68,15 @@ def fine_tuned(run: Path, train: Path, valid: Path, steps: int, work: Path) -> d
             dataloader_pin_memory=False,
             seed=0,
         ),
-        train_dataset=tokenized(read(train, ROWS), tokenizer),  # pyright: ignore[reportArgumentType]
+        train_dataset=tokenize(read(train, ROWS), tokenizer),  # pyright: ignore[reportArgumentType]
         data_collator=DataCollatorWithPadding(tokenizer),
-        compute_metrics=lambda said: {"accuracy": float((said.predictions.argmax(-1) == said.label_ids).mean())},
+        compute_metrics=lambda output: {"accuracy": float((output.predictions.argmax(-1) == output.label_ids).mean())},
     )
-    before = trainer.predict(asked).metrics or {}  # pyright: ignore[reportArgumentType]
-    begun = time.perf_counter()
+    before = trainer.predict(valid_set).metrics or {}  # pyright: ignore[reportArgumentType]
+    begin = time.perf_counter()
     trainer.train()
-    seconds = time.perf_counter() - begun
-    after = trainer.predict(asked).metrics or {}  # pyright: ignore[reportArgumentType]
+    seconds = time.perf_counter() - begin
+    after = trainer.predict(valid_set).metrics or {}  # pyright: ignore[reportArgumentType]
     return {
         "run": run.name,
         "class": type(model).__name__,
@@ -94,30 +94,30 @@ def main() -> None:
     parser.add_argument("--valid", type=Path, required=True)
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--results", type=Path, default=Path("benchmarks/results/trainer.json"))
-    given = parser.parse_args()
+    arguments = parser.parse_args()
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as work:
-        for run in given.runs:
-            one = fine_tuned(run, given.train, given.valid, given.steps, Path(work))
-            rows.append(one)
+        for run in arguments.runs:
+            row = fine_tune(run, arguments.train, arguments.valid, arguments.steps, Path(work))
+            rows.append(row)
             print(
-                f"{one['run']:<16} {one['class']:<40} right {one['accuracy_before']:.1%} before, "
-                f"{one['accuracy_after']:.1%} after {given.steps} steps",
+                f"{row['run']:<16} {row['class']:<40} accuracy {row['accuracy_before']:.1%} before, "
+                f"{row['accuracy_after']:.1%} after {arguments.steps} steps",
                 flush=True,
             )
-    told = {
+    results = {
         "date": date.today().isoformat(),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
-        "command": f"python benchmarks/trainer.py RUN ... --train {given.train.name} --valid {given.valid.name} "
-        f"--steps {given.steps}",
+        "command": f"python benchmarks/trainer.py RUN ... --train {arguments.train.name} "
+        f"--valid {arguments.valid.name} --steps {arguments.steps}",
         "batch": BATCH,
-        "asked": 1000,
+        "valid_rows": 1000,
         "rows": rows,
     }
-    given.results.write_text(json.dumps(told, indent=2) + "\n", encoding="utf-8")
+    arguments.results.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

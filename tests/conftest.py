@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any, Protocol
 
+import numpy as np
 import pytest
+
+from unmask.core.files import atomic_directory
+from unmask.data.shards import SHARD_TOKENS, ShardWriter, finish_folder
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # `make test`: one process a core; torch reads this when it is imported
     os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -38,3 +43,52 @@ def prose(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("text") / "prose.txt"
     path.write_text("\n\n".join(documents) + "\n", encoding="utf-8")
     return path
+
+
+EncodedChunk = tuple[Any, Any, int, int, bool]  # ids, token flags, characters, unknown characters, is last
+
+
+class WriteShards(Protocol):
+    """Writes encoded chunks of documents as a folder of shards."""
+
+    def __call__(
+        self,
+        folder: Path,
+        chunks: Iterable[EncodedChunk],
+        vocabulary: int,
+        tokenizer_fingerprint: str,
+        shard_tokens: int = SHARD_TOKENS,
+        batch: int = 1,
+    ) -> None: ...
+
+
+@pytest.fixture(scope="session")
+def write_shards() -> WriteShards:
+    """Writes a folder of shards, `batch` chunks at a time."""
+
+    def write(
+        folder: Path,
+        chunks: Iterable[EncodedChunk],
+        vocabulary: int,
+        tokenizer_fingerprint: str,
+        shard_tokens: int = SHARD_TOKENS,
+        batch: int = 1,
+    ) -> None:
+        given = list(chunks)
+        with atomic_directory(folder) as aside:
+            writer = ShardWriter(aside / "made", vocabulary, shard_tokens)
+            with writer.closing():
+                for first in range(0, len(given), batch):
+                    ids, flags, characters, unknown, is_last = zip(*given[first : first + batch], strict=True)
+                    writer.write(
+                        np.concatenate(ids).astype(np.int64),
+                        np.concatenate(flags),
+                        np.array([len(one) for one in ids]),
+                        np.array(characters),
+                        np.array(unknown),
+                        np.array(is_last),
+                    )
+                files = writer.finish()
+            finish_folder(aside, [files], vocabulary, tokenizer_fingerprint)
+
+    return write

@@ -1,13 +1,12 @@
-"""Room card: the front door of `unmask`: raw text in, a pretrained masked-language-model encoder out.
-
-Comes in: a name. Goes out: what it stands for, imported when it is first asked for, so that `import unmask` costs no
-torch. Called by: people, notebooks, `python -m unmask`.
+"""Pretrains BERT and ModernBERT encoders from raw text.
 
     import unmask
 
     unmask.pretrain("notes.txt", recipe="tiny", budget="10 min", out="runs/notes")
     model = unmask.load("runs/notes")
     unmask.fill(model, "The cat sat on the [MASK].")
+
+The public names are imported when they are first used, so that `import unmask` doesn't import torch.
 """
 
 from __future__ import annotations
@@ -16,6 +15,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from unmask.core.errors import UnmaskError
+from unmask.core.version import __version__
 
 if TYPE_CHECKING:
     from unmask.checks.audit import audit
@@ -27,8 +27,6 @@ if TYPE_CHECKING:
     from unmask.training.pretrain import pretrain
     from unmask.training.recipe import Recipe
 
-
-__version__ = "0.1.0"
 __all__ = [
     "Model",
     "Recipe",

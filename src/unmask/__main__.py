@@ -1,4 +1,4 @@
-"""Room card: `python -m unmask`, the door that the command `unmask` opens too; torchrun starts its ranks through it."""
+"""Runs the command line: `python -m unmask`, also for the ranks that `torchrun` starts."""
 
 from __future__ import annotations
 

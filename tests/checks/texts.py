@@ -1,4 +1,4 @@
-"""Texts in three scripts, and kinds of tokenizers."""
+"""Texts in three scripts, and tokenizers of several kinds."""
 
 from __future__ import annotations
 
@@ -32,14 +32,14 @@ WORDPIECES = {"english": 110, "korean": 110, "chinese": 50}
 
 
 def documents(language: str) -> list[str]:
-    """160 documents of 3 to 10 sentences in a fixed order."""
+    """Return 160 documents of 3 to 10 sentences, always the same."""
     choice = random.Random(5)
     return [" ".join(choice.choices(SENTENCES[language], k=choice.randint(3, 10))) for _ in range(160)]
 
 
 @cache
 def trained(language: str, kind: str) -> Tokenizer:
-    """A tokenizer of its documents, so small that many words are cut."""
+    """Return a tokenizer trained on the documents, so small that many words have several tokens."""
     settings = {
         "wordpiece": WordPieceConfig(vocab_size=WORDPIECES[language], min_frequency=1),
         "bpe": ByteBpeConfig(vocab_size=330, min_frequency=1),

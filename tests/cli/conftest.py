@@ -1,4 +1,4 @@
-"""The command line in this process, in a folder of its own, and a run to ask things of."""
+"""The command line in this process, in a temporary folder, and a small finished run."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ Refused = Callable[..., str]
 
 
 def contents(folder: Path) -> Mapping[str, bytes | str]:
-    """Every path below a folder: what a file holds, where a link points."""
+    """Map every path below a folder to its bytes, or to the target of a link."""
     return {
         str(path.relative_to(folder)): str(path.readlink())
         if path.is_symlink()
@@ -76,14 +76,14 @@ def unmask(place: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFi
 
 @pytest.fixture
 def refused(unmask: Command, place: Path) -> Refused:
-    """A command that a person can mend: exit 2, culprit and mend named, no traceback, nothing written or lost."""
+    """A command that ends with a user error: exit 2, a message with a hint, no traceback, no file changed."""
 
     def run(*arguments: str, says: str | tuple[str, ...]) -> str:
         before = contents(place)
         code, _, err = unmask(*arguments)
         assert code == 2, err
         assert err.startswith("error: ") and "Traceback" not in err
-        assert "  next:  " in err, "a message ends with the mend"
+        assert "  hint: " in err, "a message ends with a hint"
         for words in (says,) if isinstance(says, str) else says:
             assert words in " ".join(err.split()), err
         assert contents(place) == before
@@ -94,7 +94,7 @@ def refused(unmask: Command, place: Path) -> Refused:
 
 @pytest.fixture(scope="session")
 def small_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A finished run of small.toml; only to be looked at."""
+    """A finished run of small.toml; read-only."""
     folder = tmp_path_factory.mktemp("small")
     (folder / "small.toml").write_text(SMALL)
     (folder / "cat.txt").write_text(TEXT)
@@ -105,5 +105,5 @@ def small_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def run(small_run: Path, place: Path) -> Path:
-    """A copy of it in the working folder, to do harm to."""
+    """A copy of `small_run` in the working folder, which a test may damage."""
     return Path(shutil.copytree(small_run, place / "run", symlinks=True))

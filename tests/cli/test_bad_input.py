@@ -1,6 +1,6 @@
-"""What a person can get wrong: exit code 2, the culprit and the mend named, nothing written, nothing lost.
+"""User errors: exit code 2, a message with location and hint, and no file changed.
 
-`refused` (conftest) holds these laws for each command; here stand the commands.
+The fixture `refused` in conftest.py checks these rules for each command.
 """
 
 from __future__ import annotations
@@ -36,22 +36,22 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Monk
 
 
 @pytest.mark.parametrize("arguments", [PRETRAIN, ("evaluate", "run", "--text"), ("fill", "run", "--file")])
-def test_a_path_that_is_not_there(refused: Refused, run: Path, arguments: tuple[str, ...]) -> None:
+def test_a_missing_path(refused: Refused, run: Path, arguments: tuple[str, ...]) -> None:
     refused(*arguments, "nothing.txt", says="nothing.txt")
 
 
-def test_a_name_that_is_too_long_to_be_one(refused: Refused) -> None:
-    refused(*PRETRAIN, "x" * 300, says="there is no such file or folder")
+def test_a_name_that_is_too_long(refused: Refused) -> None:
+    refused(*PRETRAIN, "x" * 300, says="no such file or directory")
     refused("pretrain", "cat.txt", "--recipe", "x" * 300, says="unknown recipe")
-    refused("fill", "x" * 300, "a [MASK]", says="nothing at this path")
-    refused("pretrain", "cat.txt", "--recipe", "small.toml", "--out", "x" * 300, says="can't write here")
+    refused("fill", "x" * 300, "a [MASK]", says="the path doesn't exist")
+    refused("pretrain", "cat.txt", "--recipe", "small.toml", "--out", "x" * 300, says="can't write")
 
 
 @pytest.mark.parametrize("content", [b"", b" \n\n\t\r\n"])
 def test_an_empty_file(refused: Refused, run: Path, content: bytes) -> None:
     Path("empty.txt").write_bytes(content)
     refused(*PRETRAIN, "empty.txt", says=("empty.txt", "empty"))
-    refused(*PRETRAIN, "cat.txt", "empty.txt", says=("empty.txt", "leave it out"))
+    refused(*PRETRAIN, "cat.txt", "empty.txt", says=("empty.txt", "remove it"))
     refused("evaluate", "run", "--text", "empty.txt", says=("empty.txt", "empty"))
 
 
@@ -73,7 +73,7 @@ def test_a_binary_file(refused: Refused, run: Path, content: bytes, says: str) -
 
 @pytest.mark.parametrize("before", [100, 2_000_000])
 def test_bytes_that_are_not_utf_8(refused: Refused, run: Path, before: int) -> None:
-    """In the first bytes and after the first MiB, where a source has looked no further before the work begins."""
+    """In the first bytes, and after the first MiB, which is not checked before reading starts."""
     at = before // 2 * 2
     Path("broken.txt").write_bytes(b"a " * (at // 2) + b"\xe9t\xe9 " + b"a " * 50)
     for command in (PRETRAIN, ("evaluate", "run", "--text")):
@@ -88,13 +88,13 @@ def test_such_bytes_can_be_replaced(unmask: Command, run: Path) -> None:
     assert unmask("evaluate", "run", "--text", "broken.txt", "--errors", "replace")[0] == 0
 
 
-def test_a_question_that_is_not_utf_8(refused: Refused, run: Path) -> None:
+def test_a_prompt_that_is_not_utf_8(refused: Refused, run: Path) -> None:
     Path("broken.txt").write_bytes(b"ab\xff[MASK]\n")
     refused("fill", "run", "--file", "broken.txt", says=("broken.txt, byte 2", "UTF-8"))
     refused("fill", "run", "ab\udcff[MASK]", says="UTF-8")
 
 
-# Tables, patterns, data sets ------------------------------------------------------------------------------------------
+# Tables, patterns, data sets -----------------------------------------------------------------------------------------
 
 
 ROW = '{"body": "The cat sat on the mat and the dog sat on the log."}\n'
@@ -104,19 +104,19 @@ ROW = '{"body": "The cat sat on the mat and the dog sat on the log."}\n'
     ("bad", "says"),
     [
         ('{"body": "half\n', ("not JSON", "--errors skip")),
-        ('["a list"]\n', ("holds a list",)),
+        ('["a list"]\n', ("is a list, expected an object",)),
         ('{"bodies": "a", "id": 3}\n', ("there is no field `body`", "did you mean `bodies`?", "`id`", "--field")),
-        ('{"body": null}\n', ("`body` holds null", "--errors skip")),
+        ('{"body": null}\n', ("`body` is null, expected text", "--errors skip")),
         ('{"body": "caf\udce9"}\n', ("not UTF-8", "0xe9", "--errors replace", "--errors skip")),
     ],
 )
-def test_a_line_that_is_not_as_the_others(refused: Refused, run: Path, bad: str, says: tuple[str, ...]) -> None:
+def test_a_malformed_line(refused: Refused, run: Path, bad: str, says: tuple[str, ...]) -> None:
     Path("rows.jsonl").write_bytes((ROW * 30 + bad + ROW * 30).encode("utf-8", "surrogateescape"))
     for command in (PRETRAIN, ("evaluate", "run", "--text")):
         refused(*command, "rows.jsonl", "--field", "body", says=("rows.jsonl, line 31", *says))
 
 
-def test_such_lines_can_be_left_out(unmask: Command, run: Path) -> None:
+def test_such_lines_can_be_skipped(unmask: Command, run: Path) -> None:
     Path("rows.jsonl").write_text(ROW * 30 + '{"body": "half\n{"body": null}\n' + ROW * 30)
     options = ("rows.jsonl", "--field", "body", "--errors", "skip")
     code, out, err = unmask(*PRETRAIN, *options, "--dry-run")
@@ -125,7 +125,7 @@ def test_such_lines_can_be_left_out(unmask: Command, run: Path) -> None:
     assert unmask("evaluate", "run", "--text", *options)[0] == 0
 
 
-def test_a_column_that_is_not_there(refused: Refused, run: Path) -> None:
+def test_a_missing_column(refused: Refused, run: Path) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -133,12 +133,12 @@ def test_a_column_that_is_not_there(refused: Refused, run: Path) -> None:
     Path("rows.csv").write_text("id,sentence\n1,The cat sat.\n")
     Path("rows.tsv").write_text("id\tsentence\n1\tThe cat sat.\n")
     for name in ("rows.parquet", "rows.csv", "rows.tsv"):
-        says = (name, "there is no column `text`", "`id`, `sentence`", "--field")
+        says = (name, "there is no column `text`", "`id` and `sentence`", "--field")
         refused(*PRETRAIN, name, says=says)
         refused("evaluate", "run", "--text", name, says=says)
-    refused(*PRETRAIN, "rows.parquet", "--field", "id", says=("`id` holds int64, no text", "`sentence`"))
+    refused(*PRETRAIN, "rows.parquet", "--field", "id", says=("`id` has type int64", "`sentence`"))
     Path("torn.parquet").write_bytes(Path("rows.parquet").read_bytes()[:-9])
-    refused(*PRETRAIN, "torn.parquet", says=("torn.parquet", "no Parquet file", "cut short"))
+    refused(*PRETRAIN, "torn.parquet", says=("torn.parquet", "not a Parquet file", "truncated"))
 
 
 def test_a_broken_row(refused: Refused) -> None:
@@ -149,13 +149,13 @@ def test_a_broken_row(refused: Refused) -> None:
 
 
 @pytest.mark.parametrize("name", ["text.txt.gz", "text.txt.zst", "rows.jsonl.zst", "rows.csv.gz"])
-def test_a_packed_file_that_is_cut_short(refused: Refused, run: Path, name: str) -> None:
+def test_a_compressed_file_that_is_cut_short(refused: Refused, run: Path, name: str) -> None:
     import zstandard
 
     data = {"txt": "a cat\n", "jsonl": '{"text": "a cat"}\n', "csv": "text\n"}[name.split(".")[1]] * 5000
     packed = gzip.compress(data.encode()) if name.endswith(".gz") else zstandard.compress(data.encode())
     Path(name).write_bytes(packed[:-8])
-    says = (name, "damaged or cut short", "fetch or pack it anew")
+    says = (name, "damaged or truncated", "download or compress the file again")
     refused(*PRETRAIN, name, says=says)
     refused("evaluate", "run", "--text", name, says=says)
 
@@ -178,45 +178,47 @@ def test_cp1252_in_the_middle_of_utf_8(refused: Refused, unmask: Command) -> Non
     assert code == 0, err
 
 
-def test_names_that_mean_nothing(refused: Refused, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_invalid_names(refused: Refused, monkeypatch: pytest.MonkeyPatch) -> None:
     import huggingface_hub.constants
 
     refused(*PRETRAIN, "notes/*.txt", says=("notes/*.txt", "no file matches this pattern"))
     refused(*PRETRAIN, "cat.txt:0", says=("cat.txt:0", "above 0"))
-    refused(*PRETRAIN, "cat.txt:0.7", "small.toml", says=("small.toml", "without a weight", "small.toml:1"))
+    refused(*PRETRAIN, "cat.txt:0.7", "small.toml", says=("small.toml", "no weight", "small.toml:1"))
     refused(*PRETRAIN, "dataset:@train", says=("dataset:@train", "dataset:NAME#CONFIG@SPLIT"))
     monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")
     refused(
         *PRETRAIN,
-        "dataset:nobody/nothing",
-        says=("`nobody/nothing`", "not in the local cache", "can't be reached", "save_to_disk"),
+        "dataset:noone/nothing",
+        says=("`noone/nothing`", "not in the local cache", "can't be reached", "save_to_disk"),
     )
 
 
 # Too little text -----------------------------------------------------------------------------------------------------
 
 
-def mend(message: str) -> list[str]:
-    """The `--set key=value` of the line that says what next."""
-    found = re.search(r"next:.*?--set (\S+=[^\s,]+)", message)
+def set_options(message: str) -> list[str]:
+    """The option `--set key=value` of a hint."""
+    found = re.search(r"hint:.*?--set (\S+=[^\s,]+)", message)
     assert found, message
     return ["--set", found[1]]
 
 
 def test_a_corpus_shorter_than_one_text(refused: Refused, unmask: Command) -> None:
     Path("short.txt").write_text("A cat sat on a mat.")  # 17 of its 19 characters are left for training
-    message = refused(*PRETRAIN, "short.txt", says=("short.txt", "17 tokens", "shorter than one text", "30"))
-    assert mend(message) == ["--set", "stage.0.max_seq_len=19"]
+    message = refused(*PRETRAIN, "short.txt", says=("short.txt", "not enough training text: 17 tokens", "at least 30"))
+    assert set_options(message) == ["--set", "stage.0.max_seq_len=19"]
     Path("single.txt").write_text("a")
     refused(*PRETRAIN, "single.txt", says=("single.txt", "give more text"))
-    code, _, err = unmask(*PRETRAIN, "short.txt", *mend(message))
+    code, _, err = unmask(*PRETRAIN, "short.txt", *set_options(message))
     assert code == 0, err
 
 
 def test_a_vocabulary_that_the_text_cannot_give(refused: Refused, unmask: Command) -> None:
     words = ["--set", "data.tokenizer.kind=wordpiece", "--set", "data.tokenizer.vocab_size=8192"]
-    message = refused(*PRETRAIN, "cat.txt", *words, says=("a vocabulary of 8,192", "data.tokenizer.vocab_size"))
-    code, _, err = unmask(*PRETRAIN, "cat.txt", *words, *mend(message))
+    message = refused(
+        *PRETRAIN, "cat.txt", *words, says=("vocabulary size 8,192 is too large", "data.tokenizer.vocab_size")
+    )
+    code, _, err = unmask(*PRETRAIN, "cat.txt", *words, *set_options(message))
     assert code == 0, err
 
 
@@ -226,40 +228,40 @@ def test_no_text_at_all(refused: Refused) -> None:
     refused(*PRETRAIN, "folder", says=("folder", "no text"))
 
 
-# Questions that a model can't answer ---------------------------------------------------------------------------------
+# Prompts and ids that a model doesn't accept -------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("ids", "says"), [([1, 10**6], "id 1000000"), ([-1, 2], "id -1")])
+@pytest.mark.parametrize(("ids", "says"), [([1, 10**6], "1000000"), ([-1, 2], "-1")])
 def test_ids_beyond_the_vocabulary(small_run: Path, ids: list[int], says: str) -> None:
-    with pytest.raises(ModelError, match=f"{says} is beyond the vocabulary of 20") as refusal:
+    with pytest.raises(ModelError, match=f"invalid id: got {says}, expected 0 to 19") as refusal:
         front.load(small_run).log_probabilities([[1], ids], [[0], [0]])
-    assert refusal.value.location == "text 1" and refusal.value.hint
+    assert refusal.value.location == "sequence 1" and refusal.value.hint
 
 
-def test_a_tokenizer_with_more_pieces_than_the_weights_have_rows(refused: Refused, run: Path) -> None:
+def test_a_tokenizer_with_more_tokens_than_the_embedding(refused: Refused, run: Path) -> None:
     step = run / "best"
     tokenizer = json.loads((step / "tokenizer.json").read_text())
     tokenizer["model"]["vocab"]["Ж"] = len(tokenizer["model"]["vocab"])
     (step / "tokenizer.json").write_text(json.dumps(tokenizer))
-    refused("fill", "run", "a [MASK]", says="tokenizer.json")  # the seal was broken
+    refused("fill", "run", "a [MASK]", says="tokenizer.json")  # its digest differs
     (step / "digests.json").unlink()
-    refused("fill", "run", "a [MASK]", says=("tokenizer", "21 pieces", "20 rows"))
-    refused("evaluate", "run", "--text", "cat.txt", says=("21 pieces", "20 rows"))
+    refused("fill", "run", "a [MASK]", says=("tokenizer has 21 tokens", "embedding only 20"))
+    refused("evaluate", "run", "--text", "cat.txt", says=("21 tokens", "embedding only 20"))
 
 
 def test_a_text_without_a_mask(refused: Refused, run: Path) -> None:
     refused("fill", "run", "The cat sat.", says=("no [MASK]", "The cat sat."))
     refused("fill", "run", "", says="no [MASK]")
-    Path("questions.txt").write_text("a [MASK]\nnothing here\n")
-    refused("fill", "run", "--file", "questions.txt", says=("no [MASK]", "text 2: 'nothing here'"))
+    Path("prompts.txt").write_text("a [MASK]\nnothing here\n")
+    refused("fill", "run", "--file", "prompts.txt", says=("no [MASK]", "text 2: 'nothing here'"))
 
 
 @pytest.mark.parametrize("top", ["0", "-3", "1000"])
-def test_more_answers_than_there_are_pieces(refused: Refused, run: Path, top: str) -> None:
-    refused("fill", "run", "a [MASK]", "--top", top, says=f"top = {top}")
+def test_an_invalid_number_of_predictions(refused: Refused, run: Path, top: str) -> None:
+    refused("fill", "run", "a [MASK]", "--top", top, says=f"invalid top: got {top}")
 
 
-def test_a_folder_that_is_no_model(refused: Refused, run: Path) -> None:
+def test_a_folder_without_a_model(refused: Refused, run: Path) -> None:
     Path("folder").mkdir()
     for folder in ("folder", "nowhere"):
         refused("fill", folder, "a [MASK]", says=folder)
@@ -277,7 +279,7 @@ def test_text_longer_than_the_context_is_windowed(unmask: Command, run: Path) ->
     code, out, err = unmask("fill", "run", long, "--json", "--top", "2")
     assert code == 0, err
     ((mask,),) = [one["masks"] for one in json.loads(out)]
-    assert mask["position"] > 400, "the slot in the whole text"
+    assert mask["position"] > 400, "the position in the whole text"
     assert all(candidate["sequence"].count("cat") == 40 for candidate in mask["candidates"])
     code, out, _ = unmask("evaluate", "run", "--text", "cat.txt", "--json")
     assert code == 0
@@ -298,25 +300,25 @@ def test_text_longer_than_the_context_is_windowed(unmask: Command, run: Path) ->
         (("--set", "stag.0.length=16"), ("stag",)),
         (("--set", "model.kind=modernbrt"), ("did you mean", "modernbert")),
         (("--set", "objective.mask_unit=whole-words"), ("did you mean", "whole-word")),
-        (("--set", "model.hidden_size=wide"), ("model.hidden_size", "a whole number")),
+        (("--set", "model.hidden_size=wide"), ("model.hidden_size", "an integer")),
         (("--set", "model.num_attention_heads=3"), ("model.num_attention_heads", "multiple")),
-        (("--set", "objective.mask_rate=1.5"), ("mask_rate = 1.5", "0 < mask_rate <= 1")),
+        (("--set", "objective.mask_rate=1.5"), ("invalid mask_rate: got 1.5", "above 0 and at most 1")),
         (("--set", "seed"), ("--set seed", "key")),
         (("--set", "stage.0.max_seq_len=100000"), ("100000", "model.max_position_embeddings")),
         (("--set", "stage.3.max_seq_len=16"), ("stage.3",)),
         (("--set", "train.every.save=20 tokens"), ("train.every.save", "steps or seconds")),
         (("--set", "train.micro_batch_size=0 tokens"), ("train.micro_batch_size", "16k tokens")),
-        (("--set", "data.tokenizer.min_frequency=0"), ("data.tokenizer.min_frequency", "1 or more")),
+        (("--set", "data.tokenizer.min_frequency=0"), ("data.tokenizer.min_frequency", "at least 1")),
         (("--set", "optimizer.lr=inf"), ("optimizer.lr", "above 0")),
-        (("--set", "preview.num_samples=-1"), ("preview.num_samples", "0 or more")),
+        (("--set", "preview.num_samples=-1"), ("preview.num_samples", "at least 0")),
         (("--set", "data.held_out.fraction=100%"), ("100%", "less than 100%")),
         (("--set", "train.threads=4096"), ("4096 threads", "train.threads")),
-        (("--budget", "20"), ("`20` needs a unit", "120 steps", "where: --budget 20 next:")),
-        (("--budget", "20", "--set", "train.budget=3 steps"), ("where: --budget 20 next:",)),
-        (("--budget", "20 stps"), ("`stps`", "did you mean `steps`?", 'where: --budget "20 stps" next:')),
+        (("--budget", "20"), ("`20` needs a unit", "120 steps", "location: --budget 20 hint:")),
+        (("--budget", "20", "--set", "train.budget=3 steps"), ("location: --budget 20 hint:",)),
+        (("--budget", "20 stps"), ("`stps`", "did you mean `steps`?", 'location: --budget "20 stps" hint:')),
         (("--budget", "twenty"), ("`twenty`", "300 s")),
-        (("--budget", ""), ("not an amount", "300 s")),
-        (("--budget", "0 steps"), ("0 steps", "larger budget")),
+        (("--budget", ""), ("not a quantity", "300 s")),
+        (("--budget", "0 steps"), ("0 steps", "increase the budget")),
         (("--budget", "5 characters"), ("--budget", "characters", "seconds, steps, tokens or epochs")),
         (("--set", "train.budget=5 texts"), ("--set train.budget=5 texts", "seconds, steps, tokens or epochs")),
         (
@@ -331,11 +333,11 @@ def test_text_longer_than_the_context_is_windowed(unmask: Command, run: Path) ->
         (("--set", "train.budget=20"), ("`20` needs a unit",)),
     ],
 )
-def test_what_a_recipe_cannot_be(refused: Refused, arguments: tuple[str, ...], says: tuple[str, ...]) -> None:
+def test_invalid_settings(refused: Refused, arguments: tuple[str, ...], says: tuple[str, ...]) -> None:
     refused(*PRETRAIN, "cat.txt", *arguments, says=says)
 
 
-def test_a_recipe_file_with_a_fault_in_it(refused: Refused) -> None:
+def test_an_invalid_recipe_file(refused: Refused) -> None:
     good = Path("small.toml").read_text()
     for bad, says in (
         (
@@ -373,16 +375,16 @@ def cut(path: Path) -> None:
         (cut, "train/shard-00000.safetensors"),
         (Path.unlink, "held-out/shard-00000.safetensors"),
         (flip, "held-out/arrays.safetensors"),
-        (cut, "told/tokenizer.json"),
+        (cut, "meta/tokenizer.json"),
     ],
 )
 def test_a_damaged_shard(
     refused: Refused, unmask: Command, own_cache: Path, harm: Callable[[Path], None], name: str
 ) -> None:
     assert unmask(*PRETRAIN, "cat.txt", "--dry-run")[0] == 0
-    (victim,) = own_cache.glob(f"*/{name}")
+    (victim,) = own_cache.glob(f"*/*/{name}")
     harm(victim)
-    refused(*PRETRAIN, "cat.txt", says=(str(victim), "remove the folder it is in"))
+    refused(*PRETRAIN, "cat.txt", says=(str(victim), "remove"))
     shutil.rmtree(victim.parent)  # as the message says
     assert unmask(*PRETRAIN, "cat.txt", "--dry-run")[0] == 0
 
@@ -396,7 +398,7 @@ def test_a_damaged_checkpoint(
 ) -> None:
     victim = run / "latest" / name
     harm(victim)
-    assert unmask("fill", "run", "a [MASK]")[0] == 0, "the best model is whole"
+    assert unmask("fill", "run", "a [MASK]")[0] == 0, "the best model is undamaged"
     if not name.startswith("resume/"):
         refused("fill", "run/latest", "a [MASK]", says=Path(name).name)
     message = refused("pretrain", "--resume", "run", "--budget", "+1 steps", says=(Path(name).name, "latest"))
@@ -415,16 +417,16 @@ def test_a_damaged_run(refused: Refused, run: Path, name: str) -> None:
     refused("pretrain", "--resume", "run", "--budget", "+1 steps", says=name)
 
 
-def test_a_run_that_has_lost_its_steps(refused: Refused, run: Path) -> None:
+def test_a_run_without_its_steps(refused: Refused, run: Path) -> None:
     shutil.rmtree(run / (run / "latest").readlink())
     shutil.rmtree(run / "best")
     for command in (("fill", "run", "a [MASK]"), ("pretrain", "--resume", "run")):
-        refused(*command, says=("step-0000003", "gone"))
+        refused(*command, says=("step-0000003", "doesn't exist"))
     (run / "latest").unlink()
     refused("fill", "run", "a [MASK]", says="not saved a step yet")
 
 
-# What a run was started with -----------------------------------------------------------------------------------------
+# Changes between start and resume ------------------------------------------------------------------------------------
 
 
 def test_a_changed_corpus(refused: Refused, small_run: Path, run: Path) -> None:
@@ -433,15 +435,21 @@ def test_a_changed_corpus(refused: Refused, small_run: Path, run: Path) -> None:
     environment = json.loads((run / "env.json").read_text())
     environment["text"]["paths"] = [str(text.absolute())]
     (run / "env.json").write_text(json.dumps(environment))
-    refused("pretrain", "--resume", "run", "--budget", "+1 steps", says=("changed.txt", "text is not what"))
+    refused("pretrain", "--resume", "run", "--budget", "+1 steps", says=("changed.txt", "the text has changed"))
     text.unlink()
     refused("pretrain", "--resume", "run", "--budget", "+1 steps", says="changed.txt")
 
 
-def test_a_changed_tokenizer(refused: Refused, run: Path) -> None:
+def test_a_changed_tokenizer(refused: Refused, unmask: Command, run: Path) -> None:
+    """A run owns its tokenizer: settings that would train another one change nothing, another file is refused."""
     recipe = (run / "recipe.toml").read_text()
     (run / "recipe.toml").write_text(recipe.replace("min_frequency = 1", "min_frequency = 100"))
-    refused("pretrain", "--resume", "run", "--budget", "+1 steps", says=("tokenizer", "is not the run's"))
+    assert unmask("pretrain", "--resume", "run", "--budget", "+1 steps")[0] == 0
+    file = run / "tokenizer" / "tokenizer.json"
+    tokenizer = json.loads(file.read_text())
+    tokenizer["added_tokens"][0]["lstrip"] = True
+    file.write_text(json.dumps(tokenizer))
+    refused("pretrain", "--resume", "run", "--budget", "+1 steps", says=(str(file.name), "has changed"))
 
 
 def test_a_recipe_of_another_shape(refused: Refused, run: Path) -> None:
@@ -454,7 +462,7 @@ def test_a_recipe_of_another_shape(refused: Refused, run: Path) -> None:
     ("arguments", "says"),
     [
         (("--budget", "5"), ("`5` needs a unit",)),
-        (("--budget", "+5 texts"), ("not counted in texts", "seconds, steps, tokens or epochs")),
+        (("--budget", "+5 texts"), ("invalid budget: got +5 texts", "seconds, steps, tokens or epochs")),
         (("--budget", "2 steps"), ("2 steps is no more than", "+1 epoch")),
         (("--set", "objective.mask_rate=0.3"), ("objective.mask_rate", "train.every, train.keep_last, preview")),
         (("--set", "train.every.save=5 tokens"), ("train.every.save",)),
@@ -462,36 +470,38 @@ def test_a_recipe_of_another_shape(refused: Refused, run: Path) -> None:
         (("--recipe", "small.toml"), ("--recipe",)),
     ],
 )
-def test_what_may_not_change(refused: Refused, run: Path, arguments: tuple[str, ...], says: tuple[str, ...]) -> None:
+def test_settings_that_must_not_change(
+    refused: Refused, run: Path, arguments: tuple[str, ...], says: tuple[str, ...]
+) -> None:
     refused("pretrain", "--resume", "run", *arguments, says=says)
 
 
-def test_a_folder_that_is_no_run(refused: Refused, run: Path) -> None:
-    refused("pretrain", "--resume", "nowhere", says=("nowhere", "no run"))
-    refused("pretrain", "--resume", "run/latest", says=("run/latest", "no run"))
+def test_a_folder_without_a_run(refused: Refused, run: Path) -> None:
+    refused("pretrain", "--resume", "nowhere", says=("nowhere", "not a run"))
+    refused("pretrain", "--resume", "run/latest", says=("run/latest", "not a run"))
 
 
-# Places --------------------------------------------------------------------------------------------------------------
+# Files and folders ---------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("out", ["cat.txt/run", "/proc/nowhere/run", "/dev/null/run"])
 def test_a_folder_that_cannot_be_written(refused: Refused, out: str) -> None:
-    refused("pretrain", "cat.txt", "--recipe", "small.toml", "--out", out, says=("can't write here", out[:9], "--out"))
+    refused("pretrain", "cat.txt", "--recipe", "small.toml", "--out", out, says=("can't write", out[:9], "--out"))
 
 
-def test_a_place_below_new_folders_that_cannot_be_written(refused: Refused) -> None:
-    """What the check has made by then, it takes away."""
+def test_a_folder_in_new_folders_that_cannot_be_written(refused: Refused) -> None:
+    """The check removes the folders that it created."""
     out = f"a/b/{'x' * 300}"
-    refused("pretrain", "cat.txt", "--recipe", "small.toml", "--out", out, says=("can't write here", "--out"))
+    refused("pretrain", "cat.txt", "--recipe", "small.toml", "--out", out, says=("can't write", "--out"))
 
 
 def test_a_cache_that_cannot_be_written(refused: Refused, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("UNMASK_CACHE", str(place / "cat.txt" / "cache"))
     assert default_cache() == place / "cat.txt" / "cache"
-    refused(*PRETRAIN, "cat.txt", says=("can't write here", "UNMASK_CACHE"))
+    refused(*PRETRAIN, "cat.txt", says=("can't write", "UNMASK_CACHE"))
 
 
-def test_an_earlier_demo_outlives_one_that_cannot_begin(
+def test_an_earlier_demo_is_kept_if_the_next_cannot_start(
     refused: Refused, unmask: Command, run: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     recipe = (run / "recipe.toml").read_text()
@@ -502,7 +512,7 @@ def test_an_earlier_demo_outlives_one_that_cannot_begin(
     def stopped_while_reading() -> list[str]:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("unmask.training.demo.english_of_python", stopped_while_reading)
+    monkeypatch.setattr("unmask.training.demo.python_documentation", stopped_while_reading)
     before = sorted(run.rglob("*"))
     assert unmask("demo", "--out", "run")[0] == 130
     assert sorted(run.rglob("*")) == before

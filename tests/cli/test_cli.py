@@ -1,4 +1,4 @@
-"""The command line, from outside."""
+"""The command line as a user runs it."""
 
 from __future__ import annotations
 
@@ -14,8 +14,7 @@ import typer
 
 from unmask.cli import main
 from unmask.cli.errors import handle_errors
-from unmask.core.errors import Stopped
-from unmask.training.loop import Interrupted
+from unmask.core.errors import CRASH_NOTE, Interrupted, Stopped
 
 SMALL = """\
 about = "Small enough for a test."
@@ -51,7 +50,7 @@ def process(*arguments: str, stdin: str = "", folder: Path | None = None) -> sub
 
 @pytest.fixture
 def unmask(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Command:
-    """The command in this process, in a folder of its own: (exit code, standard output, standard error)."""
+    """The command in this process, in a temporary folder: (exit code, standard output, standard error)."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "small.toml").write_text(SMALL)
     (tmp_path / "cat.txt").write_text(TEXT)
@@ -72,15 +71,15 @@ def test_help_needs_no_torch() -> None:
     script += "except SystemExit: print('torch' in sys.modules, 'numpy' in sys.modules)"
     result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=True)
     assert result.stdout.splitlines()[-1] == "False False"
-    for verb in ("pretrain", "fill", "evaluate", "demo", "recipe"):
-        assert f" {verb} " in result.stdout
+    for command in ("pretrain", "fill", "evaluate", "demo", "recipe"):
+        assert f" {command} " in result.stdout
 
 
-@pytest.mark.parametrize("verb", ["pretrain", "fill", "evaluate", "demo", "recipe", "recipe show"])
-def test_each_verb_explains_itself_with_an_example(unmask: Command, verb: str) -> None:
-    code, out, _ = unmask(*verb.split(), "--help")
+@pytest.mark.parametrize("command", ["pretrain", "fill", "evaluate", "demo", "recipe", "recipe show"])
+def test_help_has_an_example(unmask: Command, command: str) -> None:
+    code, out, _ = unmask(*command.split(), "--help")
     assert code == 0
-    assert verb == "recipe" or f"unmask {verb} " in out.partition("Examples")[2]
+    assert command == "recipe" or f"unmask {command} " in out.partition("Examples")[2]
 
 
 def test_codes_and_streams_of_a_real_process(tmp_path: Path) -> None:
@@ -90,52 +89,53 @@ def test_codes_and_streams_of_a_real_process(tmp_path: Path) -> None:
     assert typo.returncode == 2 and "Did you mean 'pretrain'?" in typo.stderr and typo.stdout == ""
     missing = process("pretrain", "nothing.txt", folder=tmp_path)
     assert missing.returncode == 2 and "nothing.txt" in missing.stderr
-    assert all("cores busy" in line for line in missing.stdout.splitlines()), "nothing but a word about the machine"
+    assert all("cores busy" in line for line in missing.stdout.splitlines()), "at most a note about the load"
     assert missing.stderr.startswith("error: ") and "Traceback" not in missing.stderr
     assert not list(tmp_path.iterdir()), "nothing was written"
 
 
-def test_a_reader_that_leaves_early_hears_no_complaint() -> None:
+def test_a_closed_pipe_is_no_error() -> None:
     ends = os.pipe()
-    os.close(ends[0])  # nobody reads
-    with os.fdopen(ends[1], "w") as nobody:
+    os.close(ends[0])
+    with os.fdopen(ends[1], "w") as closed_pipe:
         result = subprocess.run(
             [sys.executable, "-m", "unmask", "recipe", "list"],
-            stdout=nobody, stderr=subprocess.PIPE, text=True, timeout=60, check=False,
+            stdout=closed_pipe, stderr=subprocess.PIPE, text=True, timeout=60, check=False,
         )  # fmt: skip
     assert (result.returncode, result.stderr) == (0, "")
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "message"),
     [
         (["pretrain"], "no text was given"),
         (["pretrain", "cat.txt", "--recipe", "tinny"], "did you mean `tiny`?"),
         (["pretrain", "cat.txt", "--recipe", "small.toml", "--budget", "20"], "needs a unit"),
         (["pretrain", "cat.txt", "--recipe", "small.toml", "--set", "train.bugdet=3 steps"], "did you mean `budget`?"),
         (["pretrain", "cat.txt", "--recipe", "small.toml", "--out", "small.toml"], "--resume"),
-        (["pretrain", "cat.txt", "--resume", "run"], "TEXT can't be given together with --resume"),
-        (["pretrain", "--resume", "run", "--seed", "3"], "--seed can't be given together with --resume"),
-        (["pretrain", "--resume", "nowhere"], "no run"),
+        (["pretrain", "cat.txt", "--resume", "run"], "TEXT can't be combined with --resume"),
+        (["pretrain", "--resume", "run", "--seed", "3"], "--seed can't be combined with --resume"),
+        (["pretrain", "--resume", "nowhere"], "not a run"),
         (["pretrain", "cat.txt", "--allow-different-environment"], "--resume RUN"),
         (["pretrain", "cat.txt", "--threads", "0"], "--threads"),
-        (["fill", "nowhere", "a [MASK]"], "nothing at this path"),
+        (["fill", "nowhere", "a [MASK]"], "the path doesn't exist"),
         (["fill", "nowhere", "--file", "nothing.txt"], "nothing.txt"),
-        (["evaluate", "nowhere", "--text", "cat.txt"], "nothing at this path"),
+        (["evaluate", "nowhere", "--text", "cat.txt"], "the path doesn't exist"),
         (["recipe", "check", "nothing.toml"], "unknown recipe"),
         (["recipe", "show", "tiny", "--set", "stage.7.max_seq_len=3"], "stage.7"),
     ],
 )
-def test_what_a_person_can_mend_ends_with_two(unmask: Command, tmp_path: Path, arguments: list[str], said: str) -> None:
+def test_user_errors_exit_with_2(unmask: Command, tmp_path: Path, arguments: list[str], message: str) -> None:
     code, out, err = unmask(*arguments)
     assert code == 2
-    assert said in " ".join(err.split())
+    assert message in " ".join(err.split())
     assert "Traceback" not in err and out == ""
     assert sorted(path.name for path in tmp_path.iterdir()) == ["cat.txt", "small.toml"]
 
 
 def test_debug_shows_the_traceback(unmask: Command) -> None:
     assert "Traceback" in unmask("recipe", "show", "tinny", "--debug")[2]
+    assert "Traceback" in unmask("--debug", "recipe", "show", "tinny")[2]
 
 
 def test_recipes_are_listed_shown_and_checked(unmask: Command) -> None:
@@ -147,11 +147,11 @@ def test_recipes_are_listed_shown_and_checked(unmask: Command) -> None:
     assert unmask("recipe", "check", "small.toml")[0] == 0
 
 
-def test_a_forecast_writes_nothing(unmask: Command, tmp_path: Path) -> None:
+def test_a_dry_run_writes_nothing(unmask: Command, tmp_path: Path) -> None:
     code, out, err = unmask("pretrain", "cat.txt", "--recipe", "small.toml", "--dry-run", "--json")
     assert code == 0
-    said = json.loads(out)
-    assert said["run"] is None and said["forecast"]["parameters"] > 0 and "parameters" in err
+    result = json.loads(out)
+    assert result["run"] is None and result["forecast"]["parameters"] > 0 and "parameters" in err
     assert not (tmp_path / "runs").exists()
 
 
@@ -198,32 +198,32 @@ def test_standard_input_is_filled_line_by_line(unmask: Command, tmp_path: Path) 
 
 
 @pytest.mark.parametrize(
-    ("error", "code", "said"),
+    ("error", "code", "message"),
     [
         (Stopped(130, "runs/my run", 1200), 130, "unmask pretrain --resume 'runs/my run'"),
         (Stopped(75, "runs/a", 3), 75, "saved at step 3"),
         (Interrupted(130), 130, "nothing was written"),
         (KeyboardInterrupt(), 130, ""),
-        (ZeroDivisionError("division by zero"), 1, "a fault of ours: ZeroDivisionError: division by zero"),
+        (ZeroDivisionError("division by zero"), 1, "internal error: ZeroDivisionError: division by zero"),
     ],
 )
-def test_how_a_verb_ends(capfd: pytest.CaptureFixture[str], error: BaseException, code: int, said: str) -> None:
-    def verb() -> None:
+def test_exit_codes_of_errors(capfd: pytest.CaptureFixture[str], error: BaseException, code: int, message: str) -> None:
+    def command() -> None:
         raise error
 
     with pytest.raises(typer.Exit) as ended:
-        handle_errors(verb)()
+        handle_errors(command)()
     assert ended.value.exit_code == code
     err = capfd.readouterr().err
-    assert said in err and "Traceback" not in err
+    assert message in err and "Traceback" not in err
 
 
-def test_a_fault_names_the_file_that_keeps_its_traceback(capfd: pytest.CaptureFixture[str]) -> None:
-    def verb() -> None:
+def test_an_internal_error_names_the_file_with_its_traceback(capfd: pytest.CaptureFixture[str]) -> None:
+    def command() -> None:
         error = RuntimeError("no")
-        error.crash_file = "runs/a/crash.txt"  # pyright: ignore[reportAttributeAccessIssue]
+        error.add_note(f"{CRASH_NOTE}runs/a/crash.txt")
         raise error
 
     with pytest.raises(typer.Exit):
-        handle_errors(verb)()
+        handle_errors(command)()
     assert "runs/a/crash.txt" in capfd.readouterr().err

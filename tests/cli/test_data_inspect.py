@@ -1,4 +1,4 @@
-"""unmask data inspect, and texts measured by name, from outside."""
+"""`unmask data inspect`, and named validation texts."""
 
 from __future__ import annotations
 
@@ -19,15 +19,21 @@ def test_a_report_in_plain_lines(unmask: Command, place: Path) -> None:
     code, out, err = unmask("data", "inspect", "lines.txt", "--recipe", "small.toml", "--set", "data.document=line")
     assert code == 0, err
     assert "\x1b" not in out and "█" not in out
-    said = " ".join(out.split())
-    for words in ("documents 120", "copies 30 documents (25.0%)", "characters of 29", "windows of", "held out"):
-        assert words in said, out
-    assert "l·i·n·e·␣ 1·4·␣ o·f" in out, "word borders are visible"
-    assert "note: 25% of the documents are copies" in out
+    content = " ".join(out.split())
+    for words in (
+        "documents 120",
+        "duplicates 30 documents (25.0%)",
+        "characters, 29 tokens",
+        "sequences of",
+        "held out",
+    ):
+        assert words in content, out
+    assert "l·i·n·e·␣ 1·4·␣ o·f" in out, "word boundaries are visible"
+    assert "warning: 25% of the documents are copies" in out
     assert {path.name for path in place.iterdir()} == {"small.toml", "cat.txt", "lines.txt"}, "nothing is written"
 
 
-def test_a_report_as_json_has_all_of_it(unmask: Command, place: Path) -> None:
+def test_a_report_as_json(unmask: Command, place: Path) -> None:
     lines(place)
     arguments = ("data", "inspect", "lines.txt", "--recipe=small.toml", "--set=data.document=line", "--json")
     code, out, err = unmask(*arguments)
@@ -47,12 +53,10 @@ def test_a_report_with_the_tokenizer_of_a_model(unmask: Command, run: Path, plac
     code, out, _ = unmask("data", "inspect", "other.txt", "--tokenizer", str(run / "latest"), "--json")
     found = json.loads(out)["tokenizer"]
     assert code == 0 and not found["trained"] and found["unknown_share"] > 0
-    assert any(piece["is_unknown"] for one in json.loads(out)["examples"] for piece in one["pieces"])
+    assert any(token["is_unknown"] for one in json.loads(out)["examples"] for token in one["tokens"])
 
 
-def test_a_table_with_broken_rows_is_looked_at_as_it_would_be_trained_on(
-    unmask: Command, refused: Refused, place: Path
-) -> None:
+def test_a_table_with_broken_rows_is_read_as_in_training(unmask: Command, refused: Refused, place: Path) -> None:
     rows = [json.dumps({"body": f"row {number} of a text about cats"}) for number in range(40)]
     (place / "rows.jsonl").write_text("\n".join([*rows, "{broken"]))
     refused("data", "inspect", "rows.jsonl", says=("`body`", "--field"))
@@ -61,38 +65,38 @@ def test_a_table_with_broken_rows_is_looked_at_as_it_would_be_trained_on(
     assert code == 0, err
     report = json.loads(out)
     assert (report["documents"], report["left_out"]) == (40, 1)
-    hint = "more than this text can give"  # the recipe's vocabulary is: the one that would fit is named
+    hint = "is too large: this text gives"  # the recipe's vocabulary is: the one that would fit is named
     assert any(hint in told and "--set data.tokenizer.vocab_size=" in told for told in report["warnings"])
 
 
-def test_what_cannot_be_looked_at(refused: Refused, place: Path) -> None:
+def test_user_errors(refused: Refused, place: Path) -> None:
     refused("data", "inspect", "nowhere.txt", says="nowhere.txt")
     refused("data", "inspect", "cat.txt", "--recipe", "tinny", says="did you mean `tiny`?")
-    refused("data", "inspect", "cat.txt", "--tokenizer", "nowhere", says="there is nothing at this path")
+    refused("data", "inspect", "cat.txt", "--tokenizer", "nowhere", says="no such file or folder")
 
 
-def test_a_text_measured_by_name(unmask: Command, refused: Refused, place: Path) -> None:
+def test_a_named_validation_text(unmask: Command, refused: Refused, place: Path) -> None:
     (place / "dogs.txt").write_text("The dog sat on the cat. " * 30)
     start = ("pretrain", "cat.txt", "--recipe", "small.toml")
-    refused(*start, "--valid", "dogs.txt", says="without a name")
+    refused(*start, "--valid", "dogs.txt", says="validation text without a name")
     refused(*start, "--valid", "dogs=nowhere.txt", says=("data.valid.dogs", "nowhere.txt"))
-    refused(*start, "--valid", "d s=dogs.txt", says="no name for a validation text")
-    refused(*start, "--valid", "a=dogs.txt", "--valid", "a=cat.txt", says="names two texts")
+    refused(*start, "--valid", "d s=dogs.txt", says=("invalid name of a validation text", "--valid"))
+    refused(*start, "--valid", "a=dogs.txt", "--valid", "a=cat.txt", says="duplicate name `a`")
     code, out, err = unmask(*start, "--out", "run", "--valid", "dogs=dogs.txt")
     assert code == 0, err
-    assert "validation on dogs: all of it; 720 characters" in out
+    assert "validation set dogs: 720 characters" in out
     assert out.count("dogs  loss ") == 2 and "loss on dogs (unigram" in out
-    refused("pretrain", "--resume", "run", "--valid", "dogs=dogs.txt", says="can't be given together with --resume")
+    refused("pretrain", "--resume", "run", "--valid", "dogs=dogs.txt", says="can't be combined with --resume")
     code, out, err = unmask("pretrain", "--resume", "run", "--budget", "+1 steps", "--json")
     assert code == 0, err
     assert json.loads(out)["summary"]["validation"]["sets"]["dogs"]["masked_tokens"] > 0
     (place / "dogs.txt").write_text("The dog sat on the log. " * 30)
-    refused("pretrain", "--resume", "run", "--budget", "+1 steps", says="`dogs` is not what this run was started with")
+    refused("pretrain", "--resume", "run", "--budget", "+1 steps", says="`dogs` has changed since the run was started")
 
 
-def test_evaluating_no_more_than_asked(unmask: Command, run: Path, place: Path) -> None:
+def test_evaluating_a_limited_amount_of_text(unmask: Command, run: Path, place: Path) -> None:
     counts = []
-    for more in ((), ("--at-most", "1k characters")):
+    for more in ((), ("--max-size", "1k characters")):
         code, out, err = unmask("evaluate", str(run), "--text", "cat.txt", "--json", *more)
         assert code == 0, err
         counts.append(json.loads(out)["masked_tokens"])

@@ -1,4 +1,4 @@
-"""The doors that others script against: options and what beats what, the folder of a run, answers as JSON."""
+"""Interfaces that scripts depend on: precedence of options, the folder of a run, output as JSON."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def test_extends_merges_tables_and_replaces_lists(unmask: Command) -> None:
     )
 
 
-def test_a_flag_beats_set_and_set_beats_the_file(unmask: Command) -> None:
+def test_options_take_precedence_over_set_and_set_over_the_file(unmask: Command) -> None:
     def planned(*more: str) -> tuple[int, int]:
         code, out, err = unmask("pretrain", "cat.txt", "--recipe", "small.toml", "--dry-run", "--json", *more)
         assert code == 0, err
@@ -75,7 +75,7 @@ def test_a_run_on_disk(unmask: Command) -> None:
     assert (code, out) == (0, "runs/new\n"), err
     run = Path("runs/new")
     assert {path.name for path in run.iterdir()} == {
-        "recipe.toml", "env.json", "log.jsonl", "latest", "best", "step-0000002", "step-0000003",
+        "recipe.toml", "env.json", "log.jsonl", "latest", "best", "step-0000002", "step-0000003", "tokenizer",
     }  # fmt: skip
     assert (run / "latest").is_symlink() and str((run / "latest").readlink()) == "step-0000003"
     assert {"config.json", "model.safetensors", "tokenizer.json", "card.json"} <= {
@@ -107,7 +107,7 @@ def test_a_run_a_step_and_a_plain_folder_are_one_model(unmask: Command, run: Pat
     assert answers[0][0] == 0 and answers[0] == answers[1] == answers[2]
 
 
-def test_the_shape_of_an_answer(unmask: Command, run: Path) -> None:
+def test_predictions_as_json(unmask: Command, run: Path) -> None:
     text = "The [MASK]at s[MASK]t."
     code, out, _ = unmask("fill", "run", text, "another [MASK]", "--json", "--top", "3")
     answers = json.loads(out)
@@ -115,62 +115,62 @@ def test_the_shape_of_an_answer(unmask: Command, run: Path) -> None:
     assert all(set(answer) == {"text", "masks"} for answer in answers)
     tokenizer = front.load(run).tokenizer
     first, second = answers[0]["masks"]
-    assert (first["position"], second["position"]) == (1 + 4, 1 + 9), "slots of the model's ids, after [CLS]"
-    for mask, pieces in ((first, ("The ", "at s[MASK]t.")), (second, ("The [MASK]at s", "t."))):
+    assert (first["position"], second["position"]) == (1 + 4, 1 + 9), "positions in the ids of the model, after [CLS]"
+    for mask, parts in ((first, ("The ", "at s[MASK]t.")), (second, ("The [MASK]at s", "t."))):
         assert set(mask) == {"position", "candidates"} and len(mask["candidates"]) == 3
         probabilities = [candidate["score"] for candidate in mask["candidates"]]
         assert probabilities == sorted(probabilities, reverse=True) and 0 < sum(probabilities) <= 1
         for candidate in mask["candidates"]:
             assert set(candidate) == {"token_str", "id", "score", "sequence", "shown"}
             assert tokenizer.id_to_token(candidate["id"]) == candidate["token_str"]
-            assert candidate["sequence"] == candidate["token_str"].join(pieces)
+            assert candidate["sequence"] == candidate["token_str"].join(parts)
 
 
 def test_batch_files_and_standard_input(unmask: Command, run: Path) -> None:
-    questions = "The c[MASK]t\r\n\n[MASK]og\n"
+    prompts = "The c[MASK]t\r\n\n[MASK]og\n"
     strange = "one[MASK]\u2028the \x85same\x0ctext"  # none of these ends a line
-    Path("questions.txt").write_bytes((questions + strange).encode("utf-8-sig"))
-    code, out, _ = unmask("fill", "run", "first [MASK]", "--file", "questions.txt", "--json")
+    Path("prompts.txt").write_bytes((prompts + strange).encode("utf-8-sig"))
+    code, out, _ = unmask("fill", "run", "first [MASK]", "--file", "prompts.txt", "--json")
     assert code == 0
     assert [one["text"] for one in json.loads(out)] == ["first [MASK]", "The c[MASK]t", "[MASK]og", strange]
     piped = subprocess.run(
         [sys.executable, "-m", "unmask", "fill", "run", "--json"],
-        input=questions, text=True, capture_output=True, timeout=120, check=False,
+        input=prompts, text=True, capture_output=True, timeout=120, check=False,
     )  # fmt: skip
     assert piped.returncode == 0, piped.stderr
     assert [one["text"] for one in json.loads(piped.stdout)] == ["The c[MASK]t", "[MASK]og"]
 
 
-def test_the_keys_of_a_judgement(unmask: Command, run: Path) -> None:
+def test_evaluation_as_json(unmask: Command, run: Path) -> None:
     code, out, _ = unmask("evaluate", "run", "--text", "cat.txt", "--json")
-    judged = json.loads(out)
-    assert code == 0 and {"loss", "accuracy", "bits_per_character", "masked_tokens"} <= set(judged)
-    assert 0 <= judged["accuracy"] <= 1 and judged["masked_tokens"] > 0
-    again = json.loads(unmask("evaluate", "run", "--text", "cat.txt", "--json")[1])
-    assert again == judged, "the masks never change"
+    result = json.loads(out)
+    assert code == 0 and {"loss", "accuracy", "bits_per_character", "masked_tokens"} <= set(result)
+    assert 0 <= result["accuracy"] <= 1 and result["masked_tokens"] > 0
+    repeated = json.loads(unmask("evaluate", "run", "--text", "cat.txt", "--json")[1])
+    assert repeated == result, "the masks never change"
     first = json.loads(unmask("evaluate", "run/step-0000002", "--text", "cat.txt", "--json")[1])
-    assert first["masked_tokens"] == judged["masked_tokens"] and first["loss"] != judged["loss"]
+    assert first["masked_tokens"] == result["masked_tokens"] and first["loss"] != result["loss"]
 
 
-def test_a_finished_run_says_so_and_can_be_prolonged(unmask: Command, run: Path) -> None:
+def test_a_finished_run_is_reported_and_can_be_prolonged(unmask: Command, run: Path) -> None:
     before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
     code, out, _ = unmask("pretrain", "--resume", "run")
     assert code == 0 and "finished" in out and "+1 epoch" in out
     assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
     code, out, err = unmask("pretrain", "--resume", "run", "--budget", "+1 epoch", "--json")
     assert code == 0, err
-    # 2,754 characters in windows of 30 make 92 texts of 32 slots; eight of them are a step.
+    # 2,754 characters in windows of 30 make 92 samples of 32 tokens; a step has eight.
     assert json.loads(out)["summary"]["steps"] == 3 + 12
     code, out, _ = unmask("pretrain", "--resume", "run", "--json")
     assert code == 0 and json.loads(out)["finished_before"]
 
 
-def test_a_fault_of_ours(unmask: Command, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Exit code 1; the traceback is kept, and shown where --debug asks for it."""
+def test_an_internal_error(unmask: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Exit code 1; the traceback is written to a file, and printed with --debug."""
     whole = MaskedLMObjective.loss
 
     def faulty(self: MaskedLMObjective, encoder, head, masked):
-        if Path("runs").exists():  # the forecast is over
+        if Path("runs").exists():  # after the cost estimate
             raise ZeroDivisionError("a planted fault")
         return whole(self, encoder, head, masked)
 
@@ -187,17 +187,17 @@ def test_a_fault_of_ours(unmask: Command, monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_texts_in_memory_and_a_notebook_s_thread(place: Path, unmask: Command) -> None:
-    """A thread other than the main one can't be sent signals; training works there all the same."""
+    """Signals reach only the main thread; training works in other threads too."""
     texts = [f"The cat number {number} sat on the mat, and the dog sat on the log." for number in range(60)]
-    made: list[object] = []
+    models: list[object] = []
 
     def work() -> None:
-        made.append(front.pretrain(texts, recipe="small.toml", budget="2 steps", out="runs/memory", seed=3))
+        models.append(front.pretrain(texts, recipe="small.toml", budget="2 steps", out="runs/memory", seed=3))
 
     thread = threading.Thread(target=work)
     thread.start()
     thread.join()
-    (model,) = made
+    (model,) = models
     assert isinstance(model, front.Model) and model.card["step"] == 2 and model.card["seed"] == 3
     (answer,) = front.fill(model, "The c[MASK]t")
     assert [one.token_str for one in answer.masks[0].candidates] == [
@@ -207,7 +207,7 @@ def test_texts_in_memory_and_a_notebook_s_thread(place: Path, unmask: Command) -
     assert code == 0, err
 
 
-def test_what_texts_are_and_what_paths_are(place: Path) -> None:
+def test_texts_and_paths(place: Path) -> None:
     def documents(texts: list[str | Path]) -> int:
         out = place / "runs" / str(len(list(place.glob("runs/*"))))
         front.pretrain(texts, recipe="small.toml", budget="1 steps", out=out)
@@ -221,10 +221,10 @@ def test_what_texts_are_and_what_paths_are(place: Path) -> None:
         front.pretrain("nothing.txt", recipe="small.toml", out="runs/none")
     with pytest.raises(front.UnmaskError, match="no such file"):
         front.pretrain("nothing", recipe="small.toml", out="runs/none")
-    with pytest.raises(front.UnmaskError, match="a file among texts") as refusal:
+    with pytest.raises(front.UnmaskError, match="file names and texts are mixed") as refusal:
         front.pretrain(["cat.txt", "The cat sat."], recipe="small.toml", out="runs/none")
     assert "cat.txt" in str(refusal.value)
     for blank in ("", ["", " \n"]):
-        with pytest.raises(front.UnmaskError, match="nothing but white space"):
+        with pytest.raises(front.UnmaskError, match="empty or blank"):
             front.pretrain(blank, recipe="small.toml", out="runs/none")
     assert not (place / "runs" / "none").exists()

@@ -1,4 +1,4 @@
-"""`unmask runs`: what became of each run, in what they differ, and no traceback for a damaged one."""
+"""`unmask runs`: state of each run, settings that differ, and no traceback for a damaged run."""
 
 from __future__ import annotations
 
@@ -15,13 +15,14 @@ import pytest
 
 from unmask.core import files
 from unmask.training.pretrain import launch
+from unmask.training.runs import run_lock
 
 Command = Callable[..., tuple[int, str, str]]
 
 
 @pytest.fixture(scope="session")
 def two_kinds(small_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a finished run, one of another width that ended early, and one of another tokenizer."""
+    """A folder with a finished run, a run that stopped early, and a run with another tokenizer."""
     folder = tmp_path_factory.mktemp("runs")
     given = small_run.parent
     shutil.copytree(small_run, folder / "a", symlinks=True)
@@ -36,26 +37,28 @@ def two_kinds(small_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
     return folder
 
 
-def told(unmask: Command, *arguments: str) -> str:
+def listing(unmask: Command, *arguments: str) -> str:
     code, out, err = unmask("runs", *arguments)
     assert code == 0 and not err, err
     return out
 
 
-def test_runs_stand_by_tokenizer_newest_first_with_what_differs(unmask: Command, two_kinds: Path) -> None:
-    out = told(unmask, str(two_kinds)).splitlines()
+def test_runs_are_grouped_by_tokenizer_newest_first_with_the_differing_settings(
+    unmask: Command, two_kinds: Path
+) -> None:
+    out = listing(unmask, str(two_kinds)).splitlines()
     first, second = [number for number, line in enumerate(out) if line.startswith("tokenizer ")]
     assert "(characters)" in out[first] and "(wordpiece)" in out[second]
     rows = {line.split()[0]: line for line in out[first + 2 : first + 4] + out[second + 2 : second + 3]}
     assert list(rows) == ["a", "b", "c"]
     assert "finished" in rows["a"] and " 3/3 " in rows["a"] and "ended early" in rows["b"]
     assert "optimizer.lr" in out[first + 1] and "1e-12" in rows["b"] and "model.hidden_size" not in out[first + 1]
-    assert "compare within one tokenizer only" in out[-1]
+    assert "compare only within one tokenizer" in out[-1]
     assert not any("no run" in line for line in out)
 
 
-def test_json_has_the_figures(unmask: Command, two_kinds: Path) -> None:
-    found = json.loads(told(unmask, str(two_kinds), "--json"))
+def test_json_has_the_numbers(unmask: Command, two_kinds: Path) -> None:
+    found = json.loads(listing(unmask, str(two_kinds), "--json"))
     assert [run["state"] for run in found] == ["finished", "ended early", "finished"]
     assert found[0]["step"] == found[0]["steps"] == 3 and found[0]["tokens"] > 0 and found[0]["seconds"] > 0
     assert found[0]["best_loss"] <= found[0]["loss"] and found[0]["bits_per_character"] > 0
@@ -63,11 +66,11 @@ def test_json_has_the_figures(unmask: Command, two_kinds: Path) -> None:
     assert found[0]["tokenizer"] == found[1]["tokenizer"] != found[2]["tokenizer"]
 
 
-def test_one_run_alone_and_no_run(unmask: Command, two_kinds: Path, place: Path) -> None:
-    assert told(unmask, str(two_kinds / "a")).count("finished") == 1
-    assert told(unmask, ".") == "no runs in .\n"
+def test_one_run_and_no_run(unmask: Command, two_kinds: Path, place: Path) -> None:
+    assert listing(unmask, str(two_kinds / "a")).count("finished") == 1
+    assert listing(unmask, ".") == "no runs in .\n"
     code, _, err = unmask("runs", "nowhere")
-    assert code == 2 and "no such folder" in err
+    assert code == 2 and "folder not found" in err
 
 
 @pytest.mark.parametrize(
@@ -82,34 +85,34 @@ def test_one_run_alone_and_no_run(unmask: Command, two_kinds: Path, place: Path)
 def test_a_damaged_run_is_listed_with_its_problem(unmask: Command, run: Path, file: str, content: str | None) -> None:
     victim = run / file
     victim.unlink() if content is None else victim.write_text(content)
-    out = told(unmask, ".")
+    out = listing(unmask, ".")
     assert out.startswith("run: damaged: ") and "Traceback" not in out
-    assert json.loads(told(unmask, ".", "--json"))[0]["problem"]
+    assert json.loads(listing(unmask, ".", "--json"))[0]["problem"]
 
 
-def test_a_kill_a_crash_and_a_run_at_work_are_told_apart(unmask: Command, run: Path) -> None:
+def test_killed_crashed_and_running_runs(unmask: Command, run: Path) -> None:
     gone = subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, check=True)
-    lock = {"pid": int(gone.stdout), "host": platform.node(), "since": "2026-01-01 00:00:00+00:00", "started": "x"}
-    (run / "lock.json").write_text(json.dumps(lock))
-    assert json.loads(told(unmask, ".", "--json"))[0]["state"] == "killed"
-    (run / "lock.json").write_text(json.dumps({**lock, "pid": os.getpid(), "started": ""}))
-    assert json.loads(told(unmask, ".", "--json"))[0]["state"] == "running"
-    (run / "lock.json").unlink()
+    with run_lock(run):
+        _, host, *_ = (run / "lock").read_text().splitlines()
+    (run / "lock").write_text(f"{int(gone.stdout)}\n{host}\n")
+    assert json.loads(listing(unmask, ".", "--json"))[0]["state"] == "killed"
+    (run / "lock").write_text(f"{os.getpid()}\n{host}\n")
+    assert json.loads(listing(unmask, ".", "--json"))[0]["state"] == "running"
+    (run / "lock").unlink()
     (run / "crash.txt").write_text("Traceback")
-    assert json.loads(told(unmask, ".", "--json"))[0]["state"] == "crashed"
+    assert json.loads(listing(unmask, ".", "--json"))[0]["state"] == "crashed"
 
 
 def test_a_run_in_use_can_t_be_resumed(unmask: Command, run: Path) -> None:
-    lock = {"pid": os.getpid(), "host": platform.node(), "since": "2026-01-01 00:00:00+00:00", "started": ""}
-    (run / "lock.json").write_text(json.dumps(lock))
-    code, _, err = unmask("pretrain", "--resume", "run", "--budget", "+1 steps")
+    with run_lock(run):
+        code, _, err = unmask("pretrain", "--resume", "run", "--budget", "+1 steps")
     assert code == 2 and f"in use by process {os.getpid()} on {platform.node()}, since 2026" in err
-    (run / "lock.json").write_text(json.dumps({**lock, "host": "another"}))
+    (run / "lock").write_text(f"{os.getpid()}\nanother\n")
     code, _, err = unmask("pretrain", "--resume", "run", "--budget", "+1 steps")
-    assert code == 2 and "if that process is gone, remove run/lock.json" in err
+    assert code == 2 and "if it no longer exists, remove run/lock" in err
 
 
-def test_the_step_that_is_opened_is_said_where_it_is_not_the_last(unmask: Command, run: Path) -> None:
+def test_the_step_is_printed_if_it_is_not_the_last(unmask: Command, run: Path) -> None:
     best = json.loads((run / "best" / "card.json").read_text())["step"]
     last = 2 if best == 3 else 3
     for place in ("run", "run/latest", f"run/step-{best:07d}"):
@@ -117,7 +120,7 @@ def test_the_step_that_is_opened_is_said_where_it_is_not_the_last(unmask: Comman
         code, _, err = unmask("fill", place, "the cat sat on the [MASK]at")
         assert code == 0 and not err, "the best and the last are one"
     files.write_pointer(run / "latest", f"step-{last:07d}")
-    word = f"this is step {best}, the best of this run by validation; the last is {last}\n"
-    assert unmask("fill", "run", "the cat sat on the [MASK]at")[2] == word
-    assert unmask("evaluate", "run", "--text", "cat.txt", "--json")[2] == word
+    note = f"using step {best}, the best by validation; the last step is {last}\n"
+    assert unmask("fill", "run", "the cat sat on the [MASK]at")[2] == note
+    assert unmask("evaluate", "run", "--text", "cat.txt", "--json")[2] == note
     assert not unmask("fill", "run/latest", "the cat sat on the [MASK]at")[2]

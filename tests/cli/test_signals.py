@@ -1,4 +1,4 @@
-"""Real processes and real signals: Ctrl-C, a scheduler's SIGTERM, and the command that goes on."""
+"""Real processes and real signals: Ctrl-C, the SIGTERM of a scheduler, and the command that resumes."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def wait_for(what: Callable[[], bool], process: subprocess.Popen[str]) -> None:
     until = time.monotonic() + PATIENCE
     while not what():
         assert process.poll() is None, process.communicate()
-        assert time.monotonic() < until, "it never happened"
+        assert time.monotonic() < until, "timeout"
         time.sleep(0.02)
 
 
@@ -61,27 +61,27 @@ def stop_while_training(place: Path, number: int, *arguments: str) -> tuple[int,
     return process.returncode, err
 
 
-def test_control_c_saves_and_names_the_command_that_goes_on(place: Path) -> None:
+def test_control_c_saves_and_prints_the_command_that_resumes(place: Path) -> None:
     code, err = stop_while_training(place, signal.SIGINT, "--budget", "300 steps")
     assert code == 130, err
-    told = re.search(r"saved at step ([\d,]+)\n +next: +(unmask pretrain --resume .+)\n", err)
-    assert told, err
-    stopped_at = int(told[1].replace(",", ""))
+    message = re.search(r"saved at step ([\d,]+)\n +hint: +(unmask pretrain --resume .+)\n", err)
+    assert message, err
+    stopped_at = int(message[1].replace(",", ""))
     run = place / "my run"
     assert (run / "latest").is_symlink() and str((run / "latest").readlink()) == f"step-{stopped_at:07d}"
     assert 5 < stopped_at < 300, "the signal came in time"
-    # Literally, as a person would paste it into a shell.
+    # As a user pastes it into a shell.
     done = subprocess.run(
-        ["sh", "-c", told[2]],
+        ["sh", "-c", message[2]],
         cwd=place, env=environment(), text=True, capture_output=True, timeout=PATIENCE, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    assert f"going on at step {stopped_at} of 300" in done.stdout
+    assert f"resuming at step {stopped_at} of 300" in done.stdout
     assert steps(run) == list(range(1, 301)), "each step once"
     assert not (run / "discarded.jsonl").exists()
 
 
-def test_a_scheduler_s_signal_ends_with_75(place: Path) -> None:
+def test_the_signal_of_a_scheduler_exits_with_75(place: Path) -> None:
     code, err = stop_while_training(place, signal.SIGTERM, "--budget", "1M steps")
     assert code == 75 and "saved at step" in err, err
     assert (place / "my run" / "latest" / "resume" / "state.json").is_file()
@@ -98,14 +98,14 @@ def test_a_run_belongs_to_one_process_and_to_the_next_when_that_is_killed(place:
     assert json.loads(unmask("runs", ".", "--json")[1])[0]["state"] == "killed"
     code, _, err = unmask("pretrain", "--resume", "run", "--budget", "1000000 steps")
     assert code == 2 and "no more than" in err, "the lock was free, and is free again"
-    assert not (place / "run" / "lock.json").exists()
+    assert not (place / "run" / "lock").exists()
 
 
-def test_control_c_before_there_is_anything_to_save(place: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
-    """While the tokenizer is trained: 130, no run, and nothing half made in the cache."""
+def test_control_c_before_training(place: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """During the training of the tokenizer: exit code 130, no run, and no partial folder in the cache."""
     words = [f"w{number * 7919 % 20011}" for number in range(300_000)]
     (place / "long.txt").write_text(" ".join(words))
-    cache = tmp_path_factory.mktemp("cache-of-its-own")
+    cache = tmp_path_factory.mktemp("own-cache")
     before = sorted(place.iterdir())
     process = start(
         place, "pretrain", "long.txt", "--out", "runs/new", "--threads", "1",

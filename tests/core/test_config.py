@@ -1,4 +1,4 @@
-"""Recipes: amounts, merging, validation, and the round trip through TOML."""
+"""Recipes: quantities, merging, validation, and the round trip through TOML."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def refusal(tree: dict[str, Any], sets: tuple[str, ...] = ()) -> str:
     return str(caught.value)
 
 
-# Shares and amounts
+# Fractions and quantities
 
 
 @pytest.mark.parametrize(
@@ -91,7 +91,7 @@ def refusal(tree: dict[str, Any], sets: tuple[str, ...] = ()) -> str:
         ("8 texts", 8, "texts", "8 texts"),
     ],
 )
-def test_amounts_are_read_and_said_back(text: str, number: float, unit: str, again: str) -> None:
+def test_quantities_are_parsed_and_written(text: str, number: float, unit: str, again: str) -> None:
     amount = Quantity.parse(text)
     assert (amount.number, amount.unit, str(amount)) == (number, unit, again)
 
@@ -104,43 +104,43 @@ def test_amounts_are_read_and_said_back(text: str, number: float, unit: str, aga
         ("5 tokns", "did you mean `tokens`?"),
         ("5 parsecs", "unknown unit `parsecs`"),
         ("64ktokens", "unknown unit `ktokens`"),
-        ("many", "is not an amount"),
-        ("-3 steps", "is not an amount"),
+        ("many", "is not a quantity"),
+        ("-3 steps", "is not a quantity"),
         ("+1 epoch", "--resume"),
         ("1e400 s", "too large"),
     ],
 )
-def test_amounts_that_say_too_little_are_refused(text: str, message: str) -> None:
+def test_invalid_quantities_are_refused(text: str, message: str) -> None:
     with pytest.raises(RecipeError) as caught:
         Quantity.parse(text)
     assert message in str(caught.value)
 
 
-def test_a_plus_is_an_amount_on_top_where_asked_for() -> None:
+def test_a_plus_makes_a_relative_quantity_if_allowed() -> None:
     amount = Quantity.parse("+1 epoch", relative=True)
     assert amount == Quantity(1.0, "epochs", relative=True)
     assert str(amount) == "+1 epoch"
     assert not Quantity.parse("1 epoch", relative=True).relative
 
 
-def test_an_amount_of_the_wrong_thing_is_refused() -> None:
+def test_a_quantity_with_another_unit_is_refused() -> None:
     assert Quantity.parse("8 texts").require("tokens", "texts").number == 8
-    with pytest.raises(RecipeError, match="`10 s` is not an amount of tokens or texts"):
+    with pytest.raises(RecipeError, match="`10 s` is not a number of tokens or texts"):
         Quantity.parse("10 s").require("tokens", "texts")
 
 
 @given(st.floats(0, 1))
-def test_a_share_reads_back(fraction: float) -> None:
+def test_a_fraction_reads_back(fraction: float) -> None:
     assert Fraction.parse(str(Fraction(fraction))) == Fraction(fraction)
 
 
 @given(st.floats(0, 1e300), st.sampled_from(["seconds", "steps", "tokens", "epochs", "texts", "characters"]))
-def test_an_amount_reads_back(number: float, unit: str) -> None:
+def test_a_quantity_reads_back(number: float, unit: str) -> None:
     assert Quantity.parse(str(Quantity(number, unit))) == Quantity(number, unit)
 
 
 @pytest.mark.parametrize("text", ["60", "101%", "-1%", "half"])
-def test_shares_outside_the_whole_are_refused(text: str) -> None:
+def test_invalid_fractions_are_refused(text: str) -> None:
     assert str(Fraction.parse("60 %")) == "60%"
     with pytest.raises(RecipeError):
         Fraction.parse(text)
@@ -180,7 +180,7 @@ def test_extends_is_followed_through_files_and_shipped_recipes(tmp_path: Path) -
     with pytest.raises(RecipeError, match=r"last\.toml -> own\.toml -> last\.toml"):
         resolve_recipe(mine / "last.toml", shipped=shipped)
     (mine / "own.toml").write_text("extends = 3")
-    with pytest.raises(RecipeError, match="names one recipe"):
+    with pytest.raises(RecipeError, match="got 3, expected the name of one recipe"):
         resolve_recipe(mine / "own.toml", shipped=shipped)
 
 
@@ -190,20 +190,20 @@ def test_shipped_recipes_resolve() -> None:
         assert "extends" not in resolve_recipe(name)
 
 
-def test_merge_goes_key_by_key_and_replaces_lists() -> None:
+def test_merge_updates_tables_and_replaces_lists() -> None:
     base = {"a": {"kind": "x", "old": 1}, "list": [1, 2], "b": {"c": 1, "d": {"e": 2}}}
     over = {"a": {"kind": "y", "new": 2}, "list": [3], "b": {"d": {"f": 3}}}
     merged = {"a": {"kind": "y", "old": 1, "new": 2}, "list": [3], "b": {"c": 1, "d": {"e": 2, "f": 3}}}
     assert merge(base, over) == merged
     assert merge(base, {"a": {"kind": "x", "new": 2}})["a"] == {"kind": "x", "old": 1, "new": 2}
-    assert base["list"] == [1, 2], "merge leaves what it was given alone"
+    assert base["list"] == [1, 2], "merge does not change its arguments"
 
 
 # Kinds
 
 
 def held_out(*layers: dict[str, Any], sets: tuple[str, ...] = ()) -> Hash | Tail:
-    """What the recipes, the lowest first, and what was set by hand make of `text.held_out`."""
+    """Build `text.held_out` from layers, the lowest first, and --set texts."""
     tree: dict[str, Any] = {"name": "x"}
     for layer in layers:
         tree = merge(tree, {"text": {"held_out": layer}})
@@ -219,20 +219,20 @@ AS_HASH = Hash(share=Fraction(0.03), max_size=Quantity(5, "characters"))
 @pytest.mark.parametrize(
     ("layers", "sets", "expected"),
     [
-        # What only the other kind knows is left out where it lies below; what both know stays.
+        # Keys of the former kind in a lower layer are dropped; keys of both kinds stay.
         ([HASH, {"kind": "tail"}], (), Tail(share=Fraction(0.03))),
         ([HASH], ("text.held_out.kind=tail",), Tail(share=Fraction(0.03))),
         ([HASH], ('text={held_out={kind="tail"}}',), Tail(share=Fraction(0.03))),
         ([HASH, {"kind": "tail"}, {"kind": "tail", "share": "4%"}], (), Tail(share=Fraction(0.04))),
         ([{"max_size": "5 characters"}, {"kind": "tail"}], (), Tail()),
         ([HASH, {"kind": "tail"}], ("seed=2",), Tail(share=Fraction(0.03))),
-        # Back again, by hand: what the recipe says for that kind holds.
+        # Back to the first kind with --set: the recipe's keys for it apply.
         ([HASH], ("text.held_out.kind=tail", "text.held_out.kind=hash"), AS_HASH),
         # The same kind once more changes nothing.
         ([HASH, {"kind": "hash"}], (), AS_HASH),
     ],
 )
-def test_another_kind_leaves_out_what_a_recipe_below_gave_the_first(
+def test_a_changed_kind_drops_keys_of_the_former_kind(
     layers: list[dict[str, Any]], sets: tuple[str, ...], expected: Hash | Tail
 ) -> None:
     assert held_out(*layers, sets=sets) == expected
@@ -251,19 +251,17 @@ def test_another_kind_leaves_out_what_a_recipe_below_gave_the_first(
         ([{"kind": "tail", "max_size": "5 characters"}, {"kind": "tail"}], ()),
     ],
 )
-def test_what_was_given_together_with_a_kind_must_belong_to_it(
-    layers: list[dict[str, Any]], sets: tuple[str, ...]
-) -> None:
+def test_keys_set_with_a_kind_must_belong_to_it(layers: list[dict[str, Any]], sets: tuple[str, ...]) -> None:
     with pytest.raises(RecipeError, match="unknown key `max_size` of kind `tail`"):
         held_out(*layers, sets=sets)
 
 
-def test_what_no_kind_knows_is_refused_wherever_it_lies() -> None:
+def test_keys_of_no_kind_are_refused_in_every_layer() -> None:
     with pytest.raises(RecipeError, match="unknown key `shrae` of kind `tail`: did you mean `share`"):
         held_out({"kind": "hash", "shrae": "3%"}, {"kind": "tail"})
 
 
-def test_a_kind_that_is_one_choice_of_many_takes_nothing_with_it() -> None:
+def test_a_kind_that_is_a_plain_choice_drops_no_key() -> None:
     @dataclass(frozen=True)
     class Schedule:
         kind: Literal["stable", "cosine"] = "stable"
@@ -291,7 +289,7 @@ def test_a_kind_that_is_one_choice_of_many_takes_nothing_with_it() -> None:
         ("betas=[1, 2]", {"betas": [1, 2]}),
     ],
 )
-def test_set_reads_toml_and_else_a_string(text: str, expected: dict[str, Any]) -> None:
+def test_set_parses_toml_or_takes_a_string(text: str, expected: dict[str, Any]) -> None:
     assert apply_set({}, text) == expected
 
 
@@ -302,14 +300,14 @@ def test_set_reaches_into_lists_and_tables() -> None:
     }
     assert apply_set(tree, "stage.1.length=256")["stage"] == [tree["stage"][0], {"length": 256}]
     assert apply_set(tree, "text.held_out.kind=tail")["text"] == {"held_out": {"kind": "tail", "max_size": "x"}}
-    assert tree["stage"][1] == {"length": 2}, "apply_set leaves what it was given alone"
+    assert tree["stage"][1] == {"length": 2}, "apply_set does not change its argument"
     for text, message in {
         "stage.2.length=3": "2 entries, counted from 0",
         "stage.one.length=3": "no `stage.one`",
-        "stage.1.length.x=3": "single value",
+        "stage.1.length.x=3": "not a table: it has no key `x`",
         "plan.0.x=3": "no list `plan`",
-        "seed": "a dotted key, = and a value",
-        "a..b=1": "a dotted key, = and a value",
+        "seed": "expected key=value with a dotted key",
+        "a..b=1": "expected key=value with a dotted key",
     }.items():
         with pytest.raises(RecipeError) as caught:
             apply_set(tree, text)
@@ -320,12 +318,12 @@ def test_set_reaches_into_lists_and_tables() -> None:
 @pytest.mark.parametrize(
     ("entries", "have", "mend"),
     [
-        ([], "`stage` has no entry", "set the whole list: stage=[...]"),
+        ([], "`stage` has no entries", "set the whole list: stage=[...]"),
         ([{}], "`stage` has one entry, which is number 0", "set stage.0, or the whole list: stage=[...]"),
         ([{}, {}, {}], "`stage` has 3 entries, counted from 0", "set one of stage.0 to stage.2"),
     ],
 )
-def test_an_entry_that_is_not_there(entries: list[dict[str, Any]], have: str, mend: str) -> None:
+def test_a_missing_list_entry_is_reported(entries: list[dict[str, Any]], have: str, mend: str) -> None:
     with pytest.raises(RecipeError) as caught:
         apply_set({"stage": entries}, "stage.3.length=8")
     assert caught.value.message == f"there is no `stage.3`: {have}" and caught.value.hint == mend
@@ -360,7 +358,7 @@ def test_a_whole_recipe_is_built() -> None:
     assert isinstance(built.rate, float)
 
 
-def test_without_a_kind_the_first_of_a_union_is_meant() -> None:
+def test_without_a_kind_the_first_of_a_union_is_built() -> None:
     assert build_config(Sample, {"name": "x", "text": {"held_out": {"share": "2%"}}}, WHERE).text.held_out == Hash(
         share=Fraction(0.02)
     )
@@ -370,35 +368,35 @@ def test_without_a_kind_the_first_of_a_union_is_meant() -> None:
     ("tree", "messages"),
     [
         ({"sed": 1}, ["unknown key `sed`: did you mean `seed`?", "my.toml: sed"]),
-        ({"zzz": 1}, ["unknown key `zzz`\n", "the keys here are name, seed, bf16"]),
-        ({"seed": "1"}, ['"1" is not a whole number', "my.toml: seed"]),
-        ({"seed": True}, ["true is not a whole number"]),
-        ({"seed": 1.5}, ["1.5 is not a whole number"]),
-        ({"bf16": 1}, ["1 is not true or false"]),
-        ({"rate": True}, ["true is not a number"]),
-        ({"rate": float("nan")}, ["nan is not a number"]),
-        ({"name": 3}, ["3 is not text in quotes"]),
-        ({"betas": [0.1]}, ["a list of 1 where 2 belong", "my.toml: betas"]),
-        ({"betas": [0.1, "x"]}, ['"x" is not a number', "my.toml: betas.1"]),
-        ({"stage": {"length": 3}}, ["a table is not a list"]),
+        ({"zzz": 1}, ["unknown key `zzz`\n", "use one of these keys: name, seed, bf16"]),
+        ({"seed": "1"}, ['invalid seed: got "1", expected an integer', "my.toml: seed"]),
+        ({"seed": True}, ["got true, expected an integer"]),
+        ({"seed": 1.5}, ["got 1.5, expected an integer"]),
+        ({"bf16": 1}, ["got 1, expected true or false"]),
+        ({"rate": True}, ["got true, expected a number"]),
+        ({"rate": float("nan")}, ["got nan, expected a number"]),
+        ({"name": 3}, ["got 3, expected a string"]),
+        ({"betas": [0.1]}, ["got a list of 1, expected a list of 2", "my.toml: betas"]),
+        ({"betas": [0.1, "x"]}, ['invalid betas.1: got "x", expected a number', "my.toml: betas.1"]),
+        ({"stage": {"length": 3}}, ["invalid stage: got a table, expected a list"]),
         ({"stage": [{}, {"lenght": 3}]}, ["did you mean `length`?", "my.toml: stage.1.lenght"]),
         ({"stage": [{"length": 0}]}, ["at least one token", "my.toml: stage.0", "give a length"]),
-        ({"stage": [{"until": 60}]}, ["60 is not a share", "stage.0.until"]),
-        ({"text": 3}, ["3 is not a table"]),
+        ({"stage": [{"until": 60}]}, ["got 60, expected a percentage", "stage.0.until"]),
+        ({"text": 3}, ["got 3, expected a table"]),
         ({"text": {"words": "space"}}, ['unknown choice "space": did you mean "spaces"?', '"spaces", "characters"']),
         ({"text": {"held_out": {"kind": "tial"}}}, ['did you mean "tail"?', "text.held_out.kind"]),
         ({"text": {"held_out": {"kind": "tail", "max_size": "3 texts"}}}, ["unknown key `max_size` of kind `tail`"]),
-        ({"text": {"held_out": "hash"}}, ['"hash" is not a table']),
+        ({"text": {"held_out": "hash"}}, ['got "hash", expected a table']),
         ({"save": "10"}, ["needs a unit", "my.toml: save"]),
-        ({"save": 10}, ['10 is not a share such as "60%" or an amount']),
-        ({"save": "101%"}, ["between 0% and 100%"]),
-        ({"weights": {"mlm": "x"}}, ['"x" is not a number', "weights.mlm"]),
+        ({"save": 10}, ['got 10, expected a percentage such as "60%" or a quantity']),
+        ({"save": "101%"}, ["got 101%, expected 0% to 100%"]),
+        ({"weights": {"mlm": "x"}}, ['got "x", expected a number', "weights.mlm"]),
     ],
 )
-def test_what_is_wrong_is_named_with_its_mend(tree: dict[str, Any], messages: list[str]) -> None:
-    said = refusal(tree)
+def test_errors_name_the_value_and_a_hint(tree: dict[str, Any], messages: list[str]) -> None:
+    text = refusal(tree)
     for message in messages:
-        assert message in said
+        assert message in text
 
 
 def test_a_missing_key_is_named() -> None:
@@ -406,13 +404,13 @@ def test_a_missing_key_is_named() -> None:
         build_config(Sample, {}, WHERE)
 
 
-def test_a_mistake_of_set_is_laid_at_its_door() -> None:
+def test_an_error_of_set_names_its_option() -> None:
     sets = ("seed=2", "stage.0.length=0")
     assert "--set stage.0.length=0: stage.0.length" in refusal({"stage": [{"length": "x"}]}, sets)
     assert "my.toml: rate" in refusal({"rate": "x"}, sets)
 
 
-def test_a_mistake_of_a_flag_is_laid_at_its_own_door() -> None:
+def test_an_error_of_an_option_names_the_option() -> None:
     flags = {"seed": "--seed x", "stage": "--stage 3"}
     for tree, where in (({"seed": "x"}, "--seed x"), ({"stage": 3}, "--stage 3"), ({"rate": "x"}, "my.toml: rate")):
         with pytest.raises(RecipeError) as caught:
@@ -446,11 +444,11 @@ samples = st.builds(
 
 
 @given(samples)
-def test_what_is_dumped_builds_the_same(sample: Sample) -> None:
+def test_a_dumped_config_builds_the_same(sample: Sample) -> None:
     assert build_config(Sample, tomllib.loads(dump_config(sample)), WHERE) == sample
 
 
-def test_a_dump_says_every_value() -> None:
+def test_a_dump_has_every_value() -> None:
     written = tomllib.loads(dump_config(Sample(name="x")))
     assert written["text"]["held_out"] == {"kind": "hash", "share": "1%", "max_size": "2M characters"}
     assert written["save"] == "10 min"

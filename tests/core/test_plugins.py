@@ -1,4 +1,4 @@
-"""Kinds from outside: found, walked as strictly as our own, refused in words, run, and remembered by a run."""
+"""Plugins: import, strict settings, error messages, training, and what a run records."""
 
 from __future__ import annotations
 
@@ -15,7 +15,14 @@ import torch
 
 from unmask.core.config import build_plugin, dump_config
 from unmask.core.errors import RecipeError, TextError
-from unmask.core.plugins import PluginObjectiveConfig, PluginSamplerConfig, find, plugin_facts, user_frame
+from unmask.core.plugins import (
+    PluginLoggerConfig,
+    PluginObjectiveConfig,
+    PluginSamplerConfig,
+    find,
+    plugin_facts,
+    user_frame,
+)
 from unmask.core.types import SamplerContext
 from unmask.data.sampling import PluginSampler
 from unmask.data.settings import DataConfig
@@ -33,7 +40,7 @@ from unmask.objectives.mlm import MaskedLMObjective, MaskedLMConfig
 
 
 class Half(MaskedLMObjective):
-    """Masked language modelling at half the rate that it is told, with a number of its own beside."""
+    """Masked language modeling at half the rate, with a metric of its own."""
 
     @dataclass(frozen=True)
     class Settings:
@@ -51,19 +58,21 @@ class Half(MaskedLMObjective):
     metrics = (*MaskedLMObjective.metrics, "half")
 
     def __init__(self, settings, tools):
-        super().__init__(MaskedLMConfig(mask_rate=settings.mask_rate / 2), tools.vocabulary.mask_id, tools.vocabulary.regular_token_ids)
+        vocabulary = tools.vocabulary
+        config = MaskedLMConfig(mask_rate=settings.mask_rate / 2)
+        super().__init__(config, vocabulary.mask_id, vocabulary.regular_token_ids)
 
-    def loss(self, encoder, head, puzzle):
-        found = super().loss(encoder, head, puzzle)
-        total, count = found.metrics["loss"]
-        return type(found)(found.sums, {**found.metrics, "half": (total / 2, count)})
+    def loss(self, encoder, head, masked):
+        loss = super().loss(encoder, head, masked)
+        total, count = loss.metrics["loss"]
+        return type(loss)(loss.sums, {**loss.metrics, "half": (total / 2, count)})
 
 
 class Starts:
     """The beginning of each document."""
 
     def __init__(self, settings, tools):
-        self.lengths, self.length = tools.lengths_N, tools.length
+        self.lengths, self.length = tools.lengths, tools.length
 
     def count(self, epoch):
         return len(self.lengths)
@@ -99,6 +108,25 @@ class Rows:
         for number in range(part.last_byte):
             text = " ".join(self.words[(number + k * k) % len(self.words)] for k in range(30))
             yield DocumentChunk(number, 0, text, len(text), True)
+
+
+class Lines:
+    """A logger that writes steps and losses."""
+
+    @dataclass(frozen=True)
+    class Settings:
+        file: str = "lines.txt"
+
+    def __init__(self, settings, context):
+        self.path = context.run / settings.file
+        self.path.write_text("".join(f"{line['step']}\\n" for line in context.lines))
+
+    def write(self, step, metrics):
+        with self.path.open("a") as file:
+            file.write(f"{step}\\n")
+
+    def close(self):
+        self.closed = True
 
 
 class Falls(Rows):
@@ -176,18 +204,18 @@ def refused(*settings: str) -> str:
     return str(caught.value)
 
 
-def test_a_recipe_holds_what_is_from_outside() -> None:
+def test_a_recipe_has_its_plugins() -> None:
     recipe = load_recipe("three.toml")
-    assert [kind.kind for kind in recipe.outside] == [f"outside_three:{name}" for name in ("Half", "Rows", "Starts")]
+    assert [kind.kind for kind in recipe.plugins] == [f"outside_three:{name}" for name in ("Half", "Rows", "Starts")]
     assert recipe.objective.masked_fraction == 0.15
     again = tomllib.loads(dump_config(recipe))
     assert again["objective"] == {"kind": "outside_three:Half", "mask_rate": 0.3, "names": []}
     assert again["data"]["sampler"] == {"kind": "outside_three:Starts"}
     assert load_recipe("three.toml", ("objective.names=['a']",)).objective != recipe.objective
-    assert load_recipe("tiny").outside == [] and load_recipe("tiny").objective.masked_fraction == 0.3
+    assert load_recipe("tiny").plugins == [] and load_recipe("tiny").objective.masked_fraction == 0.3
 
 
-def test_another_kind_above_leaves_out_what_stands_below(folder: Path) -> None:
+def test_a_changed_kind_drops_settings_of_the_base_recipe(folder: Path) -> None:
     (folder / "above.toml").write_text('extends = "tiny"\n[objective]\nkind = "outside_three:Half"\n')
     objective = load_recipe("above.toml").objective
     assert isinstance(objective, PluginObjectiveConfig) and objective.settings.mask_rate == 0.3, "what both know stays"
@@ -202,31 +230,31 @@ def test_another_kind_above_leaves_out_what_stands_below(folder: Path) -> None:
     ("setting", "says"),
     [
         ("objective.mask_rat=1", "unknown key `mask_rat` of kind `outside_three:Half`: did you mean `mask_rate`?"),
-        ("objective.mask_rate=high", '"high" is not a number'),
+        ("objective.mask_rate=high", 'invalid objective.mask_rate: got "high", expected a number'),
         (
             "data.sampler.length=3",
-            "unknown key `length` of kind `outside_three:Starts`\n  where: --set data.sampler.length=3",
+            "unknown key `length` of kind `outside_three:Starts`\n  location: --set data.sampler.length=3",
         ),
         ("objective.kind=outside_tree:Half", "no module `outside_tree`: did you mean `outside_three`?"),
         ("objective.kind=no.such:Half", "there is no module `no`"),
         ("objective.kind=outside_three:Haft", "outside_three.py: did you mean `Half`?"),
-        ("objective.kind=outside_three:a_rate", "it is a float, not a class"),
-        ("objective.kind=outside_three:Rows", "is no objective: it has no `corrupt`, `loss`"),
-        ("data.source.kind=outside_three:Half", "is no source: it has no `parts`, `documents`"),
-        ("objective.kind=outside_three:Loose", "is no frozen dataclass"),
-        ("objective.kind=outside_broken:Half", "ZeroDivisionError: division by zero\n  at:    "),
-        ("objective.kind=outside_unfinished:Half", "SyntaxError: invalid syntax\n  at:    "),
-        ("objective.kind=a b:c", "does not name a class"),
+        ("objective.kind=outside_three:a_rate", "is a float, not a class"),
+        ("objective.kind=outside_three:Rows", "is not a valid objective: it lacks `corrupt`, `loss`"),
+        ("data.source.kind=outside_three:Half", "is not a valid source: it lacks `parts`, `documents`"),
+        ("objective.kind=outside_three:Loose", "is not a frozen dataclass"),
+        ("objective.kind=outside_broken:Half", "ZeroDivisionError: division by zero\n  in: "),
+        ("objective.kind=outside_unfinished:Half", "SyntaxError: invalid syntax\n  in: "),
+        ("objective.kind=a b:c", "invalid plugin name: got `a b:c`"),
         ("objective.kind=mml", 'did you mean "mlm"?'),
-        ("data.sampler.kind=sentences", 'choose one of "windows", or name a class of your own'),
+        ("data.sampler.kind=sentences", 'choose one of "windows", or a class of your own: package.module:Name'),
     ],
 )
-def test_what_is_wrong_is_said_in_words(setting: str, says: str) -> None:
+def test_errors_name_the_cause(setting: str, says: str) -> None:
     said = refused(setting)
-    assert says in said and "  next:  " in said and f"--set {setting}" in said
+    assert says in said and "  hint: " in said and f"--set {setting}" in said
 
 
-def test_an_error_in_a_module_names_its_own_line() -> None:
+def test_an_error_in_a_plugin_names_its_line() -> None:
     assert "outside_broken.py, line 3" in refused("objective.kind=outside_broken:Half")
     starts = find("outside_three:Starts", PluginSamplerConfig)
     with pytest.raises(IndexError) as caught:
@@ -235,20 +263,23 @@ def test_an_error_in_a_module_names_its_own_line() -> None:
     assert "outside_unfinished.py, line 1" in refused("objective.kind=outside_unfinished:Half")
 
 
-def test_settings_that_are_refused_name_the_line_or_the_value() -> None:
+def test_invalid_settings_name_the_line_or_the_value() -> None:
     assert "ValueError: more than all" in (said := refused("objective.mask_rate=3"))
     assert "outside_three.py, line 20" in said
-    with pytest.raises(RecipeError, match=r"`Odd.Settings`: a recipe can't hold <object"):
+    with pytest.raises(RecipeError, match=r"`Odd.Settings`: a recipe can't contain <object"):
         build_plugin(PluginObjectiveConfig, {"kind": "outside_three:Odd"}, "here")
 
 
-def test_what_cant_be_made_is_said_in_words() -> None:
+def test_a_failing_constructor_is_reported() -> None:
     source = load_recipe("three.toml", ("data.source.kind=outside_three:Falls",)).data
-    with pytest.raises(RecipeError, match=r"can't be made: OSError: no such place\n  at: .*outside_three.py, line \d+"):
+    with pytest.raises(
+        RecipeError,
+        match=r"can't create `outside_three:Falls`: OSError: no such place\n  in: .*outside_three.py, line \d+",
+    ):
         open_text([], source)
 
 
-def test_a_source_needs_no_text_and_is_given_what_there_is(folder: Path) -> None:
+def test_a_source_needs_no_text_and_gets_its_paths(folder: Path) -> None:
     settings = load_recipe("three.toml").data
     source = open_text([], settings)
     assert next(source.documents(source.parts()[0])).text.startswith("cat dog")
@@ -258,18 +289,18 @@ def test_a_source_needs_no_text_and_is_given_what_there_is(folder: Path) -> None
         open_text([], DataConfig())
 
 
-def test_a_cut_that_breaks_its_promise_is_not_read() -> None:
+def test_an_invalid_sample_is_refused() -> None:
     settings = load_recipe("three.toml", ("data.sampler.kind=outside_three:TooFar",)).data.sampler
     cutter = PluginSampler(settings, np.array([50, 60]), 30, seed=1)
-    with pytest.raises(RecipeError, match="it cuts tokens 0 to 10000 of a document that has 50"):
-        cutter.cuts(0, 0, 1)
+    with pytest.raises(RecipeError, match="it gave tokens 0 to 10000 of a document of 50 tokens"):
+        cutter.specs(0, 0, 1)
     with pytest.raises(RecipeError, match="finds no sample in 0 documents"):
         PluginSampler(settings, np.zeros(0, dtype=np.int64), 30, seed=1)
     good = PluginSampler(load_recipe("three.toml").data.sampler, np.array([50, 20]), 30, seed=1)
-    assert [cut.tokens for cut in good.cuts(0, 0, 2)] == [30, 20] and good.mean_tokens == 25
+    assert [cut.tokens for cut in good.specs(0, 0, 2)] == [30, 20] and good.mean_tokens == 25
 
 
-def test_a_run_goes_on_with_what_it_was_started_with(folder: Path) -> None:
+def test_a_run_resumes_with_the_same_plugin_code(folder: Path) -> None:
     torch.set_num_threads(1)
     launch([], recipe="three.toml", out="whole")
     launch([], recipe="three.toml", out="half", settings=("train.budget=2 steps",))
@@ -277,7 +308,7 @@ def test_a_run_goes_on_with_what_it_was_started_with(folder: Path) -> None:
     logged = [line for line in lines if "loss" in line]
     assert logged[0]["half"] == pytest.approx(logged[0]["loss"] / 2)
     told = json.loads(Path("half/env.json").read_text())
-    assert told["outside"]["objective"]["file"] == str(folder / "outside_three.py")
+    assert told["plugins"]["objective"]["file"] == str(folder / "outside_three.py")
     assert (
         told["determinism"]["source outside_three:Rows"]
         == plugin_facts(load_recipe("three.toml").data.source)["digest"]
@@ -289,7 +320,25 @@ def test_a_run_goes_on_with_what_it_was_started_with(folder: Path) -> None:
     assert done.returncode == 2 and "objective outside_three:Half: '" in done.stderr, done.stderr
 
 
-def test_settings_may_name_their_kind() -> None:
+def test_settings_may_have_a_kind() -> None:
     outside = build_plugin(PluginObjectiveConfig, {"kind": "outside_three:Named", "mask_rate": 0.2}, "here")
     assert outside.settings.kind == "outside_three:Named"
     assert tomllib.loads(dump_config(outside)) == {"kind": "outside_three:Named", "mask_rate": 0.2}
+
+
+def test_a_logger_of_a_recipe_gets_every_line() -> None:
+    torch.set_num_threads(1)
+    recipe = load_recipe("three.toml", ('train.loggers=["outside_three:Lines"]',))
+    (logger,) = recipe.train.loggers
+    assert isinstance(logger, PluginLoggerConfig) and logger in recipe.plugins
+    again = tomllib.loads(dump_config(recipe))
+    assert again["train"]["loggers"] == [{"kind": "outside_three:Lines", "file": "lines.txt"}]
+    launch([], recipe=recipe, out="logged")
+    steps = [json.loads(line)["step"] for line in Path("logged/log.jsonl").read_text().splitlines()]
+    assert [int(line) for line in Path("logged/lines.txt").read_text().splitlines()] == steps
+    assert "logger" not in json.loads(Path("logged/env.json").read_text())["plugins"]
+    resume("logged", budget="+1 steps", settings=('train.loggers=[{kind="outside_three:Lines", file="b.txt"}]',))
+    steps = [json.loads(line)["step"] for line in Path("logged/log.jsonl").read_text().splitlines()]
+    assert [int(line) for line in Path("logged/b.txt").read_text().splitlines()] == steps
+    assert "is not a valid logger: it lacks `write`, `close`" in refused('train.loggers=["outside_three:Half"]')
+    assert 'choose one of "tensorboard"' in refused('train.loggers=["tensorbord"]')

@@ -1,8 +1,7 @@
-"""What contracts.py promises, of everything that claims to keep it: encoders, objectives, samplers, sources, sinks.
+"""Encoders, objectives, samplers, sources and loggers of the package meet the requirements of core/types.py.
 
-A new one joins by one line in a list below. The laws of objectives, samplers and sources are those of
-unmask.checks.plugins, by which `unmask check-plugin` judges what comes from outside; tests/checks plants faults in
-such, to see that they are found.
+A new class is one more entry in a list below. The checks are those of `unmask check-plugin`; tests/checks plants faults
+to see that they are found.
 """
 
 from __future__ import annotations
@@ -26,36 +25,40 @@ from numpy.typing import NDArray
 from pyarrow import parquet
 from torch import nn
 
-from unmask.checks.plugins.fixtures import cutter_cases, objective_subject
+from unmask.checks.plugins.fixtures import (
+    LoggerFixture,
+    SamplerFixture,
+    SourceFixture,
+    objective_fixture,
+    sampler_contexts,
+)
 from unmask.checks.plugins.runner import CheckResult, run_checks
-from unmask.checks.plugins.suites import CUTTER_LAWS, OBJECTIVE_LAWS, SOURCE_LAWS, SamplerFixture, SourceFixture
+from unmask.checks.plugins.suites import LOGGER_CHECKS, OBJECTIVE_CHECKS, SAMPLER_CHECKS, SOURCE_CHECKS
 from unmask.core.types import (
-    FILLER_ID,
     SENTENCE_START,
     SPECIAL,
     WORD_START,
-    Encoder,
-    Head,
+    LoggerContext,
     MetricLogger,
     Objective,
     Sample,
     Sampler,
     SamplerContext,
+    SampleSpec,
     Source,
     pack,
-    unpack,
 )
 from unmask.data.prepare import CorpusGroup
-from unmask.data.sampling import EPOCH_STRIDE, Mixture, WindowSampler
-from unmask.data.sentence_pairs import PairKind, Pairs
+from unmask.data.sampling import EPOCH_STRIDE, EpochSampler, MixtureSampler, WindowSampler
+from unmask.data.sentence_pairs import PairKind, PairSampler
 from unmask.data.sources import FileSource, MemorySource
-from unmask.models import EncoderConfig, build_model, build_pair
+from unmask.models import EncoderConfig, EncoderModule, HeadModule, build_model, build_pair
 from unmask.models.annotated import TutorialConfig
 from unmask.models.bert import BertConfig
 from unmask.models.modernbert import ModernBertConfig
 from unmask.objectives.mlm import MaskedLMConfig, MaskedLMObjective
 from unmask.objectives.sentence_pairs import BertPretrainingConfig, BertPretrainingObjective
-from unmask.training.loggers import JsonlLogger, read_log
+from unmask.training.loggers import JsonlLogger, TensorBoardLogger, read_log
 
 VOCABULARY, SPECIALS, MASK = 40, 5, 4
 ORDINARY = np.arange(SPECIALS, VOCABULARY)
@@ -93,14 +96,14 @@ SOURCES: list[Callable[[Path, Sequence[str]], Source]] = [
     lambda folder, texts: FileSource([rows(folder / "rows.csv", texts)], "line", "strict"),
     lambda folder, texts: FileSource([rows(folder / "rows.parquet", texts)], "line", "strict"),
 ]
-SINKS: list[Callable[[Path], MetricLogger]] = [JsonlLogger]
+LOGGERS: list[Callable[[Path], MetricLogger]] = [JsonlLogger]
 
 encoders = pytest.mark.parametrize("shape", ENCODERS, ids=lambda shape: shape.kind)
 objectives = pytest.mark.parametrize("objective", OBJECTIVES, ids=["token", "whole-word", "span", "ngram"])
 sources = pytest.mark.parametrize(
-    "source_of", SOURCES, ids=["memory", "files", "folder", "jsonl", "jsonl.gz", "csv", "parquet"]
+    "create", SOURCES, ids=["memory", "files", "folder", "jsonl", "jsonl.gz", "csv", "parquet"]
 )
-sinks = pytest.mark.parametrize("sink_of", SINKS, ids=["json lines"])
+loggers = pytest.mark.parametrize("create", LOGGERS, ids=["jsonl"])
 
 
 @pytest.fixture(autouse=True)
@@ -111,18 +114,18 @@ def _one_thread():
     torch.set_num_threads(before)
 
 
-def made(shape: EncoderConfig) -> tuple[nn.Module, nn.Module]:
+def build(shape: EncoderConfig) -> tuple[nn.Module, nn.Module]:
     torch.manual_seed(1)
     encoder, head = build_model(shape, VOCABULARY)
     return encoder.eval(), head.eval()
 
 
-def text(length: int, number: int, askable: bool = True) -> Sample:
-    """Framed by special tokens; about every second token starts a word."""
+def text(length: int, number: int, maskable: bool = True) -> Sample:
+    """Return a sample between special tokens; about every second token starts a word."""
     draw = np.random.default_rng(number)
     ids = np.where(np.arange(length) % (length - 1) == 0, 2, draw.integers(SPECIALS, VOCABULARY, length))
     marks = np.where(draw.random(length) < 0.6, WORD_START, 0).astype(np.uint8)
-    marks[[0, -1] if askable else slice(None)] = SPECIAL
+    marks[[0, -1] if maskable else slice(None)] = SPECIAL
     return Sample(ids, marks, epoch=2, number=number)
 
 
@@ -130,10 +133,10 @@ def text(length: int, number: int, askable: bool = True) -> Sample:
 
 
 @encoders
-def test_an_encoder_says_what_it_is(shape: EncoderConfig) -> None:
-    encoder, head = made(shape)
-    assert isinstance(encoder, Encoder) and isinstance(head, Head)
-    assert (encoder.width, encoder.vocabulary) == (shape.hidden_size, VOCABULARY)
+def test_an_encoder_has_the_attributes_of_the_protocol(shape: EncoderConfig) -> None:
+    encoder, head = build(shape)
+    assert isinstance(encoder, EncoderModule) and isinstance(head, HeadModule)
+    assert (encoder.hidden_size, encoder.vocab_size) == (shape.hidden_size, VOCABULARY)
     assert encoder.token_embedding.shape == (VOCABULARY, shape.hidden_size)
     assert any(parameter is encoder.token_embedding for parameter in encoder.parameters())
     assert len(encoder.blocks) == shape.num_hidden_layers
@@ -147,54 +150,52 @@ def test_an_encoder_says_what_it_is(shape: EncoderConfig) -> None:
 
 @encoders
 @settings(max_examples=15, deadline=None)
-@given(lengths=st.lists(st.integers(2, 70), min_size=1, max_size=9), filler=st.integers(0, 40))
-def test_a_text_is_alone_whatever_lies_beside_it(shape: EncoderConfig, lengths: list[int], filler: int) -> None:
-    """Neighbours and a filler text change nothing: each text's rows are those of the text alone."""
-    encoder, _ = made(shape)
+@given(lengths=st.lists(st.integers(2, 70), min_size=1, max_size=9))
+def test_a_sequence_does_not_depend_on_its_neighbors(shape: EncoderConfig, lengths: list[int]) -> None:
+    """The vectors of a sequence in a batch are those of the sequence alone."""
+    encoder, _ = build(shape)
     texts = [text(length, number) for number, length in enumerate(lengths)]
-    batch = pack(texts, slots=sum(lengths) + filler)
     with torch.no_grad():
-        rows = unpack(encoder(batch), batch)
+        rows = encoder(pack(texts)).split(lengths)
         for one, row_SD in zip(texts, rows, strict=True):
             torch.testing.assert_close(row_SD, encoder(pack([one])), atol=1e-5, rtol=1e-5)
 
 
 @encoders
 @objectives
-def test_gradients_are_finite_beside_a_filler_text(shape: EncoderConfig, objective: Objective) -> None:
-    encoder, head = made(shape)
+def test_gradients_are_finite(shape: EncoderConfig, objective: Objective) -> None:
+    encoder, head = build(shape)
     lengths = [30, 3, 64, 2, 17]
-    masked = objective.corrupt(pack([text(n, i) for i, n in enumerate(lengths)], slots=200), seed=4)
+    masked = objective.corrupt(pack([text(n, i) for i, n in enumerate(lengths)]), seed=4)
     loss = objective.loss(encoder.train(), head.train(), masked)
     sum(loss.sums.values(), torch.zeros(())).backward()
     gradients = [parameter.grad for module in (encoder, head) for parameter in module.parameters()]
     assert all(gradient is not None and gradient.isfinite().all() for gradient in gradients)
     assert any(gradient is not None and gradient.any() for gradient in gradients)
-    tied = isinstance(shape, ModernBertConfig | BertConfig)  # a tied table also has the gradient of the decoder
-    assert FILLER_ID not in masked.batch.ids_T[: sum(lengths)] and encoder.token_embedding.grad is not None
-    assert tied or not encoder.token_embedding.grad[FILLER_ID].any(), "nobody asks about the filler text"
 
 
 # Objectives ----------------------------------------------------------------------------------------------------------
 
 
-def broken(verdicts: Sequence[CheckResult]) -> list[str]:
-    return [f"{verdict.check}: {verdict.detail}" for verdict in verdicts if not verdict.passed]
+def failures(results: Sequence[CheckResult]) -> list[str]:
+    return [f"{result.check}: {result.detail}" for result in results if not result.passed]
 
 
 @objectives
 @encoders
 @settings(max_examples=8, deadline=None)
 @given(lengths=st.lists(st.integers(2, 60), max_size=7), seed=st.integers(0, 2**63))
-def test_an_objective_keeps_its_laws(objective: Objective, shape: EncoderConfig, lengths: list[int], seed: int) -> None:
+def test_an_objective_passes_the_checks(
+    objective: Objective, shape: EncoderConfig, lengths: list[int], seed: int
+) -> None:
     texts = [text(length, number) for number, length in enumerate([*lengths, 9])]
-    assert not broken(run_checks(OBJECTIVE_LAWS, objective_subject(objective, shape, texts, VOCABULARY, seed)))
+    assert not failures(run_checks(OBJECTIVE_CHECKS, objective_fixture(objective, shape, texts, VOCABULARY, seed)))
 
 
 @objectives
 @settings(max_examples=20, deadline=None)
 @given(lengths=st.lists(st.integers(2, 60), min_size=1, max_size=8), seed=st.integers(0, 2**63))
-def test_what_is_not_asked_is_not_hidden(objective: Objective, lengths: list[int], seed: int) -> None:
+def test_tokens_that_are_not_masked_are_unchanged(objective: Objective, lengths: list[int], seed: int) -> None:
     batch = pack([text(length, number) for number, length in enumerate(lengths)])
     masked = objective.corrupt(batch, seed)
     untouched = torch.ones(len(batch.ids_T), dtype=torch.bool).index_fill_(0, masked.positions_M, False)
@@ -205,51 +206,65 @@ def test_what_is_not_asked_is_not_hidden(objective: Objective, lengths: list[int
 # Samplers -------------------------------------------------------------------------------------------------------------
 
 
+class OneByOne:
+    """A sampler of this package by the protocol of plugins."""
+
+    def __init__(self, sampler: EpochSampler) -> None:
+        self.count, self._sampler = sampler.count, sampler
+
+    def cut(self, epoch: int, sample: int) -> SampleSpec:
+        return self._sampler.specs(epoch, sample, sample + 1)[0]
+
+
 def mixed(tools: SamplerContext) -> Sampler:
-    """Two texts, the second seen more often than it is long; one text alone where there is but one document."""
-    half = max(1, len(tools.lengths_N) // 2)
-    bounds = [(0, half, 0.3), (half, len(tools.lengths_N), 0.7)]
+    """Return a mixture of two texts, the second one with more weight than length; of one text if there is one document."""
+    half = max(1, len(tools.lengths) // 2)
+    bounds = [(0, half, 0.3), (half, len(tools.lengths), 0.7)]
     groups = [CorpusGroup(f"text {first}", weight, first, last) for first, last, weight in bounds if first < last]
-    return Mixture(tools.lengths_N, groups, tools.length, tools.seed, num_special_tokens=2, stride=EPOCH_STRIDE)
+    return OneByOne(
+        MixtureSampler(tools.lengths, groups, tools.length, tools.seed, num_special_tokens=2, stride=EPOCH_STRIDE)
+    )
 
 
-CUTTERS: list[Callable[[SamplerContext], Sampler]] = [
-    lambda tools: WindowSampler(tools.lengths_N, tools.length, tools.seed),
+SAMPLERS: list[Callable[[SamplerContext], Sampler]] = [
+    lambda tools: OneByOne(WindowSampler(tools.lengths, tools.length, tools.seed)),
     mixed,
 ]
 
 
-@pytest.mark.parametrize("cutter_of", CUTTERS, ids=["windows", "mixture"])
-def test_a_cutter_keeps_its_laws(cutter_of: Callable[[SamplerContext], Sampler]) -> None:
-    assert not broken(run_checks(CUTTER_LAWS, SamplerFixture(cutter_of, cutter_cases())))
+@pytest.mark.parametrize("create", SAMPLERS, ids=["windows", "mixture"])
+def test_a_sampler_passes_the_checks(create: Callable[[SamplerContext], Sampler]) -> None:
+    assert not failures(run_checks(SAMPLER_CHECKS, SamplerFixture(create, sampler_contexts())))
 
 
 class Marked:
     """Documents in which about every fourth token starts a sentence."""
 
     def __init__(self, tools: SamplerContext) -> None:
-        self.lengths_N = tools.lengths_N
+        self.lengths = tools.lengths
         self._marks = [
             np.where(np.random.default_rng(n).random(n) < 0.25, SENTENCE_START, 0).astype(np.uint8)
-            for n in tools.lengths_N.tolist()
+            for n in tools.lengths.tolist()
         ]
-        self.sentences_N = np.array([int((one[1:] > 0).sum()) + (len(one) > 0) for one in self._marks])
+        self.sentences = np.array([int((one[1:] > 0).sum()) + (len(one) > 0) for one in self._marks])
 
-    def marks(self, document: int, first: int, last: int) -> NDArray[np.uint8]:
+    def token_flags(self, document: int, first: int, last: int) -> NDArray[np.uint8]:
         return self._marks[document][first:last]
 
 
 @pytest.mark.parametrize("kind", ["next-sentence", "sentence-order"])
-def test_a_cutter_of_pairs_keeps_the_laws(kind: PairKind) -> None:
-    cases = [case for case in cutter_cases() if len(case.lengths_N) > 1]
+def test_a_create_pairs_keeps_the_laws(kind: PairKind) -> None:
+    cases = [case for case in sampler_contexts() if len(case.lengths) > 1]
     assert len(cases) > 1
-    subject = SamplerFixture(lambda tools: Pairs(Marked(tools), tools.length, tools.seed, kind), cases, spans=2)
-    assert not broken(run_checks(CUTTER_LAWS, subject))
+    fixture = SamplerFixture(
+        lambda tools: OneByOne(PairSampler(Marked(tools), tools.length, tools.seed, kind)), cases, spans=2
+    )
+    assert not failures(run_checks(SAMPLER_CHECKS, fixture))
 
 
 @settings(max_examples=8, deadline=None)
 @given(lengths=st.lists(st.integers(4, 60), min_size=1, max_size=7), seed=st.integers(0, 2**63))
-def test_masks_and_pairs_keep_the_laws_of_objectives(lengths: list[int], seed: int) -> None:
+def test_an_objective_with_pairs_passes_the_checks(lengths: list[int], seed: int) -> None:
     shape = ENCODERS[1]
     torch.manual_seed(5)
     objective = BertPretrainingObjective(
@@ -263,7 +278,7 @@ def test_masks_and_pairs_keep_the_laws_of_objectives(lengths: list[int], seed: i
                 replace(one, token_type_ids=segment, pair_label=number % 2)
                 for number, (one, segment) in enumerate(zip(texts, segments, strict=True))
             ]
-        assert not broken(run_checks(OBJECTIVE_LAWS, objective_subject(objective, shape, texts, VOCABULARY, seed)))
+        assert not failures(run_checks(OBJECTIVE_CHECKS, objective_fixture(objective, shape, texts, VOCABULARY, seed)))
 
 
 # Sources -------------------------------------------------------------------------------------------------------------
@@ -279,7 +294,7 @@ def files(folder: Path, texts: Sequence[str]) -> list[Path]:
 
 
 def rows(path: Path, texts: Sequence[str]) -> Path:
-    """A table with one text a row."""
+    """Write a table with one text per row."""
     if path.suffix == ".parquet":
         parquet.write_table(pyarrow.table({"text": list(texts)}), path)
     elif path.suffix == ".csv":
@@ -299,24 +314,26 @@ CHANGED = [
 
 
 @sources
-def test_a_source_keeps_its_laws(tmp_path: Path, source_of: Callable[..., Source]) -> None:
+def test_a_source_passes_the_checks(tmp_path: Path, create: Callable[..., Source]) -> None:
     def made(name: str, texts: Sequence[str]) -> Callable[[], Source]:
         (tmp_path / name).mkdir()
-        return lambda: source_of(tmp_path / name, texts)
+        return lambda: create(tmp_path / name, texts)
 
     variants = [(f"change {number}", made(str(number), texts)) for number, texts in enumerate(CHANGED)]
-    assert not broken(run_checks(SOURCE_LAWS, SourceFixture(made("as it is", TEXTS), variants)))
+    assert not failures(run_checks(SOURCE_CHECKS, SourceFixture(made("unchanged", TEXTS), variants)))
     fingerprints = {source().fingerprint for _, source in variants} | {made("a", TEXTS)().fingerprint}
     assert len(fingerprints) == 1 + len(CHANGED)
-    assert made("b", TEXTS)().fingerprint in fingerprints, "where files lie is no part of it"
+    assert made("b", TEXTS)().fingerprint in fingerprints, (
+        "the fingerprint does not depend on the location of the files"
+    )
 
 
 @sources
-def test_a_source_gives_the_texts(tmp_path: Path, source_of: Callable[..., Source]) -> None:
-    source = source_of(tmp_path, TEXTS)
-    passages = [passage for part in source.parts() for passage in source.documents(part)]
-    assert [passage.text for passage in passages] == [unicodedata.normalize("NFC", one) for one in TEXTS]
-    assert sum(passage.characters for passage in passages) == sum(len(unicodedata.normalize("NFC", x)) for x in TEXTS)
+def test_a_source_returns_the_texts(tmp_path: Path, create: Callable[..., Source]) -> None:
+    source = create(tmp_path, TEXTS)
+    chunks = [chunk for part in source.parts() for chunk in source.documents(part)]
+    assert [chunk.text for chunk in chunks] == [unicodedata.normalize("NFC", one) for one in TEXTS]
+    assert sum(chunk.characters for chunk in chunks) == sum(len(unicodedata.normalize("NFC", x)) for x in TEXTS)
 
 
 def test_a_fingerprint_changes_with_the_rules(tmp_path: Path) -> None:
@@ -325,21 +342,28 @@ def test_a_fingerprint_changes_with_the_rules(tmp_path: Path) -> None:
     assert len({FileSource(paths, document, errors).fingerprint for document, errors in rules}) == 6
 
 
-# Sinks ---------------------------------------------------------------------------------------------------------------
+# Loggers -------------------------------------------------------------------------------------------------------------
 
 
-@sinks
-def test_a_line_is_on_the_disk_before_write_returns(tmp_path: Path, sink_of: Callable[[Path], MetricLogger]) -> None:
+@loggers
+def test_a_line_is_on_the_disk_before_write_returns(tmp_path: Path, create: Callable[[Path], MetricLogger]) -> None:
     path = tmp_path / "log.jsonl"
-    sink = sink_of(path)
+    logger = create(path)
     written: list[dict[str, object]] = []
     for step in (1, 2, 5):
         written.append({"step": step, "loss": 1.5 / step, "note": "Straße", "nothing": None})
-        sink.write(step, {name: value for name, value in written[-1].items() if name != "step"})
+        logger.write(step, {name: value for name, value in written[-1].items() if name != "step"})
         assert [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] == written
-    sink.close()
-    sink.close()
-    later = sink_of(path)  # a run that goes on adds to what stands there
+    logger.close()
+    logger.close()
+    later = create(path)  # a run that goes on adds to what stands there
     later.write(6, {})
     later.close()
     assert list(read_log(path)) == [*written, {"step": 6}]
+
+
+def test_the_tensorboard_logger_passes_the_checks(tmp_path: Path) -> None:
+    def create(context: LoggerContext) -> MetricLogger:
+        return TensorBoardLogger(context.run, context.lines, context.recipe)
+
+    assert not failures(run_checks(LOGGER_CHECKS, LoggerFixture(create, tmp_path)))

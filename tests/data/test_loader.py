@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,33 +11,31 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from unmask.core.types import SPECIAL, SampleSpec, TokenSpan
-from unmask.data.loader import SampleStream, assign_microbatches, read
+from unmask.data.loader import SampleStream, assign_microbatches, read_sample
 from unmask.data.sampling import WindowSampler
-from unmask.data.shards import EncodedPassage, Shards, open_shards, write_shards
+from unmask.data.shards import Shards, open_shards
 from unmask.tokenization.settings import CharacterConfig
 from unmask.tokenization.tokenizer import Tokenizer, train_tokenizer
 
 TEXTS = ["first text.", "second, which is longer than the first text.", "", "x", "third " * 60]
 
 
-def shards_of(folder: Path, tokenizer: Tokenizer) -> Shards:
+@pytest.fixture
+def shards(tmp_path: Path, tokenizer: Tokenizer, write_shards: Any) -> Shards:
     encoded = tokenizer.encode_batch(TEXTS, "spaces")
-    passages = [
-        EncodedPassage(one.ids, one.marks, len(text), 0, True) for one, text in zip(encoded, TEXTS, strict=True)
-    ]
-    write_shards(folder, passages, tokenizer.size, tokenizer.fingerprint, shard_tokens=64)
-    return open_shards(folder)
+    passages = [(one.ids, one.marks, len(text), 0, True) for one, text in zip(encoded, TEXTS, strict=True)]
+    write_shards(tmp_path / "shards", passages, tokenizer.size, tokenizer.fingerprint, shard_tokens=64)
+    return open_shards(tmp_path / "shards")
 
 
-@pytest.fixture(params=[True, False], ids=["framed", "bare"])
+@pytest.fixture(params=[True, False], ids=["special", "plain"])
 def tokenizer(request: pytest.FixtureRequest) -> Tokenizer:
     specials = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]") if request.param else ("[UNK]", "[MASK]")
     return train_tokenizer(TEXTS, CharacterConfig(special_tokens=specials))
 
 
-def test_a_text_is_read_within_its_frame(tmp_path: Path, tokenizer: Tokenizer) -> None:
-    shards = shards_of(tmp_path / "shards", tokenizer)
-    text = read(shards, SampleSpec(3, 5, (TokenSpan(1, 8, 20),)), tokenizer)
+def test_a_sample_is_read_between_special_tokens(shards: Shards, tokenizer: Tokenizer) -> None:
+    text = read_sample(shards, SampleSpec(3, 5, (TokenSpan(1, 8, 20),)), tokenizer)
     assert (text.epoch, text.number) == (3, 5)
     assert tokenizer.decode(text.ids) == TEXTS[1][8:20]
     if tokenizer.cls_sep_ids:
@@ -46,30 +45,30 @@ def test_a_text_is_read_within_its_frame(tmp_path: Path, tokenizer: Tokenizer) -
     assert len(text.ids) == len(text.token_flags) == 12 + (2 if tokenizer.cls_sep_ids else 0)
 
 
-def test_a_cursor_is_all_that_is_kept(tmp_path: Path, tokenizer: Tokenizer) -> None:
-    shards = shards_of(tmp_path / "shards", tokenizer)
-    cutter = WindowSampler(shards.lengths_N, 10, seed=1)
-    count = cutter.count(0)
-    order = [cut for epoch in range(4) for cut in cutter.cuts(epoch, 0, count)]
-    stream, cursor, taken = SampleStream(shards, cutter, tokenizer), 0, list[SampleSpec]()
+def test_a_cursor_is_all_that_is_kept(shards: Shards, tokenizer: Tokenizer) -> None:
+    sampler = WindowSampler(shards.lengths, 10, seed=1)
+    count = sampler.count(0)
+    order = [spec for epoch in range(4) for spec in sampler.specs(epoch, 0, count)]
+    stream, cursor, taken = SampleStream(shards, sampler, tokenizer), 0, list[SampleSpec]()
     for tokens in [1, 30, 100, 7, 3000, 12]:
-        cuts, after = SampleStream(shards, cutter, tokenizer).take(cursor, tokens)
-        assert (cuts, after) == stream.take(cursor, tokens)
-        lengths = stream.lengths(cuts)
+        specs, after = SampleStream(shards, sampler, tokenizer).take(cursor, tokens)
+        assert (specs, after) == stream.take(cursor, tokens)
+        lengths = stream.lengths(specs)
         assert sum(lengths) >= tokens > sum(lengths[:-1])
-        taken, cursor = taken + cuts, after
+        taken, cursor = taken + specs, after
     assert cursor == len(taken) and len(taken) > count
-    assert taken == [cut for epoch in range(len(taken) // count + 1) for cut in cutter.cuts(epoch, 0, count)][:cursor]
+    assert (
+        taken == [spec for epoch in range(len(taken) // count + 1) for spec in sampler.specs(epoch, 0, count)][:cursor]
+    )
     assert taken[: len(order)] == order[: len(taken)]
 
 
-def test_a_batch_holds_the_texts_in_order(tmp_path: Path, tokenizer: Tokenizer) -> None:
-    shards = shards_of(tmp_path / "shards", tokenizer)
-    stream = SampleStream(shards, WindowSampler(shards.lengths_N, 10, seed=1), tokenizer)
-    cuts, _ = stream.take(0, 50)
-    batch = stream.batch(cuts, slots=100)
-    assert batch.num_samples == len(cuts) and batch.tokens == sum(stream.lengths(cuts)) and len(batch.ids_T) == 100
-    assert batch.sample_keys_B2[: batch.num_samples].tolist() == [[cut.epoch, cut.number] for cut in cuts]
+def test_a_batch_holds_the_samples_in_order(shards: Shards, tokenizer: Tokenizer) -> None:
+    stream = SampleStream(shards, WindowSampler(shards.lengths, 10, seed=1), tokenizer)
+    specs, _ = stream.take(0, 50)
+    batch = stream.batch(specs)
+    assert batch.num_samples == len(specs) and len(batch.ids_T) == sum(stream.lengths(specs))
+    assert batch.sample_keys_B2.tolist() == [[spec.epoch, spec.number] for spec in specs]
 
 
 @given(
@@ -77,23 +76,23 @@ def test_a_batch_holds_the_texts_in_order(tmp_path: Path, tokenizer: Tokenizer) 
     ranks=st.integers(1, 5),
     micro_tokens=st.integers(1, 100),
 )
-def test_dealing_gives_every_text_to_one_micro_batch(lengths: list[int], ranks: int, micro_tokens: int) -> None:
-    dealt = assign_microbatches(lengths, ranks, micro_tokens)
-    assert len(dealt) == ranks and len({len(micros) for micros in dealt}) == 1
-    everyone = [micro for micros in dealt for micro in micros]
+def test_every_sample_is_in_one_micro_batch(lengths: list[int], ranks: int, micro_tokens: int) -> None:
+    assigned = assign_microbatches(lengths, ranks, micro_tokens)
+    assert len(assigned) == ranks and len({len(micros) for micros in assigned}) == 1
+    everyone = [micro for micros in assigned for micro in micros]
     assert sorted(index for micro in everyone for index in micro) == list(range(len(lengths)))
     for micro in everyone:
         assert len(micro) == 1 or sum(lengths[index] for index in micro) <= micro_tokens
         assert [(-lengths[index], index) for index in micro] == sorted((-lengths[index], index) for index in micro)
     if any(not micro for micro in everyone):
         assert all(len(micro) <= 1 for micro in everyone)
-    assert dealt == assign_microbatches(lengths, ranks, micro_tokens)
+    assert assigned == assign_microbatches(lengths, ranks, micro_tokens)
 
 
-def test_dealing_is_even_and_wastes_no_micro_batch() -> None:
+def test_micro_batches_are_even_and_few() -> None:
     lengths = np.random.default_rng(0).integers(5, 130, 1000).tolist()
-    dealt = assign_microbatches(lengths, 4, 4096)
-    loads = [[sum(lengths[index] for index in micro) for micro in micros] for micros in dealt]
-    assert len(dealt[0]) == -(-sum(lengths) // (4 * 4096))
+    assigned = assign_microbatches(lengths, 4, 4096)
+    loads = [[sum(lengths[index] for index in micro) for micro in micros] for micros in assigned]
+    assert len(assigned[0]) == -(-sum(lengths) // (4 * 4096))
     assert max(map(max, loads)) - min(map(min, loads)) < 130
     assert [len(micros) for micros in assign_microbatches([60] * 100, 1, 100)] == [100]

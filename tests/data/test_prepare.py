@@ -1,24 +1,36 @@
-"""Corpus: what is held out is in no training text, and what was made is not made twice."""
+"""The corpus: no held-out text is trained on, and nothing is built twice."""
 
 from __future__ import annotations
 
+import json
+import os
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from unmask.core.config import build_config, dump_config, load_toml
 from unmask.core.errors import DamagedError, RecipeError, StoreError, TextError, TokenizerError
-from unmask.core.files import default_cache
+from unmask.core.files import DigestCache, default_cache, file_digest
 from unmask.core.quantities import Fraction, Quantity
 from unmask.core.types import WORD_START
 from unmask.data.prepare import TokenizedCorpus, prepare
 from unmask.data.settings import DataConfig, HeldOutConfig
 from unmask.data.shards import Shards
-from unmask.data.sources import MemorySource, open_source
-from unmask.data.split import divide, side, survey
+from unmask.data.sources import BaseSource, MemorySource, open_source
+from unmask.data.split import (
+    CharCounter,
+    DocumentSlice,
+    DocumentStats,
+    Split,
+    divide,
+    measure_documents,
+    number_documents,
+    slice_documents,
+)
 from unmask.tokenization.settings import CharacterConfig, WordPieceConfig
 
 MARKER = "ŽŽŽ"
@@ -30,8 +42,24 @@ def quiet(stage: str, share: float) -> None:
 
 
 def texts_of(shards: Shards, corpus: TokenizedCorpus) -> list[str]:
-    pairs = enumerate(shards.lengths_N.tolist())
+    pairs = enumerate(shards.lengths.tolist())
     return [corpus.tokenizer.decode(shards.ids(document, 0, length)) for document, length in pairs]
+
+
+def survey(source: BaseSource) -> DocumentStats:
+    counter = CharCounter(lambda count: None)
+    infos = list(measure_documents((chunk for _, chunk in number_documents(source, source.parts())), counter))
+    lengths, hashes = ([getattr(info, name) for info in infos] for name in ("length", "hash"))
+    return DocumentStats(np.array(lengths), np.array(hashes, dtype=np.uint64), counter.characters, counter.sample)
+
+
+def side(source: BaseSource, stats: DocumentStats, split: Split, which: str) -> list[DocumentSlice]:
+    slices = slice_documents(number_documents(source, source.parts()), stats.lengths, split.first_held)
+    return [part for part in slices if part.side == which]
+
+
+def load_json(path: Path) -> dict[str, str]:
+    return json.loads(path.read_text())
 
 
 def held_out(by: str, share: str = "10%") -> HeldOutConfig:
@@ -56,17 +84,17 @@ def test_a_marker_in_the_tail_is_in_no_training_text(tmp_path: Path) -> None:
 def test_a_marker_in_the_held_out_documents_is_in_no_training_text(tmp_path: Path) -> None:
     plain = [f"document {number} says {number * 7919}" for number in range(300)]
     settings = DataConfig(tokenizer=LETTERS, held_out=HeldOutConfig(fraction=Fraction(0.05)))
-    found = survey(MemorySource(plain), quiet)
+    found = survey(MemorySource(plain))
     division = divide(found, settings.held_out)
     assert division.by == "hash"
-    first = next(iter(side(MemorySource(plain), found, division, "held-out"))).text
+    first = side(MemorySource(plain), found, division, "held-out")[0].text
     # The marker goes into a document of the held-out side and into a copy of it, with a hash before all others: both
     # fit in, so they are held out.
     at = plain.index(first)
     marked = next(
         f"{first} {MARKER}{tries}"
         for tries in range(100_000)
-        if survey(MemorySource([f"{first} {MARKER}{tries}"]), quiet).hashes_N[0] < found.hashes_N.min()
+        if survey(MemorySource([f"{first} {MARKER}{tries}"])).hashes[0] < found.hashes.min()
     )
     documents = [*plain[:at], marked, *plain[at + 1 :], marked]
     corpus = prepare(MemorySource(documents), settings, tmp_path, quiet)
@@ -85,7 +113,7 @@ def test_a_marker_in_the_held_out_documents_is_in_no_training_text(tmp_path: Pat
 def test_both_sides_together_are_the_text(numbers: list[int], by: str, share: str) -> None:
     documents = ["".join(f"{number} " for _ in range(number)) for number in numbers]
     source = MemorySource(documents)
-    found = survey(source, quiet)
+    found = survey(source)
     if by == "hash" and len({text for text in documents if text}) < 2:
         with pytest.raises(TextError):
             divide(found, held_out(by, share))
@@ -110,7 +138,7 @@ def test_long_documents_are_divided_across_their_passages(tmp_path: Path) -> Non
     path.write_text(text)
     settings = DataConfig(document="file", held_out=held_out("tail", "30%"))
     source = open_source([path], settings)
-    found = survey(source, quiet)
+    found = survey(source)
     division = divide(found, settings.held_out)
     train, held = (list(side(source, found, division, which)) for which in ("train", "held-out"))
     assert "".join(stretch.text for stretch in train) == text[: int(len(text) * 0.7)]
@@ -120,26 +148,26 @@ def test_long_documents_are_divided_across_their_passages(tmp_path: Path) -> Non
 
 
 def test_the_share_and_the_most_that_is_held_out() -> None:
-    found = survey(MemorySource([f"{number:100d}" for number in range(1000)]), quiet)
+    found = survey(MemorySource([f"{number:100d}" for number in range(1000)]))
     counts = {
-        (share, most): int((divide(found, HeldOutConfig("hash", share, most)).first_held_N == 0).sum())
+        (share, most): int((divide(found, HeldOutConfig("hash", share, most)).first_held == 0).sum())
         for share in (Fraction(0.01), Fraction(0.2))
         for most in (Quantity(50, "characters"), Quantity(1200, "characters"), Quantity(2e6, "characters"))
     }
     assert list(counts.values()) == [1, 10, 10, 1, 12, 200]
-    few = survey(MemorySource(["x" * 1000] * 99), quiet)
+    few = survey(MemorySource(["x" * 1000] * 99))
     division = divide(few, HeldOutConfig())
-    assert division.by == "tail" and set(division.first_held_N.tolist()) == {900}
+    assert division.by == "tail" and set(division.first_held.tolist()) == {900}
     assert divide(found, HeldOutConfig()).by == "hash"
 
 
 def held_sizes(documents: list[str], settings: HeldOutConfig) -> list[int]:
-    found = survey(MemorySource(documents), quiet)
-    held_N = divide(found, settings).first_held_N == 0
-    return sorted(found.lengths_N[held_N & (found.lengths_N > 0)].tolist())
+    found = survey(MemorySource(documents))
+    held_N = divide(found, settings).first_held == 0
+    return sorted(found.lengths[held_N & (found.lengths > 0)].tolist())
 
 
-def test_a_large_document_is_passed_over_whatever_its_hash() -> None:
+def test_a_large_document_is_skipped_whatever_its_hash() -> None:
     small = [f"{number:020d}" for number in range(200)]
     for number in range(60):  # its hash falls anywhere: first of all, in the middle, last
         large = f"{number} " * 2000
@@ -177,30 +205,80 @@ def test_what_is_held_out_is_what_fits(counts: list[int], share: float, most: in
 
 
 def test_a_division_says_whether_it_is_the_same() -> None:
-    found = survey(MemorySource([f"{number:020d}" for number in range(200)]), quiet)
+    found = survey(MemorySource([f"{number:020d}" for number in range(200)]))
     digests = [divide(found, held_out("hash", share)).digest for share in ("5%", "5%", "6%")]
     assert digests[0] == digests[1] != digests[2]
 
 
-def test_a_second_run_starts_at_once(tmp_path: Path) -> None:
+def test_a_second_call_opens_the_cache(tmp_path: Path) -> None:
     source = MemorySource([f"one document, {number}. And its end." for number in range(120)])
     settings = DataConfig(tokenizer=WordPieceConfig(vocab_size=60))
     corpus = prepare(source, settings, tmp_path / "cache", quiet)
     stages: list[str] = []
-    again = prepare(source, settings, tmp_path / "cache", lambda stage, share: stages.append(stage))
-    assert not stages and again.fingerprint == corpus.fingerprint and again.facts == corpus.facts
-    assert again.notes == corpus.notes and again.words == "spaces" == corpus.facts["words"]
-    assert again.train.documents + again.held_out.documents == 120
-    assert (again.train.marks(0, 0, 1) & WORD_START).all()
+    second = prepare(source, settings, tmp_path / "cache", lambda stage, share: stages.append(stage))
+    assert not stages and second.fingerprint == corpus.fingerprint and second.facts == corpus.facts
+    assert second.notes == corpus.notes and second.words == "spaces" == corpus.facts["words"]
+    assert second.train.documents + second.held_out.documents == 120
+    assert (second.train.token_flags(0, 0, 1) & WORD_START).all()
     other = prepare(source, replace(settings, words="characters"), tmp_path / "cache", quiet)
     assert other.fingerprint != corpus.fingerprint and other.words == "characters"
-    borrowed = prepare(source, settings, tmp_path / "cache", quiet, corpus.tokenizer)
-    assert borrowed.tokenizer.fingerprint == corpus.tokenizer.fingerprint
+    given = prepare(source, settings, tmp_path / "cache", quiet, corpus.tokenizer)
+    assert given.folder == corpus.folder and given.fingerprint == corpus.fingerprint
     elsewhere = prepare(source, settings, tmp_path / "elsewhere", quiet)
     assert elsewhere.fingerprint == corpus.fingerprint
 
 
-def test_a_damaged_cache_is_named_and_made_anew_when_removed(tmp_path: Path) -> None:
+def test_equal_tokenizers_share_their_shards(tmp_path: Path) -> None:
+    """Whether given first or trained first, and by which settings: the tokenizer that results decides."""
+    source = MemorySource([f"one document, {number}. And its end." for number in range(120)])
+    settings = DataConfig(tokenizer=LETTERS)
+    tokenizer = prepare(source, settings, tmp_path / "other").tokenizer
+    given = prepare(source, DataConfig(), tmp_path / "cache", tokenizer=tokenizer)
+    assert not (given.folder.parent / "tokenizers.json").exists()
+    trained = prepare(source, settings, tmp_path / "cache")
+    alike = prepare(source, replace(settings, tokenizer=CharacterConfig(min_frequency=2)), tmp_path / "cache")
+    assert trained.folder == given.folder == alike.folder and trained.fingerprint == given.fingerprint
+    assert len(load_json(given.folder.parent / "tokenizers.json")) == 2
+    assert len(list(given.folder.parent.glob("*/meta"))) == 1
+
+
+def test_a_start_reads_no_more_than_sizes_and_times(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "text.txt"
+    path.write_text("\n\n".join(f"one document, {number}. And its end." for number in range(120)))
+    at = path.stat().st_mtime_ns - 60 * 10**9
+    os.utime(path, ns=(at, at))
+    settings, digested = DataConfig(tokenizer=LETTERS), list[Path]()
+
+    def counted(path: Path) -> str:
+        digested.append(path)
+        return file_digest(path)
+
+    monkeypatch.setattr("unmask.data.sources.file_digest", counted)
+    first = prepare(open_source([path], settings), settings, tmp_path / "cache")
+    assert digested == [path]
+    second = prepare(open_source([path], settings), settings, tmp_path / "cache")
+    assert digested == [path] and second.fingerprint == first.fingerprint
+    prepare(open_source([path], settings), settings, tmp_path / "cache", verify=True)
+    assert digested == [path, path]
+    prepare(open_source([path], settings), settings, tmp_path / "other")  # a build trusts no cached digest
+    assert digested == [path, path, path]
+
+
+def test_a_digest_of_a_file_just_written_is_not_kept(tmp_path: Path) -> None:
+    """Another write within the same tick of the clock would leave size and time as they are."""
+    path = tmp_path / "text.txt"
+    path.write_text("one text")
+    cache = DigestCache(tmp_path / "digests.json")
+    cache.set("text", [path], "a digest", since_ns=path.stat().st_mtime_ns + 10**9)
+    assert cache.get("text", [path]) is None
+    cache.set("text", [path], "a digest", since_ns=path.stat().st_mtime_ns + 3 * 10**9)
+    cache.save()
+    assert DigestCache(tmp_path / "digests.json").get("text", [path]) == "a digest"
+    path.write_text("one text more")
+    assert DigestCache(tmp_path / "digests.json").get("text", [path]) is None
+
+
+def test_a_damaged_cache_is_named_and_built_again_when_removed(tmp_path: Path) -> None:
     source = MemorySource([f"one document, {number}. And its end." for number in range(120)])
     settings = DataConfig(tokenizer=LETTERS)
     prepare(source, settings, tmp_path, quiet)
@@ -221,9 +299,9 @@ def test_too_little_text_leaves_nothing_behind(tmp_path: Path) -> None:
     for texts in (["x"], [" ", "\n"]):
         with pytest.raises(TextError):
             prepare(MemorySource(texts), DataConfig(tokenizer=LETTERS), tmp_path, quiet)
-    with pytest.raises(TokenizerError, match="than this text can give"):
+    with pytest.raises(TokenizerError, match="is too large: this text gives"):
         prepare(MemorySource(["some words, and some words"]), DataConfig(), tmp_path, quiet)
-    with pytest.raises(TextError, match="by hash"):
+    with pytest.raises(TextError, match="can't hold out documents"):
         prepare(MemorySource(["same"] * 200), DataConfig(tokenizer=LETTERS), tmp_path, quiet)
     assert all(path.name.endswith(".lock") for path in tmp_path.iterdir())
 
@@ -254,7 +332,7 @@ def test_settings_survive_toml(tmp_path: Path) -> None:
         path = tmp_path / "text.toml"
         path.write_text(dump_config(chosen))
         assert build_config(DataConfig, load_toml(path), str(path)) == chosen
-    with pytest.raises(RecipeError, match="leaves nothing"):
+    with pytest.raises(RecipeError, match="invalid fraction"):
         HeldOutConfig(fraction=Fraction(0.0))
     with pytest.raises(RecipeError, match="characters"):
         HeldOutConfig(max_size=Quantity(5, "tokens"))

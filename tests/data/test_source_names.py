@@ -1,4 +1,4 @@
-"""What a person names as text: patterns, folders, weights, standard input, data sets."""
+"""Names of texts: patterns, directories, weights, standard input, datasets."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def documents(*names: str | Path, settings: DataConfig = SETTINGS) -> list[str]:
 
 @pytest.fixture
 def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A working folder with texts in it."""
+    """A working directory with texts in it."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "notes" / "old").mkdir(parents=True)
     (tmp_path / "notes" / "b.txt").write_text("b")
@@ -32,7 +32,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "notes" / "old" / "c.txt.gz").write_bytes(gzip.compress(b"c"))
     (tmp_path / "notes" / "old" / "d.JSONL").write_text('{"text": "d\\ne"}')
     (tmp_path / "notes" / "e.csv").write_text('text\n"e"\n')
-    (tmp_path / "notes" / "readme").write_text("of no known ending")
+    (tmp_path / "notes" / "readme").write_text("of an unknown extension")
     return tmp_path
 
 
@@ -40,7 +40,7 @@ def test_folders_and_patterns(place: Path) -> None:
     assert documents("notes") == ["a", "b", "e", "c", "d\ne"], "every known ending, sorted by path"
     assert documents("notes/*.txt") == documents(Path("notes/*.txt")) == ["a", "b"]
     assert documents("notes/**/*.txt*") == ["a", "b", "c"]
-    assert documents("notes/r*", "notes/[ab].txt") == ["of no known ending", "a", "b"]
+    assert documents("notes/r*", "notes/[ab].txt") == ["of an unknown extension", "a", "b"]
     (place / "notes" / "[ab].txt").write_text("itself")
     assert documents("notes/[ab].txt") == ["itself"], "what exists is no pattern"
     for name, says in (("notes/*.md", "no file matches"), ("*", "no file matches"), ("none", "no such file")):
@@ -49,14 +49,14 @@ def test_folders_and_patterns(place: Path) -> None:
         assert caught.value.location == name and caught.value.hint
 
 
-def test_what_is_said_of_documents(place: Path) -> None:
-    for names, said in (
-        (["notes/a.txt"], "a document is a line that is not blank"),
+def test_notes_describe_the_documents(place: Path) -> None:
+    for names, note in (
+        (["notes/a.txt"], "a document is a nonblank line"),
         (["notes/e.csv"], "a document is a row's `text`"),
-        (["notes"], "a document is a line that is not blank; of a table, a row's `text`"),
+        (["notes"], "a document is a nonblank line; in tables, a row's `text`"),
         (["notes/a.txt:3", "notes/e.csv:1"], "weights: notes/a.txt 0.75, notes/e.csv 0.25"),
     ):
-        assert said in open_source(names, SETTINGS).notes
+        assert note in open_source(names, SETTINGS).notes
 
 
 def test_weights(place: Path) -> None:
@@ -70,10 +70,10 @@ def test_weights(place: Path) -> None:
     (place / "a:0.5").write_text("named so")
     assert documents("a:0.5") == ["named so"]
     for names, says in (
-        (["notes/a.txt:1", "notes/b.txt"], "without a weight"),
-        (["notes/a.txt:0"], "weight of 0"),
-        (["notes/a.txt:-1"], "weight of -1"),
-        (["notes/a.txt:1e999"], "weight of inf"),
+        (["notes/a.txt:1", "notes/b.txt"], "has no weight"),
+        (["notes/a.txt:0"], "weight: got 0"),
+        (["notes/a.txt:-1"], "weight: got -1"),
+        (["notes/a.txt:1e999"], "weight: got inf"),
         (["notes/a.txt:x"], "no such file"),
     ):
         with pytest.raises(TextError, match=says) as caught:
@@ -96,7 +96,9 @@ def pipe(monkeypatch: pytest.MonkeyPatch, data: bytes) -> None:
 
 
 @pytest.mark.parametrize("pack", [bytes, gzip.compress])
-def test_standard_input_is_kept_and_can_be_read_again(place: Path, monkeypatch: pytest.MonkeyPatch, pack: type) -> None:
+def test_standard_input_is_stored_and_can_be_read_again(
+    place: Path, monkeypatch: pytest.MonkeyPatch, pack: type
+) -> None:
     monkeypatch.setenv("UNMASK_CACHE", str(place / "cache"))
     sources: list[FileSource] = []
     for _ in range(2):
@@ -104,14 +106,14 @@ def test_standard_input_is_kept_and_can_be_read_again(place: Path, monkeypatch: 
         sources.append(open_source(["-:3", "notes/a.txt:1"], SETTINGS))
     source, again = sources
     kept = list((default_cache() / "standard-input").iterdir())
-    assert len(kept) == 1 and source.paths == again.paths == (f"{kept[0]}:3", "notes/a.txt:1")
+    assert len(kept) == 1 and source.names == again.names == (f"{kept[0]}:3", "notes/a.txt:1")
     assert [group.name for group in source.groups] == ["standard input", "notes/a.txt"]
-    assert f"standard input is kept as {kept[0]}" in source.notes
+    assert f"standard input is stored as {kept[0]}" in source.notes
     for _ in range(2):
-        assert documents(*source.paths) == ["höre", "zu", "a"]
+        assert documents(*source.names) == ["höre", "zu", "a"]
     kept[0].unlink()
     with pytest.raises(TextError, match="no longer in the cache"):
-        documents(*source.paths)
+        documents(*source.names)
 
 
 def test_standard_input_that_can_not_be_read(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -127,13 +129,13 @@ def test_standard_input_that_can_not_be_read(place: Path, monkeypatch: pytest.Mo
         open_source(["-"], SETTINGS)
 
 
-def test_a_data_set_where_the_hub_is_out_of_reach(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_dataset_without_a_connection_to_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
     import huggingface_hub.constants
 
     monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")
     before = huggingface_hub.constants.HF_HUB_OFFLINE
     with pytest.raises(TextError) as caught:
         documents("dataset:nobody/nothing#one@test")
-    assert "`nobody/nothing` is not in the local cache, and the hub can't be reached" in caught.value.message
+    assert "dataset `nobody/nothing` is not in the local cache, and the Hub can't be reached" in caught.value.message
     assert "save_to_disk" in caught.value.hint and caught.value.location == "dataset:nobody/nothing#one@test"
     assert before == huggingface_hub.constants.HF_HUB_OFFLINE

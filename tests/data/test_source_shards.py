@@ -16,28 +16,28 @@ from unmask.core.types import DocumentChunk, SourceShard
 from unmask.data import sources
 from unmask.data.readers import documents
 from unmask.data.readers.bytes import read_chunks
-from unmask.data.readers.documents import PASSAGE_CHARACTERS
+from unmask.data.readers.documents import CHUNK_CHARACTERS
 from unmask.data.settings import DataConfig, DocumentRule, ErrorsRule
 from unmask.data.sources import FileSource, SourceRecipe
 
-Told = list[tuple[str, int]]
+Documents = list[tuple[str, int]]
 
 
-def told(passages: list[DocumentChunk]) -> Told:
-    """The text of each document, and the characters that it stands for."""
-    found: Told = []
+def joined(passages: list[DocumentChunk]) -> Documents:
+    """The text of each document, and the characters that it covers."""
+    texts: Documents = []
     for passage in passages:
-        text, characters = found.pop() if passage.piece else ("", 0)
-        found.append((text + passage.text, characters + passage.characters))
-    return found
+        text, characters = texts.pop() if passage.number else ("", 0)
+        texts.append((text + passage.text, characters + passage.characters))
+    return texts
 
 
-def whole(source: FileSource, path: Path) -> Told:
-    return told(list(source.documents(SourceShard(str(path), 0, path.stat().st_size))))
+def whole(source: FileSource, path: Path) -> Documents:
+    return joined(list(source.documents(SourceShard(str(path), 0, path.stat().st_size))))
 
 
-def by_parts(source: FileSource) -> Told:
-    return [one for part in source.parts() for one in told(list(source.documents(part)))]
+def by_parts(source: FileSource) -> Documents:
+    return [one for part in source.parts() for one in joined(list(source.documents(part)))]
 
 
 LINES = st.lists(
@@ -74,7 +74,7 @@ def test_parts_of_plain_text(
     assert (parts[0].first_byte, parts[-1].last_byte) == (0, path.stat().st_size)
     assert by_parts(source) == expected
     assert sum(source.left_out.values()) == left_out
-    assert all(told(list(source.documents(part))) for part in parts), "no part is without a document"
+    assert all(joined(list(source.documents(part))) for part in parts), "no part is without a document"
 
 
 def test_large_plain_text_has_many_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -102,7 +102,9 @@ def test_parts_of_tables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
         assert [text for text, _ in by_parts(source)] == texts, name
 
 
-def test_a_broken_row_of_a_later_part_is_named_by_its_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_malformed_row_of_a_later_part_is_an_error_with_its_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(documents, "PART_BYTES", 1000)
     (tmp_path / "rows.jsonl").write_text('{"text": "a"}\n' * 900 + '{"texts": "b"}\n' + '{"text": "c"}\n' * 10)
     (tmp_path / "text.txt").write_bytes(b"text\n" * 900 + b"\xff\n")
@@ -118,7 +120,7 @@ def test_a_recipe_opens_the_same_source_and_reads_a_part_alone(tmp_path: Path, m
     path = tmp_path / "text.txt"
     path.write_text("\n".join(f"line {number}" for number in range(100)))
     recipe = SourceRecipe((str(path),), DataConfig(document="line"))
-    source, other = recipe.open(), SourceRecipe(recipe.open().paths, recipe.settings).open()
+    source, other = recipe.open(), SourceRecipe(recipe.open().names, recipe.settings).open()
     assert source.fingerprint == other.fingerprint and source.parts() == other.parts()
     part = source.parts()[3]
     assert list(other.documents(part)) == list(source.documents(part))
@@ -135,11 +137,11 @@ def test_one_line_of_any_length_is_read_in_bounded_memory(tmp_path: Path, conten
     longest = max(len(passage.text) for passage in source.documents(part))
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    assert longest <= PASSAGE_CHARACTERS
-    assert peak < 24_000_000, "some copies of a passage, never of the line"
+    assert longest <= CHUNK_CHARACTERS
+    assert peak < 24_000_000, "some copies of a chunk, never of the line"
 
 
-def test_a_packed_file_that_unpacks_to_much_more_is_read_in_bounded_memory(tmp_path: Path) -> None:
+def test_a_highly_compressed_file_is_read_in_bounded_memory(tmp_path: Path) -> None:
     import zstandard
 
     path = tmp_path / "line.txt.zst"

@@ -1,4 +1,4 @@
-"""Sources: every character is accounted for, and what is no text is refused by name."""
+"""Sources: every character is accounted for, and files that are no text are errors with their name."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from unmask.core.errors import TextError
 from unmask.core.types import DocumentChunk
 from unmask.data.readers import bytes as byte_reader
 from unmask.data.readers import documents as document_reader
-from unmask.data.readers.documents import PASSAGE_CHARACTERS
+from unmask.data.readers.documents import CHUNK_CHARACTERS
 from unmask.data.settings import DocumentRule, ErrorsRule
 from unmask.data.sources import FileSource, MemorySource
 
@@ -27,14 +27,14 @@ def passages(path: Path, rule: DocumentRule = "blank-line", errors: ErrorsRule =
     return [passage for part in source.parts() for passage in source.documents(part)]
 
 
-def documents(found: list[DocumentChunk]) -> list[str]:
+def documents(chunks: list[DocumentChunk]) -> list[str]:
     texts: list[str] = []
-    for passage in found:
-        if passage.piece == 0:
+    for passage in chunks:
+        if passage.number == 0:
             texts.append("")
         assert passage.document == len(texts) - 1
         texts[-1] += passage.text
-    assert [passage.document for passage in found if passage.last] == list(range(len(texts)))
+    assert [passage.document for passage in chunks if passage.last] == list(range(len(texts)))
     return texts
 
 
@@ -56,23 +56,23 @@ TEXT = st.text(st.sampled_from("ab \n\n\r\t.é́̈가ᄀ\u1161\u11a8い𐀀\u202
 
 
 def plainly(text: str, rule: DocumentRule) -> list[str]:
-    """What documents are, said line by line."""
-    found: list[str] = []
-    parted = True
+    """A reference implementation of the rules, line by line."""
+    texts: list[str] = []
+    is_separated = True
     for line in re.findall(r"[^\n]*\n|[^\n]+", text):
         if not line.strip():
-            parted = True
-        elif parted or rule == "line":
-            found.append(line)
-            parted = False
+            is_separated = True
+        elif is_separated or rule == "line":
+            texts.append(line)
+            is_separated = False
         else:
-            found[-1] += line
-    return [text] if rule == "file" else [one.removesuffix("\n") for one in found]
+            texts[-1] += line
+    return [text] if rule == "file" else [document.removesuffix("\n") for document in texts]
 
 
 @settings(max_examples=60, deadline=None)
 @given(text=TEXT, rule=st.sampled_from(RULES), limit=st.sampled_from([5, 12, 1000]), chunk=st.integers(1, 40))
-def test_characters_add_up_and_passages_join(
+def test_characters_add_up_and_chunks_join(
     tmp_path_factory: pytest.TempPathFactory, text: str, rule: DocumentRule, limit: int, chunk: int
 ) -> None:
     if not text.strip():
@@ -80,7 +80,7 @@ def test_characters_add_up_and_passages_join(
     path = written(tmp_path_factory.mktemp("source"), text)
     normal = unicodedata.normalize("NFC", text.replace("\r\n", "\n"))
     with pytest.MonkeyPatch.context() as patch:  # a passage of a million characters takes too long to make by the dozen
-        patch.setattr(document_reader, "PASSAGE_CHARACTERS", limit)
+        patch.setattr(document_reader, "CHUNK_CHARACTERS", limit)
         patch.setattr(byte_reader, "CHUNK_BYTES", chunk)
         found = passages(path, rule)
     whole = documents(found)
@@ -94,8 +94,8 @@ def test_characters_add_up_and_passages_join(
         assert whole == plainly(normal, rule)
 
 
-def test_a_long_document_is_broken_where_it_hurts_least(tmp_path: Path) -> None:
-    limit = PASSAGE_CHARACTERS
+def test_where_a_long_document_is_split(tmp_path: Path) -> None:
+    limit = CHUNK_CHARACTERS
     line = "word " * 19 + "end.\n"
     found = passages(written(tmp_path, line * (limit // len(line) + 2)))
     assert len(found) == 2 and found[0].text.endswith("end.\n") and not found[0].last and found[1].last
@@ -104,7 +104,7 @@ def test_a_long_document_is_broken_where_it_hurts_least(tmp_path: Path) -> None:
     text = "가" * (3 * limit + 7)
     decomposed = unicodedata.normalize("NFD", text)
     found = passages(written(tmp_path, decomposed), "file")
-    assert [passage.piece for passage in found] == list(range(len(found))) and len(found) >= 4
+    assert [passage.number for passage in found] == list(range(len(found))) and len(found) >= 4
     assert "".join(passage.text for passage in found) == text
     assert sum(passage.characters for passage in found) == len(text)
 
@@ -140,7 +140,7 @@ def test_the_fingerprint_is_that_of_the_content(tmp_path: Path) -> None:
         (b"text\0text", "byte 4"),
     ],
 )
-def test_what_is_no_text_is_refused_by_name(tmp_path: Path, data: bytes, says: str) -> None:
+def test_a_file_that_is_no_text_is_an_error_with_its_name(tmp_path: Path, data: bytes, says: str) -> None:
     path = written(tmp_path, data, "bad.txt")
     with pytest.raises(TextError) as caught:
         FileSource([path], "blank-line", "strict").check()
@@ -157,7 +157,7 @@ def test_a_zero_byte_far_into_a_file_is_named(tmp_path: Path, before: int, name:
     path = written(tmp_path, text + b"\0 rest" + b"x" * (1 << 20), name)
     with pytest.raises(TextError, match=f"byte {len(text):,} .*is zero") as caught:
         passages(path, errors="replace")
-    assert caught.value.location == str(path) and ("unpacked" in caught.value.message) == name.endswith(".gz")
+    assert caught.value.location == str(path) and ("decompressed" in caught.value.message) == name.endswith(".gz")
 
 
 def test_missing_paths_and_empty_folders(tmp_path: Path) -> None:
@@ -178,25 +178,25 @@ def test_invalid_utf8_is_named_by_its_byte(tmp_path: Path, before: int) -> None:
     assert "".join(passage.text for passage in passages(path, errors="replace")) == "a" * before + "\ufffd( rest"
 
 
-def test_lines_that_are_not_utf_8_are_left_out_and_counted(tmp_path: Path) -> None:
+def test_lines_that_are_not_utf_8_are_skipped_and_counted(tmp_path: Path) -> None:
     path = written(tmp_path, b"one\ntw\xe9o\nthree\rstill\n\nfour\n\xff")
     source = FileSource([path], "blank-line", "skip")
     (part,) = source.parts()
     assert documents(list(source.documents(part))) == ["one\nthree\rstill", "four"]
     assert source.left_out == {part: 2}
     path.write_bytes(b"\xff\n\xff\n")
-    with pytest.raises(TextError, match="2 lines or rows were left out"):
+    with pytest.raises(TextError, match="2 lines or rows were skipped"):
         passages(path, errors="skip")
 
 
-def test_a_line_too_long_to_be_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(byte_reader, "LONGEST_LEFT_OUT", 100)
+def test_a_line_too_long_to_be_skipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(byte_reader, "LONGEST_SKIPPED", 100)
     monkeypatch.setattr(byte_reader, "CHUNK_BYTES", 16)
     good = "x" * 99 + "é" * 300
     path = written(tmp_path, good + "\nshort\n")
     assert documents(passages(path, "line", "skip")) == [good, "short"]
     for bad in (b"x" * 150 + b"\xff" + b"x" * 90, b"x" * 200 + b"\xff\n"):
-        with pytest.raises(TextError, match="too long to be left out"):
+        with pytest.raises(TextError, match="can't skip a line"):
             passages(written(tmp_path, bad), "line", "skip")
 
 
@@ -214,23 +214,23 @@ def test_a_character_cut_short_at_the_end_is_named(tmp_path: Path) -> None:
         passages(path)
 
 
-def test_a_damaged_gz_is_refused(tmp_path: Path) -> None:
+def test_a_damaged_gz_is_an_error(tmp_path: Path) -> None:
     path = tmp_path / "cut.txt.gz"
     path.write_bytes(gzip.compress(b"some text that is long enough" * 1000)[:-20])
-    with pytest.raises(TextError, match="damaged or cut short"):
+    with pytest.raises(TextError, match="damaged or truncated"):
         passages(path)
 
 
 def test_texts_in_memory() -> None:
-    source = MemorySource(["e\u0301\r\nx", "", "a" * (PASSAGE_CHARACTERS + 1)])
-    found = [passage for part in source.parts() for passage in source.documents(part)]
-    assert [(passage.document, passage.piece, passage.characters) for passage in found] == [
+    source = MemorySource(["e\u0301\r\nx", "", "a" * (CHUNK_CHARACTERS + 1)])
+    chunks = [passage for part in source.parts() for passage in source.documents(part)]
+    assert [(passage.document, passage.number, passage.characters) for passage in chunks] == [
         (0, 0, 3),
         (1, 0, 0),
-        (2, 0, PASSAGE_CHARACTERS),
+        (2, 0, CHUNK_CHARACTERS),
         (2, 1, 1),
     ]
-    assert found[0].text == "é\nx"
+    assert chunks[0].text == "é\nx"
     with pytest.raises(TextError, match="surrogate"):
         MemorySource(["fine", "\ud800"]).check()
     with pytest.raises(TextError, match="white space"):

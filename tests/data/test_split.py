@@ -1,4 +1,4 @@
-"""Survey: columns that are worked on piece by piece give what they would give at once."""
+"""Splits: columns that are processed in blocks give the same result as in one go."""
 
 from __future__ import annotations
 
@@ -13,10 +13,11 @@ from unmask.core.errors import TextError
 from unmask.core.quantities import Fraction, Quantity
 from unmask.core.types import DocumentChunk
 from unmask.data import split
-from unmask.data.prepare import quiet
+from unmask.data.prepare import no_progress
+from unmask.data.report import survey
 from unmask.data.settings import HeldOutConfig
 from unmask.data.sources import MemorySource
-from unmask.data.split import LEFT_OUT, Split, divide, stretches, survey
+from unmask.data.split import LEFT_OUT, Split, divide, slice_documents
 
 
 @settings(max_examples=100, deadline=None)
@@ -28,43 +29,43 @@ from unmask.data.split import LEFT_OUT, Split, divide, stretches, survey
     drop=st.booleans(),
     chunk=st.integers(1, 7),
 )
-def test_a_division_does_not_depend_on_the_pieces_it_is_made_in(
+def test_a_split_does_not_depend_on_the_block_size(
     counts: list[int], by: str, share: float, most: int, drop: bool, chunk: int
 ) -> None:
-    found = survey(MemorySource(["x" * count for count in counts]), quiet)
+    stats = survey(MemorySource(["x" * count for count in counts]), no_progress)
     chosen = HeldOutConfig(by, Fraction(share), Quantity(most, "characters"))  # type: ignore[arg-type]
 
-    def divided() -> Split | str:
+    def result() -> Split | str:
         try:
-            return divide(found, chosen, drop_duplicates=drop)
+            return divide(stats, chosen, drop_duplicates=drop)
         except TextError as error:
             return str(error)
 
-    whole = divided()
+    whole = result()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(split, "CHUNK", chunk)
-        pieces = divided()
-    if isinstance(whole, str) or isinstance(pieces, str):
-        assert whole == pieces
+        in_blocks = result()
+    if isinstance(whole, str) or isinstance(in_blocks, str):
+        assert whole == in_blocks
         return
-    assert whole.digest == pieces.digest and whole.duplicates == pieces.duplicates
-    left_out = np.flatnonzero(whole.first_held_N == LEFT_OUT).tolist()
+    assert whole.digest == in_blocks.digest and whole.duplicates == in_blocks.duplicates
+    left_out = np.flatnonzero(whole.first_held == LEFT_OUT).tolist()
     copies = [number for number, count in enumerate(counts) if count and count in counts[:number]]
     assert left_out == (copies if drop else []) and whole.duplicates == len(left_out)
 
 
-def test_a_division_may_lie_in_files(tmp_path: Path) -> None:
-    found = survey(MemorySource([f"{number:09d}" for number in range(300)]), quiet)
-    here, there = divide(found, HeldOutConfig()), divide(found, HeldOutConfig(), folder=tmp_path)
-    assert here.digest == there.digest and (tmp_path / "first-held").stat().st_size == 8 * 300
+def test_a_split_may_be_stored_in_files(tmp_path: Path) -> None:
+    stats = survey(MemorySource([f"{number:09d}" for number in range(300)]), no_progress)
+    in_memory, in_files = divide(stats, HeldOutConfig()), divide(stats, HeldOutConfig(), folder=tmp_path)
+    assert in_memory.digest == in_files.digest and (tmp_path / "first-held").stat().st_size == 8 * 300
 
 
-def test_text_that_changes_between_two_readings_is_noticed() -> None:
-    lengths_N, held_N = np.array([3, 3]), np.array([3, 0])
+def test_text_that_changes_between_two_passes_is_an_error() -> None:
+    lengths, first_held = np.array([3, 3]), np.array([3, 0])
 
     def read(*texts: str) -> list[str]:
         passages = [(number, DocumentChunk(number, 0, text, len(text), last=True)) for number, text in enumerate(texts)]
-        return [stretch.text for stretch in stretches(passages, lengths_N, held_N)]
+        return [part.text for part in slice_documents(passages, lengths, first_held)]
 
     assert read("abc", "def") == ["abc", "def"]
     for texts in (("abc",), ("abc", "defg"), ("ab", "def"), ("abc", "def", "")):

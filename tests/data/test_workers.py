@@ -16,7 +16,7 @@ import pytest
 
 from unmask.core.errors import StoreError, TextError
 from unmask.core.quantities import Fraction
-from unmask.data.prepare import Build, TokenizedCorpus, make, prepare, quiet
+from unmask.data.prepare import Build, TokenizedCorpus, build_in, no_progress, prepare
 from unmask.data.settings import DataConfig, HeldOutConfig
 from unmask.data.sources import MemorySource, open_source
 from unmask.tokenization.settings import CharacterConfig, FileTokenizerConfig, WordPieceConfig
@@ -59,41 +59,39 @@ def tree(folder: Path) -> dict[str, bytes]:
     return {file.relative_to(folder).as_posix(): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
 
 
+def build(folder: Path, texts: list[str], settings: DataConfig, workers: int, unit_bytes: int | None = None) -> Path:
+    work = folder / "work"
+    work.mkdir(parents=True)
+    source = open_source(texts, settings)
+    return build_in(work, Build(folder / "text", source, settings, no_progress, None, workers, unit_bytes))
+
+
 def texts_of(corpus: TokenizedCorpus) -> list[str]:
     shards = (corpus.train, corpus.held_out)
     return [
         corpus.tokenizer.decode(one.ids(document, 0, length))
         for one in shards
-        for document, length in enumerate(one.lengths_N.tolist())
+        for document, length in enumerate(one.lengths.tolist())
     ]
 
 
 def test_the_bytes_do_not_depend_on_who_does_the_work(tmp_path: Path) -> None:
     settings = DataConfig(tokenizer=WordPieceConfig(vocab_size=60, max_train_chars=4_000), drop_duplicates=True)
     texts = write_texts(tmp_path / "texts")
-    trees: list[dict[str, bytes]] = []
-    for workers in (1, 2):
-        folder = tmp_path / str(workers)
-        folder.mkdir()
-        make(Build(folder, open_source(texts, settings), settings, quiet, None, workers, unit_bytes=10_000))
-        trees.append(tree(folder))
+    trees = [tree(build(tmp_path / str(workers), texts, settings, workers, unit_bytes=10_000)) for workers in (1, 2)]
     assert trees[0] == trees[1]
     assert sum("shard" in name for name in trees[0]) > 3, "several units"
-    whole = tmp_path / "whole"
-    whole.mkdir()
-    make(Build(whole, open_source(texts, settings), settings, quiet, None, 1))
-    told = [json.loads(made["told/facts.json"]) for made in (trees[0], tree(whole))]
-    assert told[0] == told[1], "units change where the shards end, and nothing else"
+    whole = tree(build(tmp_path / "whole", texts, settings, 1))
+    facts = [json.loads(corpus["meta/facts.json"]) for corpus in (trees[0], whole)]
+    assert facts[0] == facts[1], "units change where the shards end, and nothing else"
 
 
-def test_an_error_in_a_worker_is_told_as_if_it_were_here(tmp_path: Path) -> None:
+def test_an_error_in_a_worker_is_raised_in_the_parent(tmp_path: Path) -> None:
     texts = write_texts(tmp_path / "texts")
     (tmp_path / "texts" / "3.txt").write_bytes(b"good\n\nb\xffd\n")
     settings = DataConfig(tokenizer=LETTERS)
-    folder = tmp_path / "made"
-    folder.mkdir()
     with pytest.raises(TextError, match="not UTF-8") as caught:
-        make(Build(folder, open_source(texts, settings), settings, quiet, None, 2, unit_bytes=10_000))
+        build(tmp_path / "built", texts, settings, 2, unit_bytes=10_000)
     assert "3.txt" in caught.value.location
 
 
@@ -102,7 +100,6 @@ import sys
 from pathlib import Path
 from unmask.data.sources import open_source
 from unmask.data.prepare import prepare
-from unmask.data.prepare import quiet
 from unmask.data.settings import DataConfig
 from unmask.tokenization.settings import WordPieceConfig
 settings = DataConfig(tokenizer=WordPieceConfig(vocab_size=60))
@@ -112,10 +109,10 @@ prepare(open_source([sys.argv[1]], settings), settings, Path(sys.argv[2]), worke
 
 
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="this system has no SIGKILL")
-def test_a_killed_build_leaves_nothing_that_the_next_one_minds(tmp_path: Path) -> None:
+def test_a_killed_build_does_not_affect_the_next_one(tmp_path: Path) -> None:
     (texts,) = write_texts(tmp_path / "texts", files=3, each=300)
     settings = DataConfig(tokenizer=WordPieceConfig(vocab_size=60))
-    whole = prepare(open_source([texts], settings), settings, tmp_path / "whole").folder
+    whole = prepare(open_source([texts], settings), settings, tmp_path / "whole").folder.parent
     for number, seconds in enumerate((0.02, 0.25, 0.6)):
         cache = tmp_path / str(number)
         command = [sys.executable, "-c", BUILD, texts, str(cache)]
@@ -123,12 +120,12 @@ def test_a_killed_build_leaves_nothing_that_the_next_one_minds(tmp_path: Path) -
             assert process.stdout is not None and process.stdout.readline() == "begins\n"
             time.sleep(seconds)
             process.kill()
-        again = prepare(open_source([texts], settings), settings, cache).folder
-        assert again.name == whole.name and tree(again) == tree(whole)
-        assert {path.name for path in cache.iterdir()} == {again.name, f".{again.name}.lock"}
+        second = prepare(open_source([texts], settings), settings, cache).folder.parent
+        assert second.name == whole.name and tree(second) == tree(whole)
+        assert {path.name for path in cache.iterdir()} == {second.name, f".{second.name}.lock"}
 
 
-@pytest.mark.skipif(not Path("/proc/self").exists(), reason="looks for processes in /proc")
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="reads /proc")
 def test_workers_end_with_their_parent(tmp_path: Path) -> None:
     (texts,) = write_texts(tmp_path / "texts")
     program = f"""
@@ -184,14 +181,14 @@ def test_a_full_disk_is_named_and_leaves_nothing_half_made(tmp_path: Path) -> No
     cache = tmp_path / "cache"
     for limit in (1_000, 100_000):
         command = [sys.executable, "-c", FULL, texts, str(cache), str(limit)]
-        told = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-        assert told.startswith(StoreError.__name__) and str(cache) in told and "UNMASK_CACHE" in told
+        output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        assert output.startswith(StoreError.__name__) and str(cache) in output and "UNMASK_CACHE" in output
         assert all(path.name.startswith(".") and path.suffix == ".lock" for path in cache.iterdir())
     settings = DataConfig(tokenizer=LETTERS)
     assert prepare(open_source([texts], settings), settings, cache).train.documents
 
 
-def test_copies_are_left_out(tmp_path: Path) -> None:
+def test_copies_are_dropped(tmp_path: Path) -> None:
     texts = documents(150)
     several = [*texts[:100], texts[3], *texts[100:], texts[3], texts[140], texts[0]]
     settings = DataConfig(tokenizer=LETTERS, drop_duplicates=True)
@@ -199,7 +196,7 @@ def test_copies_are_left_out(tmp_path: Path) -> None:
         chosen = replace(settings, held_out=HeldOutConfig(by, Fraction(0.1)))  # type: ignore[arg-type]
         corpus = prepare(MemorySource(several), chosen, tmp_path)
         assert corpus.facts["duplicates"] == 4 == len(several) - len(texts)
-        assert any("4 documents whose text was there before" in sentence for sentence in corpus.notes)
+        assert any("4 duplicate documents" in sentence for sentence in corpus.notes)
         if by == "hash":
             assert sorted(texts_of(corpus)) == sorted(set(texts)), "each once"
         else:
@@ -208,7 +205,7 @@ def test_copies_are_left_out(tmp_path: Path) -> None:
     assert sorted(texts_of(kept)) == sorted(several) and kept.facts["duplicates"] == 0
 
 
-def test_lines_that_can_not_be_read_are_counted(tmp_path: Path) -> None:
+def test_lines_that_cannot_be_read_are_counted(tmp_path: Path) -> None:
     file = tmp_path / "rows.jsonl"
     file.write_text("".join(json.dumps({"text": text}) + "\n" for text in documents(120)) + '{"text": \nnothing\n')
     settings = DataConfig(tokenizer=LETTERS, errors="skip")
@@ -234,7 +231,7 @@ def test_groups_are_counted_in_documents_to_train_on(tmp_path: Path) -> None:
     assert [group[1:] if isinstance(group, tuple) else group.weight for group in alone.groups] == [0.0]
 
 
-def test_the_cache_is_called_after_what_decides_the_bytes(tmp_path: Path) -> None:
+def test_the_cache_folder_depends_on_what_decides_the_bytes(tmp_path: Path) -> None:
     source = MemorySource(documents(150))
     settings = DataConfig(tokenizer=LETTERS)
     corpus = prepare(source, settings, tmp_path)
@@ -243,7 +240,7 @@ def test_the_cache_is_called_after_what_decides_the_bytes(tmp_path: Path) -> Non
         corpus.tokenizer.save(tmp_path / name)
     files = [replace(settings, tokenizer=FileTokenizerConfig("file", tmp_path / name)) for name in ("one", "two")]
     folders = {prepare(source, one, tmp_path).folder for one in files}
-    assert len(folders) == 1 and corpus.folder not in folders, "what is in the file counts, not where it lies"
+    assert folders == {corpus.folder}, "the content of the file counts, not its path, nor whether it was trained here"
     other = replace(LETTERS, min_frequency=400)
     prepare(source, replace(settings, tokenizer=other), tmp_path).tokenizer.save(tmp_path / "two")
     assert prepare(source, files[1], tmp_path).folder not in folders
@@ -254,13 +251,13 @@ def test_memory_does_not_grow_with_the_documents(tmp_path: Path) -> None:
     def peak_bytes(count: int, attempt: int) -> int:
         file = tmp_path / f"{count}.txt"
         file.write_text("".join(f"w{number % 977}\n" for number in range(count)))
-        told = subprocess.run(
+        output = subprocess.run(
             [sys.executable, "-c", MEMORY, str(file), str(tmp_path / f"cache{attempt}")],
             capture_output=True,
             text=True,
             check=True,
         )
-        return int(told.stdout) * 1024
+        return int(output.stdout) * 1024
 
     for attempt in range(3):  # what threads hold by chance on a busy machine comes and goes; what documents cost stays
         grown = peak_bytes(60_000, attempt) - peak_bytes(10_000, attempt)
@@ -277,6 +274,7 @@ from unmask.data.prepare import prepare
 from unmask.data.settings import DataConfig
 from unmask.tokenization.settings import CharacterConfig
 from unmask.data.loader import StageLoader
+from unmask.data.sampling import WindowSampler
 def now():
     return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("RssAnon"))
 peak = [0]
@@ -287,14 +285,15 @@ def watch():
 threading.Thread(target=watch, daemon=True).start()
 settings = DataConfig(document="line", tokenizer=CharacterConfig())
 corpus = prepare(open_source([sys.argv[1]], settings), settings, Path(sys.argv[2]))
-StageLoader(corpus.train, corpus.tokenizer, 16, 4096, 1).step(0, 4096, 0, 1)
+sampler = WindowSampler(corpus.train.lengths, 14, 1)
+StageLoader(corpus.train, corpus.tokenizer, sampler, 4096).step(0, 4096, 0, 1)
 print(peak[0])
 """
 
 
-def test_who_is_waited_for_is_said(tmp_path: Path) -> None:
+def test_the_process_that_holds_the_lock_is_named(tmp_path: Path) -> None:
     source, settings = MemorySource(documents(150)), DataConfig(tokenizer=LETTERS)
-    folder = prepare(source, settings, tmp_path).folder
+    folder = prepare(source, settings, tmp_path).folder.parent
     holder = f"""
 import time
 from filelock import FileLock
@@ -303,8 +302,8 @@ with FileLock({str(tmp_path / f".{folder.name}.lock")!r}):
     time.sleep(2.5)
 """
     (tmp_path / f".{folder.name}.owner").write_text(json.dumps({"pid": os.getpid(), "host": "here"}))
-    heard: list[str] = []
+    stages: list[str] = []
     with subprocess.Popen([sys.executable, "-c", holder], stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None and process.stdout.readline() == "held\n"
-        prepare(source, settings, tmp_path, lambda stage, share: heard.append(stage))
-    assert heard and f"process {os.getpid()} on here" in heard[0]
+        prepare(source, settings, tmp_path, lambda stage, share: stages.append(stage))
+    assert stages and f"process {os.getpid()} on here" in stages[0]

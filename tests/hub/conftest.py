@@ -1,4 +1,4 @@
-"""Tokenizers and small nets of many kinds, made once."""
+"""Tokenizers of every kind in two languages, trained once."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The programs that people use: they open what export writes, and answer what we answer."""
+"""Libraries that load an export: their predictions and vectors are those of unmask."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from unmask.models.model import Model, save_model
 from unmask.models.modernbert import ModernBertConfig
 from unmask.tokenization.tokenizer import Tokenizer
 
-CLASSIC = BertConfig(
+BERT = BertConfig(
     num_hidden_layers=2, hidden_size=32, num_attention_heads=2, intermediate_size=48, max_position_embeddings=64
 )
-MODERN = ModernBertConfig(
+MODERNBERT = ModernBertConfig(
     num_hidden_layers=2, hidden_size=32, num_attention_heads=2, intermediate_size=48, local_attention=8
 )
 PROMPTS = {
@@ -32,57 +32,59 @@ CASES = [(kind, language) for kind in ("character", "wordpiece", "bpe", "unigram
 
 @pytest.fixture(scope="session")
 def exported(tokenizers: dict[tuple[str, str], Tokenizer], tmp_path_factory: pytest.TempPathFactory) -> dict[Any, Path]:
-    """One folder for each tokenizer and language; classic and modern in turn."""
+    """One folder per tokenizer and language; BERT and ModernBERT in turn."""
     folders: dict[Any, Path] = {}
     for number, case in enumerate(CASES):
         tokenizer = tokenizers[case]
         torch.manual_seed(number)
-        shape = CLASSIC if number % 2 else MODERN
+        shape = BERT if number % 2 else MODERNBERT
         encoder, head = build_model(shape, tokenizer.size)
         with torch.no_grad():
             for parameter in (*encoder.parameters(), *head.parameters()):
                 parameter.add_(torch.randn_like(parameter) * 0.1)
-            # Training never asks for a special piece; so no trained model answers with one.
+            # Special tokens are never masked in training, so no trained model predicts them.
             head.get_parameter("bias")[list(tokenizer.special_ids)] = -20.0
-        place = tmp_path_factory.mktemp("models")
-        save_model(place / "made", Model(encoder.eval(), head.eval(), tokenizer, shape, {"context": 64}))
-        unmask.export(place / "made", place / "exported")
-        folders[case] = place / "exported"
+        folder = tmp_path_factory.mktemp("models")
+        save_model(folder / "source", Model(encoder.eval(), head.eval(), tokenizer, shape, {"context": 64}))
+        unmask.export(folder / "source", folder / "exported")
+        folders[case] = folder / "exported"
     return folders
 
 
 @pytest.mark.parametrize("case", CASES, ids="-".join)
-def test_the_pipeline_gives_the_five_answers_of_fill(case: tuple[str, str], exported: dict[Any, Path]) -> None:
+def test_the_pipeline_gives_the_five_predictions_of_fill(case: tuple[str, str], exported: dict[Any, Path]) -> None:
     from transformers import pipeline
 
-    theirs = pipeline("fill-mask", model=str(exported[case]), device="cpu")
-    mine = unmask.load(exported[case])
-    mask = mine.tokenizer.id_to_token(mine.tokenizer.mask_id)
+    hf_pipeline = pipeline("fill-mask", model=str(exported[case]), device="cpu")
+    model = unmask.load(exported[case])
+    mask = model.tokenizer.id_to_token(model.tokenizer.mask_id)
     for prompt in PROMPTS[case[1]]:
-        (filled,) = unmask.fill(mine, prompt)
-        answers = theirs(prompt.replace("[MASK]", mask))
-        answers = answers if isinstance(answers[0], list) else [answers]
-        assert len(answers) == len(filled.masks)
-        for ours, others in zip(filled.masks, answers, strict=True):
-            assert [one.id for one in ours.candidates] == [one["token"] for one in others]
-            assert [one.score for one in ours.candidates] == pytest.approx([one["score"] for one in others], abs=1e-5)
+        (filled,) = unmask.fill(model, prompt)
+        predictions = hf_pipeline(prompt.replace("[MASK]", mask))
+        predictions = predictions if isinstance(predictions[0], list) else [predictions]
+        assert len(predictions) == len(filled.masks)
+        for mask_prediction, expected in zip(filled.masks, predictions, strict=True):
+            candidates = mask_prediction.candidates
+            assert [candidate.id for candidate in candidates] == [entry["token"] for entry in expected]
+            scores = [entry["score"] for entry in expected]
+            assert [candidate.score for candidate in candidates] == pytest.approx(scores, abs=1e-5)
 
 
 @pytest.mark.parametrize("case", CASES, ids="-".join)
 def test_sentence_transformers_encodes(case: tuple[str, str], exported: dict[Any, Path]) -> None:
     from sentence_transformers import SentenceTransformer
 
-    model = SentenceTransformer(str(exported[case]), device="cpu")
+    transformer = SentenceTransformer(str(exported[case]), device="cpu")
     texts = [re.sub(r" *\[MASK\] *", " ", prompt) for prompt in PROMPTS[case[1]]]
-    vectors = np.asarray(model.encode(texts))
+    vectors = np.asarray(transformer.encode(texts))
     assert vectors.shape == (3, 32) and np.isfinite(vectors).all()
-    # the mean of our own vectors, padding left out
-    mine = unmask.load(exported[case])
-    encoded = mine.tokenizer.encode(texts[0])
+    # the mean of unmask's hidden states, padding left out
+    model = unmask.load(exported[case])
+    encoded = model.tokenizer.encode(texts[0])
     from unmask.core.types import Sample, pack
 
     with torch.no_grad():
-        hidden = mine.encoder(pack([Sample(*mine.tokenizer.add_special_tokens(encoded.ids, encoded.marks))]))
+        hidden = model.encoder(pack([Sample(*model.tokenizer.add_special_tokens(encoded.ids, encoded.marks))]))
     np.testing.assert_allclose(vectors[0], hidden.mean(0).numpy(), atol=1e-4)
 
 

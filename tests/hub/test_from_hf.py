@@ -1,4 +1,4 @@
-"""Folders that `transformers` wrote: opened with equal logits, kept tensor for tensor, or refused by name."""
+"""Import of folders that transformers wrote: equal logits, equal tensors after a round trip, or a clear error."""
 
 from __future__ import annotations
 
@@ -21,9 +21,10 @@ from unmask.models.model import Model, load
 from unmask.tokenization.settings import WordPieceConfig
 from unmask.tokenization.tokenizer import Tokenizer, train_tokenizer
 
-ROWS = 130  # of the token table; the tokenizer has fewer pieces
+VOCAB_SIZE = 130  # of the embedding; the tokenizer has fewer tokens
 SHAPE = {
-    "vocab_size": ROWS, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 40,
+    "vocab_size": VOCAB_SIZE, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2,
+    "intermediate_size": 40,
 }  # fmt: skip
 ROBERTA = {"max_position_embeddings": 66, "type_vocab_size": 1, "layer_norm_eps": 1e-5, "pad_token_id": 1}
 BERT = {"max_position_embeddings": 64, "layer_norm_eps": 1e-7, "hidden_dropout_prob": 0.2}
@@ -39,7 +40,7 @@ class Kind:
     name: str
     shape: dict[str, Any]
 
-    def made(self, **more: Any) -> Any:
+    def build(self, **more: Any) -> Any:
         import transformers
 
         cls = getattr(transformers, self.name)
@@ -70,7 +71,7 @@ def tokenizer(tokenizers: dict[tuple[str, str], Tokenizer]) -> Tokenizer:
 
 @pytest.fixture(scope="module")
 def padded_by_1() -> Tokenizer:
-    """As RoBERTa has it: in its positions, the number of the padding counts."""
+    """As in RoBERTa, whose positions are counted from the id of the padding."""
     order = ("[CLS]", "[PAD]", "[SEP]", "[UNK]", "[MASK]")
     return train_tokenizer(ENGLISH * 20, WordPieceConfig(vocab_size=100, special_tokens=order))
 
@@ -79,7 +80,7 @@ def padded_by_1() -> Tokenizer:
 def written(tokenizer: Tokenizer, padded_by_1: Tokenizer, tmp_path: Path) -> Callable[..., tuple[Path, Any]]:
     def write(kind: Kind, **more: Any) -> tuple[Path, Any]:
         folder = tmp_path / kind.name
-        model = kind.made(**more)
+        model = kind.build(**more)
         model.save_pretrained(folder)
         (padded_by_1 if kind.shape is ROBERTA else tokenizer).save(folder)
         return folder, model
@@ -89,38 +90,38 @@ def written(tokenizer: Tokenizer, padded_by_1: Tokenizer, tmp_path: Path) -> Cal
 
 def texts() -> list[Sample]:
     draw = torch.Generator().manual_seed(3)
-    rows = [torch.randint(5, ROWS, (n,), generator=draw).numpy() for n in (40, 7, 2)]
+    rows = [torch.randint(5, VOCAB_SIZE, (n,), generator=draw).numpy() for n in (40, 7, 2)]
     return [Sample(ids, ids.astype("uint8") * 0, token_type_ids=(ids > 60).astype("int64")) for ids in rows]
 
 
 @torch.no_grad()
-def assert_the_same(mine: Model, theirs: Any) -> None:
-    family = type(theirs).__name__
+def assert_equal_outputs(imported: Model, expected: Any) -> None:
+    family = type(expected).__name__
     for text in texts():
         batch = pack([text if family.startswith("Bert") else Sample(text.ids, text.token_flags)])
         given = {"input_ids": torch.from_numpy(text.ids)[None]}
         if family.startswith("Bert"):
             given["token_type_ids"] = torch.from_numpy(text.token_type_ids)[None]
-        out = theirs(**given)
-        hidden = mine.encoder(batch)
+        out = expected(**given)
+        hidden = imported.encoder(batch)
         if family.endswith("Model"):
             torch.testing.assert_close(hidden, out.last_hidden_state[0], atol=1e-4, rtol=0)
             continue
         logits = out.logits if "logits" in out else out.prediction_logits
-        ours = logits_at(mine.encoder, mine.head, batch, torch.arange(len(text.ids)))
-        torch.testing.assert_close(ours, logits[0], atol=1e-4, rtol=0)
+        logits_own = logits_at(imported.encoder, imported.head, batch, torch.arange(len(text.ids)))
+        torch.testing.assert_close(logits_own, logits[0], atol=1e-4, rtol=0)
         if family == "BertForPreTraining":
-            assert mine.pair is not None
-            torch.testing.assert_close(mine.pair(hidden, batch), out.seq_relationship_logits, atol=1e-4, rtol=0)
+            assert imported.pair is not None
+            torch.testing.assert_close(imported.pair(hidden, batch), out.seq_relationship_logits, atol=1e-4, rtol=0)
 
 
 @pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
 def test_logits_are_equal_and_the_round_trip_keeps_every_tensor(
     kind: Kind, written: Callable[..., tuple[Path, Any]], tmp_path: Path
 ) -> None:
-    folder, theirs = written(kind)
-    mine = import_model(folder, tmp_path / "mine")
-    assert_the_same(mine, theirs)
+    folder, expected = written(kind)
+    imported = import_model(folder, tmp_path / "mine")
+    assert_equal_outputs(imported, expected)
     only = "encoder" if kind.name.endswith("Model") else "all"
     done = unmask.export(tmp_path / "mine", tmp_path / "back", only=only)
     assert done.architecture == kind.name and done.parity is not None and done.parity.logits <= 1e-4
@@ -129,24 +130,26 @@ def test_logits_are_equal_and_the_round_trip_keeps_every_tensor(
     assert lost == ({"pooler.dense.weight", "pooler.dense.bias"} if kind.name == "RobertaModel" else set())
     assert set(after) <= set(before)
     assert all(torch.equal(before[name], after[name]) for name in after)
-    said = [sentence for sentence in mine.notes if "begins anew" in sentence]
-    assert bool(said) is kind.name.endswith("Model"), said
-    # and the other way: what is exported is imported as it was
-    again = open_model(tmp_path / "back")
-    assert again.settings == mine.settings
-    pairs = zip(mine.encoder.state_dict().items(), again.encoder.state_dict().items(), strict=True)
+    initialized = [note for note in imported.notes if note.startswith("initialized")]
+    assert bool(initialized) is kind.name.endswith("Model"), initialized
+    # An export followed by an import changes nothing either.
+    reimported = open_model(tmp_path / "back")
+    assert reimported.settings == imported.settings
+    pairs = zip(imported.encoder.state_dict().items(), reimported.encoder.state_dict().items(), strict=True)
     assert all(a == b and torch.equal(x, y) for (a, x), (b, y) in pairs)
     if only == "all":
-        assert again.notes == () or "rows beyond" in again.notes[0]
-        assert all(torch.equal(x, y) for x, y in zip(mine.head.parameters(), again.head.parameters(), strict=True))
-        assert_the_same(load(tmp_path / "mine"), theirs)
+        assert reimported.notes == () or "embeddings beyond" in reimported.notes[0]
+        assert all(
+            torch.equal(x, y) for x, y in zip(imported.head.parameters(), reimported.head.parameters(), strict=True)
+        )
+        assert_equal_outputs(load(tmp_path / "mine"), expected)
 
 
 @pytest.mark.parametrize("name", ["BertForPreTraining", "RobertaForMaskedLM", "ModernBertForMaskedLM"])
 def test_an_untied_decoder_is_kept(name: str, written: Callable[..., tuple[Path, Any]], tmp_path: Path) -> None:
-    folder, theirs = written(KINDS[name], tie_word_embeddings=False)
-    mine = import_model(folder, tmp_path / "mine")
-    assert_the_same(mine, theirs)
+    folder, expected = written(KINDS[name], tie_word_embeddings=False)
+    imported = import_model(folder, tmp_path / "mine")
+    assert_equal_outputs(imported, expected)
     done = unmask.export(tmp_path / "mine", tmp_path / "back")
     assert (
         done.parity is not None
@@ -157,14 +160,14 @@ def test_an_untied_decoder_is_kept(name: str, written: Callable[..., tuple[Path,
     assert torch.equal(before, after)
 
 
-def test_the_weights_are_believed_where_the_configuration_ties_and_they_do_not(
+def test_the_weights_decide_if_they_and_config_json_disagree_on_tying(
     written: Callable[..., tuple[Path, Any]],
 ) -> None:
-    folder, theirs = written(MASKED, tie_word_embeddings=False)
+    folder, expected = written(MASKED, tie_word_embeddings=False)
     change_config(folder, tie_word_embeddings=True)
-    mine = open_model(folder)
-    assert any("kept apart" in sentence for sentence in mine.notes)
-    assert_the_same(mine, theirs)
+    imported = open_model(folder)
+    assert any("kept the decoder untied" in note for note in imported.notes)
+    assert_equal_outputs(imported, expected)
 
 
 def change_config(folder: Path, **more: Any) -> None:
@@ -189,13 +192,13 @@ def older(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     }  # fmt: skip
 
 
-def test_older_names_shards_half_precision_and_heads_of_tasks(written: Callable[..., tuple[Path, Any]]) -> None:
-    folder, theirs = written(PAIRED)
+def test_older_names_several_files_and_task_heads(written: Callable[..., tuple[Path, Any]]) -> None:
+    folder, expected = written(PAIRED)
     change_weights(folder, older)
-    mine = open_model(folder)
-    assert_the_same(mine, theirs)
-    assert any("gamma" in sentence for sentence in mine.notes)
-    # the same in two files
+    imported = open_model(folder)
+    assert_equal_outputs(imported, expected)
+    assert any("gamma" in note for note in imported.notes)
+    # The same in two files.
     tensors = load_file(folder / "model.safetensors") | {"classifier.weight": torch.zeros(2, 32)}
     names = sorted(tensors)
     weight_map: dict[str, str] = {}
@@ -205,32 +208,32 @@ def test_older_names_shards_half_precision_and_heads_of_tasks(written: Callable[
         weight_map |= dict.fromkeys(part, file)
     (folder / "model.safetensors").unlink()
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
-    mine = open_model(folder)
-    assert_the_same(mine, theirs)
-    assert any("classifier.weight" in sentence for sentence in mine.notes)
+    imported = open_model(folder)
+    assert_equal_outputs(imported, expected)
+    assert any("classifier.weight" in note for note in imported.notes)
     (folder / "model-00002-of-00002.safetensors").unlink()
     with pytest.raises(DamagedError, match="model-00002"):
         open_model(folder)
 
 
-def test_half_precision_is_read_as_it_is(written: Callable[..., tuple[Path, Any]]) -> None:
-    folder, theirs = written(MASKED)
+def test_half_precision(written: Callable[..., tuple[Path, Any]]) -> None:
+    folder, expected = written(MASKED)
     change_weights(folder, lambda tensors: {name: t.half() for name, t in tensors.items()})
-    mine = open_model(folder)
-    assert "float16" in mine.notes[0]
+    imported = open_model(folder)
+    assert "float16" in imported.notes[0]
     with torch.no_grad():
-        for parameter in theirs.parameters():
+        for parameter in expected.parameters():
             parameter.copy_(parameter.half().float())
-    assert_the_same(mine, theirs)
+    assert_equal_outputs(imported, expected)
 
 
-def test_a_missing_pair_choice_is_begun_anew_and_seeded(
+def test_a_missing_pair_classifier_is_initialized_from_the_seed(
     written: Callable[..., tuple[Path, Any]], tmp_path: Path
 ) -> None:
     folder, _ = written(PAIRED)
     change_weights(folder, lambda ts: {n: t for n, t in ts.items() if "seq_relationship" not in n})
     one, other = (import_model(folder, tmp_path / str(n), seed=n) for n in (1, 2))
-    assert any("the pair head (in part)" in sentence for sentence in one.notes)
+    assert any("initialized part of the pair head" in note for note in one.notes)
     assert one.pair is not None and other.pair is not None
     (pooler, relation), (pooler_2, relation_2) = ([*m.pair.state_dict().items()][::2] for m in (one, other))
     assert torch.equal(pooler[1], pooler_2[1]) and not torch.equal(relation[1], relation_2[1])
@@ -243,14 +246,14 @@ def test_a_missing_pair_choice_is_begun_anew_and_seeded(
         ({"is_decoder": True}, "is_decoder"),
         ({"hidden_act": "relu"}, "hidden_act"),
         ({"model_type": "electra"}, "electra"),
-        ({"hidden_size": 48, "num_attention_heads": 3}, "word_embeddings.* is 130 × 32 where .* 130 × 48"),
-        ({"vocab_size": 140}, "130 × 32 .* 140 × 32"),
-        ({"vocab_size": 50}, "100 pieces and the weights 50 rows"),
-        ({"num_hidden_layers": 3}, r"lack bert\.encoder\.layer\.2"),
-        ({"num_hidden_layers": 1}, r"no place for: bert\.encoder\.layer\.1"),
+        ({"hidden_size": 48, "num_attention_heads": 3}, "word_embeddings.*got 130 × 32, expected 130 × 48"),
+        ({"vocab_size": 140}, "got 130 × 32, expected 140 × 32"),
+        ({"vocab_size": 50}, "100 tokens, the embedding only 50"),
+        ({"num_hidden_layers": 3}, r"missing tensors .* bert\.encoder\.layer\.2"),
+        ({"num_hidden_layers": 1}, r"unknown tensors .*: bert\.encoder\.layer\.1"),
     ],
 )  # fmt: skip
-def test_what_cannot_be_held_is_refused_by_name(
+def test_unsupported_models_are_refused_by_name(
     change: dict[str, Any], culprit: str, written: Callable[..., tuple[Path, Any]], tmp_path: Path
 ) -> None:
     folder, _ = written(MASKED)
@@ -268,32 +271,32 @@ def test_pickles_and_folders_without_weights_are_refused(written: Callable[..., 
         open_model(folder)
     assert "save_pretrained" in refused.value.hint
     (folder / "pytorch_model.bin").unlink()
-    with pytest.raises(ModelError, match="no weights"):
+    with pytest.raises(ModelError, match="no weights found"):
         open_model(folder)
     (folder / "model.safetensors").write_bytes(b"no")
     with pytest.raises(DamagedError, match="safetensors"):
         open_model(folder)
 
 
-def test_what_stands_at_the_target_is_left_alone(written: Callable[..., tuple[Path, Any]], tmp_path: Path) -> None:
+def test_an_existing_output_is_left_alone(written: Callable[..., tuple[Path, Any]], tmp_path: Path) -> None:
     folder, _ = written(MASKED)
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("years")
-    for force, words in ((False, "stands here already"), (True, "no model folder")):
+    for force, words in ((False, "the output exists already"), (True, "not a model directory")):
         with pytest.raises(RunError, match=words):
             import_model(folder, tmp_path / "mine", force=force)
-    with pytest.raises(RunError, match="itself"):
+    with pytest.raises(RunError, match="is or contains the input"):
         import_model(folder, folder, force=True)
     assert (tmp_path / "mine" / "thesis.txt").read_text() == "years"
 
 
-# Tokenizers that come in older files ---------------------------------------------------------------------------------
+# Tokenizers in older files ---------------------------------------------------------------------------------
 
 SENTENCES = ("The cat sat on the MAT, and it's 3.5 % Café.", "고양이가 매트 위에", "the 北京 moon")
 
 
 def plain_tokenizer(folder: Path, **config: Any) -> None:
-    """Take away tokenizer.json; what is left is what an old folder has."""
+    """Remove tokenizer.json, as in a folder of an old version."""
     (folder / "tokenizer.json").unlink()
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
 
@@ -303,14 +306,14 @@ def plain_tokenizer(folder: Path, **config: Any) -> None:
     [{}, {"do_lower_case": False}, {"strip_accents": False}, {"tokenize_chinese_chars": False, "do_lower_case": True}],
     ids=str,
 )
-def test_a_list_of_pieces_becomes_the_tokenizer_that_transformers_makes_of_it(
+def test_vocab_txt_becomes_the_tokenizer_of_transformers(
     config: dict[str, Any], written: Callable[..., tuple[Path, Any]], tmp_path: Path
 ) -> None:
     from transformers import BertTokenizer
 
     folder, _ = written(MASKED)
-    pieces = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "the", "The", "cat", "cafe", "café", "caf", "##e", "##é"]
-    pieces += [
+    tokens = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "the", "The", "cat", "cafe", "café", "caf", "##e", "##é"]
+    tokens += [
         "mat",
         "MA",
         "##T",
@@ -331,61 +334,63 @@ def test_a_list_of_pieces_becomes_the_tokenizer_that_transformers_makes_of_it(
         "moon",
     ]
     plain_tokenizer(folder, tokenizer_class="BertTokenizer", **config)
-    (folder / "vocab.txt").write_text("\n".join(pieces) + "\n", encoding="utf-8")
-    (folder / "added_tokens.json").write_text(json.dumps({"<new>": len(pieces)}))
-    mine = import_model(folder, tmp_path / "mine")
-    assert any("made from vocab.txt" in sentence for sentence in mine.notes)
-    theirs = BertTokenizer.from_pretrained(folder)
+    (folder / "vocab.txt").write_text("\n".join(tokens) + "\n", encoding="utf-8")
+    (folder / "added_tokens.json").write_text(json.dumps({"<new>": len(tokens)}))
+    imported = import_model(folder, tmp_path / "mine")
+    assert any("made by transformers" in note for note in imported.notes)
+    expected = BertTokenizer.from_pretrained(folder)
     for sentence in SENTENCES:
-        encoded = mine.tokenizer.encode(sentence)
+        encoded = imported.tokenizer.encode(sentence)
         assert (
-            mine.tokenizer.add_special_tokens(encoded.ids, encoded.marks)[0].tolist() == theirs(sentence)["input_ids"]
+            imported.tokenizer.add_special_tokens(encoded.ids, encoded.marks)[0].tolist()
+            == expected(sentence)["input_ids"]
         )
-    assert mine.tokenizer.token_to_id("<new>") == len(pieces)
+    assert imported.tokenizer.token_to_id("<new>") == len(tokens)
     unmask.export(tmp_path / "mine", tmp_path / "back")  # compares ids with AutoTokenizer too
 
 
-def test_pieces_and_merges_become_a_tokenizer(
+def test_vocab_json_and_merges_become_a_tokenizer(
     written: Callable[..., tuple[Path, Any]], tokenizers: dict[tuple[str, str], Tokenizer], tmp_path: Path
 ) -> None:
     from transformers import RobertaTokenizer
 
     folder, _ = written(KINDS["RobertaForMaskedLM"], vocab_size=400, pad_token_id=0)
     model = json.loads(tokenizers["bpe", "english"].to_json())["model"]
-    roles = {"[PAD]": "<pad>", "[UNK]": "<unk>", "[CLS]": "<s>", "[SEP]": "</s>", "[MASK]": "<mask>"}
-    vocabulary = {roles.get(piece, piece): number for piece, number in model["vocab"].items()}
+    names = {"[PAD]": "<pad>", "[UNK]": "<unk>", "[CLS]": "<s>", "[SEP]": "</s>", "[MASK]": "<mask>"}
+    vocabulary = {names.get(token, token): number for token, number in model["vocab"].items()}
     plain_tokenizer(folder, tokenizer_class="RobertaTokenizer")
     (folder / "vocab.json").write_text(json.dumps(vocabulary))
     merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]]
     (folder / "merges.txt").write_text("#version: 0.2\n" + "\n".join(merges) + "\n")
-    mine = import_model(folder, tmp_path / "mine")
-    theirs = RobertaTokenizer.from_pretrained(folder)
+    imported = import_model(folder, tmp_path / "mine")
+    expected = RobertaTokenizer.from_pretrained(folder)
     for sentence in SENTENCES:
-        encoded = mine.tokenizer.encode(sentence)
+        encoded = imported.tokenizer.encode(sentence)
         assert (
-            mine.tokenizer.add_special_tokens(encoded.ids, encoded.marks)[0].tolist() == theirs(sentence)["input_ids"]
+            imported.tokenizer.add_special_tokens(encoded.ids, encoded.marks)[0].tolist()
+            == expected(sentence)["input_ids"]
         )
-    assert mine.tokenizer.mask_takes_space, "as version 4 has it, and RoBERTa was trained; 5 has lost it"
+    added_tokens = json.loads(expected.backend_tokenizer.to_str())["added_tokens"]
+    takes_space = next(token["lstrip"] for token in added_tokens if token["content"] == "<mask>")
+    assert imported.tokenizer.mask_takes_space is takes_space, "version 5 of transformers makes it without"
     change_config(folder, pad_token_id=0)
-    assert any("pads with" in sentence for sentence in open_model(folder).notes) is False
+    assert any("pads with" in note for note in open_model(folder).notes) is False
     change_config(folder, pad_token_id=3)
-    assert any("pads with" in sentence for sentence in open_model(folder).notes)
+    assert any("pads with" in note for note in open_model(folder).notes)
     unmask.export(tmp_path / "mine", tmp_path / "back")
-    assert len(unmask.fill(mine, "the [MASK] sat")[0].masks) == 1
+    assert len(unmask.fill(imported, "the [MASK] sat")[0].masks) == 1
 
 
 @pytest.mark.parametrize(
     ("files", "words"),
     [
-        ({"spiece.model": "x"}, "SentencePiece"),
-        ({}, "no tokenizer here"),
-        ({"vocab.txt": "the\ncat\n"}, "unk token"),
-        ({"vocab.txt": "[UNK]\n[MASK]\nthe\nthe\n"}, "twice"),
-        ({"vocab.txt": "[UNK]\n[MASK]\nthe\n", "added_tokens.json": '{"<new>": 9}'}, "not 9"),
-        ({"vocab.json": '{"a": 0}', "merges.txt": "b c\n"}, "don't fit"),
+        ({"spiece.model": "x"}, "without regular tokens"),
+        ({}, "no tokenizer found"),
+        ({"vocab.json": '{"a": 0}', "merges.txt": "b c\n"}, "without regular tokens"),
+        ({"vocab.txt": "the\n", "tokenizer_config.json": "{"}, "can't load this tokenizer"),
     ],
 )
-def test_a_tokenizer_that_cannot_be_made_is_refused(
+def test_a_tokenizer_that_cannot_be_converted_is_refused(
     files: dict[str, str], words: str, written: Callable[..., tuple[Path, Any]]
 ) -> None:
     folder, _ = written(MASKED)
@@ -397,16 +402,18 @@ def test_a_tokenizer_that_cannot_be_made_is_refused(
     assert isinstance(refused.value, UnmaskError) and refused.value.hint
 
 
-def test_a_tokenizer_without_a_frame_gets_one(written: Callable[..., tuple[Path, Any]], tmp_path: Path) -> None:
+def test_a_tokenizer_without_a_post_processor_gets_one(
+    written: Callable[..., tuple[Path, Any]], tmp_path: Path
+) -> None:
     folder, _ = written(MASKED)
     whole = json.loads((folder / "tokenizer.json").read_text())
     (folder / "tokenizer.json").write_text(json.dumps({**whole, "post_processor": None}))
-    mine = import_model(folder, tmp_path / "mine")
-    assert any("special pieces" in sentence for sentence in mine.notes)
+    imported = import_model(folder, tmp_path / "mine")
+    assert any("adds CLS and SEP" in note for note in imported.notes)
     unmask.export(tmp_path / "mine", tmp_path / "back")
 
 
-def test_all_modules_are_ready_to_answer(written: Callable[..., tuple[Path, Any]]) -> None:
-    mine = open_model(written(PAIRED)[0])
-    modules: list[nn.Module] = [mine.encoder, mine.head, *([mine.pair] if mine.pair else [])]
+def test_all_modules_are_in_evaluation_mode(written: Callable[..., tuple[Path, Any]]) -> None:
+    imported = open_model(written(PAIRED)[0])
+    modules: list[nn.Module] = [imported.encoder, imported.head, *([imported.pair] if imported.pair else [])]
     assert not any(module.training for module in modules)

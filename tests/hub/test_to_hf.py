@@ -1,4 +1,4 @@
-"""What export writes, what it compares, and what it refuses to write."""
+"""Export: its files, its comparison with transformers, and its errors."""
 
 from __future__ import annotations
 
@@ -26,12 +26,15 @@ from unmask.models.modernbert import ModernBertConfig
 from unmask.tokenization.settings import CharacterConfig
 from unmask.tokenization.tokenizer import Tokenizer, train_tokenizer
 
-CLASSIC = BertConfig(
+BERT = BertConfig(
     num_hidden_layers=2, hidden_size=32, num_attention_heads=2, intermediate_size=48, max_position_embeddings=64
 )
 MODERN = ModernBertConfig(num_hidden_layers=2, hidden_size=32, num_attention_heads=2, intermediate_size=48)
-SMALL = ["model.num_hidden_layers=1", "model.hidden_size=32", "model.num_attention_heads=2", "model.intermediate_size=32", "train.threads=1",
-         "data.tokenizer.vocab_size=120", "stage.0.batch_size=500 tokens", "stage.1.batch_size=500 tokens"]  # fmt: skip
+SMALL = [
+    "model.num_hidden_layers=1", "model.hidden_size=32", "model.num_attention_heads=2", "model.intermediate_size=32",
+    "train.threads=1", "data.tokenizer.vocab_size=120", "stage.0.batch_size=500 tokens",
+    "stage.1.batch_size=500 tokens",
+]  # fmt: skip
 
 
 @pytest.fixture(scope="session")
@@ -48,11 +51,11 @@ def folder_of(model: Model, folder: Path) -> Path:
 
 def small(tokenizer: Tokenizer, *, pair: bool = False) -> Model:
     torch.manual_seed(3)
-    encoder, head = build_model(CLASSIC, tokenizer.size)
-    return Model(encoder.eval(), head.eval(), tokenizer, CLASSIC, pair=build_pair(CLASSIC).eval() if pair else None)
+    encoder, head = build_model(BERT, tokenizer.size)
+    return Model(encoder.eval(), head.eval(), tokenizer, BERT, pair=build_pair(BERT).eval() if pair else None)
 
 
-def verb(*arguments: object) -> tuple[int, str]:
+def run_command(*arguments: object) -> tuple[int, str]:
     """The command line in this process."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", ["unmask", *map(str, arguments)])
@@ -63,30 +66,32 @@ def verb(*arguments: object) -> tuple[int, str]:
 
 def test_a_run_becomes_a_folder_with_a_card(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "notes-bert"
-    assert verb("export", run, out, "--json")[0] == 0
-    told = json.loads(capsys.readouterr().out)
-    assert told["parity"]["source"] == "texts that the run held out" and told["parity"]["logits"] < 1e-4
+    assert run_command("export", run, out, "--json")[0] == 0
+    result = json.loads(capsys.readouterr().out)
+    assert result["parity"]["source"] == "held-out texts of the run" and result["parity"]["logits"] < 1e-4
     assert sorted(file.name for file in out.iterdir()) == [
         "README.md", "card.json", "config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json",
     ]  # fmt: skip
     card = (out / "README.md").read_text(encoding="utf-8")
-    told_of = json.loads((out / "card.json").read_text())
+    written = json.loads((out / "card.json").read_text())
     for words in (
-        told_of["text_fingerprint"], "`ModernBertForMaskedLM`", "4 steps", 'pipeline("fill-mask"', "[MASK]",
-        "SentenceTransformer", f"{told_of['validation']['loss']:.4f}", "largest difference", "Not stated here",
+        written["text_fingerprint"], "`ModernBertForMaskedLM`", "4 steps", 'pipeline("fill-mask"', "[MASK]",
+        "SentenceTransformer", f"{written['validation']['loss']:.4f}", "largest difference", "Not stated.",
         "[model]", "torch", 'pipeline_tag: fill-mask\nmask_token: "[MASK]"',
     ):  # fmt: skip
         assert words in card, words
     assert card.startswith("---\n") and str(tmp_path.parent) not in card and "Unverified" not in card
-    model, again = load(run), load(out)
-    assert all(torch.equal(a, b) for a, b in zip(model.encoder.parameters(), again.encoder.parameters(), strict=True))
-    assert again.context == model.context and again.words == model.words
-    assert verb("export", run, out)[0] == 2
+    model, exported = load(run), load(out)
+    assert all(
+        torch.equal(a, b) for a, b in zip(model.encoder.parameters(), exported.encoder.parameters(), strict=True)
+    )
+    assert exported.context == model.context and exported.words == model.words
+    assert run_command("export", run, out)[0] == 2
     assert "--force" in capsys.readouterr().err
-    assert verb("export", run, out, "--force", "--unverified")[0] == 0
+    assert run_command("export", run, out, "--force", "--unverified")[0] == 0
     assert "**Unverified**" in (out / "README.md").read_text(encoding="utf-8")
-    assert verb("import", out, tmp_path / "mine")[0] == 0
-    assert "modernbert, 1 layers of 32" in capsys.readouterr().out
+    assert run_command("import", out, tmp_path / "mine")[0] == 0
+    assert "modernbert, 1 layers, hidden size 32" in capsys.readouterr().out
 
 
 def test_python_blocks_of_the_card_run(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -100,7 +105,9 @@ def test_python_blocks_of_the_card_run(run: Path, tmp_path: Path, monkeypatch: p
         exec(compile(block, "README.md", "exec"), {})
 
 
-def test_the_encoder_alone_and_the_pair_head(tokenizers: dict[tuple[str, str], Tokenizer], tmp_path: Path) -> None:
+def test_the_encoder_without_heads_and_the_pair_head(
+    tokenizers: dict[tuple[str, str], Tokenizer], tmp_path: Path
+) -> None:
     from transformers import AutoModel
 
     source = folder_of(small(tokenizers["wordpiece", "korean"], pair=True), tmp_path / "source")
@@ -115,12 +122,12 @@ def test_the_encoder_alone_and_the_pair_head(tokenizers: dict[tuple[str, str], T
     before, after = open_model(tmp_path / "whole"), open_model(tmp_path / "alone")
     pairs = zip(before.encoder.parameters(), after.encoder.parameters(), strict=True)
     assert all(torch.equal(a, b) for a, b in pairs)
-    assert before.notes == () and len(after.notes) == 2, "the two heads begin anew, one of them in part"
-    with pytest.raises(ModelError, match="no masked-language-model head"):
+    assert before.notes == () and len(after.notes) == 2, "the two heads are initialized, one of them in part"
+    with pytest.raises(ModelError, match="no masked language modeling head"):
         load(tmp_path / "alone")
 
 
-def test_what_transformers_would_see_otherwise_is_refused(
+def test_an_export_that_transformers_reads_differently_is_refused(
     tokenizers: dict[tuple[str, str], Tokenizer], tmp_path: Path
 ) -> None:
     model = small(tokenizers["bpe", "english"], pair=True)
@@ -130,8 +137,8 @@ def test_what_transformers_would_see_otherwise_is_refused(
     weights = folder / "model.safetensors"
     tensors = load_file(weights)
     for name, words in (
-        ("bert.encoder.layer.1.output.dense.weight", r"logits differ by .* BertForPreTraining"),
-        ("cls.seq_relationship.bias", "the pair head's logits differ"),
+        ("bert.encoder.layer.1.output.dense.weight", r"^logits differ .* BertForPreTraining"),
+        ("cls.seq_relationship.bias", "logits of the pair head differ"),
     ):
         save_file({**tensors, name: tensors[name] * 1.1 + 0.01}, weights, {"format": "pt"})
         with pytest.raises(ModelError, match=f"(?s){words}"):
@@ -144,18 +151,18 @@ def test_what_transformers_would_see_otherwise_is_refused(
         compare(folder, model, texts, "these")
 
 
-def test_a_tokenizer_that_knows_none_of_the_sentences(tmp_path: Path) -> None:
+def test_a_tokenizer_without_the_characters_of_the_sentences(tmp_path: Path) -> None:
     model = small(train_tokenizer(["0123456789" * 9], CharacterConfig()))
     done = unmask.export(folder_of(model, tmp_path / "digits"), tmp_path / "out")
-    assert done.parity is not None and done.parity.source == "texts put together from its own pieces"
+    assert done.parity is not None and done.parity.source == "texts made of tokens of the vocabulary"
 
 
-def test_the_tutorials_net_is_refused(tokenizers: dict[tuple[str, str], Tokenizer], tmp_path: Path) -> None:
+def test_the_tutorial_encoder_is_refused(tokenizers: dict[tuple[str, str], Tokenizer], tmp_path: Path) -> None:
     tokenizer = tokenizers["character", "english"]
     shape = TutorialConfig()
     encoder, head = build_model(shape, tokenizer.size)
     source = folder_of(Model(encoder, head, tokenizer, shape), tmp_path / "seed")
-    with pytest.raises(ModelError, match="no class of `transformers`"):
+    with pytest.raises(ModelError, match="no class in transformers"):
         unmask.export(source, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
@@ -163,12 +170,12 @@ def test_the_tutorials_net_is_refused(tokenizers: dict[tuple[str, str], Tokenize
 def test_the_model_that_is_read_is_never_overwritten(run: Path, tmp_path: Path) -> None:
     copy = shutil.copytree(run, tmp_path / "copy", symlinks=True)
     for out in (copy, copy / "best", tmp_path):
-        with pytest.raises(RunError, match=r"itself|stands here"):
+        with pytest.raises(RunError, match=r"contains the input|output exists"):
             unmask.export(copy / "best", out, force=out != copy / "best")
     assert load(copy).settings == load(run).settings
 
 
-HIDDEN = """
+WITHOUT_TRANSFORMERS = """
 import importlib.util
 import sys
 sys.modules["transformers"] = None  # as if it were not installed
@@ -185,12 +192,12 @@ for more in ([], ["--unverified"]):
 """
 
 
-def test_without_transformers_it_stops_with_the_line_that_installs_it(run: Path, tmp_path: Path) -> None:
+def test_without_transformers_it_stops_with_the_command_that_installs_it(run: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    command = [sys.executable, "-c", HIDDEN, str(run), str(out)]
+    command = [sys.executable, "-c", WITHOUT_TRANSFORMERS, str(run), str(out)]
     done = subprocess.run(command, capture_output=True, text=True, check=True, env=os.environ)
     stopped, wrote = done.stdout.split("ended with")[:2]
     assert stopped == "" and wrote.startswith(" 2\n"), "nothing was written at first"
-    assert 'pip install "transformers' in done.stderr and "unverified: nothing was compared" in wrote
+    assert 'pip install "transformers' in done.stderr and "unverified: not compared" in wrote
     assert done.stdout.endswith("ended with 0\n"), done.stderr
     assert "**Unverified**" in (out / "README.md").read_text(encoding="utf-8")

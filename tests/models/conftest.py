@@ -8,7 +8,7 @@ import torch
 
 @pytest.fixture(autouse=True)
 def _one_thread() -> Iterator[None]:
-    """Small matrices: a second thread costs more than it brings."""
+    """Use one thread: with small matrices, a second one costs more time than it saves."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

@@ -7,37 +7,55 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 from unmask.core.types import Batch, Sample, pack
-from unmask.models.attention import WASTE, AttentionPlan, attention, backend_of, padded_pairs, plan_attention
+from unmask.models.attention import MAX_PADDING, AttentionPlan, attention, backend_of, plan_attention
 from unmask.models.modernbert import ModernBertConfig, ModernBertEncoder
 
 LENGTHS = st.lists(st.integers(1, 400), min_size=1, max_size=60)
 
 
-def batch_of(lengths: list[int], *, filler: int = 0, look: str = "both", vocabulary: int = 50) -> Batch:
+def batch_of(lengths: list[int], vocabulary: int = 50) -> Batch:
     draw = np.random.default_rng(sum(lengths))
-    texts = [Sample(draw.integers(0, vocabulary, n), np.zeros(n, np.uint8), number=i) for i, n in enumerate(lengths)]
-    return pack(texts, slots=sum(lengths) + filler, look=look)  # pyright: ignore[reportArgumentType]
+    samples = [Sample(draw.integers(0, vocabulary, n), np.zeros(n, np.uint8), number=i) for i, n in enumerate(lengths)]
+    return pack(samples)
 
 
-def plain(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, batch: Batch, window: int | None) -> torch.Tensor:
-    """Each text for itself, in so many words."""
+def reference(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, batch: Batch, window: int | None) -> torch.Tensor:
+    """Reference: attention of each sequence by itself."""
     out = torch.zeros_like(v)
     for first, last in itertools.pairwise(batch.offsets[: batch.num_samples + 1]):
-        place = torch.arange(last - first)
-        apart = place[:, None] - place
-        seen = torch.ones_like(apart, dtype=torch.bool) if window is None else apart.abs() <= window // 2
-        seen = seen & (apart >= 0) if batch.look == "left" else seen
+        position = torch.arange(last - first)
+        distance = position[:, None] - position
+        visible = torch.ones_like(distance, dtype=torch.bool) if window is None else distance.abs() <= window // 2
         scores = torch.einsum("qhk,jhk->hqj", q[first:last], k[first:last]) * q.shape[-1] ** -0.5
-        chance = scores.masked_fill(~seen, -torch.inf).softmax(-1)
-        out[first:last] = torch.einsum("hqj,jhk->qhk", chance, v[first:last])
+        probabilities = scores.masked_fill(~visible, -torch.inf).softmax(-1)
+        out[first:last] = torch.einsum("hqj,jhk->qhk", probabilities, v[first:last])
     return out
 
 
-def attended(layout: AttentionPlan, qkv: list[torch.Tensor], window: int | None) -> torch.Tensor:
-    q, k, v = (layout.arranged(x) for x in qkv)
-    return layout.restored(attention(q, k, v, layout, window))
+def padded_pairs(plan: AttentionPlan) -> int:
+    """Query-key pairs of all buckets, padding included."""
+    return sum(len(bucket.lengths) * bucket.padded**2 for bucket in plan.buckets)
+
+
+def attended_pairs(plan: AttentionPlan) -> int:
+    """Query-key pairs within the sequences."""
+    return sum(length**2 for length in plan.lengths)
+
+
+def counted_flops(plan: AttentionPlan, window: int | None) -> int:
+    q, k, v = torch.randn(3, sum(plan.lengths), 2, 8)
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        attention(q, k, v, plan, window)
+    return counter.get_total_flops()
+
+
+def attended(plan: AttentionPlan, qkv: list[torch.Tensor], window: int | None) -> torch.Tensor:
+    q, k, v = (plan.to_plan_order(x) for x in qkv)
+    return plan.to_batch_order(attention(q, k, v, plan, window))
 
 
 MIXES = [[64] * 8, [64] * 20 + [7, 3], [5, 400, 17, 64, 64, 200, 33], [700, 690, 12], [1], [321, 650, 650]]
@@ -45,79 +63,77 @@ MIXES = [[64] * 8, [64] * 20 + [7, 3], [5, 400, 17, 64, 64, 200, 33], [700, 690,
 
 @pytest.mark.parametrize("lengths", MIXES, ids=str)
 @pytest.mark.parametrize("window", [None, 128, 16])
-@pytest.mark.parametrize("look", ["both", "left"])
-@pytest.mark.parametrize("filler", [0, 9])
-def test_every_layout_equals_each_text_for_itself(lengths: list[int], window: int | None, look: str, filler: int):
+def test_attention_in_a_batch_equals_attention_of_each_sequence(lengths: list[int], window: int | None):
     torch.manual_seed(0)
-    batch = batch_of(lengths, look=look, filler=filler)
-    slots = batch.offsets[-1]
-    qkv = [torch.randn(slots, 2, 8, requires_grad=True) for _ in range(3)]
-    real = torch.randn(slots, 2, 8)
-    real[batch.tokens :] = 0
-    mine = attended(plan_attention(batch), qkv, window)
-    grads = torch.autograd.grad((mine * real).sum(), qkv)
-    want = plain(qkv[0], qkv[1], qkv[2], batch, window)
-    want_grads = torch.autograd.grad((want * real).sum(), qkv)
-    torch.testing.assert_close(mine, want, atol=1e-5, rtol=1e-4)
-    for grad, want_grad in zip(grads, want_grads, strict=True):
-        torch.testing.assert_close(grad, want_grad, atol=1e-5, rtol=1e-4)
+    batch = batch_of(lengths)
+    qkv = [torch.randn(batch.tokens, 2, 8, requires_grad=True) for _ in range(3)]
+    weight = torch.randn(batch.tokens, 2, 8)
+    result = attended(plan_attention(batch), qkv, window)
+    grads = torch.autograd.grad((result * weight).sum(), qkv)
+    expected = reference(qkv[0], qkv[1], qkv[2], batch, window)
+    expected_grads = torch.autograd.grad((expected * weight).sum(), qkv)
+    torch.testing.assert_close(result, expected, atol=1e-5, rtol=1e-4)
+    for grad, expected_grad in zip(grads, expected_grads, strict=True):
+        torch.testing.assert_close(grad, expected_grad, atol=1e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize("lengths", MIXES, ids=str)
 @pytest.mark.parametrize("window", [None, 128])
-def test_half_precision_on_a_cpu_is_the_same_attention(lengths: list[int], window: int | None):
+def test_half_precision_on_a_cpu_equals_the_reference(lengths: list[int], window: int | None):
     torch.manual_seed(0)
-    batch = batch_of(lengths, filler=5)
+    batch = batch_of(lengths)
     qkv = [torch.randn(batch.offsets[-1], 2, 8, dtype=torch.bfloat16, requires_grad=True) for _ in range(3)]
-    layout = plan_attention(batch, dtype=torch.bfloat16)
-    assert layout.backend == "eager"
-    mine = attended(layout, qkv, window)
+    plan = plan_attention(batch, dtype=torch.bfloat16)
+    assert plan.backend == "eager"
+    result = attended(plan, qkv, window)
     full = [x.detach().float().requires_grad_() for x in qkv]
-    want = plain(full[0], full[1], full[2], batch, window)
-    torch.testing.assert_close(mine.float(), want, atol=0.03, rtol=0.03)
-    weight = torch.randn_like(want)
-    for grad, want_grad in zip(
-        torch.autograd.grad((mine * weight).sum(), qkv), torch.autograd.grad((want * weight).sum(), full), strict=True
+    expected = reference(full[0], full[1], full[2], batch, window)
+    torch.testing.assert_close(result.float(), expected, atol=0.03, rtol=0.03)
+    weight = torch.randn_like(expected)
+    for grad, expected_grad in zip(
+        torch.autograd.grad((result * weight).sum(), qkv),
+        torch.autograd.grad((expected * weight).sum(), full),
+        strict=True,
     ):
         assert torch.isfinite(grad).all()
-        torch.testing.assert_close(grad.float(), want_grad, atol=0.1, rtol=0.1)
+        torch.testing.assert_close(grad.float(), expected_grad, atol=0.1, rtol=0.1)
 
 
-def test_one_long_text_among_short_ones_pays_for_itself_alone():
-    layout = plan_attention(batch_of([8] * 32 + [512] + [8] * 32))
-    assert padded_pairs(layout) <= 1.3 * layout.attended_pairs
-    assert layout.attended_pairs == 512**2 + 64 * 8**2
+def test_one_long_sequence_does_not_pad_short_ones():
+    plan = plan_attention(batch_of([8] * 32 + [512] + [8] * 32))
+    assert padded_pairs(plan) <= 1.3 * attended_pairs(plan)
+    assert attended_pairs(plan) == 512**2 + 64 * 8**2
 
 
 @given(LENGTHS)
 @settings(max_examples=60, deadline=None)
-def test_padding_stays_small_and_the_order_can_be_undone(lengths: list[int]):
-    batch = batch_of(lengths, filler=len(lengths) % 3)
-    layout = plan_attention(batch)
-    assert padded_pairs(layout) <= (1 + 2 * WASTE) * layout.attended_pairs
-    assert sum(bucket.slots for bucket in layout.buckets) == sum(lengths)
+def test_padding_is_bounded_and_the_order_is_reversible(lengths: list[int]):
+    batch = batch_of(lengths)
+    plan = plan_attention(batch)
+    assert padded_pairs(plan) <= (1 + 2 * MAX_PADDING) * attended_pairs(plan)
+    assert sum(bucket.tokens for bucket in plan.buckets) == sum(lengths)
     x_T = torch.arange(batch.offsets[-1])
-    assert torch.equal(layout.restored(layout.arranged(x_T)), x_T)
-    place = [i for n in [*lengths, batch.filler] for i in range(n)]
-    assert layout.restored(layout.position_T).tolist() == place
+    assert torch.equal(plan.to_batch_order(plan.to_plan_order(x_T)), x_T)
+    position = [i for n in lengths for i in range(n)]
+    assert plan.to_batch_order(plan.position_T).tolist() == position
 
 
 @pytest.mark.parametrize("lengths", [[128] * 64, [128] * 64 + [100], [100] + [128] * 64])
-def test_equally_long_texts_are_reshaped_and_never_copied(lengths: list[int]):
-    layout = plan_attention(batch_of(lengths))
-    assert layout.order_T is None
-    assert {(len(bucket.lengths), bucket.place_T is None) for bucket in layout.buckets} >= {(64, True)}
+def test_equally_long_sequences_are_reshaped_without_copies(lengths: list[int]):
+    plan = plan_attention(batch_of(lengths))
+    assert plan.order_T is None
+    assert {(len(bucket.lengths), bucket.index_T is None) for bucket in plan.buckets} >= {(64, True)}
 
 
-def test_a_local_window_spares_long_texts_the_square():
-    layout = plan_attention(batch_of([1024] * 4))
-    assert padded_pairs(layout, 128) == 4 * 1024 * 192
-    assert padded_pairs(layout) == 4 * 1024**2
+def test_cost_of_a_local_window_is_linear():
+    plan = plan_attention(batch_of([1024] * 4))
+    whole, local = (counted_flops(plan, window) for window in (None, 128))
+    assert local / whole == pytest.approx(192 / 1024)
 
 
 @settings(max_examples=8, deadline=None)
 @given(st.lists(st.integers(5, 400), min_size=2, max_size=8))
-def test_the_neighbours_of_a_text_do_not_matter(lengths: list[int]):
+def test_a_sequence_does_not_depend_on_its_neighbors(lengths: list[int]):
     torch.manual_seed(1)
     shape = ModernBertConfig(
         num_hidden_layers=3,
@@ -128,7 +144,7 @@ def test_the_neighbours_of_a_text_do_not_matter(lengths: list[int]):
         local_attention=64,
     )
     encoder = ModernBertEncoder(shape, 50).eval()
-    batch = batch_of(lengths, filler=3)
+    batch = batch_of(lengths)
     with torch.no_grad():
         together = encoder(batch)
         for first, last in itertools.pairwise(batch.offsets[: batch.num_samples + 1]):
@@ -136,19 +152,19 @@ def test_the_neighbours_of_a_text_do_not_matter(lengths: list[int]):
             torch.testing.assert_close(together[first:last], encoder(alone), atol=1e-5, rtol=0)
 
 
-def test_dropout_is_drawn_from_the_generator_that_the_loop_seeds():
+def test_dropout_uses_torchs_generator():
     batch = batch_of([30, 17, 30])
-    layout = plan_attention(batch, dropout=0.5)
+    plan = plan_attention(batch, dropout=0.5)
     q, k, v = torch.randn(3, 77, 2, 8)
     outs: list[torch.Tensor] = []
     for seed in (1, 1, 2):
         torch.manual_seed(seed)
-        outs.append(attention(q, k, v, layout, dropout=0.5))
+        outs.append(attention(q, k, v, plan, dropout=0.5))
     assert torch.equal(outs[0], outs[1])
     assert not torch.equal(outs[0], outs[2])
 
 
-def test_the_way_taken_follows_from_facts():
+def test_backend_depends_on_device_dtype_and_dropout():
     cpu = torch.device("cpu")
     assert backend_of(cpu, torch.float32) == "padded"
     assert backend_of(cpu, torch.bfloat16) == "eager"
@@ -159,11 +175,10 @@ def test_the_way_taken_follows_from_facts():
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("window", [None, 128])
-@pytest.mark.parametrize("look", ["both", "left"])
-def test_variable_length_attention_on_a_gpu_is_the_same(window: int | None, look: str):
-    batch = batch_of([5, 400, 17, 64, 300], look=look).to("cuda")
+def test_variable_length_attention_on_a_gpu_equals_the_reference(window: int | None):
+    batch = batch_of([5, 400, 17, 64, 300]).to("cuda")
     qkv = [torch.randn(batch.offsets[-1], 4, 64, device="cuda", dtype=torch.bfloat16) for _ in range(3)]
-    layout = plan_attention(batch, dtype=torch.bfloat16)
-    assert layout.backend == "variable-length"
-    want = plain(qkv[0].float(), qkv[1].float(), qkv[2].float(), batch.to("cpu"), window)
-    torch.testing.assert_close(attended(layout, qkv, window).float(), want, atol=0.03, rtol=0.03)
+    plan = plan_attention(batch, dtype=torch.bfloat16)
+    assert plan.backend == "variable-length"
+    expected = reference(qkv[0].float(), qkv[1].float(), qkv[2].float(), batch.to("cpu"), window)
+    torch.testing.assert_close(attended(plan, qkv, window).float(), expected, atol=0.03, rtol=0.03)

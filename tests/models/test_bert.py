@@ -7,10 +7,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from unmask.core.errors import RecipeError
-from unmask.core.types import Batch, Encoder, Head, Sample, pack, unpack
-from unmask.models import build_model, build_pair
+from unmask.core.types import Batch, Sample, pack
+from unmask.models import EncoderModule, HeadModule, build_model, build_pair
 from unmask.models.bert import BertConfig
-from unmask.training.optim import goes_to_muon
 
 SMALL = BertConfig(
     num_hidden_layers=2, hidden_size=32, num_attention_heads=2, intermediate_size=48, max_position_embeddings=64
@@ -40,9 +39,9 @@ def gradients(batch: Batch, threads: int = 1) -> dict[str, torch.Tensor]:
     return {name: p.grad for name, p in named if p.grad is not None}
 
 
-def test_the_contracts_are_met():
+def test_interface_and_shapes():
     encoder, head = build_model(SMALL, 40)
-    assert isinstance(encoder, Encoder) and isinstance(head, Head)
+    assert isinstance(encoder, EncoderModule) and isinstance(head, HeadModule)
     assert encoder.token_embedding.shape == (40, 32) and len(encoder.blocks) == 2
     hidden_TD = encoder(pack([text(9, 1), text(4, 2)]))
     assert hidden_TD.shape == (13, 32) and hidden_TD.dtype == torch.float32
@@ -51,25 +50,24 @@ def test_the_contracts_are_met():
 
 @pytest.mark.parametrize("segments", [False, True])
 @settings(max_examples=15, deadline=None)
-@given(lengths=st.lists(st.integers(2, 64), min_size=1, max_size=9), filler=st.integers(0, 100))
-def test_a_text_is_alone_whatever_lies_beside_it(segments: bool, lengths: list[int], filler: int) -> None:
-    """Also beside a filler text that is longer than there are positions."""
+@given(lengths=st.lists(st.integers(2, 64), min_size=1, max_size=9))
+def test_a_sequence_does_not_depend_on_its_neighbors(segments: bool, lengths: list[int]) -> None:
     torch.manual_seed(1)
     encoder, pair = build_model(SMALL, 40)[0].eval(), build_pair(SMALL)
-    texts = [text(length, number, segments) for number, length in enumerate(lengths)]
-    batch = pack(texts, slots=sum(lengths) + filler)
+    samples = [text(length, number, segments) for number, length in enumerate(lengths)]
+    batch = pack(samples)
     with torch.no_grad():
         hidden_TD = encoder(batch)
         pairs_B2 = pair(hidden_TD, batch)
         assert pairs_B2.shape == (len(lengths), 2)
-        for one, row_SD, pair_2 in zip(texts, unpack(hidden_TD, batch), pairs_B2, strict=True):
+        for one, row_SD, pair_2 in zip(samples, hidden_TD.split(lengths), pairs_B2, strict=True):
             alone = pack([one])
             alone_SD = encoder(alone)
             torch.testing.assert_close(row_SD, alone_SD, atol=1e-5, rtol=1e-5)
             torch.testing.assert_close(pair_2, pair(alone_SD, alone)[0], atol=1e-5, rtol=1e-5)
 
 
-def test_no_segments_are_segment_0_everywhere():
+def test_missing_token_types_equal_token_type_0():
     torch.manual_seed(1)
     encoder = build_model(SMALL, 40)[0].eval()
     none = text(20, 3)
@@ -80,8 +78,8 @@ def test_no_segments_are_segment_0_everywhere():
         assert not torch.allclose(encoder(pack([none])), encoder(pack([ones])), atol=1e-3)
 
 
-def test_every_parameter_learns_and_gradients_are_finite_beside_a_filler_text():
-    batch = pack([text(n, n, segments=True) for n in (30, 3, 64, 2, 17)], slots=250)
+def test_every_parameter_has_a_finite_gradient():
+    batch = pack([text(n, n, segments=True) for n in (30, 3, 64, 2, 17)])
     found = gradients(batch)
     encoder, head = build_model(SMALL, 40)
     modules = (encoder, head, build_pair(SMALL))
@@ -89,7 +87,7 @@ def test_every_parameter_learns_and_gradients_are_finite_beside_a_filler_text():
     assert all(gradient.isfinite().all() and gradient.any() for gradient in found.values())
 
 
-def test_gradients_are_the_same_bits_in_every_run():
+def test_gradients_are_bit_identical():
     batch = pack([text(n, n, segments=True) for n in (50, 50, 31, 9)])
     first, second = gradients(batch, threads=2), gradients(batch, threads=2)
     assert all(torch.equal(first[name], second[name]) for name in first)
@@ -100,7 +98,7 @@ def test_gradients_are_the_same_bits_in_every_run():
         torch.use_deterministic_algorithms(False)
 
 
-def test_initial_weights_are_berts_and_come_from_the_seed():
+def test_initial_weights_have_berts_distribution_and_depend_on_the_seed():
     states: list[dict[str, torch.Tensor]] = []
     for seed in (5, 5, 6):
         torch.manual_seed(seed)
@@ -116,21 +114,23 @@ def test_initial_weights_are_berts_and_come_from_the_seed():
             assert tensor.abs().max() <= 0.04 and 0.01 < tensor.std() < 0.025, name
 
 
-def test_muon_takes_the_matrices_and_no_table():
+def test_matrix_parameters_exclude_embeddings():
     encoder, head = build_model(SMALL, 40)
     named = [
-        (f"{room}.{name}", p)
-        for room, part in (("encoder", encoder), ("head", head))
+        (f"{module}.{name}", p)
+        for module, part in (("encoder", encoder), ("head", head))
         for name, p in part.named_parameters()
     ]
-    taken = {name for name, parameter in named if goes_to_muon(name, parameter)}
-    assert len(taken) == 2 * 6 + 1 and "head.dense.weight" in taken
-    assert {name for name, p in named if p.ndim == 2} - taken == {
+    matrices = [*encoder.matrix_parameters(), *head.matrix_parameters()]
+    selected = {name for name, parameter in named if any(parameter is matrix for matrix in matrices)}
+    assert len(selected) == 2 * 6 + 1 and "head.dense.weight" in selected
+    assert {name for name, p in named if p.ndim == 2} - selected == {
         "encoder.token_embedding", "encoder.position_embedding", "encoder.token_type_embedding",
     }  # fmt: skip
+    assert [parameter is encoder.position_embedding for parameter in encoder.position_parameters()] == [True]
 
 
-def test_dropout_drops_in_training_alone():
+def test_dropout_is_active_only_in_training():
     torch.manual_seed(0)
     dropping = BertConfig(
         num_hidden_layers=1,
@@ -148,7 +148,7 @@ def test_dropout_drops_in_training_alone():
         assert torch.equal(encoder(batch), encoder(batch))
 
 
-def test_autocast_gives_nearly_the_same():
+def test_autocast_is_close_to_float32():
     torch.manual_seed(0)
     encoder, head = build_model(SMALL, 40)
     batch = pack([text(n, n) for n in (64, 31, 31)])
@@ -160,7 +160,7 @@ def test_autocast_gives_nearly_the_same():
 
 
 @pytest.mark.parametrize(
-    ("wrong", "where"),
+    ("invalid", "where"),
     [
         ({"hidden_size": 30, "num_attention_heads": 4}, "num_attention_heads"),
         ({"type_vocab_size": 0}, "type_vocab_size"),
@@ -170,8 +170,8 @@ def test_autocast_gives_nearly_the_same():
         ({"attention_dropout": -0.1}, "attention_dropout"),
     ],
 )
-def test_a_shape_that_cannot_be_is_refused_with_a_mend(wrong: dict[str, float], where: str):
+def test_an_invalid_config_is_refused_with_a_hint(invalid: dict[str, float], where: str):
     with pytest.raises(RecipeError) as refused:
-        BertConfig(**wrong)  # pyright: ignore[reportArgumentType]
+        BertConfig(**invalid)  # pyright: ignore[reportArgumentType]
     assert refused.value.location == where
     assert refused.value.hint

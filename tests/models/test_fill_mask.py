@@ -1,4 +1,4 @@
-"""Filling masks: several at once, long texts, pieces that continue a word; and the model folder it all comes from."""
+"""Fill-mask predictions (several masks, long texts, continued words), and loading and saving of models."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def test_several_masks_in_one_text(model: Model) -> None:
                 )
 
 
-def test_the_answers_are_those_of_log_probabilities(model: Model) -> None:
+def test_scores_equal_log_probabilities(model: Model) -> None:
     one = unmask.fill(model, "the [MASK] walks", top=3)[0].masks[0]
     encoded = model.tokenizer.encode("the [MASK] walks", "spaces", specials_in_text=True)
     ids, _ = model.tokenizer.add_special_tokens(encoded.ids, encoded.marks)
@@ -66,7 +66,7 @@ def test_the_answers_are_those_of_log_probabilities(model: Model) -> None:
     assert one.candidates[0].id == int(regular_token_ids[row[regular_token_ids].argmax()])
 
 
-def test_a_piece_that_continues_a_word_is_joined(model: Model) -> None:
+def test_a_token_that_continues_a_word_is_joined(model: Model) -> None:
     if model.tokenizer.token_to_id("##ing") is None and model.tokenizer.cls_sep_ids is not None:
         pieces = [p for p in ("##s", "##er", "##ed") if model.tokenizer.token_to_id(p) is not None]
     else:
@@ -77,7 +77,7 @@ def test_a_piece_that_continues_a_word_is_joined(model: Model) -> None:
             assert candidate.sequence == f"play{candidate.token_str[2:]} now"
 
 
-def test_special_pieces_are_no_answer(model: Model) -> None:
+def test_special_tokens_are_not_predicted(model: Model) -> None:
     candidates = unmask.fill(model, "play [MASK] now", top=model.tokenizer.size)[0].masks[0].candidates
     assert {one.id for one in candidates} == set(model.tokenizer.regular_token_ids.tolist())
 
@@ -104,13 +104,13 @@ def test_top_has_limits(model: Model, top: int) -> None:
         unmask.fill(model, "a [MASK]", top=top)
 
 
-def test_ids_and_positions_beyond_are_refused(model: Model) -> None:
+def test_invalid_ids_and_positions_are_refused(model: Model) -> None:
     size = model.tokenizer.size
     wrong = [
-        ([[size]], [[0]], "beyond the vocabulary"),
-        ([[-1]], [[0]], "beyond"),
-        ([[1, 2]], [[2]], "position 2"),
-        ([[]], [[]], "without ids"),
+        ([[size]], [[0]], "invalid id"),
+        ([[-1]], [[0]], "invalid id"),
+        ([[1, 2]], [[2]], "invalid position: got 2"),
+        ([[]], [[]], "is empty"),
         ([[1]], [[0], [0]], "positions for 2"),
     ]
     for ids, at, words in wrong:
@@ -122,14 +122,14 @@ def test_ids_and_positions_beyond_are_refused(model: Model) -> None:
     ]
 
 
-def test_neighbours_change_nothing(model: Model) -> None:
+def test_a_sequence_does_not_depend_on_its_neighbors(model: Model) -> None:
     ids = [list(range(1, n)) for n in (4, 20, 9, 13)]
     together = model.log_probabilities(ids, [[1]] * 4)
     for one, answer in zip(ids, together, strict=True):
         torch.testing.assert_close(model.log_probabilities([one], [[1]])[0], answer, rtol=0, atol=1e-5)
 
 
-def test_a_saved_model_answers_the_same(model: Model, tmp_path: Path) -> None:
+def test_a_saved_model_predicts_the_same(model: Model, tmp_path: Path) -> None:
     save_model(tmp_path / "m", model)
     assert sorted(file.name for file in (tmp_path / "m").iterdir()) == [
         "card.json", "config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"
@@ -139,27 +139,27 @@ def test_a_saved_model_answers_the_same(model: Model, tmp_path: Path) -> None:
     assert unmask.fill(again, "the [MASK] walks") == unmask.fill(model, "the [MASK] walks")
 
 
-def test_transformers_opens_the_folder_and_agrees(model: Model, tmp_path: Path) -> None:
-    """The step folder is the folder that transformers opens: no missing weights, the same logits."""
+def test_transformers_loads_a_saved_model_with_equal_logits(model: Model, tmp_path: Path) -> None:
+    """No missing weights, and the same logits."""
     from transformers import AutoModelForMaskedLM, AutoTokenizer
 
     save_model(tmp_path / "m", model)
-    theirs, report = AutoModelForMaskedLM.from_pretrained(tmp_path / "m", output_loading_info=True)
+    hf_model, report = AutoModelForMaskedLM.from_pretrained(tmp_path / "m", output_loading_info=True)
     assert not report["missing_keys"] and not report["unexpected_keys"]
     ids = AutoTokenizer.from_pretrained(tmp_path / "m")("the player walks and plays")["input_ids"]
     with torch.no_grad():
-        logits = theirs.eval()(torch.tensor([ids])).logits[0].log_softmax(-1)
-    mine = model.log_probabilities([ids], [list(range(len(ids)))])[0]
-    torch.testing.assert_close(mine, logits, rtol=0, atol=1e-4)
+        logits = hf_model.eval()(torch.tensor([ids])).logits[0].log_softmax(-1)
+    predicted = model.log_probabilities([ids], [list(range(len(ids)))])[0]
+    torch.testing.assert_close(predicted, logits, rtol=0, atol=1e-4)
 
 
-def test_a_plain_folder_of_transformers_opens(model: Model, tmp_path: Path) -> None:
+def test_a_model_saved_by_transformers_can_be_loaded(model: Model, tmp_path: Path) -> None:
     from transformers import AutoModelForMaskedLM, AutoTokenizer
 
-    save_model(tmp_path / "ours", model)
-    AutoModelForMaskedLM.from_pretrained(tmp_path / "ours").save_pretrained(tmp_path / "theirs")
-    AutoTokenizer.from_pretrained(tmp_path / "ours").save_pretrained(tmp_path / "theirs")
-    again = unmask.load(tmp_path / "theirs")
+    save_model(tmp_path / "predicted", model)
+    AutoModelForMaskedLM.from_pretrained(tmp_path / "predicted").save_pretrained(tmp_path / "hf_model")
+    AutoTokenizer.from_pretrained(tmp_path / "predicted").save_pretrained(tmp_path / "hf_model")
+    again = unmask.load(tmp_path / "hf_model")
     assert not again.card and again.tokenizer.size == model.tokenizer.size
     ids = [list(range(1, 20))]
     torch.testing.assert_close(
@@ -167,8 +167,8 @@ def test_a_plain_folder_of_transformers_opens(model: Model, tmp_path: Path) -> N
     )
 
 
-def test_what_is_no_model_is_named(model: Model, tmp_path: Path) -> None:
-    with pytest.raises(ModelError, match="nothing at this path"):
+def test_a_directory_without_a_model_is_refused(model: Model, tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match="the path doesn't exist"):
         unmask.load(tmp_path / "none")
     with pytest.raises(ModelError, match=r"config\.json"):
         unmask.load(tmp_path)
@@ -178,7 +178,7 @@ def test_what_is_no_model_is_named(model: Model, tmp_path: Path) -> None:
     with pytest.raises(DamagedError, match=r"model\.safetensors"):
         unmask.load(tmp_path / "m")
     weights.unlink()
-    with pytest.raises(ModelError, match="pickles"):
+    with pytest.raises(ModelError, match="pickle files"):
         unmask.load(tmp_path / "m")
 
 
@@ -215,7 +215,7 @@ def speaker(request: pytest.FixtureRequest) -> Model:
 
 
 @pytest.mark.parametrize("sentence", SENTENCES)
-def test_no_space_is_doubled_or_lost(speaker: Model, sentence: str) -> None:
+def test_spaces_around_a_mask(speaker: Model, sentence: str) -> None:
     (one,) = unmask.fill(speaker, [sentence], top=speaker.tokenizer.size)
     before, after = sentence.split("[MASK]", 1)
     for candidate in one.masks[0].candidates:
@@ -237,7 +237,7 @@ def test_a_word_with_its_space(speaker: Model) -> None:
     assert not any("\ufffd" in shown for shown in texts), "bytes that are no letter are shown as numbers"
 
 
-def test_a_mask_behind_a_letter_goes_on_there(speaker: Model) -> None:
+def test_a_mask_after_a_letter_continues_the_word(speaker: Model) -> None:
     candidates = unmask.fill(speaker, "서울[MASK] 간다", top=speaker.tokenizer.size)[0].masks[0].candidates
     assert candidates and all(candidate.sequence.startswith("서울") for candidate in candidates)
     assert not any(candidate.shown.startswith("␣") and len(candidate.shown) > 1 for candidate in candidates)
@@ -247,7 +247,7 @@ def test_a_mask_behind_a_letter_goes_on_there(speaker: Model) -> None:
         assert not any(candidate.token_str == "cat" for candidate in candidates), "a new word needs a space"
 
 
-def test_letters_behind_a_mask_continue_its_word(speaker: Model) -> None:
+def test_letters_after_a_mask_continue_its_word(speaker: Model) -> None:
     tokenizer = speaker.tokenizer
     following = tokenizer.token_to_id("##에")
     if following is None:

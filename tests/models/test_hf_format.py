@@ -16,7 +16,7 @@ from unmask.core.types import Sample, logits_at, pack
 from unmask.models import EncoderConfig, build_model, build_pair
 from unmask.models.annotated import TutorialConfig
 from unmask.models.bert import BertConfig
-from unmask.models.hf_format import States, config, from_ecosystem, settings_of, to_ecosystem
+from unmask.models.hf_format import States, from_hf_config, from_hf_tensors, to_hf_config, to_hf_tensors
 from unmask.models.modernbert import ModernBertConfig
 
 VOCABULARY = 61
@@ -51,8 +51,8 @@ def _seed() -> None:
     torch.manual_seed(7)
 
 
-def lively(*modules: nn.Module) -> None:
-    """Weights large enough that a mistake anywhere shows in the logits."""
+def enlarge_weights(*modules: nn.Module) -> None:
+    """Enlarge the weights, so that an error in any of them shows in the logits."""
     with torch.no_grad():
         for parameter in (p for module in modules for p in module.parameters()):
             parameter.add_(torch.randn_like(parameter) * (0.2 if parameter.ndim == 2 else 0.3))
@@ -64,13 +64,13 @@ def texts() -> Iterator[np.ndarray[Any, np.dtype[np.int64]]]:
         yield draw.integers(0, VOCABULARY, length)
 
 
-def our_logits(encoder: nn.Module, head: nn.Module) -> list[torch.Tensor]:
+def logits(encoder: nn.Module, head: nn.Module) -> list[torch.Tensor]:
     batch = pack([Sample(ids, np.zeros(len(ids), np.uint8)) for ids in texts()])
     with torch.no_grad():
         return list(logits_at(encoder, head, batch, torch.arange(batch.tokens)).split(list(LENGTHS)))
 
 
-def their_logits(model: nn.Module) -> list[torch.Tensor]:
+def hf_logits(model: nn.Module) -> list[torch.Tensor]:
     with torch.no_grad():
         return [model(input_ids=torch.from_numpy(ids)[None]).logits[0] for ids in texts()]
 
@@ -80,17 +80,17 @@ def states(encoder: nn.Module, head: nn.Module, pair: nn.Module | None = None) -
 
 
 def write(folder: Path, encoder: nn.Module, head: nn.Module, shape: EncoderConfig) -> None:
-    tensors = to_ecosystem(states(encoder, head), shape)
+    tensors = to_hf_tensors(states(encoder, head), shape)
     save_file({name: t.contiguous() for name, t in tensors.items()}, folder / "model.safetensors", {"format": "pt"})
-    (folder / "config.json").write_text(json.dumps(config(shape, VOCABULARY, IDS)))
+    (folder / "config.json").write_text(json.dumps(to_hf_config(shape, VOCABULARY, IDS)))
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_transformers_opens_ours_with_equal_logits(shape: ModernBertConfig, tmp_path: Path):
+def test_transformers_loads_a_saved_model_with_equal_logits(shape: ModernBertConfig, tmp_path: Path):
     from transformers import AutoModelForMaskedLM, ModernBertForMaskedLM
 
     encoder, head = build_model(shape, VOCABULARY)
-    lively(encoder, head)
+    enlarge_weights(encoder, head)
     write(tmp_path, encoder, head, shape)
     model, report = AutoModelForMaskedLM.from_pretrained(tmp_path, output_loading_info=True)
     assert isinstance(model, ModernBertForMaskedLM)
@@ -98,16 +98,16 @@ def test_transformers_opens_ours_with_equal_logits(shape: ModernBertConfig, tmp_
     assert not report["unexpected_keys"]
     assert not report["mismatched_keys"]
     assert model.config.pad_token_id == 0
-    for mine, theirs in zip(our_logits(encoder, head), their_logits(model.eval()), strict=True):
-        torch.testing.assert_close(mine, theirs, atol=1e-4, rtol=0)
+    for tensor, hf_model in zip(logits(encoder, head), hf_logits(model.eval()), strict=True):
+        torch.testing.assert_close(tensor, hf_model, atol=1e-4, rtol=0)
 
 
 @pytest.mark.parametrize("every", [1, 2, 3])
-def test_we_open_what_transformers_saved_with_equal_logits(every: int, tmp_path: Path):
+def test_a_model_saved_by_transformers_loads_with_equal_logits(every: int, tmp_path: Path):
     from transformers import ModernBertConfig as HfModernBertConfig
     from transformers import ModernBertForMaskedLM
 
-    theirs = ModernBertForMaskedLM(
+    hf_model = ModernBertForMaskedLM(
         HfModernBertConfig(
             vocab_size=VOCABULARY, hidden_size=32, intermediate_size=24, num_hidden_layers=4, num_attention_heads=2,
             pad_token_id=0, bos_token_id=2, eos_token_id=3, cls_token_id=2, sep_token_id=3,
@@ -115,19 +115,19 @@ def test_we_open_what_transformers_saved_with_equal_logits(every: int, tmp_path:
         )
     ).eval()  # fmt: skip
     with torch.no_grad():
-        for parameter in theirs.parameters():
+        for parameter in hf_model.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.2)
-    theirs.save_pretrained(tmp_path)
-    shape = settings_of(json.loads((tmp_path / "config.json").read_text()))
+    hf_model.save_pretrained(tmp_path)
+    shape = from_hf_config(json.loads((tmp_path / "config.json").read_text()))
     assert isinstance(shape, ModernBertConfig)
     assert (shape.global_attn_every_n_layers, shape.local_attention, shape.max_position_embeddings) == (every, 64, 512)
     encoder, head = build_model(shape, VOCABULARY)
-    found = from_ecosystem(load_file(tmp_path / "model.safetensors"), shape)
-    encoder.load_state_dict(found.encoder)
-    head.load_state_dict(found.head)
-    assert found.pair is None
-    for mine, other in zip(our_logits(encoder, head), their_logits(theirs), strict=True):
-        torch.testing.assert_close(mine, other, atol=1e-4, rtol=0)
+    loaded = from_hf_tensors(load_file(tmp_path / "model.safetensors"), shape)
+    encoder.load_state_dict(loaded.encoder)
+    head.load_state_dict(loaded.head)
+    assert loaded.pair is None
+    for tensor, other in zip(logits(encoder, head), hf_logits(hf_model), strict=True):
+        torch.testing.assert_close(tensor, other, atol=1e-4, rtol=0)
 
 
 CLASSIC = BertConfig(
@@ -147,34 +147,34 @@ OTHERS = [TutorialConfig(num_hidden_layers=2, hidden_size=32, num_attention_head
 )
 def test_a_round_trip_changes_nothing(shape: EncoderConfig, pair: bool):
     modules = (*build_model(shape, VOCABULARY), build_pair(shape) if pair else None)
-    found = from_ecosystem(to_ecosystem(states(*modules), shape), shape)
-    assert (found.pair is None) is not pair
-    for module, state in zip(modules, found, strict=True):
-        mine = {} if module is None else module.state_dict()
-        assert (state or {}).keys() == mine.keys()
-        assert all(torch.equal((state or {})[name], mine[name]) for name in mine)
-    written = json.loads(json.dumps(config(shape, VOCABULARY, IDS, pair=pair)))
-    assert settings_of(written) == shape
+    loaded = from_hf_tensors(to_hf_tensors(states(*modules), shape), shape)
+    assert (loaded.pair is None) is not pair
+    for module, state in zip(modules, loaded, strict=True):
+        tensor = {} if module is None else module.state_dict()
+        assert (state or {}).keys() == tensor.keys()
+        assert all(torch.equal((state or {})[name], tensor[name]) for name in tensor)
+    written = json.loads(json.dumps(to_hf_config(shape, VOCABULARY, IDS, pair=pair)))
+    assert from_hf_config(written) == shape
 
 
-def test_the_tied_decoder_is_not_written_and_an_untied_one_not_read():
+def test_a_tied_decoder_is_not_written_and_an_untied_one_is_refused():
     encoder, head = build_model(SHAPES[0], VOCABULARY)
-    tensors = to_ecosystem(states(encoder, head), SHAPES[0])
+    tensors = to_hf_tensors(states(encoder, head), SHAPES[0])
     assert "decoder.weight" not in tensors
     table = tensors["model.embeddings.tok_embeddings.weight"]
-    from_ecosystem(tensors | {"decoder.weight": table.clone()}, SHAPES[0])
+    from_hf_tensors(tensors | {"decoder.weight": table.clone()}, SHAPES[0])
     with pytest.raises(ModelError, match="not tied"):
-        from_ecosystem(tensors | {"decoder.weight": table + 1}, SHAPES[0])
+        from_hf_tensors(tensors | {"decoder.weight": table + 1}, SHAPES[0])
 
 
 def test_missing_and_unknown_tensors_are_named():
     encoder, head = build_model(SHAPES[0], VOCABULARY)
-    tensors = to_ecosystem(states(encoder, head), SHAPES[0])
+    tensors = to_hf_tensors(states(encoder, head), SHAPES[0])
     with pytest.raises(ModelError, match=r"model\.layers\.0\.attn\.Wqkv\.bias"):
-        from_ecosystem(tensors | {"model.layers.0.attn.Wqkv.bias": torch.zeros(3)}, SHAPES[0])
+        from_hf_tensors(tensors | {"model.layers.0.attn.Wqkv.bias": torch.zeros(3)}, SHAPES[0])
     del tensors["head.dense.weight"]
     with pytest.raises(ModelError, match=r"head\.dense\.weight"):
-        from_ecosystem(tensors, SHAPES[0])
+        from_hf_tensors(tensors, SHAPES[0])
 
 
 VERSION_4 = {  # as version 4.57 writes it, shortened
@@ -186,18 +186,18 @@ VERSION_4 = {  # as version 4.57 writes it, shortened
 }  # fmt: skip
 
 
-def test_version_4_is_read():
-    shape = settings_of(VERSION_4)
+def test_config_of_version_4():
+    shape = from_hf_config(VERSION_4)
     assert shape == ModernBertConfig(
         num_hidden_layers=22, hidden_size=768, num_attention_heads=12, intermediate_size=1152
     )
-    low = settings_of(VERSION_4 | {"local_rope_theta": None})
+    low = from_hf_config(VERSION_4 | {"local_rope_theta": None})
     assert isinstance(low, ModernBertConfig)
     assert low.local_rope_theta == 160_000.0
 
 
 @pytest.mark.parametrize(
-    ("change", "culprit"),
+    ("change", "named"),
     [
         ({"model_type": "electra"}, "electra"),
         ({"model_type": None}, "None"),
@@ -212,12 +212,12 @@ def test_version_4_is_read():
         ({"hidden_size": "wide"}, "config.json"),
     ],
 )
-def test_what_cannot_be_held_is_refused_by_name(change: dict[str, Any], culprit: str):
-    with pytest.raises(ModelError, match=culprit):
-        settings_of(VERSION_4 | change)
+def test_unsupported_keys_are_named(change: dict[str, Any], named: str):
+    with pytest.raises(ModelError, match=named):
+        from_hf_config(VERSION_4 | change)
 
 
-def test_transformers_refuses_the_tutorials_net(tmp_path: Path):
+def test_transformers_rejects_the_tutorials_model(tmp_path: Path):
     from transformers import AutoModel
 
     shape = TutorialConfig(num_hidden_layers=1, hidden_size=32, num_attention_heads=2, intermediate_size=40)

@@ -1,4 +1,4 @@
-"""A model's folder, ours and theirs: what is written, what is read, and that nothing is lost on the way."""
+"""Saving and loading of models, and their exchange with transformers."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from unmask.models.modernbert import ModernBertConfig
 from unmask.tokenization.settings import WordPieceConfig
 from unmask.tokenization.tokenizer import Tokenizer, train_tokenizer
 
-CLASSIC = BertConfig(
+BERT = BertConfig(
     num_hidden_layers=2, hidden_size=32, num_attention_heads=2, intermediate_size=48, max_position_embeddings=64
 )
-MODERN = ModernBertConfig(num_hidden_layers=2, hidden_size=32, num_attention_heads=2, intermediate_size=48)
+MODERNBERT = ModernBertConfig(num_hidden_layers=2, hidden_size=32, num_attention_heads=2, intermediate_size=48)
 LINES = ["the cat sat on the mat", "a dog ran over the hill to meet the old man and the ship came home with salt"]
 
 
@@ -41,62 +41,62 @@ def framed(tokenizer: Tokenizer) -> list[Sample]:
     return [Sample(*tokenizer.add_special_tokens(one.ids, one.marks)) for one in map(tokenizer.encode, LINES)]
 
 
-@pytest.mark.parametrize("shape", [CLASSIC, MODERN], ids=["bert", "modernbert"])
-def test_the_ecosystem_opens_the_folder_and_sees_the_same(
+@pytest.mark.parametrize("shape", [BERT, MODERNBERT], ids=["bert", "modernbert"])
+def test_transformers_loads_a_saved_model_with_equal_logits(
     shape: EncoderConfig, tokenizer: Tokenizer, tmp_path: Path
 ) -> None:
     from transformers import AutoModelForMaskedLM, AutoTokenizer
 
-    mine = model(shape, tokenizer, rows=80)
-    save_model(tmp_path, mine)
-    theirs, report = AutoModelForMaskedLM.from_pretrained(tmp_path, output_loading_info=True)
+    saved = model(shape, tokenizer, rows=80)
+    save_model(tmp_path, saved)
+    hf_model, report = AutoModelForMaskedLM.from_pretrained(tmp_path, output_loading_info=True)
     assert not report["missing_keys"] and not report["unexpected_keys"]
-    pieces = AutoTokenizer.from_pretrained(tmp_path)
-    classic = isinstance(shape, BertConfig)
-    assert ("token_type_ids" in pieces.model_input_names) is classic
-    given = pieces(LINES, padding=True, return_tensors="pt")
+    hf_tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    is_bert = isinstance(shape, BertConfig)
+    assert ("token_type_ids" in hf_tokenizer.model_input_names) is is_bert
+    given = hf_tokenizer(LINES, padding=True, return_tensors="pt")
     with torch.inference_mode():
-        logits = theirs.eval()(**given).logits.log_softmax(-1)
+        logits = hf_model.eval()(**given).logits.log_softmax(-1)
     texts = framed(tokenizer)
-    answers = mine.log_probabilities([t.ids.tolist() for t in texts], [list(range(len(t.ids))) for t in texts])
+    answers = saved.log_probabilities([t.ids.tolist() for t in texts], [list(range(len(t.ids))) for t in texts])
     for row, (text, answer) in enumerate(zip(texts, answers, strict=True)):
         assert given["input_ids"][row, : len(text.ids)].tolist() == text.ids.tolist()
         torch.testing.assert_close(answer, logits[row, : len(text.ids)], atol=1e-4, rtol=0)
-    if classic:
-        second = pieces(*LINES)["token_type_ids"]
-        assert sorted(set(second)) == [0, 1], "a pair's second text is segment 1"
+    if is_bert:
+        second = hf_tokenizer(*LINES)["token_type_ids"]
+        assert sorted(set(second)) == [0, 1], "the second segment of a pair has token type 1"
 
 
 @pytest.mark.parametrize("pair", [False, True])
-def test_a_classic_model_comes_back_as_it_was_saved(pair: bool, tokenizer: Tokenizer, tmp_path: Path) -> None:
-    mine = model(CLASSIC, tokenizer, pair=pair)
-    save_model(tmp_path / "one", mine)
-    again = load(tmp_path / "one")
-    assert (again.pair is not None) is pair and again.settings == CLASSIC
-    save_model(tmp_path / "two", again)
+def test_a_bert_model_is_loaded_as_it_was_saved(pair: bool, tokenizer: Tokenizer, tmp_path: Path) -> None:
+    saved = model(BERT, tokenizer, pair=pair)
+    save_model(tmp_path / "one", saved)
+    loaded = load(tmp_path / "one")
+    assert (loaded.pair is not None) is pair and loaded.settings == BERT
+    save_model(tmp_path / "two", loaded)
     for name in ("model.safetensors", "config.json", "tokenizer.json", "tokenizer_config.json"):
         assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes(), name
     (architecture,) = json.loads((tmp_path / "one" / "config.json").read_text())["architectures"]
     assert architecture == ("BertForPreTraining" if pair else "BertForMaskedLM")
-    if mine.pair is not None and again.pair is not None:
+    if saved.pair is not None and loaded.pair is not None:
         batch = pack(framed(tokenizer))
         with torch.no_grad():
-            assert torch.equal(mine.pair(mine.encoder(batch), batch), again.pair(again.encoder(batch), batch))
+            assert torch.equal(saved.pair(saved.encoder(batch), batch), loaded.pair(loaded.encoder(batch), batch))
 
 
-def test_the_roles_of_a_tokenizer_that_calls_its_pieces_otherwise(tmp_path: Path) -> None:
+def test_special_tokens_with_other_names(tmp_path: Path) -> None:
     tokenizer = train_tokenizer(LINES * 20, WordPieceConfig(vocab_size=70))
     renamed = json.loads(tokenizer.to_json().replace("[PAD]", "<empty>").replace("[MASK]", "<gap>"))
     folder = tmp_path / "tokenizer"
     folder.mkdir()
     (folder / "tokenizer.json").write_text(json.dumps(renamed))
     (folder / "tokenizer_config.json").write_text(json.dumps({"pad_token": "<empty>", "mask_token": "<gap>"}))
-    mine = model(CLASSIC, Tokenizer.load(folder))
-    save_model(tmp_path / "model", mine)
+    saved = model(BERT, Tokenizer.load(folder))
+    save_model(tmp_path / "model", saved)
     assert json.loads((tmp_path / "model" / "config.json").read_text())["pad_token_id"] == 0
 
 
-def test_a_folder_of_transformers_fills_masks(tokenizer: Tokenizer, tmp_path: Path) -> None:
+def test_fill_with_a_model_saved_by_transformers(tokenizer: Tokenizer, tmp_path: Path) -> None:
     from transformers import BertConfig, BertForPreTraining, PreTrainedTokenizerFast
 
     BertForPreTraining(
@@ -110,8 +110,8 @@ def test_a_folder_of_transformers_fills_masks(tokenizer: Tokenizer, tmp_path: Pa
     assert len(answer.masks[0].candidates) == 5
 
 
-def test_a_bare_encoder_and_a_lost_half_of_the_pair_head_are_refused(tokenizer: Tokenizer, tmp_path: Path) -> None:
-    save_model(tmp_path, model(CLASSIC, tokenizer, pair=True))
+def test_missing_heads_are_refused(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    save_model(tmp_path, model(BERT, tokenizer, pair=True))
     weights = tmp_path / "model.safetensors"
     tensors = load_file(weights)
     save_file({name: t for name, t in tensors.items() if not name.startswith("cls.seq")}, weights)
@@ -119,5 +119,5 @@ def test_a_bare_encoder_and_a_lost_half_of_the_pair_head_are_refused(tokenizer: 
         load(tmp_path)
     assert refused.value.location == str(weights)
     save_file({name: t for name, t in tensors.items() if not name.startswith("cls.")}, weights)
-    with pytest.raises(ModelError, match="no masked-language-model head"):
+    with pytest.raises(ModelError, match="no masked language modeling head"):
         load(tmp_path)

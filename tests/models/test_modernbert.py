@@ -5,8 +5,8 @@ import pytest
 import torch
 
 from unmask.core.errors import RecipeError
-from unmask.core.types import Encoder, Head, Sample, pack
-from unmask.models import build_model
+from unmask.core.types import Sample, pack
+from unmask.models import EncoderModule, HeadModule, build_model
 from unmask.models.modernbert import ModernBertConfig
 
 SMALL = ModernBertConfig(
@@ -14,7 +14,7 @@ SMALL = ModernBertConfig(
 )
 
 
-def puzzle_gradients(threads: int) -> dict[str, torch.Tensor]:
+def gradients(threads: int) -> dict[str, torch.Tensor]:
     torch.manual_seed(0)
     encoder, head = build_model(SMALL, 40)
     draw = np.random.default_rng(0)
@@ -30,35 +30,35 @@ def puzzle_gradients(threads: int) -> dict[str, torch.Tensor]:
     return {name: p.grad for name, p in (*encoder.named_parameters(), *head.named_parameters()) if p.grad is not None}
 
 
-def test_the_contracts_are_met():
+def test_interface_and_shapes():
     encoder, head = build_model(SMALL, 40)
-    assert isinstance(encoder, Encoder)
-    assert isinstance(head, Head)
+    assert isinstance(encoder, EncoderModule)
+    assert isinstance(head, HeadModule)
     assert encoder.token_embedding.shape == (40, 32)
     assert len(encoder.blocks) == 3
 
 
-def test_gradients_are_the_same_bits_in_every_run():
-    first, second = puzzle_gradients(2), puzzle_gradients(2)
+def test_gradients_are_bit_identical():
+    first, second = gradients(2), gradients(2)
     assert first.keys() == second.keys()
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
-def test_deterministic_algorithms_are_enough():
+def test_deterministic_algorithms_are_supported():
     torch.use_deterministic_algorithms(True)
     try:
-        assert puzzle_gradients(1)
+        assert gradients(1)
     finally:
         torch.use_deterministic_algorithms(False)
 
 
-def test_every_parameter_learns():
+def test_every_parameter_has_a_gradient():
     encoder, head = build_model(SMALL, 40)
     names = {name for module in (encoder, head) for name, _ in module.named_parameters()}
-    assert set(puzzle_gradients(1)) == names
+    assert set(gradients(1)) == names
 
 
-def test_initial_weights_come_from_the_seed():
+def test_initial_weights_depend_on_the_seed():
     states: list[dict[str, torch.Tensor]] = []
     for seed in (5, 5, 6):
         torch.manual_seed(seed)
@@ -69,7 +69,7 @@ def test_initial_weights_come_from_the_seed():
     assert states[0]["blocks.1.attention.output.weight"].abs().max() <= 0.04 / 6**0.5
 
 
-def test_autocast_gives_nearly_the_same():
+def test_autocast_is_close_to_float32():
     torch.manual_seed(0)
     encoder, _ = build_model(SMALL, 40)
     batch = pack([Sample(np.arange(n) % 40, np.zeros(n, np.uint8)) for n in (200, 31, 31)])
@@ -80,7 +80,7 @@ def test_autocast_gives_nearly_the_same():
     torch.testing.assert_close(half.float(), full, atol=0.05, rtol=0.05)
 
 
-def test_a_model_used_in_inference_mode_can_train_afterwards():
+def test_training_after_inference_mode():
     encoder, _ = build_model(SMALL, 40)
     batch = pack([Sample(np.arange(20), np.zeros(20, np.uint8))])
     with torch.inference_mode():
@@ -89,7 +89,7 @@ def test_a_model_used_in_inference_mode_can_train_afterwards():
 
 
 @pytest.mark.parametrize(
-    ("wrong", "where"),
+    ("invalid", "where"),
     [
         ({"hidden_size": 30, "num_attention_heads": 4}, "num_attention_heads"),
         ({"hidden_size": 36, "num_attention_heads": 4}, "num_attention_heads"),
@@ -99,8 +99,8 @@ def test_a_model_used_in_inference_mode_can_train_afterwards():
         ({"attention_dropout": 1.0}, "attention_dropout"),
     ],
 )
-def test_a_shape_that_cannot_be_is_refused_with_a_mend(wrong: dict[str, float], where: str):
+def test_an_invalid_config_is_refused_with_a_hint(invalid: dict[str, float], where: str):
     with pytest.raises(RecipeError) as refused:
-        ModernBertConfig(**wrong)  # pyright: ignore[reportArgumentType]
+        ModernBertConfig(**invalid)  # pyright: ignore[reportArgumentType]
     assert refused.value.location == where
     assert refused.value.hint

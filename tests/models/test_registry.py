@@ -6,7 +6,14 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from unmask.core.types import Sample, pack
-from unmask.models import EncoderConfig, build_model, flops_per_token, parameters, parameters_beside_the_table, products
+from unmask.models import (
+    EncoderConfig,
+    build_model,
+    flops_per_token,
+    non_embedding_parameters,
+    num_parameters,
+    products,
+)
 from unmask.models.annotated import TutorialConfig
 from unmask.models.bert import BertConfig
 from unmask.models.modernbert import ModernBertConfig
@@ -31,14 +38,14 @@ SHAPES: list[EncoderConfig] = [
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_parameters_are_those_of_the_modules(shape: EncoderConfig):
+def test_parameter_counts_equal_those_of_the_modules(shape: EncoderConfig):
     modules = build_model(shape, 100)
     counted = sum(p.numel() for module in modules for p in module.parameters())
-    assert parameters(shape, 100) == counted
-    assert parameters_beside_the_table(shape, 100) == counted - modules[0].get_parameter("token_embedding").numel()
+    assert num_parameters(shape, 100) == counted
+    assert non_embedding_parameters(shape, 100) == counted - modules[0].get_parameter("token_embedding").numel()
 
 
-def test_flops_count_matrices_attention_and_the_asked_share():
+def test_flops_count_matrices_attention_and_masked_tokens():
     shape = ModernBertConfig(
         num_hidden_layers=2,
         hidden_size=8,
@@ -68,18 +75,18 @@ def test_flops_count_matrices_attention_and_the_asked_share():
     ],
     ids=lambda shape: shape.kind,
 )
-def test_flops_of_a_step_are_those_that_torch_counts(shape: EncoderConfig):
-    """To the last one, forward and backward, for texts of one length and no local window."""
+def test_flops_of_a_step_equal_those_that_torch_counts(shape: EncoderConfig):
+    """Exactly, forward and backward, for sequences of one length without a local window."""
     encoder, head = build_model(shape, 50)
     ids = torch.arange(24).numpy()
     batch = pack([Sample(ids, ids.astype("uint8") * 0)] * 3)
-    # torch doesn't know what the CPU's fused attention kernel costs
+    # torch doesn't count the FLOPs of the CPU's fused attention kernel
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         head(encoder(batch)[::2], encoder.token_embedding).sum().backward()
     assert 72 * flops_per_token(shape, 50, 24, 0.5) == counter.get_total_flops()
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_products_are_the_forward_without_attention(shape: EncoderConfig):
+def test_products_have_the_flops_of_a_forward_pass_without_attention(shape: EncoderConfig):
     operations = sum(2 * rows * inner * columns for rows, inner, columns in products(shape, 100, 1000, 150))
     assert 3 * operations == pytest.approx(1000 * flops_per_token(shape, 100, 0, 0.15))

@@ -1,4 +1,4 @@
-"""First weights: read from what an encoder does, not from what they are."""
+"""Structured initialization: tested by the behavior of the encoder, not by its weights."""
 
 from __future__ import annotations
 
@@ -37,33 +37,33 @@ def text(ids: np.ndarray, segment: np.ndarray | None = None) -> Sample:
 
 @torch.no_grad()
 def reach(settings: BertConfig) -> dict[int, float]:
-    """How far a slot's output of the first block moves, in the mean, when the token at each distance is another."""
+    """Mean change of the first block's output when the token at each distance is replaced."""
     first_block = encoder_of(replace(settings, num_hidden_layers=1))
     draw = np.random.default_rng(0)
     ids = draw.integers(5, VOCABULARY, 60)
     before_TD = first_block(pack([text(ids)]))
-    moved: dict[int, list[float]] = {}
+    changes: dict[int, list[float]] = {}
     for changed in range(20, 40):
         other = ids.copy()
         other[changed] = (other[changed] + 1) % VOCABULARY
         difference_T = (first_block(pack([text(other)])) - before_TD).norm(dim=-1)
-        for slot in range(10, 50):
-            if slot != changed:
-                moved.setdefault(changed - slot, []).append(float(difference_T[slot]))
-    return {distance: float(np.mean(values)) for distance, values in moved.items() if abs(distance) < 10}
+        for position in range(10, 50):
+            if position != changed:
+                changes.setdefault(changed - position, []).append(float(difference_T[position]))
+    return {distance: float(np.mean(values)) for distance, values in changes.items() if abs(distance) < 10}
 
 
-def test_heads_first_see_the_slots_beside_theirs() -> None:
+def test_heads_attend_to_neighboring_tokens() -> None:
     beside, random = reach(BESIDE), reach(replace(BESIDE, init="normal"))
     nearest = sorted(beside, key=lambda distance: -beside[distance])[:2]
     far = np.mean([beside[distance] for distance in beside if abs(distance) > 3])
-    assert set(nearest) == {-1, 1}, "two heads, the slot before and the one after"
+    assert set(nearest) == {-1, 1}, "two heads: the token before and the one after"
     assert beside[-1] > 5 * far and beside[1] > 5 * far
-    assert max(random.values()) < 1.5 * min(random.values()), "at random no distance is preferred"
+    assert max(random.values()) < 1.5 * min(random.values()), "with random weights, no distance is preferred"
 
 
 @pytest.mark.parametrize(("width", "heads"), [(32, 2), (128, 2), (96, 6), (768, 12), (8, 4)])
-def test_any_shape_can_begin_so(width: int, heads: int) -> None:
+def test_any_shape_can_be_initialized(width: int, heads: int) -> None:
     shape = BertConfig(
         num_hidden_layers=1,
         hidden_size=width,
@@ -77,16 +77,16 @@ def test_any_shape_can_begin_so(width: int, heads: int) -> None:
 
 
 @pytest.mark.parametrize(("width", "heads"), [(8, 8), (4, 1)])
-def test_a_shape_without_room_for_a_wave_is_refused(width: int, heads: int) -> None:
-    with pytest.raises(RecipeError, match="too small to begin with heads that look beside") as refused:
+def test_a_shape_without_dimensions_for_a_wave_is_refused(width: int, heads: int) -> None:
+    with pytest.raises(RecipeError, match="too small for init=neighbor-attention") as refused:
         encoder_of(replace(BESIDE, hidden_size=width, num_attention_heads=heads))
     assert "init=normal" in refused.value.hint
 
 
-def test_no_two_positions_begin_alike_to_the_end_of_the_table() -> None:
+def test_all_position_embeddings_differ() -> None:
     table_PD = encoder_of(replace(BESIDE, max_position_embeddings=512)).position_embedding.detach()
-    apart_PP = torch.cdist(table_PD, table_PD) + torch.eye(512)
-    assert apart_PP.min() > 0.1 * table_PD.norm(dim=-1).max()
+    distance_PP = torch.cdist(table_PD, table_PD) + torch.eye(512)
+    assert distance_PP.min() > 0.1 * table_PD.norm(dim=-1).max()
 
 
 PAIRS = BertConfig(
@@ -100,8 +100,8 @@ PAIRS = BertConfig(
 
 
 @torch.no_grad()
-def told_by_a_line(settings: BertConfig, count: int = 400) -> float:
-    """Share of new pairs, tokens in common or not, that one direction of the first slot's vector tells apart."""
+def linear_separability(settings: BertConfig, count: int = 400) -> float:
+    """Fraction of new pairs (with or without common tokens) that a linear classifier of the first vector gets right."""
     encoder = encoder_of(settings)
     draw = np.random.default_rng(5)
     texts: list[Sample] = []
@@ -121,10 +121,10 @@ def told_by_a_line(settings: BertConfig, count: int = 400) -> float:
     return float(((score_B > threshold) == (torch.arange(count) % 2 == 0))[count // 2 :].float().mean())
 
 
-def test_what_two_segments_have_in_common_can_be_read_at_birth() -> None:
+def test_common_tokens_of_two_segments_are_linearly_separable() -> None:
     """Of 200 pairs: 50 % is chance, with a standard error of 3.5 points."""
-    assert told_by_a_line(PAIRS) > 0.8
-    assert told_by_a_line(replace(PAIRS, init="neighbor-attention")) < 0.65
+    assert linear_separability(PAIRS) > 0.8
+    assert linear_separability(replace(PAIRS, init="neighbor-attention")) < 0.65
 
 
 @pytest.mark.parametrize(
@@ -132,6 +132,6 @@ def test_what_two_segments_have_in_common_can_be_read_at_birth() -> None:
     [{"num_hidden_layers": 1}, {"num_attention_heads": 1}, {"type_vocab_size": 1}, {"hidden_size": 64}],
 )
 def test_an_encoder_too_small_for_pairs_is_refused(small: dict[str, int]) -> None:
-    with pytest.raises(RecipeError, match="too small to begin with heads for pairs") as refused:
+    with pytest.raises(RecipeError, match="too small for init=pair-matching") as refused:
         encoder_of(replace(PAIRS, **small))  # pyright: ignore[reportArgumentType]
     assert refused.value.hint and "init=neighbor-attention" in refused.value.hint

@@ -1,4 +1,4 @@
-"""A rate that changes over a run: what it is at each step, what is realised, that a stop changes nothing."""
+"""Falling mask rate: its value at each step, the masked fraction, and resuming."""
 
 from __future__ import annotations
 
@@ -16,15 +16,17 @@ from hypothesis import strategies as st
 from unmask.core.errors import Stopped
 from unmask.core.types import SPECIAL, WORD_START, Sample, pack
 from unmask.objectives.mlm import MaskedLMConfig, MaskedLMObjective
-from unmask.training.display.plain import SilentDisplay
+from unmask.training.display import Display
 from unmask.training.pretrain import launch, resume
 
 FALLING = MaskedLMConfig(mask_rate=0.30, final_mask_rate=0.15)
 SMALL = [
-    "data.tokenizer.kind=characters", "model.num_hidden_layers=1", "model.hidden_size=16", "model.num_attention_heads=1",
-    "model.intermediate_size=24", "train.threads=1", "train.micro_batch_size=512 tokens", "objective.mask_rate=0.6",
-    "objective.final_mask_rate=0.2", "train.every.log=1 steps", "train.every.validate=100%", "train.every.save=4 steps",
-    "stage=[{until = '50%', max_seq_len = 32, batch_size = '1024 tokens'}, {until = '100%', max_seq_len = 64, batch_size = '1024 tokens'}]",
+    "data.tokenizer.kind=characters", "model.num_hidden_layers=1", "model.hidden_size=16",
+    "model.num_attention_heads=1", "model.intermediate_size=24", "train.threads=1",
+    "train.micro_batch_size=512 tokens", "objective.mask_rate=0.6", "objective.final_mask_rate=0.2",
+    "train.every.log=1 steps", "train.every.validate=100%", "train.every.save=4 steps",
+    "stage=[{until = '50%', max_seq_len = 32, batch_size = '1024 tokens'}, "
+    "{until = '100%', max_seq_len = 64, batch_size = '1024 tokens'}]",
     "train.budget=8 steps", "preview.num_samples=0",
 ]  # fmt: skip
 
@@ -34,7 +36,7 @@ SMALL = [
     st.one_of(st.just("constant"), st.floats(0.01, 1.0)),
     st.lists(st.floats(0, 1), min_size=2, max_size=9),
 )
-def test_the_rate_is_a_straight_line(rate: float, end: float | str, places: list[float]) -> None:
+def test_the_rate_is_linear(rate: float, end: float | str, places: list[float]) -> None:
     rule = MaskedLMConfig(mask_rate=rate, final_mask_rate=end)
     last = rate if end == "constant" else end
     assert rule.rate_at(0.0) == rate and rule.rate_at(1.0) == pytest.approx(last)
@@ -44,7 +46,7 @@ def test_the_rate_is_a_straight_line(rate: float, end: float | str, places: list
 
 
 @pytest.mark.parametrize("how", ["token", "whole-word", "span", "ngram"])
-def test_what_is_asked_follows_it(how: str) -> None:
+def test_the_masked_fraction_follows_the_rate(how: str) -> None:
     texts = [Sample(np.full(61, 9), np.full(61, WORD_START, np.uint8), 0, i) for i in range(1000)]
     objective, batch = MaskedLMObjective(replace(FALLING, mask_unit=how), 4, np.arange(5, 30)), pack(texts)
     assert batch.progress == 0.0
@@ -52,13 +54,13 @@ def test_what_is_asked_follows_it(how: str) -> None:
         masked = objective.corrupt(replace(batch, progress=progress), 5)
         error = 4 * 0.5 * 1000**0.5 / masked.num_maskable  # of 1,000 draws u, each of which moves one token at most
         assert abs(len(masked.positions_M) / masked.num_maskable - rate) < error
-        assert masked.batch.progress == progress, "it travels with the batch"
-        again = objective.corrupt(replace(batch, progress=progress), 5)
-        assert (again.positions_M == masked.positions_M).all() and (again.batch.ids_T == masked.batch.ids_T).all()
+        assert masked.batch.progress == progress, "the masked batch keeps it"
+        repeated = objective.corrupt(replace(batch, progress=progress), 5)
+        assert (repeated.positions_M == masked.positions_M).all() and (repeated.batch.ids_T == masked.batch.ids_T).all()
 
 
-def test_a_lower_rate_asks_a_part_of_what_a_higher_one_asks() -> None:
-    """Draws don't depend on the progress: of single tokens, those asked late were asked early, too."""
+def test_a_lower_rate_masks_a_subset() -> None:
+    """Draws don't depend on the progress: single tokens that are masked late would have been masked early."""
     marks = np.full(400, WORD_START, np.uint8)
     marks[[0, 399]] = SPECIAL
     batch = pack([Sample(np.full(400, 9), marks, 1, 2)])
@@ -67,16 +69,16 @@ def test_a_lower_rate_asks_a_part_of_what_a_higher_one_asks() -> None:
     assert late < early
 
 
-class StopsAt(SilentDisplay):
-    """Asks this process to stop, as a person would, after a given step."""
+class StopsAt(Display):
+    """Sends this process an interrupt after a given step."""
 
     def step(self, state) -> None:
         if state.step == 3:
             os.kill(os.getpid(), signal.SIGINT)
 
 
-def test_a_run_realises_it_and_resumes_in_the_middle(prose: Path, tmp_path: Path) -> None:
-    """Step k of 8 asks at 0.6 − 0.4 · k ÷ 8, stopped or not, in two micro-batches or one."""
+def test_a_run_has_the_rates_and_resumes_with_them(prose: Path, tmp_path: Path) -> None:
+    """Step k of 8 has the rate 0.6 − 0.4 · k ÷ 8, interrupted or not, in one or two micro-batches."""
     launch([prose], recipe="tiny", out=tmp_path / "whole", settings=SMALL)
     launch([prose], recipe="tiny", out=tmp_path / "at-once", settings=[*SMALL, "train.micro_batch_size=2k tokens"])
     with pytest.raises(Stopped):

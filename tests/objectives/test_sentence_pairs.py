@@ -1,4 +1,4 @@
-"""Masks and pairs at once: two terms with a count of their own each, from one forward of the encoder."""
+"""Masked tokens and sentence pairs: two loss terms with separate counts, from one forward pass."""
 
 from __future__ import annotations
 
@@ -39,30 +39,30 @@ def objective(**settings: float) -> BertPretrainingObjective:
     )  # type: ignore[arg-type]
 
 
-def test_both_terms_are_what_they_would_be_alone() -> None:
+def test_each_term_is_the_same_as_alone() -> None:
     torch.manual_seed(1)
     encoder, head = build_model(SHAPE, 40)
     both = objective()
-    texts = [pair(number, number % 2) for number in range(6)]
-    batch = pack(texts, slots=sum(len(text.ids) for text in texts) + 9)
+    samples = [pair(number, number % 2) for number in range(6)]
+    batch = pack(samples)
     masked = both.corrupt(batch, seed=3)
     assert masked.denominators == {"mlm": len(masked.positions_M), "pair": 6} and both.loss_weights == {
         "mlm": 1.0,
         "pair": 1.0,
     }
-    assert not (batch.token_flags_T[masked.positions_M] & SPECIAL).any(), "[CLS] and [SEP] are no questions"
+    assert not (batch.token_flags_T[masked.positions_M] & SPECIAL).any(), "[CLS] and [SEP] are not masked"
     calls = list[int]()
     hook = encoder.register_forward_hook(lambda *_: calls.append(1))
     loss = both.loss(encoder, head, masked)
     hook.remove()
     assert len(calls) == 1
     alone = MaskedLMObjective(MaskedLMConfig(), MASK, ORDINARY)
-    theirs = alone.loss(encoder, head, alone.corrupt(batch, seed=3))
-    assert torch.equal(loss.sums["mlm"], theirs.sums["mlm"])
+    mlm_loss = alone.loss(encoder, head, alone.corrupt(batch, seed=3))
+    assert torch.equal(loss.sums["mlm"], mlm_loss.sums["mlm"])
     assert set(loss.metrics) == set(both.metrics) and both.sampler == "next-sentence"
     logits_B2 = both.modules(encoder(masked.batch), masked.batch)
-    assert logits_B2.shape == (6, 2), "the filler text is no pair"
-    labels = torch.tensor([text.pair_label for text in texts])
+    assert logits_B2.shape == (6, 2)
+    labels = torch.tensor([text.pair_label for text in samples])
     torch.testing.assert_close(loss.sums["pair"], F.cross_entropy(logits_B2, labels, reduction="sum"))
     assert loss.metrics["pair_accuracy"] == (int((logits_B2.argmax(-1) == labels).sum()), 6)
     assert loss.metrics["pair_loss"][1] == 6 and loss.metrics["loss"][1] == len(masked.positions_M)
@@ -70,7 +70,7 @@ def test_both_terms_are_what_they_would_be_alone() -> None:
     assert all(parameter.grad is not None and parameter.grad.any() for parameter in both.modules.parameters())
 
 
-def test_the_segments_are_seen() -> None:
+def test_token_types_change_the_output() -> None:
     encoder, _ = build_model(SHAPE, 40)
     both, text = objective(), pair(1, 0)
     assert text.token_type_ids is not None
@@ -80,7 +80,7 @@ def test_the_segments_are_seen() -> None:
     assert not torch.allclose(one, other)
 
 
-def test_texts_without_labels_ask_masks_alone() -> None:
+def test_samples_without_pair_labels_train_masked_tokens_only() -> None:
     encoder, head = build_model(SHAPE, 40)
     both = objective(pair_loss_weight=0.5)
     masked = both.corrupt(pack([pair(1, None)]), seed=3)
@@ -96,9 +96,9 @@ def test_texts_without_labels_ask_masks_alone() -> None:
 
 
 @pytest.mark.parametrize(
-    "wrong",
+    "invalid",
     [{"short_seq_prob": -0.1}, {"short_seq_prob": 1.5}, {"pair_loss_weight": 0.0}, {"pair_loss_weight": math.nan}],
 )
-def test_settings_that_say_nothing(wrong: dict[str, float]) -> None:
-    with pytest.raises(RecipeError, match=next(iter(wrong))):
-        BertPretrainingConfig(**wrong)  # type: ignore[arg-type]
+def test_invalid_settings_are_refused(invalid: dict[str, float]) -> None:
+    with pytest.raises(RecipeError, match=next(iter(invalid))):
+        BertPretrainingConfig(**invalid)  # type: ignore[arg-type]

@@ -1,4 +1,4 @@
-"""No pickle is ever read: a model from a stranger is data, not a program."""
+"""No module reads or writes a pickle: loading a model must not run code."""
 
 from __future__ import annotations
 

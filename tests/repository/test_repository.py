@@ -1,4 +1,4 @@
-"""What a clone carries: no place to install from other than the installer's own choice, and every file in its place."""
+"""The repository names no package index, has no lock file, and its Makefile and CI agree."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-OURS = ["src", "tests", "docs", "benchmarks", "records", ".ci"]
+FOLDERS = ["src", "tests", "docs", "benchmarks", ".ci"]
 TEXT = {".py", ".md", ".toml", ".txt", ".cfg", ".yml", ".yaml", ".json", ""}
 # Put together here, so that this file does not hold what it looks for.
 INDEX_WORDS = [
@@ -29,9 +29,9 @@ LOCKS = {"uv.lock", "poetry.lock", "Pipfile.lock", "pdm.lock", "conda-lock.yml",
 
 
 def files() -> Iterator[Path]:
-    """What is ours in the repository, the environment and build products left out."""
+    """The files of the repository, without the environment and build products."""
     yield from (path for path in ROOT.iterdir() if path.is_file() and path.name != ".git")
-    for name in OURS:
+    for name in FOLDERS:
         for folder, below, names in os.walk(ROOT / name):
             below[:] = [one for one in below if one != "__pycache__" and not one.endswith(".egg-info")]
             yield from (Path(folder) / one for one in names)
@@ -69,16 +69,16 @@ def test_every_direct_dependency_is_constrained_and_open_upwards() -> None:
         assert "<" not in bound and "==" not in bound, f"{name}: a cap belongs in constraints.txt"
 
 
-def test_continuous_integration_runs_what_a_person_runs() -> None:
+def test_continuous_integration_runs_make_test() -> None:
     script = ROOT / ".ci" / "run"
     assert "make test" in script.read_text(encoding="utf-8")
     assert os.access(script, os.X_OK)
 
 
-def test_the_benchmark_asks_for_its_text() -> None:
-    """Before it installs or measures anything."""
+def test_make_bench_requires_a_text() -> None:
+    """The error comes before anything is installed."""
     quiet = {name: value for name, value in os.environ.items() if name not in ("TEXT", "MAKEFLAGS", "MAKELEVEL")}
-    for arguments, says in (([], "make bench TEXT="), (["TEXT=no/such.txt"], "there is no file no/such.txt")):
+    for arguments, says in (([], "make bench TEXT="), (["TEXT=no/such.txt"], "file not found: no/such.txt")):
         made = subprocess.run(
             ["make", "bench", *arguments], cwd=ROOT, env=quiet, capture_output=True, text=True, timeout=60, check=False
         )

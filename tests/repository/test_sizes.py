@@ -1,4 +1,4 @@
-"""The sizes and manners of a module, read from its source."""
+"""Limits on the length of files and functions and on the number of parameters."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def test_a_module_has_a_name_and_a_length_that_one_can_read(path: Path) -> None:
 
 
 @pytest.mark.parametrize("path", MODULES, ids=named)
-def test_a_function_fits_on_a_screen(path: Path) -> None:
+def test_a_function_is_short(path: Path) -> None:
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
             continue

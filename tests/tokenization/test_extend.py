@@ -1,4 +1,4 @@
-"""More pieces for a vocabulary that exists: old ids stay, text without them is cut as before."""
+"""Extended vocabularies: old ids stay, and text without new tokens is encoded as before."""
 
 from __future__ import annotations
 
@@ -37,13 +37,13 @@ def base(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     return folder
 
 
-def extended(base: Path, text: str, pieces: int) -> tuple[Tokenizer, Tokenizer]:
-    settings = ExtendedTokenizerConfig("extended", base, pieces)
+def extended(base: Path, text: str, count: int) -> tuple[Tokenizer, Tokenizer]:
+    settings = ExtendedTokenizerConfig("extended", base, count)
     return Tokenizer.load(base), train_tokenizer([text] * 20, settings)
 
 
 @pytest.mark.parametrize("text", [DOMAIN, KOREAN])
-def test_new_pieces_stand_behind_the_old_ones_and_shorten_the_text(base: Path, text: str) -> None:
+def test_new_tokens_follow_the_old_ones_and_shorten_the_text(base: Path, text: str) -> None:
     old, new = extended(base, text, 14)
     assert new.size == old.size + 14
     assert [new.id_to_token(number) for number in range(old.size)] == [
@@ -59,9 +59,9 @@ def test_new_pieces_stand_behind_the_old_ones_and_shorten_the_text(base: Path, t
     assert (after.ids >= old.size).any() and new.decode(new.encode(ENGLISH).ids) == old.decode(old.encode(ENGLISH).ids)
 
 
-def test_text_without_a_new_piece_s_letters_is_cut_as_before(base: Path) -> None:
+def test_text_without_the_letters_of_new_tokens_is_encoded_as_before(base: Path) -> None:
     old, new = extended(base, DOMAIN, 14)
-    pieces = [new.id_to_token(number).removeprefix("##").removeprefix("Ġ") for number in range(old.size, new.size)]
+    tokens = [new.id_to_token(number).removeprefix("##").removeprefix("Ġ") for number in range(old.size, new.size)]
 
     @settings(max_examples=80, deadline=None)
     @given(
@@ -71,26 +71,26 @@ def test_text_without_a_new_piece_s_letters_is_cut_as_before(base: Path) -> None
     )
     def law(words: list[str]) -> None:
         text = " ".join(words)
-        if not any(piece in text for piece in pieces):
+        if not any(token in text for token in tokens):
             assert new.encode(text).ids.tolist() == old.encode(text).ids.tolist()
 
     law()
-    assert sum(piece not in " ".join(ENGLISH.split()[:6]) for piece in pieces) > 7, "the law is not empty"
+    assert sum(token not in " ".join(ENGLISH.split()[:6]) for token in tokens) > 7, "the law is not empty"
 
 
-def test_a_new_piece_consists_of_older_ones(base: Path) -> None:
+def test_a_new_token_consists_of_older_ones(base: Path) -> None:
     for text in (DOMAIN, KOREAN):
         old, new = extended(base, text, 14)
         parts = origins(old.to_json(), new.to_json())
         assert len(parts) == 14
-        for number, pieces in enumerate(parts, start=old.size):
-            spelled = [new.id_to_token(piece).removeprefix("##") for piece in pieces]
+        for number, tokens in enumerate(parts, start=old.size):
+            letters = [new.id_to_token(token).removeprefix("##") for token in tokens]
             body = new.id_to_token(number).removeprefix("##")
-            assert "".join(spelled) == body if pieces else len(body) == 1
-            assert all(piece < number for piece in pieces)
+            assert "".join(letters) == body if tokens else len(body) == 1
+            assert all(token < number for token in tokens)
 
 
-def test_the_same_text_gives_the_same_pieces(base: Path) -> None:
+def test_the_same_text_gives_the_same_tokens(base: Path) -> None:
     first = extended(base, DOMAIN, 15)[1].to_json()
     assert extended(base, DOMAIN, 15)[1].to_json() == first
 
@@ -98,9 +98,9 @@ def test_the_same_text_gives_the_same_pieces(base: Path) -> None:
 def test_older_files_write_merges_as_texts(tmp_path: Path) -> None:
     train_tokenizer([ENGLISH] * 20, KINDS["bpe"]).save(tmp_path)
     file = tmp_path / "tokenizer.json"
-    told = json.loads(file.read_text())
-    told["model"]["merges"] = [" ".join(merge) for merge in told["model"]["merges"]]
-    file.write_text(json.dumps(told))
+    content = json.loads(file.read_text())
+    content["model"]["merges"] = [" ".join(merge) for merge in content["model"]["merges"]]
+    file.write_text(json.dumps(content))
     old, new = extended(tmp_path, DOMAIN, 10)
     assert len(new.encode(DOMAIN).ids) < len(old.encode(DOMAIN).ids)
     assert all(origins(old.to_json(), new.to_json()))
@@ -109,20 +109,20 @@ def test_older_files_write_merges_as_texts(tmp_path: Path) -> None:
 @pytest.mark.parametrize("kind", [UnigramConfig(vocab_size=60), CharacterConfig()])
 def test_a_vocabulary_of_another_kind_is_refused(tmp_path: Path, kind: UnigramConfig | CharacterConfig) -> None:
     train_tokenizer([ENGLISH] * 20, kind).save(tmp_path)
-    with pytest.raises(TokenizerError, match="can't be extended"):
+    with pytest.raises(TokenizerError, match="can't extend"):
         extended(tmp_path, DOMAIN, 10)
 
 
 def test_more_than_the_text_gives_is_refused_with_what_it_gives(base: Path) -> None:
-    with pytest.raises(TokenizerError, match="new pieces are more than this text can give") as refused:
+    with pytest.raises(TokenizerError, match="but this text gives") as refused:
         extended(base, DOMAIN, 5000)
-    assert "ask for" in refused.value.hint
-    with pytest.raises(RecipeError, match="`num_new_tokens` is 0"):
+    assert "or less" in refused.value.hint
+    with pytest.raises(RecipeError, match="num_new_tokens: got 0"):
         ExtendedTokenizerConfig("extended", base, 0)
 
 
 def test_learning_ends_where_words_come_once(base: Path) -> None:
     letters = random.Random(7)
     once = " ".join("".join(letters.choices("abcdefgh", k=9)) for _ in range(50))
-    with pytest.raises(TokenizerError, match="can give: 0"):
+    with pytest.raises(TokenizerError, match="gives 0 new tokens"):
         train_tokenizer([once], ExtendedTokenizerConfig("extended", base, 10))

@@ -1,4 +1,4 @@
-"""Encoder: whatever the text, what it gives is what the tokenizer gives."""
+"""`CachedEncoder` gives the results of `Tokenizer.encode` for every text."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ KINDS: dict[str, TokenizerConfig] = {
     "unigram": UnigramConfig(vocab_size=150),
     "bytes": ByteConfig(),
 }
-PIECES = (
+PARTS = (
     *(
         "the",
         "The",
@@ -76,7 +76,7 @@ PIECES = (
     *("Dr.", "e.g.", "U.S.", "J.", "No.", "p.", "1.", "12.", "갔다.", "요?", "나.", "I.", "etc", "｡"),
     *("\u0301", "\u200d", "\u200b", "\u00ad", "\u0942", "\u093f", "\ufe0f", "😀", "\U000e0041", "\u1100\u1161", "▁"),
 )
-TEXTS = st.lists(st.one_of(st.sampled_from(PIECES), st.characters(exclude_categories=["Cs"])), max_size=14).map("".join)
+TEXTS = st.lists(st.one_of(st.sampled_from(PARTS), st.characters(exclude_categories=["Cs"])), max_size=14).map("".join)
 
 
 @cache
@@ -91,7 +91,7 @@ def encoder_of(kind: str, words: WordsRule) -> CachedEncoder:
 
 def equal(encoder: CachedEncoder, tokenizer: Tokenizer, texts: Sequence[str], words: WordsRule) -> None:
     encoded, first = encoder.encode(texts), 0
-    for text, tokens, unknown in zip(texts, encoded.tokens_B.tolist(), encoded.unknown_B.tolist(), strict=True):
+    for text, tokens, unknown in zip(texts, encoded.num_tokens.tolist(), encoded.num_unknown.tolist(), strict=True):
         single = tokenizer.encode(text, words)
         here = slice(first, first + tokens)
         assert encoded.ids[here].tolist() == single.ids.tolist(), repr(text)
@@ -113,12 +113,12 @@ def equal(encoder: CachedEncoder, tokenizer: Tokenizer, texts: Sequence[str], wo
 @example(texts=["他Dr. 他", "Dr.他", "1.他 1. 他", "他1. x", "p.  7", "No. 7", "x no.”  7"], words="characters")
 @example(texts=["今天。他", "好。\n他", "好. 他", "a他 b", "他\u0301他", "「好。」他"], words="characters")
 @example(texts=["x\u200b a. \u00ad b \u200b c", "की किताब", "\x01 a", "a. \x01 b", "a. \u0301b"], words="spaces")
-def test_what_it_gives_is_what_the_tokenizer_gives(kind: str, texts: list[str], words: WordsRule) -> None:
+def test_the_results_equal_those_of_the_tokenizer(kind: str, texts: list[str], words: WordsRule) -> None:
     equal(encoder_of(kind, words), tokenizer_of(kind), texts, words)
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_second_time_is_like_the_first(kind: str) -> None:
+def test_cached_results_equal_the_first(kind: str) -> None:
     tokenizer = tokenizer_of(kind)
     encoder = CachedEncoder(tokenizer, "spaces")
     long = "word" * 30

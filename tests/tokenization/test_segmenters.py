@@ -16,13 +16,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from unmask.core.types import WORD_START, Sample, pack
-from unmask.data.prepare import folder_of, prepare
+from unmask.data.prepare import prepare
 from unmask.data.settings import DataConfig
 from unmask.data.sources import MemorySource
 from unmask.objectives.mlm import MaskedLMConfig, MaskedLMObjective
 from unmask.tokenization.settings import ByteConfig, CharacterConfig, WordPieceConfig
 from unmask.tokenization.tokenizer import train_tokenizer
-from unmask.tokenization.words import WordsRule, in_words, version, word_lengths, word_starts
+from unmask.tokenization.words import WordsRule, describe_words, version, word_lengths, word_starts
 
 CHINESE = "小明硕士毕业于中国科学院计算所，后在日本京都大学深造。"
 TRADITIONAL = "明天我們去學校看書，好嗎？"
@@ -50,8 +50,8 @@ def test_japanese_words() -> None:
 @pytest.mark.parametrize("rule", ["jieba", "sudachi"])
 def test_other_scripts_stay_as_spaces_have_them(rule: WordsRule) -> None:
     """A cut counts only beside Han or kana, and a combining mark starts nothing."""
-    found = cut(MIXED, rule)
-    assert found[0] == "2024" and {"hello", ",", "한국어는", "漢字", "를", "쓴다", "!"} <= set(found)
+    words = cut(MIXED, rule)
+    assert words[0] == "2024" and {"hello", ",", "한국어는", "漢字", "를", "쓴다", "!"} <= set(words)
     english = "It's 3.14, isn't it? 그렇습니다."
     assert cut(english, rule) == cut(english, "spaces")
 
@@ -84,7 +84,7 @@ def test_long_runs_are_cut_in_parts() -> None:
 
 @pytest.mark.parametrize(("text", "rule"), [(CHINESE, "jieba"), (JAPANESE, "sudachi")])
 @pytest.mark.parametrize("kind", [WordPieceConfig(vocab_size=28, min_frequency=1), ByteConfig(), CharacterConfig()])
-def test_whole_words_are_hidden(text: str, rule: WordsRule, kind) -> None:
+def test_whole_words_are_masked(text: str, rule: WordsRule, kind) -> None:
     tokenizer = train_tokenizer(iter([text] * 5), kind)
     encoded = tokenizer.encode(text * 4, rule)
     samples = [Sample(encoded.ids, encoded.marks, 0, number) for number in range(40)]
@@ -95,9 +95,9 @@ def test_whole_words_are_hidden(text: str, rule: WordsRule, kind) -> None:
     hit_BT[masked.positions_M] = True
     word_T = np.cumsum((encoded.marks & WORD_START) != 0)
     for hit_T in hit_BT.reshape(40, -1):
-        asked, passed = set(word_T[hit_T].tolist()), set(word_T[~hit_T].tolist())
+        selected, passed = set(word_T[hit_T].tolist()), set(word_T[~hit_T].tolist())
         unknown = set(word_T[encoded.ids == tokenizer.unknown_id].tolist())
-        assert not (asked & passed) - unknown
+        assert not (selected & passed) - unknown
     words = {text[a:b] for a, b in zip(*_edges(text, rule), strict=True)}
     assert any(len(word) > 2 for word in words), "the test would say nothing of single characters"
 
@@ -108,24 +108,25 @@ def _edges(text: str, rule: WordsRule) -> tuple[list[int], list[int]]:
 
 
 def test_a_corpus_by_words(tmp_path: Path) -> None:
-    """The marks lie in the shards; the cache knows the rule; a person is told."""
+    """The shards hold the marks, the cache depends on the rule, and a note names it."""
     documents = [CHINESE * 3 + str(number) for number in range(120)]
     plain = DataConfig(tokenizer=CharacterConfig(min_frequency=1))
     source = MemorySource(documents, "NFC")
     by_words = replace(plain, words="jieba")
-    assert folder_of(source, plain, tmp_path, None) != folder_of(source, by_words, tmp_path, None)
     corpora = [prepare(source, one, tmp_path, workers=1) for one in (plain, by_words)]
+    assert corpora[0].folder != corpora[1].folder
     assert [corpus.words for corpus in corpora] == ["characters", "jieba"]
     assert [corpus.facts.get("segmenter") for corpus in corpora] == [None, version("jieba")]
-    assert f"words: {in_words('jieba')} (data.words)" in corpora[1].notes and version("jieba") in in_words("jieba")
+    description = describe_words("jieba")
+    assert f"words: {description} (data.words)" in corpora[1].notes and version("jieba") in description
     train = corpora[1].train
     assert corpora[1].tokenizer.decode(train.ids(0, 0, len(CHINESE))) == CHINESE
-    marks = train.marks(0, 0, len(CHINESE))
+    marks = train.token_flags(0, 0, len(CHINESE))
     assert np.flatnonzero(marks & WORD_START).tolist() == _edges(CHINESE, "jieba")[0]
 
 
-def test_without_the_package_it_says_what_to_install(tmp_path: Path) -> None:
-    """In a process that sees all installed packages but these."""
+def test_the_error_without_the_package_names_what_to_install(tmp_path: Path) -> None:
+    """Runs a process that sees all installed packages except these."""
     for entry in Path(sysconfig.get_path("purelib")).iterdir():
         if not entry.name.lower().startswith(("rjieba", "sudachi")):
             os.symlink(entry, tmp_path / entry.name)
@@ -134,20 +135,20 @@ import json
 from unmask.core.errors import RecipeError
 from unmask.tokenization.words import version
 from unmask.tokenization.words import word_starts
-said = []
+errors = []
 for rule in ("jieba", "sudachi"):
-    for door in (lambda: version(rule), lambda: word_starts("今天", rule)):
+    for function in (lambda: version(rule), lambda: word_starts("今天", rule)):
         try:
-            door()
+            function()
         except RecipeError as error:
-            said.append([error.message, error.hint])
-print(json.dumps(said), len(word_starts("今天 hello", "spaces")))
+            errors.append([error.message, error.hint])
+print(json.dumps(errors), len(word_starts("今天 hello", "spaces")))
 """
     source = str(Path(__file__).parents[2] / "src")
     seen = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), source])}
     done = subprocess.run([sys.executable, "-S", "-c", program], env=seen, capture_output=True, text=True, check=True)
-    said, _, characters = done.stdout.strip().rpartition(" ")
-    needed = json.loads(said)
+    errors, _, characters = done.stdout.strip().rpartition(" ")
+    needed = json.loads(errors)
     assert len(needed) == 4 and characters == "8"
     assert all('pip install "unmask[chinese]"' in next for _, next in needed[:2]) and "rjieba" in needed[0][0]
     assert all('pip install "unmask[japanese]"' in next for _, next in needed[2:]) and "sudachipy" in needed[3][0]

@@ -117,7 +117,7 @@ def test_text_may_be_cut_at_single_spaces(tokenizer: Tokenizer, text: str) -> No
     assert tokenizer.splits_at_spaces and joined == tokenizer.encode(text).ids.tolist()
 
 
-def pieces(tokenizer: Tokenizer, text: str, rule: WordsRule = "spaces") -> list[tuple[str, bool]]:
+def tokens_of(tokenizer: Tokenizer, text: str, rule: WordsRule = "spaces") -> list[tuple[str, bool]]:
     encoded = tokenizer.encode(text, rule)
     return [(text[first:last], bool(mark & WORD_START)) for (first, last), mark in
             zip(encoded.offsets.tolist(), encoded.marks.tolist(), strict=True)]  # fmt: skip
@@ -125,17 +125,17 @@ def pieces(tokenizer: Tokenizer, text: str, rule: WordsRule = "spaces") -> list[
 
 def test_the_bytes_of_a_character_start_one_word() -> None:
     tokenizer = train_tokenizer([], ByteConfig())
-    starts = [start for _, start in pieces(tokenizer, "뷁氣 a", "characters")]
+    starts = [start for _, start in tokens_of(tokenizer, "뷁氣 a", "characters")]
     assert starts == [True, False, False, True, False, False, False, True]
 
 
 def test_a_space_that_stands_alone_goes_with_its_word() -> None:
     for chosen in (ByteBpeConfig(vocab_size=420), UnigramConfig(vocab_size=250)):
-        found = pieces(train_tokenizer(SAMPLE, chosen), "cat 뷁")
-        assert (" ", True) in found and found[-1] == ("뷁", False)
+        tokens = tokens_of(train_tokenizer(SAMPLE, chosen), "cat 뷁")
+        assert (" ", True) in tokens and tokens[-1] == ("뷁", False)
 
 
-def test_pieces_cross_no_word() -> None:
+def test_tokens_cross_no_word() -> None:
     for chosen in (ByteBpeConfig(vocab_size=420), UnigramConfig(vocab_size=250)):
         tokenizer = train_tokenizer(["don't stop... he said (well), 한국어'는 !!! "] * 60 + SAMPLE, chosen)
         for id in tokenizer.regular_token_ids.tolist():

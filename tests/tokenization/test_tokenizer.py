@@ -91,10 +91,10 @@ def test_saving_and_loading(tmp_path: Path, tokenizer: Tokenizer) -> None:
         loaded = Tokenizer.load(place)
         assert loaded.fingerprint == tokenizer.fingerprint and loaded.to_json() == tokenizer.to_json()
         assert loaded.mask_id == tokenizer.mask_id and loaded.cls_sep_ids == tokenizer.cls_sep_ids
-    with pytest.raises(TokenizerError, match="no tokenizer here"):
+    with pytest.raises(TokenizerError, match="no tokenizer found"):
         Tokenizer.load(tmp_path / "absent")
     (tmp_path / "tokenizer.json").write_text(tokenizer.to_json()[:100])
-    with pytest.raises(TokenizerError, match="can't be read"):
+    with pytest.raises(TokenizerError, match="read this tokenizer"):
         Tokenizer.load(tmp_path)
 
 
@@ -104,7 +104,7 @@ def test_the_parts_of_a_vocabulary(tokenizer: Tokenizer) -> None:
     assert tokenizer.cls_sep_ids == (2, 3) and tokenizer.mask_id == 4 and tokenizer.unknown_id == 1
     assert tokenizer.regular_token_ids.tolist() == list(range(5, tokenizer.size))
     assert all(tokenizer.token_to_id(tokenizer.id_to_token(id)) == id for id in range(tokenizer.size))
-    assert tokenizer.token_to_id("no such piece") is None
+    assert tokenizer.token_to_id("no such token") is None
     for id in (-1, tokenizer.size):
         with pytest.raises(TokenizerError):
             tokenizer.id_to_token(id)
@@ -119,7 +119,7 @@ def test_a_mask_in_training_text_is_letters(tokenizer: Tokenizer) -> None:
     assert prompt.marks[prompt.ids == tokenizer.mask_id].tolist()[0] & SPECIAL
 
 
-def test_a_piece_of_characters_is_the_character() -> None:
+def test_a_token_of_characters_is_the_character() -> None:
     tokenizer = train_tokenizer(["ab\na \n"], CharacterConfig())
     assert [tokenizer.id_to_token(id) for id in range(5, tokenizer.size)] == ["\n", "a", " ", "b"]
     assert tokenizer.decode(tokenizer.encode("b a\nb").ids) == "b a\nb"
@@ -168,17 +168,17 @@ def test_a_tokenizer_without_a_frame() -> None:
 
 
 def test_a_vocabulary_that_the_text_can_not_give() -> None:
-    with pytest.raises(TokenizerError, match="more than this text can give") as caught:
+    with pytest.raises(TokenizerError, match="is too large: this text gives") as caught:
         train_tokenizer(SAMPLE, WordPieceConfig(vocab_size=20_000))
     size = int(caught.value.hint.split("vocab_size=")[1].split(",")[0])
     assert train_tokenizer(SAMPLE, WordPieceConfig(vocab_size=size)).size == size
     for text in ("", "a b c"):
-        with pytest.raises(TokenizerError, match="no pieces"):
+        with pytest.raises(TokenizerError, match="no tokens"):
             train_tokenizer([text], WordPieceConfig(vocab_size=100))
 
 
 @pytest.mark.parametrize("vocab", [40, 100, 250])
-def test_a_vocabulary_has_the_size_that_was_asked(vocab: int) -> None:
+def test_a_vocabulary_has_the_requested_size(vocab: int) -> None:
     tokenizer = train_tokenizer(SAMPLE, WordPieceConfig(vocab_size=vocab))
     assert tokenizer.size == vocab and len(set(tokenizer.regular_token_ids.tolist())) == vocab - 5
 

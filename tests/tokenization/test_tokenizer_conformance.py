@@ -75,14 +75,14 @@ def words_of_tokens(text: str, encoded: Encoded, rule: WordsRule) -> list[set[in
     ]
 
 
-def is_whole(text: str, encoded: Encoded, rule: WordsRule, asked: NDArray[np.int64]) -> bool:
-    """Whether each word is asked whole or not at all, words with an unknown token in them aside."""
-    held, is_asked = words_of_tokens(text, encoded, rule), np.isin(np.arange(len(encoded.ids)), asked)
+def is_whole(text: str, encoded: Encoded, rule: WordsRule, masked: NDArray[np.int64]) -> bool:
+    """Whether each word is masked as a whole or not at all, apart from words with an unknown token."""
+    held, is_masked = words_of_tokens(text, encoded, rule), np.isin(np.arange(len(encoded.ids)), masked)
     unknown = {word for words, mark in zip(held, encoded.marks, strict=True) if mark & SPECIAL for word in words}
     answers: dict[int, set[bool]] = {}
     for slot, words in enumerate(held):
         for word in words - unknown:
-            answers.setdefault(word, set()).add(bool(is_asked[slot]))
+            answers.setdefault(word, set()).add(bool(is_masked[slot]))
     return all(len(one) == 1 for one in answers.values())
 
 
@@ -93,8 +93,8 @@ def law_holds(kind: str, language: str, how: MaskUnit) -> bool:
     edges = np.array([0, len(encoded.ids)])
     for seed in range(60):
         packed = PackedSequences(encoded.marks, edges, np.array([[0, seed]]))
-        asked = select_positions(packed, MaskingConfig(mask_rate=0.3, mask_unit=how), seed)
-        if not len(asked) or not is_whole(text, encoded, rule, asked):
+        masked = select_positions(packed, MaskingConfig(mask_rate=0.3, mask_unit=how), seed)
+        if not len(masked) or not is_whole(text, encoded, rule, masked):
             return False
     return True
 
@@ -102,30 +102,30 @@ def law_holds(kind: str, language: str, how: MaskUnit) -> bool:
 @pytest.mark.parametrize("how", ["whole-word", "span"])
 @pytest.mark.parametrize("language", SENTENCES)
 @pytest.mark.parametrize("kind", KINDS)
-def test_words_are_asked_whole(kind: str, language: str, how: MaskUnit) -> None:
+def test_words_are_masked_as_a_whole(kind: str, language: str, how: MaskUnit) -> None:
     assert law_holds(kind, language, how)
 
 
-def test_this_finds_words_that_are_torn() -> None:
+def test_the_check_finds_words_that_are_masked_in_part() -> None:
     text = SENTENCES["English"]
     encoded = tokenizer_of("bpe", "English").encode(text)
-    torn = np.flatnonzero(encoded.marks & WORD_START == 0)[:1]
-    assert not is_whole(text, encoded, "spaces", torn)
+    partial = np.flatnonzero(encoded.marks & WORD_START == 0)[:1]
+    assert not is_whole(text, encoded, "spaces", partial)
 
 
 def cut(kind: str, language: str) -> str:
-    """The sentence as it is cut: pieces parted by |, words by a middle dot."""
+    """The sentence with | between tokens and a middle dot between words."""
     tokenizer, sentence = tokenizer_of(kind, language), SENTENCES[language]
     encoded, reader = tokenizer.encode(sentence, detect_words(sentence)), TokenFormatter(tokenizer)
     shown = ""
     for number, (id, mark) in enumerate(zip(encoded.ids.tolist(), encoded.marks.tolist(), strict=True)):
-        shown += (" · " if mark & WORD_START else "|") * bool(number) + reader.shown(id)
+        shown += (" · " if mark & WORD_START else "|") * bool(number) + reader.display(id)
     return shown
 
 
 def table() -> str:
     lines = [
-        "| language | kind | cut | whole words | unknown | tokens per word |",
+        "| language | kind | tokens | whole words | unknown | tokens per word |",
         "| --- | --- | --- | --- | ---: | ---: |",
     ]
     for language, sentence in SENTENCES.items():
@@ -134,7 +134,7 @@ def table() -> str:
             encoded = tokenizer_of(kind, language).encode(sentence, rule)
             several = sum(len(words) > 1 for words in words_of_tokens(sentence, encoded, rule))
             law = "yes" if law_holds(kind, language, "whole-word") and law_holds(kind, language, "span") else "no"
-            law += f" ({several} hold several)" if several else ""
+            law += f" ({several} span several)" if several else ""
             unknown = encoded.characters_unknown / len(sentence)
             fertility = len(encoded.ids) / int(word_starts(sentence, rule).sum())
             shown = cut(kind, language).replace("|", "\\|").replace("`", "")

@@ -80,7 +80,7 @@ def test_bytes_give_every_text_back(chosen: TokenizerConfig) -> None:
     for text in [*PROMPTS, "뷁ŧ\u2028𐍈"]:
         encoded = tokenizer.encode(text)
         assert tokenizer.decode(encoded.ids) == unicodedata.normalize("NFC", text) and not encoded.characters_unknown
-        assert not set(encoded.ids.tolist()) & set(tokenizer.special_ids), "letters are no special piece"
+        assert not set(encoded.ids.tolist()) & set(tokenizer.special_ids), "letters are not a special token"
     assert tokenizer.size == (400 if chosen.kind == "bpe" else 261)
 
 
@@ -103,7 +103,7 @@ def test_normalisation_by_name(make: type[WordPieceConfig | ByteBpeConfig | Unig
 @pytest.mark.parametrize("chosen", LEARNT, ids=repr)
 def test_a_vocabulary_that_the_text_can_not_give(chosen: ByteBpeConfig | UnigramConfig) -> None:
     make = type(chosen)
-    with pytest.raises(TokenizerError, match="more than this text can give") as caught:
+    with pytest.raises(TokenizerError, match="is too large: this text gives") as caught:
         train_tokenizer(SAMPLE, make(vocab_size=50_000))
     size = int(caught.value.hint.split("vocab_size=")[1].split(",")[0])
     assert train_tokenizer(SAMPLE, make(vocab_size=size)).size == size
@@ -112,7 +112,7 @@ def test_a_vocabulary_that_the_text_can_not_give(chosen: ByteBpeConfig | Unigram
 
 
 def test_the_smallest_vocabulary_of_bytes_is_named() -> None:
-    with pytest.raises(TokenizerError, match="261 pieces") as caught:
+    with pytest.raises(TokenizerError, match="261 tokens") as caught:
         train_tokenizer(["word"], ByteBpeConfig())
     assert (
         "vocab_size=261" in caught.value.hint and train_tokenizer(["word"], ByteBpeConfig(vocab_size=261)).size == 261
@@ -123,7 +123,7 @@ def test_the_space_before_a_text_is_known_where_text_has_none() -> None:
     tokenizer = train_tokenizer(["ACGT" * 30 + "TTAGGC" * 30], UnigramConfig(vocab_size=12))
     encoded = tokenizer.encode("TTAGGCACGT")
     assert not encoded.characters_unknown and tokenizer.unknown_id not in encoded.ids
-    assert TokenFormatter(tokenizer).shown(int(encoded.ids[0])) == "␣" and encoded.marks.tolist()[:2] == [3, 0]
+    assert TokenFormatter(tokenizer).display(int(encoded.ids[0])) == "␣" and encoded.marks.tolist()[:2] == [3, 0]
 
 
 def test_what_settings_refuse() -> None:
@@ -137,12 +137,12 @@ def test_what_settings_refuse() -> None:
     assert train_tokenizer(SAMPLE, ByteConfig(special_tokens=("[MASK]",))).unknown_id is None
 
 
-def test_only_so_much_is_looked_at_and_told() -> None:
+def test_the_sample_is_limited_and_progress_reported() -> None:
     for chosen in (ByteBpeConfig(vocab_size=262, max_train_chars=50), UnigramConfig(vocab_size=8, max_train_chars=50)):
-        told: list[tuple[str, float]] = []
+        reports: list[tuple[str, float]] = []
         texts = ["ab " * 20, "zz " * 400_000]
-        tokenizer = train_tokenizer(texts, chosen, lambda *one, told=told: told.append(one))
-        assert told == sorted(told) and all(0 <= share <= 1 for _, share in told)
+        tokenizer = train_tokenizer(texts, chosen, lambda *report, reports=reports: reports.append(report))
+        assert reports == sorted(reports) and all(0 <= share <= 1 for _, share in reports)
         assert "zz" not in tokenizer.to_json()
 
 
@@ -158,7 +158,7 @@ def test_a_file_without_a_mask_or_that_is_none(tmp_path: Path) -> None:
     file = tmp_path / "tokenizer.json"
     built = tokenizers.Tokenizer(tokenizers.models.WordLevel({"<unk>": 0, "a": 1}, unk_token="<unk>"))
     built.save(str(file))
-    with pytest.raises(TokenizerError, match="no piece for a mask") as caught:
+    with pytest.raises(TokenizerError, match="no mask token") as caught:
         train_tokenizer([], FileTokenizerConfig("file", file))
     assert "add_special_tokens" in caught.value.hint and str(file) == caught.value.location
     built.add_special_tokens(["<blank>"])
@@ -168,13 +168,13 @@ def test_a_file_without_a_mask_or_that_is_none(tmp_path: Path) -> None:
     assert opened.id_to_token(opened.mask_id) == "<blank>" and opened.role_id("mask_token") == opened.mask_id
     assert opened.role_id("cls_token") is None
     file.write_text("not JSON")
-    with pytest.raises(TokenizerError, match="can't be read"):
+    with pytest.raises(TokenizerError, match="read this tokenizer"):
         train_tokenizer([], FileTokenizerConfig("file", tmp_path))
 
 
 def test_letters_of_a_mask_in_a_file_that_looks_for_it(tmp_path: Path) -> None:
-    pieces = [("<unk>", 0.0), ("<mask>", 0.0), *((letter, -2.0) for letter in "▁abkms<>")]
-    built = tokenizers.Tokenizer(tokenizers.models.Unigram(pieces, unk_id=0))
+    tokens = [("<unk>", 0.0), ("<mask>", 0.0), *((letter, -2.0) for letter in "▁abkms<>")]
+    built = tokenizers.Tokenizer(tokenizers.models.Unigram(tokens, unk_id=0))
     built.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace()
     built.add_special_tokens(["<unk>", "<mask>"])
     built.save(str(tmp_path / "tokenizer.json"))

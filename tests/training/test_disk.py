@@ -1,4 +1,4 @@
-"""A full disk, and one without symbolic links: what was saved stays, and the run goes on to the same bits."""
+"""A full disk, and one without symbolic links: checkpoints are kept, and the resumed run gives the same bits."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from unmask import load
 from unmask.core.errors import DamagedError, StoreError
 from unmask.models.model import follow
-from unmask.training.display.plain import SilentDisplay
+from unmask.training.display import Display
 from unmask.training.loggers import JsonlLogger, read_log
 from unmask.training.loop import TrainState
 from unmask.training.pretrain import launch, resume
@@ -27,9 +27,11 @@ except ImportError:  # Windows
     resource = None
 
 SMALL = [
-    "data.tokenizer.kind=characters", "model.num_hidden_layers=1", "model.hidden_size=16", "model.num_attention_heads=2",
-    "model.intermediate_size=16", "train.every.log=1 steps", "train.every.validate=4 steps", "train.every.save=4 steps",
-    "train.threads=1", "stage=[{max_seq_len = 32, batch_size = '256 tokens'}]", "train.budget=10 steps", "train.ema_decay=0.9",
+    "data.tokenizer.kind=characters", "model.num_hidden_layers=1", "model.hidden_size=16",
+    "model.num_attention_heads=2", "model.intermediate_size=16", "train.every.log=1 steps",
+    "train.every.validate=4 steps", "train.every.save=4 steps",
+    "train.threads=1", "stage=[{max_seq_len = 32, batch_size = '256 tokens'}]", "train.budget=10 steps",
+    "train.ema_decay=0.9",
 ]  # fmt: skip
 
 
@@ -51,24 +53,24 @@ def losses(run: Path) -> list[tuple[int, float]]:
 
 
 @pytest.fixture(scope="module")
-def undisturbed(prose: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def uninterrupted(prose: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     run = tmp_path_factory.mktemp("runs") / "whole"
     launch([prose], recipe="tiny", out=run, settings=SMALL)
     return run
 
 
 @pytest.mark.skipif(resource is None, reason="this system has no limits to set")
-def test_a_full_disk_loses_nothing_that_was_saved(prose: Path, tmp_path: Path, undisturbed: Path) -> None:
-    """After step 6 a real process may write no long file: saving step 8 fails."""
+def test_a_full_disk_loses_nothing_that_was_saved(prose: Path, tmp_path: Path, uninterrupted: Path) -> None:
+    """From step 6 on, a real process can write no long file: saving step 8 fails."""
     run = tmp_path / "run"
     program = f"""
 import resource
 from pathlib import Path
 from unmask.cli.errors import handle_errors
 from unmask.training.pretrain import launch
-from unmask.training.display.plain import SilentDisplay
+from unmask.training.display import Display
 run = Path({str(run)!r})
-class Fills(SilentDisplay):
+class Fills(Display):
     def step(self, standing):
         if standing.step == 6:
             most = (run / "log.jsonl").stat().st_size + 2000
@@ -77,64 +79,64 @@ handle_errors(lambda: launch([Path({str(prose)!r})], recipe="tiny", out=run, set
 """
     done = subprocess.run([sys.executable, "-c", program], check=False, capture_output=True, text=True, timeout=120)
     err = " ".join(done.stderr.split())
-    assert err.startswith("error: can't write here: I/O error: File too large"), done.stderr
-    assert f"nothing that was saved is lost; then go on: unmask pretrain --resume {run}" in err
-    goes_on(run, undisturbed)
+    assert err.startswith("error: can't write: I/O error: File too large"), done.stderr
+    assert f"then resume (saved checkpoints are intact): unmask pretrain --resume {run}" in err
+    check_resume(run, uninterrupted)
 
 
-def goes_on(run: Path, undisturbed: Path) -> None:
-    """The last whole step stands, nothing half made lies about, and the run goes on to the same bits."""
+def check_resume(run: Path, uninterrupted: Path) -> None:
+    """The last checkpoint is complete, nothing incomplete is left, and the resumed run gives the same bits."""
     assert (run / "latest").readlink().name == "step-0000004" and load(run).card["step"] == 4
-    assert not list(run.glob(".*")) and not (run / "lock.json").exists() and not (run / "crash.txt").exists()
-    assert (run / "log.jsonl").read_text().endswith("}\n"), "whole lines alone"
+    assert not list(run.glob(".*")) and not (run / "lock").exists() and not (run / "crash.txt").exists()
+    assert (run / "log.jsonl").read_text().endswith("}\n"), "complete lines only"
     resume(run)
-    assert same(run, undisturbed) and losses(run) == losses(undisturbed)
+    assert same(run, uninterrupted) and losses(run) == losses(uninterrupted)
 
 
-class Limits(SilentDisplay):
-    """Lets this process write no file longer than so many bytes, from some moment on."""
+class Limits(Display):
+    """Limits the file size of this process from a given event on."""
 
-    def __init__(self, when: str, most: Callable[[], int]) -> None:
-        self._when, self._most = when, most
-        self._before: tuple[int, int] | None = None
+    def __init__(self, event: str, limit_bytes: Callable[[], int]) -> None:
+        self._event, self._limit_bytes = event, limit_bytes
+        self._old_limit: tuple[int, int] | None = None
 
     def step(self, state: TrainState) -> None:
-        if f"step {state.step}" == self._when:
+        if f"step {state.step}" == self._event:
             self._limit()
 
-    def text(self, text: str, slots: object) -> None:
-        if self._when == "the text":
+    def sample(self, text: str, tokens: object) -> None:
+        if self._event == "the sample":
             self._limit()
 
     def close(self) -> None:
-        if self._before:
-            resource.setrlimit(resource.RLIMIT_FSIZE, self._before)
+        if self._old_limit:
+            resource.setrlimit(resource.RLIMIT_FSIZE, self._old_limit)
 
     def _limit(self) -> None:
-        self._before = resource.getrlimit(resource.RLIMIT_FSIZE)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (self._most(), self._before[1]))
+        self._old_limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (self._limit_bytes(), self._old_limit[1]))
 
 
 @pytest.mark.skipif(resource is None, reason="this system has no limits to set")
-def test_a_log_without_room_ends_the_run_with_whole_lines(prose: Path, tmp_path: Path, undisturbed: Path) -> None:
+def test_a_full_disk_leaves_complete_log_lines(prose: Path, tmp_path: Path, uninterrupted: Path) -> None:
     run = tmp_path / "run"
     display = Limits("step 6", lambda: (run / "log.jsonl").stat().st_size + 20)
     with pytest.raises(StoreError, match="File too large") as caught:
         launch([prose], recipe="tiny", out=run, settings=SMALL, display=display)
     assert str(run / "log.jsonl") in caught.value.location and f"--resume {run}" in caught.value.hint
-    goes_on(run, undisturbed)
+    check_resume(run, uninterrupted)
 
 
 @pytest.mark.skipif(resource is None, reason="this system has no limits to set")
-def test_a_run_that_could_not_begin_leaves_nothing(prose: Path, tmp_path: Path) -> None:
-    """No room for recipe.toml: the folder, which could not go on, does not stand in the way of another try."""
+def test_a_run_that_could_not_start_leaves_nothing(prose: Path, tmp_path: Path) -> None:
+    """recipe.toml can't be written: the directory is removed, because it could not be resumed."""
     with pytest.raises(StoreError, match="File too large"):
-        launch([prose], recipe="tiny", out=tmp_path / "run", settings=SMALL, display=Limits("the text", lambda: 300))
+        launch([prose], recipe="tiny", out=tmp_path / "run", settings=SMALL, display=Limits("the sample", lambda: 300))
     assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.skipif(resource is None, reason="this system has no limits to set")
-def test_a_log_line_is_whole_or_not_there(tmp_path: Path) -> None:
+def test_a_log_line_is_complete_or_absent(tmp_path: Path) -> None:
     log = JsonlLogger(tmp_path / "log.jsonl")
     log.write(1, {"loss": 2.5, "earlier": {128: float("nan")}})
     before = (tmp_path / "log.jsonl").read_bytes()
@@ -152,26 +154,26 @@ def test_a_log_line_is_whole_or_not_there(tmp_path: Path) -> None:
     assert [line["step"] for line in read_log(tmp_path / "log.jsonl")] == [1, 3]
 
 
-class Says(SilentDisplay):
+class Messages(Display):
     def __init__(self) -> None:
-        self.said: list[str] = []
+        self.messages: list[str] = []
 
     def message(self, message: str) -> None:
-        self.said.append(message)
+        self.messages.append(message)
 
 
-def test_a_place_without_symbolic_links(
-    prose: Path, tmp_path: Path, undisturbed: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_disk_without_symbolic_links(
+    prose: Path, tmp_path: Path, uninterrupted: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Where the system refuses links (an account on Windows, some disks), `latest` is a small file, and it is said."""
+    """If the system refuses symbolic links, `latest` is a small file, and a message says so."""
 
     def refuse(*arguments: object, **named: object) -> None:
         raise OSError(1, "Operation not permitted")
 
     monkeypatch.setattr(os, "symlink", refuse)
-    run, told = tmp_path / "run", Says()
-    launch([prose], recipe="tiny", out=run, settings=[*SMALL, "train.budget=6 steps"], display=told)
-    assert any("small file" in sentence for sentence in told.said)
+    run, display = tmp_path / "run", Messages()
+    launch([prose], recipe="tiny", out=run, settings=[*SMALL, "train.budget=6 steps"], display=display)
+    assert any("small file" in message for message in display.messages)
     assert (run / "latest").is_file() and (run / "latest").read_text() == "step-0000006\n"
     assert load(run / "latest").card["step"] == 6
     resume(run, budget="10 steps")
@@ -182,4 +184,4 @@ def test_a_place_without_symbolic_links(
     (run / "latest").write_text("step-0000010\n")
     monkeypatch.undo()
     resume(run, budget="+1 steps")
-    assert (run / "latest").is_symlink(), "where links can be made again, it is one"
+    assert (run / "latest").is_symlink(), "a link again, now that links work"

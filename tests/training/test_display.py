@@ -1,8 +1,9 @@
-"""What a person sees of a run, in a pipe and in a terminal."""
+"""The output of a run in a pipe and in a terminal."""
 
 from __future__ import annotations
 
 import io
+import logging
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -10,49 +11,49 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+from unmask.cli.options import display_for
 from unmask.core.format import count, duration, visible
 from unmask.evaluation.validation import Validation
-from unmask.training.display import Display, Line, PreviewSpan, Summary, TokenView
+from unmask.training.display import Display, PreviewLine, PreviewSpan, Summary, TokenView, show_log
 from unmask.training.display.live import LiveDisplay
-from unmask.training.display.plain import PlainDisplay, SilentDisplay
+from unmask.training.display.plain import PlainDisplay
 from unmask.training.display.text import (
     Pace,
+    cell_rows,
     comparison_rows,
-    forecast_notes,
-    forecast_rows,
-    share_of_matmul,
-    slot_rows,
+    estimate_notes,
+    estimate_rows,
+    matmul_text,
     stage_rows,
     unigram_line,
 )
 from unmask.training.estimate import CostEstimate
 from unmask.training.loop import TrainState
 from unmask.training.plan import Plan, StagePlan
-from unmask.training.pretrain import for_stream
 
 PLAN = Plan((StagePlan(64, 4096, 0, 300, 0.02), StagePlan(128, 4096, 300, 200, 0.03)), 0.1, 0.1, 2.0)
-FORECAST = CostEstimate(
+ESTIMATE = CostEstimate(
     "tiny", 1_482_240, 9.2e6, 312, 1_200_000, PLAN, (60.8, 2.2), {"notes.txt": 63.0}, 1.6e11, 420_000_000, 38_000_000,
     "cpu", "bfloat16", 2, "muon",
 )  # fmt: skip
-LETTERS: list[Line] = [
+LETTERS: list[PreviewLine] = [
     (
         PreviewSpan("We are acc"),
-        PreviewSpan("o", "right", "o"),
+        PreviewSpan("o", "correct", "o"),
         PreviewSpan("u"),
         PreviewSpan("x", "wrong", "n"),
         PreviewSpan("ted\npoor"),
     )
 ]
-WORDS: list[Line] = [
+WORDS: list[PreviewLine] = [
     (
         PreviewSpan("The "),
-        PreviewSpan("cat", "right", "cat"),
+        PreviewSpan("cat", "correct", "cat"),
         PreviewSpan(" sat on "),
         PreviewSpan("dog", "wrong", "the"),
     )
 ]
-SLOTS = [
+TOKENS = [
     TokenView("[CLS]", "[CLS]", False),
     TokenView("the", "[MASK]", True),
     TokenView("cat", "horse", True),
@@ -62,73 +63,76 @@ SLOTS = [
 
 
 def validation(loss: float) -> Validation:
-    return Validation(loss, 0.3, 1.99, 3.31, 128, {64: 3.5})
+    return Validation(loss, 0.3, 1.99, 3.31, masked_tokens=1000, length=128, unknown_share=0.0, earlier={64: 3.5})
 
 
-def run(display: Display, panel: list[Line]) -> None:
-    """A run as pretrain tells it."""
-    for share in (0.0, 0.4, 1.0):
-        display.progress("reading the text", share)
-    display.message("a document is what stands between blank lines")
-    display.forecast(FORECAST)
-    display.text("the cat sat down", SLOTS)
+def run(display: Display, preview: list[PreviewLine]) -> None:
+    """Calls a display as pretrain does."""
+    for fraction in (0.0, 0.4, 1.0):
+        display.progress("reading the text", fraction)
+    display.message("documents are separated by blank lines")
+    display.estimate(ESTIMATE)
+    display.sample("the cat sat down", TOKENS)
     state = TrainState()
     display.train_start(PLAN, state, 9.2e6, 1.6e11)
     for step in range(1, PLAN.steps + 1):
         state.step, state.tokens, state.seconds = step, step * 4096, step * 0.04
-        state.window.add({"loss": (1800.0, 600), "accuracy": (200.0, 600)})
-        state.window.tokens += 4096
-        state.window.seconds += 0.04
+        state.metrics.add({"loss": (1800.0, 600), "accuracy": (200.0, 600)})
+        state.metrics.tokens += 4096
+        state.metrics.seconds += 0.04
         display.step(state)
         if step % 100 == 0:
             metrics = {"tokens": state.tokens, "seconds": state.seconds, "loss": 4 - step / 200, "accuracy": 0.3}
             display.logged(step, {**metrics, "tokens_per_second": 8000.0, "learning_rate": 1e-3})
-            state.window = type(state.window)()
-    display.validated(PLAN.steps, validation(2.4), panel)
+            state.pop_metrics()
+    display.validated(PLAN.steps, validation(2.4), preview)
     display.saved(Path("runs/x/step-0000500"))
     display.train_end(Summary(Path("runs/x"), 500, 2_048_000, 20.0, 14.0, 18.0, 8000.0, validation(2.4)))
     display.close()
 
 
-def test_how_often_the_text_is_seen_is_told_in_all_by_stage_and_by_text() -> None:
-    assert [row[4] for row in stage_rows(FORECAST)] == ["61 times", "2.2 times"]
-    assert ("text", "312 documents, 1.2M tokens, which will be seen 63 times") in forecast_rows(FORECAST)
-    (warned,) = forecast_notes(FORECAST)
-    assert "by heart" in warned and "early_stopping_patience" in warned
-    fits = replace(FORECAST, epochs=(1.0, 2.2), texts_seen={"notes.txt": 3.2})
-    assert forecast_notes(fits) == []
-    two = replace(FORECAST, epochs=(1.0, 0.5), texts_seen={"notes.txt": 3.2, "wiki": 0.4})
-    told, unread = forecast_notes(two)
-    assert told == "of the texts, notes.txt will be seen 3.2 times, wiki will be seen 0.4 times" and "unread" in unread
+def test_epochs_are_shown_in_total_by_stage_and_by_text() -> None:
+    assert [row[4] for row in stage_rows(ESTIMATE)] == ["61", "2.2"]
+    assert ("data", "312 documents, 1.2M tokens, 63 epochs") in estimate_rows(ESTIMATE)
+    (warning,) = estimate_notes(ESTIMATE)
+    assert "63 epochs over the same text" in warning and "early_stopping_patience" in warning
+    fits = replace(ESTIMATE, epochs=(1.0, 2.2), texts_seen={"notes.txt": 3.2})
+    assert estimate_notes(fits) == []
+    two = replace(ESTIMATE, epochs=(1.0, 0.5), texts_seen={"notes.txt": 3.2, "wiki": 0.4})
+    by_text, unused = estimate_notes(two)
+    assert by_text == "epochs by text: notes.txt 3.2 epochs, wiki 0.4 epochs" and "is not used" in unused
+    once = replace(ESTIMATE, epochs=(1.0,), texts_seen={"notes.txt": 1.0})
+    assert estimate_rows(once)[2][1].endswith(", 1 epoch")
 
 
-def test_a_run_that_may_end_early_says_what_that_means_for_its_rates() -> None:
-    early = replace(FORECAST, epochs=(1.0, 2.2), texts_seen={}, patience=3, decay="over the last 40% of the plan")
-    assert (
-        "after 3 validations without gain: maybe before the rates come down over the last" in forecast_notes(early)[0]
-    )
+def test_early_stopping_is_compared_with_the_decay_of_the_learning_rate() -> None:
+    early = replace(ESTIMATE, epochs=(1.0, 2.2), texts_seen={}, patience=3, decay="over the last 40% of the plan")
+    assert estimate_notes(early) == [
+        "the run stops after 3 validations without improvement, possibly before the learning rate decays over the last "
+        "40% of the plan"
+    ]
 
 
-def test_the_summary_names_the_best_step_and_why_it_ended_early() -> None:
+def test_the_results_name_the_best_step_and_the_reason_of_an_early_stop() -> None:
     summary = Summary(
         Path("r"), 300, 1_228_800, 20.0, 14.0, 18.0, 8000.0, validation(2.5), 200, 2.4, "3 validations w.g."
     )
-    rows = {row.label: row.fact for row in comparison_rows(summary, PLAN)}
-    assert rows["best validation loss"] == "2.400 at step 200" and rows["ended early"] == "3 validations w.g."
-    whole = {row.label for row in comparison_rows(replace(summary, best_step=300, early=""), PLAN)}
-    assert not whole & {"best validation loss", "ended early"}
+    rows = {row.label: row.actual for row in comparison_rows(summary, PLAN)}
+    assert rows["best validation loss"] == "2.400 at step 200" and rows["stopped early"] == "3 validations w.g."
+    labels = {row.label for row in comparison_rows(replace(summary, best_step=300, early=""), PLAN)}
+    assert not labels & {"best validation loss", "stopped early"}
 
 
-def plain(panel: list[Line]) -> str:
+def plain(preview: list[PreviewLine]) -> str:
     stream = io.StringIO()
-    run(PlainDisplay(stream), panel)
+    run(PlainDisplay(stream), preview)
     return stream.getvalue()
 
 
-def terminal(panel: list[Line], width: int = 80, **settings: object) -> str:
+def terminal(preview: list[PreviewLine], width: int = 80, **settings: object) -> str:
     stream = io.StringIO()
     options = {"color_system": "truecolor", "force_terminal": True, **settings}
-    run(LiveDisplay(Console(file=stream, width=width, height=30, **options)), panel)
+    run(LiveDisplay(Console(file=stream, width=width, height=30, **options)), preview)
     return stream.getvalue()
 
 
@@ -136,41 +140,41 @@ def test_a_pipe_gets_lines_without_escape_codes() -> None:
     text = plain(LETTERS)
     assert "\x1b" not in text and "\r" not in text
     line = next(line for line in text.splitlines() if line.startswith("step 100/500"))
-    # 9.2 MFLOPs × 8,000 tokens/s ÷ 160 GFLOP/s = 46 %. Of the planned 14 s these steps were to take 2.4 and took 4.0,
-    # so the other 11.6 will take 19.3.
+    # 9.2 MFLOPs × 8,000 tokens/s ÷ 160 GFLOP/s = 46 %. These steps took 4.0 s; the plan gave them 2.4 of its 14 s. So
+    # the other 11.6 s become 19.3 s.
     for part in ("20%", "loss 3.500", "accuracy 30.0%", "8,000 tokens/s", "46% of matmul rate", "lr 1.00e-03"):
         assert part in line
-    assert line.endswith("4.0 s gone  19 s left")
-    assert text.count("reading the text") == 2, "a short preparation says that it began and that it ended"
-    assert "unigram 3.31: the plateau; 0.9 nats under it" in text
-    assert "forecast 14 s" in text
+    assert line.endswith("elapsed 4.0 s  ETA 19 s")
+    assert text.count("reading the text") == 2, "a short task has a line at its start and one at its end"
+    assert "unigram baseline 3.31: the loss is 0.9 nats below it" in text
+    assert "(estimate 14 s)" in text
 
 
-def test_guesses_are_told_apart_without_colour() -> None:
+def test_brackets_mark_predictions_without_color() -> None:
     assert "We are acc[o]u{x}ted⏎poor" in plain(LETTERS)
     assert "The [cat] sat on {dog→the}" in plain(WORDS)
     bare = terminal(WORDS, color_system=None)
     assert "The [cat] sat on {dog→the}" in bare
 
 
-def test_without_colour_underline_and_reverse_remain(monkeypatch: pytest.MonkeyPatch) -> None:
-    coloured = terminal(LETTERS)
-    assert "\x1b[1;4;32mo\x1b[0m" in coloured and "\x1b[7;31mx\x1b[0m" in coloured
+def test_without_color_underline_and_reverse_remain(monkeypatch: pytest.MonkeyPatch) -> None:
+    styled = terminal(LETTERS)
+    assert "\x1b[1;4;32mo\x1b[0m" in styled and "\x1b[7;31mx\x1b[0m" in styled
     monkeypatch.setenv("NO_COLOR", "1")
-    colourless = terminal(LETTERS)
-    assert "\x1b[1;4mo\x1b[0m" in colourless and "\x1b[7mx\x1b[0m" in colourless
+    colorless = terminal(LETTERS)
+    assert "\x1b[1;4mo\x1b[0m" in colorless and "\x1b[7mx\x1b[0m" in colorless
 
 
-@pytest.mark.parametrize("panel", [LETTERS, WORDS], ids=["letters", "words"])
-def test_a_terminal_of_eighty_columns_holds_every_line(panel: list[Line]) -> None:
-    text = terminal(panel, color_system=None)
+@pytest.mark.parametrize("preview", [LETTERS, WORDS], ids=["letters", "words"])
+def test_a_terminal_of_eighty_columns_holds_every_line(preview: list[PreviewLine]) -> None:
+    text = terminal(preview, color_system=None)
     printed = [line for part in text.split("\n") for line in part.split("\x1b[2K")[-1:]]
     assert all(len(line.replace("\x1b[?25h", "").replace("\x1b[?25l", "").lstrip("\r")) <= 80 for line in printed)
-    for part in ("1,482,240 parameters", "seen 63 times", "by heart", "500 steps, 2.05M tokens", "fact", "[MASK]"):
+    for part in ("1,482,240 parameters", "63 epochs", "memorize", "500 steps, 2.05M tokens", "actual", "[MASK]"):
         assert part in text
 
 
-def test_the_cursor_comes_back() -> None:
+def test_the_cursor_is_restored() -> None:
     stream = io.StringIO()
     display = LiveDisplay(Console(file=stream, width=80, height=30, force_terminal=True, color_system="truecolor"))
     display.train_start(PLAN, TrainState(), 9.2e6, 1.6e11)
@@ -196,45 +200,45 @@ def test_between_redraws_a_step_costs_next_to_nothing() -> None:
 
 
 @pytest.mark.parametrize(
-    ("loss", "said"),
-    [(2.4, "0.9 nats under it"), (3.25, "0.06 nats under it"), (3.31, "still above it"), (3.6, "still above it")],
+    ("loss", "text"),
+    [(2.4, "0.9 nats below it"), (3.25, "0.06 nats below it"), (3.31, "is not below it"), (3.6, "is not below it")],
 )
-def test_the_unigram_line_says_where_the_plateau_ends(loss: float, said: str) -> None:
-    assert said in unigram_line(validation(loss))
+def test_the_loss_is_compared_with_the_unigram_baseline(loss: float, text: str) -> None:
+    assert text in unigram_line(validation(loss))
 
 
-def test_what_is_left_follows_the_plan_and_the_pace() -> None:
+def test_the_remaining_time_follows_plan_and_speed() -> None:
     pace = Pace(PLAN, TrainState(step=100, seconds=10.0), 9.2e6, 1.6e11)
     # Steps 100 to 200 were planned to take 2.4 s and took 4.8; what remains of the plan, 9.6 s, takes twice as long.
     assert pace.seconds_left(TrainState(step=200, seconds=14.8)) == pytest.approx(2 * (14 - 2 * 2.4))
     assert pace.seconds_left(TrainState(step=500, seconds=30.0)) == 0
     unmeasured = Plan((StagePlan(64, 100, 0, 10, 0.0),))
     assert Pace(unmeasured, TrainState(), 1, 0).seconds_left(TrainState(step=5, seconds=3.0)) == pytest.approx(3.0)
-    assert share_of_matmul(Pace(unmeasured, TrainState(), 1, 0).share_of_matmul(5.0)) == ""
+    assert matmul_text(Pace(unmeasured, TrainState(), 1, 0).matmul_fraction(5.0)) == ""
 
 
-def test_one_text_is_laid_out_slot_under_slot() -> None:
-    rows = slot_rows(SLOTS, 20)
-    assert [[slot.piece for slot in row] for row in rows] == [["[CLS]", "the   ", "cat  "], ["sat", "down"]]
-    assert [slot.state for row in rows for slot in row] == ["plain", "hidden", "random", "kept", "plain"]
+def test_a_sample_is_laid_out_token_by_token() -> None:
+    rows = cell_rows(TOKENS, 20)
+    assert [[cell.original for cell in row] for row in rows] == [["[CLS]", "the   ", "cat  "], ["sat", "down"]]
+    assert [cell.state for row in rows for cell in row] == ["plain", "mask", "random", "kept", "plain"]
     assert rows[0][1].shown == "[MASK]" and rows[0][1].mark == "^^^^^^"
     letters = [TokenView("a", "[MASK]", True), TokenView("\n", "\n", False), TokenView("字", "b", True)]
-    assert [(slot.piece, slot.shown) for slot in slot_rows(letters, 80)[0]] == [
+    assert [(cell.original, cell.shown) for cell in cell_rows(letters, 80)[0]] == [
         ("a", "_"), ("⏎", "⏎"), ("字", "b "),
     ]  # fmt: skip
 
 
 @pytest.mark.parametrize(
-    ("seconds", "said"),
+    ("seconds", "text"),
     [(0.04, "0.0 s"), (9.96, "10 s"), (59.6, "1 min"), (61, "1 min 1 s"), (3599.6, "1 h"), (86399, "1 d 0 h")],
 )
-def test_durations(seconds: float, said: str) -> None:
-    assert duration(seconds) == said
+def test_durations(seconds: float, text: str) -> None:
+    assert duration(seconds) == text
     assert duration(float("nan")) == "?"
 
 
 @pytest.mark.parametrize(
-    ("number", "said"),
+    ("number", "text"),
     [
         (0, "0"),
         (812, "812"),
@@ -247,8 +251,8 @@ def test_durations(seconds: float, said: str) -> None:
         (2e9, "2B"),
     ],
 )
-def test_counts(number: float, said: str) -> None:
-    assert count(number) == said
+def test_counts(number: float, text: str) -> None:
+    assert count(number) == text
 
 
 def test_control_characters_do_not_reach_the_terminal() -> None:
@@ -256,7 +260,7 @@ def test_control_characters_do_not_reach_the_terminal() -> None:
     assert "\x1b" not in plain([(PreviewSpan("a\x1b[2J"), PreviewSpan("\x1b", "wrong", "b"))])
 
 
-def test_a_long_preparation_says_so_every_few_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_long_task_writes_a_line_every_few_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = [0.0]
     monkeypatch.setattr(time, "monotonic", lambda: clock[0])
     stream = io.StringIO()
@@ -270,7 +274,7 @@ def test_a_long_preparation_says_so_every_few_seconds(monkeypatch: pytest.Monkey
     assert len(stream.getvalue().splitlines()) == 5
 
 
-def test_a_run_goes_on_where_nobody_reads() -> None:
+def test_a_closed_pipe_does_not_stop_a_run() -> None:
     class Closed(io.StringIO):
         def write(self, text: str, /) -> int:
             raise BrokenPipeError
@@ -278,7 +282,7 @@ def test_a_run_goes_on_where_nobody_reads() -> None:
     run(PlainDisplay(Closed()), LETTERS)
 
 
-def test_a_stream_that_cannot_hold_a_letter_gets_another() -> None:
+def test_a_character_that_the_stream_cannot_encode_is_replaced() -> None:
     raw = io.BytesIO()
     stream = io.TextIOWrapper(raw, encoding="ascii")
     run(PlainDisplay(stream), LETTERS)
@@ -286,9 +290,21 @@ def test_a_stream_that_cannot_hold_a_letter_gets_another() -> None:
 
 
 def test_the_stream_decides() -> None:
-    assert isinstance(for_stream(io.StringIO()), PlainDisplay)
-    assert isinstance(for_stream(io.StringIO(), quiet=True), SilentDisplay)
-    run(for_stream(io.StringIO(), quiet=True), LETTERS)
+    assert isinstance(display_for(io.StringIO()), PlainDisplay)
+    assert type(display_for(io.StringIO(), quiet=True)) is Display
+    run(display_for(io.StringIO(), quiet=True), LETTERS)
+
+
+def test_a_display_shows_the_log_of_the_package() -> None:
+    stream, logger = io.StringIO(), logging.getLogger("unmask")
+    before = (logger.level, list(logger.handlers))
+    with show_log(PlainDisplay(stream)):
+        logger.debug("a detail")
+        logger.info("read %d files", 3)
+        logger.warning("one of them is empty")
+    logger.info("later")
+    assert stream.getvalue() == "read 3 files\nwarning: one of them is empty\n"
+    assert (logger.level, list(logger.handlers)) == before
 
 
 def test_a_terminal_gets_the_live_display(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -297,6 +313,6 @@ def test_a_terminal_gets_the_live_display(monkeypatch: pytest.MonkeyPatch) -> No
             return True
 
     monkeypatch.setenv("TERM", "xterm-256color")
-    assert isinstance(for_stream(Terminal()), LiveDisplay)
+    assert isinstance(display_for(Terminal()), LiveDisplay)
     monkeypatch.setenv("TERM", "dumb")
-    assert isinstance(for_stream(Terminal()), PlainDisplay)
+    assert isinstance(display_for(Terminal()), PlainDisplay)

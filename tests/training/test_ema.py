@@ -1,4 +1,4 @@
-"""An average of the weights: what it is, that it is judged and saved, and that it goes on exactly."""
+"""The moving average of the weights: its formula, that it is validated and saved, and that it resumes exactly."""
 
 from __future__ import annotations
 
@@ -15,20 +15,22 @@ from unmask.core.errors import RecipeError, Stopped
 from unmask.models import build_model
 from unmask.models.modernbert import ModernBertConfig
 from unmask.objectives.mlm import MaskedLMConfig, MaskedLMObjective
-from unmask.training.display.plain import SilentDisplay
+from unmask.training.display import Display
 from unmask.training.loop import EMA, TrainModule
 from unmask.training.pretrain import launch, resume
 from unmask.training.recipe import TrainConfig
 
 SMALL = [
-    "data.tokenizer.kind=characters", "model.num_hidden_layers=1", "model.hidden_size=16", "model.num_attention_heads=2",
-    "model.intermediate_size=16", "train.every.log=2 steps", "train.every.validate=3 steps", "train.every.save=4 steps",
-    "train.threads=1", "stage=[{max_seq_len = 32, batch_size = '256 tokens'}]", "train.budget=8 steps", "train.ema_decay=0.9",
+    "data.tokenizer.kind=characters", "model.num_hidden_layers=1", "model.hidden_size=16",
+    "model.num_attention_heads=2", "model.intermediate_size=16", "train.every.log=2 steps",
+    "train.every.validate=3 steps", "train.every.save=4 steps",
+    "train.threads=1", "stage=[{max_seq_len = 32, batch_size = '256 tokens'}]", "train.budget=8 steps",
+    "train.ema_decay=0.9",
     "train.keep_last=9",
 ]  # fmt: skip
 
 
-def learner() -> TrainModule:
+def build_module() -> TrainModule:
     torch.manual_seed(1)
     encoder, head = build_model(
         ModernBertConfig(num_hidden_layers=1, hidden_size=16, num_attention_heads=2, intermediate_size=16), 30
@@ -36,9 +38,9 @@ def learner() -> TrainModule:
     return TrainModule(encoder, head, MaskedLMObjective(MaskedLMConfig(), 4, np.arange(5, 30)))
 
 
-def test_it_is_the_average_that_it_says() -> None:
-    """A reference computed here in float64: early on d = (1 + n) ÷ (10 + n), later the decay."""
-    trained = learner()
+def test_the_average_follows_its_formula() -> None:
+    """Compared with float64: early on d = (1 + n) / (10 + n), later the decay."""
+    trained = build_module()
     average = EMA(trained, 0.7)
     reference = {name: value.double() for name, value in trained.state_dict().items()}
     for step in range(40):
@@ -56,13 +58,13 @@ def test_it_is_the_average_that_it_says() -> None:
 
 
 @pytest.mark.parametrize("decay", [1.0, -0.1, 1.5])
-def test_a_decay_that_makes_no_average(decay: float) -> None:
+def test_an_invalid_decay_is_refused(decay: float) -> None:
     with pytest.raises(RecipeError, match="ema_decay"):
         TrainConfig(ema_decay=decay)
 
 
-class Stops(SilentDisplay):
-    """Ends the run after a step, as a signal would."""
+class Stops(Display):
+    """Sends SIGINT to this process after step 5."""
 
     def step(self, state) -> None:
         if state.step == 5:
@@ -72,7 +74,7 @@ class Stops(SilentDisplay):
             os.kill(os.getpid(), signal.SIGINT)
 
 
-def test_the_average_is_judged_saved_and_resumed_exactly(prose: Path, tmp_path: Path) -> None:
+def test_the_average_is_validated_saved_and_resumed_exactly(prose: Path, tmp_path: Path) -> None:
     whole, cut, raw = tmp_path / "whole", tmp_path / "cut", tmp_path / "raw"
     launch([prose], recipe="tiny", out=whole, settings=SMALL)
     with pytest.raises(Stopped):
@@ -83,12 +85,12 @@ def test_the_average_is_judged_saved_and_resumed_exactly(prose: Path, tmp_path: 
     for file in files:
         one, other = load_file(whole / "latest" / file), load_file(cut / "latest" / file)
         assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one), file
-    # The average is watched, not trained: the raw weights are those of a run without one.
+    # The average has no effect on training: the raw weights are those of a run without it.
     trained = load_file(whole / "latest" / "resume" / "weights.safetensors")
     plain = load_file(raw / "latest" / "resume" / "weights.safetensors")
     assert all(torch.equal(trained[name], plain[name]) for name in plain)
     assert not (raw / "latest" / "resume" / "ema.safetensors").exists()
-    # What is opened is the average, and validations judged it.
+    # `load` returns the average, and validations used it.
     held = load_file(whole / "latest" / "resume" / "ema.safetensors")
     model = load(whole / "latest")
     for name, value in model.encoder.state_dict().items():

@@ -1,15 +1,23 @@
-"""What a run was started with: names, texts and data sets are told apart, and opened again."""
+"""The text of a run: file names and texts are distinguished, and a resumed run opens the same text again."""
 
 from __future__ import annotations
 
+import json
+import os
+import shutil
+import signal
 from pathlib import Path
 
 import pytest
 
-from unmask.core.errors import RecipeError, RunError, TextError
+from unmask.core.errors import DamagedError, RecipeError, RunError, Stopped, TextError
 from unmask.data.settings import DataConfig
 from unmask.data.sources import FileSource, MemorySource, absolute, open_text
-from unmask.training.environment import open_text_again
+from unmask.tokenization.tokenizer import Tokenizer
+from unmask.training.display import Display
+from unmask.training.environment import reopen_text
+from unmask.training.loop import TrainState
+from unmask.training.pretrain import launch, resume
 
 SETTINGS = DataConfig(document="line")
 
@@ -48,7 +56,7 @@ def test_texts(texts: list[str]) -> None:
 
 def test_names_among_texts() -> None:
     for texts in (["b.txt", "and a sentence"], [Path("absent"), "and a sentence"]):
-        with pytest.raises(TextError, match="a file among texts"):
+        with pytest.raises(TextError, match="file names and texts are mixed"):
             open_text(texts, SETTINGS)
     with pytest.raises(RecipeError, match="no text was given"):
         open_text([], SETTINGS)
@@ -63,7 +71,101 @@ def test_the_same_text_again_in_another_folder(
     paths = [absolute(path) for path in source.paths]
     environment = {"text": {"paths": paths, "fingerprint": source.fingerprint}}
     monkeypatch.chdir(tmp_path_factory.mktemp("elsewhere"))
-    assert open_text_again(place, environment, SETTINGS).fingerprint == source.fingerprint
+    assert reopen_text(place, environment, SETTINGS).fingerprint == source.fingerprint
     (place / "b.txt").write_text("changed")
-    with pytest.raises(RunError, match="not what this run was started with"):
-        open_text_again(place, environment, SETTINGS)
+    with pytest.raises(RunError, match="has changed since the run was started"):
+        reopen_text(place, environment, SETTINGS)
+
+
+SMALL = [
+    "data.tokenizer={kind = 'wordpiece', vocab_size = 60}", "data.held_out={method = 'tail', fraction = '20%'}",
+    "model.num_hidden_layers=1", "model.hidden_size=16", "model.num_attention_heads=2", "model.intermediate_size=16",
+    "stage=[{until = '100%', max_seq_len = 16, batch_size = '20 texts'}]", "train.every.log=1 steps",
+    "train.budget=8 steps", "train.every.save=4 steps", "train.threads=1",
+]  # fmt: skip
+
+
+class StopsAt(Display):
+    """Sends this process a signal after a step."""
+
+    def __init__(self, step: int) -> None:
+        self._step = step
+
+    def step(self, state: TrainState) -> None:
+        if state.step == self._step:
+            signal.raise_signal(signal.SIGINT)
+
+
+def losses(run: Path) -> list[float]:
+    lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    return [line["loss"] for line in lines if "loss" in line]
+
+
+def write_old(path: Path, text: str, seconds_ago: int = 60) -> None:
+    """Write a file and date it back, so that its digest is cached."""
+    path.write_text(text)
+    at = path.stat().st_mtime_ns - seconds_ago * 10**9
+    os.utime(path, ns=(at, at))
+
+
+def lines(word: str) -> str:
+    return "\n\n".join(f"the {word} of number {number} is like the {word} of {number * 7}" for number in range(150))
+
+
+def untrainable(*_: object) -> Tokenizer:
+    raise AssertionError("a resume trains no tokenizer")
+
+
+@pytest.mark.parametrize("keeps_steps", [True, False])
+def test_a_run_owns_its_tokenizer(
+    place: Path, monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory, keeps_steps: bool
+) -> None:
+    """With an empty cache and no trainer a run is resumed bit for bit, also before its first checkpoint."""
+    write_old(place / "b.txt", lines("cat"))
+    launch(["b.txt"], out=place / "whole", settings=SMALL)
+    with pytest.raises(Stopped):
+        launch(["b.txt"], out=place / "run", settings=SMALL, display=StopsAt(5))
+    run = place / "run"
+    if not keeps_steps:
+        for path in [*run.glob("step-*"), run / "best"]:
+            shutil.rmtree(path, ignore_errors=True)
+        (run / "latest").unlink()
+    monkeypatch.setenv("UNMASK_CACHE", str(tmp_path_factory.mktemp("cache")))
+    monkeypatch.setattr("unmask.data.prepare.train_tokenizer", untrainable)
+    resume(run)
+    assert losses(run) == losses(place / "whole") and len(losses(run)) == 8
+    weights = [(folder / "latest" / "model.safetensors").read_bytes() for folder in (run, place / "whole")]
+    assert weights[0] == weights[1]
+
+
+def test_a_tokenizer_that_is_missing_or_changed(place: Path) -> None:
+    write_old(place / "b.txt", lines("cat"))
+    launch(["b.txt"], out=place / "run", settings=SMALL)
+    shutil.rmtree(place / "run" / "tokenizer")
+    resume(place / "run", budget="+1 steps")  # with the tokenizer of the last checkpoint
+    (place / "run" / "tokenizer").mkdir()
+    shutil.copy(place / "run" / "latest" / "tokenizer.json", place / "run" / "tokenizer")
+    file = place / "run" / "tokenizer" / "tokenizer.json"
+    file.write_text(file.read_text().replace('"the"', '"eht"'))
+    with pytest.raises(DamagedError, match="tokenizer of the run has changed"):
+        resume(place / "run", budget="+1 steps")
+
+
+def test_a_text_is_compared_by_size_and_time_and_on_request_by_all_bytes(place: Path) -> None:
+    path = place / "b.txt"
+    write_old(path, lines("cat"))
+    launch(["b.txt"], out=place / "run", settings=SMALL)
+    os.utime(path)  # another time, the same bytes
+    resume(place / "run", budget="+1 steps")
+    write_old(path, lines("cat"), 30)
+    resume(place / "run", budget="+1 steps")
+    at = path.stat().st_mtime_ns
+    path.write_text(lines("dog"))
+    with pytest.raises(RunError, match="the text has changed"):
+        resume(place / "run", budget="+1 steps")
+    os.utime(path, ns=(at, at))  # other bytes of the same size and time
+    resume(place / "run", budget="+1 steps")
+    with pytest.raises(RunError, match="the text has changed"):
+        resume(place / "run", budget="+1 steps", verify=True)
+    write_old(path, lines("cat"), 30)
+    resume(place / "run", budget="+1 steps", verify=True)

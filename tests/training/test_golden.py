@@ -1,7 +1,7 @@
-"""Fifty-step loss traces on one CPU thread: a change of numbers is a visible diff.
+"""Losses of fifty steps on one CPU thread, compared with files.
 
-After a change that is meant to change it: UNMASK_WRITE_GOLDEN=1 pytest tests/training/test_golden.py, and say
-why in the commit.
+If a commit changes numbers on purpose: UNMASK_WRITE_GOLDEN=1 pytest tests/training/test_golden.py, and give the
+reason in the commit message.
 """
 
 from __future__ import annotations
@@ -24,11 +24,13 @@ RUNS = {
         "data.tokenizer.kind=characters", "data.document=file", "model.num_hidden_layers=3", "model.hidden_size=48",
         "model.num_attention_heads=3", "model.intermediate_size=64", "model.local_attention=16",
         "train.precision=float32", "objective.mask_unit=whole-word", "objective.mask_rate=0.2",
-        "stage=[{until = '50%', max_seq_len = 32, batch_size = '1k tokens'}, {until = '100%', max_seq_len = 64, batch_size = '1k tokens'}]",
+        "stage=[{until = '50%', max_seq_len = 32, batch_size = '1k tokens'}, "
+        "{until = '100%', max_seq_len = 64, batch_size = '1k tokens'}]",
     ],
     "bert": [
-        "data.tokenizer.kind=characters", "data.document=file", "model={kind = 'bert', num_hidden_layers = 2, hidden_size = 32}",
-        "model.num_attention_heads=2", "model.intermediate_size=64", "optimizer.kind=adamw", "train.precision=float32",
+        "data.tokenizer.kind=characters", "data.document=file",
+        "model={kind = 'bert', num_hidden_layers = 2, hidden_size = 32}", "model.num_attention_heads=2",
+        "model.intermediate_size=64", "optimizer.kind=adamw", "train.precision=float32",
         "stage=[{max_seq_len = 32, batch_size = '512 tokens'}]",
     ],
 }  # fmt: skip
@@ -36,7 +38,7 @@ RUNS = {
 
 @pytest.fixture(scope="module")
 def play(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Some 40,000 characters in which every one of the 65 occurs in both the training part and the held-out part."""
+    """About 40,000 characters; each of the 65 occurs in the training split and in the held-out split."""
     words = ["king", "Rome", "speak", "citizen", "hear", "mine", "what", "Zounds", "quick", "joy", "vex", "And", "But"]
     lines = [
         f"{ALPHABET[i * 5 % 65]} {words[i % 13]} {words[i * 7 % 13]}, "
@@ -59,15 +61,15 @@ def test_fifty_losses(name: str, play: Path, tmp_path: Path) -> None:
     golden = HERE / f"{name}.json"
     if os.environ.get("UNMASK_WRITE_GOLDEN"):
         golden.write_text(json.dumps([round(loss, 6) for loss in losses]) + "\n")
-    # Other processors round matrix products otherwise; what a change of the rules does is far larger.
+    # Other processors round matrix products differently; changes of the algorithm are far larger.
     assert losses == pytest.approx(json.loads(golden.read_text()), abs=2e-3)
 
 
-def test_the_seed_is_the_tutorials_net(play: Path, tmp_path: Path) -> None:
+def test_the_recipe_seed_is_the_tutorial_model(play: Path, tmp_path: Path) -> None:
     """65 characters and two special tokens: 812,355 parameters."""
     launch([play], recipe="seed", out=tmp_path / "run", settings=["train.budget=1 steps", "train.threads=1"])
     model = unmask.load(tmp_path / "run")
     assert model.tokenizer.size == 67
     assert sum(p.numel() for m in (model.encoder, model.head) for p in m.parameters()) == 812_355
     config = json.loads((tmp_path / "run" / "latest" / "config.json").read_text())
-    assert config["model_type"] == "unmask-seed", "transformers must refuse it, not fill it with random weights"
+    assert config["model_type"] == "unmask-seed", "transformers must refuse it instead of initializing it at random"

@@ -1,37 +1,37 @@
-"""One process works on a run at a time; a lock whose process is gone is taken over."""
+"""Only one process works on a run at a time; the lock of a dead process is taken over."""
 
 from __future__ import annotations
 
-import json
+import logging
 import os
 import platform
 import signal
 import subprocess
 import sys
 from collections.abc import Iterator
-from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
 
 from unmask.core.errors import RunError
-from unmask.training.runs import LOCK, Holder, holder, is_gone, locked, process_started, refuse_in_use
+from unmask.core.files import RunLayout
+from unmask.training.runs import check_not_in_use, is_in_use, run_lock
 
-HOLDS = """
+HOLD = """
 import sys
 from pathlib import Path
-from unmask.training.runs import locked
-with locked(Path(sys.argv[1]), print):
+from unmask.training.runs import run_lock
+with run_lock(Path(sys.argv[1])):
     print("held", flush=True)
     sys.stdin.readline()
 """
 
 
 @pytest.fixture
-def other(tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
+def holder(tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
     """A second process that holds the lock of tmp_path until a line is sent to it."""
     process = subprocess.Popen(
-        [sys.executable, "-c", HOLDS, str(tmp_path)], text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE
+        [sys.executable, "-c", HOLD, str(tmp_path)], text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE
     )
     assert process.stdout and process.stdout.readline() == "held\n"
     yield process
@@ -39,83 +39,92 @@ def other(tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
     process.communicate()
 
 
-def test_a_run_in_use_is_refused_with_process_host_and_time(tmp_path: Path, other: subprocess.Popen[str]) -> None:
+def test_a_run_in_use_is_refused_with_process_host_and_time(tmp_path: Path, holder: subprocess.Popen[str]) -> None:
+    before = (tmp_path / RunLayout.LOCK).read_text()
     with (
-        pytest.raises(RunError, match=f"process {other.pid} on {platform.node()}, since 2") as caught,
-        locked(tmp_path, print),
+        pytest.raises(RunError, match=f"process {holder.pid} on {platform.node()}, since 2") as caught,
+        run_lock(tmp_path),
     ):
         pass
-    assert f"kill {other.pid}" in caught.value.hint and (tmp_path / LOCK).is_file()
-    other.communicate("end\n")
-    assert not (tmp_path / LOCK).exists(), "it goes with the work"
-    with locked(tmp_path, print):
-        assert holder(tmp_path) and not is_gone(holder(tmp_path))
-    refuse_in_use(tmp_path)
-
-
-def test_the_lock_of_a_killed_process_is_taken_over_with_a_word(tmp_path: Path, other: subprocess.Popen[str]) -> None:
-    other.send_signal(signal.SIGKILL)
-    other.wait()
-    said: list[str] = []
-    with locked(tmp_path, said.append):
-        assert json.loads((tmp_path / LOCK).read_text())["pid"] == os.getpid()
-    assert f"process {other.pid}" in said[0] and "taken over" in said[0]
+    assert f"remove {tmp_path / RunLayout.LOCK}" in caught.value.hint
+    with pytest.raises(RunError, match=f"process {holder.pid}"):
+        check_not_in_use(tmp_path)
+    assert (tmp_path / RunLayout.LOCK).read_text() == before
+    holder.communicate("end\n")
+    assert not (tmp_path / RunLayout.LOCK).exists(), "the lock is released at the end"
+    with run_lock(tmp_path):
+        assert is_in_use(tmp_path), "its own process is alive"
+    check_not_in_use(tmp_path)
     assert not list(tmp_path.iterdir())
 
 
-def test_a_later_process_with_the_same_number_is_no_holder(tmp_path: Path, other: subprocess.Popen[str]) -> None:
-    """A number is given again: this process lives, but was not started when the holder was."""
-    held = holder(tmp_path)
-    assert held and held.started and not is_gone(held)
-    assert is_gone(replace(held, started=f"{held.started} and later"))
-    assert not is_gone(replace(held, started="")), "where the system doesn't say, a living number counts"
+def test_the_lock_of_a_killed_process_is_taken_over_with_a_message(
+    tmp_path: Path, holder: subprocess.Popen[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    holder.send_signal(signal.SIGKILL)
+    holder.wait()
+    before = (tmp_path / RunLayout.LOCK).read_text()
+    assert not is_in_use(tmp_path) and (tmp_path / RunLayout.LOCK).read_text() == before, "a look changes nothing"
+    with caplog.at_level(logging.INFO, "unmask"), run_lock(tmp_path):
+        assert (tmp_path / RunLayout.LOCK).read_text().splitlines()[0] == str(os.getpid())
+    (message,) = caplog.messages
+    assert f"took over the lock of process {holder.pid} on {platform.node()}" in message
+    assert not list(tmp_path.iterdir())
 
 
-def test_of_another_host_nothing_is_known(tmp_path: Path) -> None:
-    elsewhere = Holder(1, "another-host", "2026-01-01 00:00:00+00:00", "x")
-    (tmp_path / LOCK).write_text(json.dumps(asdict(elsewhere)))
-    with pytest.raises(RunError, match="another-host") as caught, locked(tmp_path, print):
+def test_a_later_process_with_the_same_number_is_not_the_owner(tmp_path: Path, holder: subprocess.Popen[str]) -> None:
+    """Process numbers are reused: the recorded process lives, but it started at another time."""
+    pid, host, start = (tmp_path / RunLayout.LOCK).read_text().splitlines()
+    (tmp_path / RunLayout.LOCK).write_text(f"{pid}\n{host}\n{int(start) + 1}\n")
+    assert not is_in_use(tmp_path)
+    (tmp_path / RunLayout.LOCK).write_text(f"{pid}\n{host}\n")
+    assert is_in_use(tmp_path), "without a start time a living process counts as the owner"
+    (tmp_path / RunLayout.LOCK).write_text(f"{pid}\n{host}\n{start}\n")
+
+
+def test_the_lock_of_another_host_is_never_taken_over(tmp_path: Path) -> None:
+    (tmp_path / RunLayout.LOCK).write_text("1\nanother-host\n5\n")
+    with pytest.raises(RunError, match="process 1 on another-host") as caught, run_lock(tmp_path):
         pass
-    assert f"remove {tmp_path / LOCK}" in caught.value.hint
+    assert f"remove {tmp_path / RunLayout.LOCK}" in caught.value.hint and is_in_use(tmp_path)
 
 
-def test_an_empty_lock_of_a_kill_is_removed_when_it_is_old(tmp_path: Path) -> None:
-    (tmp_path / LOCK).touch()
-    os.utime(tmp_path / LOCK, (1, 1))
-    said: list[str] = []
-    with locked(tmp_path, said.append):
+def test_a_lock_that_names_no_process_is_never_taken_over(tmp_path: Path) -> None:
+    """A kill between creating and writing the file leaves it empty."""
+    (tmp_path / RunLayout.LOCK).touch()
+    os.utime(tmp_path / RunLayout.LOCK, (1, 1))
+    with pytest.raises(RunError, match="in use by an unknown process") as caught, run_lock(tmp_path):
         pass
-    assert "left by a kill" in said[0]
+    assert f"remove {tmp_path / RunLayout.LOCK}" in caught.value.hint
 
 
-def test_only_one_of_many_gets_a_dead_lock(tmp_path: Path) -> None:
-    dead = subprocess.run(
-        [sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, text=True, check=True
-    )
-    left = Holder(int(dead.stdout), platform.node(), "2026-01-01 00:00:00+00:00", "x")
-    (tmp_path / LOCK).write_text(json.dumps(asdict(left)))
-    assert is_gone(left) and process_started(left.pid) is None
+def test_only_one_process_takes_over_a_lock(tmp_path: Path, holder: subprocess.Popen[str]) -> None:
+    holder.kill()
+    holder.wait()
     contend = """
 import sys
 from pathlib import Path
 from unmask.core.errors import RunError
-from unmask.training.runs import locked
+from unmask.training.runs import run_lock
+print("ready", flush=True)
 sys.stdin.readline()
 try:
-    with locked(Path(sys.argv[1]), lambda sentence: None):
-        print("got it", flush=True)
+    with run_lock(Path(sys.argv[1])):
+        print("locked", flush=True)
         sys.stdin.readline()
 except RunError:
     print("refused", flush=True)
 """
     command = [sys.executable, "-c", contend, str(tmp_path)]
-    many = [subprocess.Popen(command, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE) for _ in range(3)]
-    for one in many:
-        assert one.stdin
-        one.stdin.write("go\n")
-        one.stdin.flush()
-    told = [one.stdout.readline() for one in many if one.stdout]
-    for one in many:
-        one.communicate("end\n")
-    assert sorted(told) == ["got it\n", "refused\n", "refused\n"]
+    processes = [subprocess.Popen(command, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE) for _ in range(3)]
+    for process in processes:
+        assert process.stdout and process.stdout.readline() == "ready\n"
+    for process in processes:
+        assert process.stdin
+        process.stdin.write("go\n")
+        process.stdin.flush()
+    results = [process.stdout.readline() for process in processes if process.stdout]
+    for process in processes:
+        process.communicate("end\n")
+    assert sorted(results) == ["locked\n", "refused\n", "refused\n"]
     assert not list(tmp_path.iterdir())

@@ -1,11 +1,16 @@
-"""Sums, not means: however a step is dealt, it is the same step."""
+"""A step is the same however its samples are assigned to micro-batches and ranks, and with or without prefetching."""
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
+import threading
+import time
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,6 +18,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from unmask.core.distributed import DistributedContext, init_distributed
+from unmask.core.errors import TextError
 from unmask.core.types import WORD_START, Batch, Sample, pack
 from unmask.data.loader import assign_microbatches
 from unmask.models import build_model, build_pair
@@ -20,15 +26,25 @@ from unmask.models.bert import BertConfig
 from unmask.models.modernbert import ModernBertConfig
 from unmask.objectives.mlm import MaskedLMConfig, MaskedLMObjective
 from unmask.objectives.sentence_pairs import BertPretrainingConfig, BertPretrainingObjective
-from unmask.training.loop import TrainLoopInputs, TrainModule, TrainState, train
-from unmask.training.optim import OptimizerConfig, build_optimizer
-from unmask.training.plan import Plan, StagePlan
+from unmask.training.loop import (
+    PREFETCH_THREAD,
+    Callback,
+    LogCallback,
+    MetricAccumulator,
+    StopReason,
+    TrainLoopInputs,
+    TrainModule,
+    TrainState,
+    train,
+)
+from unmask.training.optim import Optimizer, OptimizerConfig
+from unmask.training.plan import Plan, StagePlan, always
 
 VOCABULARY, TOKENS = 60, 1600
 
 
-class Numbers:
-    """A feed of made-up texts of very different lengths, dealt by the real dealer."""
+class RandomLoader:
+    """A loader of random samples of very different lengths, which are assigned to micro-batches as in a real run."""
 
     def __init__(self, micro_tokens: int, texts: int, pairs: bool) -> None:
         self._micro_tokens = micro_tokens
@@ -58,8 +74,8 @@ class Numbers:
 
 
 def after_three_steps(
-    micro_tokens: int, world: DistributedContext, texts: int = 34, *, pairs: bool = False
-) -> tuple[dict[str, torch.Tensor], TrainState, Numbers]:
+    micro_tokens: int, context: DistributedContext, texts: int = 34, *, pairs: bool = False, prefetch: bool = True
+) -> tuple[dict[str, torch.Tensor], TrainState, RandomLoader]:
     torch.manual_seed(3)
     shape = (BertConfig if pairs else ModernBertConfig)(
         num_hidden_layers=2, hidden_size=32, num_attention_heads=2, intermediate_size=48
@@ -68,41 +84,41 @@ def after_three_steps(
     objective = MaskedLMObjective(MaskedLMConfig(mask_rate=0.2), 4, np.arange(5, VOCABULARY))
     if pairs:
         objective = BertPretrainingObjective(BertPretrainingConfig(), objective, build_pair(shape))
-    learner = TrainModule(encoder, head, objective)
-    # AdamW's division by the root of tiny second moments would turn rounding into steps of full size; SGD-like momentum
-    # on every parameter shows the gradients themselves.
-    optimizer = build_optimizer(learner, OptimizerConfig(kind="adam", lr=1e-3, eps=1e-2), bf16=False)
-    feed = Numbers(micro_tokens, texts, pairs)
+    module = TrainModule(encoder, head, objective)
+    # AdamW divides by the root of the second moments: where they are tiny, rounding would become a full step. With a
+    # large eps the differences of the weights are those of the gradients.
+    optimizer = Optimizer(module, OptimizerConfig(kind="adam", lr=1e-3, eps=1e-2), bf16=False)
+    loader = RandomLoader(micro_tokens, texts, pairs)
     plan = Plan((StagePlan(90, TOKENS, 0, 3, 0.0),))
     state = TrainState()
     train(
-        TrainLoopInputs(learner, objective, [feed], optimizer, lambda p, s: 1.0, plan, world, seed=5),
+        TrainLoopInputs(module, objective, [loader], optimizer, lambda p, s: 1.0, context, seed=5),
+        plan,
         state,
-        [],
-        lambda: 0,
+        prefetch=prefetch,
     )
-    return dict(learner.state_dict()), state, feed
+    return dict(module.state_dict()), state, loader
 
 
 @pytest.fixture(scope="module")
-def whole() -> tuple[dict[str, torch.Tensor], TrainState, Numbers]:
+def whole() -> tuple[dict[str, torch.Tensor], TrainState, RandomLoader]:
     return after_three_steps(10**6, init_distributed("float32", 1))
 
 
 @pytest.mark.parametrize("micro_tokens", [800, 400, 200])
 def test_accumulation_is_one_step(whole, micro_tokens: int) -> None:
-    tensors, state, feed = after_three_steps(micro_tokens, init_distributed("float32", 1))
-    assert sorted(feed.used) == sorted(whole[2].used), "the same samples in each step"
-    assert state.window.sums["loss"] == pytest.approx(whole[1].window.sums["loss"], rel=1e-5)
-    assert state.window.counts == whole[1].window.counts
+    tensors, state, loader = after_three_steps(micro_tokens, init_distributed("float32", 1))
+    assert sorted(loader.used) == sorted(whole[2].used), "the same samples in each step"
+    assert state.metrics.sums["loss"] == pytest.approx(whole[1].metrics.sums["loss"], rel=1e-5)
+    assert state.metrics.counts == whole[1].metrics.counts
     for name, tensor in tensors.items():
         torch.testing.assert_close(tensor, whole[0][name], rtol=0, atol=2e-6)
 
 
-def on_two_ranks(folder: Path, what: str) -> list[dict[str, torch.Tensor]]:
-    """The weights of two real processes over gloo, as torchrun starts them."""
+def on_two_ranks(folder: Path, kind: str) -> list[dict[str, torch.Tensor]]:
+    """Returns the weights of two real processes over gloo, started by torchrun."""
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=0",
-               "--rdzv_backend=c10d", "--rdzv_endpoint=localhost:0", __file__, str(folder), what]  # fmt: skip
+               "--rdzv_backend=c10d", "--rdzv_endpoint=localhost:0", __file__, str(folder), kind]  # fmt: skip
     done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr[-3000:]
     return [load_file(folder / f"{rank}.safetensors") for rank in (0, 1)]
@@ -113,21 +129,21 @@ def test_two_ranks_are_one_step(whole, tmp_path: Path) -> None:
     for name, tensor in whole[0].items():
         assert torch.equal(ranks[0][name], ranks[1][name]), "both ranks hold the same weights"
         torch.testing.assert_close(ranks[0][name], tensor, rtol=0, atol=2e-6)
-    alone, _, _ = after_three_steps(10**6, init_distributed("float32", 1), texts=1)
-    for name, tensor in alone.items():  # steps of one text: a rank has nothing to do, and waits with the other
-        torch.testing.assert_close(load_file(tmp_path / "1-alone.safetensors")[name], tensor, rtol=0, atol=2e-6)
+    single, _, _ = after_three_steps(10**6, init_distributed("float32", 1), texts=1)
+    for name, tensor in single.items():  # steps of one sample: one rank has none
+        torch.testing.assert_close(load_file(tmp_path / "1-single.safetensors")[name], tensor, rtol=0, atol=2e-6)
     samples = [np.loadtxt(tmp_path / f"{rank}.txt", dtype=int).tolist() for rank in (0, 1)]
     assert sorted(map(tuple, samples[0] + samples[1])) == sorted(whole[2].used)
 
 
-def test_pairs_are_one_step_too(tmp_path: Path) -> None:
-    """Two terms, each with a count of its own: in micro-batches, and dealt to two ranks."""
+def test_sentence_pairs_are_one_step(tmp_path: Path) -> None:
+    """Two loss terms, each with its own count: in micro-batches and on two ranks."""
     whole, state, _ = after_three_steps(10**6, init_distributed("float32", 1), pairs=True)
     assert {"parts.pooler.weight", "parts.classifier.weight"} <= whole.keys()
     split, other, _ = after_three_steps(200, init_distributed("float32", 1), pairs=True)
-    assert state.window.counts == other.window.counts
-    for name, sum_ in state.window.sums.items():
-        assert other.window.sums[name] == pytest.approx(sum_, rel=1e-5), name
+    assert state.metrics.counts == other.metrics.counts
+    for name, sum_ in state.metrics.sums.items():
+        assert other.metrics.sums[name] == pytest.approx(sum_, rel=1e-5), name
     ranks = on_two_ranks(tmp_path, "pairs")
     for name, tensor in whole.items():
         torch.testing.assert_close(split[name], tensor, rtol=0, atol=2e-6)
@@ -135,14 +151,137 @@ def test_pairs_are_one_step_too(tmp_path: Path) -> None:
         torch.testing.assert_close(ranks[0][name], tensor, rtol=0, atol=2e-6)
 
 
+# Prefetching ----------------------------------------------------------------------------------------------------------
+
+
+def prefetch_threads() -> list[str]:
+    return [thread.name for thread in threading.enumerate() if thread.name.startswith(PREFETCH_THREAD)]
+
+
+def small_inputs(loader: Any = None) -> tuple[TrainLoopInputs, Plan]:
+    """A small model with dropout, a falling mask rate and two stages of three steps."""
+    torch.manual_seed(3)
+    settings = ModernBertConfig(
+        num_hidden_layers=1, hidden_size=16, num_attention_heads=2, intermediate_size=16, mlp_dropout=0.1
+    )
+    objective = MaskedLMObjective(MaskedLMConfig(mask_rate=0.2, final_mask_rate=0.1), 4, np.arange(5, VOCABULARY))
+    module = TrainModule(*build_model(settings, VOCABULARY), objective)
+    optimizer = Optimizer(module, OptimizerConfig(), bf16=False)
+    loaders = [loader or RandomLoader(300, 8, pairs=False), RandomLoader(300, 12, pairs=False)]
+    context = init_distributed("float32", 1)
+    plan = Plan((StagePlan(90, 300, 0, 3, 0.0), StagePlan(90, 500, 3, 3, 0.0)))
+    return TrainLoopInputs(module, objective, loaders, optimizer, lambda p, s: 1.0, context, seed=5), plan
+
+
+def small_run(
+    callbacks: Sequence[Callback] = (), *, state: TrainState | None = None, loader: Any = None, **options: Any
+) -> tuple[StopReason, TrainModule, TrainState]:
+    inputs, plan = small_inputs(loader)
+    state = state or TrainState()
+    return train(inputs, plan, state, callbacks, **options), inputs.module, state
+
+
+def test_prefetching_does_not_change_a_bit() -> None:
+    """Weights and state are equal after every step, across a change of stage, and the main thread keeps its threads."""
+    histories: list[list[tuple[int, int, int, dict[str, float]]]] = []
+    weights: list[dict[str, torch.Tensor]] = []
+    for prefetch in (False, True):
+        history: list[tuple[int, int, int, dict[str, float]]] = []
+
+        def record(state: TrainState, history: list[Any] = history) -> None:
+            history.append((state.step, state.cursor, state.tokens, dict(state.metrics.sums)))
+
+        reason, module, _ = small_run([Callback(always, record)], prefetch=prefetch)
+        assert reason is StopReason.PLAN_DONE and torch.get_num_threads() == 1 and not prefetch_threads()
+        histories.append(history)
+        weights.append(dict(module.state_dict()))
+    assert histories[0] == histories[1] and len(histories[0]) == 6
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+
+
+def test_batches_are_prepared_in_one_thread_at_most_one_step_ahead() -> None:
+    names: set[str] = set()
+    prepared: list[int] = []
+
+    class Recorder(RandomLoader):
+        def step(self, cursor: int, tokens: int, rank: int, ranks: int) -> tuple[list[Batch], int]:
+            names.add(threading.current_thread().name)
+            prepared.append(cursor)
+            return super().step(cursor, tokens, rank, ranks)
+
+    ahead: list[int] = []
+    small_run([Callback(always, lambda state: ahead.append(len(prepared) - state.step))],
+              loader=Recorder(300, 8, pairs=False))  # fmt: skip
+    assert len(names) == 1 and names.pop().startswith(PREFETCH_THREAD)
+    assert prepared == [0, 1, 2] and max(ahead[:3]) <= 1, "each step once"
+
+
+@pytest.mark.parametrize("stop_at", [2, 3, 4])
+def test_the_state_is_that_of_the_finished_step(stop_at: int) -> None:
+    """After a stop, with a step prepared that is thrown away, training continues as if there had been no stop."""
+    whole = small_run()[1].state_dict()
+    inputs, plan = small_inputs()
+    state = TrainState()
+    assert train(inputs, plan, state, has_enough=lambda state: state.step == stop_at) is StopReason.EARLY
+    assert state.step == stop_at and not prefetch_threads()
+    restored = TrainState.from_json(json.loads(json.dumps(state.to_json())))
+    assert restored == state
+    assert train(inputs, plan, restored) is StopReason.PLAN_DONE
+    assert all(torch.equal(tensor, whole[name]) for name, tensor in inputs.module.state_dict().items())
+
+
+class BrokenLoader(RandomLoader):
+    """Fails in its third step."""
+
+    def step(self, cursor: int, tokens: int, rank: int, ranks: int) -> tuple[list[Batch], int]:
+        if cursor == 2:
+            raise TextError("the third step can't be read")
+        return super().step(cursor, tokens, rank, ranks)
+
+
+def test_an_error_of_the_thread_is_raised_by_train() -> None:
+    state = TrainState()
+    with pytest.raises(TextError, match="third step"):
+        small_run(loader=BrokenLoader(300, 8, pairs=False), state=state)
+    assert state.step == 2, "the steps before are done"
+    assert not prefetch_threads()
+
+
+def test_the_thread_ends_with_a_stop_and_with_an_error_of_a_callback() -> None:
+    assert small_run(stop_requested=lambda: StopReason.TERMINATED)[0] is StopReason.TERMINATED
+    assert not prefetch_threads()
+
+    def fail(state: TrainState) -> None:
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        small_run([Callback(always, fail)])
+    assert not prefetch_threads()
+
+
+def test_waiting_for_data_is_counted() -> None:
+    class SlowLoader(RandomLoader):
+        def step(self, cursor: int, tokens: int, rank: int, ranks: int) -> tuple[list[Batch], int]:
+            time.sleep(0.05)
+            return super().step(cursor, tokens, rank, ranks)
+
+    logged: list[MetricAccumulator] = []
+    log = LogCallback(lambda step, since: step == 3, lambda state, metrics: logged.append(metrics))
+    _, _, state = small_run(loader=SlowLoader(300, 8, pairs=False), log=log)
+    (metrics,) = logged
+    assert 0.05 < metrics.data_wait_seconds <= metrics.seconds
+    assert metrics.data_wait_seconds <= state.phase_seconds["data"] + 1e-3
+    assert state.metrics.tokens == state.tokens - metrics.tokens, "the loop started new sums"
+
+
 if __name__ == "__main__":
-    here = init_distributed("float32", 1)
-    folder, asked = Path(sys.argv[1]), sys.argv[2]
-    final, _, numbers = after_three_steps(800, here, pairs=asked == "pairs")
-    save_file({name: tensor.contiguous() for name, tensor in final.items()}, folder / f"{here.rank}.safetensors")
-    np.savetxt(folder / f"{here.rank}.txt", numbers.used, fmt="%d")
-    if asked == "masks":
-        final, _, _ = after_three_steps(800, here, texts=1)
+    context = init_distributed("float32", 1)
+    folder, kind = Path(sys.argv[1]), sys.argv[2]
+    final, _, loader = after_three_steps(800, context, pairs=kind == "pairs")
+    save_file({name: tensor.contiguous() for name, tensor in final.items()}, folder / f"{context.rank}.safetensors")
+    np.savetxt(folder / f"{context.rank}.txt", loader.used, fmt="%d")
+    if kind == "masks":
+        final, _, _ = after_three_steps(800, context, texts=1)
         save_file(
-            {name: tensor.contiguous() for name, tensor in final.items()}, folder / f"{here.rank}-alone.safetensors"
+            {name: tensor.contiguous() for name, tensor in final.items()}, folder / f"{context.rank}-single.safetensors"
         )

@@ -8,12 +8,15 @@ import torch
 from safetensors.torch import load, save
 from torch import Tensor, nn
 
+from unmask.core.config import shipped_recipes
 from unmask.core.errors import RecipeError, RunError
-from unmask.models import EncoderConfig, build_model
+from unmask.models import EncoderConfig, build_model, build_pair
 from unmask.models.annotated import TutorialConfig
 from unmask.models.bert import BertConfig
 from unmask.models.modernbert import ModernBertConfig
-from unmask.training.optim import OptimizerConfig, build_optimizer, orthogonalize, step_scale
+from unmask.objectives.sentence_pairs import BertPretrainingConfig
+from unmask.training.optim import Optimizer, OptimizerConfig, orthogonalize, update_scale
+from unmask.training.recipe import load_recipe
 
 
 @pytest.fixture(autouse=True)
@@ -29,7 +32,7 @@ MODERN = ModernBertConfig(num_hidden_layers=2, hidden_size=32, num_attention_hea
 TUTORIAL = TutorialConfig(num_hidden_layers=2, hidden_size=32, num_attention_heads=2, intermediate_size=48)
 
 
-def learner(shape: EncoderConfig = MODERN, vocabulary: int = 40) -> nn.Module:
+def build_module(shape: EncoderConfig = MODERN, vocabulary: int = 40) -> nn.Module:
     torch.manual_seed(0)
     encoder, head = build_model(shape, vocabulary)
     return nn.ModuleDict({"encoder": encoder, "head": head})
@@ -60,39 +63,40 @@ def test_a_zero_gradient_gives_a_zero_step():
     assert not orthogonalize(torch.zeros(2, 8, 8), bf16=False).any()
 
 
-def test_muon_equals_torchs():
-    mine, other = learner(), learner()
-    settings = OptimizerConfig(weight_decay=0.1)
-    ours = build_optimizer(mine, settings, bf16=True)
-    names = [name for name, kind in ours.taken_by().items() if kind == "muon"]
-    theirs = torch.optim.Muon(
-        [p for name, p in other.named_parameters() if name in names],
-        lr=settings.muon_lr * 0.5,
+def test_muon_matches_torch():
+    module, reference_module = build_module(), build_module()
+    config = OptimizerConfig(weight_decay=0.1)
+    optimizer = Optimizer(module, config, bf16=True)
+    names = [name for name, kind in optimizer.algorithms().items() if kind == "muon"]
+    reference = torch.optim.Muon(
+        [p for name, p in reference_module.named_parameters() if name in names],
+        lr=config.muon_lr * 0.5,
         weight_decay=0.1,
-        momentum=settings.momentum,
+        momentum=config.momentum,
         adjust_lr_fn="original",
     )
     for seed in range(3):
-        give_gradients(mine, seed)
-        give_gradients(other, seed)
-        ours.step(0.5)
-        theirs.step()
-    begun, got, want = weights(learner()), weights(mine), weights(other)
+        give_gradients(module, seed)
+        give_gradients(reference_module, seed)
+        optimizer.step(0.5)
+        reference.step()
+    before, after, expected = weights(build_module()), weights(module), weights(reference_module)
     for name in names:
-        step, theirs_step = got[name] - begun[name], want[name] - begun[name]
-        assert (step - theirs_step).norm() <= 0.02 * theirs_step.norm(), name  # bfloat16, summed in another order
-        assert theirs_step.norm() > 0.01
+        update, expected_update = after[name] - before[name], expected[name] - before[name]
+        # bfloat16, summed in another order
+        assert (update - expected_update).norm() <= 0.02 * expected_update.norm(), name
+        assert expected_update.norm() > 0.01
 
 
 def test_one_rate_fits_all_shapes():
-    assert step_scale(32, 32) == step_scale(32, 64) == 1
-    assert step_scale(64, 16) == 2
+    assert update_scale(32, 32) == update_scale(32, 64) == 1
+    assert update_scale(64, 16) == 2
 
 
 @pytest.mark.parametrize("shape", [MODERN, TUTORIAL], ids=["modernbert", "tutorial"])
 def test_matrices_go_to_muon_and_the_rest_to_adam(shape: EncoderConfig):
-    module = learner(shape)
-    taken = build_optimizer(module, OptimizerConfig()).taken_by()
+    module = build_module(shape)
+    taken = Optimizer(module, OptimizerConfig()).algorithms()
     shapes = {name: p.shape for name, p in module.named_parameters()}
     assert taken.keys() == shapes.keys()
     inner = [name for name, kind in taken.items() if kind == "muon"]
@@ -106,29 +110,59 @@ def test_matrices_go_to_muon_and_the_rest_to_adam(shape: EncoderConfig):
         assert len(inner) == 2 * 6
         assert taken["head.decoder.weight"] == "adam"
     for kind in ("adam", "adamw"):
-        assert set(build_optimizer(module, OptimizerConfig(kind=kind)).taken_by().values()) == {"adam"}
+        assert set(Optimizer(module, OptimizerConfig(kind=kind)).algorithms().values()) == {"adam"}
 
 
-def test_adam_is_torchs_adam_without_decay():
-    mine, other = learner(TUTORIAL), learner(TUTORIAL)
-    settings = OptimizerConfig(kind="adam", lr=1e-2, beta2=0.999, weight_decay=0.5)
-    ours = build_optimizer(mine, settings)
-    theirs = torch.optim.Adam(other.parameters(), lr=5e-3, betas=(0.9, 0.999))
+@pytest.mark.parametrize("name", [name for name in shipped_recipes() if not load_recipe(name).init.required])
+def test_each_parameter_of_a_recipe_has_its_optimizer_rate_and_decay(name: str):
+    """A change here changes the numbers of every run with this recipe."""
+    recipe = load_recipe(name)
+    config = recipe.optimizer
+    with torch.device("meta"):
+        shape = dataclasses.replace(
+            recipe.model, **({"init": "normal"} if isinstance(recipe.model, BertConfig) else {})
+        )
+        encoder, head = build_model(shape, 1000)
+        parts = build_pair(shape) if isinstance(recipe.objective, BertPretrainingConfig) else nn.Module()
+        module = nn.ModuleDict({"encoder": encoder, "head": head, "parts": parts})
+        optimizer = Optimizer(module, config)
+    expected: dict[str, tuple[str, float, float]] = {}
+    for parameter_name, parameter in module.named_parameters():
+        is_inner = parameter_name.startswith(("encoder.blocks.", "head.")) and "decoder" not in parameter_name.split(
+            "."
+        )
+        scale = config.position_embedding_lr_scale if parameter_name == "encoder.position_embedding" else 1.0
+        decay = config.weight_decay if parameter.ndim >= 2 and config.kind != "adam" else 0.0
+        by_muon = config.kind == "muon" and is_inner and parameter.ndim == 2
+        expected[parameter_name] = ("muon", 1.0, config.weight_decay) if by_muon else ("adam", scale, decay)
+    names = {id(parameter): name for name, parameter in module.named_parameters()}
+    found = {name: (kind, 1.0, config.weight_decay) for name, kind in optimizer.algorithms().items()}
+    for group in optimizer._adam.param_groups:
+        for parameter in group["params"]:
+            found[names[id(parameter)]] = ("adam", group["lr_scale"], group["weight_decay"])
+    assert found == expected
+
+
+def test_adam_matches_torch_without_decay():
+    module, reference_module = build_module(TUTORIAL), build_module(TUTORIAL)
+    config = OptimizerConfig(kind="adam", lr=1e-2, beta2=0.999, weight_decay=0.5)
+    optimizer = Optimizer(module, config)
+    reference = torch.optim.Adam(reference_module.parameters(), lr=5e-3, betas=(0.9, 0.999))
     for seed in range(3):
-        give_gradients(mine, seed)
-        give_gradients(other, seed)
-        ours.step(0.5)
-        theirs.step()
-    for mine_w, other_w in zip(weights(mine).values(), weights(other).values(), strict=True):
-        torch.testing.assert_close(mine_w, other_w, atol=1e-6, rtol=1e-5)
+        give_gradients(module, seed)
+        give_gradients(reference_module, seed)
+        optimizer.step(0.5)
+        reference.step()
+    for value, expected in zip(weights(module).values(), weights(reference_module).values(), strict=True):
+        torch.testing.assert_close(value, expected, atol=1e-6, rtol=1e-5)
 
 
 @pytest.mark.parametrize("kind", ["muon", "adamw"])
-def test_decay_spares_norms_and_biases(kind: str):
-    module = learner()
+def test_norms_and_biases_do_not_decay(kind: str):
+    module = build_module()
     before = weights(module)
     settings = OptimizerConfig(kind=kind, weight_decay=0.5, lr=0.1, muon_lr=0.1)  # pyright: ignore[reportArgumentType]
-    optimizer = build_optimizer(module, settings)
+    optimizer = Optimizer(module, settings)
     for parameter in module.parameters():
         parameter.grad = torch.zeros_like(parameter)
     optimizer.step(1.0)
@@ -137,14 +171,14 @@ def test_decay_spares_norms_and_biases(kind: str):
 
 
 @pytest.mark.parametrize("kind", ["muon", "adamw", "adam"])
-def test_a_table_of_positions_has_its_own_share_of_the_rate(kind: str):
+def test_position_embeddings_have_a_learning_rate_of_their_own(kind: str):
     shape = BertConfig(num_hidden_layers=1, hidden_size=32, num_attention_heads=2, intermediate_size=48)
-    whole, tenth = learner(shape), learner(shape)
+    whole, tenth = build_module(shape), build_module(shape)
     for module, factor in ((whole, 1.0), (tenth, 0.1)):
         settings = OptimizerConfig(kind=kind, position_embedding_lr_scale=factor, weight_decay=0.0)  # pyright: ignore[reportArgumentType]
         give_gradients(module, 1)
-        build_optimizer(module, settings).step(1.0)
-    before, full, small = weights(learner(shape)), weights(whole), weights(tenth)
+        Optimizer(module, settings).step(1.0)
+    before, full, small = weights(build_module(shape)), weights(whole), weights(tenth)
     for name in before:
         factor = 0.1 if name == "encoder.position_embedding" else 1.0
         torch.testing.assert_close(
@@ -153,41 +187,57 @@ def test_a_table_of_positions_has_its_own_share_of_the_rate(kind: str):
 
 
 @pytest.mark.parametrize("kind", ["muon", "adamw", "adam"])
-def test_two_steps_are_one_step_a_saved_state_and_another(kind: str):
-    settings = OptimizerConfig(kind=kind)  # pyright: ignore[reportArgumentType]
-    whole, broken = learner(), learner()
-    one, two = build_optimizer(whole, settings), build_optimizer(broken, settings)
-    for optimizer, module in ((one, whole), (two, broken)):
-        give_gradients(module, 1)
-        optimizer.step(1.0)
-    on_disk = save(two.state_tensors())
-    resumed = learner()
-    resumed.load_state_dict(broken.state_dict())
-    three = build_optimizer(resumed, settings)
-    assert three.state_tensors().keys() == one.state_tensors().keys()
-    three.load_state_tensors(load(on_disk))
-    for optimizer, module in ((one, whole), (three, resumed)):
-        give_gradients(module, 2)
-        optimizer.step(0.3)
-    assert all(torch.equal(a, b) for a, b in zip(weights(whole).values(), weights(resumed).values(), strict=True))
-    ours, theirs = one.state_tensors(), three.state_tensors()
-    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+def test_two_steps_equal_one_step_a_saved_state_and_another_step(kind: str):
+    config = OptimizerConfig(kind=kind)  # pyright: ignore[reportArgumentType]
+    module, interrupted = build_module(), build_module()
+    optimizer, first = Optimizer(module, config), Optimizer(interrupted, config)
+    for each, parameters in ((optimizer, module), (first, interrupted)):
+        give_gradients(parameters, 1)
+        each.step(1.0)
+    saved = save(first.state_tensors())
+    resumed = build_module()
+    resumed.load_state_dict(interrupted.state_dict())
+    second = Optimizer(resumed, config)
+    assert second.state_tensors().keys() == optimizer.state_tensors().keys()
+    second.load_state_tensors(load(saved))
+    for each, parameters in ((optimizer, module), (second, resumed)):
+        give_gradients(parameters, 2)
+        each.step(0.3)
+    assert all(torch.equal(a, b) for a, b in zip(weights(module).values(), weights(resumed).values(), strict=True))
+    expected, state = optimizer.state_tensors(), second.state_tensors()
+    assert all(torch.equal(expected[name], state[name]) for name in expected)
 
 
-def test_the_state_of_another_learner_is_refused_by_name():
-    optimizer = build_optimizer(learner(), OptimizerConfig())
+@pytest.mark.parametrize("kind", ["muon", "adamw", "adam"])
+def test_the_state_before_the_first_step_is_the_state_that_torch_starts_with(kind: str):
+    """A step from an explicit state equals a step in which AdamW creates its state itself."""
+    config = OptimizerConfig(kind=kind)  # pyright: ignore[reportArgumentType]
+    module, lazy_module = build_module(), build_module()
+    optimizer, lazy = Optimizer(module, config), Optimizer(lazy_module, config)
+    lazy._adam.state.clear()
+    for each, parameters in ((optimizer, module), (lazy, lazy_module)):
+        give_gradients(parameters, 1)
+        each.step(1.0)
+    expected, state = lazy.state_tensors(), optimizer.state_tensors()
+    assert expected.keys() == state.keys()
+    assert all(torch.equal(expected[name], state[name]) for name in expected)
+    assert all(expected[name].dtype == state[name].dtype for name in expected)
+
+
+def test_the_state_of_another_module_is_refused_by_name():
+    optimizer = Optimizer(build_module(), OptimizerConfig())
     state = optimizer.state_tensors()
     with pytest.raises(RunError, match=r"encoder\.token_embedding"):
         optimizer.load_state_tensors({k: v for k, v in state.items() if "token_embedding" not in k})
-    with pytest.raises(RunError, match="unknown"):
+    with pytest.raises(RunError, match="unexpected"):
         optimizer.load_state_tensors(state | {"other.momentum": torch.zeros(1)})
     with pytest.raises(RunError, match="shape"):
-        optimizer.load_state_tensors(build_optimizer(learner(vocabulary=41), OptimizerConfig()).state_tensors())
+        optimizer.load_state_tensors(Optimizer(build_module(vocabulary=41), OptimizerConfig()).state_tensors())
 
 
-def test_clipping_bounds_the_common_norm():
-    module = learner()
-    optimizer = build_optimizer(module, OptimizerConfig(max_grad_norm=0.5))
+def test_clipping_limits_the_common_norm():
+    module = build_module()
+    optimizer = Optimizer(module, OptimizerConfig(max_grad_norm=0.5))
     give_gradients(module, 0)
     norm = optimizer.clip()
     assert norm == pytest.approx(sum(p.numel() for p in module.parameters()) ** 0.5, rel=0.05)
@@ -206,7 +256,7 @@ def test_clipping_bounds_the_common_norm():
         {"position_embedding_lr_scale": 0.0},
     ],
 )
-def test_numbers_that_cannot_be_are_refused(wrong: dict[str, float]):
+def test_invalid_settings_are_refused(wrong: dict[str, float]):
     with pytest.raises(RecipeError) as refused:
         dataclasses.replace(OptimizerConfig(), **wrong)
     assert refused.value.location in wrong

@@ -1,4 +1,4 @@
-"""Budgets become whole steps; progress and duties are functions of the plan."""
+"""Budgets become whole steps; progress and what is due are functions of the plan."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from unmask.core.errors import RecipeError
 from unmask.core.quantities import Fraction, Quantity
-from unmask.training.plan import EveryConfig, Measured, Plan, StageConfig, affordable, due, make_plan, prolong
+from unmask.training.plan import EveryConfig, Measured, Plan, StageConfig, due, extend_plan, limit_validation, make_plan
 
 EVERY = EveryConfig()
 TWO = (
@@ -46,18 +46,18 @@ def test_seconds_pay_for_validation_and_saving() -> None:
     assert shares == pytest.approx([0.6, 0.4], abs=0.01)
 
 
-def counted(made: Plan, every: EveryConfig, measured: Measured) -> float:
-    """Seconds that a run of this plan takes, counted step by step as the loop does."""
+def count_seconds(made: Plan, every: EveryConfig, measured: Measured) -> float:
+    """Counts the seconds of a run of this plan, step by step, as the loop does."""
     clock, since = 0.0, {"validate": 0.0, "save": 0.0}
-    duties = {name: due(getattr(every, name), made) for name in since}
+    due_functions = {name: due(getattr(every, name), made) for name in since}
     costs = {"validate": measured.validate_seconds, "save": measured.save_seconds}
     for step in range(1, made.steps + 1):
         clock += made.stages[made.stage_at(step - 1)].seconds_per_step
-        asked = clock  # all duties of a step see the clock before the first of them
-        for name, is_due in duties.items():
-            if is_due(step, 0, asked - since[name]):
+        before = clock  # all of a step see the clock before the first of them
+        for name, is_due in due_functions.items():
+            if is_due(step, before - since[name]):
                 clock += costs[name]
-                since[name] = asked
+                since[name] = before
     return clock
 
 
@@ -76,11 +76,11 @@ def test_a_budget_in_seconds_is_kept_however_often_it_validates_and_saves(
     measured = Measured((0.1, 0.5), validate_seconds, save_seconds)
     made = make_plan(TWO, Quantity(seconds, "seconds"), every, [100_000] * 2, measured)
     longest_step = 0.5 + validate_seconds + save_seconds
-    assert counted(made, every, measured) <= made.seconds + longest_step <= seconds + 2 * longest_step
-    more = prolong(made, Quantity(seconds, "seconds", relative=True), every=every, epoch_tokens=100_000)
+    assert count_seconds(made, every, measured) <= made.seconds + longest_step <= seconds + 2 * longest_step
+    more = extend_plan(made, Quantity(seconds, "seconds", relative=True), every=every, epoch_tokens=100_000)
     assert more.overhead_seconds >= made.overhead_seconds
     assert more.seconds - made.seconds <= seconds + longest_step
-    assert counted(more, every, measured) <= 2 * seconds + 3 * longest_step
+    assert count_seconds(more, every, measured) <= 2 * seconds + 3 * longest_step
 
 
 def test_a_validation_every_so_many_steps_is_paid_for() -> None:
@@ -88,9 +88,9 @@ def test_a_validation_every_so_many_steps_is_paid_for() -> None:
     made = make_plan(TWO[1:], Quantity(300, "seconds"), every, [100_000], Measured((0.5,), 5.0, 1.0))
     assert 300 - 6 < made.seconds <= 300, "one step is half a second, and another half of its validation"
     assert made.overhead_seconds == 5.0 * -(-made.steps // 10) + 1.0 * 5
-    assert counted(made, every, Measured((0.5,), 5.0, 1.0)) == pytest.approx(made.seconds, abs=1.5)
+    assert count_seconds(made, every, Measured((0.5,), 5.0, 1.0)) == pytest.approx(made.seconds, abs=1.5)
     other = make_plan(TWO[1:], Quantity(100, "steps"), every, [100_000], Measured((0.5,), 5.0, 1.0))
-    assert other.overhead_seconds == 10 * 5.0 + 2 * 1.0, "a budget in steps forecasts the same way"
+    assert other.overhead_seconds == 10 * 5.0 + 2 * 1.0, "with a budget in steps the time is predicted the same way"
 
 
 @given(st.integers(2, 5000))
@@ -106,8 +106,8 @@ def test_progress_rises_from_zero_to_one(steps: int) -> None:
 @given(st.integers(2, 3000), st.sampled_from([0.01, 0.05, 0.2, 0.5, 1.0]))
 def test_a_share_is_due_as_often_as_it_says_and_at_the_end(steps: int, share: float) -> None:
     made = plan(f"{steps} steps")
-    ask = due(Fraction(share), made)
-    times = [step for step in range(1, steps + 1) if ask(step, 0, 0.0)]
+    is_due = due(Fraction(share), made)
+    times = [step for step in range(1, steps + 1) if is_due(step, 0.0)]
     assert times[-1] == steps and len(times) <= round(1 / share)
     if steps > 20 / share:
         assert len(times) == round(1 / share)
@@ -115,79 +115,80 @@ def test_a_share_is_due_as_often_as_it_says_and_at_the_end(steps: int, share: fl
 
 def test_steps_and_seconds_are_due() -> None:
     made = plan("10 steps")
-    ask = due(Quantity(4, "steps"), made)
-    assert [step for step in range(1, 11) if ask(step, 0, 0)] == [4, 8, 10]
-    ask = due(Quantity(5, "seconds"), made)
-    assert not ask(3, 0, 4.9) and ask(3, 0, 5.0) and ask(10, 0, 0.0)
+    is_due = due(Quantity(4, "steps"), made)
+    assert [step for step in range(1, 11) if is_due(step, 0)] == [4, 8, 10]
+    is_due = due(Quantity(5, "seconds"), made)
+    assert not is_due(3, 4.9) and is_due(3, 5.0) and is_due(10, 0.0)
 
 
-def test_prolonging() -> None:
+def test_a_plan_is_extended() -> None:
     made = plan("100 steps")
     before = made.stages[0]
-    longer = prolong(made, Quantity(50, "steps", relative=True), every=EVERY, epoch_tokens=100_000)
+    longer = extend_plan(made, Quantity(50, "steps", relative=True), every=EVERY, epoch_tokens=100_000)
     assert longer.steps == 150 and longer.stages[0] == before
-    assert prolong(made, Quantity(120, "steps"), every=EVERY, epoch_tokens=100_000).steps == 120
-    epoch = prolong(made, Quantity(1, "epochs", relative=True), every=EVERY, epoch_tokens=100_000)
+    assert extend_plan(made, Quantity(120, "steps"), every=EVERY, epoch_tokens=100_000).steps == 120
+    epoch = extend_plan(made, Quantity(1, "epochs", relative=True), every=EVERY, epoch_tokens=100_000)
     assert epoch.tokens - made.tokens == 100_000
     with pytest.raises(RecipeError, match="no more than"):
-        prolong(made, Quantity(100, "steps"), every=EVERY, epoch_tokens=100_000)
+        extend_plan(made, Quantity(100, "steps"), every=EVERY, epoch_tokens=100_000)
 
 
-def test_prolonging_by_seconds_pays_for_what_is_due_and_says_so() -> None:
+def test_an_extension_in_seconds_includes_validation_and_saving() -> None:
     made = plan("300 s")
-    longer = prolong(made, Quantity(300, "seconds", relative=True), every=EVERY, epoch_tokens=100_000)
+    longer = extend_plan(made, Quantity(300, "seconds", relative=True), every=EVERY, epoch_tokens=100_000)
     assert longer.seconds == pytest.approx(600, abs=2)
     assert longer.overhead_seconds > made.overhead_seconds
-    total = prolong(made, Quantity(600, "seconds"), every=EVERY, epoch_tokens=100_000)
+    total = extend_plan(made, Quantity(600, "seconds"), every=EVERY, epoch_tokens=100_000)
     assert total.steps == pytest.approx(longer.steps, abs=2)
 
 
 @pytest.mark.parametrize("unit", ["texts", "characters"])
-def test_a_budget_in_what_a_run_is_not_counted_in(unit: str) -> None:
-    said = f"not counted in {unit}"
-    with pytest.raises(RecipeError, match=said):
+def test_an_invalid_unit_of_a_budget_is_refused(unit: str) -> None:
+    message = f"invalid budget: got 5 {unit}, expected a number of seconds, steps, tokens or epochs"
+    with pytest.raises(RecipeError, match=message):
         plan(f"5 {unit}")
-    with pytest.raises(RecipeError, match=said) as caught:
-        prolong(plan("100 steps"), Quantity(5, unit, relative=True), every=EVERY, epoch_tokens=100_000)
-    assert caught.value.hint == "give it in seconds, steps, tokens or epochs"
+    with pytest.raises(RecipeError, match="invalid budget") as caught:
+        extend_plan(plan("100 steps"), Quantity(5, unit, relative=True), every=EVERY, epoch_tokens=100_000)
+    assert "500 steps" in caught.value.hint
 
 
 @pytest.mark.parametrize(
-    ("stages", "words"),
+    ("stages", "message"),
     [
         ((TWO[1], TWO[0]), "never reached"),
-        ((TWO[0],), "last stage ends at 60%"),
-        ((), "at least one"),
-        ((StageConfig(max_seq_len=2),), "no room"),
-        ((StageConfig(batch_size=Quantity(3, "epochs")),), "batch in epochs"),
+        ((TWO[0],), "invalid until of the last stage: got 60%"),
+        ((), "has no stage"),
+        ((StageConfig(max_seq_len=2),), "invalid max_seq_len: got 2"),
+        ((StageConfig(batch_size=Quantity(3, "epochs")),), "invalid batch_size: got 3 epochs"),
+        ((StageConfig(batch_size=Quantity(0, "tokens")),), "invalid batch_size: got 0 tokens"),
     ],
 )
-def test_curricula_that_make_no_sense(stages: tuple[StageConfig, ...], words: str) -> None:
-    with pytest.raises(RecipeError, match=words):
+def test_invalid_stages_are_refused(stages: tuple[StageConfig, ...], message: str) -> None:
+    with pytest.raises(RecipeError, match=message):
         plan("100 steps", stages)
 
 
 def test_a_budget_too_small_for_a_stage() -> None:
-    with pytest.raises(RecipeError, match="length 128 is never reached"):
+    with pytest.raises(RecipeError, match=r"stage 0 .max_seq_len = 128. is never reached"):
         plan("1 steps")
 
 
 @given(st.floats(0.01, 100), st.sampled_from(["1%", "5%", "10%", "33%", "100%", "0%"]))
 def test_validation_leaves_most_of_a_budget_in_seconds_to_training(cost: float, validate: str) -> None:
-    measured, asked = Measured((0.1, 0.5), cost, 0.0), EveryConfig(validate=Fraction.parse(validate))
-    every, note = affordable(asked, Quantity.parse("300 s"), measured)
-    again = Fraction.parse(str(every.validate))  # as it is written into recipe.toml
-    made = make_plan(TWO, Quantity.parse("300 s"), replace(every, validate=again), [1, 1], measured)
+    measured, wanted = Measured((0.1, 0.5), cost, 0.0), EveryConfig(validate=Fraction.parse(validate))
+    every, note = limit_validation(wanted, Quantity.parse("300 s"), measured)
+    loaded = Fraction.parse(str(every.validate))  # as in recipe.toml
+    made = make_plan(TWO, Quantity.parse("300 s"), replace(every, validate=loaded), [1, 1], measured)
     times = round(made.overhead_seconds / cost)
     assert times == 1 or times * cost <= 60
-    assert bool(note) == (every != asked)
+    assert bool(note) == (every != wanted)
     if note:
-        assert (times + 1) * cost > 60 and f"{times} times" in note, "no fewer than can be paid for"
+        assert (times + 1) * cost > 60 and f"{times} times" in note, "no fewer than the budget allows"
 
 
-def test_validations_asked_for_by_the_clock_are_kept_and_told() -> None:
+def test_validations_by_the_clock_are_kept_with_a_note() -> None:
     every = EveryConfig(validate=Quantity(10, "seconds"))
-    kept, note = affordable(every, Quantity.parse("300 s"), Measured((0.1, 0.5), 5.0, 0.0))
+    kept, note = limit_validation(every, Quantity.parse("300 s"), Measured((0.1, 0.5), 5.0, 0.0))
     assert kept == every and "each validation takes 5 s" in note
-    assert affordable(every, Quantity.parse("300 s"), Measured((0.1, 0.5), 1.0, 0.0)) == (every, "")
-    assert affordable(EveryConfig(), Quantity.parse("300 steps"), Measured((0.1, 0.5), 50.0, 0.0))[1] == ""
+    assert limit_validation(every, Quantity.parse("300 s"), Measured((0.1, 0.5), 1.0, 0.0)) == (every, "")
+    assert limit_validation(EveryConfig(), Quantity.parse("300 steps"), Measured((0.1, 0.5), 50.0, 0.0))[1] == ""

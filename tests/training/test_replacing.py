@@ -1,4 +1,4 @@
-"""A model that is replaced while somebody opens it: the old one or the new one, never a mixture and no false alarm."""
+"""A model that is loaded while it is replaced: the old or the new one, never a mixture, and no error."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from unmask.training.checkpoint import save_best
 SHAPE = ModernBertConfig(num_hidden_layers=1, hidden_size=16, num_attention_heads=2, intermediate_size=16)
 
 
-def test_the_best_model_can_be_opened_while_it_is_replaced(tmp_path: Path) -> None:
+def test_the_best_model_can_be_loaded_while_it_is_replaced(tmp_path: Path) -> None:
     tokenizer = train_tokenizer(["the cat sat on the mat"] * 20, WordPieceConfig(vocab_size=24))
 
     def constant(value: float) -> Model:
@@ -40,7 +40,7 @@ def test_the_best_model_can_be_opened_while_it_is_replaced(tmp_path: Path) -> No
     while not done.is_set():
         opened = load(tmp_path)
         values = {value for parameter in opened.encoder.parameters() for value in parameter.unique().tolist()}
-        assert len(values) == 1, "of one writing"
+        assert len(values) == 1, "of one save"
         seen |= values
     writer.join()
     assert seen <= {0.25, 0.5} and seen

@@ -1,4 +1,4 @@
-"""Stopping and going on: 10 steps are 5 steps, a stop and 5 steps, bit for bit; a kill loses nothing that was saved."""
+"""Resuming: 10 steps equal 5 steps, a stop and 5 steps, bit for bit; a killed process loses nothing that was saved."""
 
 from __future__ import annotations
 
@@ -15,15 +15,17 @@ import torch
 from safetensors.torch import load_file
 
 from unmask.core.errors import DamagedError, RunError, StoreError
-from unmask.training.display import Summary
-from unmask.training.display.plain import SilentDisplay
+from unmask.training.display import Display, Summary
+from unmask.training.environment import RUN_FORMAT
 from unmask.training.pretrain import launch, resume
 
 SMALL = [
-    "data.tokenizer.kind=characters", "model.num_hidden_layers=2", "model.hidden_size=32", "model.num_attention_heads=2",
-    "model.intermediate_size=48", "model.attention_dropout=0.1", "model.embedding_dropout=0.1",
+    "data.tokenizer.kind=characters", "model.num_hidden_layers=2", "model.hidden_size=32",
+    "model.num_attention_heads=2", "model.intermediate_size=48", "model.attention_dropout=0.1",
+    "model.embedding_dropout=0.1",
     "train.every.log=2 steps", "train.every.validate=5 steps", "train.every.save=5 steps", "train.threads=1",
-    "stage=[{until = '50%', max_seq_len = 24, batch_size = '512 tokens'}, {until = '100%', max_seq_len = 48, batch_size = '512 tokens'}]",
+    "stage=[{until = '50%', max_seq_len = 24, batch_size = '512 tokens'}, "
+    "{until = '100%', max_seq_len = 48, batch_size = '512 tokens'}]",
 ]  # fmt: skip
 
 
@@ -41,14 +43,14 @@ def same(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> boo
 
 
 def lines(run: Path) -> list[dict[str, object]]:
-    """The log without what a clock says."""
-    clock = {"seconds", "tokens_per_second", "training_seconds", "phase_seconds"}
+    """Returns the log without times."""
+    clock = {"seconds", "tokens_per_second", "training_seconds", "phase_seconds", "data_wait_fraction"}
     log = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
     return [{name: value for name, value in line.items() if name not in clock} for line in log]
 
 
-class StopsAt(SilentDisplay):
-    """Asks this process to stop, as a person would, after a given step."""
+class StopsAt(Display):
+    """Sends a signal to this process after a given step."""
 
     def __init__(self, step: int, number: int) -> None:
         self._step, self._number = step, number
@@ -59,41 +61,43 @@ class StopsAt(SilentDisplay):
 
 
 @pytest.fixture(scope="module")
-def undisturbed(prose: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def uninterrupted(prose: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     run = tmp_path_factory.mktemp("runs") / "whole"
     launch([prose], recipe="tiny", out=run, settings=[*SMALL, "train.budget=10 steps"])
     return run
 
 
 @pytest.mark.parametrize(
-    ("number", "code", "at"), [(signal.SIGINT, 130, 4), (signal.SIGTERM, 75, 6), (signal.SIGUSR1, 75, 3)]
+    ("number", "code", "step"), [(signal.SIGINT, 130, 4), (signal.SIGTERM, 75, 6), (signal.SIGUSR1, 75, 3)]
 )
-def test_ten_is_a_stop_and_the_rest(
-    undisturbed: Path, prose: Path, tmp_path: Path, number: int, code: int, at: int
+def test_a_stopped_and_resumed_run_is_bit_identical(
+    uninterrupted: Path, prose: Path, tmp_path: Path, number: int, code: int, step: int
 ) -> None:
     from unmask.core.errors import Stopped
 
     run = tmp_path / "run"
     with pytest.raises(Stopped) as stopped:
-        launch([prose], recipe="tiny", out=run, settings=[*SMALL, "train.budget=10 steps"], display=StopsAt(at, number))
-    assert stopped.value.exit_code == code and at <= stopped.value.step <= at + 1
+        launch(
+            [prose], recipe="tiny", out=run, settings=[*SMALL, "train.budget=10 steps"], display=StopsAt(step, number)
+        )
+    assert stopped.value.exit_code == code and step <= stopped.value.step <= step + 1
     assert (run / "latest").exists()
     resume(run)
-    assert same(weights(run), weights(undisturbed))
-    assert lines(run) == lines(undisturbed)
+    assert same(weights(run), weights(uninterrupted))
+    assert lines(run) == lines(uninterrupted)
 
 
-def test_a_kill_loses_only_what_was_not_saved(undisturbed: Path, prose: Path, tmp_path: Path) -> None:
-    """A process that is killed after a save: what it logged since moves aside, and the rest is done again, the same."""
+def test_a_killed_process_loses_only_what_was_not_saved(uninterrupted: Path, prose: Path, tmp_path: Path) -> None:
+    """Log lines after the last checkpoint move to discarded.jsonl, and the repeated steps give the same bits."""
     run = tmp_path / "run"
     program = f"""
 import os, signal
 from pathlib import Path
 from unmask.training.pretrain import launch
-from unmask.training.display.plain import SilentDisplay
-class Kill(SilentDisplay):
-    def step(self, standing):
-        if standing.step == 9: os.kill(os.getpid(), signal.SIGKILL)
+from unmask.training.display import Display
+class Kill(Display):
+    def step(self, state):
+        if state.step == 9: os.kill(os.getpid(), signal.SIGKILL)
 settings = {[*SMALL, "train.budget=10 steps"]!r}
 launch([Path({str(prose)!r})], recipe="tiny", out=Path({str(run)!r}), settings=settings, display=Kill())
 """
@@ -101,12 +105,12 @@ launch([Path({str(prose)!r})], recipe="tiny", out=Path({str(run)!r}), settings=s
     assert done.returncode == -signal.SIGKILL, done.stderr
     assert [line["step"] for line in lines(run)][-1] == 8
     resume(run)
-    assert same(weights(run), weights(undisturbed)) and lines(run) == lines(undisturbed)
+    assert same(weights(run), weights(uninterrupted)) and lines(run) == lines(uninterrupted)
     discarded = [json.loads(line) for line in (run / "discarded.jsonl").read_text().splitlines()]
     assert [line["step"] for line in discarded] == [6, 8]
 
 
-def test_a_finished_run_says_so_and_can_be_prolonged(undisturbed: Path, prose: Path, tmp_path: Path) -> None:
+def test_a_finished_run_can_be_extended(uninterrupted: Path, prose: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     launch([prose], recipe="tiny", out=run, settings=[*SMALL, "train.budget=6 steps"])
     before = weights(run)
@@ -119,9 +123,9 @@ def test_a_finished_run_says_so_and_can_be_prolonged(undisturbed: Path, prose: P
         resume(run, budget="10 steps")
 
 
-def test_what_may_not_change_is_refused_with_what_may(undisturbed: Path) -> None:
+def test_a_setting_that_may_not_change_is_refused(uninterrupted: Path) -> None:
     with pytest.raises(RunError, match=r"train\.every, train\.keep_last, preview"):
-        resume(undisturbed, settings=["objective.mask_rate=0.3"], budget="+1 steps")
+        resume(uninterrupted, settings=["objective.mask_rate=0.3"], budget="+1 steps")
 
 
 def test_a_changed_corpus_is_refused(prose: Path, tmp_path: Path) -> None:
@@ -137,25 +141,25 @@ def test_a_changed_corpus_is_refused(prose: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("file", ["model.safetensors", "resume/optimizer.safetensors", "resume/state.json"])
-@pytest.mark.parametrize("harm", ["flip", "cut"])
-def test_a_damaged_checkpoint_is_named(undisturbed: Path, tmp_path: Path, file: str, harm: str) -> None:
+@pytest.mark.parametrize("damage", ["flip", "cut"])
+def test_a_damaged_checkpoint_is_named(uninterrupted: Path, tmp_path: Path, file: str, damage: str) -> None:
     import shutil
 
     run = tmp_path / "run"
-    shutil.copytree(undisturbed, run, symlinks=True)
-    victim = run / "latest" / file
-    data = bytearray(victim.read_bytes())
+    shutil.copytree(uninterrupted, run, symlinks=True)
+    damaged = run / "latest" / file
+    data = bytearray(damaged.read_bytes())
     data[len(data) // 2] ^= 1
-    victim.write_bytes(data if harm == "flip" else data[:-3])
+    damaged.write_bytes(data if damage == "flip" else data[:-3])
     with pytest.raises(DamagedError, match=Path(file).name):
         resume(run, budget="+1 steps")
 
 
-def test_other_versions_are_named(undisturbed: Path, tmp_path: Path) -> None:
+def test_other_versions_are_refused(uninterrupted: Path, tmp_path: Path) -> None:
     import shutil
 
     run = tmp_path / "run"
-    shutil.copytree(undisturbed, run, symlinks=True)
+    shutil.copytree(uninterrupted, run, symlinks=True)
     environment = json.loads((run / "env.json").read_text())
     environment["determinism"]["torch"] = "1.0"
     (run / "env.json").write_text(json.dumps(environment))
@@ -165,24 +169,67 @@ def test_other_versions_are_named(undisturbed: Path, tmp_path: Path) -> None:
     assert json.loads((run / "env.json").read_text())["resumed_in_different_environment"]
 
 
-def test_an_existing_out_is_refused_and_names_resume(undisturbed: Path, prose: Path) -> None:
+def write_old_run(run: Path) -> Path:
+    """Writes files of a run as unmask 0.1 wrote them before run format 2: other keys, and no format number."""
+    step = run / "step-0000004"
+    (step / "resume").mkdir(parents=True)
+    (run / "recipe.toml").write_text('[text]\nerrors = "strict"\n\n[encoder]\nwidth = 32\n\n[plan]\nstages = []\n')
+    bits = {"device": "cpu", "threads": 1, "unmask": "0.1.0"}
+    text = {"paths": ["prose.txt"], "fingerprint": "0" * 32, "tokenizer": "0" * 32}
+    (run / "env.json").write_text(json.dumps({"bits": bits, "text": text}))
+    (step / "resume" / "state.json").write_text(json.dumps({"step": 4, "window": {}, "rate": 0.1}))
+    (run / "latest").symlink_to(step.name)
+    return run
+
+
+def test_a_run_of_an_earlier_format_is_refused(tmp_path: Path) -> None:
+    run = write_old_run(tmp_path / "run")
+    with pytest.raises(RunError, match=r"written by unmask 0\.1\.0 in format 1") as refused:
+        resume(run)
+    assert refused.value.hint == "start a new run, or resume it with the version that env.json names"
+    assert not (run / "lock").exists()
+
+
+def test_a_state_of_another_version_is_refused(uninterrupted: Path, tmp_path: Path) -> None:
+    import shutil
+
+    run = tmp_path / "run"
+    shutil.copytree(uninterrupted, run, symlinks=True)
+    shutil.copy(write_old_run(tmp_path / "old") / "latest" / "resume" / "state.json", run / "latest" / "resume")
+    with pytest.raises(DamagedError, match="invalid training state") as refused:
+        resume(run)
+    assert "state.json" in refused.value.location and "env.json" in refused.value.hint
+
+
+def test_the_state_file_has_these_keys(uninterrupted: Path) -> None:
+    """The keys are a file format: change RUN_FORMAT with them."""
+    state = json.loads((uninterrupted / "latest" / "resume" / "state.json").read_text())
+    assert list(state) == [
+        "step", "cursor", "tokens", "seconds", "phase_seconds", "metrics", "learning_rate", "grad_norm", "validation",
+        "best", "validations_without_gain",
+    ]  # fmt: skip
+    assert list(state["metrics"]) == ["sums", "counts", "tokens", "seconds", "data_wait_seconds"]
+    assert json.loads((uninterrupted / "env.json").read_text())["format"] == RUN_FORMAT == 2
+
+
+def test_an_existing_output_path_is_refused(uninterrupted: Path, prose: Path) -> None:
     with pytest.raises(RunError, match="--resume"):
-        launch([prose], recipe="tiny", out=undisturbed, settings=SMALL)
+        launch([prose], recipe="tiny", out=uninterrupted, settings=SMALL)
 
 
-def test_a_place_that_cannot_be_written(prose: Path, tmp_path: Path) -> None:
+def test_an_output_path_that_cannot_be_written(prose: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(StoreError, match="--out"):
         launch([prose], recipe="tiny", out=tmp_path / "file" / "run", settings=SMALL)
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["file"]
 
 
-def test_resuming_costs_the_same_after_many_steps(prose: Path, tmp_path: Path) -> None:
-    """No replay: the cursor is one integer, and the millionth sample is found as fast as the first."""
+def test_resuming_takes_the_same_time_after_many_steps(prose: Path, tmp_path: Path) -> None:
+    """Nothing is replayed: the cursor is one integer, and the millionth sample is found as fast as the first."""
     from unmask.data.sampling import WindowSampler
 
     lengths = torch.randint(1, 400, (2000,)).numpy()
     cutter = WindowSampler(lengths, 64, seed=1)
     begin = time.perf_counter()
-    late = cutter.cut(epoch=10**6, sample=cutter.count(0) - 1)
+    late = cutter.specs(10**6, cutter.count(0) - 1, cutter.count(0))[0]
     assert late.tokens > 0 and time.perf_counter() - begin < 1.0

@@ -1,4 +1,4 @@
-"""A run that goes on from a model: what the model decides, what is added to its vocabulary, resume."""
+"""Continued pretraining: what the model determines, new tokens of its vocabulary, resuming."""
 
 from __future__ import annotations
 
@@ -12,12 +12,13 @@ import torch
 
 import unmask
 from unmask.core.errors import RecipeError
+from unmask.core.files import RunLayout
 from unmask.models.model import Model, load
 from unmask.tokenization.extend import origins
-from unmask.training.loggers import LOG, read_log
+from unmask.training.loggers import read_log
 from unmask.training.pretrain import launch, resume
 from unmask.training.recipe import read_recipe
-from unmask.training.warm_start import START, WarmStart
+from unmask.training.warm_start import WarmStart
 
 SMALL = """
 [data]
@@ -70,7 +71,9 @@ def same(one: Model, other: Model) -> bool:
     return all(torch.equal(a, b) for a, b in pairs)
 
 
-def test_it_begins_where_the_model_stands_and_says_before_and_after(made: Path, domain: Path, tmp_path: Path) -> None:
+def test_a_run_starts_with_the_weights_of_the_model_and_reports_before_and_after(
+    made: Path, domain: Path, tmp_path: Path
+) -> None:
     old = load(made / "run")
     result = launch(
         [domain],
@@ -80,10 +83,10 @@ def test_it_begins_where_the_model_stands_and_says_before_and_after(made: Path, 
         start=WarmStart.open(made / "run"),
     )
     recipe, _ = read_recipe(tmp_path / "run")
-    assert recipe.model == old.settings and recipe.stage[0].max_seq_len == 48, "cut to what the model holds"
-    assert same(load(tmp_path / "run" / START), old)
+    assert recipe.model == old.settings and recipe.stage[0].max_seq_len == 48, "shortened to the positions of the model"
+    assert same(load(tmp_path / "run" / RunLayout.START), old)
     assert result.summary is not None and result.summary.before is not None and result.summary.validation is not None
-    first = next(line for line in read_log(tmp_path / "run" / LOG) if "validation" in line)
+    first = next(line for line in read_log(tmp_path / "run" / RunLayout.LOG) if "validation" in line)
     assert first["step"] == 0 and first["validation"] == result.summary.before
     assert result.summary.validation.loss != result.summary.before["loss"]
     assert load(tmp_path / "run").tokenizer.fingerprint == old.tokenizer.fingerprint
@@ -104,13 +107,13 @@ def test_a_run_resumes_when_the_model_is_gone(made: Path, domain: Path, tmp_path
         shutil.rmtree(model)
         return tmp_path / name
 
-    whole, parted = run("whole", "6 steps"), run("parted", "3 steps")
-    resume(parted, budget="6 steps")
-    last = [load(folder / "latest") for folder in (whole, parted)]
+    whole, extended = run("whole", "6 steps"), run("extended", "3 steps")
+    resume(extended, budget="6 steps")
+    last = [load(folder / "latest") for folder in (whole, extended)]
     assert same(*last)
     unsaved = tmp_path / "unsaved"  # killed before its first step was saved
     shutil.copytree(whole, unsaved, symlinks=True)
-    for name in ("latest", LOG):
+    for name in ("latest", RunLayout.LOG):
         (unsaved / name).unlink()
     for folder in [*unsaved.glob("step-*"), unsaved / "best"]:
         shutil.rmtree(folder)
@@ -118,7 +121,7 @@ def test_a_run_resumes_when_the_model_is_gone(made: Path, domain: Path, tmp_path
     assert same(load(unsaved / "latest"), last[0])
 
 
-def test_new_pieces_begin_as_the_mean_of_their_own(made: Path, domain: Path, tmp_path: Path) -> None:
+def test_new_tokens_are_initialized_with_the_mean_of_their_parts(made: Path, domain: Path, tmp_path: Path) -> None:
     start = WarmStart.open(made / "run", 6)
     old = start.model
     unmask.pretrain(domain, recipe="continue", out=tmp_path / "run", settings=QUICK, budget="1 steps", start=start)
@@ -128,33 +131,33 @@ def test_new_pieces_begin_as_the_mean_of_their_own(made: Path, domain: Path, tmp
     table, before = cast(Any, encoder).token_embedding, cast(Any, old.encoder).token_embedding
     assert torch.equal(table[: len(before)], before)
     parts = origins(old.tokenizer.to_json(), tokenizer.to_json())
-    for number, pieces in enumerate(parts, start=old.tokenizer.size):
-        assert not pieces or torch.allclose(table[number], table[pieces].mean(0))
-    assert sum(len(pieces) > 1 for pieces in parts) > 2
-    assert len({tuple(row) for row in table[len(before) :].tolist()}) == 6, "no two begin alike"
-    rows = {name: tensor.shape[0] for name, tensor in head.state_dict().items() if tensor.shape[0] == len(table)}
-    assert rows, "the decoder's bias has grown too"
+    for number, ids in enumerate(parts, start=old.tokenizer.size):
+        assert not ids or torch.allclose(table[number], table[ids].mean(0))
+    assert sum(len(ids) > 1 for ids in parts) > 2
+    assert len({tuple(row) for row in table[len(before) :].tolist()}) == 6, "no two are equal"
+    extended = [name for name, tensor in head.state_dict().items() if tensor.shape[0] == len(table)]
+    assert extended, "the decoder bias too"
     config = json.loads((tmp_path / "run" / "latest" / "config.json").read_text())
     assert config["vocab_size"] == tokenizer.size
     assert read_recipe(tmp_path / "run")[0].init.vocab_size == tokenizer.size
 
 
 @pytest.mark.parametrize("key", ["model.num_hidden_layers=2", "data.tokenizer.vocab_size=100"])
-def test_what_the_model_decides_can_t_be_named(made: Path, domain: Path, tmp_path: Path, key: str) -> None:
-    with pytest.raises(RecipeError, match="decides"):
+def test_settings_that_the_model_determines_are_refused(made: Path, domain: Path, tmp_path: Path, key: str) -> None:
+    with pytest.raises(RecipeError, match="is decided by the model"):
         unmask.pretrain(domain, recipe="continue", out=tmp_path / "run", settings=[key], start=made / "run")
-    with pytest.raises(RecipeError, match=r"decides \[model\]"):
+    with pytest.raises(RecipeError, match=r"\[model\] is decided by"):
         unmask.pretrain(domain, recipe=made / "small.toml", out=tmp_path / "run", start=made / "run")
 
 
-def test_the_recipe_for_it_needs_a_model(domain: Path, tmp_path: Path) -> None:
-    with pytest.raises(RecipeError, match="none is named") as refused:
+def test_the_recipe_continue_needs_a_model(domain: Path, tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match="needs a model to start from") as refused:
         unmask.pretrain(domain, recipe="continue", out=tmp_path / "run")
     assert "--from MODEL" in refused.value.hint
 
 
 def saved_by_transformers(kind: str, folder: Path) -> Path:
-    """A small net of `transformers` with random weights, and a tokenizer of ours beside it."""
+    """Saves a small model of `transformers` with random weights, and a tokenizer trained by unmask."""
     import transformers
 
     from unmask.tokenization.settings import ByteBpeConfig, WordPieceConfig
@@ -176,7 +179,7 @@ def saved_by_transformers(kind: str, folder: Path) -> Path:
     return folder
 
 
-def test_a_bert_of_transformers_goes_on_with_its_pair_head(domain: Path, tmp_path: Path) -> None:
+def test_a_bert_of_transformers_keeps_its_pair_head(domain: Path, tmp_path: Path) -> None:
     from transformers import BertForPreTraining
 
     model = saved_by_transformers("bert", tmp_path / "model")
@@ -197,11 +200,11 @@ def test_a_bert_of_transformers_goes_on_with_its_pair_head(domain: Path, tmp_pat
     before, after = BertForPreTraining.from_pretrained(model), BertForPreTraining.from_pretrained(step)
     for name, tensor in before.state_dict().items():
         assert torch.allclose(after.state_dict()[name], tensor, atol=1e-6), name
-    line = next(line for line in read_log(tmp_path / "run" / LOG) if "validation" in line)
+    line = next(line for line in read_log(tmp_path / "run" / RunLayout.LOG) if "validation" in line)
     assert line["step"] == 0 and line["validation"]["pair"]["pairs"] > 0
 
 
-def test_a_roberta_goes_on_within_its_positions_and_stays_one(domain: Path, tmp_path: Path) -> None:
+def test_a_roberta_keeps_its_positions_and_class(domain: Path, tmp_path: Path) -> None:
     from transformers import AutoModelForMaskedLM
 
     model = saved_by_transformers("roberta", tmp_path / "model")
@@ -212,4 +215,6 @@ def test_a_roberta_goes_on_within_its_positions_and_stays_one(domain: Path, tmp_
     assert first is not None and recipe.stage[0].max_seq_len == 50 - first - 1
     after = AutoModelForMaskedLM.from_pretrained(tmp_path / "run" / "latest")
     assert type(after).__name__ == "RobertaForMaskedLM"
-    assert after.config.vocab_size == start.model.tokenizer.size + 12, "new pieces take the padded rows first"
+    assert after.config.vocab_size == start.model.tokenizer.size + 12, (
+        "new tokens first use padding entries of the embedding"
+    )

@@ -1,32 +1,30 @@
-"""Room card: the verbs of the command `unmask`.
-
-Comes in: a command line. Goes out: the verb's work and its exit code. Called by: the command, `python -m unmask`.
-"""
+"""The command line of unmask: its commands, in groups, and the entry point."""
 
 from __future__ import annotations
 
 import io
 import sys
+from collections.abc import Callable
 from typing import Annotated
 
 import typer
 
-from unmask.cli.checks import AUDIT_EXAMPLES, CHECK_EXAMPLES, audit, check_plugin_command
-from unmask.cli.data import INSPECT_EXAMPLES, PREPARE_EXAMPLES, inspect, prepare
-from unmask.cli.errors import debug_everywhere, handle_errors
+from unmask.cli.checks import AUDIT_EXAMPLES, CHECK_PLUGIN_EXAMPLES, audit_masker, check_plugin
+from unmask.cli.data import INSPECT_EXAMPLES, PREPARE_EXAMPLES, inspect_data, prepare_data
+from unmask.cli.errors import Debug, handle_errors
 from unmask.cli.models import (
     EVALUATE_EXAMPLES,
     EXPORT_EXAMPLES,
     FILL_EXAMPLES,
     IMPORT_EXAMPLES,
     evaluate,
-    export,
+    export_model,
     fill,
-    import_,
+    import_model,
 )
 from unmask.cli.pretrain import DEMO_EXAMPLES, PRETRAIN_EXAMPLES, demo, pretrain
 from unmask.cli.recipe import CHECK_RECIPE_EXAMPLES, SHOW_RECIPE_EXAMPLES, check_recipe, list_recipes, show_recipe
-from unmask.cli.runs import RUNS_EXAMPLES, runs
+from unmask.cli.runs import RUNS_EXAMPLES, list_runs
 from unmask.cli.tokenizer import (
     COMPARE_TOKENIZERS_EXAMPLES,
     SHOW_TOKENIZER_EXAMPLES,
@@ -37,18 +35,19 @@ from unmask.cli.tokenizer import (
 )
 
 _EPILOG = """\
-[bold]Begin here[/bold]
+[bold]First steps[/bold]
 
-unmask demo                                   a model within a few minutes
-unmask pretrain notes.txt --budget "10 min"   a model from your own text
+unmask demo                                   train a model within a few minutes
+unmask pretrain notes.txt --budget "10 min"   train a model on your text
 unmask fill runs/demo "Return the \\[MASK] of the list."
 
-Each verb explains itself: unmask pretrain --help
+Help for one command: unmask pretrain --help
 """
+_TRAIN, _USE, _PREPARE, _CHECK = "Training", "Trained models", "Data, tokenizers and recipes", "Checks"
 
 app = typer.Typer(
     name="unmask",
-    help="Raw text in; a pretrained masked-language-model encoder out.",
+    help="Pretrain BERT and ModernBERT encoders from raw text.",
     epilog=_EPILOG,
     no_args_is_help=True,
     add_completion=False,
@@ -56,57 +55,68 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["--help", "-h"]},
 )
-app.command("pretrain", epilog=PRETRAIN_EXAMPLES)(handle_errors(pretrain))
-app.command("fill", epilog=FILL_EXAMPLES)(handle_errors(fill))
-app.command("evaluate", epilog=EVALUATE_EXAMPLES)(handle_errors(evaluate))
-app.command("export", epilog=EXPORT_EXAMPLES)(handle_errors(export))
-app.command("import", epilog=IMPORT_EXAMPLES)(handle_errors(import_))
-app.command("audit", epilog=AUDIT_EXAMPLES)(handle_errors(audit))
-app.command("check-plugin", epilog=CHECK_EXAMPLES)(handle_errors(check_plugin_command))
-app.command("runs", epilog=RUNS_EXAMPLES)(handle_errors(runs))
-app.command("demo", epilog=DEMO_EXAMPLES)(handle_errors(demo))
-_recipes = typer.Typer(no_args_is_help=True, help="List, show and check recipes.", rich_markup_mode="rich")
-_recipes.command("list")(handle_errors(list_recipes))
-_recipes.command("show", epilog=SHOW_RECIPE_EXAMPLES)(handle_errors(show_recipe))
-_recipes.command("check", epilog=CHECK_RECIPE_EXAMPLES)(handle_errors(check_recipe))
-app.add_typer(_recipes, name="recipe")
-_texts = typer.Typer(
-    no_args_is_help=True, help="Look at text, and prepare it, before training on it.", rich_markup_mode="rich"
-)
-_texts.command("inspect", epilog=INSPECT_EXAMPLES)(handle_errors(inspect))
-_texts.command("prepare", epilog=PREPARE_EXAMPLES)(handle_errors(prepare))
-app.add_typer(_texts, name="data")
-_tokenizers = typer.Typer(no_args_is_help=True, help="Train, look at and compare tokenizers.", rich_markup_mode="rich")
-_tokenizers.command("train", epilog=TRAIN_TOKENIZER_EXAMPLES)(handle_errors(train_tokenizer))
-_tokenizers.command("show", epilog=SHOW_TOKENIZER_EXAMPLES)(handle_errors(show_tokenizer))
-_tokenizers.command("compare", epilog=COMPARE_TOKENIZERS_EXAMPLES)(handle_errors(compare_tokenizers))
-app.add_typer(_tokenizers, name="tokenizer")
 
 
-def _say_version(wanted: bool) -> None:
+def _add(group: typer.Typer, name: str, command: Callable[..., None], examples: str = "", panel: str = "") -> None:
+    group.command(name, epilog=examples or None, rich_help_panel=panel or None)(handle_errors(command))
+
+
+def _add_group(name: str, description: str) -> typer.Typer:
+    group = typer.Typer(no_args_is_help=True, help=description, rich_markup_mode="rich")
+    app.add_typer(group, name=name, rich_help_panel=_PREPARE)
+    return group
+
+
+_add(app, "pretrain", pretrain, PRETRAIN_EXAMPLES, _TRAIN)
+_add(app, "demo", demo, DEMO_EXAMPLES, _TRAIN)
+_add(app, "runs", list_runs, RUNS_EXAMPLES, _TRAIN)
+_add(app, "fill", fill, FILL_EXAMPLES, _USE)
+_add(app, "evaluate", evaluate, EVALUATE_EXAMPLES, _USE)
+_add(app, "export", export_model, EXPORT_EXAMPLES, _USE)
+_add(app, "import", import_model, IMPORT_EXAMPLES, _USE)
+_add(app, "audit", audit_masker, AUDIT_EXAMPLES, _CHECK)
+_add(app, "check-plugin", check_plugin, CHECK_PLUGIN_EXAMPLES, _CHECK)
+
+_data = _add_group("data", "Inspect and prepare text before training.")
+_add(_data, "inspect", inspect_data, INSPECT_EXAMPLES)
+_add(_data, "prepare", prepare_data, PREPARE_EXAMPLES)
+
+_tokenizers = _add_group("tokenizer", "Train, show and compare tokenizers.")
+_add(_tokenizers, "train", train_tokenizer, TRAIN_TOKENIZER_EXAMPLES)
+_add(_tokenizers, "show", show_tokenizer, SHOW_TOKENIZER_EXAMPLES)
+_add(_tokenizers, "compare", compare_tokenizers, COMPARE_TOKENIZERS_EXAMPLES)
+
+_recipes = _add_group("recipe", "List, show and check recipes.")
+_add(_recipes, "list", list_recipes)
+_add(_recipes, "show", show_recipe, SHOW_RECIPE_EXAMPLES)
+_add(_recipes, "check", check_recipe, CHECK_RECIPE_EXAMPLES)
+
+
+def _print_version(wanted: bool) -> None:
     if wanted:
-        from unmask import __version__
+        from unmask.core.version import __version__
 
         print(f"unmask {__version__}")
         raise typer.Exit
 
 
 @app.callback()
-def _before(
-    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.", show_default=False)] = False,
+def options_of_all_commands(
+    debug: Debug = False,  # read by `handle_errors` from the context
     version: Annotated[
         bool,
-        typer.Option("--version", help="Print the version.", callback=_say_version, is_eager=True, show_default=False),
+        typer.Option(
+            "--version", help="Print the version.", callback=_print_version, is_eager=True, show_default=False
+        ),
     ] = False,
 ) -> None:
-    if debug:
-        debug_everywhere.append(True)
+    """Take the options that stand before the name of a command."""
 
 
 def main() -> None:
     """Run the command line of this process and exit."""
     for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):  # a text may hold what this terminal can't show
+        if isinstance(stream, io.TextIOWrapper):  # text may hold characters that this terminal can't encode
             stream.reconfigure(errors="backslashreplace")
     app(prog_name="unmask")
 

@@ -1,32 +1,30 @@
-"""Room card: the verb look: what a text is like.
-
-Comes in: text, a recipe, perhaps a tokenizer. Goes out: a report, with bars and colours in a terminal, in plain lines
-in a pipe, or as JSON. Called by: door.
-"""
+"""Commands on text before training: inspect and prepare."""
 
 from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from unmask.cli.options import (
-    TEXT,
-    Debug,
+    DataOptions,
+    DocumentRule,
     Errors,
     Field,
     Json,
-    Rule,
+    RecipeName,
     Settings,
-    TokenizerAt,
+    Texts,
+    TokenizerPath,
+    delayed_progress,
+    load_recipe_with,
+    open_display,
     open_tokenizer,
     print_json,
-    tokenizer_at,
 )
 
 if TYPE_CHECKING:
@@ -34,8 +32,9 @@ if TYPE_CHECKING:
     from rich.text import Text
 
     from unmask.data.report import Example, Report
-    from unmask.training.display import Display
 
+
+# inspect ------------------------------------------------------------------------------------------------------------
 
 INSPECT_EXAMPLES = """\
 [bold]Examples[/bold]
@@ -45,95 +44,76 @@ unmask data inspect notes/ --recipe char --seed 3
 unmask data inspect "posts/*.jsonl.gz" --field body --errors skip
 unmask data inspect notes.txt --tokenizer runs/notes/latest --json
 """
-_HISTOGRAM_WIDTH = 30
-_BLOCKS = " ▏▎▍▌▋▊▉█"
-_PATIENCE_SECONDS = 2.0
-_LABEL = 12
+_BAR_WIDTH = 30
+_LABEL_WIDTH = 12
+_MAX_SCRIPTS = 6
+_MIN_SCRIPT_SHARE = 0.0005
 
 
-def inspect(
-    texts: Annotated[list[Path], TEXT],
-    recipe: Annotated[str, typer.Option(help="Whose settings are meant: a shipped recipe or a TOML file.")] = "tiny",
-    tokenizer: TokenizerAt = None,
-    seed: Annotated[int, typer.Option(help="Which documents are shown.")] = 0,
+def inspect_data(
+    texts: Texts,
+    recipe: RecipeName = "tiny",
+    tokenizer: TokenizerPath = None,
+    seed: Annotated[int, typer.Option(help="Random seed for the choice of example documents.")] = 0,
     settings: Settings = None,
     errors: Errors = None,
-    document: Rule = None,
+    document: DocumentRule = None,
     field: Field = None,
     as_json: Json = False,
-    debug: Debug = False,
 ) -> None:
-    """Say what a text is like before anything is trained on it.
+    """Report on text before training: sizes, duplicates, document lengths, scripts, tokens and five examples.
 
-    Sizes, copies, lengths of documents, characters, what would be held out, what the tokenizer makes of it, windows per
-    stage, and five documents as cut. Nothing is written.
+    The report also shows what would be held out and the number of sequences per stage. Nothing is written.
     """
-    from unmask.data.report import look as look_at
+    from unmask.data.report import look
     from unmask.data.sources import open_text
-    from unmask.training.pretrain import for_stream
-    from unmask.training.recipe import load_recipe
 
-    flags = {"data.errors": errors, "data.document": document, "data.field": field}
-    whole = load_recipe(recipe, settings or (), {key: value for key, value in flags.items() if value is not None})
-    given = None if tokenizer is None else open_tokenizer(tokenizer)
-    source = open_text(texts, whole.data)
-    display = for_stream(sys.stderr)
-    try:
-        report = look_at(
+    resolved = load_recipe_with(recipe, settings, DataOptions(errors, document, field))
+    loaded = None if tokenizer is None else open_tokenizer(tokenizer)
+    source = open_text(texts, resolved.data)
+    with open_display(sys.stderr) as display:
+        report = look(
             source,
-            whole.data,
-            [stage.max_seq_len for stage in whole.stage],
-            patient(display),
+            resolved.data,
+            [stage.max_seq_len for stage in resolved.stage],
+            delayed_progress(display),
             seed=seed,
-            tokenizer=given,
+            tokenizer=loaded,
         )
-    finally:
-        display.close()
     if as_json:
         print_json(asdict(report))
     else:
-        _print(report)
+        _print_report(report)
 
 
-def patient(display: Display) -> Callable[[str, float], None]:
-    """Progress that is shown once it has taken two seconds."""
-    began = time.monotonic()
-
-    def progress(what: str, share: float) -> None:
-        if time.monotonic() - began >= _PATIENCE_SECONDS:
-            display.progress(what, share)
-
-    return progress
-
-
-def _print(report: Report) -> None:
-    """The report for a person: bars in a terminal, plain lines in a pipe."""
+def _print_report(report: Report) -> None:
+    """Print the report: with bars and colors in a terminal, in plain lines in a pipe."""
     from rich.console import Console
     from rich.text import Text
 
     console = Console(highlight=False, soft_wrap=True)
-    for label, value in _rows(report):
-        console.print(Text.assemble((f"{label:<{_LABEL}} ", "dim"), value))
+    for label, value in _summary(report):
+        console.print(Text.assemble((f"{label:<{_LABEL_WIDTH}} ", "dim"), value))
         if label == "lengths":
             for line in _histogram(report, console):
                 console.print(line)
     if report.examples:
-        several = "s as they are" if len(report.examples) > 1 else " as it is"
-        console.print(Text(f"\n{len(report.examples)} document{several} cut", "bold"))
-        console.print(Text("a space before each word, · between the pieces of one", "dim"))
+        documents = "document" + "s" * (len(report.examples) > 1)
+        console.print(Text(f"\n{len(report.examples)} {documents} as tokenized", "bold"))
+        console.print(Text("a space before each word, · between the tokens of a word", "dim"))
     for example in report.examples:
         console.print(Text(f"\ndocument {example.document:,}, {example.characters:,} characters", "dim"))
-        console.print(_cut(example))
+        console.print(_tokenized(example))
     if report.warnings:
         console.print()
     for warning in report.warnings:
-        console.print(Text(f"note: {warning}", "yellow"))
+        console.print(Text(f"warning: {warning}", "yellow"))
 
 
-def _rows(report: Report) -> Iterator[tuple[str, str]]:
-    """Label and words of each line."""
+def _summary(report: Report) -> Iterator[tuple[str, str]]:
+    """Yield the label and the text of each line."""
     from unmask.core.format import count, size, visible
-    from unmask.tokenization.words import in_words
+    from unmask.tokenization.words import describe_words
 
     yield "documents", f"{report.documents:,}"
     yield "characters", f"{report.characters:,} ({size(report.bytes)} as UTF-8)"
@@ -142,152 +122,131 @@ def _rows(report: Report) -> Iterator[tuple[str, str]]:
         yield "", f"{text.name}: {text.documents:,} documents, {text.characters:,} characters{weight}"
     copies = report.copies
     if copies.documents:
-        often = f'the most frequent {copies.most:,} times: "{visible(copies.example)}"'
-        yield (
-            "copies",
-            f"{copies.documents:,} documents ({copies.share:.1%}), {copies.characters:,} characters; {often}",
-        )
+        share = f"{copies.documents:,} documents ({copies.share:.1%}), {copies.characters:,} characters"
+        yield "duplicates", f'{share}; the most frequent {copies.most:,} times: "{visible(copies.example)}"'
     else:
-        yield "copies", "no document occurs twice"
-    one = report.lengths
-    most = f"eight of ten between {one.tenth:,} and {one.ninetieth:,}, the longest {one.longest:,}"
-    yield "lengths", f"{one.median:,} characters in the median, {most}"
-    yield "words", in_words(report.words) + (" (what its script asks for)" if report.words_by == "auto" else "")
-    scripts = [f"{name.title()} {share:.1%}" for name, share in report.alphabet.scripts.items() if share >= 0.0005]
-    yield "letters", f"{report.alphabet.distinct:,} different characters" + "".join(f", {one}" for one in scripts[:6])
-    if foreign := "  ".join(f"{one.character} {count(one.count)}" for one in report.alphabet.foreign):
-        yield "", f"beside its main script: {foreign}"
-    if held := report.held_out:
-        by = "chosen by the hash of their text" if held.by == "hash" else f"the last {held.share} of each"
-        yield "held out", f"{held.documents:,} documents, {by}; {held.characters:,} characters"
-    if found := report.tokenizer:
-        yield (
-            "tokenizer",
-            (
-                f"{found.kind} of {found.vocabulary:,}"
-                + (f", trained on {count(found.max_train_chars)} characters" if found.trained else "")
-                + f": {found.characters_per_token:.2f} characters per token, {found.unknown_share:.3%} [UNK]"
-            ),
-        )
+        yield "duplicates", "none"
+    lengths = report.lengths
+    spread = f"80 % between {lengths.tenth:,} and {lengths.ninetieth:,}, maximum {lengths.longest:,}"
+    yield "lengths", f"median {lengths.median:,} characters, {spread}"
+    yield "words", describe_words(report.words) + (" (chosen by script)" if report.words_by == "auto" else "")
+    shares = {script: share for script, share in report.alphabet.scripts.items() if share >= _MIN_SCRIPT_SHARE}
+    scripts = [f", {script.title()} {share:.1%}" for script, share in shares.items()]
+    yield "alphabet", f"{report.alphabet.distinct:,} distinct characters{''.join(scripts[:_MAX_SCRIPTS])}"
+    if foreign := "  ".join(f"{letter.character} {count(letter.count)}" for letter in report.alphabet.foreign):
+        yield "", f"from other scripts: {foreign}"
+    if held_out := report.held_out:
+        method = "selected by a hash of the text" if held_out.by == "hash" else f"the last {held_out.share} of each"
+        yield "held out", f"{held_out.documents:,} documents, {method}; {held_out.characters:,} characters"
+    if tokenizer := report.tokenizer:
+        trained = f" trained on {count(tokenizer.sample_characters)} characters" if tokenizer.trained else ""
+        rates = f"{tokenizer.characters_per_token:.2f} characters per token, {tokenizer.unknown_share:.3%} [UNK]"
+        yield "tokenizer", f"{tokenizer.kind}, {tokenizer.vocabulary:,} tokens{trained}; {rates}"
     for stage in report.stages:
-        yield (
-            f"length {stage.length}",
-            (
-                f"about {count(stage.windows)} windows of {stage.tokens_per_window:.0f} tokens, "
-                f"{count(stage.epoch_tokens)} tokens an epoch" + _seen(stage.seen)
-            ),
-        )
+        windows = f"about {count(stage.windows)} sequences of {stage.tokens_per_window:.0f} tokens"
+        yield f"length {stage.length}", f"{windows}, {count(stage.epoch_tokens)} tokens per epoch{_repeats(stage.seen)}"
 
 
-def _seen(seen: Mapping[str, float]) -> str:
-    return "".join(f", {name} {times:.2g} times" for name, times in seen.items())
+def _repeats(repeats: Mapping[str, float]) -> str:
+    return "".join(f", {name} {times:.2g} times" for name, times in repeats.items())
 
 
 def _histogram(report: Report, console: Console) -> list[Text]:
-    """How many documents have how many characters, a line each."""
+    """Return one line per bin of document lengths."""
     from rich.text import Text
 
+    from unmask.core.format import bar
+
     bins = report.lengths.bins
-    most = max(one.documents for one in bins)
-    wide = max(len(f"{one.first:,} to {one.last:,}") for one in bins)
+    largest = max(entry.documents for entry in bins)
+    total = max(1, sum(entry.characters for entry in bins))
+    ranges = [f"{entry.first:,} to {entry.last:,}" for entry in bins]
+    width = max(map(len, ranges))
     lines: list[Text] = []
-    for one in bins:
-        share = one.characters / max(1, sum(other.characters for other in bins))
-        bar = _bar(one.documents / most) if console.is_terminal else ""
-        words = f"{f'{one.first:,} to {one.last:,}':>{wide}}  {one.documents:>9,}  {share:>6.1%} of the characters  "
-        lines.append(Text.assemble(" " * (_LABEL + 1), words.rstrip() + "  " * bool(bar), (bar, "green")))
+    for entry, limits in zip(bins, ranges, strict=True):
+        words = f"{limits:>{width}}  {entry.documents:>9,}  {entry.characters / total:>6.1%} of the characters"
+        line = Text(" " * (_LABEL_WIDTH + 1) + words)
+        if console.is_terminal:
+            line.append("  " + bar(entry.documents / largest, _BAR_WIDTH), "green")
+        lines.append(line)
     return lines
 
 
-def _bar(share: float) -> str:
-    eighths = round(share * _HISTOGRAM_WIDTH * 8)
-    return "█" * (eighths // 8) + _BLOCKS[eighths % 8].strip()
-
-
-def _cut(example: Example) -> Text:
-    """The pieces of a document: a space before a word, · inside it; colours alternate from word to word."""
+def _tokenized(example: Example) -> Text:
+    """Return the tokens of a document: a space before each word, · within it; colors alternate between words."""
     from rich.text import Text
 
     from unmask.core.format import visible
 
     line, word = Text(), 0
-    for number, piece in enumerate(example.pieces):
-        word += piece.starts_word
+    for number, token in enumerate(example.tokens):
+        word += token.starts_word
         if number:
-            line.append(" " if piece.starts_word else "·", "dim")
-        shown = visible(piece.text).replace(" ", "␣") or "…"
-        line.append(shown, "red reverse" if piece.is_unknown else "cyan" if word % 2 else "")
+            line.append(" " if token.starts_word else "·", "dim")
+        shown = visible(token.text).replace(" ", "␣") or "…"
+        line.append(shown, "red reverse" if token.is_unknown else "cyan" if word % 2 else "")
     return line if example.is_whole else line.append(" …", "dim")
 
+
+# prepare ------------------------------------------------------------------------------------------------------------
 
 PREPARE_EXAMPLES = """\
 [bold]Examples[/bold]
 
 unmask data prepare notes/ --recipe modern-tiny
-unmask data prepare notes.txt --tokenizer pieces --json
+unmask data prepare notes.txt --tokenizer my-tokenizer --json
 unmask data prepare notes.txt --set data.tokenizer.vocab_size=16384
 """
 
 
-def prepare(
-    texts: Annotated[list[str], TEXT],
-    recipe: Annotated[str, typer.Option(help="Whose settings are meant: a shipped recipe or a TOML file.")] = "tiny",
-    tokenizer: TokenizerAt = None,
+def prepare_data(
+    texts: Texts,
+    recipe: RecipeName = "tiny",
+    tokenizer: TokenizerPath = None,
     settings: Settings = None,
     errors: Errors = None,
-    document: Rule = None,
+    document: DocumentRule = None,
     field: Field = None,
     as_json: Json = False,
-    debug: Debug = False,
 ) -> None:
-    """Tokenize text into the cache; a pretrain with the same settings then starts at once.
+    """Tokenize text into the cache; pretrain with the same settings reads it from there.
 
-    The cache is $UNMASK_CACHE, else ~/.cache/unmask. All cores work where the text is long.
+    The cache is $UNMASK_CACHE, or ~/.cache/unmask. Long texts are tokenized on all cores.
     """
     from unmask.core.files import default_cache
     from unmask.data.prepare import prepare
     from unmask.data.sources import open_text
-    from unmask.training.pretrain import for_stream
-    from unmask.training.recipe import load_recipe
 
-    flags = {"data.errors": errors, "data.document": document, "data.field": field}
-    overrides: dict[str, Any] = {key: value for key, value in flags.items() if value is not None}
-    if tokenizer is not None:
-        overrides |= {"data.tokenizer.kind": "file", "data.tokenizer.path": str(tokenizer_at(tokenizer))}
-    chosen = load_recipe(recipe, settings or (), overrides).data
-    begun = time.perf_counter()
-    source = open_text(texts, chosen)
-    display = for_stream(sys.stderr)
-    made: list[str] = []
+    data = DataOptions(errors, document, field, tokenizer)
+    config = load_recipe_with(recipe, settings, data).data
+    start = time.perf_counter()
+    source = open_text(texts, config)
+    tasks: set[str] = set()
+    with open_display(sys.stderr) as display:
 
-    def progress(stage: str, share: float) -> None:
-        made.append(stage) if stage not in made else None
-        display.progress(stage, share)
+        def progress(task: str, fraction: float) -> None:
+            tasks.add(task)
+            display.progress(task, fraction)
 
-    try:
-        corpus = prepare(source, chosen, default_cache(), progress)
-    finally:
-        display.close()
-    seconds = time.perf_counter() - begun
-    was_there = "tokenizing" not in made
+        corpus = prepare(source, config, default_cache(), progress)
+    seconds = time.perf_counter() - start
+    was_cached = "tokenizing" not in tasks
     if as_json:
-        print_json(
-            {
-                "folder": str(corpus.folder),
-                "was_there": was_there,
-                "seconds": round(seconds, 2),
-                "groups": [group.__dict__ for group in corpus.groups],
-                **corpus.facts,
-            }
-        )
+        print_json({
+            "folder": str(corpus.folder),
+            "was_cached": was_cached,
+            "seconds": round(seconds, 2),
+            "groups": [group.__dict__ for group in corpus.groups],
+            **corpus.facts,
+        })  # fmt: skip
         return
-    for sentence in corpus.notes:
-        print(sentence)
+    for note in corpus.notes:
+        print(note)
     print(f"shards: {corpus.folder}")
-    if was_there:
-        print(f"they were there already; looking at them took {seconds:.1f} s")
+    if was_cached:
+        print(f"found in the cache, checked in {seconds:.1f} s")
     else:
         characters = int(corpus.facts["characters"])
         tokens = corpus.train.tokens + corpus.held_out.tokens
         speed = f"{tokens / seconds:,.0f} tokens/s, {characters / seconds / 1e6:.1f} M characters/s"
-        print(f"made in {seconds:.1f} s: {speed}")
+        print(f"tokenized in {seconds:.1f} s: {speed}")

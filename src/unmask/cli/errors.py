@@ -1,47 +1,43 @@
-"""Room card: how a verb ends: errors become messages and exit codes.
-
-Comes in: a verb's function. Goes out: the same function, which lets no traceback through unless --debug asks for it.
-Called by: door, for every verb.
-"""
+"""Runs commands and turns errors into messages and exit codes."""
 
 from __future__ import annotations
 
 import contextlib
 import functools
+import inspect
 import os
 import shlex
 import sys
 import traceback
 from collections.abc import Callable
-from typing import TYPE_CHECKING, ParamSpec
+from typing import Annotated, Any
 
 import typer
 
-from unmask.core.errors import Stopped, UnmaskError
+from unmask.core.errors import CRASH_NOTE, Interrupted, Stopped, UnmaskError
 
-if TYPE_CHECKING:
-    pass
+INTERRUPTED, INTERNAL_ERROR = 130, 1  # exit codes
 
-
-Arguments = ParamSpec("Arguments")
-
-INTERRUPTED, FAULT = 130, 1
-debug_everywhere: list[bool] = []  # filled by `unmask --debug VERB`
+Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.", show_default=False)]
 
 
-def handle_errors(verb: Callable[Arguments, None]) -> Callable[Arguments, None]:
-    """The verb, whose errors end it with a message and the right exit code."""
+def handle_errors(command: Callable[..., None]) -> Callable[..., None]:
+    """Return a command that reports its errors and exits with the right code; adds the option `--debug`.
 
-    @functools.wraps(verb)
-    def run(*args: Arguments.args, **kwargs: Arguments.kwargs) -> None:
-        debug = bool(kwargs.get("debug") or debug_everywhere)
+    The option is accepted before and after the name of the command.
+    """
+
+    @functools.wraps(command)
+    def run(*args: Any, debug: bool = False, context: typer.Context | None = None, **kwargs: Any) -> None:
+        if context is not None:
+            debug = debug or bool(context.find_root().params.get("debug"))
         try:
-            verb(*args, **kwargs)
+            command(*args, **kwargs)
             sys.stdout.flush()
         except (typer.Exit, typer.Abort, typer.BadParameter):
             raise
-        except BrokenPipeError as error:  # nobody reads any more, as in `unmask recipe show tiny | head`
-            _forget_output()
+        except BrokenPipeError as error:  # the reader has closed the pipe, as in `unmask recipe show tiny | head`
+            _discard_output()
             raise typer.Exit(0) from error
         except KeyboardInterrupt as error:
             raise typer.Exit(INTERRUPTED) from error
@@ -50,51 +46,50 @@ def handle_errors(verb: Callable[Arguments, None]) -> Callable[Arguments, None]:
                 traceback.print_exc()
             raise typer.Exit(report_error(error)) from error
 
+    # typer reads the options from the signature.
+    signature = inspect.signature(command, eval_str=True)
+    added = [
+        inspect.Parameter("debug", inspect.Parameter.KEYWORD_ONLY, default=False, annotation=Debug),
+        inspect.Parameter("context", inspect.Parameter.KEYWORD_ONLY, annotation=typer.Context),
+    ]
+    run.__signature__ = signature.replace(parameters=[*signature.parameters.values(), *added])  # pyright: ignore[reportAttributeAccessIssue]
+    run.__annotations__ = {**command.__annotations__, "debug": Debug, "context": typer.Context}
     return run
 
 
 def report_error(error: Exception) -> int:
-    """Say what happened on standard error; the exit code."""
+    """Print an error to standard error and return the exit code."""
     if isinstance(error, UnmaskError):
-        complain("error:", str(error))
+        print_error("error:", str(error))
         return error.exit_code
     if isinstance(error, Stopped):
-        complain(
-            "stopped:", f"saved at step {error.step:,}\n  next:  unmask pretrain --resume {shlex.quote(error.run)}"
-        )
+        command = f"unmask pretrain --resume {shlex.quote(error.run)}"
+        print_error("stopped:", f"saved at step {error.step:,}\n  hint: {command}")
         return error.exit_code
-    # A signal that came before there was anything to save: train.signals.Interrupted, told by its exit code, because
-    # importing it would make every small error wait for torch.
-    code = getattr(error, "exit_code", None)
-    if isinstance(code, int):
-        complain("stopped:", str(error).removeprefix("stopped "))
-        return code
-    crash_file = getattr(error, "crash_file", None)
+    if isinstance(error, Interrupted):
+        print_error("stopped:", str(error).removeprefix("stopped "))
+        return error.exit_code
     from unmask.core.plugins import user_frame
 
+    notes = [note.removeprefix(CRASH_NOTE) for note in getattr(error, "__notes__", []) if note.startswith(CRASH_NOTE)]
+    traceback_at = f"the traceback is in {notes[0]}" if notes else "add --debug to see the traceback"
+    summary = f"{type(error).__name__}: {error}"
     if place := user_frame(error):
-        kept = crash_file or "--debug shows it"
-        complain(
-            "a fault in your module:",
-            f"{type(error).__name__}: {error}\n  where: {place}\n  next:  mend it; the whole traceback: {kept}",
-        )
-        return FAULT
-    kept = (
-        f"the traceback is in {crash_file}" if crash_file else "run the same command with --debug to see the traceback"
-    )
-    complain("a fault of ours:", f"{type(error).__name__}: {error}\n  next:  {kept}; please report it")
-    return FAULT
+        print_error("plugin error:", f"{summary}\n  location: {place}\n  hint: fix the plugin; {traceback_at}")
+    else:
+        print_error("internal error:", f"{summary}\n  hint: report this error; {traceback_at}")
+    return INTERNAL_ERROR
 
 
-def complain(label: str, message: str) -> None:
-    """A message on standard error, its label red in a terminal."""
+def print_error(label: str, message: str) -> None:
+    """Print a message to standard error; the label is red in a terminal."""
     from rich.console import Console
     from rich.text import Text
 
     Console(stderr=True, highlight=False, soft_wrap=True).print(Text.assemble((label, "bold red"), " ", message))
 
 
-def _forget_output() -> None:
-    """Let the interpreter's last flush go nowhere, or it would complain about the pipe once more."""
+def _discard_output() -> None:
+    """Redirect standard output to the null device: the interpreter's last flush would report the closed pipe again."""
     with contextlib.suppress(OSError, ValueError):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -1,8 +1,4 @@
-"""Room card: the verb fill, and how answers are painted.
-
-Comes in: a model and texts with [MASK], from arguments, a file or standard input. Goes out: for each mask the likeliest
-pieces, with bars in a terminal, plain in a pipe, or as JSON. Called by: door; pretrain (the demo's answers).
-"""
+"""Commands on trained models: fill, evaluate, export and import."""
 
 from __future__ import annotations
 
@@ -14,8 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from unmask.cli.errors import complain
-from unmask.cli.options import Debug, Json, open_model, print_json
+from unmask.cli.errors import print_error
+from unmask.cli.options import MODEL_HELP, Errors, Force, Json, ModelPath, OutputPath, open_model, print_json
 from unmask.core.errors import TextError, UnmaskError
 
 if TYPE_CHECKING:
@@ -23,127 +19,120 @@ if TYPE_CHECKING:
     from unmask.models.model import Model
 
 
+# fill ---------------------------------------------------------------------------------------------------------------
+
 FILL_EXAMPLES = """\
 [bold]Examples[/bold]
 
 unmask fill runs/demo "Return the \\[MASK] of the list."
 unmask fill runs/demo "The \\[MASK] of the \\[MASK]." --top 3 --json
-unmask fill runs/demo --file questions.txt             one text a line
-cat questions.txt | unmask fill runs/demo
+unmask fill runs/demo --file sentences.txt             one text per line
+cat sentences.txt | unmask fill runs/demo
 """
-_BAR = 30
-_BLOCKS = " ▏▎▍▌▋▊▉█"
+_BAR_WIDTH = 30
 
 
 def fill(
-    model: Annotated[
-        Path,
-        typer.Argument(metavar="MODEL", help="A run, one of its step folders, or a folder that transformers saved."),
-    ],
+    model: ModelPath,
     texts: Annotated[
         list[str] | None,
-        typer.Argument(
-            metavar="TEXT", help="Texts with \\[MASK]; without any, or with -: the lines of standard input."
-        ),
+        typer.Argument(metavar="TEXT", help="Texts with \\[MASK]; standard input is read if there is none, or for -."),
     ] = None,
-    file: Annotated[Path | None, typer.Option(help="A file of texts, one a line.")] = None,
-    top: Annotated[int, typer.Option(help="Pieces shown for each mask.")] = 5,
+    file: Annotated[Path | None, typer.Option(help="File of texts, one per line.")] = None,
+    top: Annotated[int, typer.Option(help="Number of tokens to show for each mask.")] = 5,
     as_json: Json = False,
-    debug: Debug = False,
 ) -> None:
-    r"""Fill every \[MASK] of a text with the pieces that the model holds likeliest."""
-    given = [_checked(text) for text in texts or [] if text != "-"]
-    from_input = (not texts and file is None) or "-" in (texts or [])
+    r"""Fill every \[MASK] of a text with the most probable tokens."""
+    prompts = [_check_utf8(text) for text in texts or [] if text != "-"]
+    read_input = (not texts and file is None) or "-" in (texts or [])
     if file is not None:
-        given += _lines(_read(file), str(file))
+        prompts += _non_blank_lines(_read(file), str(file))
 
-    from unmask.models.fill_mask import fill as answers
+    from unmask.models.fill_mask import fill as fill_mask
 
-    opened = open_model(model)
-    if from_input and sys.stdin.isatty() and not as_json:
-        _converse(opened, top)
+    loaded = open_model(model)
+    if read_input and sys.stdin.isatty() and not as_json:
+        _fill_interactively(loaded, top)
         return
-    if from_input:
-        given += _lines(sys.stdin.buffer.read(), "standard input")
-    if not given:
-        raise TextError("there is no text", hint='give one with [MASK] in it: "The cat sat on the [MASK]."')
-    filled = answers(opened, given, top)
+    if read_input:
+        prompts += _non_blank_lines(sys.stdin.buffer.read(), "standard input")
+    if not prompts:
+        raise TextError("no text was given", hint='give a text with [MASK]: "The cat sat on the [MASK]."')
+    results = fill_mask(loaded, prompts, top)
     if as_json:
-        print_json([asdict(one) for one in filled])
+        print_json([asdict(result) for result in results])
     else:
-        print_filled(filled)
+        print_predictions(results)
 
 
-def _converse(model: Model, top: int) -> None:
-    """Answer each line that is typed; a text that can't be answered ends nothing."""
-    from unmask.models.fill_mask import fill as answers
+def _fill_interactively(model: Model, top: int) -> None:
+    """Fill each line that is typed; errors are printed and don't end the session."""
+    from unmask.models.fill_mask import fill as fill_mask
 
-    print("one text a line, with [MASK] in it; Ctrl-D ends", file=sys.stderr)
+    print("type one text with [MASK] per line; Ctrl-D ends", file=sys.stderr)
     for line in sys.stdin:
         if line.strip():
             try:
-                print_filled(answers(model, line.rstrip("\n"), top))
+                print_predictions(fill_mask(model, line.rstrip("\n"), top))
             except UnmaskError as error:
-                complain("error:", str(error))
+                print_error("error:", str(error))
 
 
 def _read(file: Path) -> bytes:
     try:
         return file.read_bytes()
     except OSError as error:
-        raise TextError(
-            f"this file can't be read: {error.strerror}", location=str(file), hint="check the path"
-        ) from error
+        raise TextError(f"can't read this file: {error.strerror}", location=str(file), hint="check the path") from error
 
 
-def _lines(content: bytes, where: str) -> list[str]:
-    """The lines that hold something."""
+def _non_blank_lines(content: bytes, source: str) -> list[str]:
+    """Return the lines that aren't blank."""
     try:
-        # Not splitlines, which also cuts at U+2028, U+0085 and form feeds.
+        # Not splitlines, which also splits at U+2028, U+0085 and form feeds.
         lines = [line.removesuffix("\r") for line in content.decode("utf-8-sig").split("\n")]
     except UnicodeDecodeError as error:
         raise TextError(
-            "this text is not UTF-8", location=f"{where}, byte {error.start}", hint="convert it: iconv -t UTF-8"
+            "text is not UTF-8", location=f"{source}, byte {error.start}", hint="convert it: iconv -t UTF-8"
         ) from error
     return [line for line in lines if line.strip()]
 
 
-def _checked(text: str) -> str:
-    """An argument that is text: bytes that aren't UTF-8 reach a program as lone surrogates."""
+def _check_utf8(text: str) -> str:
+    """Return an argument if it is valid text; bytes that aren't UTF-8 reach a program as lone surrogates."""
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
-        raise TextError("this text is not UTF-8", location=ascii(text[:60]), hint="give it in UTF-8") from error
+        raise TextError("text is not UTF-8", location=ascii(text[:60]), hint="give it in UTF-8") from error
     return text
 
 
-def print_filled(filled: Sequence[FillMaskResult]) -> None:
-    """Answers for a person: bars in a terminal, the filled texts in a pipe."""
+def print_predictions(results: Sequence[FillMaskResult]) -> None:
+    """Print the predictions of each mask: with bars in a terminal, with the filled texts in a pipe."""
     from rich.cells import cell_len
     from rich.console import Console
     from rich.text import Text
 
-    from unmask.core.format import visible
+    from unmask.core.format import bar, visible
 
     console = Console(highlight=False, soft_wrap=True)
-    for one in filled:
-        console.print(Text(visible(one.text), "bold"))
-        for number, mask in enumerate(one.masks, start=1):
-            if len(one.masks) > 1:
+    for result in results:
+        console.print(Text(visible(result.text), "bold"))
+        for number, mask in enumerate(result.masks, start=1):
+            if len(result.masks) > 1:
                 console.print(Text(f"  [MASK] {number}", "dim"))
-            pieces = [visible(candidate.shown) for candidate in mask.candidates]
-            wide = max(cell_len(piece) for piece in pieces)
-            for piece, candidate in zip(pieces, mask.candidates, strict=True):
-                line = Text(f"    {piece}{' ' * (wide - cell_len(piece))}  {candidate.score:>6.1%}  ")
-                bar = _bar(candidate.score) if console.is_terminal else visible(candidate.sequence)
-                console.print(line.append(bar, "green" if console.is_terminal else ""))
+            tokens = [visible(candidate.shown) for candidate in mask.candidates]
+            width = max(cell_len(token) for token in tokens)
+            for token, candidate in zip(tokens, mask.candidates, strict=True):
+                line = Text(f"    {token}{' ' * (width - cell_len(token))}  {candidate.score:>6.1%}  ")
+                if console.is_terminal:
+                    line.append(bar(candidate.score, _BAR_WIDTH), "green")
+                else:
+                    line.append(visible(candidate.sequence))
+                console.print(line)
         print()
 
 
-def _bar(share: float) -> str:
-    eighths = round(share * _BAR * 8)
-    return "█" * (eighths // 8) + _BLOCKS[eighths % 8].strip()
-
+# evaluate -----------------------------------------------------------------------------------------------------------
 
 EVALUATE_EXAMPLES = """\
 [bold]Examples[/bold]
@@ -154,105 +143,65 @@ unmask evaluate runs/notes --text a.txt --text b.txt --json
 
 
 def evaluate(
-    model: Annotated[
-        Path,
-        typer.Argument(metavar="MODEL", help="A run, one of its step folders, or a folder that transformers saved."),
-    ],
-    texts: Annotated[list[Path], typer.Option("--text", metavar="FILE", help="Text to judge by; may be repeated.")],
+    model: ModelPath,
+    texts: Annotated[list[Path], typer.Option("--text", metavar="FILE", help="Text to evaluate on; may be repeated.")],
     length: Annotated[
-        int | None, typer.Option(help="Slots of a text, special tokens included.", show_default="the model's context")
+        int | None,
+        typer.Option(
+            help="Maximum sequence length in tokens, special tokens included.", show_default="the model's context"
+        ),
     ] = None,
     document: Annotated[
         Literal["blank-line", "line", "file"] | None,
-        typer.Option(help="What a document of plain text is.", show_default="what it was in training, else blank-line"),
+        typer.Option(help="Unit of plain text that is one document.", show_default="as in training, else blank-line"),
     ] = None,
-    errors: Annotated[
-        Literal["strict", "replace", "skip"],
-        typer.Option(help="Bytes that are not UTF-8 and broken rows: refuse, replace, or skip."),
-    ] = "strict",
-    field: Annotated[str, typer.Option(help="Where the text of a .jsonl line or a table stands.")] = "text",
+    errors: Errors = None,
+    field: Annotated[str, typer.Option(help="Name of the field or column that holds the text of a table.")] = "text",
     max_size: Annotated[
         str | None,
-        typer.Option(metavar="AMOUNT", help='Read no further: "2M characters".', show_default="all of it"),
+        typer.Option(metavar="AMOUNT", help='Amount of text to read, such as "2M characters".', show_default="all"),
     ] = None,
     as_json: Json = False,
-    debug: Debug = False,
 ) -> None:
-    """Judge a model by text that it has not seen: 15 % of it is hidden, the same letters for every model.
+    """Evaluate a model on text that it was not trained on, with 15 % of the tokens masked.
 
-    Bits per character compare models of one tokenizer only.
+    The masks depend on the text only, not on the model's training. Bits per character compare only between models with
+    the same tokenizer.
     """
     from unmask.core.distributed import init_distributed
     from unmask.core.quantities import Quantity
     from unmask.evaluation.validation import evaluate_text
 
-    held = evaluate_text(
+    result = evaluate_text(
         open_model(model),
         texts,
-        world=init_distributed("float32"),
+        context=init_distributed("float32"),
         length=length,
         document=document,
-        errors=errors,
+        errors=errors or "strict",
         field=field,
         max_size=Quantity.parse(max_size).require("characters").number if max_size else float("inf"),
     )
     if as_json:
-        print_json(asdict(held))
+        print_json(asdict(result))
         return
-    print(f"loss                {held.loss:.4f} nats per hidden token")
-    print(f"unigram loss        {held.unigram_loss:.4f} (a guess that knows how often each token stands in this text)")
-    print(f"accuracy            {held.accuracy:.2%} of {held.masked_tokens:,} hidden tokens")
-    print(f"bits per character  {held.bits_per_character:.4f}")
-    print(f"unknown tokens      {held.unknown_share:.3%} (left out)")
-    print(f"text length         {held.length} slots at most")
+    print(f"loss                {result.loss:.4f} nats per masked token")
+    print(f"unigram loss        {result.unigram_loss:.4f} (baseline: predicts the token frequencies of this text)")
+    print(f"accuracy            {result.accuracy:.2%} of {result.masked_tokens:,} masked tokens")
+    print(f"bits per character  {result.bits_per_character:.4f}")
+    print(f"unknown tokens      {result.unknown_share:.3%} (not masked)")
+    print(f"sequence length     {result.length} tokens at most")
 
+
+# export and import --------------------------------------------------------------------------------------------------
 
 EXPORT_EXAMPLES = """\
 [bold]Examples[/bold]
 
 unmask export runs/notes notes-bert
-unmask export runs/notes notes-bert --force          replace what stands there
+unmask export runs/notes notes-bert --force          replace an existing model
 unmask export runs/notes notes-encoder --only encoder
 """
-
-
-def export(
-    model: Annotated[
-        Path,
-        typer.Argument(metavar="RUN", help="A run, one of its step folders, or a folder that transformers saved."),
-    ],
-    out: Annotated[Path, typer.Argument(metavar="OUT", help="The folder to write.")],
-    force: Annotated[
-        bool, typer.Option("--force", help="Replace a model that stands at OUT.", show_default=False)
-    ] = False,
-    unverified: Annotated[
-        bool,
-        typer.Option("--unverified", help="Compare nothing with transformers; the card says so.", show_default=False),
-    ] = False,
-    only: Annotated[
-        Literal["all", "encoder"], typer.Option(help="All the model has, or its encoder without heads (BertModel).")
-    ] = "all",
-    as_json: Json = False,
-    debug: Debug = False,
-) -> None:
-    """Write a model for the rest of the ecosystem, with a model card, once transformers sees the same in it."""
-    from unmask.hub.to_hf import export as write
-
-    done = write(model, out, force=force, unverified=unverified, only=only)
-    if as_json:
-        print_json(asdict(done))
-        return
-    for sentence in done.notes:
-        print(sentence)
-    if done.parity is None:
-        print("unverified: nothing was compared with transformers")
-    else:
-        pair = "" if done.parity.pair is None else f", of the pair head {done.parity.pair:.1e}"
-        print(f"compared  {done.parity.texts} texts, {done.parity.tokens:,} tokens: {done.parity.source}")
-        print(f"apart     {done.parity.logits:.1e} at most{pair} (transformers {done.parity.transformers}, float32)")
-    print(f"written   {done.path}: {done.architecture}, with a model card in README.md")
-
-
 IMPORT_EXAMPLES = """\
 [bold]Examples[/bold]
 
@@ -261,28 +210,56 @@ unmask fill models/bert "The cat sat on the \\[MASK]."
 """
 
 
-def import_(
-    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="A BERT, RoBERTa, XLM-R or ModernBERT folder.")],
-    out: Annotated[Path, typer.Argument(metavar="OUT", help="The folder to write.")],
-    force: Annotated[
-        bool, typer.Option("--force", help="Replace a model that stands at OUT.", show_default=False)
+def export_model(
+    model: Annotated[Path, typer.Argument(metavar="RUN", help=MODEL_HELP)],
+    out: OutputPath,
+    force: Force = False,
+    unverified: Annotated[
+        bool,
+        typer.Option(
+            "--unverified", help="Skip the comparison with transformers; the model card says so.", show_default=False
+        ),
     ] = False,
-    seed: Annotated[int, typer.Option(help="Of the initial weights of heads that FOLDER lacks.")] = 0,
+    only: Annotated[
+        Literal["all", "encoder"], typer.Option(help="Part to write: the whole model, or the encoder without heads.")
+    ] = "all",
     as_json: Json = False,
-    debug: Debug = False,
 ) -> None:
-    """Open a model of others and write it as one of ours, which transformers opens too; pickles are never read."""
-    from unmask.hub.from_hf import import_model
+    """Write a model in the Hugging Face format, with a model card, after comparing its logits with transformers."""
+    from unmask.hub.to_hf import export
 
-    model = import_model(folder, out, force=force, seed=seed)
+    result = export(model, out, force=force, unverified=unverified, only=only)
     if as_json:
-        print_json(
-            {"path": model.path, "kind": model.settings.kind, "notes": model.notes, "vocabulary": model.tokenizer.size}
-        )
+        print_json(asdict(result))
         return
-    for sentence in model.notes:
-        print(sentence)
-    shape = (
-        f"{model.settings.num_hidden_layers} layers of {model.settings.hidden_size}, {model.tokenizer.size:,} pieces"
-    )
-    print(f"written   {model.path}: {model.settings.kind}, {shape}")
+    for note in result.notes:
+        print(note)
+    if result.parity is None:
+        print("unverified: not compared with transformers")
+    else:
+        parity = result.parity
+        pair = "" if parity.pair is None else f", pair head {parity.pair:.1e}"
+        print(f"compared    {parity.texts} texts, {parity.tokens:,} tokens ({parity.source})")
+        print(f"difference  at most {parity.logits:.1e}{pair} (transformers {parity.transformers}, float32)")
+    print(f"written     {result.path}: {result.architecture}, with a model card in README.md")
+
+
+def import_model(
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="BERT, RoBERTa, XLM-R or ModernBERT folder.")],
+    out: OutputPath,
+    force: Force = False,
+    seed: Annotated[int, typer.Option(help="Random seed for the weights of heads that FOLDER lacks.")] = 0,
+    as_json: Json = False,
+) -> None:
+    """Convert a Hugging Face model to a folder that unmask and transformers load. Pickles are never read."""
+    from unmask.hub import from_hf
+
+    model = from_hf.import_model(folder, out, force=force, seed=seed)
+    settings, vocab_size = model.settings, model.tokenizer.size
+    if as_json:
+        print_json({"path": model.path, "kind": settings.kind, "notes": model.notes, "vocab_size": vocab_size})
+        return
+    for note in model.notes:
+        print(note)
+    shape = f"{settings.num_hidden_layers} layers, hidden size {settings.hidden_size}, {vocab_size:,} tokens"
+    print(f"written     {model.path}: {settings.kind}, {shape}")

@@ -1,103 +1,213 @@
-"""TO WRITE."""
+"""Options and helpers that several commands share."""
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import sys
+import time
+from collections.abc import Generator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TextIO
 
 import typer
 
+from unmask.core.config import Override
 from unmask.core.errors import TokenizerError
+from unmask.core.files import RunLayout
 
 if TYPE_CHECKING:
+    from unmask.core.types import ProgressCallback
+    from unmask.data.settings import DataConfig
     from unmask.models.model import Model
     from unmask.tokenization.tokenizer import Tokenizer
+    from unmask.training.display import Display
+    from unmask.training.recipe import Recipe
 
 
-Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.", show_default=False)]
-Json = Annotated[bool, typer.Option("--json", help="Print JSON for programs instead of text.", show_default=False)]
+# Arguments and options ----------------------------------------------------------------------------------------------
 
-
-def open_model(path: str | Path) -> Model:
-    """`unmask.load`, which says on standard error where a run's best model is not its last step."""
-    from unmask.models.model import last_step, load
-
-    model = load(path)
-    last = last_step(Path(path)) if model.card.get("step") and Path(model.path) != Path(path) else None
-    if last is not None and last != model.card["step"]:
-        step = f"step {model.card['step']:,}, the best of this run by validation"
-        print(f"this is {step}; the last is {last:,}", file=sys.stderr)
-    return model
-
-
-def print_json(value: Any) -> None:
-    """A value on standard output; other letters than ASCII as they are where the output can hold them."""
-    holds_all = (sys.stdout.encoding or "").lower().startswith("utf")
-    print(json.dumps(value, indent=2, ensure_ascii=not holds_all, default=str))
-
-
-Settings = Annotated[
-    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change one setting; may be repeated.")
-]
-
-Budget = Annotated[
-    str | None,
-    typer.Option(help='How long: "300 s", "120 steps", "2M tokens", "3 epochs".', show_default="the recipe's"),
-]
-Threads = Annotated[
-    int | None, typer.Option(min=1, help="Processor threads; they decide the bits.", show_default="all cores")
-]
 TEXT = typer.Argument(
-    metavar="TEXT", help="Files, folders, patterns, dataset:NAME, - for standard input; TEXT:0.7 gives weights."
+    metavar="TEXT", help="Files, folders, patterns, dataset:NAME, or - for standard input; TEXT:0.7 sets a weight."
 )
-Texts = Annotated[list[Path] | None, TEXT]
-Errors = Annotated[
-    Literal["strict", "replace", "skip"] | None,
-    typer.Option(
-        help="Unreadable text: refuse; replace (bytes alone, by U+FFFD); skip, counted.", show_default="strict"
-    ),
-]
-Rule = Annotated[
-    Literal["blank-line", "line", "file"] | None,
-    typer.Option(help="What a document of plain text is.", show_default="blank-line"),
-]
-Field = Annotated[
-    str | None, typer.Option(help="Where the text of a .jsonl line or a table stands.", show_default="text")
-]
-Valid = Annotated[
-    list[str] | None,
-    typer.Option("--valid", metavar="NAME=TEXT", help="Measure this text too at each validation; may be repeated."),
-]
-
-TOKENIZER_HELP = "A folder or file with a tokenizer.json, a run, or a model."
-TokenizerAt = Annotated[
+Texts = Annotated[list[Path], TEXT]
+OptionalTexts = Annotated[list[Path] | None, TEXT]
+MODEL_HELP = "Run, step folder, or folder saved by transformers."
+ModelPath = Annotated[Path, typer.Argument(metavar="MODEL", help=MODEL_HELP)]
+OutputPath = Annotated[Path, typer.Argument(metavar="OUT", help="Folder to write.")]
+Force = Annotated[bool, typer.Option("--force", help="Replace an existing model at OUT.", show_default=False)]
+TOKENIZER_HELP = "Run, model, tokenizer.json, or folder with one."
+TokenizerPath = Annotated[
     Path | None, typer.Option(help=TOKENIZER_HELP, show_default="the recipe's, trained on the text")
 ]
 
+Settings = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Override one setting of the recipe; may be repeated."),
+]
+RecipeName = Annotated[str, typer.Option(help="Recipe with the settings: a shipped name or a TOML file.")]
+Budget = Annotated[
+    str | None,
+    typer.Option(
+        help='Length of training: "300 s", "120 steps", "2M tokens", "3 epochs".', show_default="the recipe's"
+    ),
+]
+Threads = Annotated[
+    int | None,
+    typer.Option(
+        min=1, help="Number of CPU threads; a bit-exact resume needs the same number.", show_default="all cores"
+    ),
+]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.", show_default=False)]
 
-def tokenizer_at(path: Path) -> Path:
-    """Where the tokenizer of a file, a folder, a run or a model stands.
+Errors = Annotated[
+    Literal["strict", "replace", "skip"] | None,
+    typer.Option(
+        help="Handling of undecodable bytes and malformed rows: strict stops, replace inserts U+FFFD for bytes, "
+        "skip leaves out and counts.",
+        show_default="strict",
+    ),
+]
+DocumentRule = Annotated[
+    Literal["blank-line", "line", "file"] | None,
+    typer.Option("--document", help="Unit of plain text that is one document.", show_default="blank-line"),
+]
+Field = Annotated[
+    str | None, typer.Option(help="Name of the field or column that holds the text of a table.", show_default="text")
+]
+
+
+@dataclass(frozen=True)
+class DataOptions:
+    """The options that say how text is read and tokenized, as given on the command line."""
+
+    errors: Errors = None
+    document: DocumentRule = None
+    field: Field = None
+    tokenizer: Path | None = None  # the option's value; `find_tokenizer` resolves it
+
+    def overrides(self) -> dict[str, Any]:
+        """Return the given options by recipe key."""
+        given: dict[str, Any] = {
+            "data.errors": self.errors,
+            "data.document": self.document,
+            "data.field": self.field,
+        }
+        if self.tokenizer is not None:
+            option = f"--tokenizer {self.tokenizer}"
+            given["data.tokenizer.kind"] = Override("file", option)
+            given["data.tokenizer.path"] = Override(str(find_tokenizer(self.tokenizer)), option)
+        return {key: value for key, value in given.items() if value is not None}
+
+    def config(self) -> DataConfig:
+        """Return the default settings of `[data]`, changed by the given options."""
+        from unmask.data.settings import DataConfig
+
+        default = DataConfig()
+        return replace(
+            default,
+            errors=self.errors or default.errors,
+            document=self.document or default.document,
+            field=default.field if self.field is None else self.field,
+        )
+
+
+def load_recipe_with(recipe: str, settings: list[str] | None, data: DataOptions) -> Recipe:
+    """Load a recipe, changed by --set and then by the data options."""
+    from unmask.training.recipe import load_recipe
+
+    return load_recipe(recipe, settings or (), data.overrides())
+
+
+# Models and tokenizers ----------------------------------------------------------------------------------------------
+
+
+def open_model(path: str | Path) -> Model:
+    """Load a model; print a note to standard error if a run's best step is not its last step."""
+    from unmask.models.model import last_step, load
+
+    model = load(path)
+    step = model.card.get("step")
+    last = last_step(Path(path)) if step and Path(model.path) != Path(path) else None
+    if step and last is not None and last != step:
+        print(f"using step {step:,}, the best by validation; the last step is {last:,}", file=sys.stderr)
+    return model
+
+
+def find_tokenizer(path: Path) -> Path:
+    """Return the file or folder that holds the tokenizer of a file, a folder, a run or a model.
 
     Raises:
-        TokenizerError: there is nothing at this path.
-        ModelError: a run that has no model yet.
+        TokenizerError: the path doesn't exist.
+        ModelError: the path is a run without a checkpoint.
     """
-    if path.is_dir() and not (path / "tokenizer.json").is_file() and (path / "recipe.toml").is_file():
+    if path.is_dir() and not (path / RunLayout.TOKENIZER).is_file() and (path / RunLayout.RECIPE).is_file():
         from unmask.models.model import find_checkpoint
 
         return find_checkpoint(path)
     if not os.path.lexists(path):
-        raise TokenizerError(
-            "there is nothing at this path", location=str(path), hint="give a folder with a tokenizer.json"
-        )
+        raise TokenizerError("no such file or folder", location=str(path), hint="give a folder with a tokenizer.json")
     return path
 
 
 def open_tokenizer(path: Path) -> Tokenizer:
-    """The tokenizer of a file, a folder, a run or a model."""
+    """Load the tokenizer of a file, a folder, a run or a model."""
     from unmask.tokenization.tokenizer import Tokenizer
 
-    return Tokenizer.load(tokenizer_at(path))
+    return Tokenizer.load(find_tokenizer(path))
+
+
+# Output -------------------------------------------------------------------------------------------------------------
+
+_PROGRESS_DELAY_SECONDS = 2.0
+
+
+def print_json(value: Any) -> None:
+    """Print a value as JSON; non-ASCII characters are escaped if the output isn't Unicode."""
+    print(json.dumps(value, indent=2, ensure_ascii=not is_unicode_output(), default=str))
+
+
+def is_unicode_output() -> bool:
+    """Return whether standard output can encode every character."""
+    return (sys.stdout.encoding or "").lower().startswith("utf")
+
+
+def display_for(stream: TextIO, quiet: bool = False) -> Display:
+    """Return the display that fits a stream: live in a terminal or a notebook with ipywidgets, else plain lines."""
+    # Imported here: rich costs 50 ms.
+    from rich.console import Console
+
+    from unmask.training.display import Display
+    from unmask.training.display.live import LiveDisplay
+    from unmask.training.display.plain import PlainDisplay
+
+    if quiet:
+        return Display()
+    console = Console(file=stream)
+    in_terminal = console.is_terminal and not console.is_dumb_terminal and not console.is_jupyter
+    in_notebook = console.is_jupyter and importlib.util.find_spec("ipywidgets") is not None
+    return LiveDisplay(console) if in_terminal or in_notebook else PlainDisplay(stream)
+
+
+@contextmanager
+def open_display(stream: TextIO) -> Generator[Display]:
+    """Yield the display for a stream; it shows log messages too, and is closed at the end."""
+    from unmask.training.display import show_log
+
+    display = display_for(stream)
+    with show_log(display):
+        yield display
+
+
+def delayed_progress(display: Display) -> ProgressCallback:
+    """Return a progress callback that shows nothing during the first two seconds."""
+    start = time.monotonic()
+
+    def progress(task: str, fraction: float) -> None:
+        if time.monotonic() - start >= _PROGRESS_DELAY_SECONDS:
+            display.progress(task, fraction)
+
+    return progress

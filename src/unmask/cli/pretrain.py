@@ -1,8 +1,4 @@
-"""Room card: the verbs that train: pretrain and demo.
-
-Comes in: text files, a recipe, a budget, or a run to go on with. Goes out: a run on disk, what a person sees of it, the
-next commands to try. Called by: door.
-"""
+"""Commands that train: pretrain and demo."""
 
 from __future__ import annotations
 
@@ -17,20 +13,21 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from unmask.cli.models import print_filled
+from unmask.cli.models import print_predictions
 from unmask.cli.options import (
     Budget,
-    Debug,
+    DataOptions,
+    DocumentRule,
     Errors,
     Field,
     Json,
-    Rule,
+    OptionalTexts,
     Settings,
-    Texts,
     Threads,
-    Valid,
+    display_for,
     print_json,
 )
+from unmask.core.config import Override
 from unmask.core.errors import RecipeError, RunError
 
 if TYPE_CHECKING:
@@ -44,16 +41,16 @@ PRETRAIN_EXAMPLES = """\
 
 unmask pretrain notes.txt
 unmask pretrain notes/ --budget "30 min" --out runs/notes
-unmask pretrain "posts/**/*.jsonl.zst" --field body       a field of each line; also .csv, .tsv and .parquet
-unmask pretrain notes.txt:0.7 dataset:imdb:0.3            seven tokens in ten from your notes
-zcat notes.gz | unmask pretrain -                         standard input
+unmask pretrain "posts/**/*.jsonl.zst" --field body       read a field of each line; also .csv, .tsv and .parquet
+unmask pretrain notes.txt:0.7 dataset:imdb:0.3            take 70 % of the tokens from your notes
+zcat notes.gz | unmask pretrain -                         read standard input
 unmask pretrain play.txt --recipe char --set stage.0.max_seq_len=64
-unmask pretrain notes.txt --dry-run                       the forecast alone
-unmask pretrain notes.txt --valid news=valid_news.txt     measure a text of yours at each validation
-unmask pretrain law.txt --from runs/notes                 go on from a model, ours or one of transformers
+unmask pretrain notes.txt --dry-run                       print the estimate of the cost only
+unmask pretrain notes.txt --valid news=valid_news.txt     validate on another text too
+unmask pretrain law.txt --from runs/notes                 continue from the weights of a model
 unmask pretrain law.txt --from bert/ --extend-vocabulary 2000 --valid general=wiki.txt
-unmask pretrain --resume runs/notes                       go on, bit for bit
-unmask pretrain --resume runs/notes --budget "+1 epoch"   prolong a run
+unmask pretrain --resume runs/notes                       resume a stopped run, bit for bit
+unmask pretrain --resume runs/notes --budget "+1 epoch"   prolong a finished run
 """
 DEMO_EXAMPLES = """\
 [bold]Examples[/bold]
@@ -62,167 +59,203 @@ unmask demo
 unmask demo --budget "60 s" --out runs/short
 """
 
+RecipeOption = Annotated[
+    str | None,
+    typer.Option("--recipe", help="Recipe: a shipped name or a TOML file.", show_default="tiny; with --from: continue"),
+]
+RunFolder = Annotated[
+    Path | None, typer.Option("--out", help="Folder of the run; it must not exist.", show_default="runs/RECIPE-N")
+]
+Seed = Annotated[int | None, typer.Option(help="Random seed.", show_default="the recipe's")]
+FromModel = Annotated[
+    Path | None,
+    typer.Option(
+        "--from", metavar="MODEL", help="Model whose weights, architecture and tokenizer the run starts from."
+    ),
+]
+ExtendVocabulary = Annotated[
+    int | None,
+    typer.Option(min=1, metavar="N", help="Number of tokens to learn from the text and add; needs --from."),
+]
+Resume = Annotated[Path | None, typer.Option(metavar="RUN", help="Run to resume or to prolong.")]
+AllowDifferentEnvironment = Annotated[
+    bool,
+    typer.Option(
+        "--allow-different-environment",
+        help="Resume on a machine or with versions that compute other bits; needs --resume.",
+    ),
+]
+ValidationTexts = Annotated[
+    list[str] | None,
+    typer.Option("--valid", metavar="NAME=TEXT", help="Further text to validate on; may be repeated."),
+]
+Verify = Annotated[
+    bool,
+    typer.Option("--verify", help="Read all bytes of the text and of the token cache, not sizes and times only."),
+]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the estimate of the cost and stop.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print the folder of the run only.")]
+
 
 def pretrain(
-    texts: Texts = None,
-    recipe: Annotated[
-        str | None,
-        typer.Option(help="A shipped recipe's name or a TOML file.", show_default="tiny; with --from: continue"),
-    ] = None,
+    texts: OptionalTexts = None,
+    recipe: RecipeOption = None,
     budget: Budget = None,
-    out: Annotated[
-        Path | None, typer.Option(help="The run's folder; it must not exist.", show_default="runs/RECIPE-N")
-    ] = None,
-    seed: Annotated[int | None, typer.Option(help="Of every draw.", show_default="the recipe's")] = None,
+    out: RunFolder = None,
+    seed: Seed = None,
     settings: Settings = None,
-    start: Annotated[
-        Path | None,
-        typer.Option("--from", metavar="MODEL", help="Begin with this model's weights, encoder and tokenizer."),
-    ] = None,
-    extend_vocabulary: Annotated[
-        int | None, typer.Option(min=1, metavar="N", help="With --from: add N pieces learnt from the text.")
-    ] = None,
-    resume: Annotated[Path | None, typer.Option(metavar="RUN", help="Go on with a run that stopped.")] = None,
-    allow_different_environment: Annotated[
-        bool,
-        typer.Option("--allow-different-environment", help="With --resume: accept a machine that computes other bits."),
-    ] = False,
+    start: FromModel = None,
+    extend_vocabulary: ExtendVocabulary = None,
+    resume: Resume = None,
+    allow_different_environment: AllowDifferentEnvironment = False,
     threads: Threads = None,
     errors: Errors = None,
-    document: Rule = None,
+    document: DocumentRule = None,
     field: Field = None,
-    valid: Valid = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the forecast and stop.")] = False,
+    valid: ValidationTexts = None,
+    dry_run: DryRun = False,
+    verify: Verify = False,
     as_json: Json = False,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print the run's folder alone.")] = False,
-    debug: Debug = False,
+    quiet: Quiet = False,
 ) -> None:
-    """Pretrain an encoder on text, or go on with a run.
+    """Pretrain an encoder on text, or resume a run.
 
-    An explicit flag beats --set, which beats the recipe. Ctrl-C saves and names the command that resumes.
+    Options take precedence over --set, and --set over the recipe. Ctrl-C saves a checkpoint and prints the command that
+    resumes the run.
     """
-    overrides: dict[str, Any] = {
-        "train.budget": budget, "seed": seed, "train.threads": threads, "data.errors": errors,
-        "data.document": document, "data.field": field,
-    }  # fmt: skip
-    if valid:
-        overrides["data.valid"] = _named(valid)
-    if resume is None:
-        if allow_different_environment:
-            raise RunError(
-                "--allow-different-environment says how to resume",
-                hint="name the run: --resume RUN --allow-different-environment",
-            )
-    else:
-        _refuse_with_resume({
+    data = DataOptions(errors, document, field)
+    if resume is None and allow_different_environment:
+        raise RunError(
+            "--allow-different-environment needs --resume",
+            hint="name the run: --resume RUN --allow-different-environment",
+        )
+    if resume is not None:
+        _check_not_with_resume({
             "TEXT": texts, "--recipe": recipe, "--out": out, "--seed": seed, "--threads": threads, "--errors": errors,
             "--document": document, "--field": field, "--valid": valid, "--dry-run": dry_run or None,
             "--from": start, "--extend-vocabulary": extend_vocabulary,
         })  # fmt: skip
-    from unmask.training.pretrain import launch
-    from unmask.training.pretrain import resume as go_on
+    from unmask.training import pretrain as training
 
     display = _display(as_json=as_json, quiet=quiet)
     if resume is not None:
-        result = go_on(
+        result = training.resume(
             resume,
             budget=budget,
             settings=settings or (),
             display=display,
             allow_different_environment=allow_different_environment,
+            verify=verify,
         )
     else:
         name = recipe or ("continue" if start else "tiny")
-        result = launch(
+        given = {
+            "train.budget": budget,
+            "seed": seed,
+            "train.threads": threads,
+            "data.valid": Override(_parse_valid(valid), "--valid") if valid else None,
+        }
+        result = training.launch(
             texts or [],
             recipe=name,
-            out=out or _free_folder(Path(name).stem),
+            out=out or _unused_folder(Path(name).stem),
             settings=settings or (),
-            overrides={key: value for key, value in overrides.items() if value is not None},
+            overrides={**_given(given), **data.overrides()},
             display=display,
-            dry_run=dry_run,
-            start=_start(start, extend_vocabulary),
+            options=training.LaunchOptions(dry_run=dry_run, verify=verify),
+            start=_warm_start(start, extend_vocabulary or 0),
         )
-    if _first_rank():
+    if _is_main_process():
         _print_result(result, as_json=as_json, quiet=quiet)
 
 
 def demo(
-    out: Annotated[Path, typer.Option(help="The run's folder; an earlier demo there is replaced.")] = Path("runs/demo"),
+    out: Annotated[Path, typer.Option(help="Folder of the run; replaces an earlier demo.")] = Path("runs/demo"),
     budget: Budget = None,
     threads: Threads = None,
-    debug: Debug = False,
 ) -> None:
-    """Pretrain on the English that every Python carries, a few minutes on two cores, and fill masks."""
+    """Pretrain on the documentation of Python for a few minutes, then fill masks."""
     from unmask.training.demo import demo as run_demo
 
-    overrides = {"train.budget": budget, "train.threads": threads}
-    chosen = {key: value for key, value in overrides.items() if value is not None}
-    made = run_demo(out, display=_display(as_json=False, quiet=False), overrides=chosen)
+    overrides = _given({"train.budget": budget, "train.threads": threads})
+    result = run_demo(out, display=_display(as_json=False, quiet=False), overrides=overrides)
     print()
-    print_filled(made.filled)
-    print(f"\nthe right word is among the first five in {made.right} of {len(made.filled)} sentences")
-    _print_next([
+    print_predictions(result.filled)
+    print(f"\nthe correct word is among the first five in {result.num_correct} of {len(result.filled)} sentences")
+    _print_next_commands([
         f'unmask fill {_quoted(out)} "Return the [MASK] of the list."',
         f"unmask evaluate {_quoted(out)} --text FILE",
         'unmask pretrain FILE --budget "10 min"',
     ])  # fmt: skip
 
 
-def _start(model: Path | None, pieces: int | None) -> WarmStart | None:
-    """What --from and --extend-vocabulary say."""
+def _given(overrides: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the overrides that were given on the command line."""
+    return {key: value for key, value in overrides.items() if value is not None}
+
+
+def _warm_start(model: Path | None, num_new_tokens: int) -> WarmStart | None:
+    """Open the model of --from."""
     if model is None:
-        if pieces:
-            what = "--extend-vocabulary adds to the vocabulary of a model"
-            mend = "name the model: --from MODEL; else set the size: --set data.tokenizer.vocab_size=8192"
-            raise RecipeError(what, hint=mend)
+        if num_new_tokens:
+            raise RecipeError(
+                "--extend-vocabulary needs --from: it adds tokens to the vocabulary of a model",
+                hint="name the model: --from MODEL; without one, set data.tokenizer.vocab_size",
+            )
         return None
     from unmask.training.warm_start import WarmStart
 
-    return WarmStart.open(model, pieces or 0)
+    return WarmStart.open(model, num_new_tokens)
 
 
 def _display(*, as_json: bool, quiet: bool) -> Display:
-    """Progress goes where results don't."""
-    from unmask.training.pretrain import for_stream
-
-    return for_stream(sys.stderr if as_json else sys.stdout, quiet=quiet or not _first_rank())
+    """Return the display of a run; with --json it writes to standard error."""
+    return display_for(sys.stderr if as_json else sys.stdout, quiet=quiet or not _is_main_process())
 
 
-def _first_rank() -> bool:
+def _is_main_process() -> bool:
+    # Read from the environment, because importing torch for this would delay every error.
     return os.environ.get("RANK", "0") == "0"
 
 
-def _refuse_with_resume(given: Mapping[str, Any]) -> None:
-    """A run remembers what it was started with: what would contradict it is refused."""
-    for name, value in given.items():
+def _check_not_with_resume(options: Mapping[str, Any]) -> None:
+    """Refuse options that would contradict the recipe of a run.
+
+    Raises:
+        RunError: an option was given.
+    """
+    for name, value in options.items():
         if value not in (None, []):
             raise RunError(
-                f"{name} can't be given together with --resume: the run remembers what it was started with",
-                hint="leave it out; beside --budget, --set and --allow-different-environment nothing may change",
+                f"{name} can't be combined with --resume: the run keeps its own settings",
+                hint="remove it; --resume accepts --budget, --set, --verify and --allow-different-environment",
             )
 
 
-def _named(valid: Sequence[str]) -> dict[str, str]:
-    """NAME=TEXT, each name once."""
-    named: dict[str, str] = {}
-    for given in valid:
-        name, equals, path = given.partition("=")
-        if not equals or not path or not name:
-            what = "a validation text without a name"
-            raise RecipeError(what, location=f"--valid {given}", hint="name it: --valid news=news.txt")
-        if name in named:
+def _parse_valid(options: Sequence[str]) -> dict[str, str]:
+    """Return the texts of `--valid NAME=TEXT` by name.
+
+    Raises:
+        RecipeError: a name is missing or given twice.
+    """
+    texts: dict[str, str] = {}
+    for option in options:
+        name, _, text = option.partition("=")
+        location = f"--valid {option}"
+        if not name or not text:
             raise RecipeError(
-                f"`{name}` names two texts", location=f"--valid {given}", hint="give each a name of its own"
+                "validation text without a name", location=location, hint="name it: --valid news=news.txt"
             )
-        named[name] = path
-    return named
+        if name in texts:
+            raise RecipeError(f"duplicate name `{name}`", location=location, hint="give each text its own name")
+        texts[name] = text
+    return texts
 
 
-def _free_folder(name: str) -> Path:
-    """runs/NAME-1, or the first number that is free."""
+def _unused_folder(name: str) -> Path:
+    """Return runs/NAME-N with the first number that isn't in use."""
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise RunError("several ranks need one folder", hint="name it: --out RUN")
+        raise RunError("several processes need one folder", hint="name it: --out RUN")
     return next(path for number in itertools.count(1) if not (path := Path("runs") / f"{name}-{number}").exists())
 
 
@@ -235,19 +268,19 @@ def _print_result(result: Result, *, as_json: bool, quiet: bool) -> None:
             "summary": asdict(result.summary) if result.summary else None,
         })  # fmt: skip
     elif result.run is None:
-        print("\nThis was the forecast; nothing was written.")
+        print("\ndry run: nothing was written")
     elif quiet:
         print(result.run)
     elif not result.finished_before:
         run = _quoted(result.run)
-        _print_next([
-            f'unmask fill {run} "a text of yours with a [MASK] in it"',
+        _print_next_commands([
+            f'unmask fill {run} "a sentence with a [MASK] in it"',
             f"unmask evaluate {run} --text FILE",
             f'unmask pretrain --resume {run} --budget "+1 epoch"',
         ])  # fmt: skip
 
 
-def _print_next(commands: list[str]) -> None:
+def _print_next_commands(commands: Sequence[str]) -> None:
     print("\nnext:")
     for command in commands:
         print(f"  {command}")

@@ -1,8 +1,8 @@
-"""Room card: trees of TOML values, laid one on another.
+"""Recipes as trees of TOML values: loading, `extends`, `--set`, and building frozen dataclasses from them.
 
-Comes in: what recipes say, from the lowest that is extended to the one that was asked for, and what a person sets by
-hand. Goes out: one tree, which knows how high each key was laid. Called by: recipe (which hands merge and apply_set
-on), blueprint.
+A config class is a frozen dataclass. Its fields are plain TOML types, other config classes, or unions of config
+classes that differ in a `kind` field. Building is strict: an unknown key, kind or type is an error that names the file
+or option, the key, and the nearest valid name.
 """
 
 from __future__ import annotations
@@ -23,138 +23,201 @@ from typing import Annotated, Any, Final, Literal, TypeVar, Union, cast, get_arg
 import tomli_w
 
 from unmask.core.errors import RecipeError
-from unmask.core.plugins import NoConfig, PluginConfig, find, is_outside, settings_class, wrap_plugin_errors
+from unmask.core.plugins import NoConfig, PluginConfig, find, is_plugin_name, settings_class, wrap_plugin_errors
 from unmask.core.quantities import UNIT_EXAMPLES, Fraction, Quantity, closest_match
+from unmask.core.renamed_keys import renamed_key, renamed_value
 
-Tree = dict[str, Any]  # what TOML reads as: tables, lists, texts, numbers, true and false
-_TOP: Final = 1 << 30  # the layer of all that is set by hand, above every recipe
+Tree = dict[str, Any]  # a parsed TOML table: tables, lists, strings, numbers and booleans
+Config = TypeVar("Config")
+PluginKind = TypeVar("PluginKind", bound=PluginConfig)
+
+
+@dataclass(frozen=True)
+class Override:
+    """A value that a command-line option sets, and the option as it was written, for error messages."""
+
+    value: Any
+    option: str
+
+
+# Validation of config classes ---------------------------------------------------------------------------------------
+
+
+def require(
+    config: object,
+    *fields: str,
+    min: float | None = None,
+    max: float | None = None,
+    above: float | None = None,
+    below: float | None = None,
+    hint: str = "",
+) -> None:
+    """Check that numeric fields of a config lie in a range; NaN lies in none.
+
+    Raises:
+        RecipeError: the value of a field is outside the range.
+    """
+    for field in fields:
+        value = getattr(config, field)
+        is_valid = (
+            (min is None or value >= min)
+            and (max is None or value <= max)
+            and (above is None or value > above)
+            and (below is None or value < below)
+            and not math.isnan(value)
+        )
+        if not is_valid:
+            expected = _range_text(min, max, above, below)
+            raise RecipeError(
+                f"invalid {field}: got {value}, expected {expected}",
+                location=field,
+                hint=hint or f"set {field} to a number that is {expected}",
+            )
+
+
+def _range_text(min: float | None, max: float | None, above: float | None, below: float | None) -> str:
+    bounds = [
+        "" if min is None else f"at least {min:g}",
+        "" if above is None else f"above {above:g}",
+        "" if max is None else f"at most {max:g}",
+        "" if below is None else "finite" if math.isinf(below) else f"below {below:g}",
+    ]
+    return " and ".join(filter(None, bounds))
+
+
+# Layers -------------------------------------------------------------------------------------------------------------
+
+_TOP_LAYER: Final = 1 << 30  # the layer of command-line settings, above every recipe
 
 
 class LayeredTable(Tree):
-    """A table that remembers in which layer each key was given: `build` leaves out what lies below another kind."""
+    """A table that records in which layer each key was set, so that keys of a replaced `kind` can be dropped."""
 
     def __init__(self, table: Tree) -> None:
         super().__init__(table)
         self.layers: dict[str, int] = {key: layer_of(table, key) for key in table}
 
     def set(self, key: str, value: Any, layer: int) -> None:
-        if key != "kind" or self.get(key) != value:  # who repeats the kind chooses none
+        """Set a key in a layer; setting `kind` to its present value does not move it to another layer."""
+        if key != "kind" or self.get(key) != value:
             self.layers[key] = layer
         self[key] = value
 
 
 def layer_of(table: Tree, key: str) -> int:
-    """In which layer a key was given; 0 in a table that nothing was laid on, and for a key that isn't there."""
+    """Return the layer in which a key was set; 0 for a plain table or a missing key."""
     return table.layers.get(key, 0) if isinstance(table, LayeredTable) else 0
 
 
 def merge(base: Tree, over: Tree, layer: int = 0) -> Tree:
-    """`over` laid on `base`: tables key by key, all else replaced, lists whole.
+    """Return `base` updated by `over`: tables are merged key by key, lists and other values are replaced.
 
-    `layer` is the layer that `over` is; without one, the next above all of `base`.
+    `layer` is the layer of `over`; by default the next one above all layers of `base`.
     """
     merged = LayeredTable(base)
     layer = layer or 1 + max(merged.layers.values(), default=0)
     for key, value in over.items():
         below = base.get(key)
         both_tables = isinstance(below, dict) and isinstance(value, dict)
-        packed = merge(cast("Tree", below), cast("Tree", value), layer) if both_tables else value
-        merged.set(key, packed, layer)
+        value = merge(cast("Tree", below), cast("Tree", value), layer) if both_tables else value
+        merged.set(key, value, layer)
     return merged
 
 
 def apply_set(tree: Tree, text: str) -> Tree:
-    """The tree with one `key=value` laid on it; the right side is read as TOML and, where that fails, as a string.
+    """Return the tree with one `key=value` applied; a value that is not valid TOML is a string.
 
-    Keys are dotted; a whole number is an entry of a list, counted from 0: `stage.1.max_seq_len=256` is the second stage.
+    Keys are dotted. A number is an index into a list, from 0: `stage.1.max_seq_len=256` changes the second stage.
 
     Raises:
-        RecipeError: no "=", no key, a list entry that isn't there, or a key below something that is no table.
+        RecipeError: no "=", no key, an index beyond the list, or a key inside a value that is not a table.
     """
     key, equals, right = text.partition("=")
-    where = f"--set {text}"
+    option = f"--set {text}"
     if not equals or not all(part.strip() for part in key.split(".")):
         raise RecipeError(
-            "a setting is a dotted key, = and a value", location=where, hint='--set "train.every.save=20 steps"'
+            f"invalid setting: got {text!r}, expected key=value with a dotted key",
+            location=option,
+            hint='write it as in --set "train.every.save=20 steps"',
         )
     right = right.strip()
     try:
-        read = tomllib.loads(f"value = {right}")
+        parsed = tomllib.loads(f"value = {right}")
     except tomllib.TOMLDecodeError:
-        read = {}
-    value: Any = read["value"] if set(read) == {"value"} else right
-    return assign(tree, key, value, where)
+        parsed = {}
+    value: Any = parsed["value"] if set(parsed) == {"value"} else right
+    return assign(tree, key, value, option)
 
 
-def assign(tree: Tree, key: str, value: Any, where: str) -> Tree:
-    """The tree with a value at a dotted key; `where` is what a person wrote to say so.
+def assign(tree: Tree, key: str, value: Any, option: str) -> Tree:
+    """Return the tree with a value at a dotted key; `option` is the command-line option that sets it, as written.
 
     Raises:
-        RecipeError: a list entry that isn't there, or a key below something that is no table.
+        RecipeError: an index beyond the list, or a key inside a value that is not a table.
     """
-    return cast("Tree", _assigned(tree, [part.strip() for part in key.split(".")], 0, value, where))
+    return cast("Tree", _assign(tree, [part.strip() for part in key.split(".")], 0, value, option))
 
 
-def _assigned(below: Any, path: Sequence[str], depth: int, value: Any, where: str) -> Any:
-    """What `below`, found after `depth` parts of the path, becomes once the value stands at the end of the path."""
+def _assign(node: Any, path: Sequence[str], depth: int, value: Any, option: str) -> Any:
+    """Return `node`, which stands `depth` parts down the path, with the value set at the end of the path."""
     done = ".".join(path[:depth])
     if depth == len(path):
-        both_tables = isinstance(below, dict) and isinstance(value, dict)
-        return merge(cast("Tree", below), cast("Tree", value), _TOP) if both_tables else value
+        both_tables = isinstance(node, dict) and isinstance(value, dict)
+        return merge(cast("Tree", node), cast("Tree", value), _TOP_LAYER) if both_tables else value
     part = path[depth]
-    if isinstance(below, list):
-        entries = cast("list[Any]", below)
+    if isinstance(node, list):
+        entries = cast("list[Any]", node)
         if not part.isdecimal() or int(part) >= len(entries):
-            have, mend = f"{len(entries)} entries, counted from 0", f"one of {done}.0 to {done}.{len(entries) - 1}"
+            count, fix = f"{len(entries)} entries, counted from 0", f"one of {done}.0 to {done}.{len(entries) - 1}"
             if len(entries) < 2:
-                have = "one entry, which is number 0" if entries else "no entry"
-                mend = f"{done}.0, or the whole list: {done}=[...]" if entries else f"the whole list: {done}=[...]"
-            raise RecipeError(f"there is no `{done}.{part}`: `{done}` has {have}", location=where, hint=f"set {mend}")
-        at = int(part)
-        return [*entries[:at], _assigned(entries[at], path, depth + 1, value, where), *entries[at + 1 :]]
-    if not isinstance(below, dict):
+                count = "one entry, which is number 0" if entries else "no entries"
+                fix = f"{done}.0, or the whole list: {done}=[...]" if entries else f"the whole list: {done}=[...]"
+            raise RecipeError(f"there is no `{done}.{part}`: `{done}` has {count}", location=option, hint=f"set {fix}")
+        index = int(part)
+        entry = _assign(entries[index], path, depth + 1, value, option)
+        return [*entries[:index], entry, *entries[index + 1 :]]
+    if not isinstance(node, dict):
         raise RecipeError(
-            f"`{done}` is a single value: it has no `{part}`", location=where, hint=f"set `{done}` itself"
+            f"`{done}` is not a table: it has no key `{part}`", location=option, hint=f"set `{done}` itself"
         )
-    table = cast("Tree", below)
+    table = cast("Tree", node)
     if part not in table and depth + 1 < len(path) and path[depth + 1].isdecimal():
-        listed = ".".join(path[: depth + 1])
+        name = ".".join(path[: depth + 1])
         raise RecipeError(
-            f"there is no list `{listed}` in this recipe", location=where, hint=f"set it whole: {listed}=[...]"
+            f"there is no list `{name}` in this recipe", location=option, hint=f"set the whole list: {name}=[...]"
         )
     assigned = LayeredTable(table)
-    assigned.set(part, _assigned(table.get(part, {}), path, depth + 1, value, where), _TOP)
+    assigned.set(part, _assign(table.get(part, {}), path, depth + 1, value, option), _TOP_LAYER)
     return assigned
 
 
-Settings = TypeVar("Settings")
-PluginKind = TypeVar("PluginKind", bound=PluginConfig)
-
-
-# TOML on disk -------------------------------------------------------------------------------------------------------
+# Files --------------------------------------------------------------------------------------------------------------
 
 
 def load_toml(path: Path | Traversable) -> Tree:
-    """A TOML file's tables.
+    """Parse a TOML file.
 
     Raises:
-        RecipeError: it can't be read, or is not TOML; the line is named.
+        RecipeError: the file can't be read or is not TOML; the line is named.
     """
     try:
         text = path.read_text(encoding="utf-8")
     except OSError as error:
         reason = error.strerror or str(error)
-        raise RecipeError(f"this recipe can't be read: {reason}", location=str(path), hint="check the path") from error
+        raise RecipeError(f"can't read this recipe: {reason}", location=str(path), hint="check the path") from error
     except UnicodeDecodeError as error:
         message = f"this recipe is not UTF-8 text (byte {error.start})"
         raise RecipeError(message, location=str(path), hint="save it as UTF-8") from error
     try:
         return tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
-        found = re.search(r" \(at line (\d+), column \d+\)$", str(error))
-        line = int(found[1]) if found else text.count("\n") + 1
+        # The exception has line numbers as attributes from Python 3.14 on; before, they are in the message only.
+        match = re.search(r" \(at line (\d+), column \d+\)$", str(error))
+        line = int(match[1]) if match else text.count("\n") + 1
         reason = str(error).partition(" (at ")[0]
-        raise RecipeError(f"not TOML: {reason}", location=f"{path}, line {line}", hint="mend that line") from error
+        raise RecipeError(
+            f"invalid TOML: {reason}", location=f"{path}, line {line}", hint="correct that line"
+        ) from error
 
 
 def _shipped_folder() -> Traversable:
@@ -166,228 +229,252 @@ def _names(folder: Traversable) -> list[str]:
 
 
 def shipped_recipes() -> list[str]:
-    """The names of the recipes that come with the package, sorted."""
+    """Return the names of the recipes that come with the package, sorted."""
     return _names(_shipped_folder())
 
 
-def _find(name: str, beside: Path | None, shipped: Traversable) -> Path | Traversable:
-    """The file that a recipe's name or path means; a relative path starts at the folder `beside`."""
+def _find(name: str, base: Path | None, shipped: Traversable) -> Path | Traversable:
+    """Return the file of a recipe, given by name or path; relative paths start at the directory `base`."""
     names = _names(shipped)
     if name in names:
         return shipped / f"{name}.toml"
-    path = (beside or Path()) / name
-    if os.path.isfile(path):  # Path.is_file raises where a name is too long to be one
+    path = (base or Path()) / name
+    if os.path.isfile(path):  # Path.is_file raises if the name is too long
         return path
     near = closest_match(name, names)
     raise RecipeError(
         f"unknown recipe `{name}`" + (f": did you mean `{near}`?" if near else ""),
         location=str(path) if name.endswith(".toml") else "",
-        hint=f"name one of {', '.join(names) or 'none that are shipped'}, or a TOML file that exists",
+        hint=f"use one of {', '.join(names) or '(no shipped recipes)'}, or the path of a TOML file",
     )
 
 
 def resolve_recipe(name_or_path: str | Path, *, shipped: Traversable | None = None) -> Tree:
-    """A recipe with all that it `extends` laid under it.
+    """Load a recipe and merge it over the recipes that it `extends`.
 
-    A shipped name wins over a file of the same name; write ./name for the file. A path in `extends` starts at the
-    folder of the file that it stands in.
+    A shipped name takes precedence over a file of the same name; write ./name for the file. A relative path in
+    `extends` starts at the directory of the file that contains it.
 
     Raises:
-        RecipeError: unknown recipe (the nearest is named), not TOML, or recipes that extend each other in a circle.
+        RecipeError: an unknown recipe (the nearest name is given), invalid TOML, or recipes that extend each other.
     """
     folder = _shipped_folder() if shipped is None else shipped
-    name, beside, chain, below = str(name_or_path), None, list[str](), list[Tree]()
-    if isinstance(name_or_path, Path) and name_or_path.is_file():  # a path in hand is never a shipped name
+    name, base, chain, trees = str(name_or_path), None, list[str](), list[Tree]()
+    if isinstance(name_or_path, Path) and name_or_path.is_file():  # an existing Path is never a shipped name
         name = str(name_or_path.absolute())
     while True:
-        file = _find(name, beside, folder)
-        place = str(file.resolve() if isinstance(file, Path) else file)
-        if place in chain:
-            circle = " -> ".join(Path(link).name for link in [*chain[chain.index(place) :], place])
-            raise RecipeError(f"these recipes extend each other: {circle}", location=place, hint="break the circle")
-        chain.append(place)
+        file = _find(name, base, folder)
+        location = str(file.resolve() if isinstance(file, Path) else file)
+        if location in chain:
+            cycle = " -> ".join(Path(link).name for link in [*chain[chain.index(location) :], location])
+            raise RecipeError(
+                f"these recipes extend each other: {cycle}", location=location, hint="remove one `extends`"
+            )
+        chain.append(location)
         tree = load_toml(file)
         parent = tree.pop("extends", None)
-        below.append(tree)
+        trees.append(tree)
         if parent is None:
             break
         if not isinstance(parent, str):
-            raise RecipeError("`extends` names one recipe", location=f"{place}: extends", hint='write extends = "tiny"')
-        name, beside = parent, file.parent if isinstance(file, Path) else None
-    whole: Tree = {}
-    for tree in reversed(below):
-        whole = merge(whole, tree)
-    return whole
+            raise RecipeError(
+                f"invalid extends: got {_toml(parent)}, expected the name of one recipe",
+                location=f"{location}: extends",
+                hint='write extends = "tiny"',
+            )
+        name, base = parent, file.parent if isinstance(file, Path) else None
+    merged: Tree = {}
+    for tree in reversed(trees):
+        merged = merge(merged, tree)
+    return merged
 
 
-# Settings in hand ---------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class _Place:
-    """Where in which text a value stands, for the message that refuses it."""
-
-    where: str
-    sets: tuple[str, ...]
-    flags: Mapping[str, str]
-    key: str = ""
-
-    def inside(self, name: str | int) -> _Place:
-        return dataclasses.replace(self, key=f"{self.key}.{name}" if self.key else str(name))
-
-    def error(self, what: str, next: str = "") -> RecipeError:
-        for key, text in self.flags.items():  # a flag beats what was set
-            if f"{self.key}.".startswith(f"{key}."):
-                return RecipeError(what, location=text, hint=next)
-        for text in reversed(self.sets):  # the last one to touch this key, or a table around it, is to blame
-            name = text.partition("=")[0].strip()
-            if f"{self.key}.".startswith(f"{name}."):
-                return RecipeError(what, location=f"--set {text}: {self.key}", hint=next)
-        return RecipeError(what, location=": ".join(filter(None, (self.where, self.key))), hint=next)
-
-
-_SPOKEN: Final[Mapping[Any, str]] = {
-    bool: "true or false",
-    int: "a whole number",
-    float: "a number",
-    str: "text in quotes",
-    Path: "a path in quotes",
-    Fraction: 'a share such as "60%"',
-    Quantity: 'an amount such as "300 s"',
-    list: "a list",
-    tuple: "a list",
-    dict: "a table",
-    Mapping: "a table",
-}
-
-
-def _spoken(hint: Any) -> str:
-    """A type in words."""
-    if get_origin(hint) is Literal:
-        return "one of " + ", ".join(_shown(choice) for choice in get_args(hint))
-    origin = get_origin(hint) or hint
-    near = [_SPOKEN[known] for known in _SPOKEN if isinstance(origin, type) and issubclass(origin, known)]
-    return "a table" if dataclasses.is_dataclass(hint) and origin not in _SPOKEN else (near or ["a value"])[0]
-
-
-def _shown(value: Any) -> str:
-    """A value as TOML writes it."""
-    if isinstance(value, dict | list):
-        return "a table" if isinstance(value, dict) else "a list"
-    return tomli_w.dumps({"": value}).partition("= ")[2].strip()
+# Building -----------------------------------------------------------------------------------------------------------
 
 
 def build_config(
-    settings: type[Settings],
+    config: type[Config],
     tree: Tree,
-    where: str,
-    sets: Sequence[str] = (),
-    flags: Mapping[str, str] | None = None,
-) -> Settings:
-    """The settings that a tree of TOML values says, defaults filled in.
+    source: str,
+    settings: Sequence[str] = (),
+    options: Mapping[str, str] | None = None,
+    *,
+    section: str = "",
+) -> Config:
+    """Build a config class from a tree of TOML values; missing keys get their defaults.
 
-    `where` names the file; `sets` are the `--set` texts that were laid on it and `flags` the options that stand for a
-    dotted key, as a person wrote them, so that a message can name the one at fault.
-
-    Raises:
-        RecipeError: an unknown or missing key, a wrong type, an unknown choice, or what the settings themselves refuse.
-    """
-    return cast("Settings", _table((settings,), tree, _Place(where, tuple(sets), flags or {})))
-
-
-def build_plugin(role: type[PluginKind], tree: Tree, where: str, sets: Sequence[str] = ()) -> PluginKind:
-    """A kind from outside and its settings, from a table of its own.
+    Args:
+        config: the class to build.
+        tree: the values.
+        source: the file of the tree, for error messages.
+        settings: the `--set` texts that were applied to the tree, for error messages.
+        options: dotted key -> the command-line option that set it, as written, for error messages.
+        section: the section of a recipe that the tree is, if it is not a whole recipe.
 
     Raises:
-        RecipeError: as by `build`; or the kind names nothing that can be what `role` says.
+        RecipeError: an unknown or missing key, a wrong type, an unknown choice, or a value that the class refuses.
     """
-    return cast("PluginKind", _from_plugin(role, tree, _Place(where, tuple(sets), {})))
+    return cast("Config", _build_table((config,), tree, _Location(source, tuple(settings), options or {}, section)))
+
+
+def build_plugin(plugin: type[PluginKind], tree: Tree, source: str, settings: Sequence[str] = ()) -> PluginKind:
+    """Build the config of a plugin from its table, `kind` included.
+
+    Raises:
+        RecipeError: as for `build_config`; or `kind` does not name a class of this plugin type.
+    """
+    return cast("PluginKind", _build_plugin(plugin, tree, _Location(source, tuple(settings), {})))
+
+
+@dataclass(frozen=True)
+class _Location:
+    """The place of a value, for error messages."""
+
+    source: str
+    settings: tuple[str, ...]
+    options: Mapping[str, str]
+    section: str = ""
+    key: str = ""  # dotted, below the section
+
+    def inside(self, name: str | int) -> _Location:
+        return dataclasses.replace(self, key=f"{self.key}.{name}" if self.key else str(name))
+
+    @property
+    def name(self) -> str:
+        return self.key or self.section or "value"
+
+    @property
+    def path(self) -> list[str]:
+        """The parts of the key in a recipe, without indices into lists."""
+        return [part for part in f"{self.section}.{self.key}".split(".") if part and not part.isdecimal()]
+
+    def error(self, message: str, hint: str = "") -> RecipeError:
+        return RecipeError(message, location=self._text(), hint=hint)
+
+    def value_error(self, value: Any, message: str, hint: str) -> RecipeError:
+        """Return the error of an invalid value; a former value is reported with its present form."""
+        present = renamed_value(".".join(self.path), value)
+        if present is not None:
+            return self.error(f"`{self.name} = {_toml(value)}` is now `{_toml(present)}`", "change it")
+        return self.error(message, hint)
+
+    def _text(self) -> str:
+        for key, option in self.options.items():  # an option overrides --set
+            if f"{self.key}.".startswith(f"{key}."):
+                return option
+        for text in reversed(self.settings):  # the last one that set this key or a table around it
+            name = text.partition("=")[0].strip()
+            if f"{self.key}.".startswith(f"{name}."):
+                return f"--set {text}: {self.key}"
+        return ": ".join(filter(None, (self.source, self.key)))
+
+
+def _build_table(members: Sequence[Any], tree: Tree, at: _Location) -> Any:
+    """Build one of the config classes `members`, selected by `kind`; the first one where there is no `kind`."""
+    builtin = [member for member in members if not issubclass(member, PluginConfig)]
+    plugins = [member for member in members if issubclass(member, PluginConfig)]
+    if "kind" in tree and plugins and is_plugin_name(tree["kind"]):
+        return _build_plugin(plugins[0], tree, at)
+    if not builtin:
+        raise at.error("`kind` does not name a plugin", 'set kind = "package.module:Name"')
+    config = builtin[0]
+    if "kind" in tree and len(members) > 1:
+        matching = [member for member in builtin if tree["kind"] in _kinds(member)]
+        if not matching:
+            kinds = [kind for member in builtin for kind in _kinds(member)]
+            _choose(kinds, tree["kind"], at.inside("kind"), or_plugin=bool(plugins))
+        config = matching[0]
+        known = {field.name for field in dataclasses.fields(config)}
+        foreign = {field.name for member in builtin for field in dataclasses.fields(member)} - known
+        foreign |= set(tree) - known if plugins else set()  # the keys of a plugin aren't known here
+        tree = _drop_replaced(tree, foreign)
+    return _build(config, tree, at)
 
 
 def _kinds(member: Any) -> tuple[str, ...]:
     return get_args(get_type_hints(member).get("kind", Literal["kind"]))
 
 
-def _table(members: Sequence[Any], tree: Tree, place: _Place) -> Any:
-    """One of the dataclasses `members`, chosen by the table's `kind`; without one, the first."""
-    inside = [member for member in members if not issubclass(member, PluginConfig)]
-    outside = [member for member in members if issubclass(member, PluginConfig)]
-    chosen = inside[0]
-    if "kind" in tree and outside and is_outside(tree["kind"]):
-        return _from_plugin(outside[0], tree, place)
-    if "kind" in tree and len(members) > 1:
-        fitting = [member for member in inside if tree["kind"] in _kinds(member)]
-        if not fitting:
-            kinds = [kind for member in inside for kind in _kinds(member)]
-            _choice(kinds, tree["kind"], place.inside("kind"), or_outside=bool(outside))
-        chosen = fitting[0]
-        known = {field.name for field in dataclasses.fields(chosen)}
-        others = {field.name for member in inside for field in dataclasses.fields(member)} - known
-        others |= set(tree) - known if outside else set()  # nobody knows here what a kind from outside was given
-        tree = _above_its_kind(tree, others)
-    return _filled(chosen, tree, place)
+def _drop_replaced(tree: Tree, foreign: Collection[str]) -> Tree:
+    """Return the table without foreign keys from a layer below the one that set `kind`."""
+    return {k: v for k, v in tree.items() if k not in foreign or layer_of(tree, k) >= layer_of(tree, "kind")}
 
 
-def _above_its_kind(tree: Tree, others: Collection[str]) -> Tree:
-    """The table without what another kind was given in a recipe below the one that chose this kind."""
-    return {k: v for k, v in tree.items() if k not in others or layer_of(tree, k) >= layer_of(tree, "kind")}
-
-
-def _from_plugin(member: type[PluginConfig], tree: Tree, place: _Place) -> PluginConfig:
-    """A kind from outside and its own settings, walked as any other's."""
+def _build_plugin(plugin: type[PluginConfig], tree: Tree, at: _Location) -> PluginConfig:
+    """Build the config of a plugin; its own settings are built like any config."""
     kind = cast("str", tree["kind"])
     try:
-        cls = find(kind, member)
-        chosen = settings_class(cls)
+        cls = find(kind, plugin)
+        settings_type = settings_class(cls)
         hints: dict[str, Any] = wrap_plugin_errors(
-            f"the types of `{cls.__name__}.Settings` can't be read", lambda: get_type_hints(chosen), cls
+            f"can't read the types of `{cls.__name__}.Settings`", lambda: get_type_hints(settings_type), cls
         )
     except RecipeError as error:
-        raise place.inside("kind").error(error.message, error.hint) from error
-    tree = _above_its_kind(tree, set(tree) - set(hints) - {"kind"})
+        raise at.inside("kind").error(error.message, error.hint) from error
+    tree = _drop_replaced(tree, set(tree) - set(hints) - {"kind"})
     if "kind" not in hints:
         tree = {key: value for key, value in tree.items() if key != "kind"}
-    settings = _filled(chosen, tree, place, kind, cls)
+    settings = _build(settings_type, tree, at, kind, cls)
     try:
-        _written(settings)
+        _to_toml(settings)
     except AssertionError as error:
-        raise place.error(
-            f"`{cls.__name__}.Settings`: {error}", "hold what TOML holds: numbers, texts, lists"
+        raise at.error(
+            f"`{cls.__name__}.Settings`: {error}", "use values that TOML has: numbers, strings, lists"
         ) from error
-    return member(kind, settings)
+    return plugin(kind, settings)
 
 
-def _filled(chosen: Any, tree: Tree, place: _Place, kind: str = "", cls: type = NoConfig) -> Any:
-    """The dataclass `chosen` with what its table says; `kind` and its class are given for one from outside."""
-    fields = [field for field in dataclasses.fields(chosen) if field.init]
-    hints, known = get_type_hints(chosen), [field.name for field in fields]
+def _build(config: Any, tree: Tree, at: _Location, kind: str = "", cls: type = NoConfig) -> Any:
+    """Build the dataclass `config` from its table; `kind` and `cls` are those of a plugin."""
+    fields = [field for field in dataclasses.fields(config) if field.init]
+    hints, known = get_type_hints(config), [field.name for field in fields]
     for key in tree:
         if key not in known:
-            near = closest_match(key, known)
-            whose = kind or (_kinds(chosen)[0] if "kind" in known else "")
-            what = f"unknown key `{key}`{f' of kind `{whose}`' if whose else ''}"
-            keys = f"the keys here are {', '.join(known)}" if known else "there are no keys here"
-            raise place.inside(key).error(what + (f": did you mean `{near}`?" if near else ""), next=keys)
-    values = {key: _value(hints[key], value, place.inside(key)) for key, value in tree.items()}
+            raise _unknown_key(key, tree[key], at, known, kind or (_kinds(config)[0] if "kind" in known else ""))
+    values = {key: _convert(hints[key], value, at.inside(key)) for key, value in tree.items()}
     for field in fields:
         has_default = (field.default, field.default_factory) != (dataclasses.MISSING, dataclasses.MISSING)
         if field.name not in values and not has_default:
-            raise place.inside(field.name).error(
-                f"`{field.name}` is missing", next=f"give {_spoken(hints[field.name])}"
+            raise at.inside(field.name).error(
+                f"`{field.name}` is missing", f"set it to {_type_name(hints[field.name])}"
             )
     try:
         return (
-            wrap_plugin_errors(f"the settings of `{kind}` are refused", lambda: chosen(**values), cls)
+            wrap_plugin_errors(f"`{kind}` refuses its settings", lambda: config(**values), cls)
             if kind
-            else chosen(**values)
+            else config(**values)
         )
-    except RecipeError as error:
-        # Settings may say in `where` which of their own fields is at fault.
-        raise (place.inside(error.location) if error.location else place).error(error.message, error.hint) from error
+    except RecipeError as error:  # its location names a field of the config
+        raise (at.inside(error.location) if error.location else at).error(error.message, error.hint) from error
 
 
-def _choice(choices: Sequence[Any], value: Any, place: _Place, *, or_outside: bool = False) -> Any:
-    """The value, where it is one of the choices."""
+def _unknown_key(key: str, value: Any, at: _Location, known: Sequence[str], kind: str) -> RecipeError:
+    """Return the error of an unknown key; a former key is reported with its present name."""
+    inside = at.inside(key)
+    if not is_plugin_name(kind) and not renamed_key(at.path):
+        # For a former section its first key is reported, so that one message has both new names.
+        places = [inside]
+        while isinstance(value, dict) and value:
+            name, value = next(iter(cast("Tree", value).items()))
+            places.append(places[-1].inside(name))
+        for place in reversed(places):
+            if present := renamed_key(place.path):
+                return place.error(f"`{_heading(place.path)}` is now `{_heading(present.split('.'))}`", "rename it")
+    near = closest_match(key, known)
+    message = f"unknown key `{key}`{f' of kind `{kind}`' if kind else ''}"
+    hint = f"use one of these keys: {', '.join(known)}" if known else "remove it: there are no keys here"
+    return inside.error(message + (f": did you mean `{near}`?" if near else ""), hint)
+
+
+def _heading(path: Sequence[str]) -> str:
+    """Return a key as a TOML file shows it: "[model] hidden_size"."""
+    section, key = (path[:-1], path[-1]) if len(path) > 1 else (path, "")
+    name = ".".join(section)
+    return f"{f'[[{name}]]' if name == 'stage' else f'[{name}]'} {key}".rstrip()
+
+
+def _choose(choices: Sequence[Any], value: Any, at: _Location, *, or_plugin: bool = False) -> Any:
+    """Return the value if it is one of the choices."""
     for choice in choices:
         if type(choice) is type(value) and choice == value:
             return choice
@@ -396,89 +483,132 @@ def _choice(choices: Sequence[Any], value: Any, place: _Place, *, or_outside: bo
         if isinstance(value, str)
         else ""
     )
-    what = f"unknown choice {_shown(value)}" + (f": did you mean {_shown(near)}?" if near else "")
-    own = ", or name a class of your own: package.module:Name" if or_outside else ""
-    raise place.error(what, next=f"choose one of {', '.join(map(_shown, choices))}{own}")
+    message = f"unknown choice {_toml(value)}" + (f": did you mean {_toml(near)}?" if near else "")
+    plugin = ", or a class of your own: package.module:Name" if or_plugin else ""
+    raise at.value_error(value, message, f"choose one of {', '.join(map(_toml, choices))}{plugin}")
 
 
-def _value(hint: Any, value: Any, place: _Place) -> Any:
-    """A TOML value as the type that a field asks for."""
+def _convert(hint: Any, value: Any, at: _Location) -> Any:
+    """Convert a TOML value to the type of a field."""
     while get_origin(hint) is Annotated:
         hint = get_args(hint)[0]
     if get_origin(hint) in (Union, UnionType):
-        return _either([member for member in get_args(hint) if member is not NoneType], value, place)
+        return _convert_union([member for member in get_args(hint) if member is not NoneType], value, at)
     if dataclasses.is_dataclass(hint) and hint not in (Fraction, Quantity) and isinstance(value, dict):
-        return _table((hint,), cast("Tree", value), place)
+        return _build_table((hint,), cast("Tree", value), at)
     if get_origin(hint) is Literal:
-        return _choice(get_args(hint), value, place)
+        return _choose(get_args(hint), value, at)
     if get_origin(hint) is tuple and isinstance(value, list):
-        return _entries(get_args(hint), cast("list[Any]", value), place)
+        return _convert_list(get_args(hint), cast("list[Any]", value), at)
     if (get_origin(hint) or hint) in (dict, Mapping) and isinstance(value, dict):
         inner = get_args(hint)[1]
-        return {key: _value(inner, entry, place.inside(key)) for key, entry in cast("Tree", value).items()}
+        return {key: _convert(inner, entry, at.inside(key)) for key, entry in cast("Tree", value).items()}
     if hint in (Fraction, Quantity) and isinstance(value, str):
         try:
             return hint.parse(value)
         except RecipeError as error:
-            raise place.error(error.message, error.hint) from error
+            raise at.error(error.message, error.hint) from error
     if hint is Quantity and type(value) in (int, float):
-        raise place.error(f"`{value}` needs a unit: {UNIT_EXAMPLES}", next=f'write it in quotes, as in "{value} steps"')
+        raise at.error(f"`{value}` needs a unit: {UNIT_EXAMPLES}", f'write it in quotes, as in "{value} steps"')
     if hint is Path and isinstance(value, str):
         return Path(value)
     if hint is float and type(value) in (int, float) and not math.isnan(value):
         return float(value)
     if type(value) is hint and hint in (bool, int, str):
         return value
-    raise place.error(f"{_shown(value)} is not {_spoken(hint)}", next=f"write {_spoken(hint)}")
+    raise _wrong_type(value, _type_name(hint), at)
 
 
-def _either(members: Sequence[Any], value: Any, place: _Place) -> Any:
-    """A value as the member of a union that it is meant as."""
+def _wrong_type(value: Any, expected: str, at: _Location, hint: str = "") -> RecipeError:
+    message = f"invalid {at.name}: got {_toml(value)}, expected {expected}"
+    return at.value_error(value, message, hint or f"set it to {expected}")
+
+
+def _convert_union(members: Sequence[Any], value: Any, at: _Location) -> Any:
+    """Convert a value to the member of a union that accepts it."""
     tables = [member for member in members if dataclasses.is_dataclass(member) and member not in (Fraction, Quantity)]
+    if is_plugin_name(value) and any(issubclass(cast("type", member), PluginConfig) for member in tables):
+        value = {"kind": value}
     if isinstance(value, dict) and tables:
-        return _table(tables, cast("Tree", value), place)
+        return _build_table(tables, cast("Tree", value), at)
     plain = [member for member in members if member not in tables]
     if Fraction in plain and Quantity in plain and isinstance(value, str):
         plain.remove(Quantity if value.rstrip().endswith("%") else Fraction)
-    refused: list[RecipeError] = []
+    errors: list[RecipeError] = []
     for member in plain:
         try:
-            return _value(member, value, place)
+            return _convert(member, value, at)
         except RecipeError as error:
-            refused.append(error)
-    if len(refused) == 1:
-        raise refused[0]
-    wanted = " or ".join(map(_spoken, members))
-    raise place.error(f"{_shown(value)} is not {wanted}", next=refused[-1].hint if refused else f"write {wanted}")
+            errors.append(error)
+    if len(errors) == 1:
+        raise errors[0]
+    raise _wrong_type(value, " or ".join(map(_type_name, members)), at, errors[-1].hint if errors else "")
 
 
-def _entries(hints: tuple[Any, ...], value: list[Any], place: _Place) -> tuple[Any, ...]:
-    """A TOML list as a tuple."""
+def _convert_list(hints: tuple[Any, ...], value: list[Any], at: _Location) -> tuple[Any, ...]:
+    """Convert a TOML list to a tuple."""
     if len(hints) == 2 and hints[1] is Ellipsis:
         hints = (hints[0],) * len(value)
     if len(hints) != len(value):
-        raise place.error(f"a list of {len(value)} where {len(hints)} belong", next=f"write {len(hints)} entries")
+        raise at.error(
+            f"invalid {at.name}: got a list of {len(value)}, expected a list of {len(hints)}",
+            f"give {len(hints)} entries",
+        )
     pairs = zip(hints, value, strict=True)
-    return tuple(_value(hint, entry, place.inside(index)) for index, (hint, entry) in enumerate(pairs))
+    return tuple(_convert(hint, entry, at.inside(index)) for index, (hint, entry) in enumerate(pairs))
 
 
-def dump_config(settings: object) -> str:
-    """TOML text of every value, defaults filled in: `build(type(x), tomllib.loads(dump(x)), "")` equals x."""
-    return tomli_w.dumps(cast("Tree", _written(settings)))
+_TYPE_NAMES: Final[Mapping[Any, str]] = {
+    bool: "true or false",
+    int: "an integer",
+    float: "a number",
+    str: "a string",
+    Path: "a path in quotes",
+    Fraction: 'a percentage such as "60%"',
+    Quantity: 'a quantity such as "300 s"',
+    list: "a list",
+    tuple: "a list",
+    dict: "a table",
+    Mapping: "a table",
+}
 
 
-def _written(value: Any) -> Any:
-    """A settings value as TOML holds it; a field that is None is left out, so None must be its default."""
+def _type_name(hint: Any) -> str:
+    """Return the name of a type for error messages."""
+    if get_origin(hint) is Literal:
+        return "one of " + ", ".join(_toml(choice) for choice in get_args(hint))
+    origin = get_origin(hint) or hint
+    names = [name for known, name in _TYPE_NAMES.items() if isinstance(origin, type) and issubclass(origin, known)]
+    return "a table" if dataclasses.is_dataclass(hint) and origin not in _TYPE_NAMES else (names or ["a value"])[0]
+
+
+def _toml(value: Any) -> str:
+    """Return a value as TOML writes it; tables and lists are only named."""
+    if isinstance(value, dict | list):
+        return "a table" if isinstance(value, dict) else "a list"
+    return tomli_w.dumps({"": value}).partition("= ")[2].strip()
+
+
+# Writing ------------------------------------------------------------------------------------------------------------
+
+
+def dump_config(config: object) -> str:
+    """Return a config as TOML with every value: `build_config(type(x), tomllib.loads(dump_config(x)), "")` equals x."""
+    return tomli_w.dumps(cast("Tree", _to_toml(config)))
+
+
+def _to_toml(value: Any) -> Any:
+    """Return a value of a config as a TOML value; fields that are None are left out, so None must be their default."""
     if isinstance(value, Fraction | Quantity | Path):
         return str(value)
     if isinstance(value, PluginConfig):
-        return {"kind": value.kind, **_written(value.settings)}
+        return {"kind": value.kind, **_to_toml(value.settings)}
     if dataclasses.is_dataclass(value):
-        held = {field.name: getattr(value, field.name) for field in dataclasses.fields(value) if field.init}
-        return {name: _written(entry) for name, entry in held.items() if entry is not None}
+        fields = {field.name: getattr(value, field.name) for field in dataclasses.fields(value) if field.init}
+        return {name: _to_toml(entry) for name, entry in fields.items() if entry is not None}
     if isinstance(value, Mapping):
-        return {key: _written(entry) for key, entry in cast("Mapping[str, Any]", value).items()}
+        return {key: _to_toml(entry) for key, entry in cast("Mapping[str, Any]", value).items()}
     if isinstance(value, tuple | list):
-        return [_written(entry) for entry in cast("Sequence[Any]", value)]
-    assert isinstance(value, bool | int | float | str), f"a recipe can't hold {value!r}"
+        return [_to_toml(entry) for entry in cast("Sequence[Any]", value)]
+    assert isinstance(value, bool | int | float | str), f"a recipe can't contain {value!r}"
     return value

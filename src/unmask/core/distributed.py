@@ -1,8 +1,6 @@
-"""Room card: the machine a run stands on.
+"""Device, precision, threads and ranks of a process, and sums over ranks.
 
-Comes in: what the recipe asks for, the environment that torchrun sets. Goes out: a World (device, precision, threads,
-ranks) decided from facts, never from timing or load; sums over ranks; the facts to write into env.json. Called by: the
-loop, pretrain, evaluation.
+They are chosen from facts about the machine, never from timing or load, and are recorded in env.json.
 """
 
 from __future__ import annotations
@@ -28,7 +26,7 @@ Device = Literal["auto", "cpu", "cuda", "mps"]
 
 @dataclass(frozen=True)
 class DistributedContext:
-    """One process's view: which of how many it is, where its tensors live and how they are multiplied."""
+    """Device, precision, threads and rank of this process."""
 
     device: torch.device
     precision: Literal["bfloat16", "float32"]
@@ -38,30 +36,30 @@ class DistributedContext:
 
     @property
     def is_main_process(self) -> bool:
-        """Whether this process writes files and speaks."""
+        """Whether this process writes files and messages."""
         return self.rank == 0
 
     def autocast(self) -> contextlib.AbstractContextManager[Any]:
-        """Matrix products in the run's precision; parameters, norms and losses stay float32."""
+        """Return a context that computes matrix products in the run's precision; all else stays float32."""
         if self.precision == "float32":
             return contextlib.nullcontext()
         return torch.autocast(self.device.type, dtype=torch.bfloat16)
 
     def sum(self, values: Sequence[float]) -> list[float]:
-        """Each value summed over all ranks; every rank gets the same answer. Counts are exact up to 2**53."""
+        """Return each value summed over all ranks, the same on every rank. Counts are exact up to 2**53."""
         if self.ranks == 1:
             return list(values)
         total_N = torch.tensor(list(values), dtype=torch.float64, device=self.device)
         distributed.all_reduce(total_N)
         return total_N.tolist()
 
-    def sum_gradients(self, learner: nn.Module) -> None:
-        """Add the gradients of all ranks: sums, since every rank has divided by the counts of all."""
+    def sum_gradients(self, module: nn.Module) -> None:
+        """Sum the gradients over all ranks; every rank has already divided by the counts of all ranks."""
         if self.ranks == 1:
             return
         gradients: list[Tensor] = []
-        for parameter in learner.parameters():
-            if parameter.grad is None:  # every rank must bring the same tensors
+        for parameter in module.parameters():
+            if parameter.grad is None:  # every rank must reduce the same tensors
                 parameter.grad = torch.zeros_like(parameter)
             gradients.append(parameter.grad)
         flat_N = torch.cat([gradient.reshape(-1) for gradient in gradients])
@@ -75,7 +73,7 @@ class DistributedContext:
             distributed.barrier()
 
     def describe(self) -> dict[str, Any]:
-        """What bits depend on: imposed on resume, or the run stops and names the difference."""
+        """Return the facts on which results depend bit by bit; a resumed run requires the same ones."""
         return {
             "device": self.device.type,
             "device_name": torch.cuda.get_device_name() if self.device.type == "cuda" else processor_name(),
@@ -88,14 +86,13 @@ class DistributedContext:
 def init_distributed(
     precision: Precision = "auto", threads: int | Literal["auto"] = "auto", device: Device = "auto"
 ) -> DistributedContext:
-    """Look at the machine, start the process group where torchrun asks for one, and set threads and determinism.
+    """Choose device and precision, start the process group under torchrun, and set threads and determinism.
 
-    By the machine means a CUDA device where there is one, else the processor. Apple's GPU ("mps") is taken only where
-    it is asked for: that road is written and was never tried.
+    "auto" is a CUDA device if there is one, otherwise the CPU. Apple's GPU ("mps") has to be requested: it is
+    implemented but untested.
 
     Raises:
-        RecipeError: more threads than cores, bfloat16 on a processor that has no instruction for it, or a device that
-            isn't there.
+        RecipeError: there are more threads than cores, the CPU has no bfloat16 instructions, or the device is missing.
     """
     ranks, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
     local_rank, local_ranks = int(os.environ.get("LOCAL_RANK", "0")), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
@@ -111,19 +108,21 @@ def init_distributed(
     wanted = usable if threads == "auto" else threads
     if not 1 <= wanted <= cores():
         raise RecipeError(
-            f"{wanted} threads on {cores()} cores", location="train.threads", hint=f'choose 1 to {cores()}, or "auto"'
+            f"invalid threads: got {wanted}, expected 1 to {cores()}",
+            location="train.threads",
+            hint=f'choose 1 to {cores()}, or "auto"',
         )
     torch.set_num_threads(wanted)
     if kind == "cpu":
-        # Only the CPU promises the same bits; filling uninitialised memory would cost time and prove nothing.
+        # Only the CPU guarantees bit-identical results. Filling uninitialized memory only costs time.
         torch.use_deterministic_algorithms(True)
         torch.utils.deterministic.fill_uninitialized_memory = False  # pyright: ignore[reportAttributeAccessIssue]
     fast = cuda or (kind == "cpu" and has_bfloat16())
     if precision == "bfloat16" and not fast:
         raise RecipeError(
-            "this processor has no bfloat16 instructions, so bfloat16 would only be slower"
+            "this CPU has no bfloat16 instructions, so bfloat16 would be slower than float32"
             if kind == "cpu"
-            else "bfloat16 was never tried on this device",
+            else "bfloat16 is untested on this device",
             location="train.precision",
             hint='use "float32" or "auto"',
         )
@@ -132,44 +131,51 @@ def init_distributed(
 
 
 def _leave() -> None:
-    """Leave the process group: threads of it that are still there when the interpreter ends may abort the process."""
+    """Destroy the process group: its threads may abort the process when the interpreter exits."""
     if distributed.is_initialized():
         distributed.destroy_process_group()
 
 
 def _device_kind(device: Device, ranks: int) -> Literal["cpu", "cuda", "mps"]:
-    """What a recipe's device is on this machine."""
+    """Return the device type that a recipe's device means on this machine."""
     if device == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
-    there = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available() and ranks == 1}
-    if not there[device]:
-        what = "several ranks on Apple's GPU" if device == "mps" and ranks > 1 else f"there is no {device} device here"
-        raise RecipeError(what, location="train.device", hint='use "auto" or "cpu"')
+    is_available = {
+        "cpu": True,
+        "cuda": torch.cuda.is_available(),
+        "mps": torch.backends.mps.is_available() and ranks == 1,
+    }
+    if not is_available[device]:
+        message = (
+            "several ranks on Apple's GPU are not supported"
+            if device == "mps" and ranks > 1
+            else f"there is no {device} device"
+        )
+        raise RecipeError(message, location="train.device", hint='use "auto" or "cpu"')
     return device
 
 
 def device_note(world: DistributedContext) -> str:
-    """A sentence where a GPU of the machine is left alone, or one is taken that nobody has tried; else nothing."""
+    """Return a note if Apple's GPU is used or left unused, otherwise ""."""
     if world.device.type == "mps":
-        return "Apple's GPU (mps) is written for and was never tried: watch the loss, expect no bit-identical resume"
+        return "Apple's GPU (mps) is untested: watch the loss, and expect no bit-identical resume"
     if world.device.type == "cpu" and torch.backends.mps.is_available():
-        return 'this machine\'s GPU (mps) is left alone, because it was never tried; --set train.device="mps" takes it'
+        return 'the GPU (mps) is not used, because it is untested; use it with --set train.device="mps"'
     return ""
 
 
 def load_warning(world: DistributedContext) -> str:
-    """A sentence where other processes keep the cores busy: two threads on two busy cores are slower than one."""
+    """Return a warning if other processes use the cores: two threads on two busy cores are slower than one."""
     if world.device.type != "cpu" or world.threads == 1 or not hasattr(os, "getloadavg"):
         return ""
     busy = os.getloadavg()[0]
     if busy < 0.7 * cores():
         return ""
-    advice = "the run will be slower, and --threads 1 may be faster"
-    return f"other processes keep {busy:.1f} of {cores()} cores busy; {advice}"
+    return f"other processes use {busy:.1f} of {cores()} cores; the run will be slower, and --threads 1 may be faster"
 
 
 def matmul_rate(shapes: Iterable[tuple[int, int, int]], world: DistributedContext, seconds: float = 0.15) -> float:
-    """Floating-point operations per second of plain matrix products of these shapes (rows, inner, columns)."""
+    """Measure the FLOP/s of matrix products of these shapes (rows, inner, columns)."""
     dtype = torch.bfloat16 if world.precision == "bfloat16" else torch.float32
     pairs = [
         (torch.randn(m, k, device=world.device, dtype=dtype), torch.randn(k, n, device=world.device, dtype=dtype))
@@ -195,8 +201,10 @@ def matmul_rate(shapes: Iterable[tuple[int, int, int]], world: DistributedContex
 
 
 def differences(now: Mapping[str, Any], then: Mapping[str, Any]) -> list[str]:
-    """Which facts of this machine are not those that a run was started with."""
+    """Return the facts of this machine that differ from those with which a run was started."""
     names = sorted(set(now) | set(then))
     return [
-        f"{name}: {then.get(name)!r} then, {now.get(name)!r} now" for name in names if now.get(name) != then.get(name)
+        f"{name}: {then.get(name)!r} at the start, {now.get(name)!r} now"
+        for name in names
+        if now.get(name) != then.get(name)
     ]

@@ -1,25 +1,29 @@
-"""Room card: what can go wrong, drawn as a tree.
+"""The exceptions of the package.
 
-Comes in: nothing. Goes out: exceptions whose message says what, where and what next. Called by: everyone.
-
-    UnmaskError                 a person can mend it: exit code 2, no traceback
-    ├── RecipeError             unknown recipe, key, value, unit; a stage that is never reached
+    UnmaskError                 the user can fix it: exit code 2, no traceback
+    ├── RecipeError             an invalid recipe or option
     ├── TextError               missing, empty, binary, undecodable or too little text
-    ├── TokenizerError          a vocabulary that the text can't give; a piece that is not there
-    ├── ModelError              a folder that is no model, ids beyond the vocabulary, no [MASK] in the text
-    ├── DamagedError            a file whose bytes are not those that were written
-    ├── RunError                an output that exists, a run that can't be resumed as asked
-    └── StoreError              a folder that can't be written
-    Stopped                     a signal asked the run to stop; it was saved: exit code 130 or 75
+    ├── TokenizerError          a tokenizer that can't be trained or doesn't fit
+    ├── ModelError              a directory without a model, or a model that doesn't fit
+    ├── DamagedError            a file that was changed or cut short after it was written
+    ├── RunError                a run that exists already or can't be resumed
+    ├── WorkerError             a worker process that failed
+    └── StoreError              a directory that can't be written
+    Interrupted                 a signal stopped the run before its first step: exit code 130 or 75
+    Stopped                     a signal stopped the run after a checkpoint was saved: exit code 130 or 75
 
-Anything else that escapes is a fault of ours: exit code 1, traceback kept in the run's crash.txt.
+Any other exception is an internal error: exit code 1. Its traceback is in the run's crash.txt.
 """
 
 from __future__ import annotations
 
+from typing import Final, Self
+
+CRASH_NOTE: Final = "traceback written to "  # begins the note of an internal error that names the crash file
+
 
 class UnmaskError(ValueError):
-    """What a person can mend: `what` went wrong, `where` it did and what to do `next`."""
+    """An error that the user can fix: what happened, where, and a hint on what to do."""
 
     exit_code = 2
 
@@ -27,14 +31,22 @@ class UnmaskError(ValueError):
         self.message, self.location, self.hint = message, location, hint
         lines = [message]
         if location:
-            lines.append(f"  where: {location}")
+            lines.append(f"  location: {location}")
         if hint:
-            lines.append(f"  next:  {hint}")
+            lines.append(f"  hint: {hint}")
         super().__init__("\n".join(lines))
+
+    def at(self, location: str | None = None, hint: str | None = None) -> Self:
+        """Return a copy with another location or hint; None keeps the present one."""
+        return type(self)(
+            self.message,
+            location=self.location if location is None else location,
+            hint=self.hint if hint is None else hint,
+        )
 
 
 class RecipeError(UnmaskError):
-    """A recipe or an option that does not say what it should."""
+    """An invalid recipe or option."""
 
 
 class TextError(UnmaskError):
@@ -42,27 +54,39 @@ class TextError(UnmaskError):
 
 
 class TokenizerError(UnmaskError):
-    """A tokenizer that can't be trained or lacks what is asked of it."""
+    """A tokenizer that can't be trained, or lacks something that is needed."""
 
 
 class ModelError(UnmaskError):
-    """A folder that is no model, or a question that this model can't answer."""
+    """A directory that contains no model, or a model that doesn't support the operation."""
 
 
 class DamagedError(UnmaskError):
-    """A file whose bytes are not those that were written."""
+    """A file that is missing, cut short or changed since it was written."""
 
 
 class RunError(UnmaskError):
-    """A run that exists where none should, or can't go on as asked."""
+    """A run directory that exists already, or a run that can't be resumed."""
+
+
+class WorkerError(UnmaskError):
+    """A worker process that ended before its work was done."""
 
 
 class StoreError(UnmaskError):
-    """A place that can't be written."""
+    """A file or directory that can't be written."""
+
+
+class Interrupted(Exception):
+    """A signal stopped the run before its first step. `exit_code` is 130 after Ctrl-C, 75 after SIGTERM or SIGUSR1."""
+
+    def __init__(self, exit_code: int) -> None:
+        self.exit_code = exit_code
+        super().__init__("stopped before the first step; nothing was written")
 
 
 class Stopped(Exception):
-    """The run was asked to stop by a signal and was saved; `exit_code` is 130 (Ctrl-C) or 75 (SIGTERM, SIGUSR1)."""
+    """A signal stopped the run after a checkpoint was saved. `exit_code` is as in `Interrupted`."""
 
     def __init__(self, exit_code: int, run: str, step: int) -> None:
         self.exit_code, self.run, self.step = exit_code, run, step

@@ -1,31 +1,58 @@
-"""Room card: write whole or not at all.
+"""Atomic writes of files and directories, digests, manifests, and the cache directory.
 
-Comes in: paths and what should stand there. Goes out: files and folders that are complete whenever they can be seen,
-digests, and readers that notice a flipped bit. Called by: shards, bundle, checkpoint, pretrain.
+A file or directory appears under its name only when it is complete.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
 import shutil
-from collections.abc import Generator, Mapping
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from safetensors import SafetensorError
 
 from unmask.core.errors import DamagedError, StoreError
 
 _CHUNK_BYTES = 1 << 22
-_LONGEST_NAME_BYTES = 1 << 10
-DIGESTS = "digests.json"
+_MAX_NAME_BYTES = 1 << 10
+
+
+class RunLayout:
+    """Names of the files and directories of a run and of the checkpoints in it."""
+
+    RECIPE: Final = "recipe.toml"
+    ENVIRONMENT: Final = "env.json"
+    TEXTS: Final = "texts.jsonl"  # the texts of a run that was given text in memory
+    LOG: Final = "log.jsonl"
+    DISCARDED: Final = "discarded.jsonl"  # log lines after the step from which the run was resumed
+    CRASH: Final = "crash.txt"
+    LOCK: Final = "lock"
+    LATEST: Final = "latest"  # a link to the last step directory
+    BEST: Final = "best"
+    RUN_TOKENIZER: Final = "tokenizer"  # a copy of the tokenizer that the run was started with
+    START: Final = "start"  # the model that the run was initialized from
+
+    # In a checkpoint directory: the files of a model ...
+    CONFIG: Final = "config.json"
+    WEIGHTS: Final = "model.safetensors"
+    TOKENIZER: Final = "tokenizer.json"
+    CARD: Final = "card.json"
+    OBJECTIVE: Final = "objective.safetensors"
+    DIGESTS: Final = "digests.json"
+    # ... and what a resumed run needs beside them.
+    RESUME: Final = "resume"
+
+    README: Final = "README.md"  # the model card of an export
 
 
 def digest(*parts: bytes | str) -> str:
-    """A 128-bit hexadecimal digest of the parts, each set off from the next by its length."""
+    """Return a 128-bit hexadecimal digest of the parts; the length of each part is digested too."""
     state = hashlib.blake2b(digest_size=16)
     for part in parts:
         data = part.encode() if isinstance(part, str) else part
@@ -35,7 +62,7 @@ def digest(*parts: bytes | str) -> str:
 
 
 def file_digest(path: Path) -> str:
-    """The 128-bit digest of a file's bytes, read in pieces."""
+    """Return the 128-bit digest of a file."""
     state = hashlib.blake2b(digest_size=16)
     with path.open("rb") as file:
         while chunk := file.read(_CHUNK_BYTES):
@@ -44,8 +71,8 @@ def file_digest(path: Path) -> str:
 
 
 def _sync(path: Path) -> None:
-    """Force a file or folder to the disk; folders can't be synced on every system, and there it does nothing."""
-    # Windows syncs only what was opened for writing; a folder can be opened for reading alone, and there not even that.
+    """Flush a file or directory to the disk; does nothing for directories on systems that don't support it."""
+    # Windows syncs only files opened for writing, and directories can't be opened there at all.
     try:
         handle = os.open(path, os.O_RDWR if path.is_file() else os.O_RDONLY)
     except OSError:
@@ -61,23 +88,27 @@ def _sync(path: Path) -> None:
 
 @contextmanager
 def wrap_os_errors(path: Path) -> Generator[None]:
-    """Turn the system's refusal to write into a message that names the place and the mend."""
+    """Convert OSError into StoreError, with the path and a hint.
+
+    Raises:
+        StoreError: the block raised an OSError.
+    """
     try:
         yield
-    except (OSError, SafetensorError) as error:  # safetensors wraps what the system said, a full disk for one
+    except (OSError, SafetensorError) as error:  # safetensors wraps errors of the system, such as a full disk
         reason = getattr(error, "strerror", None) or str(error).removeprefix("Error while serializing: ")
         raise StoreError(
-            f"can't write here: {reason}",
+            f"can't write: {reason}",
             location=str(getattr(error, "filename", None) or path),
-            hint="choose another place (--out), make room on the disk, or give yourself the right to write there",
+            hint="choose another directory (--out), free disk space, or fix the permissions",
         ) from error
 
 
 def check_writable(folder: Path) -> None:
-    """Refuse a place that can't be written before any work is done; what the check makes it takes away again.
+    """Check that a directory can be created and written, and leave nothing behind.
 
     Raises:
-        StoreError: a folder of this name can't be made, or nothing can be written in it.
+        StoreError: the directory can't be created or written.
     """
     made: list[Path] = []
     try:
@@ -95,7 +126,7 @@ def check_writable(folder: Path) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Replace a small file by another, whole: written aside, synced, renamed."""
+    """Replace a small file atomically: it is written under another name, synced and renamed."""
     with wrap_os_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         aside = path.with_name(f".{path.name}.{os.getpid()}")
@@ -103,41 +134,41 @@ def write_text(path: Path, text: str) -> None:
             aside.write_text(text, encoding="utf-8")
             _sync(aside)
             os.replace(aside, path)
-        except BaseException:  # what a full disk took of it would lie about for ever
+        except BaseException:  # for example a full disk
             aside.unlink(missing_ok=True)
             raise
         _sync(path.parent)
 
 
 def write_json(path: Path, value: object) -> None:
-    """`write_text` of a value as indented JSON."""
+    """Write a value as indented JSON, atomically."""
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
 def read_json(path: Path) -> Any:
-    """A JSON file's value.
+    """Read a JSON file.
 
     Raises:
-        DamagedError: it is missing, cut short or not JSON.
+        DamagedError: the file is missing, cut short or not JSON.
     """
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        what = f"this file can't be read: {error.strerror or error}"
-        raise DamagedError(what, location=str(path), hint=_REPLACE_IT) from error
+        message = f"can't read this file: {error.strerror or error}"
+        raise DamagedError(message, location=str(path), hint=_RESTORE) from error
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise DamagedError(f"not readable as JSON: {error}", location=str(path), hint=_REPLACE_IT) from error
+        raise DamagedError(f"invalid JSON: {error}", location=str(path), hint=_RESTORE) from error
 
 
-_REPLACE_IT = "restore this file from a copy, or remove the folder it is in and make it anew"
+_RESTORE = "restore the file from a backup, or delete its directory and create it again"
 
 
 @contextmanager
 def atomic_directory(path: Path) -> Generator[Path]:
-    """A folder to fill that appears under its name only when the block ends well; one that stood there is replaced.
+    """Yield a directory to fill that gets its name only when the block succeeds; an existing one is replaced.
 
-    A kill at any moment leaves either the old folder or the new one under the name. What a kill left aside is removed
-    by the next call for the same name.
+    A kill at any moment leaves the old or the new directory under the name. Leftovers are removed by the next call for
+    the same name.
     """
     with wrap_os_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -152,7 +183,7 @@ def atomic_directory(path: Path) -> Generator[Path]:
             for file in sorted(aside.rglob("*")):
                 _sync(file)
             _sync(aside)
-            if path.exists():  # os.rename onto a folder that is not empty fails
+            if path.exists():  # os.rename fails if the target is a directory with files
                 os.rename(path, old)
             os.rename(aside, path)
             _sync(path.parent)
@@ -165,22 +196,22 @@ def atomic_directory(path: Path) -> Generator[Path]:
 
 
 def set_aside(path: Path) -> Path:
-    """Where `atomic_directory` puts the folder that it is about to replace, for the moment between its two renames."""
+    """Return the path of a replaced directory between the two renames of `atomic_directory`."""
     return path.parent / f".{path.name}.aside-old"
 
 
 def recover(path: Path) -> None:
-    """Put back a folder that a kill between the two renames of `atomic_directory` left aside."""
+    """Restore a directory after a kill between the two renames of `atomic_directory`."""
     if set_aside(path).exists() and not path.exists():
         os.rename(set_aside(path), path)
 
 
 def write_pointer(link: Path, target: str) -> bool:
-    """Make `link` name `target` (relative to the link's folder), replacing what it named before in one step.
+    """Make `link` point to `target` (relative to the link's directory), atomically.
 
     Returns:
-        Whether it is a symbolic link. Where none can be made (a file system or an account without them; Windows, where
-        none can be replaced in one step) it is a small file with the name in it; `pointed` reads both.
+        Whether it is a symbolic link. On Windows, and where links can't be created, it is a small file that contains
+        the name; `read_pointer` reads both.
     """
     with wrap_os_errors(link):
         aside = link.with_name(f".{link.name}.{os.getpid()}")
@@ -200,10 +231,10 @@ def write_pointer(link: Path, target: str) -> bool:
 
 
 def read_pointer(link: Path) -> Path | None:
-    """What `point` made `link` name, whether or not it exists; None where this is neither a link nor such a file."""
+    """Return the target of a pointer, which may not exist; None if this is neither a link nor a pointer file."""
     if link.is_symlink():
         return link.parent / link.readlink()
-    if link.is_file() and link.stat().st_size <= _LONGEST_NAME_BYTES:
+    if link.is_file() and link.stat().st_size <= _MAX_NAME_BYTES:
         name = link.read_text(encoding="utf-8", errors="replace").strip()
         if name and Path(name).name == name:
             return link.parent / name
@@ -211,45 +242,97 @@ def read_pointer(link: Path) -> Path | None:
 
 
 def write_manifest(folder: Path) -> None:
-    """Write down size and digest of the files of a folder, so that `verify_manifest` can find damage later.
+    """Write sizes and digests of the files of a directory, for `verify_manifest`.
 
-    Folders inside have seals of their own: a step folder without its resume/ is still a whole model.
+    Subdirectories have manifests of their own: a checkpoint without its resume/ is still a complete model.
     """
-    files = sorted(file for file in folder.iterdir() if file.is_file() and file.name != DIGESTS)
+    files = sorted(file for file in folder.iterdir() if file.is_file() and file.name != RunLayout.DIGESTS)
     entries = {
         file.relative_to(folder).as_posix(): {"bytes": file.stat().st_size, "digest": file_digest(file)}
         for file in files
     }
-    write_json(folder / DIGESTS, entries)
+    write_json(folder / RunLayout.DIGESTS, entries)
 
 
-def verify_manifest(folder: Path) -> None:
-    """Compare a sealed folder with what was written down.
+def verify_manifest(folder: Path, *, digest_up_to: int | None = None) -> None:
+    """Compare the files of a directory with its manifest.
+
+    Of files larger than `digest_up_to` bytes only the size is compared.
 
     Raises:
-        DamagedError: a file is missing, cut short or changed; it is named.
+        DamagedError: a file is missing, cut short or changed; the location names it.
     """
-    entries: Mapping[str, Mapping[str, Any]] = read_json(folder / DIGESTS)
+    entries: Mapping[str, Mapping[str, Any]] = read_json(folder / RunLayout.DIGESTS)
     if not all(set(entry) == {"bytes", "digest"} for entry in entries.values()):
-        raise DamagedError("not the seal that was written", location=str(folder / DIGESTS), hint=_REPLACE_IT)
+        raise DamagedError("invalid manifest", location=str(folder / RunLayout.DIGESTS), hint=_RESTORE)
     for name, entry in entries.items():
         file = folder / name
         if not file.is_file():
-            raise DamagedError("a file of this folder is missing", location=str(file), hint=_REPLACE_IT)
+            raise DamagedError("a file of this directory is missing", location=str(file), hint=_RESTORE)
         if file.stat().st_size != entry["bytes"]:
             raise DamagedError(
-                f"this file holds {file.stat().st_size:,} bytes where {entry['bytes']:,} were written",
+                f"invalid file size: got {file.stat().st_size:,} bytes, expected {entry['bytes']:,}",
                 location=str(file),
-                hint=_REPLACE_IT,
+                hint=_RESTORE,
             )
-        if file_digest(file) != entry["digest"]:
+        if (digest_up_to is None or entry["bytes"] <= digest_up_to) and file_digest(file) != entry["digest"]:
             raise DamagedError(
-                "the bytes of this file have changed since writing", location=str(file), hint=_REPLACE_IT
+                "the content of this file has changed since it was written", location=str(file), hint=_RESTORE
             )
+
+
+class DigestCache:
+    """Digests of files, cached in a JSON file and valid while paths, sizes and modification times are the same."""
+
+    # A file that changes twice within one tick of the file system's clock keeps its modification time. So a digest is
+    # cached only if the file was unchanged for longer than the coarsest clock in use, FAT's two seconds.
+    _COARSEST_CLOCK_NS = 2_000_000_000
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._entries: dict[str, Any] = {}
+        self._is_changed = False
+        with contextlib.suppress(DamagedError):  # missing or damaged: all digests are computed again
+            entries = read_json(path)
+            self._entries = entries if isinstance(entries, dict) else {}
+
+    def get(self, key: str, files: Sequence[Path]) -> str | None:
+        """Return the digest of a key, or None if there is none or one of its files has changed.
+
+        Raises:
+            OSError: a file can't be read.
+        """
+        entry = self._entries.get(key)
+        if not files or not isinstance(entry, dict) or entry.get("files") != self._facts(files):
+            return None
+        return str(entry["digest"])
+
+    def set(self, key: str, files: Sequence[Path], digest: str, *, since_ns: int) -> None:
+        """Cache the digest of files, whose computation started at `since_ns`.
+
+        Raises:
+            OSError: a file can't be read.
+        """
+        facts = self._facts(files)
+        if files and max(fact[2] for fact in facts) + self._COARSEST_CLOCK_NS < since_ns:
+            self._entries[key] = {"files": facts, "digest": digest}
+            self._is_changed = True
+
+    def save(self) -> None:
+        """Write the cache; errors are ignored, because a missing cache costs only time."""
+        if self._is_changed:
+            with contextlib.suppress(StoreError):
+                write_json(self._path, self._entries)
+            self._is_changed = False
+
+    def _facts(self, files: Sequence[Path]) -> list[list[Any]]:
+        """Return absolute path, size and modification time of each file, as lists as in JSON."""
+        stats = [(os.path.abspath(file), file.stat()) for file in files]
+        return [[path, stat.st_size, stat.st_mtime_ns] for path, stat in stats]
 
 
 def default_cache() -> Path:
-    """$UNMASK_CACHE, else $XDG_CACHE_HOME/unmask, else ~/.cache/unmask."""
+    """Return $UNMASK_CACHE, or $XDG_CACHE_HOME/unmask, or ~/.cache/unmask."""
     if own := os.environ.get("UNMASK_CACHE"):
         return Path(own)
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "unmask"

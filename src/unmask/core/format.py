@@ -1,4 +1,4 @@
-"""TO WRITE."""
+"""Numbers, sizes, durations, lists and bars as text."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ _CONTROLS = {code: chr(0x2400 + code) for code in range(32)} | {9: "⇥", 10: "�
 
 
 def visible(text: str) -> str:
-    """The text on one line: line ends, tabs and control characters as signs, so that none acts on the terminal."""
+    """Return the text on one line; line ends, tabs and control characters are replaced by visible symbols."""
     return text.translate(_CONTROLS)
 
 
 def count(number: float) -> str:
-    """A count in at most four digits: 812, 9,400, 64.1k, 1.48M."""
+    """Return a count in at most four digits: 812, 9,400, 64.1k, 1.48M."""
     if number < 9999.5:
         return f"{number:,.0f}"
     rounded = float(f"{number:.3g}")
@@ -27,13 +27,13 @@ def _three_digits(number: float) -> str:
 
 
 def rate(operations_per_second: float) -> str:
-    """Floating-point operations per second with their unit."""
+    """Return FLOP/s with a unit."""
     unit, name = (1e12, "TFLOP/s") if operations_per_second >= 1e12 else (1e9, "GFLOP/s")
     return f"{_three_digits(operations_per_second / unit)} {name}"
 
 
 def size(number: float) -> str:
-    """Bytes in powers of ten."""
+    """Return a number of bytes with a unit, in powers of ten."""
     for power, name in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
         if number >= power:
             return f"{_three_digits(number / power)} {name}"
@@ -41,7 +41,7 @@ def size(number: float) -> str:
 
 
 def duration(seconds: float) -> str:
-    """Seconds as people say them, in two units at most; "?" where they aren't known."""
+    """Return a duration in at most two units; "?" if it is not finite."""
     if not math.isfinite(seconds):
         return "?"
     whole = round(seconds)
@@ -57,13 +57,27 @@ def duration(seconds: float) -> str:
 
 
 def number(metrics: Mapping[str, object], name: str) -> float:
-    """A number of a log line; NaN where the line has none."""
+    """Return a number of a log line; NaN if the line has none."""
     value = metrics.get(name)
     return float(value) if isinstance(value, int | float) else float("nan")
 
 
+def join_names(names: Sequence[str], limit: int = 3) -> str:
+    """Join the first names for a message: "a, b and 3 more"; the last two by "and" where all are shown."""
+    shown, more = list(names[:limit]), len(names) - limit
+    if more > 0:
+        return f"{', '.join(shown)} and {more:,} more"
+    return ", ".join(shown[:-1]) + f" and {shown[-1]}" if len(shown) > 1 else "".join(shown)
+
+
+def bar(fraction: float, width: int) -> str:
+    """Return a horizontal bar of at most `width` characters, to an eighth of a character."""
+    eighths = round(max(0.0, min(1.0, fraction)) * width * 8)
+    return "█" * (eighths // 8) + ("", "▏", "▎", "▍", "▌", "▋", "▊", "▉")[eighths % 8]
+
+
 def sparkline(values: Sequence[float], width: int) -> str:
-    """The last values as small bars, the largest of them full."""
+    """Return the last values as small bars; the largest one has full height."""
     last = [value for value in values if value == value][-width:]
     if len(last) < 2:
         return ""

@@ -1,7 +1,4 @@
-"""Room card: what the machine is, told without PyTorch.
-
-Comes in: nothing. Goes out: its cores, its processor. Called by: world, workers of the text.
-"""
+"""CPU cores, CPU model and bfloat16 support, without importing torch."""
 
 from __future__ import annotations
 
@@ -11,14 +8,14 @@ from pathlib import Path
 
 
 def cores() -> int:
-    """Cores that this process may use."""
+    """Return the number of CPU cores that this process may use."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
 
 
 def _processor_line(name: str) -> str:
-    """One field of Linux's description of the processor; empty elsewhere."""
+    """Return a field of /proc/cpuinfo; "" on other systems than Linux."""
     description = Path("/proc/cpuinfo")
     if not description.is_file():
         return ""
@@ -29,10 +26,10 @@ def _processor_line(name: str) -> str:
 
 
 def has_bfloat16() -> bool:
-    """Whether the processor multiplies bfloat16 itself (avx512_bf16, amx_bf16); elsewhere it would be slow."""
+    """Return whether the CPU has bfloat16 instructions (avx512_bf16, amx_bf16); without them bfloat16 is slow."""
     return bool({"avx512_bf16", "amx_bf16"} & set(_processor_line("flags").split()))
 
 
 def processor_name() -> str:
-    """What the processor calls itself."""
+    """Return the name of the CPU model."""
     return _processor_line("model name") or platform.processor() or platform.machine()

@@ -1,12 +1,9 @@
-"""Room card: kinds from outside: a person's own objective, sampler or source, named "package.module:Name".
+"""Plugins: classes outside this package that a recipe names as "package.module:Name".
 
-Comes in: such a name, the settings that stood beside it in a recipe, the tools that its protocol promises. Goes out:
-the class, found and checked; an instance; which file was imported and its digest; in which of a person's files an error
-arose. Nothing is imported before a recipe names it; what it names is run. Called by: recipe (which walks the settings),
-blueprint, workshop, origin, conformance, cli.
-
-A class `Name` is made as `Name(settings, tools)`. Its settings are the frozen dataclass `Name.Settings`; a class
-without one takes none. Modules are found as Python finds them and, last of all, in the current folder.
+A plugin is an objective, a sampler, a source or a metric logger. Its module is imported when a recipe is built that
+names it. Python's import path applies; the current directory is searched last. An instance is created as
+`Name(settings, context)`: `settings` is the frozen dataclass `Name.Settings`, filled from the recipe, and `context` is
+one of the `...Context` classes of `unmask.core.types`. A class without `Settings` has no settings.
 """
 
 from __future__ import annotations
@@ -18,7 +15,7 @@ import inspect
 import os
 import re
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -28,44 +25,44 @@ from unmask.core.errors import RecipeError, UnmaskError
 from unmask.core.quantities import closest_match
 
 _NAME: Final = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*")
-_WHERE_MODULES_ARE: Final = "modules are found where Python finds them and in the current folder"
-SAMPLE: Final = "mylab.spans:Spans"
+_EXAMPLE: Final = "mylab.spans:Spans"
 
 
 @dataclass(frozen=True)
 class NoConfig:
-    """What a class without `Settings` is given."""
+    """The settings of a class without `Settings`."""
 
 
 @dataclass(frozen=True)
 class PluginConfig:
-    """A kind from outside with its settings, as a recipe holds it; the subclasses say what it shall be."""
+    """The name of a plugin and its settings, as a recipe has them; there is a subclass for each plugin type."""
 
     kind: str
     settings: Any
 
     role: ClassVar[str] = ""
-    methods: ClassVar[tuple[str, ...]] = ()  # what the class must have before it is made
-    attributes: ClassVar[tuple[str, ...]] = ()  # what an instance must have
+    methods: ClassVar[tuple[str, ...]] = ()  # required of the class
+    attributes: ClassVar[tuple[str, ...]] = ()  # required of an instance
+    changes_results: ClassVar[bool] = True  # whether another version of its code may give another model
 
 
 @dataclass(frozen=True)
 class PluginObjectiveConfig(PluginConfig):
-    """An objective (contracts.Objective), made with contracts.ObjectiveContext."""
+    """An objective (`types.Objective`); its context is `types.ObjectiveContext`."""
 
     role = "objective"
     methods = ("corrupt", "loss")
-    attributes = ("loss_weights", "metrics", "sampler", "modules", "fills")
+    attributes = ("loss_weights", "metrics", "sampler", "modules")
 
     @property
     def masked_fraction(self) -> float:
-        """Share of the tokens that it asks about, by which costs are forecast; all where its settings don't say."""
+        """Expected fraction of tokens that are masked, for cost estimates; 1 if the settings don't define it."""
         return float(getattr(self.settings, "masked_fraction", 1.0))
 
 
 @dataclass(frozen=True)
 class PluginSamplerConfig(PluginConfig):
-    """A sampler (contracts.Cutter), made with contracts.SamplerContext."""
+    """A sampler (`types.Sampler`); its context is `types.SamplerContext`."""
 
     role = "sampler"
     methods = ("count", "cut")
@@ -73,213 +70,234 @@ class PluginSamplerConfig(PluginConfig):
 
 @dataclass(frozen=True)
 class PluginSourceConfig(PluginConfig):
-    """A source (contracts.Source), made with contracts.SourceContext."""
+    """A source (`types.Source`); its context is `types.SourceContext`."""
 
     role = "source"
     methods = ("parts", "documents")
     attributes = ("fingerprint",)
 
 
+@dataclass(frozen=True)
+class PluginLoggerConfig(PluginConfig):
+    """A metric logger (`types.MetricLogger`); its context is `types.LoggerContext`."""
+
+    role = "logger"
+    methods = ("write", "close")
+    changes_results = False
+
+
 PLUGIN_TYPES: Final[Mapping[str, type[PluginConfig]]] = {
-    role.role: role for role in (PluginObjectiveConfig, PluginSamplerConfig, PluginSourceConfig)
+    plugin.role: plugin
+    for plugin in (PluginObjectiveConfig, PluginSamplerConfig, PluginSourceConfig, PluginLoggerConfig)
 }
 
 
 @dataclass(frozen=True)
 class LoadedModule:
-    """A module that was imported for a recipe, as it was at that moment."""
+    """A module that was imported for a recipe, with its file as it was at that moment."""
 
     module: ModuleType
-    file: str  # "" where it has none, as in a notebook
-    digest: str  # of the file's bytes
+    file: str  # "" if it has none, as in a notebook
+    digest: str  # of the bytes of the file
 
 
-_found: dict[str, LoadedModule] = {}
+_modules: dict[str, LoadedModule] = {}
 
 
-# Finding ------------------------------------------------------------------------------------------------------------
+# Import -------------------------------------------------------------------------------------------------------------
 
 
-def is_outside(kind: object) -> bool:
-    """Whether a kind is written as one from outside."""
+def is_plugin_name(kind: object) -> bool:
+    """Return whether a kind names a plugin and not a class of this package."""
     return isinstance(kind, str) and ":" in kind
 
 
-def find(kind: str, role: type[PluginConfig]) -> type:
-    """The class that a kind names; its module is imported, which runs it.
+def find(kind: str, plugin: type[PluginConfig]) -> type:
+    """Import the class that a kind names.
 
     Raises:
-        RecipeError: no such module or class, an error in the module (its file and line), or a class that is not what
-            its role asks for.
+        RecipeError: the module or class doesn't exist, the module raises an error (its file and line are given), or
+            the class lacks a method that its plugin type requires.
     """
     if not _NAME.fullmatch(kind):
-        raise RecipeError(f"`{kind}` does not name a class", hint=f"write it as package.module:Name, e.g. {SAMPLE}")
-    module_name, _, name = kind.partition(":")
-    found = _imported(module_name, kind)
-    place = found.file or module_name
-    cls: Any = getattr(found.module, name, None)
-    if cls is None:
-        near = closest_match(name, [known for known, value in vars(found.module).items() if inspect.isclass(value)])
         raise RecipeError(
-            f"there is no `{name}` in {place}" + (f": did you mean `{near}`?" if near else ""),
+            f"invalid plugin name: got `{kind}`, expected package.module:Name", hint=f"write it like {_EXAMPLE}"
+        )
+    module_name, _, name = kind.partition(":")
+    loaded = _import(module_name, kind)
+    file = loaded.file or module_name
+    cls: Any = getattr(loaded.module, name, None)
+    if cls is None:
+        near = closest_match(name, [known for known, value in vars(loaded.module).items() if inspect.isclass(value)])
+        raise RecipeError(
+            f"there is no `{name}` in {file}" + (f": did you mean `{near}`?" if near else ""),
             hint="name a class of that module",
         )
-    what = f"`{name}` in {place} is no {role.role}"
     if not inspect.isclass(cls):
-        raise RecipeError(f"{what}: it is a {type(cls).__name__}, not a class", hint="name the class, not what it made")
-    missing = [method for method in role.methods if not callable(getattr(cls, method, None))]
+        raise RecipeError(
+            f"`{name}` in {file} is a {type(cls).__name__}, not a class", hint="name the class, not an instance of it"
+        )
+    missing = [method for method in plugin.methods if not callable(getattr(cls, method, None))]
     if missing:
-        raise RecipeError(f"{what}: it has no {_listed(missing)}", hint=_suite(role, kind))
+        raise RecipeError(
+            f"`{name}` in {file} is not a valid {plugin.role}: it lacks {_names(missing)}", hint=_advice(plugin, kind)
+        )
     return cls
 
 
 def find_object(name: str) -> Any:
-    """What "package.module:name" names, be it a function, a class or an instance; its module is imported.
+    """Import what "package.module:name" names: a function, a class or an instance.
 
     Raises:
-        RecipeError: no such module or name, or an error in the module (its file and line).
+        RecipeError: the module or name doesn't exist, or the module raises an error (its file and line are given).
     """
     if not _NAME.fullmatch(name):
-        raise RecipeError(f"`{name}` names nothing", hint="write it as package.module:name, e.g. mylab.masks:hide")
-    module_name, _, wanted = name.partition(":")
-    found = _imported(module_name, name)
-    if not hasattr(found.module, wanted):
-        near = closest_match(wanted, [known for known in vars(found.module) if not known.startswith("_")])
         raise RecipeError(
-            f"there is no `{wanted}` in {found.file or module_name}" + (f": did you mean `{near}`?" if near else ""),
-            hint="name something of that module",
+            f"invalid name: got `{name}`, expected package.module:name", hint="write it like mylab.masks:mask"
         )
-    return getattr(found.module, wanted)
+    module_name, _, attribute = name.partition(":")
+    loaded = _import(module_name, name)
+    if not hasattr(loaded.module, attribute):
+        near = closest_match(attribute, [known for known in vars(loaded.module) if not known.startswith("_")])
+        raise RecipeError(
+            f"there is no `{attribute}` in {loaded.file or module_name}"
+            + (f": did you mean `{near}`?" if near else ""),
+            hint="name an attribute of that module",
+        )
+    return getattr(loaded.module, attribute)
 
 
-def _imported(name: str, kind: str) -> LoadedModule:
-    """The module, imported at most once; what its file held is remembered."""
-    if name in _found:
-        return _found[name]
-    here = os.getcwd()
-    if not {"", here} & set(sys.path):
-        sys.path.append(here)  # last, so that nothing here stands in for a module of Python's or an installed one
+def _import(name: str, kind: str) -> LoadedModule:
+    """Import a module once, and record the digest of its file."""
+    if name in _modules:
+        return _modules[name]
+    directory = os.getcwd()
+    if not {"", directory} & set(sys.path):
+        sys.path.append(directory)  # last, so that no file in it shadows an installed module
     importlib.invalidate_caches()
     try:
         module = importlib.import_module(name)
     except ModuleNotFoundError as error:
         missing = error.name or ""
         if not (name == missing or name.startswith(f"{missing}.")):
-            raise _fault(error, f"`{kind}` can't be imported") from error
-        near = closest_match(name, [file.stem for file in Path(here).glob("*.py")]) if "." not in name else ""
+            raise _plugin_error(error, f"can't import `{kind}`") from error
+        near = closest_match(name, [file.stem for file in Path(directory).glob("*.py")]) if "." not in name else ""
         raise RecipeError(
             f"there is no module `{missing}`" + (f": did you mean `{near}`?" if near else ""),
-            hint=f"{_WHERE_MODULES_ARE} ({here}): install it, or go to the folder that holds it",
+            hint=f"install it, or change to its directory: Python's import path and {directory} were searched",
         ) from error
     except UnmaskError:
         raise
-    except (Exception, SystemExit) as error:  # whatever the module does when it is run
-        raise _fault(error, f"`{kind}` can't be imported") from error
+    except (Exception, SystemExit) as error:
+        raise _plugin_error(error, f"can't import `{kind}`") from error
     file = str(getattr(module, "__file__", None) or "")
     file = os.path.abspath(file) if file else ""
     digest = hashlib.sha256(Path(file).read_bytes()).hexdigest()[:16] if os.path.isfile(file) else ""
-    return _found.setdefault(name, LoadedModule(module, file, digest))
+    return _modules.setdefault(name, LoadedModule(module, file, digest))
 
 
 def settings_class(cls: type) -> type:
-    """The frozen dataclass that a class's settings are.
+    """Return the frozen dataclass `cls.Settings`, or `NoConfig` if there is none.
 
     Raises:
-        RecipeError: `Settings` is something else.
+        RecipeError: `Settings` is not a frozen dataclass.
     """
     settings: Any = getattr(cls, "Settings", NoConfig)
     parameters = getattr(settings, "__dataclass_params__", None)
     if not (inspect.isclass(settings) and dataclasses.is_dataclass(settings) and getattr(parameters, "frozen", False)):
         raise RecipeError(
-            f"`{cls.__name__}.Settings` in {_file_of(cls)} is no frozen dataclass",
-            hint="write @dataclass(frozen=True) above it, with a default for each field",
+            f"`{cls.__name__}.Settings` in {_file_of(cls)} is not a frozen dataclass",
+            hint="decorate it with @dataclass(frozen=True), with a default for each field",
         )
     return settings
 
 
-def wrap_plugin_errors(what: str, made: Callable[[], Any], cls: type) -> Any:
-    """What `made()` gives; an error in a person's own code becomes one that names file and line.
+def wrap_plugin_errors(message: str, call: Callable[[], Any], cls: type) -> Any:
+    """Return `call()`; errors of plugin code become a RecipeError with file and line.
 
     Raises:
-        UnmaskError: its own, as it is; any other as a RecipeError.
+        UnmaskError: `call` raised it.
+        RecipeError: `call` raised another exception.
     """
     try:
-        return made()
+        return call()
     except UnmaskError:
         raise
     except (Exception, SystemExit) as error:
-        raise _fault(error, what, _file_of(cls)) from error
+        raise _plugin_error(error, message, _file_of(cls)) from error
 
 
-# Making -------------------------------------------------------------------------------------------------------------
+# Instances ----------------------------------------------------------------------------------------------------------
 
 
-def make(outside: PluginConfig, tools: object) -> Any:
-    """An instance of the class that a recipe names.
+def make(config: PluginConfig, context: object) -> Any:
+    """Create an instance of a plugin.
 
     Raises:
-        RecipeError: it can't be made, or is not what its role asks for.
+        RecipeError: the constructor fails, or the instance lacks an attribute that its plugin type requires.
     """
-    role = type(outside)
-    cls = find(outside.kind, role)
-    made = wrap_plugin_errors(f"`{outside.kind}` can't be made", lambda: cls(outside.settings, tools), cls)
+    plugin = type(config)
+    cls = find(config.kind, plugin)
+    instance = wrap_plugin_errors(f"can't create `{config.kind}`", lambda: cls(config.settings, context), cls)
 
-    def lacking() -> list[str]:
-        return [name for name in role.attributes if not hasattr(made, name)]
+    def missing_attributes() -> list[str]:
+        return [name for name in plugin.attributes if not hasattr(instance, name)]
 
-    missing = wrap_plugin_errors(f"`{outside.kind}` can't be asked what it is", lacking, cls)
+    missing = wrap_plugin_errors(f"can't read the attributes of `{config.kind}`", missing_attributes, cls)
     if missing:
-        what = f"`{cls.__name__}` in {_file_of(cls)} is no {role.role}: it has no {_listed(missing)}"
-        raise RecipeError(what, location=outside.kind, hint=_suite(role, outside.kind))
-    return made
+        message = f"`{cls.__name__}` in {_file_of(cls)} is not a valid {plugin.role}: it lacks {_names(missing)}"
+        raise RecipeError(message, location=config.kind, hint=_advice(plugin, config.kind))
+    return instance
 
 
-# Telling ------------------------------------------------------------------------------------------------------------
+# Descriptions -------------------------------------------------------------------------------------------------------
 
 
-def plugin_facts(outside: PluginConfig) -> dict[str, str]:
-    """What a run remembers of a kind from outside: its name, the module's file and the digest of what stood there."""
-    found = _imported(outside.kind.partition(":")[0], outside.kind)
-    return {"kind": outside.kind, "file": found.file, "digest": found.digest}
+def plugin_facts(config: PluginConfig) -> dict[str, str]:
+    """Return what a run records of a plugin: its name, the file of its module and the digest of that file."""
+    loaded = _import(config.kind.partition(":")[0], config.kind)
+    return {"kind": config.kind, "file": loaded.file, "digest": loaded.digest}
 
 
-def describe(outside: PluginConfig) -> str:
-    """Which code a recipe runs, in a sentence."""
-    place = plugin_facts(outside)["file"] or "no file"
-    return f"{outside.role}: {outside.kind}, code of your own that this recipe runs, from {place}"
+def describe(config: PluginConfig) -> str:
+    """Return a sentence about the code that a recipe runs."""
+    file = plugin_facts(config)["file"] or "no file"
+    return f"plugin ({config.role}): {config.kind} from {file}"
 
 
 def user_frame(error: BaseException) -> str:
-    """File, line and function of the innermost frame of an error that lies in a person's own module, if any does.
+    """Return file, line and function of the innermost frame of an error in plugin code, or "" if there is none.
 
-    What lies beside such a module is a person's own as well, except where packages are installed.
+    Modules in the directory of a plugin count as plugin code, except in directories of installed packages.
     """
-    files = {found.file for found in _found.values() if found.file}
-    folders = {os.path.dirname(file) for file in files if "-packages" not in file}
-    place = ""
+    files = {loaded.file for loaded in _modules.values() if loaded.file}
+    directories = {os.path.dirname(file) for file in files if "-packages" not in file}
+    location = ""
     step = error.__traceback__
     while step is not None:
-        at = os.path.abspath(step.tb_frame.f_code.co_filename)
-        if at in files or os.path.dirname(at) in folders:
-            place = f"{step.tb_frame.f_code.co_filename}, line {step.tb_lineno}, in {step.tb_frame.f_code.co_name}"
+        code = step.tb_frame.f_code
+        file = os.path.abspath(code.co_filename)
+        if file in files or os.path.dirname(file) in directories:
+            location = f"{code.co_filename}, line {step.tb_lineno}, in {code.co_name}"
         step = step.tb_next
-    return place
+    return location
 
 
-def _fault(error: BaseException, what: str, file: str = "") -> RecipeError:
-    """An error of code that is not ours, with its own file and line."""
-    where = file
+def _plugin_error(error: BaseException, message: str, file: str = "") -> RecipeError:
+    """Return the RecipeError for an exception in plugin code, with file and line."""
+    location = file
     if isinstance(error, SyntaxError):
-        where = f"{error.filename}, line {error.lineno}"
+        location = f"{error.filename}, line {error.lineno}"
     step = error.__traceback__
     while step is not None:
-        at = step.tb_frame.f_code.co_filename
-        if not at.startswith(("<", os.path.dirname(__file__), str(importlib.__file__))):
-            where = f"{at}, line {step.tb_lineno}"
+        name = step.tb_frame.f_code.co_filename
+        if not name.startswith(("<", os.path.dirname(__file__), str(importlib.__file__))):
+            location = f"{name}, line {step.tb_lineno}"
         step = step.tb_next
     reason = error.msg if isinstance(error, SyntaxError) else str(error)
-    message = f"{what}: {type(error).__name__}: {reason}" + (f"\n  at:    {where}" if where else "")
-    return RecipeError(message, hint="mend that line; --debug shows the whole traceback")
+    # In the message, because the location of the error will be the key of the recipe that names the plugin.
+    text = f"{message}: {type(error).__name__}: {reason}" + (f"\n  in: {location}" if location else "")
+    return RecipeError(text, hint="correct that line; --debug shows the traceback")
 
 
 def _file_of(cls: type) -> str:
@@ -287,9 +305,9 @@ def _file_of(cls: type) -> str:
     return str(cast("Any", getattr(module, "__file__", None)) or cls.__module__)
 
 
-def _suite(role: type[PluginConfig], kind: str) -> str:
-    return f"`unmask check-plugin {kind} --role {role.role}` says what is missing; docs/extending.md has an example"
+def _advice(plugin: type[PluginConfig], kind: str) -> str:
+    return f"run unmask check-plugin {kind} --role {plugin.role}; docs/extending.md has an example"
 
 
-def _listed(names: list[str]) -> str:
+def _names(names: Sequence[str]) -> str:
     return ", ".join(f"`{name}`" for name in names)

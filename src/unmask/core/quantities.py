@@ -1,7 +1,6 @@
-"""Room card: shares and amounts, the numbers of a recipe that carry a unit.
+"""Numbers with a unit: fractions such as "60%" and quantities such as "64k tokens".
 
-Comes in: text, "60%" or "64k tokens". Goes out: a Share or an Amount, and the text again. k, M and B are powers of ten;
-seconds, minutes and hours all become seconds. Called by: recipe, which hands them on to every room with settings.
+The suffixes k, M and B are powers of ten. Minutes and hours are converted to seconds.
 """
 
 from __future__ import annotations
@@ -17,8 +16,8 @@ from typing import Self
 from unmask.core.errors import RecipeError
 
 _NUMBER = r"[0-9][0-9_]*(?:\.[0-9][0-9_]*)?(?:[eE][+-]?[0-9]+)?"
-_SHARE = re.compile(rf"\s*({_NUMBER})\s*%\s*")
-_AMOUNT = re.compile(rf"\s*(\+?)\s*({_NUMBER})\s*([kMB](?![A-Za-z]))?\s*([A-Za-z]*)\s*")
+_FRACTION = re.compile(rf"\s*({_NUMBER})\s*%\s*")
+_QUANTITY = re.compile(rf"\s*(\+?)\s*({_NUMBER})\s*([kMB](?![A-Za-z]))?\s*([A-Za-z]*)\s*")
 _POWERS = {"k": 3, "M": 6, "B": 9}
 _SECONDS = {
     **dict.fromkeys(("s", "sec", "second", "seconds"), 1),
@@ -33,43 +32,47 @@ UNIT_EXAMPLES = "300 s, 120 steps, 2M tokens or 3 epochs"
 
 
 def closest_match(word: str, known: Iterable[str]) -> str:
-    """The known word most like `word`, or an empty string where none is near."""
+    """Return the known word that is most similar to `word`, or "" if none is close."""
     return next(iter(difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)), "")
 
 
 def _plain(number: Decimal) -> str:
-    """A decimal number in full, without an exponent or zeros that say nothing."""
+    """Return a decimal number without exponent and trailing zeros."""
     return format(number.normalize(), "f")
 
 
 def _exact(number: float) -> Decimal:
-    """The shortest decimal number that stands for this float, so that what is printed reads back as the same float."""
+    """Return the shortest decimal number that converts back to the same float."""
     return Decimal(repr(number))
 
 
 @dataclass(frozen=True)
 class Fraction:
-    """A part of a whole, written in per cent: "60%"."""
+    """A part of a whole, written in percent: "60%"."""
 
     fraction: float
 
     def __post_init__(self) -> None:
         if not 0 <= self.fraction <= 1:
-            raise RecipeError(f"a share lies between 0% and 100%, not {self.fraction:.6%}")
+            raise RecipeError(
+                f"invalid fraction: got {self.fraction:.6%}, expected 0% to 100%", hint="write a percentage: 60%"
+            )
 
     @classmethod
     def parse(cls, text: str) -> Self:
-        """Read "60%".
+        """Parse "60%".
 
         Raises:
-            RecipeError: it is not a number of per cent from 0 to 100.
+            RecipeError: the text is not a percentage from 0 to 100.
         """
-        match = _SHARE.fullmatch(text)
+        match = _FRACTION.fullmatch(text)
         if not match:
-            raise RecipeError(f"`{text}` is not a share", hint='write a share in per cent: "60%"')
+            raise RecipeError(f"`{text}` is not a percentage", hint='write a percentage: "60%"')
         number = Decimal(match[1])
         if number > 100:
-            raise RecipeError(f"a share lies between 0% and 100%, not {text.strip()}")
+            raise RecipeError(
+                f"invalid fraction: got {text.strip()}, expected 0% to 100%", hint='write a percentage: "60%"'
+            )
         return cls(float(number / 100))
 
     def __str__(self) -> str:
@@ -78,60 +81,58 @@ class Fraction:
 
 @dataclass(frozen=True)
 class Quantity:
-    """A number with its unit."""
+    """A number with a unit."""
 
     number: float
     unit: str  # seconds, steps, tokens, epochs, texts or characters
-    relative: bool = False  # on top of what was done: "+1 epoch"
+    relative: bool = False  # in addition to what a run has done: "+1 epoch"
 
     def __post_init__(self) -> None:
         assert self.unit == "seconds" or self.unit in _COUNTED, f"units are canonical plurals, not {self.unit!r}"
-        assert self.number >= 0 and math.isfinite(self.number), f"an amount is finite and not negative: {self.number}"
+        assert self.number >= 0 and math.isfinite(self.number), f"a quantity is finite and not negative: {self.number}"
 
     @classmethod
     def parse(cls, text: str, *, relative: bool = False) -> Self:
-        """Read "300 s", "1.5 epochs", "64k tokens", "2 h"; k, M and B are powers of ten; "+1 epoch" where `relative`.
+        """Parse "300 s", "1.5 epochs", "64k tokens" or "2 h"; with `relative` also "+1 epoch".
 
         Raises:
-            RecipeError: no number, no unit, a unit that is not known, or a plus where none has a meaning.
+            RecipeError: the number or the unit is missing, the unit is unknown, or a plus is not allowed.
         """
-        match = _AMOUNT.fullmatch(text)
+        match = _QUANTITY.fullmatch(text)
         if not match:
-            raise RecipeError(f"`{text}` is not an amount", hint=f"write a number and a unit: {UNIT_EXAMPLES}")
+            raise RecipeError(f"`{text}` is not a quantity", hint=f"write a number and a unit: {UNIT_EXAMPLES}")
         plus, digits, power, word = match.groups()
         if not word:
-            raise RecipeError(f"`{text.strip()}` needs a unit: {UNIT_EXAMPLES}", hint="add the unit that you mean")
+            raise RecipeError(f"`{text.strip()}` needs a unit: {UNIT_EXAMPLES}", hint="add a unit")
         unit = _UNITS.get(word.lower())
         if unit is None:
             near = closest_match(word.lower(), _UNITS)
-            known = f"the units are s, min, h, {', '.join(_COUNTED)}; k, M and B stand before one, as in 2M tokens"
+            known = f"use one of s, min, h, {', '.join(_COUNTED)}; k, M and B go before the unit, as in 2M tokens"
             raise RecipeError(f"unknown unit `{word}`" + (f": did you mean `{near}`?" if near else ""), hint=known)
         if plus and not relative:
-            raise RecipeError(
-                f"`{text.strip()}` adds to something", hint="leave out the plus; it prolongs a run: --resume"
-            )
+            raise RecipeError(f"`{text.strip()}` has a plus, which is for --resume only", hint="remove the plus")
         number = float(Decimal(digits) * 10 ** _POWERS.get(power or "", 0) * _SECONDS.get(word.lower(), 1))
         if not math.isfinite(number):
-            raise RecipeError(f"`{text.strip()}` is too large to count", hint="write a smaller number")
+            raise RecipeError(f"`{text.strip()}` is too large", hint="use a smaller number")
         return cls(number, unit, bool(plus))
 
     def require(self, *units: str) -> Self:
-        """This amount, where its unit is one of `units`.
+        """Return this quantity if its unit is one of `units`.
 
         Raises:
-            RecipeError: it is counted in something else.
+            RecipeError: it has another unit.
         """
         if self.unit not in units:
             raise RecipeError(
-                f"`{self}` is not an amount of {' or '.join(units)}", hint=f"count it in {' or '.join(units)}"
+                f"`{self}` is not a number of {' or '.join(units)}", hint=f"give a number of {' or '.join(units)}"
             )
         return self
 
     def __str__(self) -> str:
         number, unit = _exact(self.number), self.unit
         if unit == "seconds":
-            # Whole hours and, from ten on, whole minutes: 300 s and 10 min are how people say it. A float's remainder
-            # is exact, and so is the quotient of a number that Decimal's 28 digits can hold.
+            # Whole hours, whole minutes from 10 min on, otherwise seconds: "300 s", "10 min", "2 h". The remainder of
+            # a float is exact; so is the quotient of a number that fits into the 28 digits of Decimal.
             whole = {size for size in (3600, 60) if 0 < self.number < 1e18 and self.number % size == 0}
             unit = "h" if 3600 in whole else "min" if 60 in whole and self.number >= 600 else "s"
             text = _plain(number / _SECONDS[unit])

@@ -1,19 +1,16 @@
-"""Room card: what passes between rooms.
+"""Data that passes between packages (samples, batches, masked batches, losses) and the protocols of plugins.
 
-Comes in: nothing. Goes out: the data (Text, Cut, Batch, Puzzle, Loss) and the protocols (Encoder, Head, Objective,
-Sampler, Source, Sink) that every other room speaks. Called by: everyone from floor 1 up.
-
-Shape legend (the only one in the house):
-  B texts · T token slots, all texts laid end to end · M positions asked about · S slots of one text, at most
-  D width · H heads · K head width · F feed-forward width · V vocabulary · L layers · N anything else
+Shape suffixes of tensors:
+  B samples · T tokens of a batch, all samples concatenated · M masked positions · S tokens per sample, padded
+  D hidden size · H attention heads · K head size · F feed-forward size · V vocabulary · L layers · N anything else
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import numpy as np
 from jaxtyping import Float, Int, UInt8
@@ -23,16 +20,19 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
+ProgressCallback = Callable[[str, float], None]  # called with the name of a stage and the fraction of it that is done
 
-WORD_START = 1  # bits of token_flags_T
+# Bits of token_flags
+WORD_START = 1
 SENTENCE_START = 2
-SPECIAL = 4
+SPECIAL = 4  # a special token, [UNK] included: never masked
 
-FILLER_ID = 0  # what a filler text consists of; nothing asks about it and no other text sees it
+
+# Samples and batches ------------------------------------------------------------------------------------------------
 
 
 class TokenSpan(NamedTuple):
-    """Tokens [first, last) of one document, in segment 0 or 1."""
+    """Tokens [first, last) of one document, in segment 0 or 1 of a sample."""
 
     document: int
     first: int
@@ -42,7 +42,7 @@ class TokenSpan(NamedTuple):
 
 @dataclass(frozen=True)
 class SampleSpec:
-    """One sample before its ids are fetched: its spans, its place in the order and a label (of a pair), if any."""
+    """A sample before its token ids are read: spans of documents, its key, and the label of a sentence pair."""
 
     epoch: int
     number: int
@@ -51,13 +51,13 @@ class SampleSpec:
 
     @property
     def tokens(self) -> int:
-        """Tokens of the documents in it (special tokens that frame it are not counted)."""
+        """Number of tokens, without [CLS] and [SEP]."""
         return sum(span.last - span.first for span in self.spans)
 
 
 @dataclass(frozen=True)
 class Sample:
-    """One sample with its special tokens: a window, a document, a pair. The unit of masking, order and attention."""
+    """Token ids of one sequence with its special tokens: the unit of masking, order and attention."""
 
     ids: NDArray[np.integer[Any]]  # (n,)
     token_flags: NDArray[np.uint8]  # (n,) bits WORD_START, SENTENCE_START, SPECIAL
@@ -69,32 +69,30 @@ class Sample:
 
 @dataclass(frozen=True)
 class Batch:
-    """Texts laid end to end; `starts` are the numbers of `cu_seqlens` on the host, so that nothing waits for a GPU."""
+    """Samples packed end to end."""
 
     ids_T: Int[Tensor, "T"]  # int64
-    cu_seqlens: Int[Tensor, "B1"]  # int32, cumulative: text b holds slots [starts[b], starts[b + 1])
-    offsets: tuple[int, ...]
+    cu_seqlens: Int[Tensor, "B1"]  # int32: sample b has the tokens [cu_seqlens[b], cu_seqlens[b + 1])
+    offsets: tuple[int, ...]  # the numbers of cu_seqlens on the host, so that reading them doesn't wait for a GPU
     max_seqlen: int
     token_flags_T: UInt8[Tensor, "T"]
-    sample_keys_B2: Int[Tensor, "B 2"]  # epoch and number of each text: the key of every draw
+    sample_keys_B2: Int[Tensor, "B 2"]  # epoch and number of each sample: the key of its random draws
     token_type_ids_T: Int[Tensor, "T"] | None = None
     pair_labels_B: Int[Tensor, "B"] | None = None
-    look: Literal["both", "left"] = "both"
-    filler: int = 0  # slots of the filler text that ends the batch (0: there is none)
-    progress: float = 0.0  # the share of the planned tokens that lies before its step: what a schedule goes by
+    progress: float = 0.0  # fraction of the planned tokens that were processed before this step, for schedules
 
     @property
     def num_samples(self) -> int:
-        """Texts, the filler text not counted."""
-        return len(self.offsets) - 1 - (1 if self.filler else 0)
+        """Number of samples."""
+        return len(self.offsets) - 1
 
     @property
     def tokens(self) -> int:
-        """Slots that hold a real token."""
-        return self.offsets[-1] - self.filler
+        """Number of tokens."""
+        return self.offsets[-1]
 
     def to(self, device: torch.device | str) -> Batch:
-        """The same batch on another device (asynchronously, where its memory is pinned)."""
+        """Return a copy on another device; the copy is asynchronous if the memory is pinned."""
         if str(device) == "cpu":
             return self
         from torch import Tensor
@@ -105,198 +103,169 @@ class Batch:
         return replace(self, **moved)
 
 
-def pack(texts: Sequence[Sample], *, slots: int | None = None, look: Literal["both", "left"] = "both") -> Batch:
-    """Lay texts end to end, in the order given; with `slots`, a filler text of its own brings them to that number.
-
-    Trailing padding must be a sequence of its own: rows beyond the last start have NaN gradients in variable-length
-    attention (pytorch#176793). This and `unpack` are the only places that make or undo the layout.
-    """
+def pack(samples: Sequence[Sample]) -> Batch:
+    """Concatenate samples to a batch, in the order given."""
     import torch
 
-    assert texts, "a batch holds at least one text"
-    lengths = [len(text.ids) for text in texts]
-    filler = 0 if slots is None else slots - sum(lengths)
-    assert filler >= 0, f"{sum(lengths)} tokens do not fit in {slots} slots"
-    ids = np.concatenate([text.ids for text in texts] + [np.full(filler, FILLER_ID)]).astype(np.int64)
-    marks = np.concatenate([text.token_flags for text in texts] + [np.full(filler, SPECIAL)]).astype(np.uint8)
-    samples = [(text.epoch, text.number) for text in texts]
-    if filler:
-        lengths.append(filler)
-        samples.append((0, 0))
-    starts = (0, *np.cumsum(lengths).tolist())
+    assert samples, "a batch has at least one sample"
+    lengths = [len(sample.ids) for sample in samples]
+    offsets = (0, *np.cumsum(lengths).tolist())
     token_type_ids_T = pair_labels_B = None
-    if texts[0].token_type_ids is not None:
-        segments = [text.token_type_ids for text in texts if text.token_type_ids is not None]
-        token_type_ids_T = torch.from_numpy(np.concatenate([*segments, np.zeros(filler)]).astype(np.int64))
-    if texts[0].pair_label is not None:
-        pair_labels_B = torch.tensor([text.pair_label for text in texts] + [-1] * (filler > 0), dtype=torch.int64)
+    if samples[0].token_type_ids is not None:
+        token_type_ids = [sample.token_type_ids for sample in samples if sample.token_type_ids is not None]
+        token_type_ids_T = torch.from_numpy(np.concatenate(token_type_ids).astype(np.int64))
+    if samples[0].pair_label is not None:
+        pair_labels_B = torch.tensor([sample.pair_label for sample in samples], dtype=torch.int64)
     return Batch(
-        ids_T=torch.from_numpy(ids),
-        cu_seqlens=torch.tensor(starts, dtype=torch.int32),
-        offsets=starts,
+        ids_T=torch.from_numpy(np.concatenate([sample.ids for sample in samples]).astype(np.int64)),
+        cu_seqlens=torch.tensor(offsets, dtype=torch.int32),
+        offsets=offsets,
         max_seqlen=max(lengths),
-        token_flags_T=torch.from_numpy(marks),
-        sample_keys_B2=torch.tensor(samples, dtype=torch.int64),
+        token_flags_T=torch.from_numpy(np.concatenate([sample.token_flags for sample in samples]).astype(np.uint8)),
+        sample_keys_B2=torch.tensor([(sample.epoch, sample.number) for sample in samples], dtype=torch.int64),
         token_type_ids_T=token_type_ids_T,
         pair_labels_B=pair_labels_B,
-        look=look,
-        filler=filler,
     )
-
-
-def unpack(x_TN: Tensor, batch: Batch) -> list[Tensor]:
-    """The rows of each text, the filler left out: the inverse of `pack` for anything that has a row per slot."""
-    return [x_TN[batch.offsets[b] : batch.offsets[b + 1]] for b in range(batch.num_samples)]
 
 
 @dataclass(frozen=True)
 class MaskedBatch:
-    """A corrupted batch and what is asked of it. All that is random was drawn here; a loss draws only dropout."""
+    """A corrupted batch with its labels. Everything random was drawn here; a loss draws only dropout."""
 
-    batch: Batch  # ids_T as the encoder sees them
-    positions_M: Int[Tensor, "M"]  # slots asked about, ascending
-    labels_M: Int[Tensor, "M"]  # the original ids
-    weights_M: Float[Tensor, "M"]
-    chance_M: Float[Tensor, "M"]  # one uniform draw per asked slot, for objectives that sample
-    denominators: Mapping[str, int]  # term -> what its sum is divided by, e.g. {"mlm": M, "pair": B}
-    num_maskable: int  # slots that might have been asked about: the realised rate is M ÷ askable
+    batch: Batch  # with the ids that the encoder gets
+    positions_M: Int[Tensor, "M"]  # int64, ascending: the positions at which the loss predicts a token
+    labels_M: Int[Tensor, "M"]  # int64: the original ids at these positions
+    denominators: Mapping[str, int]  # loss term -> the number by which its sum is divided: {"mlm": M, "pair": B}
+    num_maskable: int  # positions that could have been masked: the exact masking rate is M / num_maskable
 
     def to(self, device: torch.device | str) -> MaskedBatch:
-        """The same puzzle on another device."""
+        """Return a copy on another device."""
         if str(device) == "cpu":
             return self
-        names = ("positions_M", "labels_M", "weights_M", "chance_M")
+        names = ("positions_M", "labels_M")
         moved = {name: getattr(self, name).to(device, non_blocking=True) for name in names}
         return replace(self, batch=self.batch.to(device), **moved)
 
 
 @dataclass(frozen=True)
 class LossSums:
-    """Sums, not means: the loop divides once, by the counts of all micro-batches and ranks."""
+    """Sums over a micro-batch, not means: the loop divides once, by the counts of all micro-batches and ranks."""
 
-    sums: Mapping[str, Tensor]  # term -> scalar with gradient
-    metrics: Mapping[str, tuple[Tensor, int]] = field(
-        default_factory=dict
-    )  # metric -> (sum, count); adds over anything
+    sums: Mapping[str, Tensor]  # loss term -> scalar with gradient
+    metrics: Mapping[str, tuple[Tensor, int]] = field(default_factory=dict)  # metric -> (sum, count)
 
 
-@runtime_checkable
-class Encoder(Protocol):
-    """Ids in, one vector per slot out. Texts of a batch never see each other."""
+def logits_at(encoder: nn.Module, head: nn.Module, batch: Batch, positions_M: Int[Tensor, "M"]) -> Float[Tensor, "M V"]:
+    """Return float32 logits over the vocabulary at some positions of a batch.
 
-    width: int
-    vocabulary: int
-
-    @property
-    def token_embedding(self) -> nn.Parameter:
-        """The embedding matrix, vocabulary × width, for tying."""
-        ...
-
-    @property
-    def blocks(self) -> Sequence[nn.Module]:
-        """What sharding and compilation wrap."""
-        ...
-
-    def __call__(self, batch: Batch) -> Float[Tensor, "T D"]:
-        """One vector per slot."""
-        ...
+    All logits of the package are computed here. The head gets the hidden states at these positions only, in training
+    and evaluation, so that a tensor of shape T × V never exists.
+    """
+    hidden_TD: Tensor = encoder(batch)
+    logits_MV: Tensor = head(hidden_TD.index_select(0, positions_M), encoder.token_embedding)
+    return logits_MV.float()
 
 
-@runtime_checkable
-class Head(Protocol):
-    """Vectors at the asked positions in, logits over the vocabulary out; never called with all T slots."""
+def runs(first: NDArray[np.int64], count: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Return first, first + 1, ... (`count` numbers) for each entry, concatenated."""
+    before = np.cumsum(count) - count
+    return np.arange(int(count.sum())) + np.repeat(first - before, count)
 
-    def __call__(self, hidden_MD: Float[Tensor, "M D"], token_embedding_VD: Tensor) -> Float[Tensor, "M V"]:
-        """Logits at the asked positions."""
-        ...
+
+# Objectives ---------------------------------------------------------------------------------------------------------
 
 
 class Vocabulary(Protocol):
-    """The pieces that ids stand for."""
+    """Tokens and their ids."""
 
     @property
     def size(self) -> int:
-        """Ids run from 0 to size - 1."""
+        """Number of ids: they are 0 to size - 1."""
         ...
 
     @property
     def mask_id(self) -> int:
-        """The id of [MASK]."""
+        """Id of [MASK]."""
         ...
 
     @property
     def regular_token_ids(self) -> NDArray[np.int64]:
-        """The ids that may stand in another's place: all but special pieces."""
+        """Ids of all tokens but special ones: the ids that may replace a token."""
         ...
 
-    def token_to_id(self, piece: str) -> int | None:
-        """The id of a piece, or None where there is no such piece."""
+    def token_to_id(self, token: str) -> int | None:
+        """Return the id of a token, or None if it is not in the vocabulary."""
         ...
 
     def id_to_token(self, id: int) -> str:
-        """The piece of an id."""
+        """Return the token of an id."""
         ...
 
 
 @dataclass(frozen=True)
 class ObjectiveContext:
-    """What an objective from outside is made with, beside its settings."""
+    """The second argument of a plugin objective's constructor."""
 
     vocabulary: Vocabulary
-    width: int  # of the encoder's vectors, for an objective with parts of its own
-
-
-@dataclass(frozen=True)
-class SamplerContext:
-    """What a sampler from outside is made with, beside its settings."""
-
-    lengths_N: Int[np.ndarray, "N"]  # tokens of each document; some may have none
-    length: int  # tokens that a sample may hold, special pieces not counted
-    seed: int
-
-
-@dataclass(frozen=True)
-class SourceContext:
-    """What a source from outside is made with, beside its settings."""
-
-    paths: tuple[Path, ...]  # what was given as TEXT, absolute; may be empty
+    hidden_size: int  # of the encoder, for objectives with modules of their own
 
 
 class Objective(Protocol):
-    """What is hidden, what is asked, what it costs."""
+    """Corrupts batches and computes the loss."""
 
-    loss_weights: Mapping[str, float]  # name -> weight in the step's loss
-    metrics: Sequence[str]  # the names in a loss's `seen`; "loss" is one, nats over what was asked
-    sampler: str  # what its samples are: "windows"; "next-sentence" or "sentence-order", pairs with labels
-    modules: nn.Module  # its own parameters, saved as objective.safetensors (an empty module where it has none)
-    fills: bool  # whether encoder + head answer masks
+    loss_weights: Mapping[str, float]  # loss term -> its weight in the loss of a step
+    metrics: Sequence[str]  # names of the metrics in LossSums; one is "loss", the cross-entropy in nats
+    sampler: str  # kind of samples: "windows", or pairs with labels: "next-sentence", "sentence-order"
+    modules: nn.Module  # its parameters, saved as objective.safetensors; an empty module if it has none
 
     def corrupt(self, batch: Batch, seed: int) -> MaskedBatch:
-        """Pure: draws are a function of the seed and each text's (epoch, number), never of a generator.
+        """Return the masked batch: a pure function of the seed and of the key (epoch, number) of each sample.
 
-        What changes over a run is a function of `batch.progress`.
+        No generator may be used. A schedule is a function of `batch.progress`.
         """
         ...
 
     def loss(self, encoder: nn.Module, head: nn.Module, masked: MaskedBatch) -> LossSums:
-        """Sums over what was asked."""
+        """Return sums over the masked positions."""
         ...
+
+
+# Samplers -----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class SamplerContext:
+    """The second argument of a plugin sampler's constructor."""
+
+    lengths: NDArray[np.integer[Any]]  # tokens of each document; may be 0
+    length: int  # maximum number of tokens of a sample, without special tokens
+    seed: int
 
 
 class Sampler(Protocol):
-    """Cuts documents into samples: pure, on anchors that make the number of samples of an epoch known."""
+    """Divides documents into samples: a pure function of epoch and sample, with a known number of samples."""
 
     def count(self, epoch: int) -> int:
-        """Samples in this epoch."""
+        """Return the number of samples of an epoch."""
         ...
 
     def cut(self, epoch: int, sample: int) -> SampleSpec:
-        """Sample `sample` of this epoch, 0 <= sample < count(epoch)."""
+        """Return sample `sample` of an epoch, 0 <= sample < count(epoch)."""
         ...
 
 
+# Sources ------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class SourceContext:
+    """The second argument of a plugin source's constructor."""
+
+    paths: tuple[Path, ...]  # the TEXT arguments, as absolute paths; may be empty
+
+
 class SourceShard(NamedTuple):
-    """A piece of a source that one worker reads: a file, or a range of its bytes."""
+    """A part of a source that one worker reads: a file, or a range of its bytes."""
 
     path: str
     first_byte: int
@@ -304,68 +273,63 @@ class SourceShard(NamedTuple):
 
 
 class DocumentChunk(NamedTuple):
-    """Up to about a million characters of one document; longer documents come in several, in order."""
+    """Up to about a million characters of one document; longer documents come in several chunks, in order."""
 
-    document: int  # number of the document within the source
-    piece: int  # 0 for the first passage of a document
+    document: int  # number of the document within the shard
+    number: int  # of the chunk within the document
     text: str  # NFC
-    characters: int  # of the source's text that it stands for, the line ends that part it from the next included
-    last: bool  # whether the document ends here
+    characters: int  # characters of the source that the chunk covers, with the line ends before the next chunk
+    last: bool  # whether this is the last chunk of the document
 
 
 class InputGroup(NamedTuple):
-    """One of the texts that a person named: so many of a source's parts, in order."""
+    """A TEXT argument of the command line: some consecutive shards of a source."""
 
     name: str
-    weight: float  # share of the training tokens that it shall have; 0.0: no weight was given
-    parts: int
+    weight: float  # fraction of the training tokens; 0.0: no weight was given
+    parts: int  # number of shards
 
 
 class Source(Protocol):
-    """Where documents come from.
+    """Provides documents.
 
-    A source of several texts may say so in `groups` (a sequence of Group that covers its parts in order); one that
-    leaves out what it can't read counts it in `left_out` (a mapping from Part to a number, complete for a part when its
-    `documents` have been read to the end).
+    Two attributes are optional. `groups` is a sequence of `InputGroup` that covers the shards in order. `left_out` maps
+    a shard to the number of malformed rows that were skipped, complete once all its documents have been read.
     """
 
     @property
     def fingerprint(self) -> str:
-        """Changes when the text or the settings that cut it into documents change."""
+        """Changes if the text, or a setting that divides it into documents, changes."""
         ...
 
     def parts(self) -> Sequence[SourceShard]:
-        """In a fixed order."""
+        """Return the shards, in a fixed order."""
         ...
 
     def documents(self, part: SourceShard) -> Iterator[DocumentChunk]:
-        """The passages of one part, in order."""
+        """Yield the chunks of one shard, in order."""
         ...
+
+
+# Loggers ------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class LoggerContext:
+    """The second argument of a plugin logger's constructor."""
+
+    run: Path  # directory of the run
+    lines: Sequence[Mapping[str, Any]]  # lines of log.jsonl so far, which a resumed run does not write again
+    recipe: str  # the recipe as TOML
 
 
 class MetricLogger(Protocol):
-    """Where measurements go."""
+    """Receives the lines of the log."""
 
     def write(self, step: int, metrics: Mapping[str, object]) -> None:
-        """One line; written before the call returns."""
+        """Write one line."""
         ...
 
     def close(self) -> None:
-        """Nothing comes after this."""
+        """Complete the output; no line follows."""
         ...
-
-
-def logits_at(encoder: nn.Module, head: nn.Module, batch: Batch, positions_M: Int[Tensor, "M"]) -> Float[Tensor, "M V"]:
-    """Logits over the vocabulary at the asked slots, float32: the only road from a batch to a distribution.
-
-    The head never meets another slot, in training or evaluation, so that nothing of size T × V is ever made.
-    """
-    hidden_TD: Tensor = encoder(batch)
-    logits_MV: Tensor = head(hidden_TD.index_select(0, positions_M), encoder.token_embedding)
-    return logits_MV.float()
-
-
-def runs(first_N: NDArray[np.int64], count_N: NDArray[np.int64]) -> NDArray[np.int64]:
-    """The numbers first, first + 1, ... of each of several runs, end to end."""
-    before_N = np.cumsum(count_N) - count_N
-    return np.arange(int(count_N.sum())) + np.repeat(first_N - before_N, count_N)

@@ -1,9 +1,6 @@
-"""Room card: cuts to batches.
+"""The data loader: samples of a sampler, assigned to ranks and micro-batches, read and packed.
 
-Comes in: shards, a sampler, a cursor. Goes out: the next samples of the order until a step's tokens are met, the cursor
-after them, how they are dealt to ranks and micro-batches, and the batches. Called by: the training loop, validation.
-
-The cursor is one integer, samples since the first; nothing else is kept, so a run resumes at once.
+The state of a loader is one integer, the cursor: the number of the next sample of the order.
 """
 
 from __future__ import annotations
@@ -12,250 +9,258 @@ import heapq
 from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Final, Literal, NamedTuple, Protocol
+from typing import Final, NamedTuple
 
 import numpy as np
 
 from unmask.core.errors import RecipeError
 from unmask.core.plugins import PluginSamplerConfig
 from unmask.core.types import SPECIAL, Batch, Sample, SampleSpec, pack
-from unmask.data.sampling import EPOCH_STRIDE, MixedText, Mixture, PluginSampler, WindowSampler, is_weighted
-from unmask.data.sentence_pairs import PairKind, Pairs
+from unmask.data.sampling import (
+    EPOCH_STRIDE,
+    EpochSampler,
+    MixedText,
+    MixtureSampler,
+    PluginSampler,
+    WindowSampler,
+    is_weighted,
+)
+from unmask.data.sentence_pairs import PairKind, PairSampler
 from unmask.data.shards import Shards
 from unmask.tokenization.tokenizer import Tokenizer
 
-_CHUNK_SAMPLES: Final = 4096  # cut at a time: one call costs as much as some 100 samples
+_CHUNK_SAMPLES: Final = 4096  # drawn at a time: one call costs as much as some 100 samples
 _CHUNKS_KEPT: Final = 4
 
 
-class ChunkCutter(Protocol):
-    """A sampler that gives a stretch of its order at once."""
+def read_sample(shards: Shards, spec: SampleSpec, tokenizer: Tokenizer) -> Sample:
+    """Read the tokens of a sample and add special tokens, if the tokenizer has [CLS] and [SEP].
 
-    def count(self, epoch: int) -> int:
-        """Samples in this epoch, the same in each."""
-        ...
-
-    def cuts(self, epoch: int, first: int, last: int) -> list[SampleSpec]:
-        """The samples at places [first, last) of the epoch's order."""
-        ...
-
-
-def read(shards: Shards, cut: SampleSpec, tokenizer: Tokenizer) -> Sample:
-    """Fetch the tokens of a cut and frame them, where the tokenizer has [CLS] and [SEP].
-
-    One span becomes `[CLS] … [SEP]`, two become `[CLS] A [SEP] B [SEP]` with the segments of their spans, [CLS] in that
-    of the first one and each [SEP] in that of the span before it.
+    One span becomes `[CLS] … [SEP]`, two spans become `[CLS] A [SEP] B [SEP]`. The token type of [CLS] is that of the
+    first span, and the type of each [SEP] that of the span before it.
     """
-    first, *others = cut.spans
-    ids, marks = tokenizer.add_special_tokens(shards.ids(*first[:3]), shards.marks(*first[:3]))
+    first, *others = spec.spans
+    ids, flags = tokenizer.add_special_tokens(shards.ids(*first[:3]), shards.token_flags(*first[:3]))
     if not others:
-        return Sample(ids, marks, cut.epoch, cut.number, pair_label=cut.pair_label)
-    assert tokenizer.cls_sep_ids is not None, "what parts two spans is [SEP]"
-    end, edge = np.array([tokenizer.cls_sep_ids[1]]), np.array([SPECIAL], dtype=np.uint8)
-    all_ids, all_marks, segments = [ids], [marks], [np.full(len(ids), first.segment)]
+        return Sample(ids, flags, spec.epoch, spec.number, pair_label=spec.pair_label)
+    assert tokenizer.cls_sep_ids is not None, "two spans are separated by [SEP]"
+    sep, special = np.array([tokenizer.cls_sep_ids[1]]), np.array([SPECIAL], dtype=np.uint8)
+    all_ids, all_flags, token_types = [ids], [flags], [np.full(len(ids), first.segment)]
     for span in others:
-        all_ids += [shards.ids(*span[:3]).astype(np.int64), end]
-        all_marks += [shards.marks(*span[:3]), edge]
-        segments.append(np.full(span.last - span.first + 1, span.segment))
-    ids, marks = np.concatenate(all_ids), np.concatenate(all_marks)
-    return Sample(ids, marks, cut.epoch, cut.number, np.concatenate(segments), cut.pair_label)
+        all_ids += [shards.ids(*span[:3]).astype(np.int64), sep]
+        all_flags += [shards.token_flags(*span[:3]), special]
+        token_types.append(np.full(span.last - span.first + 1, span.segment))
+    ids, flags = np.concatenate(all_ids), np.concatenate(all_flags)
+    return Sample(ids, flags, spec.epoch, spec.number, np.concatenate(token_types), spec.pair_label)
 
 
-def frame_tokens(tokenizer: Tokenizer, spans: int = 1) -> int:
-    """Special tokens around a text of so many spans."""
+def num_special_tokens(tokenizer: Tokenizer, spans: int = 1) -> int:
+    """Special tokens in a sample of so many spans."""
     return 0 if tokenizer.cls_sep_ids is None else 1 + spans
 
 
 class _Chunk(NamedTuple):
-    cuts: list[SampleSpec]
-    ends: list[int]  # tokens of this and all cuts before it in the chunk, frames included
+    specs: list[SampleSpec]
+    ends: list[int]  # tokens of the chunk up to and including each sample, special tokens included
 
 
 class SampleStream:
-    """The samples of a sampler's order, epoch after epoch."""
+    """The samples of a sampler, epoch after epoch."""
 
-    def __init__(self, shards: Shards, cutter: ChunkCutter, tokenizer: Tokenizer) -> None:
-        assert tokenizer.fingerprint == shards.tokenizer_fingerprint, "these shards were made with another tokenizer"
-        assert cutter.count(0) > 0, "there is nothing to read"
-        self._shards, self._cutter, self._tokenizer = shards, cutter, tokenizer
-        self._count = cutter.count(0)
-        self._frames = [frame_tokens(tokenizer, spans) for spans in range(3)]
+    def __init__(self, shards: Shards, sampler: EpochSampler, tokenizer: Tokenizer) -> None:
+        assert tokenizer.fingerprint == shards.tokenizer_fingerprint, "the shards were written with another tokenizer"
+        assert sampler.count(0) > 0, "the sampler has no samples"
+        self._shards, self._sampler, self._tokenizer = shards, sampler, tokenizer
+        self._count = sampler.count(0)
+        self._special_tokens = [num_special_tokens(tokenizer, spans) for spans in range(3)]
         self._kept: dict[tuple[int, int], _Chunk] = {}
 
     def take(self, cursor: int, tokens: int) -> tuple[list[SampleSpec], int]:
-        """The next cuts from `cursor` until they hold `tokens` tokens, frames included, and the cursor after them."""
+        """The next samples from `cursor` that hold `tokens` tokens, special tokens included, and the cursor after."""
         taken: list[SampleSpec] = []
         while tokens > 0 or not taken:
             epoch, sample = divmod(cursor, self._count)
             number, first = divmod(sample, _CHUNK_SAMPLES)
             chunk = self._chunk(epoch, number)
             before = chunk.ends[first - 1] if first else 0
-            last = min(bisect_left(chunk.ends, before + max(tokens, 1), first) + 1, len(chunk.cuts))
-            taken += chunk.cuts[first:last]
+            last = min(bisect_left(chunk.ends, before + max(tokens, 1), first) + 1, len(chunk.specs))
+            taken += chunk.specs[first:last]
             tokens -= chunk.ends[last - 1] - before
             cursor += last - first
         return taken, cursor
 
-    def lengths(self, cuts: Sequence[SampleSpec]) -> list[int]:
-        """Tokens of each cut, its frame included: what `deal` takes."""
-        return [cut.tokens + self._frames[len(cut.spans)] for cut in cuts]
+    def lengths(self, specs: Sequence[SampleSpec]) -> list[int]:
+        """Tokens of each sample, special tokens included."""
+        return [spec.tokens + self._special_tokens[len(spec.spans)] for spec in specs]
 
-    def batch(
-        self, cuts: Sequence[SampleSpec], *, slots: int | None = None, look: Literal["both", "left"] = "both"
-    ) -> Batch:
-        """The batch of these cuts, in the order given."""
-        return pack([read(self._shards, cut, self._tokenizer) for cut in cuts], slots=slots, look=look)
+    def batch(self, specs: Sequence[SampleSpec]) -> Batch:
+        """Read and pack samples, in the order given."""
+        return pack([read_sample(self._shards, spec, self._tokenizer) for spec in specs])
 
     def _chunk(self, epoch: int, number: int) -> _Chunk:
         key = (epoch, number)
         if key not in self._kept:
             first = number * _CHUNK_SAMPLES
-            cuts = self._cutter.cuts(epoch, first, min(first + _CHUNK_SAMPLES, self._count))
+            specs = self._sampler.specs(epoch, first, min(first + _CHUNK_SAMPLES, self._count))
             while len(self._kept) >= _CHUNKS_KEPT:
                 del self._kept[next(iter(self._kept))]
-            self._kept[key] = _Chunk(cuts, np.cumsum(self.lengths(cuts)).tolist())
+            self._kept[key] = _Chunk(specs, np.cumsum(self.lengths(specs)).tolist())
         return self._kept[key]
 
 
 def assign_microbatches(lengths: Sequence[int], ranks: int, micro_tokens: int) -> list[list[list[int]]]:
-    """Deal a step's samples: for each rank its micro-batches, each a list of indices into `lengths`.
+    """Assign the samples of a step to ranks and micro-batches.
 
-    Every rank gets the same number of micro-batches, as few as hold at most `micro_tokens` tokens each (or one text
-    that is longer). Texts go, longest first, to the micro-batch that holds fewest tokens, so all are about equally
-    full. Within one, longer texts stand first and equal lengths together, which attention turns into views without
-    copies. A micro-batch is an empty list only where there are fewer texts than micro-batches: fewer than ranks, or
-    texts so long that each stands alone and their number doesn't come out even.
+    Every rank gets the same number of micro-batches: as few as hold at most `micro_tokens` tokens each, or one sample
+    that is longer. Samples go, longest first, to the micro-batch with the fewest tokens, so all are about equally full.
+    Within a micro-batch, longer samples come first and equal lengths are neighbors, which attention turns into views
+    without copies.
+
+    Returns:
+        For each rank its micro-batches, each a list of indices into `lengths`. A micro-batch is empty only if there are
+        fewer samples than micro-batches.
     """
-    assert ranks > 0 and micro_tokens > 0, "no ranks, or no room"
+    assert ranks > 0 and micro_tokens > 0, "no ranks, or no tokens"
     order = sorted(range(len(lengths)), key=lambda index: (-lengths[index], index))
     fewest = _fewest([lengths[index] for index in order], micro_tokens, ranks)
     while True:
         bins = _fill(lengths, order, fewest * ranks)
-        loads = [sum(lengths[index] for index in held) for held in bins]
-        if all(load <= micro_tokens or len(held) == 1 for load, held in zip(loads, bins, strict=True)):
+        loads = [sum(lengths[index] for index in members) for members in bins]
+        if all(load <= micro_tokens or len(members) == 1 for load, members in zip(loads, bins, strict=True)):
             break
         fewest += 1
-    # Ranks wait for each other at every micro-batch, so what they do at the same time should be about equally much;
-    # every other row is dealt backwards, so that no rank gets the fuller one each time.
+    # Ranks wait for each other at every micro-batch, so micro-batches of one round should be about equally full. Every
+    # other round goes backwards, so that no rank gets the fullest one each time.
     fullest = sorted(range(len(bins)), key=lambda number: (-loads[number], number))
-    dealt: list[list[list[int]]] = [[] for _ in range(ranks)]
-    for row in range(fewest):
-        numbers = fullest[row * ranks : (row + 1) * ranks]
-        for rank, number in enumerate(numbers if row % 2 == 0 else reversed(numbers)):
-            dealt[rank].append(bins[number])
-    return dealt
+    assigned: list[list[list[int]]] = [[] for _ in range(ranks)]
+    for turn in range(fewest):
+        numbers = fullest[turn * ranks : (turn + 1) * ranks]
+        for rank, number in enumerate(numbers if turn % 2 == 0 else reversed(numbers)):
+            assigned[rank].append(bins[number])
+    return assigned
 
 
 def _fewest(descending: Sequence[int], micro_tokens: int, ranks: int) -> int:
-    """A bound from below on a rank's micro-batches: by tokens, and by texts of which only so many fit in one."""
+    """A lower bound on the micro-batches of a rank: by tokens, and by samples of which only so many fit in one."""
     bins = -(-sum(descending) // micro_tokens)
-    for beside in range(1, 8):  # at most `beside` of the texts longer than this share a micro-batch
+    for beside in range(1, 8):  # at most `beside` of the samples longer than this fit in one micro-batch
         longer = bisect_left(descending, -(micro_tokens // (beside + 1)), key=lambda length: -length)
         bins = max(bins, -(-longer // beside))
     return max(1, -(-bins // ranks))
 
 
 def _fill(lengths: Sequence[int], order: Sequence[int], bins: int) -> list[list[int]]:
-    """Each text, in order, into the bin that holds fewest tokens."""
-    held: list[list[int]] = [[] for _ in range(bins)]
+    """Put each sample, in order, into the bin with the fewest tokens."""
+    filled: list[list[int]] = [[] for _ in range(bins)]
     loads = [(0, number) for number in range(bins)]
     for index in order:
         load, number = loads[0]
-        held[number].append(index)
+        filled[number].append(index)
         heapq.heapreplace(loads, (load + lengths[index], number))
-    return held
+    return filled
 
 
 @dataclass(frozen=True)
 class PairSampling:
-    """How samples of two segments are drawn."""
+    """How sentence pairs are sampled."""
 
     kind: PairKind
-    short: float = 0.1  # share of the samples that are cut to a random length
+    short: float = 0.1  # probability that a pair is shortened to a random length
+
+
+def build_sampler(
+    shards: Shards,
+    tokenizer: Tokenizer,
+    length: int,
+    seed: int,
+    *,
+    groups: Sequence[MixedText] = (),
+    other: PluginSamplerConfig | PairSampling | None = None,
+) -> EpochSampler:
+    """The sampler of a stage.
+
+    Args:
+        shards: the training documents.
+        tokenizer: theirs.
+        length: tokens of a sample, special tokens included.
+        seed: of the order.
+        groups: the texts that the documents are from; windows are mixed by their weights, if they have some.
+        other: a plugin's sampler, or sentence pairs, in place of windows.
+
+    Raises:
+        RecipeError: the texts have weights, but the samples are not windows.
+        TextError: the documents give no sentence pairs, or a text of a mixture has nothing to train on.
+    """
+    if isinstance(other, PairSampling):
+        _refuse_weights(groups, f"sentence pairs ({other.kind})", "objective", "pairs are drawn from all documents")
+        inner = length - num_special_tokens(tokenizer, 2)
+        return PairSampler(shards, inner, seed, other.kind, short_probability=other.short)
+    special = num_special_tokens(tokenizer)
+    inner = length - special
+    if other:
+        _refuse_weights(groups, f"the sampler `{other.kind}`", "data.sampler", "a plugin sampler decides the order")
+        return PluginSampler(other, shards.lengths, inner, seed)
+    if is_weighted(groups):
+        return MixtureSampler(shards.lengths, groups, inner, seed, num_special_tokens=special, stride=EPOCH_STRIDE)
+    return WindowSampler(shards.lengths, inner, seed)
+
+
+def _refuse_weights(groups: Sequence[MixedText], samples: str, location: str, reason: str) -> None:
+    if is_weighted(groups):
+        raise RecipeError(
+            f"texts with weights can't be combined with {samples}",
+            location=location,
+            hint=f"remove the weights: {reason}",
+        )
 
 
 class StageLoader:
-    """A stage's samples: texts of up to `length` slots (special tokens included) in a seeded order, epoch after epoch.
-
-    They are windows, or pairs where the objective reads such. Where the texts have weights, windows are mixed; else
-    every document comes once an epoch.
-    """
+    """The micro-batches of a training stage."""
 
     def __init__(
         self,
         shards: Shards,
         tokenizer: Tokenizer,
-        length: int,
+        sampler: EpochSampler,
         micro_tokens: int,
-        seed: int,
-        groups: Sequence[MixedText] = (),
-        other: PluginSamplerConfig | PairSampling | None = None,
+        names: Sequence[str] = (),
     ) -> None:
-        """`other` is what is read in the place of windows: by a sampler of a person's own, or pairs.
+        """Prepare to read.
 
-        Raises:
-            RecipeError: texts with weights, where windows are not what is cut.
-            TextError: the documents give no pairs.
+        Args:
+            shards: the training documents.
+            tokenizer: theirs.
+            sampler: of these documents.
+            micro_tokens: tokens of a micro-batch, at most (or one longer sample).
+            names: of the texts that the documents are from.
         """
-        self._shards = shards
-        self._names = [group.name for group in groups]
-        self._num_special_tokens = frame_tokens(tokenizer, 2 if isinstance(other, PairSampling) else 1)
-        inside = length - self._num_special_tokens
-        self._cutter: WindowSampler | Mixture | PluginSampler | Pairs
-        if isinstance(other, PairSampling):
-            _refuse_weights(groups, f"pairs ({other.kind})", "objective", "pairs are drawn from all documents alike")
-            self._cutter = Pairs(shards, inside, seed, other.kind, short_share=other.short)
-        elif other:
-            self._cutter = _from_plugin(other, shards, groups, inside, seed)
-        elif is_weighted(groups):
-            self._cutter = Mixture(
-                shards.lengths_N, groups, inside, seed, num_special_tokens=self._num_special_tokens, stride=EPOCH_STRIDE
-            )
-        else:
-            self._cutter = WindowSampler(shards.lengths_N, inside, seed)
-        self._stream = SampleStream(shards, self._cutter, tokenizer)
+        self._sampler, self._names = sampler, names
+        self._stream = SampleStream(shards, sampler, tokenizer)
         self._micro_tokens = micro_tokens
+        self._num_special_tokens = num_special_tokens(tokenizer, sampler.spans)
 
     @property
     def samples(self) -> int:
-        """Samples of one epoch."""
-        return self._cutter.count(0)
+        """Samples of an epoch."""
+        return self._sampler.count(0)
 
     @property
     def epoch_tokens(self) -> int:
-        """Tokens of one epoch, special tokens included; of a mixture, in the mean."""
-        if isinstance(self._cutter, Mixture):
-            return self._cutter.epoch_tokens
-        if isinstance(self._cutter, PluginSampler | Pairs):  # which may leave tokens out, or read some twice: about
-            return round(self.samples * (self._cutter.mean_tokens + self._num_special_tokens))
-        return self._shards.tokens + self._num_special_tokens * self.samples
+        """Tokens of an epoch, special tokens included: exact for windows, else the mean or an estimate."""
+        return self._sampler.epoch_tokens(self._num_special_tokens)
 
-    def seen(self, tokens: float) -> dict[str, float]:
-        """How often each text, by its name, is seen in so many tokens."""
-        if isinstance(self._cutter, Mixture):
-            return self._cutter.seen(tokens)
+    def epochs_by_text(self, tokens: float) -> dict[str, float]:
+        """How many epochs of each text, by its name, a number of tokens holds."""
+        if isinstance(self._sampler, MixtureSampler):
+            return self._sampler.epochs_by_text(tokens)
         return dict.fromkeys(self._names, tokens / self.epoch_tokens)
 
     def first_cursor(self, stage: int) -> int:
-        """Where the order of a stage begins: at an epoch that no other stage has."""
+        """The first sample of a stage: it begins an epoch that no other stage reaches."""
         return stage * EPOCH_STRIDE * self.samples
 
     def step(self, cursor: int, tokens: int, rank: int, ranks: int) -> tuple[list[Batch], int]:
-        """This rank's micro-batches of the next `tokens` tokens of the order, and the cursor after them."""
-        cuts, after = self._stream.take(cursor, tokens)
-        dealt = assign_microbatches(self._stream.lengths(cuts), ranks, self._micro_tokens)
-        return [self._stream.batch([cuts[index] for index in micro]) for micro in dealt[rank] if micro], after
-
-
-def _from_plugin(
-    outside: PluginSamplerConfig, shards: Shards, groups: Sequence[MixedText], length: int, seed: int
-) -> PluginSampler:
-    """A sampler of a person's own; it decides the order alone, so texts can't have weights beside it."""
-    why = "a sampler of one's own decides what comes how often"
-    _refuse_weights(groups, f"the sampler `{outside.kind}`", "data.sampler", why)
-    return PluginSampler(outside, shards.lengths_N, length, seed)
-
-
-def _refuse_weights(groups: Sequence[MixedText], beside: str, where: str, why: str) -> None:
-    if is_weighted(groups):
-        raise RecipeError(f"texts with weights and {beside}", location=where, hint=f"leave the weights out: {why}")
+        """The micro-batches of one rank for the next `tokens` tokens of the order, and the cursor after them."""
+        specs, after = self._stream.take(cursor, tokens)
+        assigned = assign_microbatches(self._stream.lengths(specs), ranks, self._micro_tokens)
+        return [self._stream.batch([specs[index] for index in micro]) for micro in assigned[rank] if micro], after

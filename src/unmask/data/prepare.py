@@ -1,33 +1,35 @@
-"""Room card: how a corpus is made.
+"""Prepares a source for training: token shards of both splits, cached by content.
 
-Comes in: a source, settings, a tokenizer or none, an empty folder. Goes out: the folder filled: the tokenizer and what
-was decided, the shards of both sides. Called by: corpus.
+A build makes three passes over the text, unit by unit: the survey (length and hash of each document), the tokenizer's
+training sample, the encoding. Between the first two stands the split, the only step that needs all documents.
 
-Three passes over the text, each unit by unit: a survey (length and hash of each document), the tokenizer's sample, the
-encoding. Between them stands a decision that needs all documents: what is held out. Its columns lie in files.
+The cache holds one folder for each text (its content, the settings that decide the shards, the versions that do), in
+it one folder for each tokenizer, and an index from tokenizer settings to the tokenizer that they gave. So a tokenizer
+that was trained and an equal one that was given share their shards.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
 import socket
 import time
 import unicodedata
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from itertools import accumulate, chain
 from pathlib import Path
-from typing import Final, cast
+from typing import Any, Final, cast
 
 import tokenizers
 from filelock import FileLock, Timeout
 
 from unmask.core.errors import DamagedError, StoreError, TextError
 from unmask.core.files import (
-    DIGESTS,
+    RunLayout,
     atomic_directory,
     digest,
     read_json,
@@ -37,164 +39,371 @@ from unmask.core.files import (
     write_manifest,
 )
 from unmask.core.plugins import PluginSourceConfig, plugin_facts
-from unmask.core.types import InputGroup, Source
-from unmask.data.settings import DataConfig, FilesConfig, WindowsConfig
-from unmask.data.shards import Shards, append, gather, mapped, merge, open_shards
-from unmask.data.sources import FileSource, MemorySource
-from unmask.data.split import DocumentStats, Progress, Split, SplitName, divide, sizes_of
-from unmask.data.workers import SIDES, Result, Task, Workers, WorkersWanted, units_of, written_of
+from unmask.core.quantities import Fraction
+from unmask.core.types import ProgressCallback
+from unmask.data.settings import DataConfig
+from unmask.data.shards import Shards, append_files, finish_folder, map_numbers, merge, open_shards
+from unmask.data.sources import BaseSource
+from unmask.data.split import DocumentStats, Split, SplitName, divide, train_sizes
+from unmask.data.workers import SPLITS, Message, Task, WorkerCount, Workers, shard_files, units_of
 from unmask.tokenization.fast_encode import CachedEncoder
-from unmask.tokenization.settings import ExtendedTokenizerConfig, FileTokenizerConfig, WordPieceConfig
+from unmask.tokenization.settings import ExtendedTokenizerConfig, FileTokenizerConfig
 from unmask.tokenization.tokenizer import Tokenizer, train_tokenizer
-from unmask.tokenization.words import WordsRule, detect_words, in_words, version
+from unmask.tokenization.words import WordsRule, describe_words, detect_words, version
 
-META: Final = "told"  # the folder of the tokenizer and the facts
+META: Final = "meta"  # the folder of the tokenizer and the facts
 FACTS: Final = "facts.json"
-DOCUMENTS: Final = "documents.json"  # to train on, of each part of the source
-_WORK: Final = "work"
+DOCUMENTS: Final = "documents.json"  # training documents of each part of the source
+INDEX: Final = "tokenizers.json"  # digest of tokenizer settings -> folder
+_FORMAT: Final = "corpus-5"
 _COMPARED_LINES: Final = 500
+_LOCK_POLL_SECONDS: Final = 2.0
 
 Facts = dict[str, str | int | float]
 
 
 @dataclass(frozen=True)
-class Build:
-    """What a corpus is made of."""
+class CorpusGroup:
+    """The training documents of one of the texts that were named."""
 
+    name: str
+    weight: float  # 0: none was given
+    first_document: int  # of TokenizedCorpus.train
+    last_document: int  # exclusive
+
+
+@dataclass(frozen=True)
+class TokenizedCorpus:
+    """A text as token shards, ready for training."""
+
+    train: Shards
+    held_out: Shards
+    tokenizer: Tokenizer
+    words: WordsRule
+    facts: Facts  # counts and decisions
+    notes: Sequence[str]  # the same in sentences
+    fingerprint: str  # of the text, the decisions and the tokenizer
+    groups: Sequence[CorpusGroup]
     folder: Path
-    source: Source
-    settings: DataConfig
-    progress: Progress
-    tokenizer: Tokenizer | None
-    workers: WorkersWanted
-    unit_bytes: int | None = None  # by the text's size
 
 
-def make(build: Build) -> None:
-    """Survey, divide, train the tokenizer, write both sides.
+def no_progress(stage: str, fraction: float) -> None:
+    """Ignore progress."""
+
+
+def prepare(
+    source: BaseSource,
+    settings: DataConfig,
+    cache: Path,
+    progress: ProgressCallback = no_progress,
+    tokenizer: Tokenizer | None = None,
+    workers: WorkerCount = "all cores",
+    *,
+    verify: bool = False,
+) -> TokenizedCorpus:
+    """Tokenize a source, or open the result of an earlier call.
+
+    Args:
+        source: the text, opened with these settings.
+        settings: how it is read and split, and which tokenizer is trained.
+        cache: directory of the results.
+        progress: called with the stage and its completed fraction.
+        tokenizer: a tokenizer to use; without one, a tokenizer is trained on the training split.
+        workers: number of processes for long texts; the result does not depend on it.
+        verify: read all bytes of the text and of the cached shards again, instead of comparing sizes and times.
 
     Raises:
-        TextError: text that can't be read, or nothing to train on or to hold out.
-        TokenizerError: the text gives fewer pieces than the vocabulary asks for.
+        TextError: the text can't be read, or leaves nothing for one of the splits.
+        TokenizerError: the text gives fewer tokens than the vocabulary size.
+        DamagedError: a file of the cache has changed since it was written.
+        StoreError: the cache can't be written.
     """
-    work = build.folder / _WORK
-    work.mkdir()
+    source.check()
+    if tokenizer is None and isinstance(settings.tokenizer, FileTokenizerConfig):
+        tokenizer = Tokenizer.load(Path(settings.tokenizer.path))
+    if verify:
+        source.verify()
+    request = "" if tokenizer else _tokenizer_request(settings)
+    folder = text_folder(source, settings, cache)
+    if _find(folder, tokenizer, request) is None:
+        # The cached digests of the text go by sizes and times. A build reads all bytes anyway, so it trusts none.
+        source.verify()
+        folder = text_folder(source, settings, cache)
+    try:
+        with _exclusive(folder, progress):
+            corpus = _find(folder, tokenizer, request)
+            is_built = corpus is None
+            if corpus is None:
+                corpus = _build(Build(folder, source, settings, progress, tokenizer, workers))
+            if request and is_built:
+                write_json(folder / INDEX, {**_read_index(folder), request: corpus.name})
+            return _open(corpus, source, verify=verify or is_built)
+    except StoreError as error:
+        raise StoreError(
+            error.message,
+            location=error.location,
+            hint=f"free disk space in {cache}, or set UNMASK_CACHE to a writable directory with more of it",
+        ) from error
+
+
+# Which folder ---------------------------------------------------------------------------------------------------------
+
+
+def text_folder(source: BaseSource, settings: DataConfig, cache: Path) -> Path:
+    """The cache folder of a text: named by all that decides the shards, except the tokenizer."""
+    held_out = settings.held_out
+    fraction = held_out.fraction.fraction if isinstance(held_out.fraction, Fraction) else held_out.fraction
+    decisions = {
+        "words": settings.words,
+        "segmenter": version(settings.words) or "",
+        "drop_duplicates": settings.drop_duplicates,
+        "held_out": [held_out.method, fraction, held_out.max_size.number],
+        # A plugin may keep its fingerprint although its code changes.
+        "plugin": plugin_facts(settings.source)["digest"] if isinstance(settings.source, PluginSourceConfig) else "",
+    }
+    versions = f"{_FORMAT} tokenizers-{tokenizers.__version__} unicode-{unicodedata.unidata_version}"
+    return cache / digest(versions, source.fingerprint, json.dumps(decisions, sort_keys=True))
+
+
+def _tokenizer_request(settings: DataConfig) -> str:
+    """A digest of the settings that a tokenizer is trained by."""
+    wanted = asdict(settings.tokenizer)
+    if isinstance(settings.tokenizer, ExtendedTokenizerConfig):
+        wanted["path"] = _tokenizer_digest(Tokenizer.load(settings.tokenizer.path))
+    return digest(json.dumps(wanted, sort_keys=True))
+
+
+def _tokenizer_digest(tokenizer: Tokenizer) -> str:
+    """A digest of all that decides the ids and token flags that a tokenizer gives."""
+    roles = [tokenizer.role_id(role) for role in ("unk_token", "cls_token", "sep_token", "mask_token")]
+    return digest(tokenizer.fingerprint, json.dumps([roles, list(tokenizer.special_ids)]))
+
+
+def _read_index(folder: Path) -> Mapping[str, str]:
+    if not (folder / INDEX).is_file():
+        return {}
+    return read_json(folder / INDEX)
+
+
+def _find(folder: Path, tokenizer: Tokenizer | None, request: str) -> Path | None:
+    """The complete corpus of a text with this tokenizer, or with the one that the request gave before."""
+    name = _tokenizer_digest(tokenizer) if tokenizer else _read_index(folder).get(request)
+    return folder / name if name is not None and _is_complete(folder / name) else None
+
+
+def _is_complete(corpus: Path) -> bool:
+    return all((corpus / name / RunLayout.DIGESTS).is_file() for name in (META, *SPLITS))
+
+
+@contextmanager
+def _exclusive(folder: Path, progress: ProgressCallback) -> Generator[None]:
+    """Wait until no other process (another rank, another run) prepares the same text."""
+    lock = FileLock(folder.parent / f".{folder.name}.lock")
+    owner = folder.parent / f".{folder.name}.owner"
+    with wrap_os_errors(folder.parent):
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        start, fraction = time.monotonic(), 0.0
+        while True:
+            try:
+                lock.acquire(timeout=_LOCK_POLL_SECONDS)
+                break
+            except Timeout:
+                fraction = 1 - 60 / (60 + time.monotonic() - start)  # unknown; it grows ever more slowly
+                progress(f"waiting for {_read_owner(owner)}, which prepares the same text", fraction)
+        if fraction:
+            progress(f"waiting for {_read_owner(owner)}, which prepares the same text", 1.0)
+    try:
+        with wrap_os_errors(folder.parent):
+            owner.write_text(json.dumps({"pid": os.getpid(), "host": socket.gethostname()}), encoding="utf-8")
+        yield
+    finally:
+        owner.unlink(missing_ok=True)
+        lock.release()
+
+
+def _read_owner(file: Path) -> str:
+    """The process that holds a lock, as far as it has written it down."""
+    try:
+        owner = json.loads(file.read_text(encoding="utf-8"))
+        return f"process {owner['pid']} on {owner['host']}"
+    except (OSError, ValueError, KeyError, TypeError):
+        return "another process"
+
+
+# Building -------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Build:
+    """The inputs of a build."""
+
+    folder: Path  # of the text
+    source: BaseSource
+    settings: DataConfig
+    progress: ProgressCallback
+    tokenizer: Tokenizer | None
+    workers: WorkerCount
+    unit_bytes: int | None = None  # the default depends on the size of the text
+
+
+def _build(build: Build) -> Path:
+    """Build a corpus in a folder that appears when it is complete; the caller holds the lock of the text."""
+    folder = build.folder
+    work = folder.parent / f".{folder.name}.work"
+    with wrap_os_errors(work):
+        if work.exists():  # left by a process that was killed
+            shutil.rmtree(work)
+        work.mkdir(parents=True)
+        try:
+            return build_in(work, build)
+        finally:
+            shutil.rmtree(work, ignore_errors=True)
+            with contextlib.suppress(OSError):  # absent, or not empty
+                folder.rmdir()
+
+
+def build_in(work: Path, build: Build) -> Path:
+    """Survey, split, train the tokenizer if there is none, and encode both splits.
+
+    Args:
+        work: an empty folder for files that are not needed afterwards, on the file system of the cache.
+        build: the inputs.
+
+    Returns:
+        The folder of the corpus, named by its tokenizer.
+
+    Raises:
+        TextError: the text can't be read, or leaves nothing for one of the splits.
+        TokenizerError: the text gives fewer tokens than the vocabulary size.
+    """
+    settings = build.settings
     units = units_of(build.source.parts(), build.unit_bytes)
-    with Workers(build.source, build.settings, build.workers, len(units)) as workers:
+    with Workers(build.source, settings, build.workers, len(units)) as workers:
         tasks = [Task(unit.number, unit.parts, str(work)) for unit in units]
-        surveyed = _surveyed(build, workers, tasks)
-        found = _joined(work, tasks, surveyed)
-        division = divide(found, build.settings.held_out, drop_duplicates=build.settings.drop_duplicates, folder=work)
-        tasks = _informed(tasks, surveyed)
-        kept = int(sizes_of(division.first_held_N, [0, found.documents])[0])
-        words: WordsRule = detect_words(found.sample) if build.settings.words == "auto" else build.settings.words
-        tokenizer = build.tokenizer
-        if tokenizer is None:
-            tokenizer = _trained(build, workers, tasks, division, kept)
-        tokenizer.save(build.folder / META)
-        by_chunks = CachedEncoder(tokenizer, words).agrees(found.sample.split("\n")[:_COMPARED_LINES])
-        tasks = [replace(task, words=words, by_chunks=by_chunks) for task in tasks]
-        total = int(found.lengths_N.sum())
-        answers = workers.do("encode", tasks, _teller(build.progress, "tokenizing", total))
+        surveyed = _survey(build, workers, tasks)
+        stats = join_stats(work, tasks, surveyed)
+        split = divide(stats, settings.held_out, drop_duplicates=settings.drop_duplicates, folder=work)
+        tasks = _add_documents(tasks, surveyed)
+        train_characters = int(train_sizes(split.first_held, [0, stats.documents])[0])
+        words: WordsRule = detect_words(stats.sample) if settings.words == "auto" else settings.words
+        tokenizer = build.tokenizer or _train(build, workers, tasks, split, train_characters)
+        corpus = build.folder / _tokenizer_digest(tokenizer)
+        if _is_complete(corpus):  # an equal tokenizer was given, or trained by other settings
+            return corpus
+        tokenizer.save(work / "tokenizer")
+        by_chunks = CachedEncoder(tokenizer, words).agrees(stats.sample.split("\n")[:_COMPARED_LINES])
+        tasks = [replace(task, words=words, tokenizer=str(work / "tokenizer"), by_chunks=by_chunks) for task in tasks]
+        total = int(stats.lengths.sum())
+        encoded = workers.run("encode", tasks, _reporter(build.progress, "tokenizing", total))
         build.progress("tokenizing", 1.0)
-    sides = _gathered(build, answers, tokenizer)
-    _require_tokens(sides, build.source)
     facts: Facts = {
-        "documents": found.documents,
-        "characters": found.characters,
-        "left_out": sum(one["left_out"] for one in surveyed),
-        "drop_duplicates": build.settings.drop_duplicates,
-        "duplicates": division.duplicates,
+        "documents": stats.documents,
+        "characters": stats.characters,
+        "left_out": sum(result["left_out"] for result in surveyed),
+        "drop_duplicates": settings.drop_duplicates,
+        "duplicates": split.duplicates,
         "words": words,
-        "words_by": build.settings.words,
-        "held_out_by": division.by,
-        "held_out_share": str(division.share),
-        "held_out_digest": division.digest,
+        "words_by": settings.words,
+        "held_out_by": split.by,
+        "held_out_share": str(split.share),
+        "held_out_digest": split.digest,
         "tokenizer": tokenizer.fingerprint,
         "vocabulary": tokenizer.size,
         "encoded_by": ("chunks" if tokenizer.splits_at_spaces else "texts") if by_chunks else "texts-after-all",
     }
     if segmenter := version(words):
         facts["segmenter"] = segmenter
-    for which, shards in sides.items():
-        name = which.replace("-", "_")
-        facts |= {f"{name}_documents": shards.documents, f"{name}_characters": shards.characters}
-        facts |= {f"{name}_tokens": shards.tokens, f"{name}_unknown_characters": shards.unknown_characters}
-    write_json(build.folder / META / FACTS, facts)
-    write_json(build.folder / META / DOCUMENTS, list(chain.from_iterable(one["train"]["documents"] for one in answers)))
-    write_manifest(build.folder / META)
-    del found, division  # what is mapped can't be removed everywhere
-    shutil.rmtree(work)
+    del stats, split  # Windows can't remove a file that is mapped
+    with atomic_directory(corpus) as aside:
+        _write_corpus(aside, work, build, encoded, tokenizer, facts)
+    return corpus
 
 
-def _teller(progress: Progress, stage: str, total: int) -> Callable[[int], None]:
+def _write_corpus(
+    folder: Path, work: Path, build: Build, encoded: Sequence[Message], tokenizer: Tokenizer, facts: Facts
+) -> None:
+    shards = _gather(folder, work, encoded, tokenizer)
+    _require_tokens(shards, build.source)
+    for split, own in shards.items():
+        name = split.replace("-", "_")
+        facts |= {f"{name}_documents": own.documents, f"{name}_characters": own.characters}
+        facts |= {f"{name}_tokens": own.tokens, f"{name}_unknown_characters": own.unknown_characters}
+    tokenizer.save(folder / META)
+    write_json(folder / META / FACTS, facts)
+    write_json(folder / META / DOCUMENTS, list(chain.from_iterable(part["train"]["documents"] for part in encoded)))
+    write_manifest(folder / META)
+
+
+def _reporter(progress: ProgressCallback, stage: str, total: int) -> Callable[[int], None]:
     done = 0
 
-    def tell(characters: int) -> None:
+    def report(characters: int) -> None:
         nonlocal done
         done += characters
         progress(stage, min(0.99, done / max(1, total)))
 
-    return tell
+    return report
 
 
-def _surveyed(build: Build, workers: Workers, tasks: Sequence[Task]) -> list[Result]:
-    # Bytes and characters are not the same, least of all in a packed file.
+def _survey(build: Build, workers: Workers, tasks: Sequence[Task]) -> list[Message]:
+    # Bytes stand for characters here: they differ, above all in a compressed file, so the end is reported apart.
     total_bytes = sum(part.last_byte - part.first_byte for task in tasks for part in task.parts)
-    surveyed = workers.do("survey", tasks, _teller(build.progress, "reading the text", total_bytes))
+    surveyed = workers.run("survey", tasks, _reporter(build.progress, "reading the text", total_bytes))
     build.progress("reading the text", 1.0)
     return surveyed
 
 
-def _joined(work: Path, tasks: Sequence[Task], surveyed: Sequence[Result]) -> DocumentStats:
-    """What was found in all units, as one."""
+def join_stats(work: Path, tasks: Sequence[Task], surveyed: Sequence[Message]) -> DocumentStats:
+    """Return the statistics of all units, mapped from files in `work`."""
     for name in ("lengths", "hashes"):
-        append(work / name, [task.file(name) for task in tasks])
-    characters = sum(one["characters"] for one in surveyed)
+        append_files(work / name, [task.file(name) for task in tasks])
+    characters = sum(result["characters"] for result in surveyed)
     sample = surveyed[0]["sample"] if surveyed else ""
-    return DocumentStats(mapped(work / "lengths"), mapped(work / "hashes", "<u8"), characters, sample)
+    return DocumentStats(map_numbers(work / "lengths"), map_numbers(work / "hashes", "<u8"), characters, sample)
 
 
-def _informed(tasks: Sequence[Task], surveyed: Sequence[Result]) -> list[Task]:
-    """The tasks, each with its place among all documents."""
-    firsts = accumulate((sum(one["documents"]) for one in surveyed), initial=0)
+def _add_documents(tasks: Sequence[Task], surveyed: Sequence[Message]) -> list[Task]:
+    """The tasks with the number of their first document and the documents of each part."""
+    firsts = accumulate((sum(result["documents"]) for result in surveyed), initial=0)
     return [
-        replace(task, first_document=first, documents=one["documents"])
-        for task, one, first in zip(tasks, surveyed, firsts, strict=False)
+        replace(task, first_document=first, documents=result["documents"])
+        for task, result, first in zip(tasks, surveyed, firsts, strict=False)
     ]
 
 
-def _trained(build: Build, workers: Workers, tasks: Sequence[Task], division: Split, kept: int) -> Tokenizer:
-    """A tokenizer that has learnt from training text: all of it, or as much as it looks at."""
+def _train(build: Build, workers: Workers, tasks: Sequence[Task], split: Split, train_characters: int) -> Tokenizer:
+    """Train a tokenizer on a sample of the training split, or on all of it."""
     settings = build.settings.tokenizer
-    wanted = getattr(settings, "max_train_chars", kept)
-    tasks = _with_shares(build.source, tasks, division, wanted, kept)
+    wanted = getattr(settings, "max_train_chars", train_characters)
+    tasks = _add_shares(build.source, tasks, split, wanted, train_characters)
     stage = "training the tokenizer"
     build.progress(stage, 0.0)
     if workers.count == 1:
-        texts = chain.from_iterable(workers.hand.sample(task, _nothing) for task in tasks)
+        texts = chain.from_iterable(workers.local.sample(task, _ignore) for task in tasks)
     else:
-        workers.do("sample", tasks, _nothing)
+        workers.run("sample", tasks, _ignore)
         texts = chain.from_iterable(_read_sample(task) for task in tasks)
     tokenizer = train_tokenizer(texts, settings, build.progress)
     build.progress(stage, 1.0)
     return tokenizer
 
 
-def _nothing(characters: int) -> None:
-    """The tokenizer itself tells how far it is."""
+def _ignore(characters: int) -> None:
+    """Ignore the progress of sampling: the trainer reports its own."""
 
 
-def _with_shares(source: Source, tasks: Sequence[Task], division: Split, wanted: int, kept: int) -> list[Task]:
-    """The tasks, each with how much of its parts the tokenizer learns from: of weighted texts as their weights are."""
+def _add_shares(
+    source: BaseSource, tasks: Sequence[Task], split: Split, wanted: int, train_characters: int
+) -> list[Task]:
+    """The tasks with the fraction of each part that the tokenizer is trained on, by the weights of the texts."""
     parts = sum(len(task.parts) for task in tasks)
-    shares = [wanted / max(1, kept)] * parts
-    groups: Sequence[InputGroup] = getattr(source, "groups", ())
+    shares = [wanted / max(1, train_characters)] * parts
+    groups = source.groups
     total = sum(group.weight for group in groups)
     if total:
         documents = list(accumulate(chain.from_iterable(task.documents for task in tasks), initial=0))
         borders = list(accumulate((group.parts for group in groups), initial=0))
-        sizes = sizes_of(division.first_held_N, [documents[border] for border in borders])
+        sizes = train_sizes(split.first_held, [documents[border] for border in borders])
         shares = list(
             chain.from_iterable(
                 [wanted * group.weight / total / max(1, size)] * group.parts
@@ -215,190 +424,49 @@ def _read_sample(task: Task) -> Iterator[str]:
     task.file("sample").unlink()
 
 
-def _gathered(build: Build, answers: Sequence[Result], tokenizer: Tokenizer) -> dict[SplitName, Shards]:
-    """The shards of both sides, of all units."""
-    sides: dict[SplitName, Shards] = {}
-    for which in SIDES:
-        written = [written_of(answer, which) for answer in answers]
-        if which == "held-out" and len(written) > 1:  # a little from each unit
-            written = [merge(build.folder / _WORK / "held-out", written, tokenizer.size)]
-        (build.folder / which).mkdir()
-        gather(build.folder / which, written, tokenizer.size, tokenizer.fingerprint)
-        sides[which] = Shards(build.folder / which)
-    return sides
+def _gather(folder: Path, work: Path, encoded: Sequence[Message], tokenizer: Tokenizer) -> dict[SplitName, Shards]:
+    """Move the shards of all units to the folders of the two splits."""
+    shards: dict[SplitName, Shards] = {}
+    for split in SPLITS:
+        files = [shard_files(result, split) for result in encoded]
+        if split == "held-out" and len(files) > 1:  # each unit has little of it
+            files = [merge(work / "held-out", files, tokenizer.size)]
+        (folder / split).mkdir()
+        finish_folder(folder / split, files, tokenizer.size, tokenizer.fingerprint)
+        shards[split] = Shards(folder / split)
+    return shards
 
 
-def _require_tokens(sides: dict[SplitName, Shards], source: Source) -> None:
-    if not sides["train"].tokens:
+def _require_tokens(shards: Mapping[SplitName, Shards], source: BaseSource) -> None:
+    if not shards["train"].tokens:
         raise TextError(
             "there is no text left to train on",
-            location=places(source),
+            location=source.location,
             hint="give more text, or hold out less: --set data.held_out.fraction=5%",
         )
-    if not sides["held-out"].tokens:
+    if not shards["held-out"].tokens:
         raise TextError(
             "there is no text to hold out for validation",
-            location=places(source),
+            location=source.location,
             hint="give more text, or hold out more: --set data.held_out.fraction=20%",
         )
 
 
-def places(source: Source) -> str:
-    """Where a source's text lies, for a message: its first files, and how many more there are."""
-    files = list(dict.fromkeys(part.path for part in source.parts()))
-    further = len(files) - 3
-    return ", ".join(files[:4]) if further <= 1 else f"{', '.join(files[:3])} and {further} more"
+# Opening --------------------------------------------------------------------------------------------------------------
 
 
-_FORMAT: Final = "corpus-4"
-_PATIENCE_SECONDS: Final = 2.0
-
-
-@dataclass(frozen=True)
-class CorpusGroup:
-    """One of the texts that a person named."""
-
-    name: str
-    weight: float  # 0: none was given
-    first_document: int  # of Corpus.train
-    last_document: int  # the first that is not its own any more
-
-
-@dataclass(frozen=True)
-class TokenizedCorpus:
-    """Text made ready for training."""
-
-    train: Shards
-    held_out: Shards
-    tokenizer: Tokenizer
-    words: WordsRule
-    facts: Facts  # what was found and decided
-    notes: Sequence[str]  # the same, in sentences
-    fingerprint: str  # changes with the text, what was decided, or the tokenizer
-    groups: Sequence[CorpusGroup]
-    folder: Path
-
-
-def quiet(stage: str, share: float) -> None:
-    """Progress that nobody watches."""
-
-
-def prepare(
-    source: Source,
-    settings: DataConfig,
-    cache: Path,
-    progress: Progress = quiet,
-    tokenizer: Tokenizer | None = None,
-    workers: WorkersWanted = "all cores",
-) -> TokenizedCorpus:
-    """Tokenize a source, or open what an earlier call made of it.
-
-    Args:
-        source: the text, opened with these settings.
-        settings: how it is read.
-        cache: where the result is kept.
-        progress: told what is being done and which share of it is.
-        tokenizer: one that exists; without it one is trained on the training text.
-        workers: processes that work at once where the text is long; the result is the same.
-
-    Raises:
-        TextError: text that can't be read, or nothing to train on or to hold out.
-        TokenizerError: the text gives fewer pieces than the vocabulary asks for.
-        DamagedError: a file of the cache is not what was written.
-        StoreError: the cache can't be written.
-    """
-    if isinstance(source, FileSource | MemorySource):
-        source.check()
-    if tokenizer is None and isinstance(settings.tokenizer, FileTokenizerConfig):
-        tokenizer = Tokenizer.load(Path(settings.tokenizer.path))
-    folder = folder_of(source, settings, cache, tokenizer)
-    try:
-        with _alone(folder, progress):
-            if not all((folder / name / DIGESTS).is_file() for name in (META, "train", "held-out")):
-                with atomic_directory(folder) as aside:
-                    make(Build(aside, source, settings, progress, tokenizer, workers))
-            return _open(folder, source)
-    except StoreError as error:
-        raise StoreError(
-            error.message,
-            location=error.location,
-            hint=f"make room in {cache}, or set UNMASK_CACHE to a folder that you may write and that has room",
-        ) from error
-
-
-def folder_of(source: Source, settings: DataConfig, cache: Path, tokenizer: Tokenizer | None) -> Path:
-    """Where a corpus stands: called after all that decides its bytes."""
-    # What else settings say decides how the corpus is read, not what it is.
-    decisive = replace(settings, valid={}, source=FilesConfig(), sampler=WindowsConfig())
-    given = "trained"
-    if isinstance(settings.tokenizer, ExtendedTokenizerConfig) and tokenizer is None:
-        given = f"extended {_told_of(Tokenizer.load(settings.tokenizer.path))}"
-        decisive = replace(decisive, tokenizer=replace(settings.tokenizer, path=Path()))
-    if tokenizer is not None:
-        given = _told_of(tokenizer)
-        decisive = replace(decisive, tokenizer=WordPieceConfig())
-    # A source of a person's own may keep its fingerprint when its code changes; nobody would look for that.
-    code = plugin_facts(settings.source)["digest"] if isinstance(settings.source, PluginSourceConfig) else "ours"
-    versions = f"{_FORMAT} tokenizers-{tokenizers.__version__} unicode-{unicodedata.unidata_version}"
-    decided = [versions, source.fingerprint, code, repr(decisive), given]
-    if segmenter := version(settings.words):
-        decided.append(segmenter)
-    return cache / digest(*decided)
-
-
-def _told_of(tokenizer: Tokenizer) -> str:
-    """What decides the ids and marks that a tokenizer gives."""
-    roles = [tokenizer.role_id(role) for role in ("unk_token", "cls_token", "sep_token", "mask_token")]
-    return f"{tokenizer.fingerprint} {roles} {tokenizer.special_ids}"
-
-
-@contextmanager
-def _alone(folder: Path, progress: Progress) -> Generator[None]:
-    """Wait until no other process (another rank, another run) makes the same corpus."""
-    lock = FileLock(folder.parent / f".{folder.name}.lock")
-    owner = folder.parent / f".{folder.name}.owner"
-    with wrap_os_errors(folder.parent):
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        begun, share = time.monotonic(), 0.0
-        while True:
-            try:
-                lock.acquire(timeout=_PATIENCE_SECONDS)
-                break
-            except Timeout:
-                share = 1 - 60 / (60 + time.monotonic() - begun)  # nobody knows when; it moves, ever slower
-                progress(f"waiting for {_owner(owner)}, which prepares the same text", share)
-        if share:
-            progress(f"waiting for {_owner(owner)}, which prepares the same text", 1.0)
-    try:
-        with wrap_os_errors(folder.parent):
-            owner.write_text(json.dumps({"pid": os.getpid(), "host": socket.gethostname()}), encoding="utf-8")
-        yield
-    finally:
-        owner.unlink(missing_ok=True)
-        lock.release()
-
-
-def _owner(file: Path) -> str:
-    """The process that holds a lock, as far as it has said who it is."""
-    try:
-        told = json.loads(file.read_text(encoding="utf-8"))
-        return f"process {told['pid']} on {told['host']}"
-    except (OSError, ValueError, KeyError, TypeError):
-        return "another process"
-
-
-def _open(folder: Path, source: Source) -> TokenizedCorpus:
-    """What an earlier call made."""
+def _open(folder: Path, source: BaseSource, *, verify: bool) -> TokenizedCorpus:
+    """Open a complete corpus."""
     verify_manifest(folder / META)
     facts = cast("Facts", read_json(folder / META / FACTS))
     tokenizer = Tokenizer.load(folder / META)
-    train, held_out = open_shards(folder / "train"), open_shards(folder / "held-out")
+    train, held_out = (open_shards(folder / split, verify=verify) for split in SPLITS)
     for shards in (train, held_out):
         if shards.tokenizer_fingerprint != tokenizer.fingerprint:
             raise DamagedError(
-                "this tokenizer is not the one that its shards were made with",
+                "the shards were written with another tokenizer than the one beside them",
                 location=str(folder / META),
-                hint=f"remove {folder}; it is made anew from the text",
+                hint=f"remove {folder}, which is built again from the text",
             )
     return TokenizedCorpus(
         train,
@@ -406,48 +474,48 @@ def _open(folder: Path, source: Source) -> TokenizedCorpus:
         tokenizer,
         cast("WordsRule", facts["words"]),
         facts,
-        _sentences(facts, source),
+        _notes(facts, source),
         digest(source.fingerprint, json.dumps(facts, sort_keys=True), tokenizer.fingerprint),
         _groups(folder, source),
         folder,
     )
 
 
-def _groups(folder: Path, source: Source) -> list[CorpusGroup]:
-    """The texts as the source names them now, by the documents that each part gave."""
+def _groups(folder: Path, source: BaseSource) -> list[CorpusGroup]:
+    """The texts as the source names them now, with the documents that their parts gave."""
     documents: list[int] = read_json(folder / META / DOCUMENTS)
-    groups: Sequence[InputGroup] = getattr(source, "groups", (InputGroup(places(source), 0.0, len(documents)),))
-    found: list[CorpusGroup] = []
+    groups: list[CorpusGroup] = []
     part = first = 0
-    for name, weight, parts in groups:
+    for name, weight, parts in source.groups:
         last = first + sum(documents[part : part + parts])
-        found.append(CorpusGroup(name, weight, first, last))
+        groups.append(CorpusGroup(name, weight, first, last))
         part, first = part + parts, last
-    return found
+    return groups
 
 
-def _sentences(facts: Facts, source: Source) -> list[str]:
-    """What was found and decided, as a person would say it."""
-    what = source.notes if isinstance(source, FileSource | MemorySource) else "documents are as the source gives them"
+def _notes(facts: Mapping[str, Any], source: BaseSource) -> list[str]:
+    """The counts and decisions in sentences."""
     size = f"{facts['documents']:,} documents, {facts['characters']:,} characters"
     if facts["held_out_by"] == "hash":
-        held = f"{facts['held_out_documents']:,} documents, chosen by the hash of their text"
+        held_out = f"{facts['held_out_documents']:,} documents, chosen by the hash of their text"
     else:
-        held = f"the last {facts['held_out_share']} of every document"
-    reason = " (what its script asks for)" if facts["words_by"] == "auto" else ""
-    how = in_words(cast("WordsRule", facts["words"]))
-    unknown = int(facts["train_unknown_characters"]) / max(1, int(facts["train_characters"]))
-    said = [f"text: {size}; {what} (data.document)"]
+        held_out = f"the last {facts['held_out_share']} of every document"
+    reason = " (chosen by its script)" if facts["words_by"] == "auto" else ""
+    words = describe_words(cast("WordsRule", facts["words"]))
+    unknown = facts["train_unknown_characters"] / max(1, facts["train_characters"])
+    notes = [f"text: {size}; {source.notes} (data.document)"]
     if facts["left_out"]:
-        said.append(f"left out: {facts['left_out']:,} lines or rows that could not be read (data.errors = skip)")
+        notes.append(f"skipped: {facts['left_out']:,} lines or rows that could not be read (data.errors = skip)")
     if facts["drop_duplicates"]:
-        said.append(f"left out: {facts['duplicates']:,} documents whose text was there before (data.drop_duplicates)")
-    said += [
-        f"held out: {held}; {facts['held_out_characters']:,} characters (data.held_out)",
-        f"words: {how}{reason} (data.words)",
-        f"tokens: {facts['train_tokens']:,} to train on, {facts['held_out_tokens']:,} held out, of a vocabulary of "
+        notes.append(f"skipped: {facts['duplicates']:,} duplicate documents (data.drop_duplicates)")
+    notes += [
+        f"held out: {held_out}; {facts['held_out_characters']:,} characters (data.held_out)",
+        f"words: {words}{reason} (data.words)",
+        f"tokens: {facts['train_tokens']:,} for training, {facts['held_out_tokens']:,} held out; vocabulary size "
         f"{facts['vocabulary']:,}; {unknown:.3%} of the characters are [UNK]",
     ]
     if facts["encoded_by"] == "texts-after-all":
-        said.append("this tokenizer doesn't part text at spaces as its settings promise; the text was encoded whole")
-    return said
+        notes.append(
+            "this tokenizer does not split text at spaces although its settings imply it; whole texts were encoded"
+        )
+    return notes

@@ -1,24 +1,21 @@
-"""Room card: documents to pairs of segments, for BERT's next sentence prediction and ALBERT's sentence order.
+"""Samples of two segments, for BERT's next sentence prediction and ALBERT's sentence order prediction.
 
-Comes in: documents with their marks, the tokens that a pair may hold, a seed. Goes out: cuts of two spans and a label,
-as pure functions of (seed, epoch, sample), drawn afresh in each epoch. Called by: feed, eval/pairs.
+A document of n tokens and s sentences is split into min(ceil(n / length), floor(s / 2)) chunks of whole sentences, so
+that the number of samples is known and each chunk has at least two sentences. A chunk is divided between two of its
+sentences into A and B. For next sentence prediction (arXiv 1810.04805, section 3.1), B is kept (label 0) or, for half
+of the samples, replaced by sentences of another document (label 1). For sentence order prediction (arXiv 1909.11942,
+section 3.1), A and B are swapped for half of the samples (label 1).
 
-A document of n tokens and s sentences is cut into min(ceil(n / room), floor(s / 2)) pieces of whole sentences, so that
-the number of samples is known, the same in each epoch, and each piece has two sentences at least. A piece is parted
-between two of its sentences into A and B. By next sentence prediction (arXiv 1810.04805, section 3.1) B is that
-(label 0), or for every other sample in the mean, by a coin of its own, sentences of another document (label 1); by
-sentence order (arXiv 1909.11942, section 3.1) the two are swapped for every other sample (label 1).
-
-All pieces of an epoch stand on a ring in a random order, and where a piece is parted follows from its place there. The
-B that a sample takes from elsewhere begins where the next piece on the ring is parted that lost its own B and is of
-another document. So the second parts only change hands: every sentence comes about once an epoch. What is taken is as
-long as what was lost, and never a document's beginning, or length and place would betray the label.
+All chunks of an epoch lie on a ring in a random order. The position on the ring determines where a chunk is divided.
+A replaced B comes from the next chunk on the ring that lost its own B and is of another document. So second segments
+only change places, and every sentence is read about once an epoch. A replacement is as long as what it replaces and
+never begins a document; otherwise length or position would reveal the label.
 """
 
 from __future__ import annotations
 
 from collections import OrderedDict
-from typing import Final, Literal, NamedTuple, Protocol
+from typing import ClassVar, Final, Literal, NamedTuple, Protocol
 
 import numpy as np
 from jaxtyping import Int
@@ -27,252 +24,262 @@ from numpy.typing import NDArray
 from unmask.core import rng
 from unmask.core.errors import TextError
 from unmask.core.types import SENTENCE_START, SampleSpec, TokenSpan
-from unmask.data.sampling import LOOKED_AT
+from unmask.data.sampling import ESTIMATE_SAMPLES
 
 PairKind = Literal["next-sentence", "sentence-order"]
-FOLLOWS: Final = 0  # the labels of transformers' BertForPreTraining and AlbertForPreTraining
-OTHER: Final = 1  # another document's, or swapped
+CONSECUTIVE: Final = 0  # the labels of transformers' BertForPreTraining and AlbertForPreTraining
+NOT_CONSECUTIVE: Final = 1  # of another document, or swapped
 
-_LONG: Final = 16  # from so many pieces on, all borders of a document move together, as those of windows do
+_LONG: Final = 16  # from this many chunks on, all borders of a document move together, as those of windows do
 _BLOCK: Final = 64  # documents
-_NEIGHBOURS: Final = 12  # on the ring that are asked for their B; each is fit in one of two cases or so
+_NEIGHBORS: Final = 12  # on the ring that are tried for a B; about every second one fits
 _SENTENCES_KEPT: Final = 1 << 22  # 32 MB, and at most half of that for borders
 _NO_EPOCH: Final = -1
 
 Numbers = NDArray[np.int64]
 
 
-class MarkedDocuments(Protocol):
-    """Tokenized documents, as Shards hold them."""
+class SentenceDocuments(Protocol):
+    """Tokenized documents, as `Shards` holds them."""
 
     @property
-    def lengths_N(self) -> Int[np.ndarray, "N"]:
+    def lengths(self) -> Int[np.ndarray, "N"]:
         """Tokens of each document."""
         ...
 
     @property
-    def sentences_N(self) -> Int[np.ndarray, "N"]:
-        """Sentences of each; the first token starts one, whatever its mark."""
+    def sentences(self) -> Int[np.ndarray, "N"]:
+        """Sentences of each document; its first token starts one, whatever its flag."""
         ...
 
-    def marks(self, document: int, first: int, last: int) -> NDArray[np.uint8]:
-        """The marks of tokens [first, last) of a document."""
+    def token_flags(self, document: int, first: int, last: int) -> NDArray[np.uint8]:
+        """The flags of tokens [first, last) of a document."""
         ...
 
 
-class _Piece(NamedTuple):
-    """Where the sentences of a piece begin, its end included; `parted` is the first sentence of its second part."""
-
-    starts: list[int]
-    parted: int
-    sentence: int  # of the document, with which the second part begins
+class _Chunk(NamedTuple):
+    starts: list[int]  # the first token of each sentence, and the end
+    divided: int  # the sentence of the chunk with which the second segment begins
+    sentence: int  # the same, counted in the document
 
 
 class _Document(NamedTuple):
-    """Where the sentences of a document begin, its end included, and between which of them an epoch cuts it."""
-
-    starts_S1: Numbers
+    starts: Numbers  # the first token of each sentence, and the end
     epoch: int
-    borders_C1: Numbers
+    borders: Numbers  # the first sentence of each chunk of this epoch, and the end
 
 
-class Pairs:
-    """Cuts of two spans. `room` is what both hold together, special pieces not counted."""
+class PairSampler:
+    """Samples of two spans with a label. `length` is what both hold together, special tokens not counted."""
+
+    spans: ClassVar[int] = 2  # of a sample
 
     def __init__(
-        self, documents: MarkedDocuments, room: int, seed: int, kind: PairKind, *, short_share: float = 0.1
+        self,
+        documents: SentenceDocuments,
+        length: int,
+        seed: int,
+        kind: PairKind,
+        *,
+        short_probability: float = 0.1,
     ) -> None:
-        """`short_share` of the samples are cut to a length drawn from 2 to `room`.
+        """Count the chunks of all documents.
+
+        Args:
+            documents: tokens and sentences.
+            length: tokens of a pair, at most.
+            seed: of all draws.
+            kind: what the label means.
+            short_probability: how often a pair is shortened to a length drawn from 2 to `length`.
 
         Raises:
             TextError: the documents give no pairs.
         """
-        assert room >= 2, "a pair holds at least a token on either side"
-        self._documents, self._room, self._seed, self._kind = documents, room, seed, kind
-        self._short_share = short_share
-        self._lengths_N = documents.lengths_N  # often mapped from a file, and then left there
-        pieces_N = np.minimum(-(-np.asarray(documents.lengths_N) // room), documents.sentences_N // 2)
-        self._pieces_N = pieces_N.astype(np.int32)
-        edges = np.arange(0, max(1, len(pieces_N)), _BLOCK)
-        sums_K = np.add.reduceat(pieces_N, edges) if len(pieces_N) else np.zeros(1, dtype=np.int64)
-        self._before_K1 = np.append(0, np.cumsum(sums_K, dtype=np.int64))
-        self._count = int(self._before_K1[-1])
+        assert length >= 2, "a pair holds at least two tokens"
+        self._documents, self._length, self._seed, self._kind = documents, length, seed, kind
+        self._short_probability = short_probability
+        self._lengths = documents.lengths  # often mapped from a file, and then left there
+        chunks = np.minimum(-(-np.asarray(documents.lengths) // length), documents.sentences // 2)
+        self._chunk_counts = chunks.astype(np.int32)
+        edges = np.arange(0, max(1, len(chunks)), _BLOCK)
+        sums = np.add.reduceat(chunks, edges) if len(chunks) else np.zeros(1, dtype=np.int64)
+        self._before = np.append(0, np.cumsum(sums, dtype=np.int64))
+        self._count = int(self._before[-1])
         self._kept: OrderedDict[int, _Document] = OrderedDict()
         self._kept_sentences = 0
         require_pairs(documents, kind)
 
     def count(self, epoch: int) -> int:
-        """Samples in an epoch; the same in each."""
+        """The number of samples in an epoch, the same in each."""
         return self._count
 
-    @property
-    def mean_tokens(self) -> float:
-        """Tokens of a sample in the mean, special pieces not counted; of many samples, the first are looked at."""
-        return float(np.mean([cut.tokens for cut in self.cuts(0, 0, min(self._count, LOOKED_AT))]))
+    def epoch_tokens(self, num_special_tokens: int) -> int:
+        """About the tokens of an epoch, from its first 4,096 samples."""
+        mean = float(np.mean([spec.tokens for spec in self.specs(0, 0, min(self._count, ESTIMATE_SAMPLES))]))
+        return round(self._count * (mean + num_special_tokens))
 
-    def cut(self, epoch: int, sample: int) -> SampleSpec:
-        """The sample at place `sample` of the epoch's order; its `number` is the piece's, whatever its place."""
-        return self.cuts(epoch, sample, sample + 1)[0]
-
-    def cuts(self, epoch: int, first: int, last: int) -> list[SampleSpec]:
-        """The samples at places [first, last) of the epoch's order."""
-        assert 0 <= first <= last <= self._count, "a place outside the epoch"
-        ring_N = rng.permute(np.arange(first, last), self._count, self._seed, "order", epoch)
-        number_N = self._on_ring(ring_N, epoch)
-        document_N, place_N = self._found(number_N)
-        label_N = self._labels(number_N, epoch)
-        pieces = self._pieces(epoch, document_N, place_N, self._shares(ring_N, epoch))
-        seconds = [piece.starts[piece.parted :] for piece in pieces]
-        second_document_N = document_N.copy()
+    def specs(self, epoch: int, first: int, last: int) -> list[SampleSpec]:
+        """The samples at positions [first, last) of the epoch; their `number` is that of the chunk."""
+        assert 0 <= first <= last <= self._count, "positions outside the epoch"
+        ring = rng.permute(np.arange(first, last), self._count, self._seed, "order", epoch)
+        numbers = self._at_ring(ring, epoch)
+        documents, places = self._locate(numbers)
+        labels = self._labels(numbers, epoch)
+        chunks = self._chunks(epoch, documents, places, self._division(ring, epoch))
+        seconds = [chunk.starts[chunk.divided :] for chunk in chunks]
+        second_documents = documents.copy()
         if self._kind == "next-sentence":
-            lost = np.flatnonzero(label_N == OTHER)
-            from_ring, second_document_N[lost] = self._partners(ring_N[lost], number_N[lost], document_N[lost], epoch)
-            partners = self._pieces(epoch, second_document_N[lost], *from_ring)
-            for number, partner in zip(lost.tolist(), partners, strict=True):
-                wanted = seconds[number][-1] - seconds[number][0]
-                seconds[number] = self._sentences_from(int(second_document_N[number]), partner.sentence, wanted)
-        which = (self._seed, "short", epoch, number_N)
-        drawn_N = 2 + rng.below(self._room - 1, self._seed, "target", epoch, number_N)
-        target_N = np.where(rng.uniform(*which) < self._short_share, drawn_N, self._room)
-        fronts_N2 = [rng.uniform(self._seed, name, epoch, number_N).tolist() for name in ("front a", "front b")]
-        columns = (number_N.tolist(), document_N.tolist(), second_document_N.tolist(), label_N.tolist())
-        cuts: list[SampleSpec] = []
-        for number, document, other, label, piece, second, target, front_a, front_b in zip(
-            *columns, pieces, seconds, target_N.tolist(), *fronts_N2, strict=True
+            lost = np.flatnonzero(labels == NOT_CONSECUTIVE)
+            found, second_documents[lost] = self._partners(ring[lost], numbers[lost], documents[lost], epoch)
+            partners = self._chunks(epoch, second_documents[lost], *found)
+            for index, partner in zip(lost.tolist(), partners, strict=True):
+                wanted = seconds[index][-1] - seconds[index][0]
+                seconds[index] = self._sentences_from(int(second_documents[index]), partner.sentence, wanted)
+        is_short = rng.uniform(self._seed, "short", epoch, numbers) < self._short_probability
+        short_lengths = 2 + rng.below(self._length - 1, self._seed, "target", epoch, numbers)
+        targets = np.where(is_short, short_lengths, self._length)
+        fronts = [rng.uniform(self._seed, name, epoch, numbers).tolist() for name in ("front a", "front b")]
+        columns = (numbers.tolist(), documents.tolist(), second_documents.tolist(), labels.tolist())
+        specs: list[SampleSpec] = []
+        for number, document, second_document, label, chunk, second, target, front_a, front_b in zip(
+            *columns, chunks, seconds, targets.tolist(), *fronts, strict=True
         ):
-            a, b = _fitted(piece.starts[: piece.parted + 1], second, target, (front_a, front_b))
-            if self._kind == "sentence-order" and label == OTHER:
+            a, b = _truncate(chunk.starts[: chunk.divided + 1], second, target, (front_a, front_b))
+            if self._kind == "sentence-order" and label == NOT_CONSECUTIVE:
                 a, b = b, a
-            cuts.append(SampleSpec(epoch, number, (TokenSpan(document, *a, 0), TokenSpan(other, *b, 1)), label))
-        return cuts
+            spans = (TokenSpan(document, *a, 0), TokenSpan(second_document, *b, 1))
+            specs.append(SampleSpec(epoch, number, spans, label))
+        return specs
 
-    # Which pieces -----------------------------------------------------------------------------------------------------
+    # Which chunks -----------------------------------------------------------------------------------------------------
 
-    def _on_ring(self, ring_N: Numbers, epoch: int) -> Numbers:
-        """The numbers of the pieces at these places of the epoch's ring."""
-        return rng.permute(ring_N, self._count, self._seed, "ring", epoch)
+    def _at_ring(self, ring: Numbers, epoch: int) -> Numbers:
+        """The numbers of the chunks at these positions of the epoch's ring."""
+        return rng.permute(ring, self._count, self._seed, "ring", epoch)
 
-    def _shares(self, ring_N: Numbers, epoch: int) -> NDArray[np.float64]:
-        """Where the pieces at these places are parted, as a share: even over the epoch, alike among neighbours."""
-        return (ring_N + rng.uniform(self._seed, "part", epoch)) / self._count
+    def _division(self, ring: Numbers, epoch: int) -> NDArray[np.float64]:
+        """Where the chunks at these positions are divided, from 0 to 1: uniform over the ring, equal for neighbors."""
+        return (ring + rng.uniform(self._seed, "part", epoch)) / self._count
 
-    def _labels(self, number_N: Numbers, epoch: int) -> Numbers:
-        return np.where(rng.uniform(self._seed, "label", epoch, number_N) < 0.5, OTHER, FOLLOWS)
+    def _labels(self, numbers: Numbers, epoch: int) -> Numbers:
+        return np.where(rng.uniform(self._seed, "label", epoch, numbers) < 0.5, NOT_CONSECUTIVE, CONSECUTIVE)
 
-    def _found(self, number_N: Numbers) -> tuple[Numbers, Numbers]:
-        """The document of each piece, and which of its pieces it is."""
-        block_N = np.searchsorted(self._before_K1, number_N, side="right") - 1
-        each_NB = block_N[:, None] * _BLOCK + np.arange(_BLOCK)
-        within_NB = each_NB < len(self._pieces_N)
-        sizes_NB = np.where(within_NB, self._pieces_N[np.minimum(each_NB, len(self._pieces_N) - 1)], 0)
-        until_NB = np.cumsum(sizes_NB, axis=1, dtype=np.int64)
-        inside_N = number_N - self._before_K1[block_N]
-        offset_N = (until_NB <= inside_N[:, None]).sum(axis=1)
-        row_N = np.arange(len(number_N))
-        return block_N * _BLOCK + offset_N, inside_N - until_NB[row_N, offset_N] + sizes_NB[row_N, offset_N]
+    def _locate(self, numbers: Numbers) -> tuple[Numbers, Numbers]:
+        """The document of each chunk, and which of its chunks it is."""
+        blocks = np.searchsorted(self._before, numbers, side="right") - 1
+        candidates = blocks[:, None] * _BLOCK + np.arange(_BLOCK)
+        exists = candidates < len(self._chunk_counts)
+        counts = np.where(exists, self._chunk_counts[np.minimum(candidates, len(self._chunk_counts) - 1)], 0)
+        until = np.cumsum(counts, axis=1, dtype=np.int64)
+        in_block = numbers - self._before[blocks]
+        offsets = (until <= in_block[:, None]).sum(axis=1)
+        each = np.arange(len(numbers))
+        return blocks * _BLOCK + offsets, in_block - until[each, offsets] + counts[each, offsets]
 
     def _partners(
-        self, ring_N: Numbers, number_N: Numbers, document_N: Numbers, epoch: int
+        self, ring: Numbers, numbers: Numbers, documents: Numbers, epoch: int
     ) -> tuple[tuple[Numbers, NDArray[np.float64]], Numbers]:
-        """For samples that lost their B, a piece of another document: its place there and its share; the document."""
-        other_N, place_N, share_N = document_N.copy(), np.zeros_like(document_N), self._shares(ring_N, epoch)
-        pending = np.arange(len(ring_N))
-        for step in range(1, _NEIGHBOURS + 1):
+        """For samples that lost their B: a chunk of another document, where it is divided, and the document."""
+        second_documents, places, divisions = documents.copy(), np.zeros_like(documents), self._division(ring, epoch)
+        pending = np.arange(len(ring))
+        for step in range(1, _NEIGHBORS + 1):
             if not len(pending):
                 break
-            next_N = (ring_N[pending] + step) % self._count
-            theirs_N = self._on_ring(next_N, epoch)
-            there_N, which_N = self._found(theirs_N)
-            fits_N = (self._labels(theirs_N, epoch) == OTHER) & (there_N != document_N[pending])
-            taken = pending[fits_N]
-            other_N[taken], place_N[taken] = there_N[fits_N], which_N[fits_N]
-            share_N[taken] = self._shares(next_N[fits_N], epoch)
-            pending = pending[~fits_N]
-        if len(pending):  # where nearly all text is one document: any piece of another
-            mine_N = document_N[pending]
-            first_N = number_N[pending] - self._found(number_N[pending])[1]
-            own_N = self._pieces_N[mine_N].astype(np.int64)
-            any_N = rng.below(self._count - own_N, self._seed, "elsewhere", epoch, number_N[pending])
-            other_N[pending], place_N[pending] = self._found(any_N + np.where(any_N >= first_N, own_N, 0))
-        return (place_N, share_N), other_N
+            next_ring = (ring[pending] + step) % self._count
+            next_numbers = self._at_ring(next_ring, epoch)
+            next_documents, next_places = self._locate(next_numbers)
+            fits = (self._labels(next_numbers, epoch) == NOT_CONSECUTIVE) & (next_documents != documents[pending])
+            taken = pending[fits]
+            second_documents[taken], places[taken] = next_documents[fits], next_places[fits]
+            divisions[taken] = self._division(next_ring[fits], epoch)
+            pending = pending[~fits]
+        if len(pending):  # where nearly all text is one document: any chunk of another one
+            own_documents = documents[pending]
+            own_first = numbers[pending] - self._locate(numbers[pending])[1]
+            own_chunks = self._chunk_counts[own_documents].astype(np.int64)
+            drawn = rng.below(self._count - own_chunks, self._seed, "elsewhere", epoch, numbers[pending])
+            second_documents[pending], places[pending] = self._locate(
+                drawn + np.where(drawn >= own_first, own_chunks, 0)
+            )
+        return (places, divisions), second_documents
 
     # Where they lie ---------------------------------------------------------------------------------------------------
 
-    def _pieces(self, epoch: int, document_N: Numbers, place_N: Numbers, share_N: NDArray[np.float64]) -> list[_Piece]:
-        """Pieces, document by document, so that each is looked through once."""
-        found: dict[int, _Piece] = {}
-        order = np.argsort(document_N, kind="stable")
-        luck_N = rng.uniform(self._seed, "piece", epoch, document_N[order])
-        columns = (document_N[order].tolist(), place_N[order].tolist(), share_N[order].tolist(), luck_N.tolist())
-        for number, document, place, share, luck in zip(order.tolist(), *columns, strict=True):
+    def _chunks(self, epoch: int, documents: Numbers, places: Numbers, divisions: NDArray[np.float64]) -> list[_Chunk]:
+        """Locate chunks, document by document, so that the flags of each are read once."""
+        chunks: dict[int, _Chunk] = {}
+        order = np.argsort(documents, kind="stable")
+        draws = rng.uniform(self._seed, "piece", epoch, documents[order])
+        columns = (documents[order].tolist(), places[order].tolist(), divisions[order].tolist(), draws.tolist())
+        for index, document, place, division, draw in zip(order.tolist(), *columns, strict=True):
             known = self._document(document)
             if known.epoch != epoch:
-                borders_C1 = self._borders(int(self._pieces_N[document]), known.starts_S1, luck)
-                known = self._kept[document] = _Document(known.starts_S1, epoch, borders_C1)
-            first, last = known.borders_C1[place : place + 2].tolist()
-            parted = 1 + int(share * (last - first - 1))
-            found[number] = _Piece(known.starts_S1[first : last + 1].tolist(), parted, first + parted)
-        return [found[number] for number in range(len(order))]
+                borders = self._borders(int(self._chunk_counts[document]), known.starts, draw)
+                known = self._kept[document] = _Document(known.starts, epoch, borders)
+            first, last = known.borders[place : place + 2].tolist()
+            divided = 1 + int(division * (last - first - 1))
+            chunks[index] = _Chunk(known.starts[first : last + 1].tolist(), divided, first + divided)
+        return [chunks[index] for index in range(len(order))]
 
     def _document(self, document: int) -> _Document:
-        """A document's sentences; of the documents asked for last, they are kept."""
+        """The sentences of a document; those of the documents used last are kept."""
         if document in self._kept:
             self._kept.move_to_end(document)
             return self._kept[document]
-        tokens = int(self._lengths_N[document])
-        starts = np.flatnonzero(self._documents.marks(document, 0, tokens) & SENTENCE_START)
-        head = [] if len(starts) and starts[0] == 0 else [0]
-        starts_S1 = np.concatenate([np.array(head, dtype=np.int64), starts, [tokens]])
-        known = self._kept[document] = _Document(starts_S1, _NO_EPOCH, starts_S1[:0])
-        self._kept_sentences += len(starts_S1)
+        tokens = int(self._lengths[document])
+        marked = np.flatnonzero(self._documents.token_flags(document, 0, tokens) & SENTENCE_START)
+        head = [] if len(marked) and marked[0] == 0 else [0]
+        starts = np.concatenate([np.array(head, dtype=np.int64), marked, [tokens]])
+        known = self._kept[document] = _Document(starts, _NO_EPOCH, starts[:0])
+        self._kept_sentences += len(starts)
         while self._kept_sentences > _SENTENCES_KEPT and len(self._kept) > 1:
-            self._kept_sentences -= len(self._kept.popitem(last=False)[1].starts_S1)
+            self._kept_sentences -= len(self._kept.popitem(last=False)[1].starts)
         return known
 
-    def _borders(self, pieces: int, starts_S1: Numbers, luck: float) -> Numbers:
-        """The sentences between which a document is cut: nearest to even pieces that move a little in each epoch."""
-        tokens, sentences = int(starts_S1[-1]), len(starts_S1) - 1
-        if pieces == 1:
+    def _borders(self, chunks: int, starts: Numbers, draw: float) -> Numbers:
+        """The sentences between which a document is split: nearest to equal chunks that move a little in each epoch."""
+        tokens, sentences = int(starts[-1]), len(starts) - 1
+        if chunks == 1:
             return np.array([0, sentences])
-        slack = max(0, pieces * self._room - tokens)
-        inner_C = np.arange(1, pieces)
-        if pieces >= _LONG and slack:
-            wanted_C = inner_C * self._room - luck * slack
+        slack = max(0, chunks * self._length - tokens)
+        inner = np.arange(1, chunks)
+        if chunks >= _LONG and slack:
+            wanted = inner * self._length - draw * slack
         else:
-            wanted_C = inner_C * (tokens / pieces) + (2 * luck - 1) * slack / pieces
-        after_C = np.maximum(np.searchsorted(starts_S1, wanted_C), 1)
-        border_C = after_C - (wanted_C - starts_S1[after_C - 1] < starts_S1[after_C] - wanted_C)
-        # Two sentences for each piece: before a border, and after it.
-        border_C = np.maximum.accumulate(np.maximum(border_C - 2 * inner_C, 0)) + 2 * inner_C
-        border_C = np.minimum(border_C, sentences - 2 * (pieces - inner_C))
-        return np.concatenate([[0], border_C, [sentences]])
+            wanted = inner * (tokens / chunks) + (2 * draw - 1) * slack / chunks
+        after = np.maximum(np.searchsorted(starts, wanted), 1)
+        borders = after - (wanted - starts[after - 1] < starts[after] - wanted)
+        # Two sentences for each chunk: before a border, and after it.
+        borders = np.maximum.accumulate(np.maximum(borders - 2 * inner, 0)) + 2 * inner
+        borders = np.minimum(borders, sentences - 2 * (chunks - inner))
+        return np.concatenate([[0], borders, [sentences]])
 
     def _sentences_from(self, document: int, sentence: int, wanted: int) -> list[int]:
-        """Where the sentences begin that hold about so many tokens from this one on, and their end.
+        """The starts of the sentences from this one on that hold about `wanted` tokens, and their end.
 
-        Where the document ends before, they begin earlier, but not with its first one.
+        If the document ends before, they begin earlier, but not with its first sentence.
         """
-        starts_S1 = self._document(document).starts_S1
-        last = _nearest(starts_S1, int(starts_S1[sentence]) + wanted)
-        if starts_S1[sentence] + wanted > starts_S1[-1]:
-            sentence = max(1, min(sentence, _nearest(starts_S1, int(starts_S1[-1]) - wanted)))
-        return starts_S1[sentence : max(last, sentence + 1) + 1].tolist()
+        starts = self._document(document).starts
+        last = _nearest(starts, int(starts[sentence]) + wanted)
+        if starts[sentence] + wanted > starts[-1]:
+            sentence = max(1, min(sentence, _nearest(starts, int(starts[-1]) - wanted)))
+        return starts[sentence : max(last, sentence + 1) + 1].tolist()
 
 
-def _nearest(starts_S1: Numbers, token: int) -> int:
-    """The sentence that begins nearest to a token."""
-    after = min(max(int(np.searchsorted(starts_S1, token)), 1), len(starts_S1) - 1)
-    return after - int(token - starts_S1[after - 1] < starts_S1[after] - token)
+def _nearest(starts: Numbers, token: int) -> int:
+    """The sentence whose start is nearest to a token."""
+    after = min(max(int(np.searchsorted(starts, token)), 1), len(starts) - 1)
+    return after - int(token - starts[after - 1] < starts[after] - token)
 
 
-def _fitted(
+def _truncate(
     a: list[int], b: list[int], target: int, fronts: tuple[float, float]
 ) -> tuple[tuple[int, int], tuple[int, int]]:
-    """The tokens of A and B, given where their sentences begin, so that both together hold at most `target`.
+    """Truncate segments A and B, given as sentence starts, to at most `target` tokens together.
 
-    Whole sentences go first, from the longer side and the ends that don't meet; what is still too much goes as tokens,
-    from the longer side, so many from its front and the rest from its back by a draw. (BERT throws a coin for each
-    token, which would leave the middle of a long sentence every time.) Of the sentences that meet, something stays.
+    Whole sentences go first: from the longer segment, at the ends that don't meet. Then tokens go from the longer
+    segment, by a draw so many from its front and the rest from its back. (BERT draws for each token, which would keep
+    the middle of a long sentence every time.) Of the two sentences that meet, at least a token stays.
     """
     first, last = 0, len(b) - 1
     size_a, size_b = a[-1] - a[0], b[-1] - b[0]
@@ -298,22 +305,22 @@ def _fitted(
     return whole_a, (b[0] + front_of_b, b[last] - from_b + front_of_b)
 
 
-def require_pairs(documents: MarkedDocuments, kind: PairKind) -> None:
-    """Refuse documents that give no pairs.
+def require_pairs(documents: SentenceDocuments, kind: PairKind) -> None:
+    """Check that documents give pairs.
 
     Raises:
-        TextError: none has two sentences; or, for next sentence prediction, only one has.
+        TextError: no document has two sentences; or, for next sentence prediction, only one has.
     """
-    having = int((np.asarray(documents.sentences_N) > 1).sum())
-    if having == 0:
+    usable = int((np.asarray(documents.sentences) > 1).sum())
+    if usable == 0:
         raise TextError(
-            "no document has two sentences, so none is followed by another",
-            hint="let a document be more than a line (data.document=blank-line or file), give other text, or train on "
-            "masks alone: --set objective.kind=mlm",
+            "no document has two sentences",
+            hint="let documents be longer than a line (data.document=blank-line or file), give other text, or train "
+            "without pairs: --set objective.kind=mlm",
         )
-    if having == 1 and kind == "next-sentence":
+    if usable == 1 and kind == "next-sentence":
         raise TextError(
-            "only one document has two sentences, so nothing can be taken from another one",
-            hint="give more documents, say where they end (data.document=blank-line, line or file), or ask for the "
+            "only one document has two sentences, so there is no other document to draw from",
+            hint="give more documents, set where they end (data.document=blank-line, line or file), or train on the "
             "order of sentences: --set objective.pair_task=sentence-order",
         )

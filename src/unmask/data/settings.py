@@ -1,7 +1,4 @@
-"""Room card: how text is read, as a person says it.
-
-Comes in: the [data] table of a recipe. Goes out: frozen settings. Called by: sources, survey, corpus, blueprint.
-"""
+"""The [data] section of a recipe: how text is read, split, tokenized and sampled."""
 
 from __future__ import annotations
 
@@ -25,51 +22,54 @@ from unmask.tokenization.words import WordsRule
 DocumentRule = Literal["blank-line", "line", "file"]
 ErrorsRule = Literal["strict", "replace", "skip"]
 UnicodeForm = Literal["NFC", "NFKC", "none"]
+QuotingRule = Literal["csv", "none"]
 _NAME = re.compile(r"[\w-]+")
 
 
 @dataclass(frozen=True)
 class HeldOutConfig:
-    """What validation sees and training doesn't."""
+    """The part of the text that is held out for validation."""
 
-    method: Literal["auto", "hash", "tail"] = "auto"  # hash from 100 documents on, else tail
-    fraction: Fraction | Literal["auto"] = "auto"  # 1% of all characters by hash, 10% of each document's by tail
-    max_size: Quantity = default(default_factory=lambda: Quantity(2_000_000, "characters"))  # by hash only
+    method: Literal["auto", "hash", "tail"] = "auto"  # auto: hash from 100 documents on, else tail
+    fraction: Fraction | Literal["auto"] = "auto"  # auto: hash 1% of all characters, tail 10% of each document
+    max_size: Quantity = default(default_factory=lambda: Quantity(2_000_000, "characters"))  # hash only
 
     def __post_init__(self) -> None:
         self.max_size.require("characters")
         if isinstance(self.fraction, Fraction) and not 0 < self.fraction.fraction < 1:
             raise RecipeError(
-                f"a share of {self.fraction} leaves nothing on one side",
-                hint="hold out more than 0% and less than 100%",
+                f"invalid fraction: got {self.fraction}, expected more than 0% and less than 100%",
+                location="data.held_out.fraction",
+                hint="set a fraction such as 1%",
             )
 
 
 @dataclass(frozen=True)
 class FilesConfig:
-    """Text from what is named on the command line."""
+    """Text from the files and datasets that are named on the command line."""
 
     kind: Literal["files"] = "files"
 
 
 @dataclass(frozen=True)
 class WindowsConfig:
-    """Samples are windows of a document, as long as the stage says."""
+    """Samples that are windows of a document, as long as the stage's `max_seq_len`."""
 
     kind: Literal["windows"] = "windows"
 
 
 @dataclass(frozen=True)
 class DataConfig:
-    """How text is read."""
+    """How text is read, split, tokenized and sampled."""
 
-    document: Literal["auto", "blank-line", "line", "file"] = "auto"  # *.txt: blank-line; tables: a row
-    words: Literal["auto", WordsRule] = "auto"  # characters for Chinese and Japanese
-    errors: ErrorsRule = "strict"  # replace: U+FFFD for bytes that are not UTF-8; skip: leave out and count
-    field: str = "text"  # of a .jsonl line; the column of .csv, .tsv, .parquet and data sets
+    document: Literal["auto", "blank-line", "line", "file"] = "auto"  # what ends a document; auto: blank-line
+    words: Literal["auto", WordsRule] = "auto"  # auto: characters for Chinese and Japanese, else spaces
+    errors: ErrorsRule = "strict"  # replace: U+FFFD for bytes that are not UTF-8; skip: skip and count
+    field: str = "text"  # of a .jsonl line; the column of .csv, .tsv, .parquet and datasets
+    quoting: QuotingRule = "csv"  # of .csv and .tsv; none: quotes are ordinary characters, each line is a row
     unicode: UnicodeForm = "NFC"
-    drop_duplicates: bool = False  # documents whose text was seen before
-    valid: Mapping[str, str] = default(default_factory=dict[str, str])  # name -> text that is measured beside held-out
+    drop_duplicates: bool = False  # skip documents whose text occurred before
+    valid: Mapping[str, str] = default(default_factory=dict[str, str])  # name -> further text to validate on
     held_out: HeldOutConfig = default(default_factory=HeldOutConfig)
     tokenizer: TokenizerConfig = default(default_factory=WordPieceConfig)
     source: FilesConfig | PluginSourceConfig = default(default_factory=FilesConfig)
@@ -79,18 +79,18 @@ class DataConfig:
         for name in self.valid:
             if not _NAME.fullmatch(name):
                 raise RecipeError(
-                    f"`{name}` is no name for a validation text",
+                    f"invalid name of a validation text: {name!r}",
                     location="valid",
                     hint="use letters, digits, - and _, as in --valid news=valid_news.txt",
                 )
 
     @property
     def rule(self) -> DocumentRule:
-        """What a document of plain text is; a row of a table is one document whatever this says."""
+        """What ends a document of plain text; a row of a table is always one document."""
         return "blank-line" if self.document == "auto" else self.document
 
     def absolute(self) -> DataConfig:
-        """The same, but that a tokenizer's path no longer depends on the working folder."""
+        """The settings with the tokenizer's path made absolute."""
         if not isinstance(self.tokenizer, FileTokenizerConfig | ExtendedTokenizerConfig):
             return self
         return replace(self, tokenizer=replace(self.tokenizer, path=self.tokenizer.path.absolute()))

@@ -1,8 +1,6 @@
-"""Room card: what a person named as text, as files and data sets.
+"""Sources of text: files, directories, patterns, datasets, standard input, texts in memory and plugins.
 
-Comes in: names: a file, a folder, a pattern, `dataset:NAME`, each perhaps with a weight (`TEXT:0.7`). Goes out: the
-files and data sets that are meant, in a fixed order, with the weight of each name; or a TextError. Called by: sources,
-opening, origin.
+A text is named by a path, a pattern, `dataset:NAME` or "-". Each may have a weight (`TEXT:0.7`).
 """
 
 from __future__ import annotations
@@ -13,6 +11,8 @@ import math
 import os
 import re
 import sys
+import time
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -20,27 +20,36 @@ from pathlib import Path
 from typing import BinaryIO, Final, Literal, NamedTuple
 
 from unmask.core.errors import RecipeError, TextError
-from unmask.core.files import default_cache, digest, file_digest, wrap_os_errors
+from unmask.core.files import DigestCache, default_cache, digest, file_digest, wrap_os_errors
+from unmask.core.format import join_names
 from unmask.core.plugins import PluginSourceConfig, make
 from unmask.core.types import DocumentChunk, InputGroup, Source, SourceContext, SourceShard
 from unmask.data.readers.bytes import decoded, packing
 from unmask.data.readers.documents import (
+    CHUNK_CHARACTERS,
     PART_BYTES,
-    PASSAGE_CHARACTERS,
-    assembled,
-    broken,
-    composed,
-    normal,
+    normalize_chunks,
+    normalize_text,
     part_starts,
+    split_document,
+    split_documents,
 )
-from unmask.data.readers.hf_datasets import PREFIX, column_digest, column_of, dataset_rows, is_saved, parse
-from unmask.data.readers.tables import Rows, json_rows, parquet_groups, parquet_rows, seekable, separated_rows
-from unmask.data.settings import DataConfig, DocumentRule, ErrorsRule, UnicodeForm
+from unmask.data.readers.hf_datasets import (
+    PREFIX,
+    column_digest,
+    column_of,
+    dataset_files,
+    dataset_rows,
+    is_saved,
+    parse,
+)
+from unmask.data.readers.tables import Rows, json_rows, parquet_groups, parquet_rows, separated_rows
+from unmask.data.settings import DataConfig, DocumentRule, ErrorsRule, QuotingRule, UnicodeForm
 
 Kind = Literal["text", "jsonl", "csv", "tsv", "parquet", "dataset"]
 
 STANDARD_INPUT: Final = "-"
-SPOOL: Final = "standard-input"  # the folder of the cache that keeps what came by standard input
+SPOOL: Final = "standard-input"  # directory of the cache with copies of standard input
 _KINDS: Final[dict[str, Kind]] = {
     ".txt": "text", ".jsonl": "jsonl", ".csv": "csv", ".tsv": "tsv", ".parquet": "parquet"
 }  # fmt: skip
@@ -49,43 +58,45 @@ _PATTERN: Final = re.compile(r"[*?\[]")
 
 
 class TextInput(NamedTuple):
-    """One of the names: what is meant by it."""
+    """A named text and the files and datasets that it stands for."""
 
     name: str
-    weight: float  # 0.0: none was given
+    weight: float  # 0.0: without a weight
     entries: tuple[str, ...]  # paths of files, and dataset:NAME
 
 
-def listed(texts: Sequence[str]) -> list[TextInput]:
-    """What all names mean; weights are made to add up to 1.
+def resolve_inputs(texts: Sequence[str]) -> list[TextInput]:
+    """Return the inputs of all names; their weights add up to 1.
 
     Raises:
-        TextError: something isn't there, or the weights make no sense.
+        TextError: a text doesn't exist, or the weights are invalid.
     """
     if not texts:
-        raise TextError("no text was given", hint="name a text file, or a folder with *.txt files")
-    parted = [weighted(text) for text in texts]
-    weights = [weight for _, weight in parted if weight is not None]
-    for (name, weight), text in zip(parted, texts, strict=True):
+        raise TextError("no text was given", hint="name a text file, or a directory with *.txt files")
+    named = [weighted(text) for text in texts]
+    weights = [weight for _, weight in named if weight is not None]
+    for (name, weight), text in zip(named, texts, strict=True):
         if weight is not None and not (weight > 0 and math.isfinite(weight)):
-            raise TextError(f"a weight of {weight:g}", location=text, hint="choose a weight above 0, as in TEXT:0.7")
+            raise TextError(
+                f"invalid weight: got {weight:g}, expected a number above 0", location=text, hint="write TEXT:0.7"
+            )
         if weight is None and weights:
-            mend = f"give each text one ({name}:1), or none"
-            raise TextError("a text without a weight, where others have one", location=text, hint=mend)
+            hint = f"give every text a weight ({name}:1), or none"
+            raise TextError("this text has no weight, but others have one", location=text, hint=hint)
     total = sum(weights)
-    return [TextInput(_called(name), (weight or 0.0) / (total or 1.0), _entries(name)) for name, weight in parted]
+    return [TextInput(_display_name(name), (weight or 0.0) / (total or 1.0), _entries(name)) for name, weight in named]
 
 
 def weighted(text: str) -> tuple[str, float | None]:
-    """A name and its weight, if it has one; what exists under the whole name has none."""
-    found = None if os.path.lexists(text) else _WEIGHT.fullmatch(text)
-    if not found or found[1] == PREFIX[:-1] or (os.name == "nt" and len(found[1]) == 1):  # dataset:7; C:7
+    """Return a name and its weight, if it has one; the full name of an existing file has none."""
+    match = None if os.path.lexists(text) else _WEIGHT.fullmatch(text)
+    if not match or match[1] == PREFIX[:-1] or (os.name == "nt" and len(match[1]) == 1):  # dataset:7; C:7
         return text, None
-    return found[1], float(found[2])
+    return match[1], float(match[2])
 
 
 def absolute(text: str) -> str:
-    """The same name, valid in any working folder."""
+    """Return the name with an absolute path."""
     name, weight = weighted(text)
     suffix = "" if weight is None else text[len(name) :]
     if name.startswith(PREFIX):
@@ -97,21 +108,21 @@ def absolute(text: str) -> str:
 
 
 def is_name(text: str) -> bool:
-    """Whether this can only be meant as a name: standard input, a data set, a known ending."""
+    """Return whether a text is certainly a name: standard input, a dataset, or a known file extension."""
     name, _ = weighted(text)
     ending = Path(name.removesuffix(packing(Path(name)))).suffix.lower()
     return name == STANDARD_INPUT or name.startswith(PREFIX) or ending in _KINDS or bool(packing(Path(name)))
 
 
 def kind_of(entry: str) -> Kind:
-    """What a file is, by its name; one of an unknown ending is plain text."""
+    """Return the kind of a file by its extension; unknown ones are plain text."""
     if entry.startswith(PREFIX):
         return "dataset"
     path = Path(entry)
     return _KINDS.get(Path(path.stem if packing(path) else path.name).suffix.lower(), "text")
 
 
-def _called(name: str) -> str:
+def _display_name(name: str) -> str:
     return "standard input" if _is_spooled(name) else name
 
 
@@ -120,61 +131,152 @@ def _is_spooled(name: str) -> bool:
 
 
 def _entries(name: str) -> tuple[str, ...]:
-    """The file itself, the text files below a folder, what a pattern matches, or a data set."""
+    """Return the file itself, the text files in a directory, the matches of a pattern, or the dataset."""
     if name.startswith(PREFIX):
         parse(name)
         return (name,)
     if os.path.isfile(name):  # Path.is_file raises where a name is too long to be one
         return (name,)
     if not os.path.exists(name):
-        return _absent(name)
+        return _match_pattern(name)
     folder = Path(name)
     if not folder.is_dir():
-        raise TextError("neither a file nor a folder", location=name, hint="give a text file")
+        raise TextError("neither a file nor a directory", location=name, hint="name a text file")
     if is_saved(folder):
         return (PREFIX + name,)
-    found = [str(file) for file in folder.rglob("*") if file.is_file() and is_name(file.name)]
-    if not found:
-        mend = f"name its files, or give them names that end in {', '.join(_KINDS)} (or these with .gz or .zst)"
-        raise TextError("this folder holds no text", location=name, hint=mend)
-    return tuple(sorted(found, key=lambda file: Path(file).as_posix()))
+    files = [str(file) for file in folder.rglob("*") if file.is_file() and is_name(file.name)]
+    if not files:
+        hint = f"name its files, or rename them to end in {', '.join(_KINDS)}, possibly followed by .gz or .zst"
+        raise TextError("no text files in this directory", location=name, hint=hint)
+    return tuple(sorted(files, key=lambda file: Path(file).as_posix()))
 
 
-def _absent(name: str) -> tuple[str, ...]:
+def _match_pattern(name: str) -> tuple[str, ...]:
+    """Return the files that a pattern matches.
+
+    Raises:
+        TextError: it matches none, or the name is no pattern.
+    """
     if _PATTERN.search(name):
-        found = [file for file in glob.glob(name, recursive=True) if os.path.isfile(file)]
-        if found:
-            return tuple(sorted(found, key=lambda file: Path(file).as_posix()))
-        raise TextError(
-            "no file matches this pattern", location=name, hint="check it; ** stands for folders of any depth"
-        )
+        files = [file for file in glob.glob(name, recursive=True) if os.path.isfile(file)]
+        if files:
+            return tuple(sorted(files, key=lambda file: Path(file).as_posix()))
+        raise TextError("no file matches this pattern", location=name, hint="check the pattern; ** matches any depth")
     if _is_spooled(name):
-        what = "what came by standard input is no longer in the cache"
-        raise TextError(what, location=name, hint="bring this file back, or start anew from the text")
-    raise TextError("there is no such file or folder", location=name, hint="check the path")
+        message = "the copy of standard input is no longer in the cache"
+        raise TextError(message, location=name, hint="restore this file, or start a new run")
+    raise TextError("no such file or directory", location=name, hint="check the path")
 
 
-_SAID = {
-    "blank-line": "what stands between blank lines",
-    "line": "a line that is not blank",
+_DOCUMENT_RULES = {
+    "blank-line": "a paragraph (text between blank lines)",
+    "line": "a nonblank line",
     "file": "a whole file",
 }
 
 
-class FileSource:
-    """UTF-8 text in files and data sets, plain, packed or in tables; of a folder, all that has a known ending, sorted.
+class BaseSource(ABC):
+    """A source of documents, with defaults for everything that `core.types.Source` does not require."""
 
-    `Passage.document` counts the documents of one part; a consumer that reads several parts adds them up. A part is a
-    range of a file's bytes that begins and ends with a document; of a data set, a range of its rows. Line ends of both
-    kinds become a line feed; a byte order mark of UTF-8 is left out.
+    @property
+    @abstractmethod
+    def fingerprint(self) -> str:
+        """Digest of the text and of the settings that split it into documents."""
+
+    @abstractmethod
+    def parts(self) -> Sequence[SourceShard]:
+        """Return the parts, in a fixed order."""
+
+    @abstractmethod
+    def documents(self, part: SourceShard) -> Iterator[DocumentChunk]:
+        """Yield the chunks of the documents of one part, in order."""
+
+    @property
+    def notes(self) -> str:
+        """Description of a document, for display."""
+        return "documents are as the source yields them"
+
+    @property
+    def paths(self) -> Sequence[str]:
+        """Names that open the source again in any working directory; none for texts in memory."""
+        return ()
+
+    @property
+    def groups(self) -> Sequence[InputGroup]:
+        """The inputs that may have a weight each; they cover the parts in order."""
+        return [InputGroup(self.location, 0.0, len(self.parts()))]
+
+    @property
+    def left_out(self) -> Mapping[SourceShard, int]:
+        """Lines and rows that were skipped, of each part that was read to its end."""
+        return {}
+
+    @property
+    def location(self) -> str:
+        """The first files of the source and the number of the others, for an error message."""
+        return join_names(list(dict.fromkeys(part.path for part in self.parts())))
+
+    def check(self) -> None:  # noqa: B027 (optional)
+        """Check that the beginning of the source can be read.
+
+        Raises:
+            TextError: it can't be read.
+        """
+
+    def verify(self) -> None:  # noqa: B027 (optional)
+        """Read all bytes that `fingerprint` depends on again, without cached digests."""
+
+
+class PluginSource(BaseSource):
+    """A source of a plugin; its `groups` and `left_out` are used if it has them."""
+
+    def __init__(self, source: Source, paths: Sequence[str]) -> None:
+        self._source, self._paths = source, tuple(paths)
+
+    @property
+    def fingerprint(self) -> str:
+        """The fingerprint of the plugin."""
+        return self._source.fingerprint
+
+    def parts(self) -> Sequence[SourceShard]:
+        """Return the parts of the plugin."""
+        return self._source.parts()
+
+    def documents(self, part: SourceShard) -> Iterator[DocumentChunk]:
+        """Return the documents of the plugin."""
+        return self._source.documents(part)
+
+    @property
+    def paths(self) -> Sequence[str]:
+        """The paths that the plugin was created with."""
+        return self._paths
+
+    @property
+    def groups(self) -> Sequence[InputGroup]:
+        """The groups of the plugin, or one group of all parts."""
+        return getattr(self._source, "groups", ()) or super().groups
+
+    @property
+    def left_out(self) -> Mapping[SourceShard, int]:
+        """Skipped lines and rows, if the plugin counts them."""
+        return getattr(self._source, "left_out", {})
+
+
+class FileSource(BaseSource):
+    """UTF-8 text in files and datasets, plain or compressed, as text or tables.
+
+    A directory stands for its files with a known extension, sorted. `DocumentChunk.document` counts the documents of
+    one part; a consumer adds them up. A part is a range of a file's bytes that begins and ends with a document, or a
+    range of rows of a dataset. Line ends become line feeds, and a UTF-8 byte order mark is removed.
 
     Args:
-        paths: files, folders, patterns (`notes/*.txt`), `dataset:NAME#CONFIG@SPLIT`; all of them with a weight
+        paths: files, directories, patterns (`notes/*.txt`), `dataset:NAME#CONFIG@SPLIT`; all with a weight
             (`notes.txt:0.7`), or none.
         document: what a document of plain text is.
-        errors: what becomes of bytes that are not UTF-8 and of broken rows.
-        field: of a .jsonl line, which may be dotted; the column of other tables.
-        unicode: the form that the text is brought to.
+        errors: what to do about bytes that are not UTF-8 and malformed rows.
+        field: field of a .jsonl line, may be dotted; column of other tables.
+        unicode: Unicode normalization form.
+        quoting: whether quotes in .csv and .tsv have a meaning.
     """
 
     def __init__(
@@ -184,31 +286,32 @@ class FileSource:
         errors: ErrorsRule,
         field: str = "text",
         unicode: UnicodeForm = "NFC",
+        quoting: QuotingRule = "csv",
     ) -> None:
-        # What an equal source is made from. With slashes, so that Windows leaves the id of a data set as it is.
-        self.paths = tuple(path.as_posix() if isinstance(path, Path) else path for path in paths)
+        # The names that open an equal source. Slashes keep the id of a dataset valid on Windows.
+        self.names = tuple(path.as_posix() if isinstance(path, Path) else path for path in paths)
         self._document: DocumentRule = document
         self._errors: ErrorsRule = errors
         self._field = field
         self._unicode: UnicodeForm = unicode
+        self._quoting: QuotingRule = quoting
         self._left_out: dict[SourceShard, int] = {}
+        self._digests: dict[str, str] | None = None  # of each entry
+        self._fresh_digests: dict[str, str] = {}  # those that this object has computed
 
     @property
     def notes(self) -> str:
-        """What a document is, in words, and what else a person should know of how the text is read."""
+        """Description of a document, of weights and of the copy of standard input, for display."""
         kinds = {kind_of(entry) for entry in self._entries}
         row = f"a row's `{self._field}`"
-        plain = _SAID[self._document]
-        told = [f"a document is {plain if kinds == {'text'} else row}"]
+        plain = _DOCUMENT_RULES[self._document]
+        notes = [f"a document is {plain if kinds == {'text'} else row}"]
         if len(kinds) > 1 and "text" in kinds:
-            told = [f"a document is {plain}; of a table, {row}"]
+            notes = [f"a document is {plain}; in tables, {row}"]
         if any(named.weight for named in self._named):
-            told.append("weights: " + ", ".join(f"{named.name} {named.weight:.3g}" for named in self._named))
-        told += [f"standard input is kept as {entry}" for entry in self._spooled]
-        for entry in self._entries:
-            if kind_of(entry) == "parquet" and packing(Path(entry)):
-                told.append(f"{entry} is unpacked in the cache: {seekable(Path(entry))}")
-        return "; ".join(told)
+            notes.append("weights: " + ", ".join(f"{named.name} {named.weight:.3g}" for named in self._named))
+        notes += [f"standard input is stored as {entry}" for entry in self._spooled]
+        return "; ".join(notes)
 
     @property
     def _spooled(self) -> list[str]:
@@ -216,7 +319,12 @@ class FileSource:
 
     @cached_property
     def _named(self) -> list[TextInput]:
-        return listed(self.paths)
+        return resolve_inputs(self.names)
+
+    @property
+    def paths(self) -> Sequence[str]:
+        """The names with absolute paths; standard input is a file of the cache by now."""
+        return [absolute(name) for name in self.names]
 
     @property
     def _entries(self) -> list[str]:
@@ -224,32 +332,56 @@ class FileSource:
 
     @property
     def fingerprint(self) -> str:
-        """A digest of the content and of the rules; where the files lie and what they are called is left out.
-
-        Weights, where there are any, belong to it: who keeps the parts of a corpus apart must not meet old ones.
-        """
-        return self._fingerprint
-
-    @cached_property
-    def _fingerprint(self) -> str:
+        """Digest of the content, the settings and the weights; names and directories of files have no effect."""
+        if self._digests is None:
+            self._digests = self._read_digests()
         rules = [self._document, self._errors, self._field, self._unicode]
+        if self._quoting != "csv":
+            rules.append(f"quoting {self._quoting}")
         if any(named.weight for named in self._named):
             rules += [f"{named.weight:.6g} {len(named.entries)}" for named in self._named]
-        return digest("texts", *rules, *(self._told(entry) for entry in self._entries))
+        return digest("texts", *rules, *self._digests.values())
 
-    def _told(self, entry: str) -> str:
+    def verify(self) -> None:
+        """Compute the digests again that came from the cache.
+
+        Raises:
+            TextError: a file can't be read.
+        """
+        self._digests = self._read_digests(self._fresh_digests)
+        self._fresh_digests = dict(self._digests)
+
+    def _read_digests(self, known: Mapping[str, str] | None = None) -> dict[str, str]:
+        """Return the digest of each entry from `known`, by default from the cache; compute missing ones."""
+        entries = self._entries
+        cache = DigestCache(
+            default_cache() / "digests" / f"{digest(self._field, *(absolute(entry) for entry in entries))}.json"
+        )
+        digests: dict[str, str] = {}
+        for entry in entries:
+            try:
+                files = dataset_files(entry) if kind_of(entry) == "dataset" else [Path(entry)]
+                cached = cache.get(entry, files) if known is None else known.get(entry)
+                if cached is None:
+                    since_ns = time.time_ns()
+                    cached = self._fresh_digests[entry] = self._entry_digest(entry)
+                    cache.set(entry, files, cached, since_ns=since_ns)
+            except OSError as error:
+                message = f"can't read this file: {error.strerror or error}"
+                raise TextError(message, location=entry, hint="check that the file exists and is readable") from error
+            digests[entry] = cached
+        cache.save()
+        return digests
+
+    def _entry_digest(self, entry: str) -> str:
         kind = kind_of(entry)
         if kind == "dataset":
             return f"{kind}:{column_digest(entry, self._field)}"
-        try:
-            return f"{kind}{packing(Path(entry))}:{file_digest(Path(entry))}"
-        except OSError as error:
-            what = f"this file can't be read: {error.strerror or error}"
-            raise TextError(what, location=entry, hint="check that you may read it") from error
+        return f"{kind}{packing(Path(entry))}:{file_digest(Path(entry))}"
 
     @property
     def groups(self) -> Sequence[InputGroup]:
-        """The names that were given, each with its weight and the number of its parts."""
+        """The named texts, each with its weight and the number of its parts."""
         return [
             InputGroup(named.name, named.weight, sum(len(self._parts_of[entry]) for entry in named.entries))
             for named in self._named
@@ -257,11 +389,11 @@ class FileSource:
 
     @property
     def left_out(self) -> Mapping[SourceShard, int]:
-        """Lines and rows that were left out, of each part that was read to its end."""
+        """Skipped lines and rows of each part that was read to its end."""
         return self._left_out
 
     def parts(self) -> Sequence[SourceShard]:
-        """Of each file, in the order given, one part or several of about PART_BYTES.
+        """Return one or several parts of about PART_BYTES of each file, in the order of the files.
 
         Raises:
             TextError: a file can't be read.
@@ -270,16 +402,17 @@ class FileSource:
 
     @cached_property
     def _parts_of(self) -> dict[str, list[SourceShard]]:
-        return {entry: self._cut(entry) for entry in self._entries}
+        return {entry: self._split(entry) for entry in self._entries}
 
-    def _cut(self, entry: str) -> list[SourceShard]:
+    def _split(self, entry: str) -> list[SourceShard]:
+        """Return the parts of a file or dataset."""
         kind, path = kind_of(entry), Path(entry)
         if kind == "dataset":
             column = column_of(entry, self._field)
             rows = max(1, round(len(column) * PART_BYTES / max(PART_BYTES, column.data.nbytes)))
             starts, size = list(range(0, len(column), rows)) or [0], len(column)
         else:
-            starts, size = [0], _file_of(entry).stat().st_size
+            starts, size = [0], path.stat().st_size
             if kind == "parquet":
                 for byte in parquet_groups(path, self._field):
                     if byte - starts[-1] >= PART_BYTES:
@@ -289,60 +422,60 @@ class FileSource:
         return [SourceShard(entry, first, last) for first, last in zip(starts, [*starts[1:], size], strict=True)]
 
     def check(self) -> None:
-        """Open every file and data set and look at its first document.
+        """Read every file and dataset up to its first nonblank text.
 
         Raises:
-            TextError: one is missing, unreadable, empty, binary, lacks the field, or can't be read at its beginning.
+            TextError: a file is missing, unreadable, empty or binary, or has no such field.
         """
         for entry in self._entries:
             for part in self._parts_of[entry]:
                 if kind_of(entry) == "text":
-                    pieces = decoded(Path(entry), self._errors, _nothing, part.first_byte, part.last_byte)
-                    seen = any(piece.strip() for piece in pieces)
+                    texts = decoded(Path(entry), self._errors, _ignore, part.first_byte, part.last_byte)
+                    has_text = any(text.strip() for text in texts)
                 else:
-                    seen = any(row is not None and row.strip() for row in self._rows(part))
-                if seen:
+                    has_text = any(row is not None and row.strip() for row in self._rows(part))
+                if has_text:
                     break
             else:
                 raise _empty(entry, 0)
 
     def documents(self, part: SourceShard) -> Iterator[DocumentChunk]:
-        """The passages of one part.
+        """Yield the chunks of the documents of one part.
 
         Raises:
-            TextError: it can't be read, is empty, binary, not UTF-8 or has broken rows.
+            TextError: the part can't be read, is empty, binary or not UTF-8, or has malformed rows.
         """
         self._left_out[part] = 0
-        seen = False
-        passages = self._plain(part) if kind_of(part.path) == "text" else self._of_rows(part)
-        for passage in passages:
-            seen = seen or bool(passage.text.strip())
-            yield passage
-        if not seen and part.first_byte == 0 and self._is_whole(part):
+        has_text = False
+        chunks = self._read_text(part) if kind_of(part.path) == "text" else self._read_table(part)
+        for chunk in chunks:
+            has_text = has_text or bool(chunk.text.strip())
+            yield chunk
+        if not has_text and part.first_byte == 0 and self._is_whole(part):
             raise _empty(part.path, self._left_out[part])
 
     def _is_whole(self, part: SourceShard) -> bool:
         is_dataset = kind_of(part.path) == "dataset"
-        return is_dataset or part.last_byte >= _file_of(part.path).stat().st_size
+        return is_dataset or part.last_byte >= Path(part.path).stat().st_size
 
-    def _plain(self, part: SourceShard) -> Iterator[DocumentChunk]:
-        def leave_out() -> None:
+    def _read_text(self, part: SourceShard) -> Iterator[DocumentChunk]:
+        def count_skipped() -> None:
             self._left_out[part] += 1
 
-        pieces = decoded(Path(part.path), self._errors, leave_out, part.first_byte, part.last_byte)
-        return assembled(composed(pieces, self._unicode), self._document, self._unicode)
+        texts = decoded(Path(part.path), self._errors, count_skipped, part.first_byte, part.last_byte)
+        return split_documents(normalize_chunks(texts, self._unicode), self._document, self._unicode)
 
-    def _of_rows(self, part: SourceShard) -> Iterator[DocumentChunk]:
+    def _read_table(self, part: SourceShard) -> Iterator[DocumentChunk]:
         number = 0
         for row in self._rows(part):
             if row is None:
                 self._left_out[part] += 1
             elif row and not row.isspace():
-                text = normal(row, self._unicode)
-                if len(text) <= PASSAGE_CHARACTERS:
+                text = normalize_text(row, self._unicode)
+                if len(text) <= CHUNK_CHARACTERS:
                     yield DocumentChunk(number, 0, text, len(text), last=True)
                 else:
-                    yield from broken(number, text, self._unicode)
+                    yield from split_document(number, text, self._unicode)
                 number += 1
 
     def _rows(self, part: SourceShard) -> Rows:
@@ -353,76 +486,74 @@ class FileSource:
             return parquet_rows(path, self._field, self._errors, part.first_byte, part.last_byte)
         if kind == "jsonl":
             return json_rows(path, self._field, self._errors, part.first_byte, part.last_byte)
-        return separated_rows(path, "\t" if kind == "tsv" else ",", self._field, self._errors)
+        return separated_rows(path, "\t" if kind == "tsv" else ",", self._field, self._errors, self._quoting)
 
 
-class MemorySource:
+class MemorySource(BaseSource):
     """Texts in memory, each one document."""
 
-    notes = "a document is one of the texts given"
-
     def __init__(self, texts: Sequence[str], unicode: UnicodeForm = "NFC") -> None:
-        self._texts = texts
+        self.texts = tuple(texts)
         self._unicode: UnicodeForm = unicode
 
     @property
+    def notes(self) -> str:
+        """Description of a document, for display."""
+        return "each given text is a document"
+
+    @property
     def fingerprint(self) -> str:
-        """A digest of every text."""
+        """Digest of all texts."""
         return self._fingerprint
 
     @cached_property
     def _fingerprint(self) -> str:
         self.check()
-        return digest("memory", self._unicode, *self._texts)
+        return digest("memory", self._unicode, *self.texts)
 
     def parts(self) -> Sequence[SourceShard]:
-        """One part that holds all texts."""
-        return [SourceShard("memory", 0, len(self._texts))]
+        """Return one part with all texts."""
+        return [SourceShard("memory", 0, len(self.texts))]
 
     def check(self) -> None:
-        """Look at every text.
+        """Check every text.
 
         Raises:
-            TextError: there is nothing but white space, or a text that can't be written as UTF-8.
+            TextError: all texts are blank, or a text can't be encoded as UTF-8.
         """
-        if all(not text or text.isspace() for text in self._texts):
+        if all(not text or text.isspace() for text in self.texts):
             raise TextError(
-                "there is no text: nothing but white space", location="the texts given", hint="give some text"
+                "the texts are empty or blank",
+                location="the given texts",
+                hint="pass text with characters other than white space",
             )
-        for number, text in enumerate(self._texts):
+        for number, text in enumerate(self.texts):
             try:
                 text.encode()
             except UnicodeEncodeError as error:
                 raise TextError(
-                    f"half of a surrogate pair (U+{ord(text[error.start]):04X}), which is no character",
+                    f"invalid character: lone surrogate U+{ord(text[error.start]):04X}",
                     location=f"text {number}, character {error.start}",
-                    hint='repair the text, as with text.encode("utf-8", "replace").decode()',
+                    hint='replace it, for example with text.encode("utf-8", "replace").decode()',
                 ) from error
 
     def documents(self, part: SourceShard) -> Iterator[DocumentChunk]:
-        """The passages of the texts [first_byte, last_byte) of a part, which count texts here."""
+        """Yield the chunks of the texts of a part, whose bytes are numbers of texts here."""
         for number in range(part.first_byte, part.last_byte):
-            yield from broken(number, normal(self._texts[number], self._unicode), self._unicode)
+            yield from split_document(number, normalize_text(self.texts[number], self._unicode), self._unicode)
 
 
-def _file_of(entry: str) -> Path:
-    """The file whose bytes a part counts."""
-    return seekable(Path(entry)) if kind_of(entry) == "parquet" else Path(entry)
-
-
-def _nothing() -> None:
-    """Nobody counts what is left out while only the beginning is looked at."""
+def _ignore() -> None:
+    """Do not count skipped lines."""
 
 
 def _empty(entry: str, left_out: int) -> TextError:
+    """Return the error for a file or dataset without text."""
     if left_out:
-        what = f"nothing of this file can be read: {left_out:,} lines or rows were left out, and no text is left"
-        return TextError(what, location=entry, hint="see what is wrong with them: --errors strict")
-    if kind_of(entry) == "text":
-        what = "this file is empty: it has no characters but white space"
-    else:
-        what = "this table is empty: it has no row with text"
-    return TextError(what, location=entry, hint="leave it out, or fill it")
+        message = f"no text is left: {left_out:,} lines or rows were skipped"
+        return TextError(message, location=entry, hint="use --errors strict to see why")
+    message = "this file is empty or blank" if kind_of(entry) == "text" else "this table is empty: no row has text"
+    return TextError(message, location=entry, hint="remove it from the command, or add text")
 
 
 _CHUNK_BYTES: Final = 1 << 20
@@ -431,109 +562,126 @@ _PACKED: Final = ((b"\x1f\x8b", ".gz"), (b"\x28\xb5\x2f\xfd", ".zst"))
 
 @dataclass(frozen=True)
 class SourceRecipe:
-    """All that it takes to open a source again, in this process or another."""
+    """What another process needs to open the same source."""
 
-    paths: tuple[str, ...]  # FileSource.paths
+    paths: tuple[str, ...]  # FileSource.names
     settings: DataConfig
 
     def open(self) -> FileSource:
-        """The source."""
+        """Open the source."""
         return open_source(self.paths, self.settings)
 
 
 def open_source(paths: Sequence[str | Path], settings: DataConfig) -> FileSource:
-    """The source of these files, folders, patterns and data sets; of standard input where one of them is "-".
+    """Open files, directories, patterns, datasets, and standard input ("-").
 
-    Standard input is read to its end here, into a file of the cache that is called after its content.
+    Standard input is copied to a file of the cache, named by a digest of its content.
 
     Raises:
-        TextError: standard input is empty, asked for twice, or meant for several processes.
+        TextError: standard input is empty, is named twice, or would be shared by several processes.
         StoreError: the cache can't be written.
     """
     texts = [path.as_posix() if isinstance(path, Path) else path for path in paths]
     piped = [text for text in texts if weighted(text)[0] == STANDARD_INPUT]
     if len(piped) > 1:
-        raise TextError("standard input can be read once only", location=" ".join(piped), hint="name - once")
+        raise TextError("standard input can only be read once", location=" ".join(piped), hint="name - once")
     if piped:
-        kept = str(_keep_standard_input())
-        texts = [kept + text.removeprefix(STANDARD_INPUT) if text in piped else text for text in texts]
-    return FileSource(texts, settings.rule, settings.errors, settings.field, settings.unicode)
+        stored = str(_store_standard_input())
+        texts = [stored + text.removeprefix(STANDARD_INPUT) if text in piped else text for text in texts]
+    return FileSource(texts, settings.rule, settings.errors, settings.field, settings.unicode, settings.quoting)
 
 
-def _keep_standard_input() -> Path:
-    """Copy standard input to the cache; the same content is kept once."""
+def _store_standard_input() -> Path:
+    """Copy standard input to the cache; equal content is stored once."""
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise TextError(
-            "several processes can't share standard input", location=STANDARD_INPUT, hint="save the text as a file"
+            "several processes can't share standard input", location=STANDARD_INPUT, hint="write the text to a file"
         )
     if sys.stdin is None:
         raise TextError("there is no standard input", location=STANDARD_INPUT, hint="name a text file")
     folder = default_cache() / SPOOL
     with wrap_os_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        aside = folder / f".{os.getpid()}"
+        temporary = folder / f".{os.getpid()}"
         try:
-            with aside.open("wb") as file:
-                name = _copied(sys.stdin.buffer, file)
-            os.replace(aside, folder / name)
+            with temporary.open("wb") as file:
+                name = _copy(sys.stdin.buffer, file)
+            os.replace(temporary, folder / name)
         finally:
-            aside.unlink(missing_ok=True)
+            temporary.unlink(missing_ok=True)
     return folder / name
 
 
-def _copied(stream: BinaryIO, aside: BinaryIO) -> str:
-    """Copy all of a stream; the name of what it holds."""
+def _copy(stream: BinaryIO, target: BinaryIO) -> str:
+    """Copy a stream and return a file name for its content."""
     state, first = hashlib.blake2b(digest_size=16), b""
     while chunk := stream.read(_CHUNK_BYTES):
         first = first or chunk[:4]
         state.update(chunk)
-        aside.write(chunk)
+        target.write(chunk)
     if not first:
         raise TextError(
-            "standard input is empty", location=STANDARD_INPUT, hint="pipe text into it: cat notes.txt | ..."
+            "standard input is empty", location=STANDARD_INPUT, hint="pipe text into the command: cat notes.txt | ..."
         )
     packed = next((ending for magic, ending in _PACKED if first.startswith(magic)), "")
     return f"{state.hexdigest()}.txt{packed}"
 
 
-_LONGEST_NAME = 255  # bytes that a file's name may have almost everywhere
+_LONGEST_NAME = 255  # bytes of a file name on most file systems
 
 
-def open_text(texts: Sequence[str | Path], settings: DataConfig) -> Source:
-    """Files, folders, patterns, data sets, "-" for standard input, each perhaps with a weight (`TEXT:0.7`).
+def open_text(texts: Sequence[str | Path], settings: DataConfig) -> BaseSource:
+    """Open the source of a plugin, of named texts, or of texts in memory.
 
-    Or the texts themselves, one document each, where one of them can't be meant as the name of something.
+    If one of the texts can't be a name, all are texts in memory, one document each.
 
     Raises:
-        RecipeError: nothing was given.
-        TextError: paths among texts; or, now or on reading, text that can't be read.
+        RecipeError: there are no texts.
+        TextError: names and texts are mixed, or a text can't be read.
     """
     if isinstance(settings.source, PluginSourceConfig):
-        return open_outside(settings.source, texts)
+        return open_plugin(settings.source, texts)
     if not texts:
-        raise RecipeError("no text was given", hint="name text files or folders: unmask pretrain notes.txt")
+        raise RecipeError("no text was given", hint="name text files or directories: unmask pretrain notes.txt")
     if not any(_is_prose(text) for text in texts):
         return open_source(texts, settings)
     for text in texts:
         if isinstance(text, Path) or (len(text) <= _LONGEST_NAME and os.path.isfile(text)):
             raise TextError(
-                "a file among texts that are given as they are",
+                "file names and texts are mixed",
                 location=str(text),
-                hint="give paths alone, or texts alone",
+                hint="pass only file names, or only texts",
             )
     return MemorySource([str(text) for text in texts], settings.unicode)
 
 
-def open_outside(settings: PluginSourceConfig, texts: Sequence[str | Path]) -> Source:
-    """A source of a person's own, which is told what was named on the command line."""
-    return make(settings, SourceContext(tuple(Path(text).absolute() for text in texts)))
+def open_plugin(settings: PluginSourceConfig, texts: Sequence[str | Path]) -> PluginSource:
+    """Open the source of a plugin with the paths of the command line."""
+    paths = tuple(Path(text).absolute() for text in texts)
+    return PluginSource(make(settings, SourceContext(paths)), [str(path) for path in paths])
+
+
+def open_valid(settings: DataConfig) -> dict[str, FileSource]:
+    """Open and check the named validation texts.
+
+    Raises:
+        TextError: a text is missing, or its beginning can't be read.
+    """
+    opened: dict[str, FileSource] = {}
+    for name, path in settings.valid.items():
+        source = opened[name] = open_source([path], settings)
+        try:
+            source.check()
+        except TextError as error:
+            raise error.at(location=f"data.valid.{name}: {error.location or path}") from None
+    return opened
 
 
 def _is_prose(text: str | Path) -> bool:
-    """Whether this names nothing: it is blank, has lines, or has spaces where nothing of that name exists."""
+    """Return whether a text can't be a name: it is blank, has lines, or has spaces and no such file exists."""
     if isinstance(text, Path):
         return False
     if not text.strip() or "\n" in text or len(text) > 16 * _LONGEST_NAME:
         return True
-    # Not Path.exists, which raises where a name is too long to be one.
+    # os.path.exists: Path.exists raises an error if a name is too long.
     return len(text.split()) > 1 and not is_name(text) and not os.path.exists(weighted(text)[0])

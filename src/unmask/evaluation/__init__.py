@@ -1,1 +1,1 @@
-"""How good a model is."""
+"""Evaluation of models on held-out and other text."""

@@ -1,12 +1,7 @@
-"""Room card: held-out loss on frozen masks.
+"""Frozen evaluation sets for masked language modeling, and a model's loss, accuracy and bits per character on them.
 
-Comes in: held-out documents, a tokenizer. Goes out: a Frozen set of puzzles, and what a model makes of it: loss,
-accuracy, bits per character, beside the unigram loss that a model must pass before it has learnt anything about
-context. Called by: pretrain (validation), `unmask evaluate`.
-
-A document is hidden once as a whole, with a constant of the house for a seed and always at 15 %, and only then cut
-into windows: the asked characters and what stands in their place are the same at every length, for every run, recipe
-and seed.
+A document is masked once as a whole, with a fixed seed and at 15 %, and is only then split into sequences. The masked
+tokens and their replacements are therefore the same at every sequence length, for every run, recipe and seed.
 """
 
 from __future__ import annotations
@@ -25,46 +20,49 @@ from torch import nn
 from unmask.core.distributed import DistributedContext
 from unmask.core.errors import TextError
 from unmask.core.types import SPECIAL, DocumentChunk, MaskedBatch, Sample, Source, logits_at, pack
-from unmask.data.sampling import frozen
+from unmask.data.sampling import eval_windows
 from unmask.data.shards import Shards
 from unmask.objectives.masking import Integers, MaskingConfig, PackedSequences, corrupt_tokens, select_positions
 from unmask.objectives.mlm import masked_batch
 from unmask.tokenization.tokenizer import Tokenizer
 from unmask.tokenization.words import WordsRule
 
-EVAL_SEED = 20181011  # the day BERT was submitted to arXiv; frozen, or no two results compare
-EVAL_MASKING = MaskingConfig()  # 15 %, tokens, 80/10/10
-_BATCH_TOKENS = 16_384
+EVAL_SEED: Final = 20181011  # the day BERT was submitted to arXiv; results are comparable only if it never changes
+EVAL_MASKING: Final = MaskingConfig()  # 15 %, tokens, 80/10/10
+_BATCH_TOKENS: Final = 16_384
+# Text is encoded in batches of this size, because an encoding takes many times the memory of its text.
+_BATCH_CHARACTERS: Final = 1_000_000
+_BATCH_CHUNKS: Final = 8192
 
 
 @dataclass(frozen=True)
 class Document:
-    """A held-out document: ordinary ids and marks without framing, and the characters of its text."""
+    """Token ids and flags of a document, without special tokens around it, and its length in characters."""
 
     ids: NDArray[np.integer[Any]]
-    marks: NDArray[np.uint8]
+    token_flags: NDArray[np.uint8]
     characters: int
     unknown_characters: int = 0
 
 
 @dataclass(frozen=True)
 class EvalSet:
-    """Puzzles that never change, and what is known of their text."""
+    """Masked batches that never change, and statistics of their text."""
 
-    puzzles: tuple[MaskedBatch, ...]
+    batches: tuple[MaskedBatch, ...]
     length: int
     masked_tokens: int
-    tokens: int  # askable ones: [UNK] is left out
-    characters: int  # likewise
-    unknown_share: float  # of the tokens
-    unigram_loss: float  # nats per asked token under the training text's unigram distribution
+    tokens: int  # without [UNK]
+    characters: int  # without those of [UNK]
+    unknown_share: float  # share of [UNK] among the tokens
+    unigram_loss: float  # nats per masked token under the unigram distribution of the training text
 
 
 @dataclass(frozen=True)
 class EvalResult:
-    """What a model made of a frozen set."""
+    """A model's result on an evaluation set."""
 
-    loss: float  # nats per asked token
+    loss: float  # nats per masked token
     accuracy: float
     bits_per_character: float
     unigram_loss: float
@@ -76,26 +74,26 @@ class EvalResult:
 def build_eval_set(
     documents: Sequence[Document], tokenizer: Tokenizer, length: int, counts_V: NDArray[np.integer[Any]]
 ) -> EvalSet:
-    """Hide 15 % of every document, then cut at `length` slots (special tokens included).
+    """Mask 15 % of every document, then split it into sequences of at most `length` tokens.
 
     Args:
-        documents: at least one token to ask about among them.
-        tokenizer: of the model.
-        length: slots of a text, framing included.
-        counts_V: how often each id stands in the training text, for the unigram loss (one is added to each).
+        documents: Documents with at least one token that can be masked.
+        tokenizer: The model's tokenizer.
+        length: Maximum length of a sequence in tokens, special tokens included.
+        counts_V: Count of each token id in the training text, for the unigram loss (add-one smoothing).
 
     Raises:
-        TextError: nothing in the documents can be asked about.
+        TextError: no token of the documents can be masked.
     """
     num_special_tokens = 2 if tokenizer.cls_sep_ids else 0
-    texts: list[Sample] = []
-    asked: list[tuple[Integers, Integers]] = []
+    samples: list[Sample] = []
+    targets: list[tuple[Integers, Integers]] = []  # masked positions within the sample, and their labels
     for number, document in enumerate(documents):
         if not len(document.ids):
             continue
-        packed = PackedSequences(document.marks, np.array([0, len(document.ids)]), np.array([[0, number]]))
+        packed = PackedSequences(document.token_flags, np.array([0, len(document.ids)]), np.array([[0, number]]))
         positions_M = select_positions(packed, EVAL_MASKING, EVAL_SEED)
-        hidden = corrupt_tokens(
+        corrupted = corrupt_tokens(
             document.ids,
             positions_M,
             packed,
@@ -104,147 +102,144 @@ def build_eval_set(
             mask_id=tokenizer.mask_id,
             regular_token_ids=tokenizer.regular_token_ids,
         )
-        for cut in frozen(np.array([len(document.ids)]), length - num_special_tokens):
-            first, last = cut.spans[0].first, cut.spans[0].last
-            ids, marks = tokenizer.add_special_tokens(hidden[first:last], document.marks[first:last])
-            texts.append(Sample(ids, marks))
+        for spec in eval_windows(np.array([len(document.ids)]), length - num_special_tokens):
+            first, last = spec.spans[0].first, spec.spans[0].last
+            samples.append(
+                Sample(*tokenizer.add_special_tokens(corrupted[first:last], document.token_flags[first:last]))
+            )
             inside = positions_M[(positions_M >= first) & (positions_M < last)]
-            asked.append((inside - first + num_special_tokens // 2, document.ids[inside].astype(np.int64)))
-    masked_batches = tuple(_packed(texts, asked))
-    answer_N = np.concatenate([a for _, a in asked]) if asked else np.empty(0, np.int64)
-    if not len(answer_N):
+            targets.append((inside - first + num_special_tokens // 2, document.ids[inside].astype(np.int64)))
+    batches = tuple(_masked_batches(samples, targets))
+    labels = np.concatenate([labels for _, labels in targets]) if targets else np.empty(0, np.int64)
+    if not len(labels):
         raise TextError(
-            "the held-out text has nothing to ask about: the tokenizer knows none of it",
-            hint="give more text, or text that the tokenizer knows",
+            "no token of the evaluation text can be masked: the tokenizer encodes all of it as [UNK]",
+            hint="give more text, or text that is covered by the vocabulary",
         )
-    ordinary = (counts_V + 1)[tokenizer.regular_token_ids]
+    smoothed = (counts_V + 1)[tokenizer.regular_token_ids]
     unigram_V = np.zeros(len(counts_V))
-    unigram_V[tokenizer.regular_token_ids] = -np.log(ordinary / ordinary.sum())
-    slots = sum(len(document.ids) for document in documents)
-    unknown = sum(int((document.marks & SPECIAL).astype(bool).sum()) for document in documents)
+    unigram_V[tokenizer.regular_token_ids] = -np.log(smoothed / smoothed.sum())
+    tokens = sum(len(document.ids) for document in documents)
+    unknown = sum(int((document.token_flags & SPECIAL).astype(bool).sum()) for document in documents)
     return EvalSet(
-        puzzles=masked_batches,
+        batches=batches,
         length=length,
-        masked_tokens=len(answer_N),
-        tokens=slots - unknown,
+        masked_tokens=len(labels),
+        tokens=tokens - unknown,
         characters=sum(document.characters - document.unknown_characters for document in documents),
-        unknown_share=unknown / slots,
-        unigram_loss=float(unigram_V[answer_N].mean()),
+        unknown_share=unknown / tokens,
+        unigram_loss=float(unigram_V[labels].mean()),
     )
 
 
-def _packed(texts: Sequence[Sample], asked: Sequence[tuple[Integers, Integers]]) -> list[MaskedBatch]:
-    """Batches of texts of like length, longest first, so that a set too large for memory fails at once."""
-    order = sorted((i for i in range(len(texts)) if len(asked[i][0])), key=lambda i: (-len(texts[i].ids), i))
-    masked_batches: list[MaskedBatch] = []
+def _masked_batches(samples: Sequence[Sample], targets: Sequence[tuple[Integers, Integers]]) -> Iterator[MaskedBatch]:
+    """Batches of samples of similar length. The longest come first, so that running out of memory shows at once."""
+    order = sorted((i for i in range(len(samples)) if len(targets[i][0])), key=lambda i: (-len(samples[i].ids), i))
     while order:
         group = [order.pop(0)]
-        tokens = len(texts[group[0]].ids)
-        while order and tokens + len(texts[order[0]].ids) <= _BATCH_TOKENS:
-            tokens += len(texts[order[0]].ids)
+        tokens = len(samples[group[0]].ids)
+        while order and tokens + len(samples[order[0]].ids) <= _BATCH_TOKENS:
+            tokens += len(samples[order[0]].ids)
             group.append(order.pop(0))
-        batch = pack([texts[i] for i in group])
-        positions_M = np.concatenate([asked[i][0] + batch.offsets[b] for b, i in enumerate(group)])
-        labels_M = np.concatenate([asked[i][1] for i in group])
-        masked_batches.append(
-            masked_batch(batch, batch.ids_T.numpy(), positions_M, labels_M, np.zeros(len(positions_M)))
-        )
-    return masked_batches
+        batch = pack([samples[i] for i in group])
+        positions_M = np.concatenate([targets[i][0] + batch.offsets[b] for b, i in enumerate(group)])
+        labels_M = np.concatenate([targets[i][1] for i in group])
+        yield masked_batch(batch, batch.ids_T.numpy(), positions_M, labels_M)
 
 
 @torch.inference_mode()
-def evaluate(encoder: nn.Module, head: nn.Module, held: EvalSet, world: DistributedContext) -> EvalResult:
-    """Mean loss and accuracy over everything asked; ranks share the puzzles."""
+def evaluate(encoder: nn.Module, head: nn.Module, eval_set: EvalSet, context: DistributedContext) -> EvalResult:
+    """Return mean loss and accuracy over all masked tokens; the batches are distributed over the ranks."""
     encoder.eval()
     head.eval()
-    nats = right = 0.0
-    for one in held.puzzles[world.rank :: world.ranks]:
-        here = one.to(world.device)
-        with world.autocast():
-            logits_MV = logits_at(encoder, head, here.batch, here.positions_M)
-        nats += float(F.cross_entropy(logits_MV, here.labels_M, reduction="sum"))
-        right += float((logits_MV.argmax(-1) == here.labels_M).sum())
-    nats, right = world.sum([nats, right])
-    loss = nats / held.masked_tokens
+    nats = correct = 0.0
+    for masked in eval_set.batches[context.rank :: context.ranks]:
+        on_device = masked.to(context.device)
+        with context.autocast():
+            logits_MV = logits_at(encoder, head, on_device.batch, on_device.positions_M)
+        nats += float(F.cross_entropy(logits_MV, on_device.labels_M, reduction="sum"))
+        correct += float((logits_MV.argmax(-1) == on_device.labels_M).sum())
+    nats, correct = context.sum([nats, correct])
+    loss = nats / eval_set.masked_tokens
     return EvalResult(
         loss=loss,
-        accuracy=right / held.masked_tokens,
-        bits_per_character=loss * held.tokens / held.characters / math.log(2),
-        unigram_loss=held.unigram_loss,
-        masked_tokens=held.masked_tokens,
-        length=held.length,
-        unknown_share=held.unknown_share,
+        accuracy=correct / eval_set.masked_tokens,
+        bits_per_character=loss * eval_set.tokens / eval_set.characters / math.log(2),
+        unigram_loss=eval_set.unigram_loss,
+        masked_tokens=eval_set.masked_tokens,
+        length=eval_set.length,
+        unknown_share=eval_set.unknown_share,
     )
 
 
-_BATCH_CHARACTERS: Final = 1_000_000  # encoded at a time; what an encoding holds is many times its text
-_BATCH_PASSAGES: Final = 8192
-
-
 @dataclass(frozen=True)
-class Gathered:
-    """Documents in hand, and what of the source they are."""
+class SourceDocuments:
+    """The documents of the beginning of a source."""
 
     documents: Sequence[Document]
-    characters: int  # of the source, what parts its documents included
-    whole: bool  # whether the source was read to its end
+    characters: int  # length of that beginning, separators of documents included
+    complete: bool  # whether it is the whole source
 
 
-def documents_of_source(
-    source: Source, tokenizer: Tokenizer, words: WordsRule, max_size: float = float("inf")
-) -> Gathered:
-    """The first `max_size` characters of a source as tokens; memory is bounded by them.
+def documents_from_source(
+    source: Source, tokenizer: Tokenizer, words: WordsRule, max_characters: float = float("inf")
+) -> SourceDocuments:
+    """Tokenize the first `max_characters` characters of a source; this limits the memory that is used.
 
     Raises:
         TextError: the text can't be read.
     """
     documents: list[Document] = []
-    open_pieces: list[Document] = []  # of a document whose end has not come yet
-    taken, whole = 0, True
-    for held in _batches(source):
-        last: list[DocumentChunk] = []
-        for passage in held:
-            left = max_size - taken
-            if passage.characters > left:
-                passage, whole = passage._replace(text=passage.text[: int(left)], characters=int(left)), False
-            last.append(passage)
-            taken += passage.characters
-            if not whole:
+    open_document: list[Document] = []  # chunks of a document whose last chunk is still to come
+    characters, complete = 0, True
+    for chunks in _chunk_batches(source):
+        kept: list[DocumentChunk] = []
+        for chunk in chunks:
+            remaining = max_characters - characters
+            if chunk.characters > remaining:
+                chunk = chunk._replace(text=chunk.text[: int(remaining)], characters=int(remaining))
+                complete = False
+            kept.append(chunk)
+            characters += chunk.characters
+            if not complete:
                 break
-        for passage, encoded in zip(last, tokenizer.encode_batch([one.text for one in last], words), strict=True):
-            open_pieces.append(Document(encoded.ids, encoded.marks, passage.characters, encoded.characters_unknown))
-            if passage.last or (not whole and passage is last[-1]):
-                documents.append(_joined(open_pieces))
-                open_pieces = []
-        if not whole:
+        encodings = tokenizer.encode_batch([chunk.text for chunk in kept], words)
+        for chunk, encoded in zip(kept, encodings, strict=True):
+            open_document.append(Document(encoded.ids, encoded.marks, chunk.characters, encoded.characters_unknown))
+            if chunk.last or (not complete and chunk is kept[-1]):
+                documents.append(_join(open_document))
+                open_document = []
+        if not complete:
             break
-    return Gathered([one for one in documents if one.characters], taken, whole)
+    return SourceDocuments([document for document in documents if document.characters], characters, complete)
 
 
-def _batches(source: Source) -> Iterator[list[DocumentChunk]]:
-    """The passages of a source, some at a time."""
-    held: list[DocumentChunk] = []
+def _chunk_batches(source: Source) -> Iterator[list[DocumentChunk]]:
+    """Yield the chunks of a source in lists of bounded size."""
+    chunks: list[DocumentChunk] = []
     size = 0
     for part in source.parts():
-        for passage in source.documents(part):
-            held.append(passage)
-            size += len(passage.text)
-            if size >= _BATCH_CHARACTERS or len(held) >= _BATCH_PASSAGES:
-                yield held
-                held, size = [], 0
-    yield held
+        for chunk in source.documents(part):
+            chunks.append(chunk)
+            size += len(chunk.text)
+            if size >= _BATCH_CHARACTERS or len(chunks) >= _BATCH_CHUNKS:
+                yield chunks
+                chunks, size = [], 0
+    yield chunks
 
 
-def documents_of_shards(shards: Shards) -> list[Document]:
-    """The documents of a shard set with something in them, in hand.
+def documents_from_shards(shards: Shards) -> list[Document]:
+    """Return the documents of a shard set.
 
     Raises:
-        TextError: there is nothing in it.
+        TextError: all of them are empty.
     """
-    characters, unknown = shards.characters_N.tolist(), shards.unknown_characters_N.tolist()
-    lengths = shards.lengths_N.tolist()
+    characters, unknown = shards.document_characters.tolist(), shards.document_unknown_characters.tolist()
+    lengths = shards.lengths.tolist()
     documents = [
-        Document(shards.ids(number, 0, length), shards.marks(number, 0, length), characters[number], unknown[number])
+        Document(
+            shards.ids(number, 0, length), shards.token_flags(number, 0, length), characters[number], unknown[number]
+        )
         for number, length in enumerate(lengths)
     ]
     if not any(lengths):
@@ -252,13 +247,13 @@ def documents_of_shards(shards: Shards) -> list[Document]:
     return documents
 
 
-def _joined(pieces: Sequence[Document]) -> Document:
-    """The passages of one document as one."""
-    if len(pieces) == 1:
-        return pieces[0]
+def _join(chunks: Sequence[Document]) -> Document:
+    """Concatenate the chunks of one document."""
+    if len(chunks) == 1:
+        return chunks[0]
     return Document(
-        np.concatenate([piece.ids for piece in pieces]),
-        np.concatenate([piece.marks for piece in pieces]),
-        sum(piece.characters for piece in pieces),
-        sum(piece.unknown_characters for piece in pieces),
+        np.concatenate([chunk.ids for chunk in chunks]),
+        np.concatenate([chunk.token_flags for chunk in chunks]),
+        sum(chunk.characters for chunk in chunks),
+        sum(chunk.unknown_characters for chunk in chunks),
     )

@@ -1,101 +1,186 @@
-"""Room card: a model's loss on a text that a person names.
-
-Comes in: a Model and text files. Goes out: a Heldout (loss, accuracy, bits per character). Called by: `unmask
-evaluate`.
-"""
+"""Validation during training, and the evaluation of a saved model on any text."""
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import cast
 
 import numpy as np
+from torch import nn
 
 from unmask.core.distributed import DistributedContext
-from unmask.core.errors import ModelError
+from unmask.core.errors import ModelError, TextError
+from unmask.core.quantities import Quantity
+from unmask.data.prepare import TokenizedCorpus
+from unmask.data.sentence_pairs import PairKind
 from unmask.data.settings import DataConfig, DocumentRule, ErrorsRule
-from unmask.data.sources import open_source
-from unmask.evaluation.masked_lm import EvalResult, build_eval_set, documents_of_source, evaluate
+from unmask.data.sources import BaseSource, open_source
+from unmask.evaluation.masked_lm import (
+    Document,
+    EvalResult,
+    EvalSet,
+    build_eval_set,
+    documents_from_shards,
+    documents_from_source,
+    evaluate,
+)
+from unmask.evaluation.sentence_pairs import PairEvalResult, PairEvalSet, build_pair_eval_set, evaluate_pairs
 from unmask.models.model import Model
 
-
-@dataclass(frozen=True)
-class SetValidation:
-    """What was measured on one text of a person's own, at the last stage's length."""
-
-    loss: float
-    accuracy: float
-    bits_per_character: float
-    unigram_loss: float
-    masked_tokens: int
-    unknown_share: float
+_log = logging.getLogger("unmask")
 
 
 @dataclass(frozen=True)
-class PairValidation:
-    """What was measured on frozen pairs of segments, at the last stage's length."""
+class Validation(EvalResult):
+    """Result of one validation: held-out text at the length of the last stage, and everything measured with it."""
 
-    loss: float
-    accuracy: float
-    pairs: int
-    earlier: Mapping[int, float]  # length -> accuracy, of the stage that runs where it isn't the last
+    earlier: Mapping[int, float] = field(default_factory=dict[int, float])  # loss by length; empty in the last stage
+    sets: Mapping[str, EvalResult] = field(default_factory=dict[str, EvalResult])  # texts of data.valid, by name
+    pair: PairEvalResult | None = None  # if the objective trains on sentence pairs
 
 
-@dataclass(frozen=True)
-class Validation:
-    """One validation: measurements by text length, the last stage's first."""
+class Validator:
+    """Owns the frozen evaluation sets of a run and evaluates a model on them.
 
-    loss: float
-    accuracy: float
-    bits_per_character: float
-    unigram_loss: float
-    length: int
-    earlier: Mapping[int, float]  # length -> loss, of the stage that runs where it isn't the last
-    sets: Mapping[str, SetValidation] = field(default_factory=dict[str, SetValidation])  # by name: data.valid
-    pair: PairValidation | None = None  # where the objective asks about pairs
+    Held-out text and sentence pairs are evaluated at the length of the last stage and, in an earlier stage, also at the
+    length of that stage. The texts of `data.valid` are evaluated at the length of the last stage.
+    """
+
+    def __init__(
+        self,
+        corpus: TokenizedCorpus,
+        stage_lengths: Sequence[int],
+        context: DistributedContext,
+        *,
+        valid_sources: Mapping[str, BaseSource],
+        max_size: Quantity,
+        pair_kind: PairKind | None = None,
+    ) -> None:
+        """Build the sets that could be refused, so that an error shows before training.
+
+        Args:
+            corpus: Tokenized corpus of the run; its held-out part is evaluated.
+            stage_lengths: Sequence length of each training stage.
+            context: Device and ranks.
+            valid_sources: Further texts, by name.
+            max_size: Number of characters to read of each of them.
+            pair_kind: Kind of the sentence pairs, if the objective trains on pairs.
+
+        Raises:
+            TextError: too few held-out documents have two sentences, or a further text has no token to mask.
+        """
+        self._corpus, self._context = corpus, context
+        self._pair_kind: PairKind | None = pair_kind
+        self._stage_lengths = list(stage_lengths)
+        self._eval_sets: dict[int, EvalSet] = {}
+        self._pair_sets: dict[int, PairEvalSet] = {}
+        if pair_kind is not None:
+            self._pair_set(self._stage_lengths[-1])
+        self._valid_sets = {
+            name: self._build_valid_set(name, source, max_size) for name, source in valid_sources.items()
+        }
+
+    @cached_property
+    def documents(self) -> list[Document]:
+        """The held-out documents."""
+        return documents_from_shards(self._corpus.held_out)
+
+    def eval_set(self, length: int) -> EvalSet:
+        """Return the held-out evaluation set at this sequence length; it is built once."""
+        if length not in self._eval_sets:
+            self._eval_sets[length] = build_eval_set(
+                self.documents, self._corpus.tokenizer, length, self._corpus.train.token_counts
+            )
+        return self._eval_sets[length]
+
+    def validate(
+        self, encoder: nn.Module, head: nn.Module, stage: int, pair_head: nn.Module | None = None
+    ) -> Validation:
+        """Evaluate a model on all sets. `pair_head` is needed if the validator has a pair kind."""
+        lengths = {self._stage_lengths[-1], self._stage_lengths[stage]}
+        by_length = {length: evaluate(encoder, head, self.eval_set(length), self._context) for length in lengths}
+        last = by_length.pop(self._stage_lengths[-1])
+        return Validation(
+            **vars(last),
+            earlier={length: result.loss for length, result in by_length.items()},
+            sets={
+                name: evaluate(encoder, head, eval_set, self._context) for name, eval_set in self._valid_sets.items()
+            },
+            pair=None if self._pair_kind is None else self._validate_pairs(encoder, pair_head, lengths),
+        )
+
+    def _validate_pairs(self, encoder: nn.Module, pair_head: nn.Module | None, lengths: set[int]) -> PairEvalResult:
+        assert pair_head is not None, "pairs are evaluated with a pair head"
+        by_length = {
+            length: evaluate_pairs(encoder, pair_head, self._pair_set(length), self._context) for length in lengths
+        }
+        last = by_length.pop(self._stage_lengths[-1])
+        return replace(last, earlier={length: result.accuracy for length, result in by_length.items()})
+
+    def _pair_set(self, length: int) -> PairEvalSet:
+        assert self._pair_kind is not None
+        if length not in self._pair_sets:
+            self._pair_sets[length] = build_pair_eval_set(
+                self._corpus.held_out, self._corpus.tokenizer, length, self._pair_kind
+            )
+        return self._pair_sets[length]
+
+    def _build_valid_set(self, name: str, source: BaseSource, max_size: Quantity) -> EvalSet:
+        """Mask and split a further text like the held-out text, at the length of the last stage."""
+        tokenizer = self._corpus.tokenizer
+        read = documents_from_source(source, tokenizer, self._corpus.words, max_size.number)
+        extent = "" if read.complete else f", the first {max_size} (data.held_out.max_size)"
+        _log.info(f"validation set {name}: {read.characters:,} characters{extent}")
+        try:
+            return build_eval_set(read.documents, tokenizer, self._stage_lengths[-1], self._corpus.train.token_counts)
+        except TextError as error:
+            raise TextError(error.message, location=f"data.valid.{name}: {source.location}", hint=error.hint) from error
 
 
 def evaluate_text(
     model: Model,
     paths: Sequence[Path],
     *,
-    world: DistributedContext,
+    context: DistributedContext,
     length: int | None = None,
     document: DocumentRule | None = None,
     errors: ErrorsRule = "strict",
     field: str = "text",
     max_size: float = float("inf"),
 ) -> EvalResult:
-    """Hide 15 % of the text with the house's frozen masks and ask the model; float32.
+    """Evaluate a model on text files, with 15 % of the tokens masked and in float32.
 
-    Bits per character are mean nats per asked token × tokens ÷ Unicode characters of the NFC text (line ends counted) ÷
-    ln 2, so that models of one tokenizer compare; [UNK] is left out of both sides and its share is given.
+    Bits per character are mean nats per masked token x tokens / characters / ln 2. Characters are Unicode characters of
+    the NFC text, line ends included. [UNK] counts neither as token nor as characters; its share is in the result.
+    Models with different tokenizers are not comparable by this number.
 
     Args:
-        model: what `unmask.load` gave.
-        paths: text files or folders.
-        world: where to compute.
-        length: slots of a text; the model's context where it isn't given.
-        document: what a document is; where it isn't given, what it was in the model's training text, if a card says so,
-            else what stands between blank lines.
-        errors: "replace" puts U+FFFD in the place of bytes that are not UTF-8.
-        field: of a table, where the text stands.
-        max_size: characters that are read; what is held in memory is some 30 bytes for each of their tokens.
+        model: Model to evaluate, as returned by `unmask.load`.
+        paths: Text files or directories.
+        context: Device to compute on.
+        length: Maximum length of a sequence in tokens; default: the longest sequence of the model's training.
+        document: What a document is; default: as in the model's training text if it is known, else "blank-line".
+        errors: What to do with bytes that are not UTF-8.
+        field: Name of the field or column that holds the text, for tables.
+        max_size: Number of characters to read. Each token takes about 30 bytes of memory.
 
     Raises:
-        TextError: the text can't be read or holds nothing to ask about.
-        ModelError: a length that the encoder doesn't hold.
+        TextError: the text can't be read, or none of its tokens can be masked.
+        ModelError: the encoder has no positions for `length`.
     """
-    slots = model.context if length is None else length
-    if not 3 <= slots <= model.settings.max_position_embeddings:
-        raise ModelError(f"length = {slots}", hint=f"choose 3 to {model.settings.max_position_embeddings}")
+    max_length = model.settings.max_position_embeddings
+    length = model.context if length is None else length
+    if not 3 <= length <= max_length:
+        raise ModelError(f"invalid length: got {length}, expected 3 to {max_length}", hint="choose another length")
     rule = document or cast("DocumentRule", model.card.get("document", "blank-line"))
     source = open_source(paths, DataConfig(document=rule, errors=errors, field=field))
-    documents = documents_of_source(source, model.tokenizer, model.words, max_size).documents
+    documents = documents_from_source(source, model.tokenizer, model.words, max_size).documents
     counts_V = np.zeros(model.tokenizer.size, np.int64)
     for one in documents:
         counts_V += np.bincount(one.ids, minlength=len(counts_V))
-    held = build_eval_set(documents, model.tokenizer, slots, counts_V)
-    return evaluate(model.encoder.to(world.device), model.head.to(world.device), held, world)
+    eval_set = build_eval_set(documents, model.tokenizer, length, counts_V)
+    return evaluate(model.encoder.to(context.device), model.head.to(context.device), eval_set, context)

@@ -1,1 +1,1 @@
-"""Models in and out, without code of ours on the other side: what `transformers` opens, and opens with equal logits."""
+"""Import from and export to the Hugging Face format."""

@@ -1,11 +1,4 @@
-"""Room card: the tensors of a folder that others have written.
-
-Comes in: a folder with safetensors, in one file or in several. Goes out: float32 tensors under the names that
-nn/names.py knows, and in sentences what was converted, left out or is to be begun anew. Called by: importing.
-
-Pickles are never read. Older names (gamma, beta), encoders without a prefix (BertModel saved alone), heads of tasks and
-half precision are known; any other tensor without a place is refused by name.
-"""
+"""Imports models of transformers: weights in any layout, with missing heads initialized."""
 
 from __future__ import annotations
 
@@ -21,299 +14,301 @@ from torch import Tensor
 
 from unmask.core import files
 from unmask.core.errors import DamagedError, ModelError
-from unmask.hub.tokenizer import open_tokenizer
-from unmask.models import build_model, build_pair
+from unmask.core.files import RunLayout
+from unmask.core.format import join_names
+from unmask.hub.tokenizer import load_tokenizer
+from unmask.models import EncoderConfig, build_model, build_pair
 from unmask.models.annotated import TutorialConfig
 from unmask.models.bert import BertConfig
 from unmask.models.hf_format import (
-    SEED_TYPE,
+    TUTORIAL_TYPE,
     States,
-    from_ecosystem,
-    has_pair,
-    prefix_of,
-    settings_of,
-    table_of,
-    tied_of,
-    to_ecosystem,
-    vocabulary_of,
+    encoder_prefix,
+    has_pair_head,
+    hf_tensor_names,
+    tied_hf_tensors,
+    to_hf_tensors,
 )
-from unmask.models.model import CARD, CONFIG, WEIGHTS, Model, find_checkpoint, free_place, load, save_model
+from unmask.models.model import (
+    Model,
+    Weights,
+    check_output_directory,
+    find_checkpoint,
+    load,
+    open_checkpoint,
+    save_model,
+)
 from unmask.models.modernbert import ModernBertConfig
 
 INDEX: Final = "model.safetensors.index.json"
-_PICKLES: Final = ("pytorch_model*.bin", "*.pt", "*.pth", "*.ckpt*", "*.h5", "*.msgpack")
-_OLDER: Final = ((".gamma", ".weight"), (".beta", ".bias"))
-_BARE: Final = ("embeddings.", "encoder.", "pooler.", "layers.", "final_norm.")
-_OF_TASKS: Final = ("classifier.", "qa_outputs.", "score.")
-_COUNTERS: Final = ("position_ids", "token_type_ids", "inv_freq")  # 0, 1, 2 … and what follows from settings alone
-_SHOWN: Final = 5
+_OTHER_FORMATS: Final = ("pytorch_model*.bin", "*.pt", "*.pth", "*.ckpt*", "*.h5", "*.msgpack")
+_OLDER_SUFFIXES: Final = ((".gamma", ".weight"), (".beta", ".bias"))
+_ENCODER_ONLY: Final = ("embeddings.", "encoder.", "pooler.", "layers.", "final_norm.")  # names in a BertModel file
+_TASK_HEADS: Final = ("classifier.", "qa_outputs.", "score.")
+_BUFFERS: Final = ("position_ids", "token_type_ids", "inv_freq")  # computed from the settings
+_NAMES_SHOWN: Final = 5
+_MODEL_TYPES: Final = (
+    ("ModernBert", "modernbert"), ("XLMRoberta", "xlm-roberta"), ("Roberta", "roberta"), ("Bert", "bert"),
+)  # fmt: skip
 
 Settings = ModernBertConfig | BertConfig
-
-
-def read(folder: Path) -> tuple[dict[str, Tensor], list[str]]:
-    """Every tensor of a folder in float32 under its own name, and what is to be said of them.
-
-    Raises:
-        ModelError: there are no safetensors; a pickle beside is named, with what to do.
-        DamagedError: a file is missing or can't be read; it is named.
-    """
-    tensors: dict[str, Tensor] = {}
-    for file in _files(folder):
-        try:
-            tensors |= load_file(file)
-        except (SafetensorError, OSError) as error:
-            raise DamagedError(
-                f"not readable as safetensors: {error}",
-                location=str(file),
-                hint="restore it from a copy, or fetch it anew",
-            ) from error
-    formats = sorted({str(t.dtype).removeprefix("torch.") for t in tensors.values() if t.is_floating_point()})
-    said = [f"weights in {', '.join(formats)} were read as float32"] if formats not in ([], ["float32"]) else []
-    return {name: t.float() if t.is_floating_point() else t for name, t in tensors.items()}, said
-
-
-def _files(folder: Path) -> list[Path]:
-    if (folder / WEIGHTS).is_file():
-        return [folder / WEIGHTS]
-    if (folder / INDEX).is_file():
-        places: Any = files.read_json(folder / INDEX)
-        try:
-            names = sorted({str(name) for name in cast("Mapping[str, str]", places["weight_map"]).values()})
-        except (KeyError, TypeError, AttributeError) as error:
-            raise DamagedError("no index of weights", location=str(folder / INDEX), hint="fetch it anew") from error
-        for name in names:
-            if Path(name).name != name or not (folder / name).is_file():
-                raise DamagedError(
-                    f"a file of weights that {INDEX} names is not here",
-                    location=str(folder / name),
-                    hint="copy or fetch it, so that all stand in one folder",
-                )
-        return [folder / name for name in names]
-    pickles = sorted(file.name for pattern in _PICKLES for file in folder.glob(pattern))
-    if pickles:
-        raise ModelError(
-            f"the weights here are no safetensors ({', '.join(pickles[:_SHOWN])}); pickles are programs, never read",
-            location=str(folder),
-            hint="if you trust who made them: AutoModelForMaskedLM.from_pretrained(FOLDER).save_pretrained(OTHER) in "
-            "`transformers`, with the tokenizer's files beside, then import OTHER",
-        )
-    raise ModelError(
-        f"there are no weights here: neither {WEIGHTS} nor {INDEX}",
-        location=str(folder),
-        hint="give a folder that `save_pretrained` of transformers wrote",
-    )
-
-
-def named_anew(tensors: Mapping[str, Tensor], settings: Settings) -> tuple[dict[str, Tensor], list[str]]:
-    """The tensors under the names of a model with heads; what has no part in one is left out and said."""
-    prefix = prefix_of(settings)
-    is_bare = not any(name.startswith(prefix) for name in tensors)
-    named: dict[str, Tensor] = {}
-    left: list[str] = []
-    older = False
-    for name, tensor in tensors.items():
-        known = name
-        for old, new in _OLDER:
-            if known.endswith(old):
-                known, older = known.removesuffix(old) + new, True
-        if is_bare and known.startswith(_BARE):
-            known = prefix + known
-        if known.rpartition(".")[2] in _COUNTERS:
-            continue
-        if _is_of_a_task(known, settings):
-            left.append(name)
-        else:
-            named[known] = tensor
-    said = ["older names of tensors (gamma, beta) were read as weight and bias"] if older else []
-    if left:
-        said.append(f"left out, for masks need it not: {_some(left)}")
-    return named, said
-
-
-def _is_of_a_task(name: str, settings: Settings) -> bool:
-    """Whether a tensor belongs to a head that neither masks nor pairs need; RoBERTa's pooler is one."""
-    if name.startswith(_OF_TASKS):
-        return True
-    return isinstance(settings, BertConfig) and settings.model_type != "bert" and name.startswith("roberta.pooler.")
-
-
-def tie_as_found(tensors: Mapping[str, Tensor], settings: Settings) -> tuple[Settings, list[str]]:
-    """Settings whose decoder is tied only where the file's is: `transformers`, too, believes the tensors."""
-    apart = [
-        name
-        for name, other in tied_of(settings).items()
-        if name.endswith(".weight") and {name, other} <= set(tensors) and not torch.equal(tensors[name], tensors[other])
-    ]
-    if not apart:
-        return settings, []
-    return replace(settings, tie_word_embeddings=False), [
-        f"config.json ties the decoder and the weights don't ({apart[0]}): kept apart"
-    ]
-
-
-def completed(
-    tensors: Mapping[str, Tensor], settings: Settings, initial: Mapping[str, Tensor]
-) -> tuple[dict[str, Tensor], list[str]]:
-    """The tensors with the heads that they lack, taken from `initial`, which has every tensor.
-
-    Raises:
-        ModelError: a tensor of the encoder is missing, one has no place, or one has another shape; each is named.
-    """
-    whole, tied, said = dict(tensors), tied_of(settings), list[str]()
-    ours = table_of(settings, pair=has_pair(tensors, settings))
-    biases = [theirs for theirs, names in ours.items() if names == ("head.bias",)]
-    biases += [name for name, other in tied.items() if other in biases]
-    if known := [name for name in reversed(biases) if name in whole]:  # version 5 reads the one of the decoder
-        if any(not torch.equal(whole[name], whole[known[0]]) for name in known):
-            said.append(f"of two biases of the decoder, {known[0]} was taken, as `transformers` does")
-        whole |= dict.fromkeys(biases, whole[known[0]])
-    for name, other in tied.items():  # a table may stand under the decoder's name alone
-        if other not in whole and name in whole:
-            whole[other] = whole[name]
-    missing = [name for name in ours if name not in whole]
-    refuse = [name for name in missing if ours[name][0].startswith("encoder.")]
-    _refuse("the weights lack", refuse, "fetch the folder anew; config.json may mean another shape")
-    _refuse(
-        "the weights hold what this architecture has no place for:",
-        sorted(set(whole) - set(ours) - set(tied)),
-        "give a BERT, RoBERTa or ModernBERT folder as `transformers` writes it",
-    )
-    for name in ours:
-        if name in whole and whole[name].shape != initial[name].shape:
-            found, meant = (" × ".join(map(str, t.shape)) for t in (whole[name], initial[name]))
-            raise ModelError(
-                f"`{name}` is {found} where config.json means {meant}",
-                location=name,
-                hint="config.json is not of these weights",
-            )
-    whole |= {name: initial[name] for name in missing}
-    heads = {"the masked-language-model head": "head.", "the pair head": "pair."}
-    for head, room in heads.items():
-        begun = [name for name in missing if ours[name][0].startswith(room)]
-        if begun:
-            share = "" if len(begun) == sum(names[0].startswith(room) for names in ours.values()) else " (in part)"
-            said.append(f"{head}{share} is not in the weights and begins anew: {_some(begun)}")
-    return whole, said
-
-
-def _refuse(what: str, names: Sequence[str], next: str) -> None:
-    if names:
-        raise ModelError(f"{what} {_some(names)}", hint=next)
-
-
-def _some(names: Sequence[str]) -> str:
-    return ", ".join(names[:_SHOWN]) + (f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else "")
-
-
-_TYPES: Final = (("ModernBert", "modernbert"), ("XLMRoberta", "xlm-roberta"), ("Roberta", "roberta"), ("Bert", "bert"))
-
-
-def open_model(folder: str | Path) -> Model:
-    """Open a model for training it on or for writing it in another form; `said` tells what was not simply read.
-
-    Args:
-        folder: a run, a step folder, or what `transformers` saved. Heads that it lacks get initial weights from torch's
-            generator, which the caller seeds.
-
-    Raises:
-        ModelError: an architecture or a setting that isn't held here, weights that don't fit it, pickles; each by name.
-        TokenizerError: no tokenizer, or one that can't be read.
-        DamagedError: a file is missing or not what was written.
-    """
-    place = find_checkpoint(folder)
-    description = _description(place)
-    if (place / CARD).is_file() and not _is_alone(description):
-        return load(folder)
-    if (place / files.DIGESTS).is_file():
-        files.verify_manifest(place)
-    try:
-        settings, rows = settings_of(description), vocabulary_of(description)
-    except ModelError as error:
-        raise ModelError(error.message, location=str(place / error.location), hint=error.hint) from error
-    if isinstance(settings, TutorialConfig):
-        raise ModelError(f"a {SEED_TYPE} folder without its card", location=str(place), hint="restore it from a copy")
-    tokenizer, said = open_tokenizer(place)
-    if tokenizer.size > rows:
-        raise ModelError(
-            f"the tokenizer has {tokenizer.size} pieces and the weights {rows} rows",
-            location=str(place),
-            hint="use the tokenizer that this model was trained with",
-        )
-    try:
-        tensors, told = read(place)
-        said += told
-        tensors, told = named_anew(tensors, settings)
-        said += told
-        settings, told = tie_as_found(tensors, settings)
-        said += told
-        encoder, head = build_model(settings, rows)
-        pair = build_pair(settings) if has_pair(tensors, settings) else None
-        states = States(encoder.state_dict(), head.state_dict(), None if pair is None else pair.state_dict())
-        tensors, told = completed(tensors, settings, to_ecosystem(states, settings))
-        for module, state in zip((encoder, head, pair), from_ecosystem(tensors, settings), strict=True):
-            if module is not None and state is not None:
-                module.load_state_dict(state)
-                module.eval()
-    except ModelError as error:
-        raise ModelError(
-            error.message, location=error.location if "/" in error.location else str(place), hint=error.hint
-        ) from error
-    said += told
-    if rows > tokenizer.size:
-        said.append(f"{rows - tokenizer.size} rows beyond the tokenizer's {tokenizer.size:,} pieces are kept")
-    if isinstance(settings, BertConfig) and settings.model_type != "bert":
-        padding, counted = tokenizer.role_id("pad_token"), settings.position_offset - 1
-        if padding != counted:
-            said.append(
-                f"the tokenizer pads with {padding}, and positions are counted from {counted}, as config.json says"
-            )
-    card: Any = files.read_json(place / CARD) if (place / CARD).is_file() else {}
-    if not isinstance(card, dict):
-        raise DamagedError(
-            "no card that we wrote", location=str(place / CARD), hint="restore it from a copy, or remove it"
-        )
-    return Model(encoder, head, tokenizer, settings, cast("dict[str, Any]", card), str(place), pair, tuple(said))
+Tensors = dict[str, Tensor]
 
 
 def import_model(folder: str | Path, out: str | Path, *, force: bool = False, seed: int = 0) -> Model:
-    """Write what others have made as a folder of ours, which `transformers` opens too.
+    """Convert a folder of transformers to a folder that unmask and transformers load.
 
     Args:
         folder: a BERT, RoBERTa, XLM-R or ModernBERT folder.
-        out: where the model is to stand; not overwritten without `force`.
-        seed: of the initial weights of heads that the folder lacks.
+        out: the folder to write; it is not overwritten without `force`.
+        force: replace an existing model folder.
+        seed: seed of the initial weights of heads that the folder lacks.
 
     Raises:
         RunError: `out` exists.
-        ModelError, TokenizerError, DamagedError: as `open_model`.
+        ModelError, TokenizerError, DamagedError: as for `open_model`.
         StoreError: `out` can't be written.
     """
-    place = free_place(Path(out), Path(folder), force=force)
+    target = check_output_directory(Path(out), Path(folder), force=force)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = open_model(folder)
     source = Path(model.path).resolve()
     card = model.card or {"imported": {"from": source.name, "notes": list(model.notes)}}
-    model = replace(model, card=card, path=str(place))
-    with files.atomic_directory(place) as aside:
-        save_model(aside, model)
-        files.write_manifest(aside)
+    model = replace(model, card=card, path=str(target))
+    with files.atomic_directory(target) as partial:
+        save_model(partial, model)
+        files.write_manifest(partial)
     return model
 
 
-def _description(place: Path) -> Mapping[str, Any]:
-    """config.json; the oldest say their architecture and not their type."""
-    description: Any = files.read_json(place / CONFIG)
-    if isinstance(description, dict) and "model_type" not in description:
-        architecture = str((cast("Mapping[str, Any]", description).get("architectures") or [""])[0])
-        for beginning, kind in _TYPES:
-            if architecture.startswith(beginning):
-                return {**cast("Mapping[str, Any]", description), "model_type": kind}
-    return cast("Mapping[str, Any]", description)
+def open_model(folder: str | Path) -> Model:
+    """Load a model for continued pretraining or for conversion; its `notes` list what was converted or initialized.
+
+    Args:
+        folder: a run, a step folder, or a folder that transformers saved. Missing heads get initial weights from the
+            random generator of torch, which the caller seeds.
+
+    Raises:
+        ModelError: an unsupported architecture or setting, weights that don't fit it, or no safetensors.
+        TokenizerError: there is no tokenizer, or it can't be read.
+        DamagedError: a file is missing or damaged.
+    """
+    path = find_checkpoint(folder)
+    hf_config = _read_config(path)
+    if (path / RunLayout.CARD).is_file() and not _is_encoder_only(hf_config):
+        return load(folder)
+    model = open_checkpoint(path, hf_config, read_tokenizer=load_tokenizer, read_weights=_read_weights)
+    return replace(model, notes=(*model.notes, *_tokenizer_notes(model)))
 
 
-def _is_alone(description: Mapping[str, Any]) -> bool:
-    """Whether a folder says that it holds an encoder without its heads."""
-    architectures = description.get("architectures") if isinstance(description, dict) else None
+def _read_weights(folder: Path, settings: EncoderConfig, vocab_size: int) -> Weights:
+    """Read weights in any supported layout and complete the heads with initial weights."""
+    try:
+        if isinstance(settings, TutorialConfig):
+            raise ModelError(
+                f"a model of type {TUTORIAL_TYPE} without {RunLayout.CARD}", hint="restore the file from a copy"
+            )
+        tensors, notes = read_tensors(folder)
+        tensors, rename_notes = rename_tensors(tensors, settings)
+        settings, tie_notes = untie_if_different(tensors, settings)
+        encoder, head = build_model(settings, vocab_size)
+        pair = build_pair(settings) if has_pair_head(tensors, settings) else None
+        initial = States(encoder.state_dict(), head.state_dict(), None if pair is None else pair.state_dict())
+        tensors, head_notes = add_missing_heads(tensors, settings, to_hf_tensors(initial, settings))
+        return Weights(tensors, settings, [*notes, *rename_notes, *tie_notes, *head_notes])
+    except ModelError as error:
+        raise error.at(location=error.location if "/" in error.location else str(folder)) from error
+
+
+def _tokenizer_notes(model: Model) -> list[str]:
+    """Return notes on differences between tokenizer and model."""
+    notes: list[str] = []
+    tokenizer, settings = model.tokenizer, model.settings
+    num_extra = model.encoder.vocab_size - tokenizer.size
+    if num_extra > 0:
+        notes.append(f"kept {num_extra} embeddings beyond the tokenizer's {tokenizer.size:,} tokens")
+    if isinstance(settings, BertConfig) and settings.model_type != "bert":
+        pad_id, expected = tokenizer.role_id("pad_token"), settings.position_offset - 1
+        if pad_id != expected:
+            notes.append(
+                f"positions are counted from pad_token_id {expected} of config.json; the tokenizer pads with {pad_id}"
+            )
+    return notes
+
+
+def _read_config(folder: Path) -> Mapping[str, Any]:
+    """Return config.json; files of old versions name their architecture but not their model_type."""
+    config: Any = files.read_json(folder / RunLayout.CONFIG)
+    if isinstance(config, dict) and "model_type" not in config:
+        architecture = str((cast("Mapping[str, Any]", config).get("architectures") or [""])[0])
+        for prefix, model_type in _MODEL_TYPES:
+            if architecture.startswith(prefix):
+                return {**cast("Mapping[str, Any]", config), "model_type": model_type}
+    return cast("Mapping[str, Any]", config)
+
+
+def _is_encoder_only(config: Mapping[str, Any]) -> bool:
+    """Return whether a config.json describes an encoder without heads."""
+    architectures = config.get("architectures") if isinstance(config, dict) else None
     return bool(architectures) and str(cast("list[Any]", architectures)[0]).endswith("Model")
+
+
+# Tensors ------------------------------------------------------------------------------------------------------------
+
+
+def read_tensors(folder: Path) -> tuple[Tensors, list[str]]:
+    """Return every tensor of a folder in float32 under its name, and notes.
+
+    Raises:
+        ModelError: there are no safetensors; files of other formats are named.
+        DamagedError: a file is missing or can't be read.
+    """
+    tensors: Tensors = {}
+    for file in _weight_files(folder):
+        try:
+            tensors |= load_file(file)
+        except (SafetensorError, OSError) as error:
+            raise DamagedError(
+                f"can't read safetensors: {error}",
+                location=str(file),
+                hint="restore the file from a copy, or download it again",
+            ) from error
+    formats = sorted({str(t.dtype).removeprefix("torch.") for t in tensors.values() if t.is_floating_point()})
+    notes = [f"converted weights from {', '.join(formats)} to float32"] if formats not in ([], ["float32"]) else []
+    return {name: t.float() if t.is_floating_point() else t for name, t in tensors.items()}, notes
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    """Return the safetensors files of a folder: one, or those that an index names."""
+    if (folder / RunLayout.WEIGHTS).is_file():
+        return [folder / RunLayout.WEIGHTS]
+    if (folder / INDEX).is_file():
+        index: Any = files.read_json(folder / INDEX)
+        try:
+            names = sorted({str(name) for name in cast("Mapping[str, str]", index["weight_map"]).values()})
+        except (KeyError, TypeError, AttributeError) as error:
+            raise DamagedError(
+                "invalid index of weights: no weight_map", location=str(folder / INDEX), hint="download it again"
+            ) from error
+        for name in names:
+            if Path(name).name != name or not (folder / name).is_file():
+                raise DamagedError(
+                    f"a file named in {INDEX} is missing",
+                    location=str(folder / name),
+                    hint="download it into the same folder",
+                )
+        return [folder / name for name in names]
+    others = sorted(file.name for pattern in _OTHER_FORMATS for file in folder.glob(pattern))
+    if others:
+        raise ModelError(
+            f"the weights are not in safetensors ({', '.join(others[:_NAMES_SHOWN])}); pickles can run code and are "
+            "never read",
+            location=str(folder),
+            hint="if you trust the author, run AutoModelForMaskedLM.from_pretrained(FOLDER).save_pretrained(OTHER) in "
+            "transformers, copy the tokenizer's files to OTHER, and import OTHER",
+        )
+    raise ModelError(
+        f"no weights found: neither {RunLayout.WEIGHTS} nor {INDEX}",
+        location=str(folder),
+        hint="give a folder that `save_pretrained` of transformers wrote",
+    )
+
+
+def rename_tensors(tensors: Mapping[str, Tensor], settings: Settings) -> tuple[Tensors, list[str]]:
+    """Return the tensors under the names of a model with heads, and notes; buffers and task heads are left out."""
+    prefix = encoder_prefix(settings)
+    is_encoder_only = not any(name.startswith(prefix) for name in tensors)
+    renamed: Tensors = {}
+    left_out: list[str] = []
+    has_older_names = False
+    for name, tensor in tensors.items():
+        current = name
+        for older, suffix in _OLDER_SUFFIXES:
+            if current.endswith(older):
+                current, has_older_names = current.removesuffix(older) + suffix, True
+        if is_encoder_only and current.startswith(_ENCODER_ONLY):
+            current = prefix + current
+        if current.rpartition(".")[2] in _BUFFERS:
+            continue
+        if _is_of_task_head(current, settings):
+            left_out.append(name)
+        else:
+            renamed[current] = tensor
+    notes = ["renamed tensors from gamma and beta to weight and bias"] if has_older_names else []
+    if left_out:
+        notes.append(f"left out, not needed for masked-language modeling: {join_names(left_out, _NAMES_SHOWN)}")
+    return renamed, notes
+
+
+def _is_of_task_head(name: str, settings: Settings) -> bool:
+    """Return whether a tensor belongs to a head for another task; RoBERTa's pooler counts as one."""
+    if name.startswith(_TASK_HEADS):
+        return True
+    return isinstance(settings, BertConfig) and settings.model_type != "bert" and name.startswith("roberta.pooler.")
+
+
+def untie_if_different(tensors: Mapping[str, Tensor], settings: Settings) -> tuple[Settings, list[str]]:
+    """Return settings with an untied decoder if the file's decoder differs from its embedding, as transformers does."""
+    different = [
+        name
+        for name, other in tied_hf_tensors(settings).items()
+        if name.endswith(".weight") and {name, other} <= set(tensors) and not torch.equal(tensors[name], tensors[other])
+    ]
+    if not different:
+        return settings, []
+    note = f"kept the decoder untied: {different[0]} differs from the embedding, although config.json ties them"
+    return replace(settings, tie_word_embeddings=False), [note]
+
+
+def add_missing_heads(
+    tensors: Mapping[str, Tensor], settings: Settings, initial: Mapping[str, Tensor]
+) -> tuple[Tensors, list[str]]:
+    """Return the tensors with the missing heads taken from `initial`, which has every tensor, and notes.
+
+    Raises:
+        ModelError: a tensor of the encoder is missing, a tensor is unknown, or has another shape; each is named.
+    """
+    complete, tied, notes = dict(tensors), tied_hf_tensors(settings), list[str]()
+    own_names = hf_tensor_names(settings, pair=has_pair_head(tensors, settings))
+    biases = [name for name, own in own_names.items() if own == ("head.bias",)]
+    biases += [name for name, other in tied.items() if other in biases]
+    if present := [name for name in reversed(biases) if name in complete]:  # transformers 5 reads the decoder's bias
+        if any(not torch.equal(complete[name], complete[present[0]]) for name in present):
+            notes.append(f"used {present[0]} of two different decoder biases, as transformers does")
+        complete |= dict.fromkeys(biases, complete[present[0]])
+    for name, other in tied.items():  # the embedding may be stored only under the name of the decoder
+        if other not in complete and name in complete:
+            complete[other] = complete[name]
+    missing = [name for name in own_names if name not in complete]
+    _check_none(
+        "missing tensors of the encoder:",
+        [name for name in missing if own_names[name][0].startswith("encoder.")],
+        "download the folder again, or check config.json",
+    )
+    _check_none(
+        "unknown tensors for this architecture:",
+        sorted(set(complete) - set(own_names) - set(tied)),
+        "give a BERT, RoBERTa or ModernBERT folder written by transformers",
+    )
+    for name in own_names:
+        if name in complete and complete[name].shape != initial[name].shape:
+            shape, expected = (" × ".join(map(str, t.shape)) for t in (complete[name], initial[name]))
+            raise ModelError(
+                f"invalid shape of `{name}`: got {shape}, expected {expected} by config.json",
+                location=name,
+                hint="use the config.json of these weights",
+            )
+    complete |= {name: initial[name] for name in missing}
+    for head, prefix in {"masked-language-modeling head": "head.", "pair head": "pair."}.items():
+        names = [name for name, own in own_names.items() if own[0].startswith(prefix)]
+        initialized = [name for name in names if name in missing]
+        if initialized:
+            part = "" if len(initialized) == len(names) else "part of "
+            notes.append(f"initialized {part}the {head}: {join_names(initialized, _NAMES_SHOWN)}")
+    return complete, notes
+
+
+def _check_none(message: str, names: Sequence[str], hint: str) -> None:
+    if names:
+        raise ModelError(f"{message} {join_names(names, _NAMES_SHOWN)}", hint=hint)

@@ -1,9 +1,4 @@
-"""Room card: a model, written for the rest of the world.
-
-Comes in: a run, a step folder or a model's folder; a place to write. Goes out: a folder that `transformers` opens
-without code of ours, with a model card; nothing at all where `transformers` would see another model in it. Called by:
-unmask.export, `unmask export`.
-"""
+"""Exports a model in the Hugging Face format, after comparing it with transformers."""
 
 from __future__ import annotations
 
@@ -14,23 +9,22 @@ from typing import Literal
 
 from unmask.core import files
 from unmask.core.errors import ModelError
+from unmask.core.files import RunLayout
 from unmask.hub.from_hf import open_model
 from unmask.hub.model_card import model_card
-from unmask.hub.parity import Parity, compare, sample
+from unmask.hub.parity import Parity, compare, sample_texts
 from unmask.models.annotated import TutorialConfig
-from unmask.models.model import CONFIG, free_place, save_model
-
-CARD = "README.md"
+from unmask.models.model import check_output_directory, save_model
 
 
 @dataclass(frozen=True)
 class Exported:
-    """What was written, and how it was checked."""
+    """What was written, and how it was compared."""
 
     path: str
     architecture: str
-    parity: Parity | None  # None: unverified
-    notes: tuple[str, ...]  # what had to be converted or begun anew in a folder of others
+    parity: Parity | None  # None: not compared
+    notes: tuple[str, ...]  # what was converted or initialized when the model was read
 
 
 def export(
@@ -41,48 +35,46 @@ def export(
     unverified: bool = False,
     only: Literal["all", "encoder"] = "all",
 ) -> Exported:
-    """Write a model as the ecosystem has it, if `transformers` gets the same logits from what is written.
+    """Write a model in the Hugging Face format if transformers computes the same logits from it.
 
-    Classic: BertForPreTraining with a pair head, BertForMaskedLM without, RobertaForMaskedLM and XLMRobertaForMaskedLM
-    for what came from such a folder; modern: ModernBertForMaskedLM. `only="encoder"`: BertModel and its like.
+    The classes are BertForMaskedLM, BertForPreTraining (with a pair head), RobertaForMaskedLM, XLMRobertaForMaskedLM
+    and ModernBertForMaskedLM; with `only="encoder"` BertModel, RobertaModel, XLMRobertaModel and ModernBertModel.
 
     Args:
-        model: a run, one of its step folders, or a folder that `transformers` saved.
-        out: where it is to stand; not overwritten without `force`.
-        force: replace a model folder that stands there.
-        unverified: compare nothing, and say so in the model card.
-        only: "all" the model has, or the "encoder" without its heads.
+        model: a run, one of its step folders, or a folder that transformers saved.
+        out: the folder to write; it is not overwritten without `force`.
+        force: replace an existing model folder.
+        unverified: skip the comparison; the model card says so.
+        only: "all" writes the whole model, "encoder" leaves the heads out.
 
     Raises:
-        ModelError: `transformers` isn't installed, sees other logits or ids, or has no class for this net.
-        RunError: `out` exists, or is what is read.
+        ModelError: transformers isn't installed, computes other logits or ids, or has no class for this architecture.
+        RunError: `out` exists, or is the folder of the model.
         StoreError: `out` can't be written.
     """
-    place = free_place(Path(out), Path(model), force=force)
+    target = check_output_directory(Path(out), Path(model), force=force)
     if not unverified and importlib.util.find_spec("transformers") is None:
         raise ModelError(
-            "an export is compared with `transformers`, which is not installed",
-            hint='pip install "transformers>=4.57"; or write it unchecked: --unverified (unverified=True)',
+            "an export is compared with transformers, which is not installed",
+            hint='pip install "transformers>=4.57"; or skip the comparison: --unverified (unverified=True)',
         )
     opened = open_model(model)
     if isinstance(opened.settings, TutorialConfig):
         raise ModelError(
-            "the tutorial's net (recipe `seed`) is no class of `transformers`, so that nobody else could open it",
+            "the tutorial's architecture (recipe `seed`) has no class in transformers",
             location=opened.path,
-            hint="train an encoder that is one: unmask pretrain TEXT --recipe char, tiny or bert-tiny",
+            hint="train another recipe: unmask pretrain TEXT --recipe tiny",
         )
     run = _run_of(Path(model), Path(opened.path))
-    with files.atomic_directory(place) as aside:
-        save_model(aside, opened, only_encoder=only == "encoder")
-        architecture = str(files.read_json(aside / CONFIG)["architectures"][0])
-        parity = None
-        if not unverified:
-            parity = compare(aside, opened, *sample(opened, run))
-        files.write_text(aside / CARD, model_card(place.name, opened, run, architecture, parity))
-    return Exported(str(place), architecture, parity, opened.notes)
+    with files.atomic_directory(target) as folder:
+        save_model(folder, opened, only_encoder=only == "encoder")
+        architecture = str(files.read_json(folder / RunLayout.CONFIG)["architectures"][0])
+        parity = None if unverified else compare(folder, opened, *sample_texts(opened, run))
+        files.write_text(folder / RunLayout.README, model_card(target.name, opened, run, architecture, parity))
+    return Exported(str(target), architecture, parity, opened.notes)
 
 
-def _run_of(given: Path, opened: Path) -> Path | None:
-    """The run that a model is of, where its folder still stands in it."""
-    places = (given, opened, opened.parent)
-    return next((place for place in places if (place / "recipe.toml").is_file()), None)
+def _run_of(path: Path, model: Path) -> Path | None:
+    """Return the run that contains a model, if there is one."""
+    candidates = (path, model, model.parent)
+    return next((folder for folder in candidates if (folder / RunLayout.RECIPE).is_file()), None)

@@ -1,60 +1,73 @@
-"""Room card: from an encoder's settings to its modules, its size and its cost.
-
-Comes in: settings and the size of the vocabulary. Goes out: encoder and head, a pair head where the kind has one, the
-number of their parameters, the matrix products of a forward pass, the arithmetic of one training token. Called by:
-workshop, bundle, `unmask recipe show`.
-"""
+"""Registry of the model kinds: builds encoders and heads, counts parameters and FLOPs."""
 
 from __future__ import annotations
 
+import torch
 from torch import nn
 
 from unmask.core.errors import RecipeError
 from unmask.models.annotated import TutorialConfig, TutorialEncoder, TutorialHead
 from unmask.models.bert import BertConfig, BertEncoder, BertHead, SentencePairHead
+from unmask.models.layers import EncoderModule, HeadModule
 from unmask.models.modernbert import ModernBertConfig, ModernBertEncoder, ModernBertHead
 from unmask.models.structured_init import init_neighbor_attention, init_pair_matching
 
 EncoderConfig = ModernBertConfig | BertConfig | TutorialConfig
 
 
-def build_model(settings: EncoderConfig, vocabulary: int) -> tuple[nn.Module, nn.Module]:
-    """Encoder and head with initial weights drawn from torch's generator, which the caller seeds."""
+def build_model(settings: EncoderConfig, vocab_size: int) -> tuple[EncoderModule, HeadModule]:
+    """Build encoder and head. Initial weights are drawn from torch's generator, which the caller seeds.
+
+    Raises:
+        RecipeError: the encoder is too small for its structured initialization.
+    """
     if isinstance(settings, ModernBertConfig):
-        return ModernBertEncoder(settings, vocabulary), ModernBertHead(settings, vocabulary)
+        return ModernBertEncoder(settings, vocab_size), ModernBertHead(settings, vocab_size)
     if isinstance(settings, BertConfig):
-        encoder = BertEncoder(settings, vocabulary)
-        if settings.init != "normal":
+        encoder = BertEncoder(settings, vocab_size)
+        if settings.init != "normal" and not encoder.token_embedding.is_meta:
             init_neighbor_attention(encoder)
-        if settings.init == "pair-matching":
-            init_pair_matching(encoder)
-        return encoder, BertHead(settings, vocabulary)
-    return TutorialEncoder(settings, vocabulary), TutorialHead(settings, vocabulary)
+            if settings.init == "pair-matching":
+                init_pair_matching(encoder)
+        return encoder, BertHead(settings, vocab_size)
+    return TutorialEncoder(settings, vocab_size), TutorialHead(settings, vocab_size)
 
 
 def build_pair(settings: EncoderConfig) -> nn.Module:
-    """The head that reads two logits from each text, with initial weights from torch's generator.
+    """Build the sentence pair head, with initial weights drawn from torch's generator.
 
     Raises:
-        RecipeError: RoBERTa has none, so that its folders have no place for one.
+        RecipeError: the model type is RoBERTa or XLM-R, which have no such head.
     """
-    assert isinstance(settings, BertConfig), "only the classic encoder has a pair head"
+    assert isinstance(settings, BertConfig), "only BERT has a sentence pair head"
     if settings.model_type != "bert":
         raise RecipeError(
-            f"a net of the family {settings.model_type!r} has no pair head",
+            f"a model of type {settings.model_type!r} has no sentence pair head",
             location="model.model_type",
-            hint="train it on masks alone, or take a BERT folder",
+            hint="train it with objective.kind=mlm, or use a BERT model",
         )
     return SentencePairHead(settings)
 
 
+def num_parameters(settings: EncoderConfig, vocab_size: int) -> int:
+    """Count the parameters of encoder and head, without a sentence pair head. A tied decoder counts once."""
+    with torch.device("meta"):
+        modules = build_model(settings, vocab_size)
+    return sum(parameter.numel() for module in modules for parameter in module.parameters())
+
+
+def non_embedding_parameters(settings: EncoderConfig, vocab_size: int) -> int:
+    """Count the parameters of encoder and head without the token embedding."""
+    return num_parameters(settings, vocab_size) - vocab_size * settings.hidden_size
+
+
 def _mlp_input_columns(settings: EncoderConfig) -> int:
-    """Columns of the products that lead into the feed-forward net: the gated one has two ways in."""
+    """Output width of the first linear maps of the feed-forward network; a GeGLU has two."""
     return (2 if isinstance(settings, ModernBertConfig) else 1) * settings.intermediate_size
 
 
-def _matrices_per_layer(settings: EncoderConfig) -> int:
-    """Weights of one layer that take part in matrix products."""
+def _matrix_weights_per_layer(settings: EncoderConfig) -> int:
+    """Number of weights of one layer that are part of matrix products."""
     return 4 * settings.hidden_size**2 + settings.hidden_size * (
         _mlp_input_columns(settings) + settings.intermediate_size
     )
@@ -65,70 +78,47 @@ def _has_dense_head(settings: EncoderConfig) -> bool:
     return not isinstance(settings, TutorialConfig)
 
 
-def parameters(settings: EncoderConfig, vocabulary: int) -> int:
-    """Parameters of encoder and head together, a tied table counted once, a pair head not at all."""
-    layers, width = settings.num_hidden_layers, settings.hidden_size
-    table = vocabulary * width
-    decoder = 0 if isinstance(settings, TutorialConfig) or settings.tie_word_embeddings else table
-    matrices = layers * _matrices_per_layer(settings)
-    if isinstance(settings, ModernBertConfig):
-        norms = 2 * layers - 1 + 2 + 1  # two a block but for block 0; embedding and final; the head's
-        return table + decoder + matrices + norms * width + width**2 + vocabulary
-    biases_and_norms = layers * (4 * width + settings.intermediate_size + width + 4 * width)
-    if isinstance(settings, BertConfig):
-        tables = (
-            table
-            + decoder
-            + (settings.position_offset + settings.max_position_embeddings + settings.type_vocab_size) * width
-        )
-        head = width**2 + 3 * width + vocabulary  # dense with its bias, norm; the decoder's bias
-        return tables + 2 * width + matrices + biases_and_norms + head
-    return 2 * table + matrices + biases_and_norms + 2 * width + vocabulary
+def products(settings: EncoderConfig, vocab_size: int, tokens: int, masked_tokens: int) -> list[tuple[int, int, int]]:
+    """Return the matrix products of a forward pass as (rows, inner, columns): projections, feed-forward, head.
 
-
-def parameters_beside_the_table(settings: EncoderConfig, vocabulary: int) -> int:
-    """Parameters of encoder and head without the token table: what thinks, as it were, and not what is looked up."""
-    return parameters(settings, vocabulary) - vocabulary * settings.hidden_size
-
-
-def products(settings: EncoderConfig, vocabulary: int, tokens: int, asked: int) -> list[tuple[int, int, int]]:
-    """The matrix products of one forward pass as (rows, inner, columns): projections, feed-forward, head.
-
-    Attention's own are left out: their shapes hang on the lengths of the texts.
+    Those of attention itself are left out, because their shapes depend on the lengths of the sequences.
     """
     width, inner = settings.hidden_size, settings.intermediate_size
     layer = [(tokens, width, width)] * 4 + [(tokens, width, _mlp_input_columns(settings)), (tokens, inner, width)]
-    dense = [(asked, width, width)] if _has_dense_head(settings) else []
-    return layer * settings.num_hidden_layers + dense + [(asked, width, vocabulary)]
+    dense = [(masked_tokens, width, width)] if _has_dense_head(settings) else []
+    return layer * settings.num_hidden_layers + dense + [(masked_tokens, width, vocab_size)]
 
 
-def flops_per_token(settings: EncoderConfig, vocabulary: int, length: int, rate: float) -> float:
-    """Floating-point operations of the matrix products of one training token: forward, and twice that backward.
+def flops_per_token(settings: EncoderConfig, vocab_size: int, length: int, mask_rate: float) -> float:
+    """Return the FLOPs of the matrix products of one training token: the forward pass, and twice that backward.
 
-    A multiplication and an addition are two. Attention in a layer costs 4 × keys × width, where a global layer has
-    `length` keys and a local one min(length, window); only the share `rate` of the tokens meets the head. Norms,
-    softmax, activations and the optimizer are left out, as is usual.
+    A multiplication and an addition count as two. Attention in a layer costs 4 x keys x width; keys is `length` with
+    global attention and min(length, window) with local attention. The head processes only the masked tokens. Norms,
+    softmax, activations and the optimizer are left out, as usual.
     """
     width = settings.hidden_size
-    forward = 2.0 * settings.num_hidden_layers * _matrices_per_layer(settings)
-    head = 2.0 * width * vocabulary + (2.0 * width**2 if _has_dense_head(settings) else 0.0)
+    forward = 2.0 * settings.num_hidden_layers * _matrix_weights_per_layer(settings)
+    head = 2.0 * width * vocab_size + (2.0 * width**2 if _has_dense_head(settings) else 0.0)
     keys = settings.num_hidden_layers * length
     if isinstance(settings, ModernBertConfig):
         keys = sum(
-            length if settings.sees_all(layer) else min(length, settings.local_attention)
+            length if settings.has_global_attention(layer) else min(length, settings.local_attention)
             for layer in range(settings.num_hidden_layers)
         )
-    return 3.0 * (forward + 4.0 * keys * width + rate * head)
+    return 3.0 * (forward + 4.0 * keys * width + mask_rate * head)
 
 
 __all__ = [
     "BertConfig",
     "EncoderConfig",
+    "EncoderModule",
+    "HeadModule",
     "ModernBertConfig",
     "TutorialConfig",
     "build_model",
     "build_pair",
     "flops_per_token",
-    "parameters",
+    "non_embedding_parameters",
+    "num_parameters",
     "products",
 ]

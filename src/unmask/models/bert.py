@@ -1,108 +1,94 @@
-"""Room card: the classic encoder, weight for weight the BertForPreTraining of `transformers` (arXiv 1810.04805).
+"""BERT, with the same weights as BertForPreTraining of `transformers` (arXiv 1810.04805), and RoBERTa and XLM-R.
 
-Comes in: a Batch; segments from its `token_type_ids_T`, where None means segment 0 everywhere. Goes out: one vector per slot;
-from the head, logits at the asked positions; from the pair head, two logits per text. Called by: build, and through the
-Encoder and Head contracts by everyone.
-
-Token, position and segment vectors are added and normalised; every block adds first and normalises after, with biases
-everywhere; the decoder is tied to the token table. The pair head (the pooler and what reads it) is a module of its own,
-since training on masks alone has no use for it: without one a model is what `transformers` calls BertForMaskedLM.
-RoBERTa (arXiv 1907.11692) and XLM-R are the same net whose texts begin at a later row of the position table.
+Token, position and token type embeddings are added and normalized. Blocks are post-norm, with biases everywhere, and
+the decoder is tied to the token embedding. The sentence pair head (pooler and classifier) is a separate module, because
+masked language modeling doesn't use it: a model without it is what `transformers` calls BertForMaskedLM. RoBERTa
+(arXiv 1907.11692) and XLM-R are the same network with an offset in the position embedding.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Final, Literal, cast
+from typing import Any, Final, Literal
 
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.nn.utils import skip_init
 
+from unmask.core.config import require
 from unmask.core.errors import ModelError, RecipeError
 from unmask.core.types import Batch
 from unmask.models.attention import AttentionPlan, attention, plan_attention
-from unmask.models.layers import matrix, working_dtype
+from unmask.models.layers import (
+    EncoderModule,
+    HeadModule,
+    compute_dtype,
+    initialized_embedding,
+    initialized_linear,
+)
 
 
 @dataclass(frozen=True)
 class BertConfig:
-    """The shape of a classic encoder; all that a BERT config.json can say and a recipe would want to."""
+    """Architecture of a BERT encoder. The fields are those of config.json that can differ between models."""
 
     kind: Literal["bert"] = "bert"
     num_hidden_layers: int = 4
     hidden_size: int = 256
     num_attention_heads: int = 4
     intermediate_size: int = 1024
-    max_position_embeddings: int = 512  # tokens of a text: positions are learned, so there are no more than these
+    max_position_embeddings: int = 512  # maximum length of a sequence in tokens
     type_vocab_size: int = 2
     layer_norm_eps: float = 1e-12
     initializer_range: float = 0.02
-    init: Literal["normal", "neighbor-attention", "pair-matching"] = (
-        "normal"  # where heads look at first: see nn/beginning
-    )
-    hidden_dropout: float = 0.0  # on the embedding and on what a block adds; BERT's own is 0.1
-    attention_dropout: float = 0.0  # above 0, attention takes the padded path; BERT's own is 0.1
-    tie_word_embeddings: bool = True  # the decoder is the token table; untied, the head has a table of its own
-    model_type: Literal["bert", "roberta", "xlm-roberta"] = "bert"  # whose class and names its folders carry
-    position_offset: int = 0  # row of the position table for a text's first token; RoBERTa: its padding's id + 1, so 2
+    init: Literal["normal", "neighbor-attention", "pair-matching"] = "normal"  # see models/structured_init.py
+    hidden_dropout: float = 0.0  # after the embedding and after each sublayer; 0.1 in BERT
+    attention_dropout: float = 0.0  # above 0, attention uses the padded backend; 0.1 in BERT
+    tie_word_embeddings: bool = True  # whether the decoder is the token embedding
+    model_type: Literal["bert", "roberta", "xlm-roberta"] = "bert"  # class and tensor names in `transformers`
+    position_offset: int = 0  # index of the first position embedding in use; in RoBERTa the padding id + 1, usually 2
 
     def __post_init__(self) -> None:
-        for name in (
+        require(
+            self,
             "num_hidden_layers",
             "hidden_size",
             "num_attention_heads",
             "intermediate_size",
             "max_position_embeddings",
             "type_vocab_size",
-        ):
-            if getattr(self, name) < 1:
-                raise RecipeError(f"`{name}` is {getattr(self, name)}", location=name, hint="give at least 1")
+            min=1,
+        )
         if (self.position_offset == 0) != (self.model_type == "bert") or self.position_offset < 0:
             raise RecipeError(
-                f"`position_offset` is {self.position_offset} in a net of the family {self.model_type!r}",
+                f"invalid position_offset: got {self.position_offset} for model_type = {self.model_type!r}",
                 location="position_offset",
-                hint="give 0 for bert; for roberta and xlm-roberta the id of their padding + 1, which is 2 in theirs",
+                hint="set it to 0 for bert, and to the padding id + 1 for roberta and xlm-roberta (2 in their models)",
             )
         if self.hidden_size % self.num_attention_heads:
             raise RecipeError(
-                f"a width of {self.hidden_size} can't be cut into {self.num_attention_heads} heads",
+                f"hidden_size = {self.hidden_size} is not divisible by num_attention_heads = "
+                f"{self.num_attention_heads}",
                 location="num_attention_heads",
-                hint=f"choose `hidden_size` as a multiple of {self.num_attention_heads}, or fewer heads",
+                hint=f"set hidden_size to a multiple of {self.num_attention_heads}, or use fewer heads",
             )
-        for name in ("layer_norm_eps", "initializer_range"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise RecipeError(f"`{name}` is {getattr(self, name)}", location=name, hint="give a number above 0")
-        for name in ("hidden_dropout", "attention_dropout"):
-            if not 0 <= getattr(self, name) < 1:
-                raise RecipeError(
-                    f"`{name}` is {getattr(self, name)}", location=name, hint="give a share from 0 to below 1"
-                )
+        require(self, "layer_norm_eps", "initializer_range", above=0, below=math.inf)
+        require(self, "hidden_dropout", "attention_dropout", min=0, below=1)
 
     @property
     def head_width(self) -> int:
-        """Width of one head."""
+        """Dimensions of one attention head."""
         return self.hidden_size // self.num_attention_heads
 
 
-def _linear(inputs: int, outputs: int, deviation: float) -> nn.Linear:
-    """A linear map; normal draws, cut at two deviations as in BERT's own code, and a bias of zeros."""
-    linear = cast("nn.Linear", skip_init(nn.Linear, inputs, outputs))
-    nn.init.trunc_normal_(linear.weight, std=deviation, a=-2 * deviation, b=2 * deviation)
-    nn.init.zeros_(linear.bias)
-    return linear
-
-
-def _table(rows: int, width: int, deviation: float) -> nn.Parameter:
-    """A table that is indexed, drawn as the matrices are."""
-    return nn.Parameter(matrix(width, rows, deviation).weight.detach())
+def _linear(in_features: int, out_features: int, std: float) -> nn.Linear:
+    return initialized_linear(in_features, out_features, std, bias=True)
 
 
 class BertAttention(nn.Module):
-    """Multi-head attention with biases."""
+    """Multi-head self-attention with biases."""
 
     def __init__(self, settings: BertConfig) -> None:
         super().__init__()
@@ -112,18 +98,18 @@ class BertAttention(nn.Module):
         self._heads = (settings.num_attention_heads, settings.head_width)
         self._dropout = settings.attention_dropout
 
-    def forward(self, hidden_TD: Float[Tensor, "T D"], layout: AttentionPlan) -> Float[Tensor, "T D"]:
-        """Each slot's view of its own text."""
-        hidden_TD = hidden_TD.to(working_dtype(hidden_TD))  # cast once, not once per matrix
+    def forward(self, hidden_TD: Float[Tensor, "T D"], plan: AttentionPlan) -> Float[Tensor, "T D"]:
+        """Attend within each sequence."""
+        hidden_TD = hidden_TD.to(compute_dtype(hidden_TD))  # cast once, not once per matrix
         q_THK, k_THK, v_THK = (
             linear(hidden_TD).unflatten(-1, self._heads) for linear in (self.query, self.key, self.value)
         )
         dropout = self._dropout if self.training else 0.0
-        return self.output(attention(q_THK, k_THK, v_THK, layout, dropout=dropout).flatten(1))
+        return self.output(attention(q_THK, k_THK, v_THK, plan, dropout=dropout).flatten(1))
 
 
 class BertFeedForward(nn.Module):
-    """Two linear maps with a GELU between."""
+    """Two linear maps with a GELU in between."""
 
     def __init__(self, settings: BertConfig) -> None:
         super().__init__()
@@ -131,12 +117,12 @@ class BertFeedForward(nn.Module):
         self.output = _linear(settings.intermediate_size, settings.hidden_size, settings.initializer_range)
 
     def forward(self, hidden_TD: Float[Tensor, "T D"]) -> Float[Tensor, "T D"]:
-        """Each row for itself."""
+        """Apply the network to each vector."""
         return self.output(F.gelu(self.input(hidden_TD)))
 
 
 class BertBlock(nn.Module):
-    """Attention, then the feed-forward net, each added first and normalised after."""
+    """Attention and feed-forward network, each followed by a residual connection and a norm (post-norm)."""
 
     def __init__(self, settings: BertConfig) -> None:
         super().__init__()
@@ -146,81 +132,89 @@ class BertBlock(nn.Module):
         self.mlp_norm = nn.LayerNorm(settings.hidden_size, settings.layer_norm_eps)
         self._dropout = settings.hidden_dropout
 
-    def forward(self, hidden_TD: Float[Tensor, "T D"], layout: AttentionPlan) -> Float[Tensor, "T D"]:
-        """The normalised vectors after this block."""
-        seen_TD = F.dropout(self.attention(hidden_TD, layout), self._dropout, self.training)
-        hidden_TD = self.attention_norm(hidden_TD + seen_TD)
+    def forward(self, hidden_TD: Float[Tensor, "T D"], plan: AttentionPlan) -> Float[Tensor, "T D"]:
+        """Apply the block."""
+        attended_TD = F.dropout(self.attention(hidden_TD, plan), self._dropout, self.training)
+        hidden_TD = self.attention_norm(hidden_TD + attended_TD)
         inner_TD = F.dropout(self.mlp(hidden_TD), self._dropout, self.training)
         return self.mlp_norm(hidden_TD + inner_TD)
 
 
-class BertEncoder(nn.Module):
-    """BertModel without its pooler: initial weights are drawn from torch's generator, which the caller seeds."""
+class BertEncoder(EncoderModule):
+    """BertModel without its pooler. Initial weights are drawn from torch's generator, which the caller seeds."""
 
-    def __init__(self, settings: BertConfig, vocabulary: int) -> None:
+    settings: BertConfig
+
+    def __init__(self, settings: BertConfig, vocab_size: int) -> None:
         super().__init__()
         self.settings = settings
-        self.width = settings.hidden_size
-        self.vocabulary = vocabulary
-        deviation = settings.initializer_range
-        self.token_embedding = _table(vocabulary, settings.hidden_size, deviation)
-        self.position_embedding = _table(
-            settings.position_offset + settings.max_position_embeddings, settings.hidden_size, deviation
+        self.hidden_size = settings.hidden_size
+        self.vocab_size = vocab_size
+        std = settings.initializer_range
+        self.token_embedding = initialized_embedding(vocab_size, settings.hidden_size, std)
+        self.position_embedding = initialized_embedding(
+            settings.position_offset + settings.max_position_embeddings, settings.hidden_size, std
         )
-        self.token_type_embedding = _table(settings.type_vocab_size, settings.hidden_size, deviation)
+        self.token_type_embedding = initialized_embedding(settings.type_vocab_size, settings.hidden_size, std)
         self.embedding_norm = nn.LayerNorm(settings.hidden_size, settings.layer_norm_eps)
         self.blocks = nn.ModuleList(BertBlock(settings) for _ in range(settings.num_hidden_layers))
 
+    def position_parameters(self) -> Iterator[Tensor]:
+        """Yield the position embedding."""
+        yield self.position_embedding
+
     def forward(self, batch: Batch) -> Float[Tensor, "T D"]:
-        """One vector per slot, in the batch's order."""
+        """Return one vector per token, in the order of the batch. Without token types, all are 0."""
         settings = self.settings
-        assert batch.tokens == 0 or batch.max_seqlen <= max(settings.max_position_embeddings, batch.filler), (
-            "a text beyond `max_position_embeddings`"
-        )
+        assert batch.max_seqlen <= settings.max_position_embeddings, "a sequence exceeds max_position_embeddings"
         dropout = settings.attention_dropout if self.training else 0.0
-        dtype = working_dtype(self.token_embedding)
-        layout = plan_attention(batch, dtype=dtype, dropout=dropout, head_width=settings.head_width)
-        # In BERT's order of addition, so that both have the same bits.
-        hidden_TD = F.embedding(layout.arranged(batch.ids_T), self.token_embedding)
+        dtype = compute_dtype(self.token_embedding)
+        plan = plan_attention(batch, dtype=dtype, dropout=dropout, head_width=settings.head_width)
+        # Added in the order of transformers' BERT, so that both have the same bits.
+        hidden_TD = F.embedding(plan.to_plan_order(batch.ids_T), self.token_embedding)
         if batch.token_type_ids_T is None:
             hidden_TD = hidden_TD + self.token_type_embedding[0]
         else:
-            hidden_TD = hidden_TD + F.embedding(layout.arranged(batch.token_type_ids_T), self.token_type_embedding)
-        position_T = layout.position_T.clamp_max(
-            settings.max_position_embeddings - 1
-        )  # only a filler text can be longer
-        hidden_TD = hidden_TD + F.embedding(position_T + settings.position_offset, self.position_embedding)
+            token_type_ids_T = plan.to_plan_order(batch.token_type_ids_T)
+            hidden_TD = hidden_TD + F.embedding(token_type_ids_T, self.token_type_embedding)
+        hidden_TD = hidden_TD + F.embedding(plan.position_T + settings.position_offset, self.position_embedding)
         hidden_TD = self.embedding_norm(hidden_TD)
         hidden_TD = F.dropout(hidden_TD, settings.hidden_dropout, self.training)
         for block in self.blocks:
-            hidden_TD = block(hidden_TD, layout)
-        return layout.restored(hidden_TD)
+            hidden_TD = block(hidden_TD, plan)
+        return plan.to_batch_order(hidden_TD)
 
 
-class BertHead(nn.Module):
-    """Dense, GELU, norm, and a decoder with a bias of its own: the token table, or a table of its own if untied."""
+class BertHead(HeadModule):
+    """Dense layer, GELU, norm and decoder with a bias. The decoder's weight is the token embedding if tied."""
 
-    def __init__(self, settings: BertConfig, vocabulary: int) -> None:
+    def __init__(self, settings: BertConfig, vocab_size: int) -> None:
         super().__init__()
         self.dense = _linear(settings.hidden_size, settings.hidden_size, settings.initializer_range)
         self.norm = nn.LayerNorm(settings.hidden_size, settings.layer_norm_eps)
-        self.bias = nn.Parameter(Tensor(vocabulary).zero_())
+        self.bias = nn.Parameter(Tensor(vocab_size).zero_())
         self.decoder = (
             None
             if settings.tie_word_embeddings
-            else _table(vocabulary, settings.hidden_size, settings.initializer_range)
+            else initialized_embedding(vocab_size, settings.hidden_size, settings.initializer_range)
         )
 
-    def forward(self, hidden_MD: Float[Tensor, "M D"], token_table_VD: Float[Tensor, "V D"]) -> Float[Tensor, "M V"]:
-        """Logits over the vocabulary."""
-        decoder_VD = token_table_VD if self.decoder is None else self.decoder
+    def matrix_parameters(self) -> Iterator[Tensor]:
+        """Yield the matrix of the dense layer."""
+        yield self.dense.weight
+
+    def forward(
+        self, hidden_MD: Float[Tensor, "M D"], token_embedding_VD: Float[Tensor, "V D"]
+    ) -> Float[Tensor, "M V"]:
+        """Return logits over the vocabulary."""
+        decoder_VD = token_embedding_VD if self.decoder is None else self.decoder
         return F.linear(self.norm(F.gelu(self.dense(hidden_MD))), decoder_VD, self.bias)
 
 
 class SentencePairHead(nn.Module):
-    """The pooler, dense and tanh on each text's first slot, and the two-way choice that BERT reads from it.
+    """Pooler (dense layer and tanh on the first token of each sequence) and binary classifier.
 
-    In a model trained by BERT's own rule the first logit says that the second segment follows the first one.
+    In a model pretrained like BERT, the first logit is that of "the second segment follows the first".
     """
 
     def __init__(self, settings: BertConfig) -> None:
@@ -229,35 +223,37 @@ class SentencePairHead(nn.Module):
         self.classifier = _linear(settings.hidden_size, 2, settings.initializer_range)
 
     def forward(self, hidden_TD: Float[Tensor, "T D"], batch: Batch) -> Float[Tensor, "B 2"]:
-        """Two logits for each text, the filler left out."""
-        first_BD = hidden_TD.index_select(0, batch.cu_seqlens[: batch.num_samples])
+        """Return two logits for each sequence."""
+        first_BD = hidden_TD.index_select(0, batch.cu_seqlens[:-1])
         return self.classifier(self.pooler(first_BD).tanh())
 
 
-@dataclass(frozen=True)
-class Family:
-    """What a family of classic encoders calls its classes and its tensors."""
+# Hugging Face format
 
-    masked: str  # the class with the masked-language-model head
-    alone: str  # the class of the encoder alone
-    prefix: str  # of the encoder's tensors, where a head stands beside it
-    head: Mapping[str, str]  # their part -> ours; each has a weight and a bias
+
+@dataclass(frozen=True)
+class HFNames:
+    """Class and tensor names of a model type in `transformers`."""
+
+    masked_lm_class: str
+    encoder_class: str
+    prefix: str  # of the encoder's tensors in a model with a head
+    head: Mapping[str, str]  # prefix in transformers -> prefix here; each has a weight and a bias
     bias: str  # of the decoder
-    decoder: str  # its weight and, tied to `bias`, its bias once more
-    with_pair: str = ""
+    decoder: str  # prefix of the decoder's weight and of a second copy of its bias
+    pretraining_class: str = ""  # with the sentence pair head
     pair: Mapping[str, str] = field(default_factory=dict[str, str])
 
 
-def _roberta(name: str) -> Family:
+def _roberta(name: str) -> HFNames:
     head = {"lm_head.dense": "head.dense", "lm_head.layer_norm": "head.norm"}
-    return Family(f"{name}ForMaskedLM", f"{name}Model", "roberta.", head, "lm_head.bias", "lm_head.decoder")
+    return HFNames(f"{name}ForMaskedLM", f"{name}Model", "roberta.", head, "lm_head.bias", "lm_head.decoder")
 
 
-# model_type -> what it calls things
-FAMILIES: Final[Mapping[str, Family]] = {
-    "bert": Family(
-        masked="BertForMaskedLM",
-        alone="BertModel",
+HF_NAMES: Final[Mapping[str, HFNames]] = {
+    "bert": HFNames(
+        masked_lm_class="BertForMaskedLM",
+        encoder_class="BertModel",
         prefix="bert.",
         head={
             "cls.predictions.transform.dense": "head.dense",
@@ -265,15 +261,15 @@ FAMILIES: Final[Mapping[str, Family]] = {
         },
         bias="cls.predictions.bias",
         decoder="cls.predictions.decoder",
-        with_pair="BertForPreTraining",
+        pretraining_class="BertForPreTraining",
         pair={"bert.pooler.dense": "pair.pooler", "cls.seq_relationship": "pair.classifier"},
     ),
     "roberta": _roberta("Roberta"),
     "xlm-roberta": _roberta("XLMRoberta"),
 }
 
-# their part -> ours; each has a weight and a bias
-_OF_A_BLOCK: Final[Mapping[str, str]] = {
+# prefix in transformers -> prefix here; each has a weight and a bias
+_BLOCK: Final[Mapping[str, str]] = {
     "attention.self.query": "attention.query",
     "attention.self.key": "attention.key",
     "attention.self.value": "attention.value",
@@ -283,36 +279,38 @@ _OF_A_BLOCK: Final[Mapping[str, str]] = {
     "output.dense": "mlp.output",
     "output.LayerNorm": "mlp_norm",
 }
-_TABLES: Final[Mapping[str, str]] = {
+_EMBEDDINGS: Final[Mapping[str, str]] = {
     "embeddings.word_embeddings.weight": "encoder.token_embedding",
     "embeddings.position_embeddings.weight": "encoder.position_embedding",
     "embeddings.token_type_embeddings.weight": "encoder.token_type_embedding",
 }
 
-# their key -> our field
-_KEYS: Final[Mapping[str, str]] = {
-    "hidden_size": "hidden_size",
-    "intermediate_size": "intermediate_size",
-    "num_hidden_layers": "num_hidden_layers",
-    "num_attention_heads": "num_attention_heads",
-    "type_vocab_size": "type_vocab_size",
-    "layer_norm_eps": "layer_norm_eps",
-    "initializer_range": "initializer_range",
-    "hidden_dropout_prob": "hidden_dropout",
-    "attention_probs_dropout_prob": "attention_dropout",
-    "tie_word_embeddings": "tie_word_embeddings",
-}
-# what a BERT config may say and we can't hold: their key -> the only value that we do
-_FIXED: Final[Mapping[str, object]] = {
+# Fields of BertConfig that stand in config.json as they are, but for these two names. max_position_embeddings, which
+# counts the offset there, is not among them.
+_FIELDS: Final = (
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "type_vocab_size",
+    "layer_norm_eps",
+    "initializer_range",
+    "hidden_dropout",
+    "attention_dropout",
+    "tie_word_embeddings",
+)
+_RENAMED: Final = {"hidden_dropout": "hidden_dropout_prob", "attention_dropout": "attention_probs_dropout_prob"}
+# Keys of config.json with a single supported value.
+_REQUIRED: Final[Mapping[str, object]] = {
     "hidden_act": "gelu",
     "position_embedding_type": "absolute",
     "is_decoder": False,
     "add_cross_attention": False,
 }
 _ROBERTA_PAD: Final = 1
-# what a config means where it leaves a key out (configuration_bert.py and configuration_roberta.py, 4.57 and 5.23)
-_ABSENT: Final[Mapping[str, Any]] = {
-    **_FIXED,
+# Defaults of keys that a config.json leaves out (configuration_bert.py and configuration_roberta.py, 4.57 and 5.23).
+_DEFAULTS: Final[Mapping[str, Any]] = {
+    **_REQUIRED,
     "hidden_size": 768,
     "intermediate_size": 3072,
     "num_hidden_layers": 12,
@@ -327,83 +325,84 @@ _ABSENT: Final[Mapping[str, Any]] = {
 }
 
 
-def table(settings: BertConfig, *, pair: bool) -> dict[str, tuple[str, ...]]:
-    """Their names -> ours (encoder, head and pair head told apart by prefix), spelled out for each layer."""
-    family = FAMILIES[settings.model_type]
-    linear = {f"{family.prefix}embeddings.LayerNorm": "encoder.embedding_norm"}
+def hf_tensor_names(settings: BertConfig, *, pair: bool) -> dict[str, tuple[str, ...]]:
+    """Map each tensor name of `transformers` to one here, which starts with "encoder.", "head." or "pair."."""
+    hf = HF_NAMES[settings.model_type]
+    linear = {f"{hf.prefix}embeddings.LayerNorm": "encoder.embedding_norm"}
     for layer in range(settings.num_hidden_layers):
         linear |= {
-            f"{family.prefix}encoder.layer.{layer}.{theirs}": f"encoder.blocks.{layer}.{ours}"
-            for theirs, ours in _OF_A_BLOCK.items()
+            f"{hf.prefix}encoder.layer.{layer}.{hf_name}": f"encoder.blocks.{layer}.{name}"
+            for hf_name, name in _BLOCK.items()
         }
-    linear |= {**family.head, **(family.pair if pair else {})}
-    names = {f"{theirs}.{part}": f"{ours}.{part}" for theirs, ours in linear.items() for part in ("weight", "bias")}
-    tables = {f"{family.prefix}{theirs}": ours for theirs, ours in _TABLES.items()}
-    whole = {theirs: (ours,) for theirs, ours in {**tables, **names, family.bias: "head.bias"}.items()}
-    if not settings.tie_word_embeddings:  # version 5 then reads the decoder's own bias, version 4 the one beside it
-        whole |= {f"{family.decoder}.weight": ("head.decoder",), f"{family.decoder}.bias": ("head.bias",)}
-    return whole
+    linear |= {**hf.head, **(hf.pair if pair else {})}
+    names = {f"{hf_name}.{part}": f"{name}.{part}" for hf_name, name in linear.items() for part in ("weight", "bias")}
+    embeddings = {f"{hf.prefix}{hf_name}": name for hf_name, name in _EMBEDDINGS.items()}
+    tensors = {hf_name: (name,) for hf_name, name in {**embeddings, **names, hf.bias: "head.bias"}.items()}
+    if not settings.tie_word_embeddings:  # transformers 5 reads the decoder's own bias, version 4 the one beside it
+        tensors |= {f"{hf.decoder}.weight": ("head.decoder",), f"{hf.decoder}.bias": ("head.bias",)}
+    return tensors
 
 
-def tied(settings: BertConfig) -> Mapping[str, str]:
-    """Their names for what is another tensor once more -> that other one's."""
-    family = FAMILIES[settings.model_type]
+def tied_hf_tensors(settings: BertConfig) -> Mapping[str, str]:
+    """Map names of `transformers` for copies of a tensor to the name of that tensor."""
+    hf = HF_NAMES[settings.model_type]
     if not settings.tie_word_embeddings:
         return {}
-    table = f"{family.prefix}embeddings.word_embeddings.weight"
-    return {f"{family.decoder}.weight": table, f"{family.decoder}.bias": family.bias}
+    return {f"{hf.decoder}.weight": f"{hf.prefix}embeddings.word_embeddings.weight", f"{hf.decoder}.bias": hf.bias}
 
 
-def ignored(settings: BertConfig) -> tuple[str, ...]:
-    """The numbers 0, 1, 2 …, which older versions wrote among the weights."""
-    return (f"{FAMILIES[settings.model_type].prefix}embeddings.position_ids",)
+def ignored_hf_tensors(settings: BertConfig) -> tuple[str, ...]:
+    """Return names of tensors without information: old versions wrote the numbers 0, 1, 2 … among the weights."""
+    return (f"{HF_NAMES[settings.model_type].prefix}embeddings.position_ids",)
 
 
-def whole(settings: BertConfig) -> str:
-    """The classes that hold encoder and head, for a message."""
-    family = FAMILIES[settings.model_type]
-    return " or ".join(name for name in (family.masked, family.with_pair) if name)
+def hf_class_names(settings: BertConfig) -> str:
+    """Return the names of the classes with a head, for a message."""
+    hf = HF_NAMES[settings.model_type]
+    return " or ".join(name for name in (hf.masked_lm_class, hf.pretraining_class) if name)
 
 
-def has_pair(tensors: Mapping[str, object], settings: BertConfig) -> bool:
-    """Whether a file holds any part of a pair head."""
-    return any(
-        name.startswith(tuple(f"{theirs}." for theirs in FAMILIES[settings.model_type].pair)) for name in tensors
-    )
+def has_pair_head(tensors: Mapping[str, object], settings: BertConfig) -> bool:
+    """Whether a file holds any tensor of a sentence pair head."""
+    prefixes = tuple(f"{hf_name}." for hf_name in HF_NAMES[settings.model_type].pair)
+    return any(name.startswith(prefixes) for name in tensors)
 
 
-def config(settings: BertConfig, ids: Mapping[str, int | None], *, pair: bool) -> dict[str, Any]:
-    """All of config.json but the size of the vocabulary; `ids` has pad_token_id, cls_token_id and sep_token_id."""
-    family = FAMILIES[settings.model_type]
-    said = {"architectures": [family.with_pair if pair else family.masked], "model_type": settings.model_type}
-    said |= {theirs: getattr(settings, ours) for theirs, ours in _KEYS.items()}
-    said |= {"max_position_embeddings": settings.max_position_embeddings + settings.position_offset, **_FIXED}
+def to_hf_config(settings: BertConfig, ids: Mapping[str, int | None], *, pair: bool) -> dict[str, Any]:
+    """Return config.json without vocab_size; `ids` has pad_token_id, cls_token_id and sep_token_id."""
+    hf = HF_NAMES[settings.model_type]
+    hf_config: dict[str, Any] = {
+        "architectures": [hf.pretraining_class if pair else hf.masked_lm_class],
+        "model_type": settings.model_type,
+    }
+    hf_config |= {_RENAMED.get(name, name): getattr(settings, name) for name in _FIELDS}
+    hf_config |= {"max_position_embeddings": settings.max_position_embeddings + settings.position_offset, **_REQUIRED}
     if settings.model_type == "bert":
-        return said | {"pad_token_id": ids["pad_token_id"]}
-    # Their positions are counted from this number, whatever the tokenizer pads with.
-    said |= {"pad_token_id": settings.position_offset - 1}
-    return said | {"bos_token_id": ids["cls_token_id"], "eos_token_id": ids["sep_token_id"]}
+        return hf_config | {"pad_token_id": ids["pad_token_id"]}
+    # RoBERTa counts its positions from this number, whatever the tokenizer's padding id is.
+    hf_config |= {"pad_token_id": settings.position_offset - 1}
+    return hf_config | {"bos_token_id": ids["cls_token_id"], "eos_token_id": ids["sep_token_id"]}
 
 
-def settings_of(said: Mapping[str, Any]) -> BertConfig:
-    """The settings that a config.json of these model_types means.
+def from_hf_config(hf_config: Mapping[str, Any]) -> BertConfig:
+    """Return the config that a config.json of these model types describes.
 
     Raises:
-        ModelError: a variant that isn't held here; the key is named.
+        ModelError: a key has a value that is not supported.
     """
-    config = {**_ABSENT, **said}
-    for key, only in _FIXED.items():
-        if config[key] != only:
+    values = {**_DEFAULTS, **hf_config}
+    for key, required in _REQUIRED.items():
+        if values[key] != required:
             raise ModelError(
-                f"`{key}` = {config[key]!r} is not held here, only {only!r}",
+                f"unsupported {key}: got {values[key]!r}, expected {required!r}",
                 location=f"config.json: {key}",
-                hint="give a BERT or RoBERTa folder without it, or a model of `unmask pretrain`",
+                hint="use a BERT or RoBERTa model without it, or a model of `unmask pretrain`",
             )
-    family = config["model_type"]
-    first = 0 if family == "bert" else config.get("pad_token_id", _ROBERTA_PAD) + 1
+    model_type = values["model_type"]
+    offset = 0 if model_type == "bert" else values.get("pad_token_id", _ROBERTA_PAD) + 1
     return BertConfig(
-        **{ours: config[theirs] for theirs, ours in _KEYS.items()},
-        max_position_embeddings=config["max_position_embeddings"] - first,
-        model_type=family,
-        position_offset=first,
+        **{name: values[_RENAMED.get(name, name)] for name in _FIELDS},
+        max_position_embeddings=values["max_position_embeddings"] - offset,
+        model_type=model_type,
+        position_offset=offset,
     )

@@ -1,11 +1,8 @@
-"""Room card: the ecosystem's names for our tensors and settings, both ways.
+"""Tensor names and config.json of `transformers`: conversion in both directions.
 
-Comes in: our states, or the tensors and config.json of a folder that `transformers` or we have written. Goes out: the
-other one. Called by: bundle.
-
-A modern encoder is written as ModernBertForMaskedLM (names_modern), a classic one as BertForMaskedLM, with its pair
-head as BertForPreTraining, or as RobertaForMaskedLM or XLMRobertaForMaskedLM (names_bert). The tutorial's net has no
-class there: it keeps our names, under a model_type that `transformers` refuses.
+ModernBERT is written as ModernBertForMaskedLM (modernbert.py). BERT is written as BertForMaskedLM, with its sentence
+pair head as BertForPreTraining, or as RobertaForMaskedLM or XLMRobertaForMaskedLM (bert.py). The tutorial's model has
+no class in `transformers`: it keeps the tensor names of this package, under a model type that `transformers` rejects.
 """
 
 from __future__ import annotations
@@ -18,188 +15,190 @@ import torch
 from torch import Tensor
 
 from unmask.core.errors import ModelError, RecipeError
+from unmask.core.format import join_names
 from unmask.models import EncoderConfig, bert, modernbert
 from unmask.models.annotated import TutorialConfig
 from unmask.models.bert import BertConfig
 from unmask.models.modernbert import ModernBertConfig
 
-SEED_TYPE: Final = "unmask-seed"
+TUTORIAL_TYPE: Final = "unmask-seed"
+HFModelConfig = ModernBertConfig | BertConfig
 
 
 class States(NamedTuple):
-    """What a model's modules hold; `pair` is None where there is no pair head."""
+    """State dicts of a model's modules; `pair` is None without a sentence pair head."""
 
     encoder: Mapping[str, Tensor]
     head: Mapping[str, Tensor]
     pair: Mapping[str, Tensor] | None = None
 
 
-def to_ecosystem(states: States, settings: EncoderConfig) -> dict[str, Tensor]:
-    """The tensors of model.safetensors, without what is tied to another; in our own names for the tutorial's net."""
-    ours = {f"encoder.{name}": tensor for name, tensor in states.encoder.items()}
-    ours |= {f"head.{name}": tensor for name, tensor in states.head.items()}
-    ours |= {f"pair.{name}": tensor for name, tensor in (states.pair or {}).items()}
+def to_hf_tensors(states: States, settings: EncoderConfig) -> dict[str, Tensor]:
+    """Return the tensors of model.safetensors, without tied copies. The tutorial's model keeps its own names."""
+    tensors = {f"encoder.{name}": tensor for name, tensor in states.encoder.items()}
+    tensors |= {f"head.{name}": tensor for name, tensor in states.head.items()}
+    tensors |= {f"pair.{name}": tensor for name, tensor in (states.pair or {}).items()}
     if isinstance(settings, TutorialConfig):
-        return ours
-    table = table_of(settings, pair=states.pair is not None)
-    assert {name for names in table.values() for name in names} == set(ours), (
-        "a tensor that has no name in the ecosystem"
+        return tensors
+    hf_names = hf_tensor_names(settings, pair=states.pair is not None)
+    assert {name for names in hf_names.values() for name in names} == set(tensors), (
+        "a tensor has no name in transformers"
     )
-    written: dict[str, Tensor] = {}
-    taken: set[str] = set()
-    for theirs, names in table.items():
-        one = ours[names[0]] if len(names) == 1 else torch.cat([ours[name] for name in names])
-        written[theirs] = one.clone() if taken & set(names) else one  # no file holds the same memory twice
-        taken |= set(names)
-    return written
+    hf_tensors: dict[str, Tensor] = {}
+    written: set[str] = set()
+    for hf_name, names in hf_names.items():
+        tensor = tensors[names[0]] if len(names) == 1 else torch.cat([tensors[name] for name in names])
+        hf_tensors[hf_name] = tensor.clone() if written & set(names) else tensor  # a file can't hold shared memory
+        written |= set(names)
+    return hf_tensors
 
 
-def encoder_alone(
-    tensors: Mapping[str, Tensor], said: Mapping[str, Any], settings: EncoderConfig
-) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The tensors and the config.json of the encoder without its heads (BertModel), under the names of that class."""
-    assert not isinstance(settings, TutorialConfig)
-    prefix, name = prefix_of(settings), modernbert.ENCODER_ALONE
-    if isinstance(settings, BertConfig):
-        name = bert.FAMILIES[settings.model_type].alone
-    inside = {theirs.removeprefix(prefix): tensor for theirs, tensor in tensors.items() if theirs.startswith(prefix)}
-    return inside, {**said, "architectures": [name]}
-
-
-def prefix_of(settings: ModernBertConfig | BertConfig) -> str:
-    """What their names for the encoder's tensors begin with, where a head stands beside it."""
-    is_classic = isinstance(settings, BertConfig)
-    return bert.FAMILIES[settings.model_type].prefix if is_classic else modernbert.PREFIX
-
-
-def from_ecosystem(tensors: Mapping[str, Tensor], settings: EncoderConfig) -> States:
-    """The states of encoder and head, and of a pair head where the file holds one.
+def from_hf_tensors(hf_tensors: Mapping[str, Tensor], settings: EncoderConfig) -> States:
+    """Return the state dicts of encoder and head, and of a sentence pair head if the file holds one.
 
     Raises:
-        ModelError: a tensor is missing, unknown, or not tied to what it should be; each is named.
+        ModelError: tensors are missing, unknown, or not tied although config.json ties them; they are named.
     """
     if isinstance(settings, TutorialConfig):
-        ours = dict(tensors)
-        _refuse([], sorted(name for name in ours if not name.startswith(("encoder.", "head."))), SEED_TYPE)
+        tensors = dict(hf_tensors)
+        _refuse([], sorted(name for name in tensors if not name.startswith(("encoder.", "head."))), TUTORIAL_TYPE)
     else:
-        ours = _in_our_names(tensors, settings)
-    rooms: dict[str, dict[str, Tensor]] = {"encoder": {}, "head": {}, "pair": {}}
-    for name, tensor in ours.items():
-        room, _, rest = name.partition(".")
-        rooms[room][rest] = tensor
-    return States(rooms["encoder"], rooms["head"], rooms["pair"] or None)
+        tensors = _rename(hf_tensors, settings)
+    modules: dict[str, dict[str, Tensor]] = {"encoder": {}, "head": {}, "pair": {}}
+    for name, tensor in tensors.items():
+        module, _, rest = name.partition(".")
+        modules[module][rest] = tensor
+    return States(modules["encoder"], modules["head"], modules["pair"] or None)
 
 
-def table_of(settings: ModernBertConfig | BertConfig, *, pair: bool) -> dict[str, tuple[str, ...]]:
-    """Their names -> ours, stacked in this order."""
+def encoder_only(
+    hf_tensors: Mapping[str, Tensor], hf_config: Mapping[str, Any], settings: EncoderConfig
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Return tensors and config.json of the encoder without heads, under the names of its class (BertModel)."""
+    assert not isinstance(settings, TutorialConfig)
+    prefix, name = encoder_prefix(settings), modernbert.ENCODER_CLASS
+    if isinstance(settings, BertConfig):
+        name = bert.HF_NAMES[settings.model_type].encoder_class
+    encoder = {
+        hf_name.removeprefix(prefix): tensor for hf_name, tensor in hf_tensors.items() if hf_name.startswith(prefix)
+    }
+    return encoder, {**hf_config, "architectures": [name]}
+
+
+def encoder_prefix(settings: HFModelConfig) -> str:
+    """Return the prefix of the encoder's tensor names in a model with a head."""
+    return bert.HF_NAMES[settings.model_type].prefix if isinstance(settings, BertConfig) else modernbert.PREFIX
+
+
+def hf_tensor_names(settings: HFModelConfig, *, pair: bool) -> dict[str, tuple[str, ...]]:
+    """Map each tensor name of `transformers` to the names of the tensors here that are concatenated to it."""
     if isinstance(settings, ModernBertConfig):
-        assert not pair, "only the classic encoder has a pair head"
-        return modernbert.table(settings)
-    return bert.table(settings, pair=pair)
+        assert not pair, "only BERT has a sentence pair head"
+        return modernbert.hf_tensor_names(settings)
+    return bert.hf_tensor_names(settings, pair=pair)
 
 
-def tied_of(settings: ModernBertConfig | BertConfig) -> Mapping[str, str]:
-    """Their names for what is another tensor once more -> that other one's."""
-    return modernbert.tied(settings) if isinstance(settings, ModernBertConfig) else bert.tied(settings)
+def tied_hf_tensors(settings: HFModelConfig) -> Mapping[str, str]:
+    """Map names of `transformers` for copies of a tensor to the name of that tensor."""
+    return (modernbert if isinstance(settings, ModernBertConfig) else bert).tied_hf_tensors(settings)  # pyright: ignore[reportArgumentType]
 
 
-def has_pair(tensors: Mapping[str, object], settings: ModernBertConfig | BertConfig) -> bool:
-    """Whether a file holds any part of a pair head."""
-    return isinstance(settings, BertConfig) and bert.has_pair(tensors, settings)
+def has_pair_head(hf_tensors: Mapping[str, object], settings: HFModelConfig) -> bool:
+    """Whether a file holds any tensor of a sentence pair head."""
+    return isinstance(settings, BertConfig) and bert.has_pair_head(hf_tensors, settings)
 
 
-def _in_our_names(tensors: Mapping[str, Tensor], settings: ModernBertConfig | BertConfig) -> dict[str, Tensor]:
-    table, tied = table_of(settings, pair=has_pair(tensors, settings)), tied_of(settings)
-    is_modern = isinstance(settings, ModernBertConfig)
-    ignored = () if is_modern else bert.ignored(settings)
-    whole = modernbert.ARCHITECTURE if is_modern else bert.whole(settings)
-    missing = [name for name in table if name not in tensors]
-    head = [theirs for theirs, names in table.items() if names[0].startswith("head.")]
+def _rename(hf_tensors: Mapping[str, Tensor], settings: HFModelConfig) -> dict[str, Tensor]:
+    hf_names, tied = hf_tensor_names(settings, pair=has_pair_head(hf_tensors, settings)), tied_hf_tensors(settings)
+    ignored = bert.ignored_hf_tensors(settings) if isinstance(settings, BertConfig) else ()
+    expected = bert.hf_class_names(settings) if isinstance(settings, BertConfig) else modernbert.MASKED_LM_CLASS
+    missing = [name for name in hf_names if name not in hf_tensors]
+    head = [hf_name for hf_name, names in hf_names.items() if names[0].startswith("head.")]
     if set(head) <= set(missing):
         raise ModelError(
-            f"the file holds no masked-language-model head: it lacks {', '.join(head)}",
-            hint=f"give a {whole}, with its head, or let `unmask import FOLDER OUT` begin a new one",
+            f"the file has no masked language modeling head: it lacks {', '.join(head)}",
+            hint=f"use a {expected} with its head, or initialize a new head with `unmask import FOLDER OUT`",
         )
-    _refuse(missing, sorted(set(tensors) - set(table) - set(tied) - set(ignored)), whole)
+    _refuse(missing, sorted(set(hf_tensors) - set(hf_names) - set(tied) - set(ignored)), expected)
     for name, other in tied.items():
-        if name in tensors and not torch.equal(tensors[name], tensors[other]):
+        if name in hf_tensors and not torch.equal(hf_tensors[name], hf_tensors[other]):
             raise ModelError(
-                f"the decoder is not tied to the token table: `{name}` is not `{other}`",
+                f"the decoder is not tied to the token embedding: `{name}` differs from `{other}`",
                 location=name,
-                hint="open it with `unmask import FOLDER OUT`, which keeps an untied decoder",
+                hint="convert the model with `unmask import FOLDER OUT`, which keeps an untied decoder",
             )
-    ours: dict[str, Tensor] = {}
-    for theirs, names in table.items():
-        ours |= zip(names, tensors[theirs].chunk(len(names)), strict=True)
-    return ours
+    tensors: dict[str, Tensor] = {}
+    for hf_name, names in hf_names.items():
+        tensors |= zip(names, hf_tensors[hf_name].chunk(len(names)), strict=True)
+    return tensors
 
 
-def _refuse(missing: Sequence[str], unknown: Sequence[str], whole: str) -> None:
-    for what, names in (("lacks", missing), ("holds what this architecture has no place for:", unknown)):
+def _refuse(missing: Sequence[str], unknown: Sequence[str], expected: str) -> None:
+    for problem, names in (("lacks", missing), ("has tensors that this architecture doesn't have:", unknown)):
         if names:
-            some = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
             raise ModelError(
-                f"the file {what} {some}", hint=f"give a {whole} (with its head), or a model of `unmask pretrain`"
+                f"the file {problem} {join_names(names, 5)}",
+                hint=f"use a {expected} with its head, or a model of `unmask pretrain`",
             )
 
 
-def config(
-    settings: EncoderConfig, vocabulary: int, tokenizer_ids: Mapping[str, int], *, pair: bool = False
+def to_hf_config(
+    settings: EncoderConfig, vocab_size: int, special_ids: Mapping[str, int], *, pair: bool = False
 ) -> dict[str, Any]:
-    """config.json. `tokenizer_ids` has the ids of those of pad, unk, cls, sep and mask that the tokenizer has."""
-    ids = {f"{name}_token_id": tokenizer_ids.get(name) for name in ("pad", "cls", "sep")}
+    """Return config.json. `special_ids` has the ids of pad, unk, cls, sep and mask that exist."""
+    ids = {f"{name}_token_id": special_ids.get(name) for name in ("pad", "cls", "sep")}
     if isinstance(settings, ModernBertConfig):
-        shape = modernbert.config(settings, ids)
+        hf_config = modernbert.to_hf_config(settings, ids)
     elif isinstance(settings, BertConfig):
-        shape = bert.config(settings, ids, pair=pair)
+        hf_config = bert.to_hf_config(settings, ids, pair=pair)
     else:
-        ours = dataclasses.asdict(settings)
-        del ours["kind"]
-        shape = {"model_type": SEED_TYPE, "tie_word_embeddings": False} | ours | ids
-    return shape | {"vocab_size": vocabulary}
+        fields = dataclasses.asdict(settings)
+        del fields["kind"]
+        hf_config = {"model_type": TUTORIAL_TYPE, "tie_word_embeddings": False} | fields | ids
+    return hf_config | {"vocab_size": vocab_size}
 
 
-def settings_of(config: Mapping[str, Any]) -> EncoderConfig:
-    """The settings that a config.json means, whether we, version 4 or version 5 of `transformers` wrote it.
+def from_hf_config(hf_config: Mapping[str, Any]) -> EncoderConfig:
+    """Return the config that a config.json describes, whether written by unmask or `transformers` 4 or 5.
 
     Raises:
-        ModelError: another architecture, or one of its variants that isn't held here; the key is named.
+        ModelError: the architecture or the value of a key is not supported; the key is named.
     """
-    if not isinstance(config, dict):
-        raise ModelError(
-            "config.json holds no table of settings", location="config.json", hint="restore it from a copy"
-        )
-    kind = config.get("model_type")
+    if not isinstance(hf_config, dict):
+        raise ModelError("config.json is not a JSON object", location="config.json", hint="restore it from a copy")
+    model_type = hf_config.get("model_type")
     try:
-        if kind == SEED_TYPE:
+        if model_type == TUTORIAL_TYPE:
             names = [field.name for field in dataclasses.fields(TutorialConfig) if field.name != "kind"]
-            return TutorialConfig(**{name: config[name] for name in names})
-        if kind == modernbert.MODEL_TYPE:
-            return modernbert.settings_of(config)
-        if kind in bert.FAMILIES:
-            return bert.settings_of(config)
+            return TutorialConfig(**{name: hf_config[name] for name in names})
+        if model_type == modernbert.MODEL_TYPE:
+            return modernbert.from_hf_config(hf_config)
+        if model_type in bert.HF_NAMES:
+            return bert.from_hf_config(hf_config)
     except RecipeError as error:
-        following = "give a shape that can be, or a model of `unmask pretrain`"
-        raise ModelError(error.message, location=f"config.json: {error.location}", hint=following) from error
+        hint = "correct config.json, or use a model of `unmask pretrain`"
+        raise ModelError(error.message, location=f"config.json: {error.location}", hint=hint) from error
     except (KeyError, TypeError, AttributeError) as error:
-        message = f"config.json can't be read as a {kind} model: {type(error).__name__} {error}"
+        message = f"config.json can't be read as a {model_type} model: {type(error).__name__} {error}"
         raise ModelError(message, location="config.json", hint="restore it from a copy") from error
     raise ModelError(
-        f"a model of type {kind!r} is not held here",
+        f"unsupported model type: {model_type!r}",
         location="config.json: model_type",
-        hint=f"give a folder of one of these types: {', '.join([*bert.FAMILIES, modernbert.MODEL_TYPE])}",
+        hint=f"use a model of one of these types: {', '.join([*bert.HF_NAMES, modernbert.MODEL_TYPE])}",
     )
 
 
-def vocabulary_of(config: Mapping[str, Any]) -> int:
-    """The rows of the token table that a config.json means.
+def vocab_size_of(hf_config: Mapping[str, Any]) -> int:
+    """Return the vocabulary size in a config.json.
 
     Raises:
-        ModelError: it doesn't say.
+        ModelError: it is missing or not a positive integer.
     """
-    rows = config.get("vocab_size")
-    if not isinstance(rows, int) or rows < 1:
+    vocab_size = hf_config.get("vocab_size")
+    if not isinstance(vocab_size, int) or vocab_size < 1:
         raise ModelError(
-            f"`vocab_size` is {rows!r}", location="config.json: vocab_size", hint="restore config.json from a copy"
+            f"invalid vocab_size: got {vocab_size!r}, expected a positive integer",
+            location="config.json: vocab_size",
+            hint="restore config.json from a copy",
         )
-    return rows
+    return vocab_size

@@ -1,104 +1,152 @@
-"""Room card: the parts that the modern encoder is made of.
+"""Building blocks of the encoders: base classes, initialized linear maps, LayerNorm, rotary embedding, GeGLU.
 
-Comes in: hidden vectors, one row per slot. Goes out: the same, normalised, turned by position, or passed through a
-gated feed-forward net. Called by: modern.
-
-Q, K and V, and the two halves of the gated net, are matrices of their own in memory: Muon orthogonalises each apart.
-One fused product of their concatenation gains little (forward and backward, one thread, apart against fused: 4,096
-tokens, width 256: 63 against 78 ms in float32, 27 against 29 in bfloat16 once the input is cast once and not per
-matrix; 8,192 tokens, width 128: 58 against 44 and 31 against 28).
+Q, K and V, and the two halves of a GeGLU, are separate matrices, because Muon orthogonalizes each of them separately.
+One fused product of their concatenation gains little. Forward and backward on one thread, separate against fused: 4,096
+tokens, width 256: 63 against 78 ms in float32, 27 against 29 ms in bfloat16 if the input is cast once and not per
+matrix; 8,192 tokens, width 128: 58 against 44 ms and 31 against 28 ms.
 """
 
 from __future__ import annotations
 
-from typing import cast
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from torch.nn.utils import skip_init
+
+from unmask.core.types import Batch
 
 
-def working_dtype(parameter: Tensor) -> torch.dtype:
-    """The number format that matrix products have here: autocast's where it is on, else the parameter's."""
-    kind = parameter.device.type
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else parameter.dtype
+class EncoderModule(nn.Module):
+    """Base class of the encoders: maps a batch to one vector per token. Sequences of a batch don't see each other."""
+
+    settings: Any  # the encoder's config
+    hidden_size: int
+    vocab_size: int  # size of the token embedding, which may be larger than the tokenizer's vocabulary
+    token_embedding: nn.Parameter  # (vocab_size, hidden_size)
+    blocks: nn.ModuleList
+
+    if TYPE_CHECKING:
+
+        def __call__(self, batch: Batch) -> Tensor:
+            """Return one vector per token, (T, hidden_size), in the order of the batch."""
+            ...
+
+    def matrix_parameters(self) -> Iterator[Tensor]:
+        """Yield the matrices that map vectors to vectors, which Muon optimizes: those of the blocks."""
+        yield from _matrices(self.blocks)
+
+    def position_parameters(self) -> Iterator[Tensor]:
+        """Yield learned position embeddings, which may have a learning rate of their own."""
+        yield from ()
 
 
-def matrix(inputs: int, outputs: int, deviation: float) -> nn.Linear:
-    """A linear map without bias; normal draws, cut at two deviations, from torch's generator."""
-    linear = cast("nn.Linear", skip_init(nn.Linear, inputs, outputs, bias=False))
-    nn.init.trunc_normal_(linear.weight, std=deviation, a=-2 * deviation, b=2 * deviation)
+class HeadModule(nn.Module):
+    """Base class of the vocabulary heads: maps vectors at masked positions to logits over the vocabulary."""
+
+    if TYPE_CHECKING:
+
+        def __call__(self, hidden_MD: Tensor, token_embedding_VD: Tensor) -> Tensor:
+            """Return logits, (M, vocab_size)."""
+            ...
+
+    def matrix_parameters(self) -> Iterator[Tensor]:
+        """Yield the matrices that map vectors to vectors, which Muon optimizes. The decoder is not one of them."""
+        yield from ()
+
+
+def _matrices(module: nn.Module) -> Iterator[Tensor]:
+    yield from (parameter for parameter in module.parameters() if parameter.ndim == 2)
+
+
+def compute_dtype(parameter: Tensor) -> torch.dtype:
+    """Return the dtype of matrix products with this parameter: autocast's if it is enabled, else its own."""
+    device_type = parameter.device.type
+    return torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else parameter.dtype
+
+
+def initialized_linear(in_features: int, out_features: int, std: float, *, bias: bool = False) -> nn.Linear:
+    """Return a linear map with weights drawn from torch's generator (normal, truncated at 2 std) and zero bias."""
+    # The weight is drawn once: nn.Linear itself would first draw from another distribution.
+    linear = nn.Linear(in_features, out_features, bias=bias, device="meta")
+    linear = linear.to_empty(device=torch.get_default_device())
+    nn.init.trunc_normal_(linear.weight, std=std, a=-2 * std, b=2 * std)
+    if bias:
+        nn.init.zeros_(linear.bias)
     return linear
 
 
-class LayerNorm(nn.Module):
-    """Layer normalisation with a scale and no bias."""
+def initialized_embedding(num_embeddings: int, width: int, std: float) -> nn.Parameter:
+    """Return an embedding matrix (num_embeddings, width), drawn like the weights of a linear map."""
+    return nn.Parameter(initialized_linear(width, num_embeddings, std).weight.detach())
 
-    def __init__(self, width: int, epsilon: float) -> None:
+
+class LayerNorm(nn.Module):
+    """Layer normalization with a scale and no bias."""
+
+    def __init__(self, width: int, eps: float) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.ones(width))
-        self._epsilon = epsilon
+        self._eps = eps
 
     def forward(self, hidden_TD: Float[Tensor, "T D"]) -> Float[Tensor, "T D"]:
-        """Mean 0 and variance 1 in each row, then the scale."""
-        return F.layer_norm(hidden_TD, self.weight.shape, self.weight, eps=self._epsilon)
+        """Normalize each vector to mean 0 and variance 1, then scale it."""
+        return F.layer_norm(hidden_TD, self.weight.shape, self.weight, eps=self._eps)
 
 
-class Rotary:
-    """Rotary positions (arXiv 2104.09864, rotate-half form): float32 tables, made once per theta.
+class RotaryEmbedding:
+    """Rotary position embedding (arXiv 2104.09864, rotate-half form) with float32 tables, computed once per theta.
 
-    They always hold all positions: were they made for what a batch needs, a resumed run could make them in another size
-    than the undisturbed one, and vectorised cosines may differ in the last bit with the size.
+    The tables always cover all positions. If their size depended on the batch, a resumed run could compute them in
+    another size than the uninterrupted run, and vectorized cosines may differ in the last bit with the size.
     """
 
-    def __init__(self, head_width: int, longest: int) -> None:
+    def __init__(self, head_width: int, max_position_embeddings: int) -> None:
         self._head_width = head_width
-        self._longest = longest
+        self._max_position_embeddings = max_position_embeddings
         self._tables: dict[tuple[float, torch.device], tuple[Tensor, Tensor]] = {}
 
-    def turns(
+    def cos_sin(
         self, position_T: Int[Tensor, "T"], theta: float, dtype: torch.dtype
     ) -> tuple[Float[Tensor, "T 1 K"], Float[Tensor, "T 1 K"]]:
-        """Cosine and signed sine for each slot, shared by all layers and heads."""
+        """Return cosine and signed sine for each token; all layers with this theta and all heads share them."""
         key = (theta, position_T.device)
         if key not in self._tables:
-            self._tables[key] = self._make(self._longest, theta, position_T.device)
+            self._tables[key] = self._compute(theta, position_T.device)
         cos_SK, sin_SK = self._tables[key]
         return tuple(table.index_select(0, position_T).to(dtype)[:, None] for table in (cos_SK, sin_SK))  # pyright: ignore[reportReturnType]
 
-    def _make(self, length: int, theta: float, device: torch.device) -> tuple[Tensor, Tensor]:
+    def _compute(self, theta: float, device: torch.device) -> tuple[Tensor, Tensor]:
         width = self._head_width
-        # On the CPU and in transformers' order of operations, so that both have the same bits. Never in inference mode:
-        # its tensors could not be used in a later training step.
+        # Computed on the CPU and in transformers' order of operations, so that both have the same bits. Never in
+        # inference mode: its tensors could not be used in a later training step.
         with torch.inference_mode(False):
             frequency = 1.0 / (theta ** (torch.arange(0, width, 2, dtype=torch.float32) / width))
-            angle = torch.arange(length, dtype=torch.float32)[:, None] * frequency
+            angle = torch.arange(self._max_position_embeddings, dtype=torch.float32)[:, None] * frequency
             cos, sin = angle.cos(), angle.sin()
             return torch.cat((cos, cos), -1).to(device), torch.cat((-sin, sin), -1).to(device)
 
 
-def turn(x_THK: Float[Tensor, "T H K"], turns: tuple[Tensor, Tensor]) -> Float[Tensor, "T H K"]:
-    """Turn each pair (k, k + K/2) by the angle of its slot."""
-    cos_TK, sin_TK = turns
+def rotate(x_THK: Float[Tensor, "T H K"], cos_sin: tuple[Tensor, Tensor]) -> Float[Tensor, "T H K"]:
+    """Rotate each pair of dimensions (k, k + K/2) by the angle of its token's position."""
+    cos_TK, sin_TK = cos_sin
     return torch.addcmul(x_THK * cos_TK, x_THK.roll(x_THK.shape[-1] // 2, -1), sin_TK)
 
 
 class GeGLU(nn.Module):
-    """gelu(x · input) × (x · gate) · output (arXiv 2002.05202)."""
+    """Gated feed-forward network: output(gelu(input(x)) * gate(x)) (arXiv 2002.05202)."""
 
-    def __init__(
-        self, width: int, intermediate_size: int, deviation: float, output_deviation: float, dropout: float
-    ) -> None:
+    def __init__(self, width: int, intermediate_size: int, std: float, output_std: float, dropout: float) -> None:
         super().__init__()
-        self.input = matrix(width, intermediate_size, deviation)
-        self.gate = matrix(width, intermediate_size, deviation)
-        self.output = matrix(intermediate_size, width, output_deviation)
+        self.input = initialized_linear(width, intermediate_size, std)
+        self.gate = initialized_linear(width, intermediate_size, std)
+        self.output = initialized_linear(intermediate_size, width, output_std)
         self._dropout = dropout
 
     def forward(self, hidden_TD: Float[Tensor, "T D"]) -> Float[Tensor, "T D"]:
-        """Each row for itself."""
-        hidden_TD = hidden_TD.to(working_dtype(hidden_TD))  # cast once, not once per matrix
+        """Apply the network to each vector."""
+        hidden_TD = hidden_TD.to(compute_dtype(hidden_TD))  # cast once, not once per matrix
         inner_TF = F.gelu(self.input(hidden_TD)) * self.gate(hidden_TD)
         return self.output(F.dropout(inner_TF, self._dropout, self.training))

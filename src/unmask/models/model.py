@@ -1,18 +1,16 @@
-"""Room card: a model on disk and in hand.
+"""A model with its tokenizer, and the directory that stores it.
 
-Comes in: a folder (a run, a step of it, or one made by `transformers`), or the modules of a run. Goes out: a Model
-(encoder, head, tokenizer, card), and its folder: the very folder that `transformers` opens, with our own notes in
-card.json. Called by: unmask.load, checkpoint, use/, eval/, hf.
+The directory can be opened by `transformers`. `card.json` holds what `config.json` has no key for.
 """
 
 from __future__ import annotations
 
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NamedTuple, TypedDict, cast
 
 import numpy as np
 import torch
@@ -22,306 +20,384 @@ from torch import Tensor, nn
 
 from unmask.core import files
 from unmask.core.errors import DamagedError, ModelError, RunError, UnmaskError
+from unmask.core.files import RunLayout
 from unmask.core.types import SPECIAL, Sample, logits_at, pack
-from unmask.models import EncoderConfig, build_model, build_pair
+from unmask.models import EncoderConfig, EncoderModule, HeadModule, build_model, build_pair
 from unmask.models.bert import BertConfig
 from unmask.models.hf_format import (
     States,
-    config,
-    encoder_alone,
-    from_ecosystem,
-    settings_of,
-    to_ecosystem,
-    vocabulary_of,
+    encoder_only,
+    from_hf_config,
+    from_hf_tensors,
+    to_hf_config,
+    to_hf_tensors,
+    vocab_size_of,
 )
 from unmask.tokenization.tokenizer import Tokenizer
+from unmask.tokenization.words import WordsRule
 
-LATEST, BEST = "latest", "best"
-CONFIG, WEIGHTS, CARD = "config.json", "model.safetensors", "card.json"
 _BATCH_TOKENS = 8192
-_REPLACED_AT_MOST = 100  # times while it is read: each time it really was, so this ends only a fight that nobody wins
-_MOMENTS, _MOMENT_SECONDS = 5, 0.005  # between two renames there is no best model under its name
-_NEXT_A_MODEL = "give a run of `unmask pretrain`, one of its step folders, or a folder that transformers saved"
+_MAX_RETRIES = 100  # each retry means that a training run replaced the directory during the read
+# Between two renames there is no best model under its name.
+_RENAME_RETRIES, _RENAME_SECONDS = 5, 0.005
+_MODEL_HINT = "give a run of `unmask pretrain`, one of its step directories, or a model saved by transformers"
 
 
-@dataclass
+class ModelCard(TypedDict, total=False):
+    """Contents of card.json: how a model was trained. A model from elsewhere has none, or only `imported`."""
+
+    unmask: str  # version
+    recipe: str
+    seed: int
+    context: int  # maximum sequence length in training, in tokens
+    words: WordsRule
+    document: str  # rule that splits the training text into documents
+    step: int
+    tokens: int
+    text_fingerprint: str
+    validation: dict[str, Any] | None
+    imported: dict[str, Any]
+
+
+@dataclass(frozen=True)
 class Model:
-    """An encoder with its vocabulary head and its tokenizer, ready to answer; float32, no dropout.
+    """An encoder with its vocabulary head and tokenizer, in float32.
 
-    A classic one may have a pair head, which reads two logits from each text: `pair(encoder(batch), batch)`.
+    A BERT model may have a sentence pair head, which returns two logits for each sequence:
+    `model.pair(model.encoder(batch), batch)`.
     """
 
-    encoder: nn.Module
-    head: nn.Module
+    encoder: EncoderModule
+    head: HeadModule
     tokenizer: Tokenizer
     settings: EncoderConfig
-    card: dict[str, Any] = field(default_factory=dict)
+    card: ModelCard = field(default_factory=ModelCard)
     path: str = ""
     pair: nn.Module | None = None
-    notes: tuple[str, ...] = ()  # of a folder of others: what was converted, left out or begun anew
+    notes: tuple[str, ...] = ()  # what was converted, left out or initialized when the model was read
 
     @property
     def context(self) -> int:
-        """Slots of the longest text it was trained on, special tokens included (without a card: what it can hold)."""
-        return int(self.card.get("context") or self.settings.max_position_embeddings)
+        """Maximum sequence length in training, special tokens included; without a card, that of the encoder."""
+        return self.card.get("context") or self.settings.max_position_embeddings
 
     @property
-    def words(self) -> Any:
-        """How words are told apart in its text: "spaces" or "characters"."""
+    def words(self) -> WordsRule:
+        """How the training text was split into words."""
         return self.card.get("words", "spaces")
 
-    def log_probabilities(self, ids: Sequence[Sequence[int]], at: Sequence[Sequence[int]]) -> list[Tensor]:
-        """Log-probabilities over the vocabulary at the positions asked, n × V float32 for each text.
+    def log_probabilities(self, ids: Sequence[Sequence[int]], positions: Sequence[Sequence[int]]) -> list[Tensor]:
+        """Return log-probabilities over the vocabulary at some positions: n x V in float32 for each sequence.
 
         Args:
-            ids: the ids of each text as they are; nothing is added, nothing hidden.
-            at: the positions asked about in each, 0-based; none or repeated ones are fine.
+            ids: Token ids of each sequence. No special tokens are added, and nothing is masked.
+            positions: Positions in each sequence, from 0. They may be empty or repeated.
 
         Raises:
-            ModelError: an id beyond the vocabulary, a position outside its text, a text that is empty or too long.
+            ModelError: an id is not in the vocabulary, a position is outside its sequence, or a sequence is empty or
+                too long.
         """
-        if len(ids) != len(at):
+        if len(ids) != len(positions):
             raise ModelError(
-                f"{len(ids)} texts but positions for {len(at)}", hint="give one list of positions per text"
+                f"got {len(ids)} sequences and positions for {len(positions)}",
+                hint="give one list of positions per sequence",
             )
-        vocabulary = int(cast(Any, self.encoder).vocabulary)
-        for number, (one, places) in enumerate(zip(ids, at, strict=True)):
-            self._check(number, one, places, vocabulary)
-        answers: list[Tensor] = [torch.empty(0)] * len(ids)
+        for number, (sequence, at) in enumerate(zip(ids, positions, strict=True)):
+            self._check(number, sequence, at)
+        results: list[Tensor] = [torch.empty(0)] * len(ids)
         order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
         group: list[int] = []
         for place, i in enumerate(order):
             group.append(i)
-            full = (
-                place + 1 == len(order) or sum(len(ids[j]) for j in group) + len(ids[order[place + 1]]) > _BATCH_TOKENS
-            )
-            if full:
-                for j, answer in zip(group, self._answer([ids[j] for j in group], [at[j] for j in group]), strict=True):
-                    answers[j] = answer
+            is_last = place + 1 == len(order)
+            if is_last or sum(len(ids[j]) for j in group) + len(ids[order[place + 1]]) > _BATCH_TOKENS:
+                outputs = self._forward([ids[j] for j in group], [positions[j] for j in group])
+                for j, output in zip(group, outputs, strict=True):
+                    results[j] = output
                 group = []
-        return answers
+        return results
 
-    def _check(self, number: int, ids: Sequence[int], at: Sequence[int], vocabulary: int) -> None:
-        where = f"text {number}"
+    def _check(self, number: int, ids: Sequence[int], positions: Sequence[int]) -> None:
+        location, vocab_size = f"sequence {number}", self.encoder.vocab_size
         if not len(ids):
-            raise ModelError("a text without ids", location=where, hint="give at least one id")
+            raise ModelError("the sequence is empty", location=location, hint="give at least one id")
         if len(ids) > self.settings.max_position_embeddings:
             raise ModelError(
-                f"{len(ids)} ids where the encoder holds {self.settings.max_position_embeddings}",
-                location=where,
-                hint="cut the text in windows",
+                f"the sequence has {len(ids)} tokens, the encoder takes at most "
+                f"{self.settings.max_position_embeddings}",
+                location=location,
+                hint="split it into shorter sequences",
             )
-        if min(ids) < 0 or max(ids) >= vocabulary:
-            culprit = next(i for i in ids if not 0 <= i < vocabulary)
+        if min(ids) < 0 or max(ids) >= vocab_size:
+            invalid = next(i for i in ids if not 0 <= i < vocab_size)
             raise ModelError(
-                f"id {culprit} is beyond the vocabulary of {vocabulary}",
-                location=where,
-                hint="make the ids with this model's own tokenizer",
+                f"invalid id: got {invalid}, expected 0 to {vocab_size - 1}",
+                location=location,
+                hint="encode the text with this model's tokenizer",
             )
-        if len(at) and not (min(at) >= 0 and max(at) < len(ids)):
-            culprit = max(at) if min(at) >= 0 else min(at)
+        if len(positions) and not (min(positions) >= 0 and max(positions) < len(ids)):
+            invalid = max(positions) if min(positions) >= 0 else min(positions)
             raise ModelError(
-                f"position {culprit} of a text of {len(ids)} ids", location=where, hint="positions start at 0"
+                f"invalid position: got {invalid}, expected 0 to {len(ids) - 1}",
+                location=location,
+                hint="count positions from 0",
             )
 
     @torch.inference_mode()
-    def _answer(self, ids: list[Sequence[int]], at: list[Sequence[int]]) -> list[Tensor]:
+    def _forward(self, ids: list[Sequence[int]], positions: list[Sequence[int]]) -> list[Tensor]:
         self.encoder.eval()
         self.head.eval()
-        texts = [Sample(np.asarray(one, np.int64), np.full(len(one), SPECIAL, np.uint8)) for one in ids]
-        batch = pack(texts)
+        samples = [
+            Sample(np.asarray(sequence, np.int64), np.full(len(sequence), SPECIAL, np.uint8)) for sequence in ids
+        ]
+        batch = pack(samples)
         positions_M = torch.tensor(
-            [batch.offsets[b] + p for b, places in enumerate(at) for p in places], dtype=torch.int64
+            [batch.offsets[b] + p for b, at in enumerate(positions) for p in at], dtype=torch.int64
         )
         device = next(self.encoder.parameters()).device
         logits_MV = logits_at(self.encoder, self.head, batch.to(device), positions_M.to(device))
-        return list(logits_MV.log_softmax(-1).cpu().split([len(places) for places in at]))
+        return list(logits_MV.log_softmax(-1).cpu().split([len(at) for at in positions]))
 
 
-def save_model(folder: Path, model: Model, *, only_encoder: bool = False) -> None:
-    """Fill a folder with the files that `transformers` opens, and card.json.
+def save_model(directory: Path, model: Model, *, only_encoder: bool = False) -> None:
+    """Write a model as files that `transformers` opens, and card.json.
 
-    Tensors carry the ecosystem's names and are written in one sorted order, without metadata that would differ from
-    process to process. With `only_encoder` they are those of BertModel or its like, which has no head for masks.
+    Tensors have the names of `transformers` and are sorted, so that equal models give equal bytes. With
+    `only_encoder`, they are those of BertModel or its counterpart, without a head.
     """
-    with files.wrap_os_errors(folder):
-        folder.mkdir(parents=True, exist_ok=True)
+    with files.wrap_os_errors(directory):
+        directory.mkdir(parents=True, exist_ok=True)
         pair = None if model.pair is None else model.pair.state_dict()
-        tensors = to_ecosystem(States(model.encoder.state_dict(), model.head.state_dict(), pair), model.settings)
-        ids = {name: found for name in _ROLES if (found := model.tokenizer.role_id(f"{name}_token")) is not None}
-        vocabulary = int(cast(Any, model.encoder).vocabulary)
-        description = config(model.settings, vocabulary, ids, pair=pair is not None)
+        tensors = to_hf_tensors(States(model.encoder.state_dict(), model.head.state_dict(), pair), model.settings)
+        roles = {name: model.tokenizer.role_id(f"{name}_token") for name in _ROLES}
+        ids = {name: role_id for name, role_id in roles.items() if role_id is not None}
+        hf_config = to_hf_config(model.settings, model.encoder.vocab_size, ids, pair=pair is not None)
         if only_encoder:
-            tensors, description = encoder_alone(tensors, description, model.settings)
-        ready = {name: tensors[name].detach().cpu().contiguous() for name in sorted(tensors)}
-        save_file(ready, folder / WEIGHTS, metadata={"format": "pt"})
-        files.write_json(folder / CONFIG, description)
-        inputs = _CLASSIC_INPUTS if _takes_segments(model.settings) else _INPUTS
-        model.tokenizer.save(folder, inputs=inputs, longest=model.context)
-        files.write_json(folder / CARD, model.card)
+            tensors, hf_config = encoder_only(tensors, hf_config, model.settings)
+        on_host = {name: tensors[name].detach().cpu().contiguous() for name in sorted(tensors)}
+        save_file(on_host, directory / RunLayout.WEIGHTS, metadata={"format": "pt"})
+        files.write_json(directory / RunLayout.CONFIG, hf_config)
+        inputs = _BERT_INPUTS if _has_token_types(model.settings) else _INPUTS
+        model.tokenizer.save(directory, inputs=inputs, longest=model.context)
+        files.write_json(directory / RunLayout.CARD, model.card)
 
 
 _ROLES = ("pad", "unk", "cls", "sep", "mask")
-_INPUTS = ("input_ids", "attention_mask")  # what a forward takes there; the modern one refuses segments
-_CLASSIC_INPUTS = ("input_ids", "token_type_ids", "attention_mask")
+_INPUTS = ("input_ids", "attention_mask")  # arguments of forward() in transformers; ModernBERT takes no token types
+_BERT_INPUTS = ("input_ids", "token_type_ids", "attention_mask")
 
 
-def _takes_segments(settings: EncoderConfig) -> bool:
-    """Whether a pair's second text is told apart: RoBERTa has one segment, and no row for a second."""
+def _has_token_types(settings: EncoderConfig) -> bool:
+    """Whether the second segment of a pair has a token type of its own. RoBERTa has only one."""
     return isinstance(settings, BertConfig) and settings.type_vocab_size > 1 and settings.model_type == "bert"
 
 
 def follow(latest: Path) -> Path:
-    """The step folder that a run's `latest` is.
+    """Return the step directory that a run's `latest` points to.
 
-    That is a symbolic link, a small file with its name where links can't be made, or the folder itself where copying
-    made it one.
+    `latest` is a symbolic link, a small file with the name where links can't be created, or a directory if a copy
+    resolved the link.
 
     Raises:
-        DamagedError: the step folder that it names is gone.
+        DamagedError: the step directory doesn't exist.
     """
-    folder = files.read_pointer(latest)
-    if folder is None:
+    directory = files.read_pointer(latest)
+    if directory is None:
         return latest
-    if not folder.is_dir():
+    if not directory.is_dir():
         raise DamagedError(
-            f"the step that `latest` names is gone: {folder.name}",
+            f"`latest` points to {directory.name}, which doesn't exist",
             location=str(latest),
-            hint=f"restore that folder, or name another of this run: {how_to_point(latest.parent, 'step-…')}",
+            hint=f"restore that directory, or point to another step: {how_to_point(latest.parent, 'step-…')}",
         )
-    return folder
+    return directory
 
 
 def last_step(run: Path) -> int | None:
-    """The number of a run's last step, if its `latest` says."""
-    folder = files.read_pointer(run / LATEST)
-    number = folder.name.removeprefix("step-") if folder else ""
+    """Return the number of the step that a run's `latest` points to, if it can be read."""
+    directory = files.read_pointer(run / RunLayout.LATEST)
+    number = directory.name.removeprefix("step-") if directory else ""
     return int(number) if number.isdecimal() else None
 
 
 def how_to_point(run: Path, step: str) -> str:
-    """The command that makes a run's `latest` name a step, for a message."""
-    return f"echo {step} > {run / LATEST}" if os.name == "nt" else f"ln -sfn {step} {run / LATEST}"
+    """Return the shell command that points a run's `latest` to a step, for a message."""
+    return f"echo {step} > {run / RunLayout.LATEST}" if os.name == "nt" else f"ln -sfn {step} {run / RunLayout.LATEST}"
 
 
 def best_of(run: Path) -> Path | None:
-    """The folder of a run's best model by validation, if there is one; while it is being replaced, the old one."""
-    return next((place for place in (run / BEST, files.set_aside(run / BEST)) if place.is_dir()), None)
+    """Return the directory of a run's best model by validation, if any; the previous one while it is replaced."""
+    best = run / RunLayout.BEST
+    return next((directory for directory in (best, files.set_aside(best)) if directory.is_dir()), None)
 
 
 def find_checkpoint(path: str | Path) -> Path:
-    """The model folder that a path means: a run's best model, else its latest step; or the folder itself.
+    """Return the model directory that a path stands for: a run's best model, else its last step; or the path itself.
 
     Raises:
-        ModelError: there is no model there.
+        ModelError: there is no model.
     """
-    folder = Path(path)
-    if not os.path.exists(folder):  # Path.exists raises where a name is too long to be one
-        raise ModelError("there is nothing at this path", location=str(folder), hint=_NEXT_A_MODEL)
-    best = best_of(folder)
-    if best is not None and not (folder / CONFIG).is_file():
-        folder = best
-    elif os.path.lexists(folder / LATEST):
-        folder = follow(folder / LATEST)
-    elif folder.name == LATEST and folder.is_file():
-        folder = follow(folder)
-    if not (folder / CONFIG).is_file():
-        is_run = (folder / "recipe.toml").is_file()
+    directory = Path(path)
+    if not os.path.exists(directory):  # Path.exists raises if a name is too long
+        raise ModelError("the path doesn't exist", location=str(directory), hint=_MODEL_HINT)
+    best = best_of(directory)
+    if best is not None and not (directory / RunLayout.CONFIG).is_file():
+        directory = best
+    elif os.path.lexists(directory / RunLayout.LATEST):
+        directory = follow(directory / RunLayout.LATEST)
+    elif directory.name == RunLayout.LATEST and directory.is_file():
+        directory = follow(directory)
+    if not (directory / RunLayout.CONFIG).is_file():
+        is_run = (directory / RunLayout.RECIPE).is_file()
         raise ModelError(
-            "this run has not saved a step yet" if is_run else "this folder holds no model: there is no config.json",
-            location=str(folder),
-            hint=f"continue it: unmask pretrain --resume {folder}" if is_run else _NEXT_A_MODEL,
+            "the run has not saved a step yet" if is_run else "the directory holds no model: config.json is missing",
+            location=str(directory),
+            hint=f"continue it: unmask pretrain --resume {directory}" if is_run else _MODEL_HINT,
         )
-    return folder
+    return directory
 
 
 def load(path: str | Path) -> Model:
-    """Open a run, a step folder or a plain folder made by `transformers`.
+    """Load a model from a run, a step directory, or a directory saved by `transformers`.
 
     Raises:
-        ModelError: no model there, of an architecture that isn't held here, or a tokenizer that doesn't fit it.
-        DamagedError: a file was cut short or changed; it is named.
+        ModelError: there is no model, its architecture is not supported, or the tokenizer doesn't match it.
+        DamagedError: a file was truncated or changed; it is named.
     """
-    for _ in range(_REPLACED_AT_MOST):
-        folder = _settled(path)
-        before = _identity(folder)
+    for _ in range(_MAX_RETRIES):
+        directory = _find_with_retries(path)
+        before = _identity(directory)
         try:
-            model = _opened(folder)
+            model = open_checkpoint(directory)
         except (UnmaskError, OSError):
-            if _identity(folder) == before and _settled(path) == folder:
+            if _identity(directory) == before and _find_with_retries(path) == directory:
                 raise
         else:
-            if _identity(folder) == before:  # else files may have been gone that a folder can do without
+            if _identity(directory) == before:  # otherwise optional files may have been gone
                 return model
-    return _opened(_settled(path))
+    return open_checkpoint(_find_with_retries(path))
 
 
-def _settled(path: str | Path) -> Path:
-    """`find`, once more where it met the moment in which a run's best model is replaced."""
-    for _ in range(_MOMENTS):
+def _find_with_retries(path: str | Path) -> Path:
+    """Call find_checkpoint again if it failed at the moment when a run's best model was replaced."""
+    for _ in range(_RENAME_RETRIES):
         try:
             return find_checkpoint(path)
         except ModelError:
-            time.sleep(_MOMENT_SECONDS)
+            time.sleep(_RENAME_SECONDS)
     return find_checkpoint(path)
 
 
-def _identity(folder: Path) -> tuple[int, int, int] | None:
-    """What tells a folder from one that has taken its name, and from itself while its files are removed."""
+def _identity(directory: Path) -> tuple[int, int, int] | None:
+    """Return values that differ if a directory was replaced under its name, or its files are being removed."""
     try:
-        found = folder.stat()
+        stat = directory.stat()
     except OSError:
         return None
-    return found.st_dev, found.st_ino, found.st_mtime_ns  # a number is soon given to a new folder
+    return stat.st_dev, stat.st_ino, stat.st_mtime_ns  # an inode number alone is soon reused
 
 
-def _opened(folder: Path) -> Model:
-    if (folder / files.DIGESTS).is_file():
-        files.verify_manifest(folder)
-    description = files.read_json(folder / CONFIG)
-    try:
-        settings, vocabulary = settings_of(description), vocabulary_of(description)
-    except ModelError as error:
-        raise ModelError(error.message, location=str(folder / error.location), hint=error.hint) from error
-    weights = folder / WEIGHTS
-    if not weights.is_file():
+class Weights(NamedTuple):
+    """Tensors of a model under the names of `transformers`, the config that they fit, and notes on their conversion."""
+
+    tensors: Mapping[str, Tensor]
+    settings: EncoderConfig
+    notes: Sequence[str] = ()
+
+
+TokenizerReader = Callable[[Path], tuple[Tokenizer, Sequence[str]]]
+WeightsReader = Callable[[Path, EncoderConfig, int], Weights]
+
+
+def _read_tokenizer(directory: Path) -> tuple[Tokenizer, Sequence[str]]:
+    return Tokenizer.load(directory), ()
+
+
+def _read_weights(directory: Path, settings: EncoderConfig, vocab_size: int) -> Weights:
+    """Read model.safetensors in float32."""
+    path = directory / RunLayout.WEIGHTS
+    if not path.is_file():
         raise ModelError(
-            "there is no model.safetensors in this folder",
-            location=str(folder),
-            hint="save it again with safe_serialization=True: pickles (.bin) are never read",
+            "model.safetensors is missing",
+            location=str(directory),
+            hint="save the model with safe_serialization=True: pickle files (.bin) are never read",
         )
-    tokenizer = Tokenizer.load(folder)
-    if tokenizer.size > vocabulary:
-        raise ModelError(
-            f"the tokenizer has {tokenizer.size} pieces and the weights {vocabulary} rows",
-            location=str(folder),
-            hint="use the tokenizer that this model was trained with",
-        )
-    encoder, head, pair = _filled(settings, vocabulary, weights)
-    card: Any = files.read_json(folder / CARD) if (folder / CARD).is_file() else {}
-    if not isinstance(card, dict):
-        raise DamagedError(
-            "no card that we wrote", location=str(folder / CARD), hint="restore it from a copy, or remove it"
-        )
-    return Model(encoder, head, tokenizer, settings, cast("dict[str, Any]", card), str(folder), pair)
-
-
-def _filled(settings: EncoderConfig, vocabulary: int, weights: Path) -> tuple[nn.Module, nn.Module, nn.Module | None]:
-    """Encoder, head and pair head, if any, filled strictly: a missing, foreign or misshapen tensor is an error."""
     try:
-        tensors: Mapping[str, Tensor] = load_file(weights)
+        tensors = load_file(path)
     except SafetensorError as error:
         raise DamagedError(
-            f"not readable as safetensors: {error}",
-            location=str(weights),
+            f"the file can't be read as safetensors: {error}",
+            location=str(path),
             hint="restore it from a copy or another step",
         ) from error
+    return Weights({name: tensor.float() for name, tensor in tensors.items()}, settings)
+
+
+def open_checkpoint(
+    directory: Path,
+    hf_config: Mapping[str, Any] | None = None,
+    *,
+    read_tokenizer: TokenizerReader = _read_tokenizer,
+    read_weights: WeightsReader = _read_weights,
+) -> Model:
+    """Load a model from its directory. Every tensor must be present, known and of the right shape.
+
+    Args:
+        directory: Directory with config.json, weights and tokenizer.
+        hf_config: Contents of config.json; default: they are read.
+        read_tokenizer: Reads the tokenizer and returns notes on its conversion.
+        read_weights: Reads the weights, given config and vocabulary size. A lenient reader may complete tensors and
+            change the config.
+
+    Raises:
+        ModelError: the architecture is not supported, or tokenizer or weights don't match it.
+        DamagedError: a file was truncated or changed; it is named.
+    """
+    if (directory / RunLayout.DIGESTS).is_file():
+        files.verify_manifest(directory)
+    if hf_config is None:
+        hf_config = cast("Mapping[str, Any]", files.read_json(directory / RunLayout.CONFIG))
     try:
-        states = from_ecosystem({name: t.float() for name, t in tensors.items()}, settings)
+        settings, vocab_size = from_hf_config(hf_config), vocab_size_of(hf_config)
     except ModelError as error:
-        raise ModelError(error.message, location=str(weights), hint=error.hint) from error
-    encoder, head = build_model(settings, vocabulary)
-    pair = None if states.pair is None else build_pair(settings)
+        raise error.at(location=str(directory / error.location)) from error
+    tokenizer, notes = read_tokenizer(directory)
+    if tokenizer.size > vocab_size:
+        raise ModelError(
+            f"the tokenizer has {tokenizer.size} tokens, the embedding only {vocab_size}",
+            location=str(directory),
+            hint="use the tokenizer that this model was trained with",
+        )
+    weights = read_weights(directory, settings, vocab_size)
+    encoder, head, pair = _build(weights, vocab_size, directory / RunLayout.WEIGHTS)
+    card: Any = files.read_json(directory / RunLayout.CARD) if (directory / RunLayout.CARD).is_file() else {}
+    if not isinstance(card, dict):
+        raise DamagedError(
+            "the file is not a JSON object",
+            location=str(directory / RunLayout.CARD),
+            hint="restore it from a copy, or remove it",
+        )
+    return Model(
+        encoder,
+        head,
+        tokenizer,
+        weights.settings,
+        cast("ModelCard", card),
+        str(directory),
+        pair,
+        (*notes, *weights.notes),
+    )
+
+
+def _build(weights: Weights, vocab_size: int, path: Path) -> tuple[EncoderModule, HeadModule, nn.Module | None]:
+    """Build encoder, head and sentence pair head (if any) with these weights; `path` is for messages."""
+    location = str(path if path.is_file() else path.parent)
+    try:
+        states = from_hf_tensors(weights.tensors, weights.settings)
+    except ModelError as error:
+        raise error.at(location=location) from error
+    encoder, head = build_model(weights.settings, vocab_size)
+    pair = None if states.pair is None else build_pair(weights.settings)
     try:
         for module, state in zip((encoder, head, pair), states, strict=True):
             if module is not None and state is not None:
@@ -329,33 +405,33 @@ def _filled(settings: EncoderConfig, vocabulary: int, weights: Path) -> tuple[nn
                 module.eval()
     except RuntimeError as error:
         raise ModelError(
-            f"the weights don't fit the configuration: {error}", location=str(weights), hint=_NEXT_A_MODEL
+            f"the weights don't match config.json: {error}", location=location, hint=_MODEL_HINT
         ) from error
     return encoder, head, pair
 
 
-def free_place(out: Path, source: Path, *, force: bool) -> Path:
-    """The place to write, which is free, or holds a model that `force` lets go.
+def check_output_directory(out: Path, source: Path, *, force: bool) -> Path:
+    """Return `out` if a model can be written there: it doesn't exist, or is a model that `force` replaces.
 
     Raises:
-        RunError: something stands there, or the source would be overwritten.
-        StoreError: nothing can be written there.
+        RunError: `out` exists, or is or contains the source.
+        StoreError: `out` can't be written.
     """
     target, read = out.absolute(), source.absolute()
     if target.resolve() == read.resolve() or target.resolve() in read.resolve().parents:
-        raise RunError("what is read stands there itself", location=str(out), hint="name another folder to write")
+        raise RunError("the output is or contains the input", location=str(out), hint="choose another directory")
     if os.path.lexists(target):
         if not force:
             raise RunError(
-                "something stands here already, and nothing was written",
+                "the output exists already; nothing was written",
                 location=str(out),
-                hint="name another folder, or replace this one with --force (force=True)",
+                hint="choose another directory, or replace this one with --force (force=True)",
             )
-        if not target.is_dir() or (any(target.iterdir()) and not (target / CONFIG).is_file()):
+        if not target.is_dir() or (any(target.iterdir()) and not (target / RunLayout.CONFIG).is_file()):
             raise RunError(
-                "what stands here is no model folder, and is not replaced",
+                "the output exists and is not a model directory, so it is not replaced",
                 location=str(out),
-                hint="name another folder, or remove this one yourself",
+                hint="choose another directory, or remove this one",
             )
     else:
         files.check_writable(target)

@@ -1,1 +1,1 @@
-"""What is hidden, what is asked, what it costs."""
+"""Pretraining objectives: masked language modeling, alone or with sentence pairs."""

@@ -1,21 +1,18 @@
-"""Room card: words that a person wants asked more often.
+"""Words that are masked more often: reads the list, tokenizes the words and finds them in batches.
 
-Comes in: words, or a file with one in each line; a tokenizer and the rule for words; later ids of texts laid end to
-end. Goes out: the words themselves, how the tokenizer spells them, and the slots where they stand. Called by: mlm,
-workshop, pretrain (which puts a file's words into the run's recipe).
-
-A word stands where whole units of the text (text.words) have the ids that spell it, with a space before or behind it or
-without. An entry of several words ("heart attack", or 医院 where each character is a word) stands where its words
-follow each other with one space between them, or none, as it was written; each of them is then drawn for itself.
+A word is found where whole units of the text (see `data.words`) have its token ids, with or without a space before or
+after it. An entry of several words ("heart attack", or 医院 if each character is a word) is found where its words
+follow each other with one space between them, or none, as in the entry. Each of its words is selected on its own.
 """
 
 from __future__ import annotations
 
+import logging
 import unicodedata
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Final, TypeVar, cast
+from typing import Any, Final, TypeVar
 
 import numpy as np
 from jaxtyping import Bool, Int
@@ -23,200 +20,202 @@ from numpy.typing import NDArray
 
 from unmask.core import rng
 from unmask.core.errors import RecipeError
+from unmask.core.format import join_names
 from unmask.core.types import SPECIAL, WORD_START
-from unmask.objectives.masking import LONGEST_LIST, MaskingConfig, PackedSequences, words_of
+from unmask.objectives.masking import MAX_BOOSTED_WORDS, MaskingConfig, PackedSequences, word_units
 from unmask.tokenization.tokenizer import Tokenizer
 from unmask.tokenization.words import WordsRule
 
 Settings = TypeVar("Settings")
 Numbers = NDArray[np.int64]
 
-_MOST_BYTES: Final = 1_000_000
-_STEP: Final = 0x9E3779B97F4A7C15  # odd, so that it has an inverse modulo 2**64
-_BACK: Final = pow(_STEP, -1, 1 << 64)
-_SHOWN: Final = 5  # words that a message names
+_MAX_BYTES: Final = 1_000_000
+_BASE: Final = 0x9E3779B97F4A7C15  # odd, so that it has an inverse modulo 2**64
+_INVERSE: Final = pow(_BASE, -1, 1 << 64)
+_MAX_NAMES: Final = 5  # words named in a message
+
+_log = logging.getLogger("unmask")
 
 
 @dataclass(frozen=True)
 class TokenizedWords:
-    """How a tokenizer spells words, which of them it can't, and what a person is told of that."""
+    """Token ids of words, the words that can't be tokenized as whole words, and a message about both."""
 
     ids: tuple[tuple[int, ...], ...]
-    unspelled: tuple[str, ...]
-    notes: str
+    skipped: tuple[str, ...]
+    message: str
 
 
 def resolve_word_list(settings: Settings) -> Settings:
-    """Settings with the words of a file in its place, so that a run goes on when the file has changed or is gone.
+    """Return settings with the words of a file in place of its path, so that a run doesn't depend on the file.
 
     Raises:
-        RecipeError: there is no such file, or no list of words in it.
+        RecipeError: the file can't be read or is not a word list.
     """
     if isinstance(settings, MaskingConfig) and isinstance(settings.boosted_words, Path):
-        return replace(settings, boosted_words=read_words(settings.boosted_words))
+        return replace(settings, boosted_words=read_word_list(settings.boosted_words))
     return settings
 
 
-def read_words(path: Path) -> tuple[str, ...]:
-    """The words of a file, each once: UTF-8, one in each line.
+def read_word_list(path: Path) -> tuple[str, ...]:
+    """Return the words of a UTF-8 file with one word per line, without duplicates.
 
     Raises:
-        RecipeError: the file is missing, too large, no UTF-8, or holds no word.
+        RecipeError: the file is missing, too large, not UTF-8, or has no words.
     """
 
-    def refused(what: str, next: str) -> RecipeError:
-        return RecipeError(what, location=f"objective.boosted_words: {path}", hint=next)
+    def invalid(message: str, hint: str) -> RecipeError:
+        return RecipeError(message, location=f"objective.boosted_words: {path}", hint=hint)
 
-    a_list = "give a text file with one word in each line"
+    one_per_line = "give a text file with one word per line"
     try:
         with path.open("rb") as file:
-            held = file.read(_MOST_BYTES + 1)
+            content = file.read(_MAX_BYTES + 1)
     except OSError as error:
-        raise refused(f"this list of words can't be read: {error.strerror or error}", a_list) from error
-    if len(held) > _MOST_BYTES:
-        raise refused(f"a list of words of more than {_MOST_BYTES:,} bytes", "keep the words that matter most")
+        raise invalid(f"the word list can't be read: {error.strerror or error}", one_per_line) from error
+    if len(content) > _MAX_BYTES:
+        raise invalid(f"the word list has more than {_MAX_BYTES:,} bytes", "shorten it")
     try:
-        lines = held.decode("utf-8-sig").splitlines()
+        lines = content.decode("utf-8-sig").splitlines()
     except UnicodeDecodeError as error:
-        raise refused(f"this list of words is not UTF-8 (byte {error.start})", "save it as UTF-8") from error
-    words = _cleaned(lines)
+        raise invalid(f"the word list is not UTF-8 (byte {error.start})", "save it as UTF-8") from error
+    words = _normalize(lines)
     if not words:
-        raise refused("there is no word in this list", a_list)
-    if len(words) > LONGEST_LIST:
-        raise refused(f"{len(words):,} words in this list", f"keep the {LONGEST_LIST:,} that matter most")
+        raise invalid("the word list is empty", one_per_line)
+    if len(words) > MAX_BOOSTED_WORDS:
+        raise invalid(f"the word list has {len(words):,} words", f"shorten it to at most {MAX_BOOSTED_WORDS:,}")
     return words
 
 
-def _cleaned(lines: Iterable[str]) -> tuple[str, ...]:
-    """Each word once, in NFC as text is, spaces inside it single."""
+def _normalize(lines: Iterable[str]) -> tuple[str, ...]:
+    """Return each word once, in NFC like the text, with single spaces."""
     words = (" ".join(unicodedata.normalize("NFC", line).split()) for line in lines)
     return tuple(dict.fromkeys(word for word in words if word))
 
 
-def spell(words: Sequence[str], tokenizer: Tokenizer, rule: WordsRule) -> TokenizedWords:
-    """How the tokenizer spells each word: behind a space, at a line's beginning, between brackets.
+def tokenize_words(words: Sequence[str], tokenizer: Tokenizer, rule: WordsRule) -> TokenizedWords:
+    """Tokenize each word after a space, at the beginning of a line and in brackets.
 
     Raises:
-        RecipeError: it can spell none of them.
+        RecipeError: none of the words can be tokenized as a whole word.
     """
-    words = _cleaned(words)
-    lines, places = list[str](), list[tuple[int, int]]()  # the character where a word begins, and its number
-    at = 0
+    words = _normalize(words)
+    lines, places = list[str](), list[tuple[int, int]]()  # character at which a word begins, and its number
+    start = 0
     for number, word in enumerate(words):
         line = f"a {word} a\n{word}\n({word})\n"
         firsts = (2, 5 + len(word), 7 + 2 * len(word))
-        places += [(at + first, number) for first in firsts]
+        places += [(start + first, number) for first in firsts]
         lines.append(line)
-        at += len(line)
+        start += len(line)
     text = "".join(lines)
     encoded = tokenizer.encode(text, rule)
-    found = _spellings(text, encoded.ids, encoded.marks, encoded.offsets, words, places)
-    unspelled = tuple(word for number, word in enumerate(words) if number not in {held for _, held in found})
-    if len(unspelled) == len(words):
+    tokenized = _whole_words(text, encoded.ids, encoded.marks, encoded.offsets, words, places)
+    numbers = {number for _, number in tokenized}
+    skipped = tuple(word for number, word in enumerate(words) if number not in numbers)
+    if len(skipped) == len(words):
         raise RecipeError(
-            f"this tokenizer spells none of the words to boost as whole words: {_listed(unspelled)}",
+            f"the tokenizer can't encode any of the boosted words as a whole word: {join_names(skipped, _MAX_NAMES)}",
             location="objective.boosted_words",
-            hint="name words as they stand in the text, that the tokenizer knows without [UNK]",
+            hint="list words as they are written in the text, without characters that the tokenizer maps to [UNK]",
         )
-    said = f"boosted: {len(words) - len(unspelled):,} words (objective.boosted_words)"
-    if unspelled:
-        said += (
-            f"; this tokenizer can't spell {len(unspelled):,} of the list as whole words, which are asked like any "
-            f"other: {_listed(unspelled)}"
+    message = f"boosted words: {len(words) - len(skipped):,} (objective.boosted_words)"
+    if skipped:
+        message += (
+            f"; {len(skipped):,} can't be encoded as whole words and are masked like any other: "
+            f"{join_names(skipped, _MAX_NAMES)}"
         )
-    return TokenizedWords(tuple(dict.fromkeys(ids for ids, _ in found)), unspelled, said)
+    return TokenizedWords(tuple(dict.fromkeys(ids for ids, _ in tokenized)), skipped, message)
 
 
-def preferred(
-    settings: MaskingConfig, tokenizer: Tokenizer, rule: WordsRule, say: Callable[[str], object]
+def tokenize_boosted_words(
+    settings: MaskingConfig, tokenizer: Tokenizer, rule: WordsRule
 ) -> tuple[tuple[int, ...], ...]:
-    """The ids of the words that settings prefer; what can't be spelled is said.
+    """Return the token ids of the settings' boosted words and log which of them are skipped.
 
     Raises:
-        RecipeError: the file of words can't be read, or the tokenizer can spell none of them.
+        RecipeError: none of the words can be tokenized as a whole word.
+        TypeError: the settings still name a file; `resolve_word_list` reads it.
     """
-    words = resolve_word_list(settings).boosted_words
+    words = settings.boosted_words
+    if isinstance(words, Path):  # read here, the words would not be in the run's recipe.toml
+        raise TypeError("boosted_words is a path: call resolve_word_list() first")
     if not words:
         return ()
-    spelled = spell(cast("tuple[str, ...]", words), tokenizer, rule)
-    say(spelled.notes)
-    return spelled.ids
+    tokenized = tokenize_words(words, tokenizer, rule)
+    _log.info(tokenized.message)
+    return tokenized.ids
 
 
-def _spellings(
+def _whole_words(
     text: str,
     ids: Int[np.ndarray, "N"],
-    marks: NDArray[np.uint8],
+    token_flags: NDArray[np.uint8],
     offsets: Int[np.ndarray, "N 2"],
     words: Sequence[str],
     places: Sequence[tuple[int, int]],
 ) -> list[tuple[tuple[int, ...], int]]:
-    """Ids and number of each word that is whole units of the text at a place."""
+    """Return token ids and number of each word that consists of whole units of the text at its place."""
     if not len(ids):
         return []
-    begins = np.append(np.flatnonzero(marks & (WORD_START | SPECIAL)), len(ids))
+    starts = np.append(np.flatnonzero(token_flags & (WORD_START | SPECIAL)), len(ids))
     last_N = np.maximum.accumulate(offsets[:, 1])
     first_P = np.array([first for first, _ in places])
     after_P = first_P + np.array([len(words[number]) for _, number in places])
-    slot_P = np.searchsorted(last_N, first_P, side="right")  # the first token that reaches beyond the beginning
-    begin_P = begins[np.maximum(np.searchsorted(begins, slot_P, side="right") - 1, 0)]
-    end_P = begins[np.searchsorted(begins, np.searchsorted(last_N, after_P, side="right"))]
-    found: list[tuple[tuple[int, ...], int]] = []
+    token_P = np.searchsorted(last_N, first_P, side="right")  # the first token that ends after the word begins
+    begin_P = starts[np.maximum(np.searchsorted(starts, token_P, side="right") - 1, 0)]
+    end_P = starts[np.searchsorted(starts, np.searchsorted(last_N, after_P, side="right"))]
+    tokenized: list[tuple[tuple[int, ...], int]] = []
     for begin, end, (_, number) in zip(begin_P.tolist(), end_P.tolist(), places, strict=True):
-        if begin >= end or (marks[begin:end] & SPECIAL).any():
+        if begin >= end or (token_flags[begin:end] & SPECIAL).any():
             continue
         if text[offsets[begin, 0] : last_N[end - 1]].strip() == words[number]:
-            found.append((tuple(ids[begin:end].tolist()), number))
-    return found
-
-
-def _listed(words: Sequence[str]) -> str:
-    further = len(words) - _SHOWN
-    return ", ".join(words[:_SHOWN]) + (f" and {further:,} more" if further > 0 else "")
+            tokenized.append((tuple(ids[begin:end].tolist()), number))
+    return tokenized
 
 
 class WordMatcher:
-    """Finds words in ids by a hash of each stretch of ids; what it finds is compared."""
+    """Finds words in token ids by a rolling hash; each match is verified."""
 
-    def __init__(self, spellings: Sequence[Sequence[int]]) -> None:
-        assert spellings and all(len(ids) for ids in spellings), "spellings of words"
-        top = max(max(ids) for ids in spellings)
-        self._hash_V = rng.bits(0, "preference", np.arange(top + 2))  # the last is that of any id beyond
-        self._begins_V = np.zeros(top + 2, dtype=bool)
-        self._begins_V[[ids[0] for ids in spellings]] = True
+    def __init__(self, words: Sequence[Sequence[int]]) -> None:
+        assert words and all(len(ids) for ids in words), "each word has at least one token"
+        top = max(max(ids) for ids in words)
+        self._hash_V = rng.bits(0, "preference", np.arange(top + 2))  # the last entry is that of all larger ids
+        self._is_first_V = np.zeros(top + 2, dtype=bool)
+        self._is_first_V[[ids[0] for ids in words]] = True
         self._by_length: dict[int, tuple[NDArray[np.uint64], Numbers]] = {}
-        for length in sorted({len(ids) for ids in spellings}):
-            ids_NL = np.array([ids for ids in spellings if len(ids) == length], dtype=np.int64)
-            keys_N = (self._hash_V[ids_NL] * _powers(_STEP, length)).sum(axis=1, dtype=np.uint64)
+        for length in sorted({len(ids) for ids in words}):
+            ids_NL = np.array([ids for ids in words if len(ids) == length], dtype=np.int64)
+            keys_N = (self._hash_V[ids_NL] * _powers(_BASE, length)).sum(axis=1, dtype=np.uint64)
             order = np.argsort(keys_N)
             self._by_length[length] = keys_N[order], ids_NL[order]
 
-    def slots(self, ids_T: NDArray[np.integer[Any]], packed: PackedSequences) -> Bool[np.ndarray, "T"]:
-        """Whether each slot belongs to one of the words."""
-        first_U, size_U = words_of(packed, (packed.token_flags_T & SPECIAL) == 0)
-        ends_T1 = np.zeros(len(ids_T) + 1, dtype=bool)
-        ends_T1[first_U + size_U] = True
+    def find(self, ids_T: NDArray[np.integer[Any]], packed: PackedSequences) -> Bool[np.ndarray, "T"]:
+        """Return whether each token belongs to one of the words."""
+        first_U, size_U = word_units(packed, (packed.token_flags_T & SPECIAL) == 0)
+        is_end_T1 = np.zeros(len(ids_T) + 1, dtype=bool)
+        is_end_T1[first_U + size_U] = True
         known_T = np.minimum(ids_T, len(self._hash_V) - 1).astype(np.int64)
-        total_T1 = np.zeros(len(ids_T) + 1, dtype=np.uint64)
-        np.cumsum(self._hash_V[known_T] * _powers(_STEP, len(ids_T)), out=total_T1[1:])
-        back_T = _powers(_BACK, len(ids_T))
-        first_C = first_U[self._begins_V[known_T[first_U]]]
-        text_end_C = packed.cu_seqlens[np.searchsorted(packed.cu_seqlens, first_C, side="right")]
+        prefix_T1 = np.zeros(len(ids_T) + 1, dtype=np.uint64)
+        np.cumsum(self._hash_V[known_T] * _powers(_BASE, len(ids_T)), out=prefix_T1[1:])
+        inverse_T = _powers(_INVERSE, len(ids_T))
+        first_C = first_U[self._is_first_V[known_T[first_U]]]
+        sequence_end_C = packed.cu_seqlens[np.searchsorted(packed.cu_seqlens, first_C, side="right")]
         change_T1 = np.zeros(len(ids_T) + 1, dtype=np.int64)
         for length, (keys_N, ids_NL) in self._by_length.items():
-            fits = first_C[(first_C + length <= text_end_C)]
-            at = fits[ends_T1[fits + length]]
-            key = (total_T1[at + length] - total_T1[at]) * back_T[at]
+            start = first_C[first_C + length <= sequence_end_C]
+            start = start[is_end_T1[start + length]]
+            key = (prefix_T1[start + length] - prefix_T1[start]) * inverse_T[start]
             place = np.minimum(np.searchsorted(keys_N, key), len(keys_N) - 1)
-            at, place = at[keys_N[place] == key], place[keys_N[place] == key]
-            is_it = (ids_T[at[:, None] + np.arange(length)] == ids_NL[place]).all(axis=1)
-            np.add.at(change_T1, at[is_it], 1)
-            np.add.at(change_T1, at[is_it] + length, -1)
+            start, place = start[keys_N[place] == key], place[keys_N[place] == key]
+            is_match = (ids_T[start[:, None] + np.arange(length)] == ids_NL[place]).all(axis=1)
+            np.add.at(change_T1, start[is_match], 1)
+            np.add.at(change_T1, start[is_match] + length, -1)
         return np.cumsum(change_T1[:-1]) > 0
 
 
 def _powers(base: int, count: int) -> NDArray[np.uint64]:
-    """1, base, base² … modulo 2**64."""
+    """Return 1, base, base**2 … modulo 2**64."""
     powers = np.full(count, base, dtype=np.uint64)
     powers[:1] = 1
     return np.cumprod(powers, dtype=np.uint64)

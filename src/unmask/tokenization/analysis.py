@@ -1,8 +1,4 @@
-"""Room card: what a piece reads as.
-
-Comes in: a tokenizer. Goes out: for each piece its letters, how it stands to the text before it, and how it is shown to
-a person. Called by: fill, fertility, and what prints tokens.
-"""
+"""How tokens read as text, and statistics of a tokenizer on a text (`unmask tokenizer show` and `compare`)."""
 
 from __future__ import annotations
 
@@ -19,7 +15,7 @@ from unmask.core.types import SENTENCE_START, SPECIAL, WORD_START, Source
 from unmask.tokenization.normalization import continuing_prefix, is_byte_level, leading_space
 from unmask.tokenization.tokenizer import Tokenizer
 from unmask.tokenization.trainers import BYTE_OF
-from unmask.tokenization.words import WordsRule, is_letter, stands_without_spaces, word_starts
+from unmask.tokenization.words import WordsRule, is_letter, is_unspaced, word_starts
 
 SpacingRule = Literal["as-is", "joins", "after-space"]
 _SPACE: Final = "␣"
@@ -27,14 +23,14 @@ _SPACE: Final = "␣"
 
 @dataclass(frozen=True)
 class TokenText:
-    """Letters of a piece; bytes that are no letters by themselves stand as ⟨E5 A4⟩."""
+    """The text of a token; bytes that don't form a character are written as ⟨E5 A4⟩."""
 
     letters: str  # without the space before them
-    stand: SpacingRule  # as-is: where it is put; joins: to the word before it; after-space: a space stands before it
+    spacing: SpacingRule  # as-is; joins: continues the word before it; after-space: a space precedes it
 
 
 class TokenFormatter:
-    """Reads the pieces of one tokenizer."""
+    """Converts the tokens of one tokenizer into text."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         whole = tokenizer.to_json()
@@ -43,52 +39,52 @@ class TokenFormatter:
         self._special = frozenset(tokenizer.special_ids)
 
     def read(self, id: int) -> TokenText:
-        """A piece as text.
+        """Return a token as text.
 
         Raises:
-            TokenizerError: no piece has this id.
+            TokenizerError: no token has this id.
         """
         token = self._tokenizer.id_to_token(id)
         if id in self._special:
             return TokenText(token, "as-is")
         if self.prefix and token.startswith(self.prefix) and len(token) > len(self.prefix):
             return TokenText(token.removeprefix(self.prefix), "joins")
-        is_led = bool(self._space) and token.startswith(self._space)
-        letters = token[1:] if is_led else token
+        has_space = bool(self._space) and token.startswith(self._space)
+        letters = token[1:] if has_space else token
         if self._is_bytes:
-            letters = _from_bytes(letters)
+            letters = _decode_bytes(letters)
         elif self._space:
             letters = letters.replace(self._space, " ")
-        if is_led:
+        if has_space:
             return TokenText(letters, "after-space")
         return TokenText(letters, "joins" if self._space else "as-is")
 
-    def shown(self, id: int) -> str:
-        """A piece for a person: ␣ for a space, ## before a piece that goes on where others begin without a sign."""
-        piece = self.read(id)
-        letters = _SPACE if piece.letters == " " else piece.letters
-        if piece.stand == "after-space":
+    def display(self, id: int) -> str:
+        """Return a token for display: ␣ for a space, and "##" before a WordPiece token that continues a word."""
+        token = self.read(id)
+        letters = _SPACE if token.letters == " " else token.letters
+        if token.spacing == "after-space":
             return _SPACE + letters
-        return self.prefix + letters if piece.stand == "joins" else letters
+        return self.prefix + letters if token.spacing == "joins" else letters
 
     @cached_property
     def begins_word_V(self) -> NDArray[np.bool_]:
-        """Whether a piece can't stand directly behind a letter: it brings a space, or would need one."""
+        """For each id, whether the token can't follow a letter directly: it includes a space or needs one."""
         begins_V = np.zeros(self._tokenizer.size, dtype=bool)
         for id in self._tokenizer.regular_token_ids.tolist():
-            piece = self.read(id)
-            begins_V[id] = piece.stand == "after-space" or (bool(self.prefix) and self.needs_space("a", piece))
+            token = self.read(id)
+            begins_V[id] = token.spacing == "after-space" or (bool(self.prefix) and self.needs_space("a", token))
         return begins_V
 
-    def needs_space(self, before: str, piece: TokenText) -> bool:
-        """Whether a word that begins with this piece would run into the word before it."""
-        if not before or not piece.letters or piece.stand == "joins":
+    def needs_space(self, before: str, token: TokenText) -> bool:
+        """Return whether a word that begins with this token would merge with the word before it."""
+        if not before or not token.letters or token.spacing == "joins":
             return False
-        return all(is_letter(side) and not stands_without_spaces(side) for side in (before[-1], piece.letters[0]))
+        return all(is_letter(side) and not is_unspaced(side) for side in (before[-1], token.letters[0]))
 
 
-def _from_bytes(letters: str) -> str:
-    """Byte-level letters as the text that they spell."""
+def _decode_bytes(letters: str) -> str:
+    """Decode byte-level letters to text."""
     if not all(letter in BYTE_OF for letter in letters):
         return letters
     data = bytes(BYTE_OF[letter] for letter in letters)
@@ -99,26 +95,26 @@ def _from_bytes(letters: str) -> str:
 
 
 @dataclass(frozen=True)
-class Measured:
-    """A text by a tokenizer."""
+class TokenizerStats:
+    """Statistics of a tokenizer on a text."""
 
     characters: int
     words: int
     tokens: int
     tokens_per_word: float
     characters_per_token: float
-    unknown_share: float  # of the characters
-    tokens_per_second: float  # ids, marks and offsets
+    unknown_share: float  # fraction of the characters
+    tokens_per_second: float  # of encoding with marks and offsets
     vocabulary: int
 
 
 @dataclass(frozen=True)
-class Cut:
+class TokenInfo:
     """One token of a text."""
 
     id: int
-    piece: str  # as the vocabulary has it
-    shown: str  # for a person
+    token: str  # as in the vocabulary
+    display: str
     first: int  # characters of the text [first, last)
     last: int
     starts_word: bool
@@ -126,9 +122,9 @@ class Cut:
     is_special: bool
 
 
-def some_text(source: Source, most_characters: int) -> Iterator[str]:
-    """The first passages of a source, so many characters at most."""
-    left = most_characters
+def first_texts(source: Source, max_characters: int) -> Iterator[str]:
+    """Yield the first texts of a source, at most so many characters in all."""
+    left = max_characters
     for part in source.parts():
         for passage in source.documents(part):
             yield passage.text[:left]
@@ -137,36 +133,36 @@ def some_text(source: Source, most_characters: int) -> Iterator[str]:
                 return
 
 
-def measure(tokenizer: Tokenizer, texts: Iterable[str], rule: WordsRule) -> Measured:
-    """Counts over all texts; the clock runs while they are encoded, on the threads that the library takes."""
-    held = [text for text in texts if text]
-    if held:
-        tokenizer.encode(held[0][:1000], rule)  # the first call pays for tables
-    began = time.perf_counter()
-    encoded = tokenizer.encode_batch(held, rule)
-    seconds = time.perf_counter() - began
-    characters, tokens = sum(map(len, held)), sum(len(one.ids) for one in encoded)
-    words = sum(int(word_starts(text, rule).sum()) for text in held)
-    return Measured(
+def measure_tokenizer(tokenizer: Tokenizer, texts: Iterable[str], rule: WordsRule) -> TokenizerStats:
+    """Return statistics over all texts; the speed is that of encoding, on the threads of the library."""
+    nonempty = [text for text in texts if text]
+    if nonempty:
+        tokenizer.encode(nonempty[0][:1000], rule)  # the first call fills lookup tables
+    start = time.perf_counter()
+    encodings = tokenizer.encode_batch(nonempty, rule)
+    seconds = time.perf_counter() - start
+    characters, tokens = sum(map(len, nonempty)), sum(len(encoding.ids) for encoding in encodings)
+    words = sum(int(word_starts(text, rule).sum()) for text in nonempty)
+    return TokenizerStats(
         characters=characters,
         words=words,
         tokens=tokens,
         tokens_per_word=tokens / max(1, words),
         characters_per_token=characters / max(1, tokens),
-        unknown_share=sum(one.characters_unknown for one in encoded) / max(1, characters),
+        unknown_share=sum(encoding.characters_unknown for encoding in encodings) / max(1, characters),
         tokens_per_second=tokens / max(seconds, 1e-9),
         vocabulary=tokenizer.size,
     )
 
 
-def cuts(tokenizer: Tokenizer, text: str, rule: WordsRule, *, is_prompt: bool) -> list[Cut]:
-    """The tokens of a text; special pieces in it are that in a prompt, letters in a text to learn from."""
-    encoded, reader = tokenizer.encode(text, rule, specials_in_text=is_prompt), TokenFormatter(tokenizer)
+def list_tokens(tokenizer: Tokenizer, text: str, rule: WordsRule, *, is_prompt: bool) -> list[TokenInfo]:
+    """Return the tokens of a text; "[MASK]" is a special token in a prompt and letters in a training text."""
+    encoded, formatter = tokenizer.encode(text, rule, specials_in_text=is_prompt), TokenFormatter(tokenizer)
     return [
-        Cut(
+        TokenInfo(
             id,
             tokenizer.id_to_token(id),
-            reader.shown(id),
+            formatter.display(id),
             first,
             last,
             bool(mark & WORD_START),

@@ -1,15 +1,12 @@
-"""Room card: an existing vocabulary, with pieces learnt from new text.
+"""Extends an existing WordPiece or BPE vocabulary with tokens learned from text of another domain or language.
 
-Comes in: a tokenizer.json (WordPiece or BPE), training text of another domain or language. Goes out: the same tokenizer
-with more pieces behind its own; of which old pieces each new one consists. Called by: tokenizer, start.
+Training continues where the vocabulary ended. The words of the text are encoded with it, and pairs of tokens are
+merged, the most frequent first, as in byte-pair encoding (Sennrich et al. 2016, arXiv 1508.07909). No existing id
+changes. A text without the letters of any new token is encoded as before: new BPE merges rank after all existing ones,
+and WordPiece matches a new token only where its letters occur.
 
-Learning goes on where the vocabulary stopped: the words of the text, cut by it, are joined pair by pair, the most
-frequent pair first, as in byte-pair encoding (Sennrich et al. 2016, arXiv 1508.07909). So no old id moves, and a text
-in which none of the new pieces' letters occur is cut as before: a BPE merge of ours ranks behind all old ones, and
-WordPiece finds a new piece only where its letters stand.
-
-Characters that WordPiece doesn't know come first, each as the beginning and as the continuation of a word: without them
-a word of another script stays [UNK] whatever else is learnt.
+WordPiece gets unknown characters first, at the beginning and in the continuation of a word. Without them a word of
+another script would remain [UNK].
 """
 
 from __future__ import annotations
@@ -24,153 +21,156 @@ from typing import Any, Final, Protocol, cast
 import tokenizers
 
 from unmask.core.errors import TokenizerError
+from unmask.core.types import ProgressCallback
 from unmask.tokenization.normalization import continuing_prefix, splits_at_spaces
-from unmask.tokenization.settings import ExtendedTokenizerConfig, Progress, blocks_of, round_below
+from unmask.tokenization.settings import ExtendedTokenizerConfig, blocks_of, round_below
 
-_MOST_WORDS: Final = 300_000  # different ones, the most frequent, in which pairs are counted
-_TOO_MANY: Final = 3  # of WordPiece, times as many pieces are joined as are wanted: some are used up by longer ones
-_TOLD_EVERY: Final = 64  # pieces
+_MOST_WORDS: Final = 300_000  # distinct words in which pairs are counted, the most frequent ones
+_TOO_MANY: Final = 3  # WordPiece merges this many times the wanted tokens: longer ones absorb some
+_REPORT_EVERY: Final = 64  # tokens
 _STAGE: Final = "extending the vocabulary"
 _AT: Final = "data.tokenizer.num_new_tokens"
 
 Node = dict[str, Any]
 
 
-class _Kind(Protocol):
+class _Model(Protocol):
     """What differs between WordPiece and BPE."""
 
-    def cut(self, word: str) -> list[str]:
-        """A word as its pieces; none where it can't be spelled."""
+    def encode(self, word: str) -> list[str]:
+        """Return the tokens of a word; empty if the word is unknown."""
         ...
 
-    def join(self, left: str, right: str) -> str:
-        """Two neighbouring pieces as one."""
+    def merge(self, left: str, right: str) -> str:
+        """Return the token that merges two neighboring tokens."""
         ...
 
 
-class _WordPieces:
-    """Greedy cutting from the left, longest piece first."""
+class _WordPiece:
+    """Greedy longest match from the left."""
 
     def __init__(self, vocabulary: Mapping[str, int], prefix: str, longest_word: int) -> None:
         self._vocabulary, self.prefix, self.longest_word = set(vocabulary), prefix, longest_word
         self._longest = max(map(len, vocabulary))
 
-    def learn(self, pieces: Iterable[str]) -> None:
-        self._vocabulary.update(pieces)
+    def add(self, tokens: Iterable[str]) -> None:
+        self._vocabulary.update(tokens)
 
-    def cut(self, word: str) -> list[str]:
+    def encode(self, word: str) -> list[str]:
         if len(word) > self.longest_word:
             return []
         begins = not word.startswith(self.prefix)
-        rest, pieces = word if begins else word[len(self.prefix) :], list[str]()
+        rest, tokens = word if begins else word[len(self.prefix) :], list[str]()
         at = 0
         while at < len(rest):
             lead = "" if begins and not at else self.prefix
             ends = range(min(len(rest), at + self._longest), at, -1)
-            found = next((end for end in ends if lead + rest[at:end] in self._vocabulary), None)
-            if found is None:
+            longest = next((end for end in ends if lead + rest[at:end] in self._vocabulary), None)
+            if longest is None:
                 return []
-            pieces.append(lead + rest[at:found])
-            at = found
-        return pieces
+            tokens.append(lead + rest[at:longest])
+            at = longest
+        return tokens
 
-    def join(self, left: str, right: str) -> str:
+    def merge(self, left: str, right: str) -> str:
         return left + right.removeprefix(self.prefix)
 
 
-class _Merges:
-    """The library's own cutting, by ranked merges."""
+class _Bpe:
+    """The library's encoding by ranked merges."""
 
     def __init__(self, model: Any) -> None:
         self._model = model
 
-    def cut(self, word: str) -> list[str]:
+    def encode(self, word: str) -> list[str]:
         return [token.value for token in self._model.tokenize(word)]
 
-    def join(self, left: str, right: str) -> str:
+    def merge(self, left: str, right: str) -> str:
         return left + right
 
 
-def extended(
-    tokenizer_json: str, texts: Iterable[str], settings: ExtendedTokenizerConfig, progress: Progress | None
+def extend_vocabulary(
+    tokenizer_json: str, texts: Iterable[str], settings: ExtendedTokenizerConfig, on_progress: ProgressCallback | None
 ) -> str:
-    """The same tokenizer with `settings.pieces` more pieces, learnt from text.
+    """Return the tokenizer.json with `num_new_tokens` more tokens, learned from text.
 
     Raises:
-        TokenizerError: its vocabulary is of another kind, or the text gives fewer new pieces.
+        TokenizerError: the vocabulary is of another kind, or the text gives fewer new tokens.
     """
     whole = cast("Node", json.loads(tokenizer_json))
     model = cast("Node", whole["model"])
     marks_ends = model["type"] == "BPE" and (model.get("continuing_subword_prefix") or model.get("end_of_word_suffix"))
     if model["type"] not in ("WordPiece", "BPE") or marks_ends:
         raise TokenizerError(
-            f"a vocabulary of the kind {model['type']} can't be extended"
-            + (" where it marks ends" if marks_ends else ""),
+            f"can't extend a vocabulary of kind {model['type']}"
+            + (" with prefixes or suffixes" if marks_ends else "")
+            + ", expected WordPiece or BPE",
             location=str(settings.path),
-            hint="go on with its own pieces (leave --extend-vocabulary out), or extend a WordPiece or BPE vocabulary",
+            hint="remove --extend-vocabulary to keep the vocabulary as it is",
         )
     inner = tokenizers.Tokenizer.from_str(tokenizer_json)
-    counts = _counted(tokenizer_json, texts, settings, progress)
+    counts = _count_words(tokenizer_json, texts, settings, on_progress)
     if model["type"] == "WordPiece":
-        kind = _WordPieces(model["vocab"], continuing_prefix(tokenizer_json), model["max_input_chars_per_word"])
-        pieces = _wordpieces(kind, model["vocab"], counts, settings, progress)
+        wordpiece = _WordPiece(model["vocab"], continuing_prefix(tokenizer_json), model["max_input_chars_per_word"])
+        tokens = _new_wordpieces(wordpiece, model["vocab"], counts, settings, on_progress)
     else:
-        joiner = _Joiner(_Merges(inner.model), set(model["vocab"]), counts)
-        merges = list(joiner.merges(settings.num_new_tokens, settings.min_frequency, progress))
+        merger = _Merger(_Bpe(inner.model), set(model["vocab"]), counts)
+        merges = list(merger.merges(settings.num_new_tokens, settings.min_frequency, on_progress))
         as_lists = _as_lists(model)
         model["merges"] += [[left, right] if as_lists else f"{left} {right}" for left, right, _ in merges]
-        pieces = [joined for *_, joined in merges]
-    if len(pieces) < settings.num_new_tokens:
-        fits = round_below(len(pieces))
+        tokens = [merged for *_, merged in merges]
+    if len(tokens) < settings.num_new_tokens:
+        fits = round_below(len(tokens))
         raise TokenizerError(
-            f"{settings.num_new_tokens:,} new pieces are more than this text can give: {len(pieces):,}",
+            f"invalid num_new_tokens: got {settings.num_new_tokens:,}, but this text gives {len(tokens):,} new tokens",
             location=_AT,
-            hint=f"ask for {fits:,} or fewer, or give more text" if fits else "give more text, or none of them",
+            hint=f"set it to {fits:,} or less, or add text" if fits else "add text, or don't extend the vocabulary",
         )
     first = max(inner.get_vocab(with_added_tokens=True).values()) + 1
-    model["vocab"] |= {piece: first + number for number, piece in enumerate(pieces)}
-    if progress is not None:
-        progress(_STAGE, 1.0)
+    model["vocab"] |= {token: first + number for number, token in enumerate(tokens)}
+    if on_progress is not None:
+        on_progress(_STAGE, 1.0)
     return json.dumps(whole, ensure_ascii=False)
 
 
 def origins(old_json: str, new_json: str) -> list[list[int]]:
-    """For each piece that `extended` has added, in the order of their ids, the ids of the older pieces in it.
+    """Return, for each token that `extend_vocabulary` added, the ids of the older tokens it consists of.
 
-    They are pieces of the old vocabulary and new characters; a new character itself has none.
+    The added tokens are in the order of their ids. Older tokens are those of the old vocabulary and new characters. The
+    list of a new character is empty.
     """
     old, new = cast("Node", json.loads(old_json)), cast("Node", json.loads(new_json))
     known: dict[str, int] = old["model"]["vocab"]
-    added = sorted((number, piece) for piece, number in new["model"]["vocab"].items() if piece not in known)
+    added = sorted((number, token) for token, number in new["model"]["vocab"].items() if token not in known)
     if old["model"]["type"] == "WordPiece":
         prefix = continuing_prefix(old_json)
-        ids = known | {piece: number for number, piece in added if len(piece.removeprefix(prefix)) == 1}
-        longest = max((len(piece) for _, piece in added), default=1)
-        kind = _WordPieces(ids, prefix, longest)
-        return [[] if piece in ids else [ids[part] for part in kind.cut(piece)] for _, piece in added]
+        ids = known | {token: number for number, token in added if len(token.removeprefix(prefix)) == 1}
+        longest = max((len(token) for _, token in added), default=1)
+        wordpiece = _WordPiece(ids, prefix, longest)
+        return [[] if token in ids else [ids[part] for part in wordpiece.encode(token)] for _, token in added]
     halves: dict[str, tuple[str, str]] = {}
     for merge in new["model"]["merges"]:
         left, right = merge.split(" ", 1) if isinstance(merge, str) else merge
         halves.setdefault(left + right, (left, right))
 
-    def spelled(piece: str) -> list[int]:
-        return [known[piece]] if piece in known else [number for half in halves[piece] for number in spelled(half)]
+    def known_ids(token: str) -> list[int]:
+        return [known[token]] if token in known else [id for half in halves[token] for id in known_ids(half)]
 
-    return [spelled(piece) for _, piece in added]
+    return [known_ids(token) for _, token in added]
 
 
 def _as_lists(model: Node) -> bool:
-    """How the file writes its merges: "a b" in older ones."""
+    """Return whether the file writes merges as lists; older ones write "a b"."""
     return not (model["merges"] and isinstance(model["merges"][0], str))
 
 
-def _counted(
-    tokenizer_json: str, texts: Iterable[str], settings: ExtendedTokenizerConfig, progress: Progress | None
+def _count_words(
+    tokenizer_json: str, texts: Iterable[str], settings: ExtendedTokenizerConfig, on_progress: ProgressCallback | None
 ) -> dict[str, int]:
-    """The words of a sample, as this tokenizer tells words apart, the most frequent first."""
+    """Return the counts of the pre-tokens of a sample, the most frequent first."""
     chunks: Counter[str] = Counter()
-    parts = splits_at_spaces(tokenizer_json)  # so that each chunk is looked at once, however often it stands there
-    for block in blocks_of(texts, settings.max_train_chars, progress, _STAGE):
+    parts = splits_at_spaces(tokenizer_json)  # so that equal chunks are pre-tokenized once
+    for block in blocks_of(texts, settings.max_train_chars, on_progress, _STAGE):
         for text in block.split("\n"):
             first, *others = text.split(" ") if parts else [text]
             chunks[first] += 1
@@ -182,117 +182,119 @@ def _counted(
         for word, _ in inner.pre_tokenizer.pre_tokenize_str(normal) if inner.pre_tokenizer else [(normal, (0, 0))]:
             counts[word] += count
     frequent = [(word, count) for word, count in counts.items() if count >= settings.min_frequency]
-    # By the word where counts are equal, so that each process has the same order.
+    # Equal counts are ordered by the word, so that the order is the same in every process.
     return dict(sorted(frequent, key=lambda entry: (-entry[1], entry[0]))[:_MOST_WORDS])
 
 
-def _wordpieces(
-    kind: _WordPieces,
+def _new_wordpieces(
+    wordpiece: _WordPiece,
     vocabulary: Mapping[str, int],
     counts: Mapping[str, int],
     settings: ExtendedTokenizerConfig,
-    progress: Progress | None,
+    on_progress: ProgressCallback | None,
 ) -> list[str]:
-    """New characters, then the joined pieces that most words are still cut into at the end."""
-    # Rare ones would take every place in a script of many: what is longer makes texts shorter, and is worth the others.
-    found = _new_characters(kind, vocabulary, counts, settings)
-    characters = found[: max(1, settings.num_new_tokens // 2)]
-    kind.learn(characters)
-    room = settings.num_new_tokens - len(characters)
-    joiner = _Joiner(kind, {*vocabulary, *characters}, counts)
-    made = [joined for *_, joined in joiner.merges(_TOO_MANY * room, settings.min_frequency, progress)]
-    used = joiner.used()
+    """Return new characters, then the merged tokens that are used most after the last merge."""
+    # Characters get at most half: in a large script, rare ones would fill everything, and longer tokens save more.
+    all_characters = _new_characters(wordpiece, vocabulary, counts, settings)
+    characters = all_characters[: max(1, settings.num_new_tokens // 2)]
+    wordpiece.add(characters)
+    left = settings.num_new_tokens - len(characters)
+    merger = _Merger(wordpiece, {*vocabulary, *characters}, counts)
+    merged = [token for *_, token in merger.merges(_TOO_MANY * left, settings.min_frequency, on_progress)]
+    uses = merger.token_counts()
     chosen = sorted(
-        (piece for piece in made if used[piece] >= settings.min_frequency), key=lambda piece: (-used[piece], piece)
+        (token for token in merged if uses[token] >= settings.min_frequency), key=lambda token: (-uses[token], token)
     )
-    return [*characters, *chosen[:room], *found[len(characters) :]][: settings.num_new_tokens]
+    return [*characters, *chosen[:left], *all_characters[len(characters) :]][: settings.num_new_tokens]
 
 
 def _new_characters(
-    kind: _WordPieces, vocabulary: Mapping[str, int], counts: Mapping[str, int], settings: ExtendedTokenizerConfig
+    wordpiece: _WordPiece, vocabulary: Mapping[str, int], counts: Mapping[str, int], settings: ExtendedTokenizerConfig
 ) -> list[str]:
-    """Characters of words that can't be spelled, as beginning and as continuation, the most frequent first."""
+    """Return the missing characters of unknown words, with and without prefix, the most frequent first."""
     missing: Counter[str] = Counter()
-    prefix = kind.prefix
+    prefix = wordpiece.prefix
     for word, count in counts.items():
-        if len(word) <= kind.longest_word and not kind.cut(word):
-            for place, character in enumerate(word):
-                piece = character if not place else prefix + character
-                if piece not in vocabulary:
-                    missing[piece] += count
-    frequent = [piece for piece, count in missing.items() if count >= settings.min_frequency]
-    return sorted(frequent, key=lambda piece: (-missing[piece], piece))
+        if len(word) <= wordpiece.longest_word and not wordpiece.encode(word):
+            for index, character in enumerate(word):
+                token = character if not index else prefix + character
+                if token not in vocabulary:
+                    missing[token] += count
+    frequent = [token for token, count in missing.items() if count >= settings.min_frequency]
+    return sorted(frequent, key=lambda token: (-missing[token], token))
 
 
-class _Joiner:
-    """Joins neighbouring pieces of counted words, the most frequent pair first."""
+class _Merger:
+    """Merges neighboring tokens of counted words, the most frequent pair first."""
 
-    def __init__(self, kind: _Kind, taken: set[str], counts: Mapping[str, int]) -> None:
-        self._kind, self._taken = kind, taken
+    def __init__(self, model: _Model, known: set[str], counts: Mapping[str, int]) -> None:
+        self._model, self._known = model, known
         self._words: list[list[str]] = []
         self._counts: list[int] = []
         self._pairs: Counter[tuple[str, str]] = Counter()
         self._where: defaultdict[tuple[str, str], set[int]] = defaultdict(set)
         for word, count in counts.items():
-            pieces = kind.cut(word)
-            if len(pieces) > 1:
-                self._add(len(self._words), pieces, count)
-                self._words.append(pieces)
+            tokens = model.encode(word)
+            if len(tokens) > 1:
+                self._add(len(self._words), tokens, count)
+                self._words.append(tokens)
                 self._counts.append(count)
 
-    def merges(self, most: int, min_frequency: int, progress: Progress | None) -> Iterator[tuple[str, str, str]]:
-        """Pairs and what they become, at most so many, until no pair is frequent enough."""
-        left = most
+    def merges(
+        self, limit: int, min_frequency: int, on_progress: ProgressCallback | None
+    ) -> Iterator[tuple[str, str, str]]:
+        """Yield pairs and the merged token, at most `limit`, until no pair is frequent enough."""
+        left = limit
         heap = [(-count, pair) for pair, count in self._pairs.items()]
         heapq.heapify(heap)
         while heap and left:
             count, pair = heapq.heappop(heap)
-            now = self._pairs[pair]
-            if now != -count:  # it was joined elsewhere since; what is left of it stands further back
-                if now >= min_frequency:
-                    heapq.heappush(heap, (-now, pair))
+            current = self._pairs[pair]
+            if current != -count:  # another merge has consumed some of them: put the pair back with its new count
+                if current >= min_frequency:
+                    heapq.heappush(heap, (-current, pair))
                 continue
-            if now < min_frequency:
+            if current < min_frequency:
                 return
-            joined = self._kind.join(*pair)
-            if joined in self._taken:  # an old piece that the old cut doesn't use here: it must stay so
+            merged = self._model.merge(*pair)
+            if merged in self._known:  # an existing token that the existing encoding doesn't use here
                 continue
-            self._taken.add(joined)
-            for touched in self._join(pair, joined):
+            self._known.add(merged)
+            for touched in self._apply(pair, merged):
                 heapq.heappush(heap, (-self._pairs[touched], touched))
             left -= 1
-            if progress is not None and not left % _TOLD_EVERY:
-                progress(_STAGE, 0.5 + 0.49 * (1 - left / most))
-            yield (*pair, joined)
+            if on_progress is not None and not left % _REPORT_EVERY:
+                on_progress(_STAGE, 0.5 + 0.49 * (1 - left / limit))
+            yield (*pair, merged)
 
-    def used(self) -> Counter[str]:
-        """How often each piece stands in the words as they are now."""
-        found: Counter[str] = Counter()
-        for pieces, count in zip(self._words, self._counts, strict=True):
-            for piece in pieces:
-                found[piece] += count
-        return found
+    def token_counts(self) -> Counter[str]:
+        """Return how often each token occurs in the words after all merges so far."""
+        totals: Counter[str] = Counter()
+        for tokens, count in zip(self._words, self._counts, strict=True):
+            for token in tokens:
+                totals[token] += count
+        return totals
 
-    def _add(self, number: int, pieces: Sequence[str], count: int) -> None:
-        for pair in pairwise(pieces):
+    def _add(self, number: int, tokens: Sequence[str], count: int) -> None:
+        for pair in pairwise(tokens):
             self._pairs[pair] += count
             if count > 0:
                 self._where[pair].add(number)
 
-    def _join(self, pair: tuple[str, str], joined: str) -> list[tuple[str, str]]:
-        """Join this pair in all words; the pairs that came about."""
+    def _apply(self, pair: tuple[str, str], merged: str) -> list[tuple[str, str]]:
+        """Merge this pair in all words and return the new pairs."""
         left, right = pair
         touched: set[tuple[str, str]] = set()
         for number in self._where.pop(pair):
-            pieces, count = self._words[number], self._counts[number]
-            merged, at = list[str](), 0
-            while at < len(pieces):
-                both = at + 1 < len(pieces) and pieces[at] == left and pieces[at + 1] == right
-                merged.append(joined if both else pieces[at])
-                at += 2 if both else 1
-            if len(merged) < len(pieces):
-                self._add(number, pieces, -count)
-                self._add(number, merged, count)
-                touched.update(two for two in pairwise(merged) if joined in two)
-                self._words[number] = merged
+            tokens, count = self._words[number], self._counts[number]
+            shorter, at = list[str](), 0
+            while at < len(tokens):
+                is_pair = at + 1 < len(tokens) and tokens[at] == left and tokens[at + 1] == right
+                shorter.append(merged if is_pair else tokens[at])
+                at += 2 if is_pair else 1
+            if len(shorter) < len(tokens):
+                self._add(number, tokens, -count)
+                self._add(number, shorter, count)
+                touched.update(two for two in pairwise(shorter) if merged in two)
+                self._words[number] = shorter
         return sorted(touched)

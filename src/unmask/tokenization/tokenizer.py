@@ -1,14 +1,11 @@
-"""Room card: which tokens start words and sentences.
+"""`Tokenizer`: encodes text with the `tokenizers` library and marks the tokens that start words and sentences.
 
-Comes in: a text, the characters that each of its tokens stands for, a rule. Goes out: a mark for each token. Called by:
-tokenizer.
+A token starts a word if a word starts at its first visible character, or in text that the normalizer removed just
+before it. A token that begins within a character of the token before it (the later bytes of a character) starts none.
+So the tokens from one start to the next are exactly one word, or whole neighboring words if a token spans several.
 
-A token starts a word where the first of its characters that is no white space does, or where a word starts in what the
-normaliser took away before it; one that begins within a character of the token before it (its further bytes) starts
-none. So the tokens from one start to the next stand for exactly one word; or, where a token holds characters of several
-words, for whole neighbouring ones.
-A piece of nothing but a space starts the word after it, in a tokenizer whose pieces carry the space before them: else
-the shape of a word that is hidden could be seen from what is left before it.
+If the vocabulary's tokens include the space before a word, a token that is only a space starts the word after it.
+Otherwise the remaining space would reveal the form of a masked word.
 """
 
 from __future__ import annotations
@@ -27,9 +24,9 @@ from numpy.typing import NDArray
 from tokenizers import AddedToken, decoders, models, processors
 
 from unmask.core.errors import TokenizerError
-from unmask.core.files import digest, read_json, write_json, write_text
-from unmask.core.types import SENTENCE_START, SPECIAL, WORD_START
-from unmask.tokenization.extend import extended
+from unmask.core.files import RunLayout, digest, read_json, write_json, write_text
+from unmask.core.types import SENTENCE_START, SPECIAL, WORD_START, ProgressCallback
+from unmask.tokenization.extend import extend_vocabulary
 from unmask.tokenization.normalization import (
     META,
     leading_space,
@@ -48,45 +45,50 @@ from unmask.tokenization.settings import (
     CharacterConfig,
     ExtendedTokenizerConfig,
     FileTokenizerConfig,
-    Progress,
     TokenizerConfig,
     TrainedConfig,
     UnigramConfig,
     WordPieceConfig,
     check_specials,
 )
-from unmask.tokenization.trainers import choose_characters, choose_wordpieces, spell_bytes, train_bpe
+from unmask.tokenization.trainers import byte_vocabulary, choose_characters, train_bpe, train_wordpiece
 from unmask.tokenization.unigram import train_unigram
 from unmask.tokenization.words import WordsRule, sentence_starts, white_space, word_starts
 
 
 def token_marks(
-    text: str, offsets: Int[np.ndarray, "N 2"], rule: WordsRule, space_N: Bool[np.ndarray, "N"]
+    text: str, offsets: Int[np.ndarray, "N 2"], rule: WordsRule, is_space: Bool[np.ndarray, "N"]
 ) -> UInt8[np.ndarray, "N"]:
-    """The bits WORD_START and SENTENCE_START of each token; `space_N` are pieces of only the space before a word."""
+    """Return the bits WORD_START and SENTENCE_START of each token.
+
+    Args:
+        text: the text.
+        offsets: the characters [first, last) of each token.
+        rule: what a word is.
+        is_space: whether each token is only the space before a word.
+    """
     marks = np.zeros(len(offsets), dtype=np.uint8)
     visible = np.flatnonzero(~white_space(text))
     if not len(offsets) or not len(visible):
         return marks
-    last_N = np.maximum.accumulate(offsets[:, 1])
-    end_N = np.concatenate([[0], last_N[:-1]])  # of the token before
-    shares_N, first_N = offsets[:, 0] < end_N, np.maximum(offsets[:, 0], end_N)
-    order_N = np.searchsorted(visible, first_N)
-    seen_N = visible[np.minimum(order_N, len(visible) - 1)]  # the first visible character from there on
-    holds_N = (order_N < len(visible)) & (seen_N < last_N)
-    before_N = np.concatenate([[0], np.maximum.accumulate(np.where(holds_N, last_N, 0))[:-1]])
+    lasts = np.maximum.accumulate(offsets[:, 1])
+    ends = np.concatenate([[0], lasts[:-1]])  # of the token before
+    shares_character, firsts = offsets[:, 0] < ends, np.maximum(offsets[:, 0], ends)
+    order = np.searchsorted(visible, firsts)
+    first_visible = visible[np.minimum(order, len(visible) - 1)]
+    is_visible = (order < len(visible)) & (first_visible < lasts)
+    previous_ends = np.concatenate([[0], np.maximum.accumulate(np.where(is_visible, lasts, 0))[:-1]])
     for starts, bit in ((word_starts(text, rule), WORD_START), (sentence_starts(text), SENTENCE_START)):
-        counted = np.concatenate([[0], np.cumsum(starts)])
-        at_N = holds_N & ~shares_N & (counted[seen_N + 1] > counted[before_N])
-        led_N = np.append(space_N[:-1] & ~holds_N[:-1] & at_N[1:], False)
-        at_N[1:] &= ~led_N[:-1]
-        marks[at_N | led_N] |= bit
+        counts = np.concatenate([[0], np.cumsum(starts)])
+        is_start = is_visible & ~shares_character & (counts[first_visible + 1] > counts[previous_ends])
+        leads = np.append(is_space[:-1] & ~is_visible[:-1] & is_start[1:], False)
+        is_start[1:] &= ~leads[:-1]
+        marks[is_start | leads] |= bit
     return marks
 
 
-_FILE: Final = "tokenizer.json"
 _CONFIG: Final = "tokenizer_config.json"
-_ROLES: Final = {  # what a piece is for -> what it is called where no configuration says so
+_ROLES: Final = {  # role of a special token -> its usual names
     "pad_token": ("[PAD]", "<pad>"),
     "unk_token": (UNKNOWN, "<unk>"),
     "cls_token": ("[CLS]", "<s>"),
@@ -97,65 +99,67 @@ _ROLES: Final = {  # what a piece is for -> what it is called where no configura
 
 @dataclass(frozen=True)
 class Encoded:
-    """A text as its tokens, without special pieces around it."""
+    """The tokens of a text, without special tokens around it."""
 
     ids: Int[np.ndarray, "N"]  # int64
     marks: UInt8[np.ndarray, "N"]  # bits WORD_START, SENTENCE_START, SPECIAL
-    offsets: Int[np.ndarray, "N 2"]  # characters [first, last) of the text that each token stands for
+    offsets: Int[np.ndarray, "N 2"]  # characters [first, last) of each token in the text
     characters_unknown: int  # characters that became [UNK]
 
 
-def train_tokenizer(texts: Iterable[str], settings: TokenizerConfig, progress: Progress | None = None) -> Tokenizer:
-    """Learn a vocabulary from text, byte for byte the same in every process; or open a file, which reads no text.
+def train_tokenizer(
+    texts: Iterable[str], settings: TokenizerConfig, on_progress: ProgressCallback | None = None
+) -> Tokenizer:
+    """Train a tokenizer, byte for byte the same in every process; or load one from a file, without reading text.
 
     Args:
-        texts: what is learnt from; at most `max_train_chars` of it, where the kind has such a setting.
-        settings: the kind and its size.
-        progress: told what is done and which share of it is, while text is fed.
+        texts: the training text. Kinds with `max_train_chars` read at most that many characters.
+        settings: the kind and its settings.
+        on_progress: called with the name of the stage and the fraction done while text is read.
 
     Raises:
-        TokenizerError: the settings lack [UNK] or [MASK], ask for more pieces than the text gives, or name a file that
-            is no tokenizer.
+        TokenizerError: the special tokens lack [UNK] or [MASK], the text gives fewer tokens than `vocab_size`, or the
+            file is not a tokenizer.
     """
     if isinstance(settings, FileTokenizerConfig):
         return Tokenizer.load(settings.path)
     if isinstance(settings, ExtendedTokenizerConfig):
         base = Tokenizer.load(settings.path)
-        return base.changed(extended(base.to_json(), texts, settings, progress))
+        return base.with_json(extend_vocabulary(base.to_json(), texts, settings, on_progress))
     check_specials(settings)
-    built = tokenizers.Tokenizer(_learn(texts, settings, progress))
+    built = tokenizers.Tokenizer(_learn(texts, settings, on_progress))
     built.normalizer, built.pre_tokenizer = normalizer_of(settings), pre_tokenizer_of(settings)
     built.decoder = _decoder_of(settings)
-    # Where pieces carry the space before them, a mask takes it too: it stands for such a piece.
+    # If tokens include the space before a word, [MASK] includes it too, since it replaces such a token.
     takes_space = isinstance(settings, ByteBpeConfig | UnigramConfig)
     built.add_special_tokens(
         [
-            AddedToken(piece, special=True, normalized=False, lstrip=takes_space and piece == MASK)
-            for piece in settings.special_tokens
+            AddedToken(token, special=True, normalized=False, lstrip=takes_space and token == MASK)
+            for token in settings.special_tokens
         ]
     )
     if {"[CLS]", "[SEP]"} <= set(settings.special_tokens):
         built.post_processor = processors.TemplateProcessing(
             single="[CLS] $A [SEP]",
             pair="[CLS] $A [SEP] $B:1 [SEP]:1",
-            special_tokens=[(piece, built.token_to_id(piece)) for piece in ("[CLS]", "[SEP]")],
+            special_tokens=[(token, built.token_to_id(token)) for token in ("[CLS]", "[SEP]")],
         )
     return Tokenizer(built)
 
 
-def _learn(texts: Iterable[str], settings: TrainedConfig, progress: Progress | None) -> models.Model:
+def _learn(texts: Iterable[str], settings: TrainedConfig, on_progress: ProgressCallback | None) -> models.Model:
     if isinstance(settings, ByteBpeConfig):
-        return train_bpe(texts, settings, progress)
+        return train_bpe(texts, settings, on_progress)
     if isinstance(settings, ByteConfig):
-        return spell_bytes(settings)
+        return byte_vocabulary(settings)
     if isinstance(settings, UnigramConfig):
-        return train_unigram(texts, settings, progress)
+        return train_unigram(texts, settings, on_progress)
     if isinstance(settings, CharacterConfig):
         characters = choose_characters(texts, settings)
-        return models.WordLevel({piece: number for number, piece in enumerate(characters)}, unk_token=UNKNOWN)
-    pieces = choose_wordpieces(texts, settings, progress)
+        return models.WordLevel({token: number for number, token in enumerate(characters)}, unk_token=UNKNOWN)
+    tokens = train_wordpiece(texts, settings, on_progress)
     return models.WordPiece(
-        {piece: number for number, piece in enumerate(pieces)},
+        {token: number for number, token in enumerate(tokens)},
         unk_token=UNKNOWN,
         continuing_subword_prefix=PREFIX,
         max_input_chars_per_word=LONGEST_WORD,
@@ -173,20 +177,20 @@ def _decoder_of(settings: TrainedConfig) -> decoders.Decoder:
 
 
 class Tokenizer:
-    """A tokenizer of the tokenizers library, with the roles of its special pieces."""
+    """A tokenizer of the `tokenizers` library, with the roles of its special tokens."""
 
     def __init__(self, inner: tokenizers.Tokenizer, roles: Mapping[str, str] | None = None) -> None:
-        """`roles` says which piece is the "mask_token", "cls_token" and so on; without it, by their usual names.
+        """Wrap a tokenizer; `roles` names its "mask_token", "cls_token" and so on, by default the usual names.
 
         Raises:
-            TokenizerError: it has no mask.
+            TokenizerError: there is no mask token.
         """
         inner.no_padding()
         inner.no_truncation()
         self._json = inner.to_str()
-        self._marked = inner  # reads "[MASK]" as the special piece
+        self._marked = inner  # reads "[MASK]" as the special token
         self._plain = tokenizers.Tokenizer.from_str(without_specials(self._json))
-        self._plain.encode_special_tokens = True  # spells it as letters
+        self._plain.encode_special_tokens = True  # reads it as letters
         given = roles or {}
         usual = {
             role: next((name for name in names if inner.token_to_id(name) is not None), None)
@@ -195,8 +199,8 @@ class Tokenizer:
         self._roles = {role: name for role in _ROLES if (name := given.get(role, usual[role])) is not None}
         if "mask_token" not in self._roles or self.token_to_id(self._roles["mask_token"]) is None:
             raise TokenizerError(
-                "this tokenizer has no piece for a mask",
-                hint='name it in tokenizer_config.json beside tokenizer.json ("mask_token": ...), or add one: '
+                "this tokenizer has no mask token",
+                hint='name it in tokenizer_config.json next to tokenizer.json ("mask_token": ...), or add one: '
                 'AutoTokenizer.from_pretrained(FOLDER), then add_special_tokens({"mask_token": "[MASK]"}) and '
                 "save_pretrained(FOLDER)",
             )
@@ -212,71 +216,71 @@ class Tokenizer:
 
     @property
     def mask_id(self) -> int:
-        """The id of [MASK]."""
+        """Id of the mask token."""
         return cast("int", self.role_id("mask_token"))
 
     @property
     def mask_takes_space(self) -> bool:
-        """Whether [MASK] in a text swallows the space before it, because it stands for a piece that has one."""
+        """Whether [MASK] in a text absorbs the space before it, because it replaces a token with a space."""
         added = cast("Mapping[int, AddedToken]", self._marked.get_added_tokens_decoder())
         return self.mask_id in added and bool(added[self.mask_id].lstrip)
 
     @property
     def unknown_id(self) -> int | None:
-        """The id of [UNK]; None for a tokenizer that can spell everything."""
+        """Id of [UNK]; None if the tokenizer has none."""
         return self.role_id("unk_token")
 
     @property
     def cls_sep_ids(self) -> tuple[int, int] | None:
-        """The ids of [CLS] and [SEP] that a text is set between, where both exist."""
+        """Ids of [CLS] and [SEP]; None unless both exist."""
         first, last = self.role_id("cls_token"), self.role_id("sep_token")
         return None if first is None or last is None else (first, last)
 
     @cached_property
     def fingerprint(self) -> str:
-        """A digest of the whole tokenizer."""
+        """Digest of the whole tokenizer."""
         return digest(self._json)
 
     def role_id(self, role: str) -> int | None:
-        """The id of the piece for pad_token, unk_token, cls_token, sep_token or mask_token, where it has one."""
+        """Return the id of pad_token, unk_token, cls_token, sep_token or mask_token; None if it doesn't exist."""
         return self.token_to_id(self._roles[role]) if role in self._roles else None
 
     @cached_property
     def splits_at_spaces(self) -> bool:
-        """Whether encoding a text equals joining the encodings of its pieces, cut before single spaces.
+        """Whether a text may be encoded in parts, split before single spaces between two visible characters.
 
-        The spaces meant stand between two visible characters, and each piece keeps the one before it.
+        Each part keeps the space before it.
         """
         return splits_at_spaces(self._json)
 
     @cached_property
     def _space_id(self) -> int:
-        """The piece that is only the space before a word, where pieces carry theirs; else none."""
-        piece = leading_space(self._json)
-        found = self.token_to_id(piece) if piece else None
-        return -1 if found is None else found
+        """Id of the token that is only the space before a word; -1 if there is none."""
+        space = leading_space(self._json)
+        id = self.token_to_id(space) if space else None
+        return -1 if id is None else id
 
-    def token_to_id(self, piece: str) -> int | None:
-        """The id of a piece, or None where the vocabulary has no such piece."""
-        return self._marked.token_to_id(piece)
+    def token_to_id(self, token: str) -> int | None:
+        """Return the id of a token; None if it isn't in the vocabulary."""
+        return self._marked.token_to_id(token)
 
     def id_to_token(self, id: int) -> str:
-        """The piece of an id.
+        """Return the token of an id.
 
         Raises:
-            TokenizerError: no piece has this id.
+            TokenizerError: no token has this id.
         """
-        piece = self._marked.id_to_token(id) if id >= 0 else None
-        if piece is None:
-            raise TokenizerError(f"no piece has the id {id}", hint=f"ids run from 0 to {self.size - 1}")
-        return piece
+        token = self._marked.id_to_token(id) if id >= 0 else None
+        if token is None:
+            raise TokenizerError(f"no token has the id {id}", hint=f"use ids from 0 to {self.size - 1}")
+        return token
 
     def encode(self, text: str, words: WordsRule = "spaces", *, specials_in_text: bool = False) -> Encoded:
-        """The tokens of a text; "[MASK]" in it is the special piece only where `specials_in_text`."""
+        """Encode a text; "[MASK]" in it is the special token only with `specials_in_text`."""
         return self._encode([text], words, self._marked if specials_in_text else self._plain)[0]
 
     def encode_batch(self, texts: Sequence[str], words: WordsRule = "spaces") -> list[Encoded]:
-        """The tokens of several texts, on several threads."""
+        """Encode several texts, on the threads of the library."""
         return self._encode(list(texts), words, self._plain)
 
     def _encode(self, texts: list[str], words: WordsRule, inner: tokenizers.Tokenizer) -> list[Encoded]:
@@ -293,13 +297,13 @@ class Tokenizer:
         return Encoded(ids, marks, offsets, int((unknown[:, 1] - unknown[:, 0]).sum()))
 
     def decode(self, ids: Sequence[int] | NDArray[np.integer[Any]], *, skip_specials: bool = True) -> str:
-        """The text of ids."""
+        """Return the text of ids."""
         return self._marked.decode([int(number) for number in ids], skip_special_tokens=skip_specials)
 
     def add_special_tokens(
         self, ids: NDArray[np.integer[Any]], marks: NDArray[np.uint8]
     ) -> tuple[NDArray[np.int64], NDArray[np.uint8]]:
-        """The ids and marks of a text between [CLS] and [SEP], where there are such pieces."""
+        """Return the ids and marks with [CLS] before and [SEP] after them, if the tokenizer has both."""
         if self.cls_sep_ids is None:
             return ids.astype(np.int64), marks
         first, last = self.cls_sep_ids
@@ -307,11 +311,11 @@ class Tokenizer:
         return np.concatenate([[first], ids, [last]]).astype(np.int64), np.concatenate([edge, marks, edge])
 
     def to_json(self) -> str:
-        """The whole tokenizer as tokenizer.json holds it."""
+        """Return the content of tokenizer.json."""
         return self._json
 
-    def changed(self, tokenizer_json: str) -> Tokenizer:
-        """Another tokenizer, whose special pieces have the same roles as this one's."""
+    def with_json(self, tokenizer_json: str) -> Tokenizer:
+        """Return the tokenizer of another tokenizer.json, with the same roles of special tokens."""
         return Tokenizer(tokenizers.Tokenizer.from_str(tokenizer_json), self._roles)
 
     def save(
@@ -323,11 +327,13 @@ class Tokenizer:
     ) -> None:
         """Write tokenizer.json and tokenizer_config.json.
 
-        `inputs` are what the model's forward takes (classic BERT adds "token_type_ids", which the modern one refuses);
-        `longest` is the model's context in tokens.
+        Args:
+            folder: the directory.
+            inputs: arguments of the model's forward. BERT adds "token_type_ids", which ModernBERT rejects.
+            longest: maximum sequence length of the model in tokens.
         """
         config: dict[str, Any] = {
-            # With BertTokenizer* version 5 of transformers throws away the normaliser; TokenizersBackend is not in 4.
+            # With BertTokenizer* version 5 of transformers drops the normalizer; version 4 has no TokenizersBackend.
             "tokenizer_class": "PreTrainedTokenizerFast",
             "model_input_names": list(inputs),
             "clean_up_tokenization_spaces": False,
@@ -335,45 +341,49 @@ class Tokenizer:
         }
         if longest is not None:
             config["model_max_length"] = longest
-        write_text(folder / _FILE, self._json)
+        write_text(folder / RunLayout.TOKENIZER, self._json)
         write_json(folder / _CONFIG, config)
 
     @classmethod
     def load(cls, path: Path) -> Tokenizer:
-        """Open a tokenizer.json, or a folder with one, be it ours or made by transformers.
+        """Load a tokenizer.json, or a directory with one, written by unmask or by transformers.
 
         Raises:
-            TokenizerError: there is none, it can't be read, or it has no mask.
+            TokenizerError: there is none, it can't be read, or it has no mask token.
         """
         path = Path(path)
-        file = path / _FILE if path.is_dir() else path
+        file = path / RunLayout.TOKENIZER if path.is_dir() else path
         if not file.is_file():
             raise TokenizerError(
-                "there is no tokenizer here", location=str(file), hint="give a folder that holds a tokenizer.json"
+                "no tokenizer found", location=str(file), hint="name a directory that contains tokenizer.json"
             )
         try:
             inner = tokenizers.Tokenizer.from_str(file.read_text(encoding="utf-8"))
         except Exception as error:  # the library raises nothing more exact
             raise TokenizerError(
-                f"this tokenizer can't be read: {error}", location=str(file), hint="restore it from a copy"
+                f"can't read this tokenizer: {error}", location=str(file), hint="restore it from a copy"
             ) from error
         try:
             return cls(inner, roles_in(file.parent))
         except TokenizerError as error:
-            raise TokenizerError(error.message, location=error.location or str(file), hint=error.hint) from error
+            raise error.at(location=error.location or str(file)) from None
 
 
 def roles_in(folder: Path) -> dict[str, str]:
-    """Which piece plays which role, as the configuration beside a tokenizer.json says."""
+    """Return the special token of each role, from the configuration files in a directory."""
     roles: dict[str, str] = {}
     for name in ("special_tokens_map.json", _CONFIG):
         if (folder / name).is_file():
-            told = cast("Mapping[str, Any]", read_json(folder / name))
-            if not isinstance(told, dict):
-                raise TokenizerError("no table of settings", location=str(folder / name), hint="restore it from a copy")
+            config = cast("Mapping[str, Any]", read_json(folder / name))
+            if not isinstance(config, dict):
+                raise TokenizerError(
+                    "invalid configuration: expected a JSON object",
+                    location=str(folder / name),
+                    hint="restore it from a copy",
+                )
             for role in _ROLES:
-                piece = told.get(role)
-                content = cast("Any", piece["content"]) if isinstance(piece, dict) else piece
+                token = config.get(role)
+                content = cast("Any", token["content"]) if isinstance(token, dict) else token
                 if isinstance(content, str):
                     roles[role] = content
     return roles

@@ -1,229 +1,243 @@
-"""Room card: what a run does beside its steps: log, validate, keep the best, save.
-
-Comes in: a workshop, a plan, where the run stands. Goes out: log.jsonl and what repeats it, step folders and the best
-model, a Summary; crash.txt where the fault is ours. Called by: pretrain.
-"""
+"""What a run does besides its training steps: log, validate, keep the best model, save checkpoints, stop early."""
 
 from __future__ import annotations
 
 import contextlib
 import shlex
-import tomllib
 import traceback
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from unmask.core.config import dump_config
-from unmask.core.errors import Stopped, StoreError, UnmaskError
+from unmask.core.errors import CRASH_NOTE, Interrupted, Stopped, StoreError, UnmaskError
+from unmask.core.files import RunLayout
 from unmask.evaluation.validation import Validation
-from unmask.training.display import Display, Summary
+from unmask.training import checkpoint
+from unmask.training.display import Display, Preview, Summary, build_preview
 from unmask.training.estimate import CostEstimate
-from unmask.training.loggers import CRASH, LOG, JsonlLogger, MetricLoggers, plain, read_log
-from unmask.training.loop import EARLY, Callback, Interrupted, Signals, TrainState, train
+from unmask.training.loggers import JsonlLogger, MetricLoggers, plain, read_log
+from unmask.training.loop import Callback, LogCallback, MetricAccumulator, Signals, StopReason, TrainState, train
 from unmask.training.plan import Plan, always, due
 from unmask.training.recipe import Recipe
-from unmask.training.runs import flattened
-from unmask.training.setup import Workshop
+from unmask.training.setup import RunComponents, as_model, validate
 
 
-def work(
-    run: Path,
-    workshop: Workshop,
-    plan: Plan,
-    state: TrainState,
-    forecast: CostEstimate,
-    display: Display,
-    signals: Signals,
-) -> Summary:
-    """Train with the duties of a run; then sum up."""
-    recipe, every = workshop.recipe, workshop.recipe.train.every
+@dataclass(frozen=True)
+class PreparedRun:
+    """A run that is ready to train: its directory, its final recipe and plan, and what was built from them."""
+
+    folder: Path
+    recipe: Recipe
+    plan: Plan
+    components: RunComponents
+    estimate: CostEstimate
+
+
+def run_training(run: PreparedRun, state: TrainState, display: Display, signals: Signals) -> Summary:
+    """Trains a run to its end, with all callbacks.
+
+    Raises:
+        Stopped: a signal stopped the run; a checkpoint was saved.
+        StoreError: the disk is full or can't be written; earlier checkpoints are intact.
+    """
+    recipe, plan, every = run.recipe, run.plan, run.recipe.train.every
     tokens_before, seconds_before, early = state.tokens, state.training_seconds, ""
-    duty = RunCallbacks(run, workshop, plan, display)
-    duties = [
-        Callback(always, display.step),
-        Callback(due(every.log, plan), duty.log),
-        Callback(due(every.validate, plan), duty.validate),
-        Callback(due(every.save, plan), duty.save),
-    ]
-    display.train_start(plan, state, forecast.flops_per_token, forecast.flops_per_second)
-    with _going_on_told(run), _crash_kept(run):
-        duty.open()
+    callbacks = RunCallbacks(run, display)
+    display.train_start(plan, state, run.estimate.flops_per_token, run.estimate.flops_per_second)
+    with _resume_hint(run.folder), _crash_file(run.folder):
+        callbacks.open()
         try:
             if recipe.init.model and not state.step:
-                duty.validate(state)
-            ended = train(duty.training, state, duties, signals.wish, lambda now: has_enough(recipe, now))
-            if ended and state.step < plan.steps:
-                if ended == EARLY:
-                    early = enough_in_words(recipe)
-                    duty.end_early(state, early)
+                callbacks.validate(state)
+            reason = train(
+                run.components.training,
+                plan,
+                state,
+                [
+                    Callback(always, display.step),
+                    Callback(due(every.validate, plan), callbacks.validate),
+                    Callback(due(every.save, plan), callbacks.save),
+                ],
+                log=LogCallback(due(every.log, plan), callbacks.log),
+                stop_requested=signals.stop_requested,
+                has_enough=lambda state: should_stop_early(recipe, state),
+            )
+            if state.step < plan.steps:
+                if reason is StopReason.EARLY:
+                    early = describe_early_stop(recipe)
+                    callbacks.end_early(state, early)
                 else:
-                    if duty.saved != state.step:
-                        duty.save(state)
-                    raise Stopped(ended, str(run), state.step)
+                    callbacks.save_once(state)
+                    raise Stopped(reason.exit_code, str(run.folder), state.step)
         finally:
-            duty.close()
+            callbacks.close()
     summary = Summary(
-        run=run,
+        run=run.folder,
         steps=state.step,
         tokens=state.tokens,
         seconds=state.seconds,
         planned_seconds=plan.seconds,
         training_seconds=state.training_seconds,
         tokens_per_second=(state.tokens - tokens_before) / max(state.training_seconds - seconds_before, 1e-9),
-        validation=duty.last,
+        validation=callbacks.last_validation,
         best_step=state.best["step"] if state.best else None,
         best_loss=state.best["loss"] if state.best else None,
         early=early,
-        before=_before(run) if recipe.init.model else None,
+        before=_first_validation(run.folder) if recipe.init.model else None,
     )
-    if workshop.world.is_main_process:
+    if run.components.context.is_main_process:
         display.train_end(summary)
     return summary
 
 
-def _before(run: Path) -> Mapping[str, Any] | None:
-    """The first validation of a run, of the model that it went on from."""
-    first = next((line for line in read_log(run / LOG) if "validation" in line), None)
+def _first_validation(run: Path) -> Mapping[str, Any] | None:
+    """Returns the validation before the first step: the result of the model that the run started from."""
+    first = next((line for line in read_log(run / RunLayout.LOG) if "validation" in line), None)
     return first["validation"] if first and first["step"] == 0 else None
 
 
-def has_enough(recipe: Recipe, now: TrainState) -> bool:
-    """Whether the validation of this very step was the last that the run waits for."""
+def should_stop_early(recipe: Recipe, state: TrainState) -> bool:
+    """Returns whether this step's validation used up the patience for validations without gain."""
     patience = recipe.train.early_stopping_patience
-    validated = now.validation is not None and now.validation["step"] == now.step
-    return bool(patience) and validated and now.without_gain >= patience
+    is_validated = state.validation is not None and state.validation["step"] == state.step
+    return bool(patience) and is_validated and state.without_gain >= patience
 
 
-def enough_in_words(recipe: Recipe) -> str:
-    """Why it ends then."""
+def describe_early_stop(recipe: Recipe) -> str:
+    """Returns the reason for early stopping, e.g. "3 validations without gain"."""
     patience = recipe.train.early_stopping_patience
     return f"{patience} validation{'s' if patience > 1 else ''} without gain"
 
 
 class RunCallbacks:
-    """The duties of a run: log, validate, save."""
+    """The callbacks of a run: log, validate, save."""
 
-    def __init__(self, run: Path, workshop: Workshop, plan: Plan, display: Display) -> None:
-        self.run, self.workshop, self.plan, self.display = run, workshop, plan, display
-        self.training = workshop.training(plan)
-        self.last: Validation | None = None
-        self.saved: int | None = None
-        self._sink: JsonlLogger | None = None
-        self._repeaters = MetricLoggers(display.message)
+    def __init__(self, run: PreparedRun, display: Display) -> None:
+        self._run, self._display = run, display
+        self._components, self._training = run.components, run.components.training
+        self._context = run.components.context
+        self._log: JsonlLogger | None = None
+        self._loggers = MetricLoggers()
+        self._saved_step: int | None = None
+        self.last_validation: Validation | None = None
+
+    @cached_property
+    def _preview(self) -> Preview:
+        return build_preview(self._run.recipe, self._components)
 
     def open(self) -> None:
-        """Open the log, and what repeats it."""
-        if not self.workshop.world.is_main_process:
+        """Opens log.jsonl and the other loggers; on the main process only."""
+        if not self._context.is_main_process:
             return
-        self._sink = JsonlLogger(self.run / LOG)
-        recipe = self.workshop.recipe
+        log, recipe = self._run.folder / RunLayout.LOG, self._run.recipe
+        self._log = JsonlLogger(log)
         if recipe.train.loggers:
-            written = dump_config(recipe)
-            self._repeaters.open(
-                recipe.train.loggers,
-                self.run,
-                list(read_log(self.run / LOG)),
-                flattened(tomllib.loads(written)),
-                written,
-            )
+            self._loggers.open(recipe.train.loggers, self._run.folder, list(read_log(log)), dump_config(recipe))
 
     def close(self) -> None:
-        """Close them."""
-        self._repeaters.close()
-        if self._sink:
-            self._sink.close()
+        """Closes all loggers."""
+        self._loggers.close()
+        if self._log:
+            self._log.close()
 
-    def write(self, step: int, line: Mapping[str, Any]) -> None:
-        """One line of the log."""
-        if self._sink:
-            self._sink.write(step, line)
-            self._repeaters.write(step, line)
+    def log(self, state: TrainState, metrics: MetricAccumulator) -> None:
+        """Logs the metrics of the steps since the last training line."""
+        if self._log:
+            line = _training_line(state, metrics)
+            self._write(state.step, line)
+            self._display.logged(state.step, line)
 
-    def log(self, now: TrainState) -> None:
-        """A training line."""
-        line = _line(now)
-        now.window = type(now.window)()
-        if self._sink:
-            self.write(now.step, line)
-            self.display.logged(now.step, line)
+    def validate(self, state: TrainState) -> None:
+        """Validates the model and saves it if it is the best so far."""
+        module = self._training.eval_module
+        result = self.last_validation = validate(self._components, module, self._run.plan.stage_at(state.step - 1))
+        measured = plain(asdict(result))
+        state.validation = {"step": state.step, **measured}
+        improved = state.record_validation(result.loss)
+        self._write(state.step, {"tokens": state.tokens, **_clock(state), "validation": measured})
+        if self._context.is_main_process:
+            predictions = self._preview.predict(module.encoder, module.head, self._context)
+            self._display.validated(state.step, result, predictions)
+            if improved and self._run.recipe.train.keep_best:
+                model = as_model(self._run.recipe, self._components, module, state)
+                checkpoint.save_best(self._run.folder, model, module.parts)
 
-    def validate(self, now: TrainState) -> None:
-        """Judge the model, and keep it where it is the best so far."""
-        workshop, judged = self.workshop, self.training.judged
-        found = self.last = workshop.validate(judged, self.plan.stage_at(now.step - 1))
-        measured = plain(asdict(found))
-        now.validation = {"step": now.step, **measured}
-        gained = now.record_validation(found.loss)
-        clock = {"seconds": round(now.seconds, 4), "training_seconds": round(now.training_seconds, 4)}
-        self.write(now.step, {"tokens": now.tokens, **clock, "validation": measured})
-        if workshop.world.is_main_process:
-            self.display.validated(now.step, found, workshop.panel.ask(judged.encoder, judged.head, workshop.world))
-            if gained and workshop.recipe.train.keep_best:
-                workshop.save_best(self.run, self.training, now)
+    def save(self, state: TrainState) -> None:
+        """Saves a checkpoint; all ranks wait until it is written."""
+        if self._log:
+            self._log.sync()  # the log lines of a saved step must be on the disk too
+            model = as_model(self._run.recipe, self._components, self._training.eval_module, state)
+            keep = self._run.recipe.train.keep_last
+            self._display.saved(checkpoint.save(self._run.folder, model, self._training, state, keep))
+        self._saved_step = state.step
+        self._context.barrier()
 
-    def save(self, now: TrainState) -> None:
-        """A step folder."""
-        if self._sink:
-            self._sink.sync()  # a step on the disk has its log lines there too
-            self.display.saved(self.workshop.save(self.run, self.training, now))
-        self.saved = now.step
-        self.workshop.world.barrier()
+    def save_once(self, state: TrainState) -> None:
+        """Saves a checkpoint unless this step was saved already."""
+        if self._saved_step != state.step:
+            self.save(state)
 
-    def end_early(self, now: TrainState, why: str) -> None:
-        """Note why, and save."""
-        clock = {"seconds": round(now.seconds, 4), "training_seconds": round(now.training_seconds, 4)}
-        self.write(now.step, {"tokens": now.tokens, **clock, "ended_early": why, "best": now.best})
-        if self.saved != now.step:
-            self.save(now)
+    def end_early(self, state: TrainState, reason: str) -> None:
+        """Logs the reason for early stopping and saves a checkpoint."""
+        self._write(state.step, {"tokens": state.tokens, **_clock(state), "ended_early": reason, "best": state.best})
+        self.save_once(state)
+
+    def _write(self, step: int, line: Mapping[str, Any]) -> None:
+        if self._log:
+            self._log.write(step, line)
+            self._loggers.write(step, line)
 
 
-def _line(now: TrainState) -> dict[str, Any]:
-    """A training line of the log: means since the line before."""
-    window = now.window
+def _clock(state: TrainState) -> dict[str, float]:
+    return {"seconds": round(state.seconds, 4), "training_seconds": round(state.training_seconds, 4)}
+
+
+def _training_line(state: TrainState, metrics: MetricAccumulator) -> dict[str, Any]:
+    """Returns a training line of the log: means over the steps since the line before."""
     line: dict[str, Any] = {
-        "tokens": now.tokens,
-        "seconds": round(now.seconds, 4),
-        "loss": window.mean("loss"),
-        "accuracy": window.mean("accuracy"),
-        "tokens_per_second": window.tokens / window.seconds if window.seconds else 0.0,
-        "learning_rate": now.lr,
-        "grad_norm": now.grad_norm,
-        "masked_tokens": window.counts.get("loss", 0),
-        "mask_rate": window.mean("mask_rate"),  # realised: asked of what might have been
-        "training_seconds": round(now.training_seconds, 4),
-        "phase_seconds": {name: round(value, 4) for name, value in now.phase_seconds.items()},
+        "tokens": state.tokens,
+        "seconds": round(state.seconds, 4),
+        "loss": metrics.mean("loss"),
+        "accuracy": metrics.mean("accuracy"),
+        "tokens_per_second": metrics.tokens / metrics.seconds if metrics.seconds else 0.0,
+        "learning_rate": state.lr,
+        "grad_norm": state.grad_norm,
+        "masked_tokens": metrics.counts.get("loss", 0),
+        "mask_rate": metrics.mean("mask_rate"),  # masked tokens / maskable tokens
+        "data_wait_fraction": round(metrics.data_wait_seconds / metrics.seconds, 4) if metrics.seconds else 0.0,
+        "training_seconds": round(state.training_seconds, 4),
+        "phase_seconds": {name: round(value, 4) for name, value in state.phase_seconds.items()},
     }
-    line |= {name: window.mean(name) for name in sorted(window.counts) if name not in line}  # an objective's own
-    return plain(line)  # a window in which nothing was asked has no loss, and JSON no NaN
+    line |= {name: metrics.mean(name) for name in sorted(metrics.counts) if name not in line}  # of the objective
+    return plain(line)  # without a masked token the loss is NaN, which JSON lacks
 
 
 @contextmanager
-def _going_on_told(run: Path) -> Generator[None]:
-    """A disk without room ends a run; say that nothing which was saved is lost, and how to go on."""
+def _resume_hint(run: Path) -> Generator[None]:
+    """Adds to an error of a full or read-only disk how to resume the run."""
     try:
         yield
     except StoreError as error:
-        raise StoreError(
-            error.message,
-            location=error.location,
-            hint="make room there, or give yourself the right to write; nothing that was saved is lost; then go on: "
-            f"unmask pretrain --resume {shlex.quote(str(run))}",
+        raise error.at(
+            hint="free disk space or fix the permissions, then resume (saved checkpoints are intact): "
+            f"unmask pretrain --resume {shlex.quote(str(run))}"
         ) from error
 
 
 @contextmanager
-def _crash_kept(run: Path) -> Generator[None]:
-    """Keep the traceback of a fault of ours in the run's crash.txt."""
+def _crash_file(run: Path) -> Generator[None]:
+    """Writes the traceback of an internal error to the run's crash.txt."""
     try:
         yield
     except (UnmaskError, Stopped, Interrupted, KeyboardInterrupt):
         raise
     except Exception as error:
-        path = run / CRASH
-        with contextlib.suppress(OSError):  # a full disk must not hide the fault
+        path = run / RunLayout.CRASH
+        with contextlib.suppress(OSError):  # a full disk must not hide the error
             path.write_text(traceback.format_exc(), encoding="utf-8")
-            error.crash_file = str(path)  # type: ignore[attr-defined]
+            error.add_note(f"{CRASH_NOTE}{path}")
         raise

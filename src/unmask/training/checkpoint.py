@@ -1,17 +1,11 @@
-"""Room card: a step on disk, and the way back.
-
-Comes in: the model, the optimizer, where the run stands. Goes out: RUN/step-0004000/ (the folder that `transformers`
-opens, plus resume/), RUN/latest and RUN/best/ (a model folder alone), written aside, synced, sealed with digests and
-renamed; and the same in memory again, bit for bit. Called by: pretrain, workshop.
-"""
+"""Checkpoints of a run: writing step folders, the best model and the link `latest`, and restoring a training state."""
 
 from __future__ import annotations
 
-import dataclasses
+import logging
 import os
 import shutil
-from collections.abc import Callable, Mapping
-from dataclasses import asdict
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,17 +15,16 @@ from torch import Tensor, nn
 
 from unmask.core import files
 from unmask.core.errors import DamagedError, RunError
-from unmask.models.model import BEST, LATEST, Model, follow, how_to_point, save_model
-from unmask.training.loop import MetricAccumulator, TrainLoopInputs, TrainState
+from unmask.core.files import RunLayout
+from unmask.models.model import Model, follow, how_to_point, save_model
+from unmask.training.loop import TrainLoopInputs, TrainState
 
-RESUME = "resume"
-_STATE, _OPTIMIZER, _MASTER = "state.json", "optimizer.safetensors", "weights.safetensors"
-_AVERAGE = "ema.safetensors"
-OBJECTIVE = "objective.safetensors"  # the objective's own parameters, beside the model's
+_log = logging.getLogger("unmask")
+_STATE, _OPTIMIZER, _WEIGHTS, _EMA = "state.json", "optimizer.safetensors", "weights.safetensors", "ema.safetensors"
 
 
 def step_name(step: int) -> str:
-    """The folder of a step."""
+    """Returns the name of a step's folder."""
     return f"step-{step:07d}"
 
 
@@ -41,29 +34,30 @@ def save(
     training: TrainLoopInputs,
     state: TrainState,
     keep: int,
-    say: Callable[[str], object] = lambda sentence: None,
 ) -> Path:
-    """Write a step folder, point `latest` at it and remove all but the last `keep`.
+    """Writes a step folder, points `latest` to it and deletes all but the last `keep` step folders.
+
+    The folder is a model that `transformers` opens. Its `resume/` holds what only this package needs.
 
     Raises:
-        StoreError: there is no room, or no right to write; the steps before stand as they were.
+        StoreError: the disk is full or not writable; earlier steps are intact.
     """
     target = run / step_name(state.step)
     with files.atomic_directory(target) as folder:
         save_model(folder, model)
-        _write_parts(folder, training.judged.parts)
-        resume = folder / RESUME
+        _write_parts(folder, training.eval_module.parts)
+        resume = folder / RunLayout.RESUME
         resume.mkdir()
-        # The ecosystem's tensors stack Q, K and V; ours stand beside them, so that resuming computes nothing.
-        _write_tensors(resume / _MASTER, training.learner.state_dict())
+        # The model's file has the tensors of transformers, some stacked or transposed; these are restored as they are.
+        _write_tensors(resume / _WEIGHTS, training.module.state_dict())
         _write_tensors(resume / _OPTIMIZER, training.optimizer.state_tensors())
         if training.ema:
-            _write_tensors(resume / _AVERAGE, training.ema.state_dict())
-        files.write_json(resume / _STATE, asdict(state))
+            _write_tensors(resume / _EMA, training.ema.state_dict())
+        files.write_json(resume / _STATE, state.to_json())
         files.write_manifest(resume)
         files.write_manifest(folder)
-    if not files.write_pointer(run / LATEST, target.name):
-        say(f"symbolic links can't be made here: `{LATEST}` is a small file that names the last step")
+    if not files.write_pointer(run / RunLayout.LATEST, target.name):
+        _log.info(f"no symbolic links here: `{RunLayout.LATEST}` is a small file that names the last checkpoint")
     for old in sorted(run.glob("step-*"))[:-keep]:
         if old.name != target.name:
             shutil.rmtree(old, ignore_errors=True)
@@ -75,18 +69,15 @@ def _write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
 
 
 def _write_parts(folder: Path, parts: nn.Module | None) -> None:
-    """The objective's own parameters as they are judged, where it has any."""
+    """Writes the parameters of the objective, if it has any."""
     tensors = parts.state_dict() if parts else {}
     if tensors:
-        _write_tensors(folder / OBJECTIVE, tensors)
+        _write_tensors(folder / RunLayout.OBJECTIVE, tensors)
 
 
 def save_best(run: Path, model: Model, parts: nn.Module | None = None) -> Path:
-    """Put this model in the place of the best so far: a whole model folder, without what resuming needs.
-
-    `parts` are the objective's own, which stand beside it.
-    """
-    target = run / BEST
+    """Replaces the best model: a model folder without `resume/`. `parts` are the modules of the objective."""
+    target = run / RunLayout.BEST
     with files.atomic_directory(target) as folder:
         save_model(folder, model)
         _write_parts(folder, parts)
@@ -95,79 +86,86 @@ def save_best(run: Path, model: Model, parts: nn.Module | None = None) -> Path:
 
 
 def load(run: Path, training: TrainLoopInputs) -> TrainState:
-    """Put a run's latest step back into what it trains; the cost does not grow with the steps done.
+    """Restores weights, optimizer state and training state from a run's latest step.
 
     Raises:
-        RunError: nothing was saved yet, or recipe.toml was changed into one of another shape.
-        DamagedError: a file is missing, was cut short or changed; it is named.
+        RunError: nothing was saved yet, or recipe.toml was changed to a model of another shape.
+        DamagedError: a file is missing, truncated or changed; it is named.
     """
     folder = latest(run)
     try:
         files.verify_manifest(folder)
-        files.verify_manifest(folder / RESUME)
+        files.verify_manifest(folder / RunLayout.RESUME)
     except DamagedError as error:
-        others = [one.name for one in sorted(run.glob("step-*")) if one != folder]
-        earlier = f", or go on from an earlier step: {how_to_point(run, others[-1])}" if others else ""
+        others = [path.name for path in sorted(run.glob("step-*")) if path != folder]
+        earlier = f", or resume from an earlier step: {how_to_point(run, others[-1])}" if others else ""
         raise DamagedError(error.message, location=error.location, hint=f"restore it from a copy{earlier}") from error
-    resume = folder / RESUME
+    resume = folder / RunLayout.RESUME
     try:
-        training.learner.load_state_dict(_tensors(resume / _MASTER))
+        training.module.load_state_dict(_read_tensors(resume / _WEIGHTS))
         if training.ema:
-            training.ema.learner.load_state_dict(_tensors(resume / _AVERAGE))
-    except RuntimeError as error:  # torch names every tensor that differs
+            training.ema.module.load_state_dict(_read_tensors(resume / _EMA))
+    except RuntimeError as error:  # torch names each tensor that differs
         raise RunError(
-            f"these weights are not those of the run's recipe: {error}",
+            f"the weights don't match the run's recipe: {error}",
             location=str(resume),
-            hint="undo what was changed in recipe.toml",
+            hint="undo the change of recipe.toml",
         ) from error
-    training.optimizer.load_state_tensors(_tensors(resume / _OPTIMIZER))
-    files.recover(run / BEST)
-    for leftover in [*run.glob(".step-*.aside-*"), *run.glob(f".{BEST}.aside-*")]:  # of saves that a kill cut
+    training.optimizer.load_state_tensors(_read_tensors(resume / _OPTIMIZER))
+    files.recover(run / RunLayout.BEST)
+    for leftover in [
+        *run.glob(".step-*.aside-*"),
+        *run.glob(f".{RunLayout.BEST}.aside-*"),
+    ]:  # of saves that a kill interrupted
         shutil.rmtree(leftover, ignore_errors=True)
-    return standing(folder)
+    return read_state(folder)
 
 
 def latest(run: Path) -> Path:
-    """The folder of the last step that was saved whole.
+    """Returns the folder of the last complete step.
 
     Raises:
-        RunError: nothing was saved yet, or copying has made `latest` a folder.
-        DamagedError: what `latest` names is gone.
+        RunError: nothing was saved yet, or `latest` became a folder when the run was copied.
+        DamagedError: the step that `latest` names is missing.
     """
-    link = run / LATEST
+    link = run / RunLayout.LATEST
     if not os.path.lexists(link):
         raise RunError(
-            "this run has not saved a step yet",
+            "this run has no checkpoint yet",
             location=str(run),
-            hint="remove the folder and start again with pretrain",
+            hint="delete the folder and start a new run",
         )
     if link.is_dir() and not link.is_symlink():
         raise RunError(
-            "`latest` is a folder, where the next save would put a link",
+            "`latest` is a folder, not a link",
             location=str(link),
-            hint="remove it and link the last step: ln -s step-… latest (cp -a and rsync -a keep links)",
+            hint="delete it and link the last step: ln -s step-… latest (cp -a and rsync -a keep links)",
         )
     return follow(link)
 
 
-def standing(folder: Path) -> TrainState:
-    """Where the run stood when this step folder was written."""
-    state: dict[str, Any] = files.read_json(folder / RESUME / _STATE)
-    names = {field.name for field in dataclasses.fields(TrainState)}
-    if set(state) != names:
+def read_state(folder: Path) -> TrainState:
+    """Reads the training state of a step folder.
+
+    Raises:
+        DamagedError: another version of this package wrote it.
+    """
+    path = folder / RunLayout.RESUME / _STATE
+    tree: Any = files.read_json(path)
+    try:
+        return TrainState.from_json(tree)
+    except (KeyError, TypeError, ValueError) as error:
         raise DamagedError(
-            f"this state was written by another version: they differ in {', '.join(sorted(set(state) ^ names))}",
-            location=str(folder / RESUME / _STATE),
-            hint="resume with the version of unmask that wrote it (env.json names it)",
-        )
-    state["window"] = MetricAccumulator(**state["window"])
-    return TrainState(**state)
+            f"invalid training state: {type(error).__name__}: {error}",
+            location=str(path),
+            hint="resume with the version of unmask that env.json names",
+        ) from error
 
 
-def _tensors(path: Path) -> dict[str, Tensor]:
+def _read_tensors(path: Path) -> dict[str, Tensor]:
     try:
         return load_file(path)
     except (SafetensorError, OSError) as error:
         raise DamagedError(
-            f"not readable as safetensors: {error}", location=str(path), hint="resume from another step folder"
+            f"invalid safetensors file: {error}", location=str(path), hint="resume from another step folder"
         ) from error

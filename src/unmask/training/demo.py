@@ -1,9 +1,4 @@
-"""Room card: the English that every Python installation carries.
-
-Comes in: nothing; the standard library is read as source, never imported or run. Goes out: documents: the language
-reference's topics (pydoc_data.topics) and the docstrings of each module, doctest lines left out. Called by: the demo,
-the verb audit.
-"""
+"""`unmask demo`: pretrains on the documentation of Python's standard library and fills masks in fixed sentences."""
 
 from __future__ import annotations
 
@@ -19,39 +14,49 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
-from unmask.core.errors import RunError
+from unmask.core.config import load_toml
+from unmask.core.errors import RecipeError, RunError
+from unmask.core.files import RunLayout
 from unmask.models.fill_mask import FillMaskResult, fill
 from unmask.models.model import load
 from unmask.training.display import Display
 from unmask.training.pretrain import Result, launch
-from unmask.training.recipe import RECIPE, load_recipe
-from unmask.training.runs import refuse_in_use
+from unmask.training.recipe import load_recipe
+from unmask.training.runs import check_not_in_use
 
-_FEWEST_CHARACTERS = 200
-_LEFT_OUT = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
+_MIN_CHARS = 200  # of a document
+_MIN_DOCSTRING_CHARS = 31
+_EXCLUDED = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
 
 
-def english_of_python(most_characters: float = float("inf")) -> list[str]:
-    """Documents in a fixed order, the same for every run of one Python version; no more once there are so many."""
+# Corpus ---------------------------------------------------------------------------------------------------------------
+
+
+def python_documentation(max_chars: float = float("inf")) -> list[str]:
+    """Returns the English text of the standard library as documents: language reference and docstrings.
+
+    The files are parsed, never imported. Documents and their order depend only on the Python version. No file is read
+    after `max_chars` characters.
+    """
     folder = Path(sysconfig.get_paths()["stdlib"])
     documents = list(_topics(folder))
     characters = sum(map(len, documents))
     for file in sorted(folder.rglob("*.py")):
-        if characters >= most_characters:
+        if characters >= max_chars:
             break
-        if _LEFT_OUT & set(file.relative_to(folder).parts) or file.parent.name == "pydoc_data":
+        if _EXCLUDED & set(file.relative_to(folder).parts) or file.parent.name == "pydoc_data":
             continue
         text = "\n\n".join(_docstrings(file))
-        if len(text) >= _FEWEST_CHARACTERS:
+        if len(text) >= _MIN_CHARS:
             documents.append(text)
             characters += len(text)
     return documents
 
 
-def _parsed(file: Path) -> ast.Module | None:
-    """A source file as a tree; None where this Python can't parse it (old code that some distributions carry)."""
+def _parse(file: Path) -> ast.Module | None:
+    """Parses a source file. Returns None if it is invalid: some distributions ship old code."""
     try:
-        with warnings.catch_warnings():  # invalid escapes in others' docstrings are no news here
+        with warnings.catch_warnings():  # docstrings of the standard library may contain invalid escapes
             warnings.simplefilter("ignore")
             return ast.parse(file.read_bytes())
     except (SyntaxError, ValueError, OSError):
@@ -59,34 +64,35 @@ def _parsed(file: Path) -> ast.Module | None:
 
 
 def _topics(folder: Path) -> Iterator[str]:
-    """The language reference, topic by topic: a dictionary of texts, read without running it."""
-    tree = _parsed(folder / "pydoc_data" / "topics.py")
+    """Yields the topics of the language reference, which are the values of a dictionary."""
+    tree = _parse(folder / "pydoc_data" / "topics.py")
     for node in tree.body if tree else []:
         if isinstance(node, ast.Assign) and isinstance(node.value, ast.Dict):
             texts = [value.value for value in node.value.values if isinstance(value, ast.Constant)]
-            yield from (_prose(text) for text in texts if isinstance(text, str))
+            yield from (_without_doctests(text) for text in texts if isinstance(text, str))
 
 
 def _docstrings(file: Path) -> Iterator[str]:
-    """The docstrings of a module and all in it, in the order of the file."""
-    tree = _parsed(file)
+    """Yields the docstrings of a module and of its classes and functions."""
+    tree = _parse(file)
     if tree is None:
         return
     for node in ast.walk(tree):
         if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
-            found = ast.get_docstring(node)
-            if found and len(prose := _prose(found)) > 30:
-                yield prose
+            docstring = _without_doctests(ast.get_docstring(node) or "")
+            if len(docstring) >= _MIN_DOCSTRING_CHARS:
+                yield docstring
 
 
-def _prose(text: str) -> str:
-    """Without doctests, whose lines are no English, and with paragraphs on lines of their own."""
+def _without_doctests(text: str) -> str:
     lines = [line.strip() for line in inspect.cleandoc(text).splitlines()]
     kept = [line for line in lines if not line.startswith((">>>", "..."))]
     return "\n".join(kept).strip()
 
 
-MARK: Final = "demonstration"  # the name of a demo's recipe: a person's own run of the recipe `demo` is not replaced
+# Demo -----------------------------------------------------------------------------------------------------------------
+
+RECIPE_NAME: Final = "demonstration"  # other runs, also those of the recipe `demo`, have another name: never replaced
 SENTENCES: Final[tuple[tuple[str, str], ...]] = (
     ("If the argument is omitted, the [MASK] value is used.", "default"),
     ("Return the number of [MASK] in the list.", "items"),
@@ -94,51 +100,50 @@ SENTENCES: Final[tuple[tuple[str, str], ...]] = (
     ("Open the file and [MASK] its contents.", "read"),
     ("Return True if the object is an [MASK] of the class.", "instance"),
 )
-"""Fixed sentences and the word that belongs in each; none of them stands in the training text as it is."""
+"""Sentences with the word that belongs in each. None of the sentences occurs in the training text."""
 
 
 @dataclass(frozen=True)
-class Demo:
-    """What the demonstration made: the run, the answers, and how many of the right words were among the first five."""
+class DemoResult:
+    """Result of a demo: the run, its predictions, and how many correct words are among the first five predictions."""
 
     result: Result
     filled: tuple[FillMaskResult, ...]
-    right: int
+    num_correct: int
 
 
 def demo(
     out: str | Path = "runs/demo", *, display: Display | None = None, overrides: Mapping[str, Any] | None = None
-) -> Demo:
-    """Pretrain on the standard library's English, then fill five masks. An earlier demo in `out` is replaced.
+) -> DemoResult:
+    """Pretrains on the documentation of Python, then fills five masks. An earlier demo in `out` is replaced.
 
     Raises:
-        RunError: `out` holds something that no demo made, or one is at work there.
+        RunError: `out` exists and is not a demo, or another process works on it.
     """
     folder = Path(out)
-    recipe = replace(load_recipe("demo", (), overrides), name=MARK)
-    with _earlier_set_aside(folder):
-        result = launch(list(english_of_python()), recipe=recipe, out=folder, display=display)
+    recipe = replace(load_recipe("demo", (), overrides), name=RECIPE_NAME)
+    with _earlier_demo_replaced(folder):
+        result = launch(python_documentation(), recipe=recipe, out=folder, display=display)
     filled = tuple(fill(load(folder), [sentence for sentence, _ in SENTENCES], top=5))
-    right = sum(
-        word in {candidate.token_str for candidate in one.masks[0].candidates}
-        for one, (_, word) in zip(filled, SENTENCES, strict=True)
+    num_correct = sum(
+        word in {candidate.token_str for candidate in prediction.masks[0].candidates}
+        for prediction, (_, word) in zip(filled, SENTENCES, strict=True)
     )
-    return Demo(result, filled, right)
+    return DemoResult(result, filled, num_correct)
 
 
 @contextmanager
-def _earlier_set_aside(folder: Path) -> Generator[None]:
-    """An earlier demo goes when the new one has begun to be written; until then it comes back, whatever happens."""
+def _earlier_demo_replaced(folder: Path) -> Generator[None]:
+    """Moves an earlier demo aside and deletes it once the new one exists; otherwise moves it back."""
     aside = folder.with_name(f".{folder.name}.earlier")
-    if aside.exists() and not os.path.lexists(folder):  # a kill came before the new one had begun
+    if aside.exists() and not os.path.lexists(folder):  # the last demo was killed before its run existed
         aside.rename(folder)
     if not os.path.lexists(folder):
         yield
         return
-    recipe = folder / RECIPE
-    if not (recipe.is_file() and f'name = "{MARK}"' in recipe.read_text(encoding="utf-8")):
+    if not _is_demo(folder):
         raise RunError("this folder was not made by a demo", location=str(folder), hint="choose another --out")
-    refuse_in_use(folder)
+    check_not_in_use(folder)
     shutil.rmtree(aside, ignore_errors=True)
     folder.rename(aside)
     try:
@@ -148,3 +153,12 @@ def _earlier_set_aside(folder: Path) -> Generator[None]:
             shutil.rmtree(aside)
         else:
             aside.rename(folder)
+
+
+def _is_demo(folder: Path) -> bool:
+    """Returns whether a folder is the run of an earlier demo, by the name in its recipe."""
+    recipe = folder / RunLayout.RECIPE
+    try:
+        return recipe.is_file() and load_toml(recipe).get("name") == RECIPE_NAME
+    except RecipeError:
+        return False

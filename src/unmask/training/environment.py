@@ -1,8 +1,6 @@
-"""Room card: what a run was started with: its text, its machine, its versions.
+"""The environment of a run: its text, tokenizer, machine and versions, written at the start and restored by a resume.
 
-Comes in: what a person gave as text; a run's folder. Goes out: the Source that was meant; RUN/env.json and, for texts
-that were in memory, RUN/texts.jsonl, so that the run can go on when its process is gone; the same Source again, or what
-is no longer the same. Called by: pretrain.
+RUN/env.json holds the facts, RUN/tokenizer the tokenizer, and RUN/texts.jsonl texts that were given in memory.
 """
 
 from __future__ import annotations
@@ -16,84 +14,178 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from unmask import __version__
 from unmask.core import files
 from unmask.core.distributed import DistributedContext
-from unmask.core.errors import DamagedError, RunError, TextError
+from unmask.core.errors import DamagedError, RunError
+from unmask.core.files import RunLayout
 from unmask.core.plugins import PluginSourceConfig, plugin_facts
-from unmask.core.types import Source
+from unmask.core.version import __version__
 from unmask.data.settings import DataConfig
-from unmask.data.sources import FileSource, MemorySource, absolute, open_outside, open_source
+from unmask.data.sources import BaseSource, FileSource, MemorySource, open_plugin, open_source, open_valid
+from unmask.tokenization.tokenizer import Tokenizer
 from unmask.tokenization.words import version
 from unmask.training.recipe import Recipe
-from unmask.training.setup import Workshop
+from unmask.training.setup import RunComponents, attention_backend
 
-ENVIRONMENT, TEXTS = "env.json", "texts.jsonl"
 _PACKAGES = ("torch", "numpy", "tokenizers", "safetensors")
-_NEEDED = (("determinism", "threads"), ("text", "paths"), ("text", "fingerprint"), ("text", "tokenizer"))
+RUN_FORMAT = 2  # of recipe.toml, env.json and state.json; unmask 0.1 before the redesign wrote no number
+_REQUIRED = (("determinism", "threads"), ("text", "paths"), ("text", "fingerprint"), ("text", "tokenizer"))
+_RESTORE = "restore the old text, or start a new run on the new one"
 
 
-def open_text_again(run: Path, environment: Mapping[str, Any], settings: DataConfig) -> Source:
-    """The text that a run was started with.
+def write_environment(
+    run: Path, recipe: Recipe, components: RunComponents, texts: Sequence[str | Path], flops_per_second: float
+) -> None:
+    """Write RUN/env.json and all that a run needs to be resumed before its first checkpoint."""
+    source, corpus = components.source, components.corpus
+    if isinstance(source, MemorySource):
+        files.write_text(run / RunLayout.TEXTS, "".join(json.dumps(str(text)) + "\n" for text in texts))
+    with files.atomic_directory(run / RunLayout.RUN_TOKENIZER) as folder:
+        corpus.tokenizer.save(folder)
+    environment = {
+        "format": RUN_FORMAT,
+        "determinism": determinism_key(components.context, recipe),
+        "plugins": {p.role: plugin_facts(p) for p in recipe.plugins if p.changes_results},
+        "platform": platform.platform(),
+        "command": sys.argv,
+        "back_ends": {"attention": attention_backend(recipe, components.context)},
+        "matmul_flops_per_second": flops_per_second,
+        "text": {
+            "paths": list(source.paths),
+            "fingerprint": source.fingerprint,
+            "valid": {
+                name: {"path": text.paths[0], "fingerprint": text.fingerprint}
+                for name, text in components.valid_sources.items()
+            },
+            "tokenizer": corpus.tokenizer.fingerprint,
+            "held_out_shards": str((corpus.folder / "held-out").absolute()),  # read by export, for sample texts
+            "facts": corpus.facts,
+        },
+    }
+    files.write_json(run / RunLayout.ENVIRONMENT, environment)
+
+
+def determinism_key(context: DistributedContext, recipe: Recipe) -> dict[str, Any]:
+    """All that the results of a run depend on besides its recipe and text: machine, versions, plugin code."""
+    versions = {name: metadata.version(name) for name in _PACKAGES}
+    code = {f"{p.role} {p.kind}": plugin_facts(p)["digest"] for p in recipe.plugins if p.changes_results}
+    if segmenter := version(recipe.data.words):
+        code[f"data.words {recipe.data.words}"] = segmenter
+    return {**context.describe(), **versions, "python": platform.python_version(), "unmask": __version__, **code}
+
+
+def require_run_format(run: Path) -> None:
+    """Checks that a run has the file formats of this version.
 
     Raises:
-        TextError: a file is gone or can't be read.
-        RunError: the text has changed, or the run has lost the texts that it kept.
+        RunError: it was written by an earlier or later version.
     """
-    then = environment["text"]
-    if isinstance(settings.source, PluginSourceConfig):
-        source: Source = open_outside(settings.source, then["paths"])
-    elif then["paths"]:
-        source = open_source(then["paths"], settings)
-    else:
-        kept = run / TEXTS
-        if not kept.is_file():
-            raise RunError("the run's text is gone", location=str(kept), hint="restore this file, or start a new run")
-        source = MemorySource(_read_texts(kept), settings.unicode)
-    if source.fingerprint != then["fingerprint"]:
+    path = run / RunLayout.ENVIRONMENT
+    if not path.is_file():
+        return  # no run: reading recipe.toml reports it
+    environment: Any = files.read_json(path)
+    if isinstance(environment, dict) and environment.get("format") != RUN_FORMAT:
+        facts: Any = environment.get("determinism", environment.get("bits", {}))
+        version = facts.get("unmask", "of another version") if isinstance(facts, dict) else "of another version"
         raise RunError(
-            "the text is not what this run was started with",
-            location=", ".join(then["paths"]) or str(run / TEXTS),
-            hint="bring the old text back, or start a new run on the new one",
+            f"this run was written by unmask {version} in format {environment.get('format', 1)}, and this version "
+            f"reads format {RUN_FORMAT}",
+            location=str(path),
+            hint="start a new run, or resume it with the version that env.json names",
         )
+
+
+def read_environment(run: Path) -> dict[str, Any]:
+    """Read RUN/env.json.
+
+    Raises:
+        DamagedError: the file is missing, truncated, or lacks a value that a resume needs.
+    """
+    path = run / RunLayout.ENVIRONMENT
+    environment = files.read_json(path)
+    for table, key in _REQUIRED:
+        try:
+            environment[table][key]
+        except (KeyError, TypeError) as error:
+            what = f"invalid env.json: {table}.{key} is missing"
+            raise DamagedError(what, location=str(path), hint="restore the file, or start a new run") from error
+    return environment
+
+
+def reopen_text(run: Path, environment: Mapping[str, Any], settings: DataConfig, *, verify: bool = False) -> BaseSource:
+    """Open the text of a run again.
+
+    Args:
+        run: directory of the run.
+        environment: the content of its env.json.
+        settings: how the text is read.
+        verify: compare all bytes; otherwise files whose size and time are unchanged count as unchanged.
+
+    Raises:
+        TextError: a file is missing or can't be read.
+        RunError: the text has changed, or the run has lost its texts.
+    """
+    text = environment["text"]
+    if isinstance(settings.source, PluginSourceConfig):
+        source: BaseSource = open_plugin(settings.source, text["paths"])
+    elif text["paths"]:
+        source = open_source(text["paths"], settings)
+    else:
+        path = run / RunLayout.TEXTS
+        if not path.is_file():
+            raise RunError("the texts of the run are missing", location=str(path), hint="restore the file")
+        source = MemorySource(_read_texts(path), settings.unicode)
+    if verify:
+        source.verify()
+    if source.fingerprint != text["fingerprint"]:
+        location = ", ".join(text["paths"]) or str(run / RunLayout.TEXTS)
+        raise RunError("the text has changed since the run was started", location=location, hint=_RESTORE)
     return source
 
 
-def open_valid(settings: DataConfig) -> dict[str, FileSource]:
-    """The further texts that validations measure, by name.
+def reopen_valid(
+    environment: Mapping[str, Any], settings: DataConfig, *, verify: bool = False
+) -> dict[str, FileSource]:
+    """Open the validation texts of a run again, by name.
 
     Raises:
-        TextError: one of them is missing, or its first bytes can't be read.
+        TextError: a file is missing or can't be read.
+        RunError: a text has changed.
     """
-    opened: dict[str, FileSource] = {}
-    for name, path in settings.valid.items():
-        source = opened[name] = open_source([path], settings)
-        try:
-            source.check()
-        except TextError as error:
-            where = f"data.valid.{name}: {error.location or path}"
-            raise TextError(error.message, location=where, hint=error.hint) from error
-    return opened
-
-
-def open_valid_again(environment: Mapping[str, Any], settings: DataConfig) -> dict[str, FileSource]:
-    """The further texts that a run was started with.
-
-    Raises:
-        TextError: one of them is gone or can't be read.
-        RunError: one of them has changed.
-    """
-    then = environment["text"].get("valid", {})
-    paths = {name: then[name]["path"] if name in then else path for name, path in settings.valid.items()}
-    opened = open_valid(replace(settings, valid=paths))
-    for name, source in opened.items():
-        if name not in then or source.fingerprint != then[name]["fingerprint"]:
+    texts = environment["text"].get("valid", {})
+    paths = {name: texts[name]["path"] if name in texts else path for name, path in settings.valid.items()}
+    sources = open_valid(replace(settings, valid=paths))
+    for name, source in sources.items():
+        if verify:
+            source.verify()
+        if name not in texts or source.fingerprint != texts[name]["fingerprint"]:
             raise RunError(
-                f"the validation text `{name}` is not what this run was started with",
+                f"the validation text `{name}` has changed since the run was started",
                 location=paths[name],
-                hint="bring the old text back, or start a new run on the new one",
+                hint=_RESTORE,
             )
-    return opened
+    return sources
+
+
+def load_run_tokenizer(run: Path, environment: Mapping[str, Any]) -> Tokenizer:
+    """Load the tokenizer that a run was started with: from its own copy, or from its last checkpoint.
+
+    Raises:
+        DamagedError: it is missing or has changed.
+    """
+    folder = run / RunLayout.RUN_TOKENIZER
+    if not (folder / RunLayout.TOKENIZER).is_file():
+        folder = files.read_pointer(run / RunLayout.LATEST) or folder
+    if not (folder / RunLayout.TOKENIZER).is_file():
+        raise DamagedError("the tokenizer of the run is missing", location=str(folder), hint="restore the folder")
+    tokenizer = Tokenizer.load(folder)
+    if tokenizer.fingerprint != environment["text"]["tokenizer"]:
+        raise DamagedError(
+            "the tokenizer of the run has changed since it was written",
+            location=str(folder / RunLayout.TOKENIZER),
+            hint="restore the file from a copy, or from another checkpoint of the run",
+        )
+    return tokenizer
 
 
 def _read_texts(path: Path) -> list[str]:
@@ -101,65 +193,5 @@ def _read_texts(path: Path) -> list[str]:
         return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     except ValueError as error:  # not JSON, or not UTF-8
         raise DamagedError(
-            f"a line of this file is not JSON: {error}",
-            location=str(path),
-            hint="restore this file, or start a new run",
+            f"a line is not JSON: {error}", location=str(path), hint="restore the file, or start a new run"
         ) from error
-
-
-def determinism_key(world: DistributedContext, recipe: Recipe) -> dict[str, Any]:
-    """What the bits of a run depend on beside its recipe and text; the code of a person's own is part of it."""
-    versions = {name: metadata.version(name) for name in _PACKAGES}
-    own = {f"{kind.role} {kind.kind}": plugin_facts(kind)["digest"] for kind in recipe.outside}
-    if segmenter := version(recipe.data.words):
-        own[f"data.words {recipe.data.words}"] = segmenter
-    return {**world.describe(), **versions, "python": platform.python_version(), "unmask": __version__, **own}
-
-
-def write_environment(run: Path, workshop: Workshop, texts: Sequence[str | Path], flops_per_second: float) -> None:
-    """RUN/env.json, and RUN/texts.jsonl where the texts are in no file."""
-    if isinstance(workshop.source, MemorySource):
-        files.write_text(run / TEXTS, "".join(json.dumps(str(text)) + "\n" for text in texts))
-    told = {
-        "determinism": determinism_key(workshop.world, workshop.recipe),
-        "outside": {kind.role: plugin_facts(kind) for kind in workshop.recipe.outside},
-        "platform": platform.platform(),
-        "command": sys.argv,
-        "back_ends": workshop.back_ends(),
-        "matmul_flops_per_second": flops_per_second,
-        "text": {
-            "paths": _paths(workshop.source, texts),
-            "fingerprint": workshop.source.fingerprint,
-            "valid": {
-                name: {"path": absolute(text.paths[0]), "fingerprint": text.fingerprint}
-                for name, text in workshop.valid.items()
-            },
-            "tokenizer": workshop.tokenizer.fingerprint,
-            "facts": workshop.corpus.facts,
-        },
-    }
-    files.write_json(run / ENVIRONMENT, told)
-
-
-def _paths(source: Source, texts: Sequence[str | Path]) -> list[str]:
-    """What opens the source again, whatever the working folder; nothing where the texts are in memory."""
-    if isinstance(source, FileSource):
-        return [absolute(path) for path in source.paths]  # standard input by now has a file
-    return [] if isinstance(source, MemorySource) else [str(Path(text).absolute()) for text in texts]
-
-
-def read_environment(run: Path) -> dict[str, Any]:
-    """RUN/env.json.
-
-    Raises:
-        DamagedError: it is missing, cut short, or lacks what resuming needs.
-    """
-    path = run / ENVIRONMENT
-    environment = files.read_json(path)
-    for table, key in _NEEDED:
-        try:
-            environment[table][key]
-        except (KeyError, TypeError) as error:
-            what = f"not the env.json of a run: there is no {table}.{key}"
-            raise DamagedError(what, location=str(path), hint="restore it, or start a new run") from error
-    return environment

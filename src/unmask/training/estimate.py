@@ -1,8 +1,4 @@
-"""Room card: what a run will cost, measured before it starts.
-
-Comes in: the parts of a run. Goes out: seconds per step of each stage, per validation and per save (by warmed-up real
-ones on copies that are thrown away), bytes of memory and disk. Called by: pretrain.
-"""
+"""Cost of a run, measured and computed before it starts: time, memory, disk, floating-point operations."""
 
 from __future__ import annotations
 
@@ -13,24 +9,29 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from unmask.training.loop import EMA, Callback, TrainLoopInputs, TrainModule, TrainState, train
-from unmask.training.optim import Optimizer
+from unmask.core.distributed import matmul_rate
+from unmask.models import EncoderConfig, flops_per_token, products
+from unmask.training import checkpoint
+from unmask.training.loop import EMA, Callback, StopReason, TrainLoopInputs, TrainState, train
+from unmask.training.optim import Optimizer, describe_decay
 from unmask.training.plan import Measured, Plan, StageConfig, StagePlan, always
+from unmask.training.recipe import Recipe
+from unmask.training.setup import RunComponents, as_model, validate
 
 
 @dataclass(frozen=True)
 class CostEstimate:
-    """What a run will cost, before it starts."""
+    """Expected cost of a run."""
 
     recipe: str
     parameters: int
-    flops_per_token: float  # training: forward and backward, the mean over the planned tokens
+    flops_per_token: float  # forward and backward; mean over the planned tokens
     documents: int
     corpus_tokens: int
     plan: Plan
-    epochs: tuple[float, ...]  # how often the text will be seen, in each stage
-    texts_seen: Mapping[str, float]  # the same in all, for each text by its name
-    flops_per_second: float  # of this machine's matrix products at the model's own shapes
+    epochs: tuple[float, ...]  # of each stage
+    texts_seen: Mapping[str, float]  # epochs over all stages, for each text by its name
+    flops_per_second: float  # of matrix products on this device, with the shapes of the model
     memory_bytes: int
     disk_bytes: int
     device: str
@@ -38,101 +39,192 @@ class CostEstimate:
     threads: int
     optimizer: str
     patience: int = 0  # validations without gain after which the run ends; 0: never
-    decay: str = ""  # when the rates come down, in words
-
-
-_PROBE_SECONDS = 2.5  # per stage
+    decay: str = ""  # when the learning rate decays, in words
 
 
 @dataclass(frozen=True)
 class ProbeEffort:
-    """How many steps of each stage are timed: `steps` at most, fewer where they are slow."""
+    """Number of steps to time per stage. Slow steps end the probe earlier."""
 
     warm_up: int
     steps: int
 
 
 FULL, QUICK = ProbeEffort(2, 24), ProbeEffort(1, 3)
-"""Of a budget in time, whose number of steps depends on it; of any other, which only tells how long it will take."""
+"""FULL if the number of steps depends on the result (a budget in seconds), else QUICK."""
+_PROBE_SECONDS = 2.5  # per stage
 
 
-def measure_step_time(
-    training: TrainLoopInputs,
-    stages: tuple[StageConfig, ...],
-    build_optimizer: Callable[[TrainModule], Optimizer],
-    validate: Callable[[Path, TrainLoopInputs], object],
-    save: Callable[[Path, TrainLoopInputs], object],
-    care: ProbeEffort = FULL,
-) -> Measured:
-    """Time real steps at each stage's length, one validation and one save, on a copy of the learner.
+# Measuring ------------------------------------------------------------------------------------------------------------
 
-    `validate` and `save` are given a folder to write to and a training whose parts are copies. The run itself is
-    untouched: the copy has its own weights and optimizer, and samples are taken from the order, not used up.
+
+def measure(recipe: Recipe, components: RunComponents) -> Measured:
+    """Measures seconds per step of each stage, per validation and per save.
+
+    Real steps are timed, on copies of the weights and with a fresh optimizer. The run itself is not changed: batches
+    are functions of the cursor, so reading them uses nothing up.
     """
-    learner = copy.deepcopy(training.learner)
+    training = components.training
+    module = copy.deepcopy(training.module)
     trial = replace(
         training,
-        learner=learner,
-        optimizer=build_optimizer(learner),
-        ema=EMA(learner, training.ema.decay) if training.ema else None,
+        module=module,
+        optimizer=Optimizer(module, recipe.optimizer, bf16=training.context.precision == "bfloat16"),
+        ema=EMA(module, training.ema.decay) if training.ema else None,
     )
-    step_seconds: list[float] = []
-    for number, stage in enumerate(stages):
-        plan = Plan((StagePlan(stage.max_seq_len, stage.batch_tokens, 0, care.warm_up + care.steps, 0.0),))
-        step_seconds.append(_seconds_per_step(replace(trial, feeds=[training.feeds[number]], plan=plan), care.warm_up))
+    effort = FULL if recipe.train.budget.unit == "seconds" else QUICK
+    step_seconds = [measure_step_time(trial, number, stage, effort) for number, stage in enumerate(recipe.stage)]
     with tempfile.TemporaryDirectory() as folder:
-        begin = time.perf_counter()
-        validate(Path(folder), trial)
-        validated = time.perf_counter()
-        save(Path(folder), trial)
-    world = training.world
-    seconds = world.sum([*step_seconds, validated - begin, time.perf_counter() - validated])
-    *steps, validate_seconds, save_seconds = [value / world.ranks for value in seconds]  # one plan for all ranks
-    return Measured(tuple(steps), validate_seconds, save_seconds)
+        validate_seconds = _seconds(lambda: _validate(recipe, components, trial, Path(folder)))
+        model = as_model(recipe, components, trial.eval_module, TrainState())
+        save_seconds = _seconds(
+            lambda: checkpoint.save(Path(folder), model, trial, TrainState(), recipe.train.keep_last)
+        )
+    # All ranks must make the same plan, so the times are averaged over ranks.
+    context = training.context
+    *steps, validation, save = [
+        seconds / context.ranks for seconds in context.sum([*step_seconds, validate_seconds, save_seconds])
+    ]
+    return Measured(tuple(steps), validation, save)
 
 
-def _seconds_per_step(trial: TrainLoopInputs, warm_up: int) -> float:
-    """The median step after the warm-up."""
+def measure_step_time(trial: TrainLoopInputs, number: int, stage: StageConfig, effort: ProbeEffort) -> float:
+    """Returns the median seconds of a training step of a stage, after a warm-up."""
+    plan = Plan((StagePlan(stage.max_seq_len, stage.batch_tokens, 0, effort.warm_up + effort.steps, 0.0),))
     times: list[float] = []
     last = time.perf_counter()
 
-    def note(state: TrainState) -> None:
+    def record(state: TrainState) -> None:
         nonlocal last
         now = time.perf_counter()
         times.append(now - last)
         last = now
 
-    def enough() -> int:
-        measured = times[warm_up:]
-        return 1 if measured and sum(measured) > _PROBE_SECONDS else 0
+    def stop_requested() -> StopReason | None:
+        measured = times[effort.warm_up :]
+        return StopReason.TERMINATED if measured and sum(measured) > _PROBE_SECONDS else None
 
-    train(trial, TrainState(), [Callback(always, note)], enough)
-    measured = sorted(times[warm_up:] or times)
+    one_stage = replace(trial, loaders=[trial.loaders[number]])
+    train(one_stage, plan, TrainState(), [Callback(always, record)], stop_requested=stop_requested)
+    measured = sorted(times[effort.warm_up :] or times)
     return measured[len(measured) // 2]
 
 
+def _validate(recipe: Recipe, components: RunComponents, trial: TrainLoopInputs, folder: Path) -> None:
+    """Validates once and saves the best model, as if every validation improved on all before it."""
+    validate(components, trial.eval_module, 0)
+    if recipe.train.keep_best and trial.context.is_main_process:
+        model = as_model(recipe, components, trial.eval_module, TrainState())
+        checkpoint.save_best(folder, model, trial.eval_module.parts)
+
+
+def _seconds(work: Callable[[], object]) -> float:
+    begin = time.perf_counter()
+    work()
+    return time.perf_counter() - begin
+
+
+# Computing ------------------------------------------------------------------------------------------------------------
+
+
+def estimate_cost(recipe: Recipe, plan: Plan, components: RunComponents) -> CostEstimate:
+    """Returns the expected cost of a plan on this device."""
+    train_corpus, context = components.corpus.train, components.context
+    masked_fraction, parameters = recipe.objective.masked_fraction, components.num_parameters
+    micro_tokens = round(recipe.train.micro_batch_size.number)
+    stage_tokens = [stage.steps * stage.batch_tokens for stage in plan.stages]
+    flops = [
+        flops_per_token(recipe.model, components.vocab_size, stage.max_seq_len, masked_fraction)
+        for stage in recipe.stage
+    ]
+    longest = stage_tokens.index(max(stage_tokens))  # the stage with the most tokens stands for the run
+    tokens = min(plan.stages[longest].batch_tokens, micro_tokens)
+    shapes = products(recipe.model, components.vocab_size, tokens, max(1, round(tokens * masked_fraction)))
+    has_ema = recipe.train.ema_decay > 0
+    return CostEstimate(
+        recipe=recipe.name,
+        parameters=parameters,
+        flops_per_token=sum(n * each for n, each in zip(stage_tokens, flops, strict=True)) / sum(stage_tokens),
+        documents=train_corpus.documents,
+        corpus_tokens=train_corpus.tokens,
+        plan=plan,
+        epochs=tuple(n / loader.epoch_tokens for n, loader in zip(stage_tokens, components.loaders, strict=True)),
+        texts_seen=_texts_seen(plan, components),
+        flops_per_second=matmul_rate(shapes, context),
+        memory_bytes=memory_bytes(
+            recipe.model,
+            components.vocab_size,
+            parameters,
+            micro_tokens=min(micro_tokens, max(stage.batch_tokens for stage in plan.stages)),
+            masked_fraction=masked_fraction,
+            has_ema=has_ema,
+        ),
+        disk_bytes=disk_bytes(
+            parameters,
+            recipe.train.keep_last,
+            train_corpus.tokens,
+            components.vocab_size,
+            has_ema=has_ema,
+            keeps_best=recipe.train.keep_best,
+        ),
+        device=context.describe()["device_name"],
+        precision=context.precision,
+        threads=context.threads,
+        optimizer=_describe_optimizer(recipe, components),
+        patience=recipe.train.early_stopping_patience,
+        decay=describe_decay(recipe.lr_schedule),
+    )
+
+
+def _texts_seen(plan: Plan, components: RunComponents) -> dict[str, float]:
+    """Returns how many epochs of each text, by name, the whole plan reads."""
+    epochs: dict[str, float] = {}
+    for stage, loader in zip(plan.stages, components.loaders, strict=True):
+        for name, count in loader.epochs_by_text(stage.steps * stage.batch_tokens).items():
+            epochs[name] = epochs.get(name, 0.0) + count
+    return epochs
+
+
+def _describe_optimizer(recipe: Recipe, components: RunComponents) -> str:
+    algorithms = list(components.training.optimizer.algorithms().values())
+    muon = algorithms.count("muon")
+    if not muon:
+        return recipe.optimizer.kind
+    return f"Muon for {muon} matrices, AdamW for the other {len(algorithms) - muon} tensors"
+
+
 def memory_bytes(
+    model: EncoderConfig,
+    vocab_size: int,
     parameters: int,
-    width: int,
-    layers: int,
-    micro_tokens: int,
-    vocabulary: int,
-    masked_fraction: float,
     *,
-    averaged: bool = False,
+    micro_tokens: int,
+    masked_fraction: float,
+    has_ema: bool = False,
 ) -> int:
-    """A rough count: weights, their average, gradients and optimizer, and one micro-batch's activations and logits."""
-    activations = micro_tokens * layers * width * 34 * 4
-    logits = int(micro_tokens * masked_fraction) * vocabulary * 4 * 3
-    return parameters * 4 * (4 + averaged) + activations + logits
+    """Returns a rough estimate of the memory.
+
+    It counts weights, their average, gradients, optimizer state, and the activations and logits of one micro-batch.
+    """
+    # 34 float32 numbers per token, layer and hidden dimension.
+    activations = micro_tokens * model.num_hidden_layers * model.hidden_size * 34 * 4
+    logits = int(micro_tokens * masked_fraction) * vocab_size * 4 * 3
+    return parameters * 4 * (4 + has_ema) + activations + logits
 
 
 def disk_bytes(
-    parameters: int, keep: int, corpus_tokens: int, vocabulary: int, *, averaged: bool = False, best: bool = False
+    parameters: int,
+    keep_last: int,
+    corpus_tokens: int,
+    vocab_size: int,
+    *,
+    has_ema: bool = False,
+    keeps_best: bool = False,
 ) -> int:
-    """Step folders (the model twice, the average, the optimizer's state), the best model, token shards with marks.
+    """Returns the disk space of checkpoints (model, weights, their average, optimizer state), best model and shards.
 
-    A folder is written before an older one goes: one step folder more than are kept, and the best model twice.
+    A directory is written before an older one is removed, so the estimate has one checkpoint more than is kept and the
+    best model twice.
     """
-    per_token = (2 if vocabulary <= 1 << 16 else 4) + 1
-    return ((keep + 1) * (4 + averaged) + 2 * best) * parameters * 4 + corpus_tokens * per_token
+    bytes_per_token = (2 if vocab_size <= 1 << 16 else 4) + 1  # id and flags
+    return ((keep_last + 1) * (4 + has_ema) + 2 * keeps_best) * parameters * 4 + corpus_tokens * bytes_per_token

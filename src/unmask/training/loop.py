@@ -1,37 +1,49 @@
-"""Room card: the one module of a run.
+"""The training loop: gradient accumulation over micro-batches and ranks, callbacks, signals, weight averaging.
 
-Comes in: encoder, head, objective. Goes out: a Learner, whose parameters are all that is trained. Called by: workshop,
-the loop, the average.
+The loop keeps no generator state. The samples of a step follow from its number and the data cursor, and masks follow
+from (seed, epoch, sample, offset). The batches of the next step can therefore be prepared in a background thread.
 """
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import math
 import signal
 import threading
 import time
 from collections.abc import Callable, Generator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
+from enum import Enum
 from types import FrameType, TracebackType
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
 
 from unmask.core import rng
 from unmask.core.distributed import DistributedContext
-from unmask.core.errors import RunError
+from unmask.core.errors import Interrupted, RunError
 from unmask.core.types import Batch, LossSums, MaskedBatch, Objective
+from unmask.models import EncoderModule, HeadModule
 from unmask.training.optim import Optimizer
 from unmask.training.plan import Plan
 
+PHASES = ("data", "forward", "backward", "optimizer")
+PREFETCH_THREAD = "unmask-prefetch"
+
+
+# What is trained ------------------------------------------------------------------------------------------------------
+
 
 class TrainModule(nn.Module):
-    """The one module of a run: encoder, head, the objective's parts. Sharding, clipping and the optimizer see this."""
+    """All trainable parameters of a run: encoder, head and the objective's own modules."""
 
-    def __init__(self, encoder: nn.Module, head: nn.Module, objective: Objective) -> None:
+    # The attribute names are part of the checkpoint format: they begin the names of the saved tensors.
+
+    def __init__(self, encoder: EncoderModule, head: HeadModule, objective: Objective) -> None:
         super().__init__()
         self.encoder = encoder
         self.head = head
@@ -39,319 +51,472 @@ class TrainModule(nn.Module):
         self._objective = objective
 
     def forward(self, masked: MaskedBatch) -> LossSums:
-        """The objective's sums for one micro-batch."""
+        """Returns the objective's loss sums for one micro-batch."""
         return self._objective.loss(self.encoder, self.head, masked)
 
 
 class EMA:
-    """An exponential moving average in float32: average ← average + (1 − d) · (weights − average).
+    """Exponential moving average of the weights in float32: average ← average + (1 − d) · (weights − average).
 
-    With n steps averaged before, d is min(decay, (1 + n) ÷ (10 + n)): early on the average looks back over about n ÷ 9
-    steps instead of 1 ÷ (1 − decay), so that it forgets the random start at once and a run of any length can be judged
-    from its first validation. (Dividing by 1 − decayⁿ instead would weigh all early steps alike: after 100 steps the
-    first, with its random weights, as much as the last.) n is the step, so that nothing but the average is kept.
+    After n earlier steps, d is min(decay, (1 + n) / (10 + n)). Early on the average therefore covers about n / 9 steps
+    instead of 1 / (1 − decay), so it forgets the random initialization quickly and runs of any length can be validated.
+    Dividing by 1 − decayⁿ instead would weight all early steps alike: after 100 steps, the random weights of the first
+    step would count as much as those of the last. n is the step number, so only the average itself is saved.
     """
 
-    def __init__(self, learner: TrainModule, decay: float) -> None:
-        assert 0 < decay < 1, f"an average with a decay of {decay}"
+    def __init__(self, module: TrainModule, decay: float) -> None:
+        assert 0 < decay < 1, f"invalid EMA decay: got {decay}"
         self.decay = decay
-        self.learner = copy.deepcopy(learner).float()
-        self.learner.requires_grad_(False)
+        self.module = copy.deepcopy(module).float()
+        self.module.requires_grad_(False)
 
     def decay_at(self, step: int) -> float:
-        """The decay after step `step`, counted from 0."""
+        """Returns the decay that is used after step `step`, counted from 0."""
         return min(self.decay, (1 + step) / (10 + step))
 
     @torch.no_grad()
-    def update(self, learner: TrainModule, step: int) -> None:
-        """Take in the weights as they are after step `step`, counted from 0."""
+    def update(self, module: TrainModule, step: int) -> None:
+        """Adds the weights as they are after step `step`, counted from 0."""
         share = 1 - self.decay_at(step)
-        for mine, theirs in zip(self.learner.parameters(), learner.parameters(), strict=True):
-            mine.lerp_(theirs.to(mine.dtype), share)
-        for mine, theirs in zip(self.learner.buffers(), learner.buffers(), strict=True):
-            mine.copy_(theirs)  # what is no weight is taken as it is
+        for average, weights in zip(self.module.parameters(), module.parameters(), strict=True):
+            average.lerp_(weights.to(average.dtype), share)
+        for average, values in zip(self.module.buffers(), module.buffers(), strict=True):
+            average.copy_(values)  # buffers are not averaged
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The average, named as the learner names its weights; live tensors, not copies."""
-        return self.learner.state_dict()
+        """Returns the averaged tensors (not copies) under the names of the module's weights."""
+        return self.module.state_dict()
 
 
-INTERRUPTED, TERMINATED = 130, 75  # exit codes of a run that a person, or a scheduler, stopped
-EARLY = 1  # what `train` returns where there was enough before the plan was done
-PHASES = ("data", "forward", "backward", "optimizer")
-
-
-class Feed(Protocol):
-    """Samples of one stage: the next step's batches of this rank, and the cursor after them."""
+class StepLoader(Protocol):
+    """Training samples of one stage."""
 
     def step(self, cursor: int, tokens: int, rank: int, ranks: int) -> tuple[list[Batch], int]:
-        """Micro-batches that together with the other ranks' hold at least `tokens` tokens."""
+        """Returns this rank's micro-batches of the next step and the cursor after them.
+
+        The micro-batches of all ranks together hold at least `tokens` tokens.
+        """
         ...
 
     def first_cursor(self, stage: int) -> int:
-        """Where the stage's order begins."""
+        """Returns the cursor at which a stage begins."""
         ...
+
+
+@dataclass(frozen=True)
+class TrainLoopInputs:
+    """The parts of a run that stay the same objects while it trains."""
+
+    module: TrainModule
+    objective: Objective
+    loaders: Sequence[StepLoader]  # one per stage
+    optimizer: Optimizer
+    lr_factor: Callable[[float, int], float]  # of progress and step
+    context: DistributedContext
+    seed: int
+    ema: EMA | None = None
+
+    @property
+    def eval_module(self) -> TrainModule:
+        """The weights that are validated and saved as a model: the moving average if there is one."""
+        return self.ema.module if self.ema else self.module
+
+
+# State ----------------------------------------------------------------------------------------------------------------
 
 
 @dataclass
 class MetricAccumulator:
-    """Measurements since the last log line; kept in the checkpoint, so that a resumed run logs the same numbers."""
+    """Sums over the steps since the last log line.
+
+    It is saved in checkpoints, so that a resumed run logs the same numbers as an uninterrupted one.
+    """
 
     sums: dict[str, float] = field(default_factory=dict)
     counts: dict[str, int] = field(default_factory=dict)
     tokens: int = 0
     seconds: float = 0.0
+    data_wait_seconds: float = 0.0  # part of `seconds`
 
-    def add(self, seen: Mapping[str, tuple[float, int]]) -> None:
-        """Add sums and counts of one step."""
-        for name, (total, count) in seen.items():
+    def add(self, step_metrics: Mapping[str, tuple[float, int]]) -> None:
+        """Adds the (sum, count) of each metric of one step."""
+        for name, (total, count) in step_metrics.items():
             self.sums[name] = self.sums.get(name, 0.0) + total
             self.counts[name] = self.counts.get(name, 0) + count
 
     def mean(self, name: str) -> float:
-        """Sum over count; NaN where nothing was counted."""
+        """Returns sum over count, or NaN if nothing was counted."""
         count = self.counts.get(name, 0)
         return self.sums[name] / count if count else float("nan")
 
 
 @dataclass
 class TrainState:
-    """Where a run stands: all that changes but weights and optimizer; one integer finds the next sample."""
+    """Everything that changes during training except weights and optimizer state. It is saved as state.json."""
 
     step: int = 0
-    cursor: int = 0
+    cursor: int = 0  # number of the next sample; the whole state of the data loader
     tokens: int = 0
-    seconds: float = 0.0  # of the budget's clock: training, validation, saving
+    seconds: float = 0.0  # wall clock of the run: training, validation and saving
     phase_seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(PHASES, 0.0))
-    window: MetricAccumulator = field(default_factory=MetricAccumulator)
-    lr: float = 0.0  # of AdamW's parameters in the last step
+    metrics: MetricAccumulator = field(default_factory=MetricAccumulator)
+    lr: float = 0.0  # of the last step, for the AdamW parameters
     grad_norm: float = 0.0
     validation: dict[str, Any] | None = None  # the last one, with its step
     best: dict[str, Any] | None = None  # step and loss of the best one
-    without_gain: int = 0  # validations since the best one
+    without_gain: int = 0  # number of validations since the best one
 
     @property
     def training_seconds(self) -> float:
-        """Seconds in data, forward, backward and optimizer alone."""
+        """Seconds spent waiting for data, in forward, in backward and in the optimizer."""
         return sum(self.phase_seconds.values())
 
     def record_validation(self, loss: float) -> bool:
-        """Note the loss of a validation at this step: whether it is below that of all before."""
-        gained = math.isfinite(loss) and (self.best is None or loss < self.best["loss"])
-        if gained:
+        """Records the validation loss of this step and returns whether it is the lowest so far."""
+        improved = math.isfinite(loss) and (self.best is None or loss < self.best["loss"])
+        if improved:
             self.best = {"step": self.step, "loss": loss}
-        self.without_gain = 0 if gained else self.without_gain + 1
-        return gained
+        self.without_gain = 0 if improved else self.without_gain + 1
+        return improved
+
+    def pop_metrics(self) -> MetricAccumulator:
+        """Returns the metrics since the last call and starts new sums."""
+        metrics, self.metrics = self.metrics, MetricAccumulator()
+        return metrics
 
     @contextmanager
     def timed(self, phase: str) -> Generator[None]:
-        """Add the seconds of a block to a phase."""
+        """Adds the seconds of a block to a phase."""
         begin = time.perf_counter()
         yield
         self.phase_seconds[phase] += time.perf_counter() - begin
 
+    def to_json(self) -> dict[str, Any]:
+        """Returns the content of state.json. The keys are a file format: a change needs a new `RUN_FORMAT`."""
+        return {
+            "step": self.step,
+            "cursor": self.cursor,
+            "tokens": self.tokens,
+            "seconds": self.seconds,
+            "phase_seconds": dict(self.phase_seconds),
+            "metrics": asdict(self.metrics),
+            "learning_rate": self.lr,
+            "grad_norm": self.grad_norm,
+            "validation": self.validation,
+            "best": self.best,
+            "validations_without_gain": self.without_gain,
+        }
+
+    @classmethod
+    def from_json(cls, tree: Mapping[str, Any]) -> TrainState:
+        """Returns the state that `to_json` wrote.
+
+        Raises:
+            KeyError, TypeError: a key is missing or has a value of another type.
+        """
+        metrics = cast("Mapping[str, Any]", tree["metrics"])
+        return cls(
+            step=int(tree["step"]),
+            cursor=int(tree["cursor"]),
+            tokens=int(tree["tokens"]),
+            seconds=float(tree["seconds"]),
+            phase_seconds={phase: float(tree["phase_seconds"][phase]) for phase in PHASES},
+            metrics=MetricAccumulator(
+                sums=dict(metrics["sums"]),
+                counts=dict(metrics["counts"]),
+                tokens=int(metrics["tokens"]),
+                seconds=float(metrics["seconds"]),
+                data_wait_seconds=float(metrics["data_wait_seconds"]),
+            ),
+            lr=float(tree["learning_rate"]),
+            grad_norm=float(tree["grad_norm"]),
+            validation=tree["validation"],
+            best=tree["best"],
+            without_gain=int(tree["validations_without_gain"]),
+        )
+
+
+# Callbacks and stopping -----------------------------------------------------------------------------------------------
+
+
+class StopReason(Enum):
+    """Why `train` returned."""
+
+    PLAN_DONE = "all planned steps are done"
+    EARLY = "early stopping"
+    INTERRUPTED = "SIGINT"
+    TERMINATED = "SIGTERM or SIGUSR1"
+
+    @property
+    def exit_code(self) -> int:
+        """Exit code of the process: 130 after Ctrl-C, 75 (try again) after a scheduler's signal, else 0."""
+        return {StopReason.INTERRUPTED: 130, StopReason.TERMINATED: 75}.get(self, 0)
+
+
+IsDue = Callable[[int, float], bool]
+"""A function of (steps done, seconds since the callback last ran)."""
+
 
 @dataclass(frozen=True)
 class Callback:
-    """Something to do every so often: `due` is asked after each step, `act` is called where it says so."""
+    """Work that is repeated during training: `run` is called after each step for which `is_due` returns True."""
 
-    is_due: Callable[[int, int, float], bool]
+    is_due: IsDue
     run: Callable[[TrainState], None]
 
 
 @dataclass(frozen=True)
-class TrainLoopInputs:
-    """The parts of a run that do not change while it trains."""
+class LogCallback:
+    """A callback that gets the metrics since it last ran. It runs before the other callbacks of a step."""
 
-    learner: TrainModule
-    objective: Objective
-    feeds: Sequence[Feed]  # one per stage
-    optimizer: Optimizer
-    rate_factor: Callable[[float, int], float]  # of progress and step
-    plan: Plan
-    world: DistributedContext
-    seed: int
-    ema: EMA | None = None  # of the weights
+    is_due: IsDue
+    run: Callable[[TrainState, MetricAccumulator], None]
 
-    @property
-    def judged(self) -> TrainModule:
-        """What validations judge and model folders hold: the average of the weights where one is kept."""
-        return self.ema.learner if self.ema else self.learner
+
+def _no_stop() -> StopReason | None:
+    return None
 
 
 def _never(state: TrainState) -> bool:
     return False
 
 
-def train(
-    training: TrainLoopInputs,
-    state: TrainState,
-    callbacks: Sequence[Callback],
-    asked_to_stop: Callable[[], int],
-    enough: Callable[[TrainState], bool] = _never,
-) -> int:
-    """Train until the plan is done, there is enough, or a stop is asked for.
+# Data -----------------------------------------------------------------------------------------------------------------
 
-    Returns:
-        0; EARLY where `enough`, asked after the duties of each step and answered alike on all ranks, said so; or
-        INTERRUPTED or TERMINATED where any rank's `asked_to_stop` did. All ranks stop after the same step.
+
+@dataclass(frozen=True)
+class PreparedStep:
+    """The masked micro-batches of one step and the cursor after them."""
+
+    masked_batches: list[MaskedBatch]
+    cursor: int
+
+
+def prepare_step(inputs: TrainLoopInputs, plan: Plan, step: int, cursor: int) -> PreparedStep:
+    """Reads and masks this rank's micro-batches of a step. A pure function of step and cursor."""
+    number = plan.stage_at(step)
+    stage, loader = plan.stages[number], inputs.loaders[number]
+    if step == stage.first_step:
+        cursor = loader.first_cursor(number)
+    batches, after = loader.step(cursor, stage.batch_tokens, inputs.context.rank, inputs.context.ranks)
+    progress = plan.progress(step)
+    masked = [inputs.objective.corrupt(replace(batch, progress=progress), inputs.seed) for batch in batches]
+    return PreparedStep(masked, after)
+
+
+def _prepared_steps(
+    inputs: TrainLoopInputs, plan: Plan, state: TrainState, *, prefetch: bool
+) -> Generator[PreparedStep]:
+    """Yields the data of each remaining step. With `prefetch`, a thread prepares one step ahead.
+
+    Closing the generator ends the thread. An exception of the thread is raised in the caller.
+    """
+    steps, cursor = range(state.step, plan.steps), state.cursor
+    if not prefetch:
+        for step in steps:
+            prepared = prepare_step(inputs, plan, step, cursor)
+            cursor = prepared.cursor
+            yield prepared
+        return
+    with ThreadPoolExecutor(max_workers=1, thread_name_prefix=PREFETCH_THREAD) as executor:
+        future = executor.submit(prepare_step, inputs, plan, state.step, cursor)
+        for step in steps:
+            prepared = future.result()
+            if step + 1 < plan.steps:
+                future = executor.submit(prepare_step, inputs, plan, step + 1, prepared.cursor)
+            yield prepared
+
+
+# The loop -------------------------------------------------------------------------------------------------------------
+
+
+def train(
+    inputs: TrainLoopInputs,
+    plan: Plan,
+    state: TrainState,
+    callbacks: Sequence[Callback] = (),
+    *,
+    log: LogCallback | None = None,
+    stop_requested: Callable[[], StopReason | None] = _no_stop,
+    has_enough: Callable[[TrainState], bool] = _never,
+    prefetch: bool = True,
+) -> StopReason:
+    """Trains until the plan is done, `has_enough` returns True or a stop is requested.
+
+    Args:
+        inputs: what is trained, and on what.
+        plan: steps and stages.
+        state: updated in place after each step.
+        callbacks: run after the steps for which they are due, in this order.
+        log: runs before `callbacks`.
+        stop_requested: called in each step. A request on any rank stops all ranks after the same step.
+        has_enough: called after the callbacks of each step; it must return the same value on all ranks.
+        prefetch: prepare the batches of the next step in a background thread. The results are the same bits.
 
     Raises:
-        RunError: the gradient is no finite number.
+        RunError: the gradient norm is not finite.
     """
-    plan, world, begin = training.plan, training.world, time.perf_counter() - state.seconds
-    last_done = [state.seconds] * len(callbacks)
-    training.learner.train()
-    while state.step < plan.steps:
-        stage = plan.stage_at(state.step)
-        feed = training.feeds[stage]
-        if state.step == plan.stages[stage].first_step:
-            state.cursor = feed.first_cursor(stage)
+    context, begin = inputs.context, time.perf_counter() - state.seconds
+    last_run, last_log = [state.seconds] * len(callbacks), state.seconds
+    inputs.module.train()
+    with contextlib.closing(_prepared_steps(inputs, plan, state, prefetch=prefetch)) as prepared_steps:
+        while state.step < plan.steps:
+            step_began = time.perf_counter()
+            with state.timed("data"):
+                prepared = next(prepared_steps)
+                clock = time.perf_counter() - begin
+                stop, clock, tokens, counts = _agree(inputs, prepared.masked_batches, stop_requested(), clock)
+            waited = time.perf_counter() - step_began
 
-        step_began = time.perf_counter()
-        with state.timed("data"):
-            batches, cursor = feed.step(state.cursor, plan.stages[stage].batch_tokens, world.rank, world.ranks)
-            progress = plan.progress(state.step)
-            batches = [replace(batch, progress=progress) for batch in batches]
-            masked_batches = [training.objective.corrupt(batch, training.seed) for batch in batches]
-            clock = time.perf_counter() - begin
-            wish, clock, tokens, counts = _agree(world, masked_batches, training.objective, asked_to_stop(), clock)
+            step_metrics = _accumulate_gradients(inputs, state, prepared.masked_batches, counts)
+            with state.timed("optimizer"):
+                _optimizer_step(inputs, state, plan.progress(state.step))
 
-        seen = _accumulate(training, state, masked_batches, counts)
+            state.step += 1
+            state.cursor = prepared.cursor
+            state.tokens += tokens
+            state.metrics.add(_sum_metrics(context, step_metrics))
+            state.metrics.tokens += tokens
+            state.metrics.seconds += time.perf_counter() - step_began
+            state.metrics.data_wait_seconds += waited
+            state.seconds = time.perf_counter() - begin
 
-        with state.timed("optimizer"):
-            world.sum_gradients(training.learner)
-            state.grad_norm = training.optimizer.clip()
-            _check_finite(state)
-            factor = training.rate_factor(progress, state.step)
-            state.lr = training.optimizer.settings.lr * factor
-            training.optimizer.step(factor)
-            training.optimizer.zero_grad()
-            if training.ema:
-                training.ema.update(training.learner, state.step)
-
-        state.step += 1
-        state.cursor = cursor
-        state.tokens += tokens
-        state.window.add(_sum_seen(world, seen))
-        state.window.tokens += tokens
-        state.window.seconds += time.perf_counter() - step_began
-        state.seconds = time.perf_counter() - begin
-
-        for number, duty in enumerate(callbacks):
-            if duty.is_due(state.step, state.tokens, clock - last_done[number]):
-                duty.run(state)
-                training.learner.train()
-                state.seconds = time.perf_counter() - begin
-                last_done[number] = clock
-        if enough(state):
-            return EARLY
-        if wish:
-            return wish
-    return 0
+            if log and log.is_due(state.step, clock - last_log):
+                log.run(state, state.pop_metrics())
+                last_log = clock
+            for number, callback in enumerate(callbacks):
+                if callback.is_due(state.step, clock - last_run[number]):
+                    callback.run(state)
+                    inputs.module.train()
+                    state.seconds = time.perf_counter() - begin
+                    last_run[number] = clock
+            if has_enough(state):
+                return StopReason.EARLY
+            if stop:
+                return stop
+    return StopReason.PLAN_DONE
 
 
 def _agree(
-    world: DistributedContext, masked_batches: Sequence[MaskedBatch], objective: Objective, wish: int, clock: float
-) -> tuple[int, float, int, dict[str, int]]:
-    """What all ranks share before the first forward: the wish to stop, one clock, the step's tokens, each term's count.
+    inputs: TrainLoopInputs, masked_batches: Sequence[MaskedBatch], stop: StopReason | None, clock: float
+) -> tuple[StopReason | None, float, int, dict[str, int]]:
+    """Sums over all ranks what they must share before the first forward pass.
 
-    The clock is the mean of all ranks', so that what is due after some seconds is due on all of them.
+    Returns:
+        A stop request of any rank, the mean clock, the tokens of the step and the count of each loss term. With one
+        clock, a callback that is due after some seconds is due on all ranks.
     """
-    terms = list(objective.loss_weights)
-    mine = [sum(masked.denominators[term] for masked in masked_batches) for term in terms]
-    tokens = sum(puzzle.batch.tokens for puzzle in masked_batches)
-    shared = world.sum([wish == INTERRUPTED, wish, clock, tokens, *mine])
-    interrupted, wished, clocks, all_tokens, *totals = shared
-    stop = INTERRUPTED if interrupted else TERMINATED if wished else 0
+    terms = list(inputs.objective.loss_weights)
+    own = [sum(masked.denominators[term] for masked in masked_batches) for term in terms]
+    tokens = sum(masked.batch.tokens for masked in masked_batches)
+    interrupted, stopped, clocks, all_tokens, *totals = inputs.context.sum(
+        [stop is StopReason.INTERRUPTED, stop is not None, clock, tokens, *own]
+    )
+    shared_stop = StopReason.INTERRUPTED if interrupted else StopReason.TERMINATED if stopped else None
     counts = {term: int(total) for term, total in zip(terms, totals, strict=True)}
-    return stop, clocks / world.ranks, int(all_tokens), counts
+    return shared_stop, clocks / inputs.context.ranks, int(all_tokens), counts
 
 
-def _accumulate(
-    training: TrainLoopInputs, state: TrainState, masked_batches: Sequence[MaskedBatch], counts: Mapping[str, int]
+def _accumulate_gradients(
+    inputs: TrainLoopInputs, state: TrainState, masked_batches: Sequence[MaskedBatch], counts: Mapping[str, int]
 ) -> dict[str, tuple[Tensor, int]]:
-    """Forward and backward over this rank's micro-batches, each sum divided by the count of the whole step."""
-    # A rank that was dealt nothing still names every metric: all ranks must sum the same numbers.
-    nothing = torch.zeros((), device=training.world.device)
-    seen: dict[str, tuple[Tensor, int]] = dict.fromkeys(training.objective.metrics, (nothing, 0))
+    """Runs forward and backward over this rank's micro-batches; returns (sum, count) of each metric.
+
+    Each loss sum is divided by its count in the whole step, over all micro-batches and ranks.
+    """
+    # A rank without samples still returns every metric, because all ranks must sum the same numbers.
+    zero = torch.zeros((), device=inputs.context.device)
+    metrics: dict[str, tuple[Tensor, int]] = dict.fromkeys(inputs.objective.metrics, (zero, 0))
     for micro, masked in enumerate(masked_batches):
-        # Dropout is the one draw that torch makes; its generator starts anew for each micro-batch, so a resumed run and
-        # an undisturbed one drop the same units.
-        torch.manual_seed(rng.integer(training.seed, "dropout", state.step, micro, training.world.rank))
-        with state.timed("forward"), training.world.autocast():
-            loss: LossSums = training.learner(masked.to(training.world.device))
+        # Only dropout draws from torch's generator. Seeding it for each micro-batch makes a resumed run drop the same
+        # units as an uninterrupted one.
+        torch.manual_seed(rng.integer(inputs.seed, "dropout", state.step, micro, inputs.context.rank))
+        with state.timed("forward"), inputs.context.autocast():
+            loss: LossSums = inputs.module(masked.to(inputs.context.device))
             total = torch.stack(
                 [
                     weight * loss.sums[term] / max(counts[term], 1)
-                    for term, weight in training.objective.loss_weights.items()
+                    for term, weight in inputs.objective.loss_weights.items()
                 ]
             ).sum()
         with state.timed("backward"):
             total.backward()
         for name, (value, count) in loss.metrics.items():
-            before, number = seen[name]
-            seen[name] = (before + value, number + count)
-    return seen
+            earlier_sum, earlier_count = metrics[name]
+            metrics[name] = (earlier_sum + value, earlier_count + count)
+    return metrics
 
 
-def _sum_seen(world: DistributedContext, seen: Mapping[str, tuple[Tensor, int]]) -> dict[str, tuple[float, int]]:
-    names = sorted(seen)
-    flat = world.sum([number for name in names for number in (float(seen[name][0]), seen[name][1])])
+def _optimizer_step(inputs: TrainLoopInputs, state: TrainState, progress: float) -> None:
+    """Sums and clips the gradients, updates the weights and their average.
+
+    Raises:
+        RunError: the gradient norm is not finite.
+    """
+    inputs.context.sum_gradients(inputs.module)
+    state.grad_norm = inputs.optimizer.clip()
+    if not math.isfinite(state.grad_norm):  # stop before the weights become NaN; the last checkpoint stays good
+        raise RunError(
+            f"gradient norm is {state.grad_norm} in step {state.step + 1}",
+            location="training",
+            hint="start a new run with lower learning rates, e.g. --set optimizer.lr=1e-3 --set optimizer.muon_lr=0.01",
+        )
+    factor = inputs.lr_factor(progress, state.step)
+    state.lr = inputs.optimizer.config.lr * factor
+    inputs.optimizer.step(factor)
+    inputs.optimizer.zero_grad()
+    if inputs.ema:
+        inputs.ema.update(inputs.module, state.step)
+
+
+def _sum_metrics(
+    context: DistributedContext, metrics: Mapping[str, tuple[Tensor, int]]
+) -> dict[str, tuple[float, int]]:
+    """Sums metrics over all ranks."""
+    names = sorted(metrics)
+    flat = context.sum([number for name in names for number in (float(metrics[name][0]), metrics[name][1])])
     return {name: (flat[2 * i], int(flat[2 * i + 1])) for i, name in enumerate(names)}
 
 
-def _check_finite(state: TrainState) -> None:
-    """Stop before a step that would make the weights no numbers; nothing is saved over the last good checkpoint."""
-    if not math.isfinite(state.grad_norm):
-        raise RunError(
-            f"the gradient's norm is {state.grad_norm} in step {state.step + 1}",
-            location="training",
-            hint="start a new run with lower rates, e.g. --set optimizer.lr=1e-3 --set optimizer.muon_lr=0.01",
-        )
-
-
-class Interrupted(Exception):
-    """A signal came before there was anything to save."""
-
-    def __init__(self, exit_code: int) -> None:
-        self.exit_code = exit_code
-        super().__init__("stopped before the first step; nothing was written")
+# Signals --------------------------------------------------------------------------------------------------------------
 
 
 class Signals:
-    """A context in which signals are answered; outside the main thread (a notebook's worker, say) it does nothing."""
+    """Context manager that turns SIGINT, SIGTERM and SIGUSR1 into a request to stop.
+
+    Outside the main thread (a worker of a notebook, for example) it does nothing.
+    """
 
     def __init__(self) -> None:
-        self._wish = 0
+        self._stop: StopReason | None = None
         self._training = False
-        self._before: dict[int, Any] = {}
+        self._handlers: dict[int, Any] = {}
 
     def __enter__(self) -> Signals:
         if threading.current_thread() is threading.main_thread():
             names = [name for name in ("SIGINT", "SIGTERM", "SIGUSR1", "SIGBREAK") if hasattr(signal, name)]
             for number in (getattr(signal, name) for name in names):
-                self._before[number] = signal.signal(number, self._answer)
+                self._handlers[number] = signal.signal(number, self._handle)
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        for number, handler in self._before.items():
+        for number, handler in self._handlers.items():
             signal.signal(number, handler)
 
-    def remember_from_now_on(self) -> None:
-        """From here on a signal is a wish; there is something to save."""
+    def start_deferring(self) -> None:
+        """Makes signals requests from now on. Before, when there is nothing to save, they raise Interrupted."""
         self._training = True
 
-    def wish(self) -> int:
-        """0, INTERRUPTED or TERMINATED."""
-        return self._wish
+    def stop_requested(self) -> StopReason | None:
+        """Returns INTERRUPTED or TERMINATED after a signal, else None."""
+        return self._stop
 
-    def _answer(self, number: int, frame: FrameType | None) -> None:
-        code = INTERRUPTED if number == signal.SIGINT else TERMINATED
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        reason = StopReason.INTERRUPTED if number == signal.SIGINT else StopReason.TERMINATED
         if not self._training:
-            raise Interrupted(code)
-        if self._wish == INTERRUPTED == code:  # a second Ctrl-C means now
+            raise Interrupted(reason.exit_code)
+        if self._stop is StopReason.INTERRUPTED and reason is StopReason.INTERRUPTED:  # a second Ctrl-C stops at once
             raise KeyboardInterrupt
-        self._wish = code
+        self._stop = reason

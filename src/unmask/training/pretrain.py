@@ -1,75 +1,69 @@
-"""Room card: a run from beginning to end.
-
-Comes in: text, a recipe (name, file, changes), a budget; or a run to go on with. Goes out: RUN on disk (recipe.toml,
-env.json, log.jsonl, latest, best, step folders) and the model in hand. Called by: people through `unmask.pretrain`, the
-command line, demo.
-"""
+"""Starts and resumes runs: text, recipe and budget in; a run directory and a pretrained model out."""
 
 from __future__ import annotations
 
 import contextlib
-import importlib.util
+import logging
 import os
 import shutil
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 from unmask.core import files
-from unmask.core.distributed import device_note, differences, init_distributed, load_warning
+from unmask.core.distributed import (
+    DistributedContext,
+    device_note,
+    differences,
+    init_distributed,
+    load_warning,
+)
 from unmask.core.errors import RecipeError, RunError, StoreError
-from unmask.core.files import default_cache
+from unmask.core.files import RunLayout, default_cache
 from unmask.core.hardware import cores
 from unmask.core.quantities import Quantity
-from unmask.data.sources import open_text
-from unmask.models.model import LATEST, Model, load, save_model
+from unmask.data.sources import open_text, open_valid
+from unmask.models.model import Model, load, save_model
 from unmask.objectives.word_boost import resolve_word_list
 from unmask.training import checkpoint
-from unmask.training.callbacks import enough_in_words, has_enough, work
-from unmask.training.display import Display, Summary
-from unmask.training.display.plain import SilentDisplay
+from unmask.training.callbacks import PreparedRun, describe_early_stop, run_training, should_stop_early
+from unmask.training.display import Display, Summary, first_sample, show_log
 from unmask.training.environment import (
-    ENVIRONMENT,
     determinism_key,
-    open_text_again,
-    open_valid,
-    open_valid_again,
+    load_run_tokenizer,
     read_environment,
+    reopen_text,
+    reopen_valid,
+    require_run_format,
     write_environment,
 )
-from unmask.training.estimate import CostEstimate
-from unmask.training.loggers import CRASH, check_installed, discard_after
+from unmask.training.estimate import CostEstimate, estimate_cost, measure
+from unmask.training.loggers import check_installed, discard_after
 from unmask.training.loop import Signals, TrainState
-from unmask.training.plan import Plan, affordable, check_budget, make_plan, prolong
-from unmask.training.recipe import Recipe, change, load_recipe, read_recipe, write_recipe
-from unmask.training.runs import locked
-from unmask.training.setup import Workshop
-from unmask.training.warm_start import DECIDED, START, WarmStart, started_from, with_run_tokenizer
+from unmask.training.plan import Measured, Plan, check_budget, extend_plan, limit_validation, make_plan
+from unmask.training.recipe import Recipe, change_recipe, load_recipe, read_recipe, write_recipe
+from unmask.training.runs import run_lock
+from unmask.training.setup import RunComponents, as_model, build_components, prepare_corpus, with_vocab_size
+from unmask.training.warm_start import DECIDED, WarmStart
+
+_log = logging.getLogger("unmask")
 
 
-def for_stream(stream: TextIO, quiet: bool = False) -> Display:
-    """The display that fits a stream: live in a terminal and in a notebook that has ipywidgets, else plain lines."""
-    # rich costs 50 ms and these two know this module's dataclasses, so they are met only here.
-    from rich.console import Console
+@dataclass(frozen=True)
+class LaunchOptions:
+    """Options of `launch` that don't change the run."""
 
-    from unmask.training.display.live import LiveDisplay
-    from unmask.training.display.plain import PlainDisplay, SilentDisplay
-
-    if quiet:
-        return SilentDisplay()
-    console = Console(file=stream)
-    in_terminal = console.is_terminal and not console.is_dumb_terminal and not console.is_jupyter
-    in_notebook = console.is_jupyter and importlib.util.find_spec("ipywidgets") is not None
-    return LiveDisplay(console) if in_terminal or in_notebook else PlainDisplay(stream)
+    dry_run: bool = False  # return after the cost estimate; write nothing but the cache
+    verify: bool = False  # read all bytes of the text and of the token cache, instead of comparing sizes and times
 
 
 @dataclass(frozen=True)
 class Result:
-    """What became of a run."""
+    """What a run produced."""
 
-    run: Path | None  # None for a forecast alone
+    run: Path | None  # None for a dry run
     model: Model | None
     forecast: CostEstimate | None
     summary: Summary | None
@@ -87,36 +81,38 @@ def pretrain(
     start: str | Path | WarmStart | None = None,
     display: Display | None = None,
 ) -> Model:
-    """Pretrain an encoder and give it back; what `unmask pretrain` does, for programs and notebooks.
+    """Pretrains an encoder and returns it; the Python form of `unmask pretrain`.
 
     Args:
-        texts: paths of text files or folders; or the texts themselves, one document each: strings of which at least one
-            can't be meant as a path, because it has lines, or spaces where no file has that name.
-        recipe: a shipped recipe's name or a TOML file; without one "tiny", or "continue" where there is a start.
-        budget: "300 s", "120 steps", "2M tokens" or "3 epochs"; the recipe's own where it isn't given.
-        out: the folder of the run; it must not exist yet.
-        seed: of all draws.
-        settings: `key=value` texts, as for `--set`.
-        start: the folder of a model to go on from, or a Start, which may add pieces to its vocabulary.
-        display: what shows the run; by default nothing is printed.
+        texts: paths of text files or directories, or the texts themselves, one document each. Strings are texts if at
+            least one of them can't be a path: it has line breaks, or spaces and no file has that name.
+        recipe: name of a shipped recipe or path of a TOML file; default "tiny", or "continue" with `start`.
+        budget: "300 s", "120 steps", "2M tokens" or "3 epochs"; default: the budget of the recipe.
+        out: directory of the run; it must not exist yet.
+        seed: random seed.
+        settings: `key=value` strings, as for `--set`.
+        start: directory of a model to start from, or a WarmStart, which can add tokens to its vocabulary.
+        display: shows the progress; by default nothing is printed.
 
     Raises:
-        UnmaskError: whatever a person can mend, in words that say how.
+        UnmaskError: the text, a setting, the disk or a file is not usable; the message has a hint.
     """
-    begun = WarmStart.open(start) if isinstance(start, str | Path) else start
-    given = [texts] if isinstance(texts, str | Path) else list(texts)
+    warm_start = WarmStart.open(start) if isinstance(start, str | Path) else start
     overrides = {"seed": seed, "train.budget": budget}
     result = launch(
-        given,
-        recipe=recipe or ("continue" if begun else "tiny"),
+        [texts] if isinstance(texts, str | Path) else list(texts),
+        recipe=recipe or ("continue" if warm_start else "tiny"),
         out=out,
         settings=settings,
         display=display,
-        start=begun,
+        start=warm_start,
         overrides={key: value for key, value in overrides.items() if value is not None},
     )
     assert result.model is not None
     return result.model
+
+
+# Starting -------------------------------------------------------------------------------------------------------------
 
 
 def launch(
@@ -127,75 +123,113 @@ def launch(
     settings: Sequence[str] = (),
     overrides: Mapping[str, Any] | None = None,
     display: Display | None = None,
-    dry_run: bool = False,
     start: WarmStart | None = None,
+    options: LaunchOptions = LaunchOptions(),
 ) -> Result:
-    """Start a run. `overrides` are explicit flags (dotted key -> value): they beat `settings`, and those the recipe.
+    """Starts a run.
 
-    With `start` it begins with the weights of a model, which decides encoder and tokenizer.
+    Args:
+        texts: paths, or the texts themselves.
+        recipe: name, path or recipe.
+        out: directory of the run; it must not exist yet.
+        settings: `key=value` strings; they take precedence over the recipe.
+        overrides: values of command-line options by dotted key; they take precedence over `settings`.
+        display: shows the progress.
+        start: a model to start from; it determines encoder and tokenizer.
+        options: dry run, verification.
     """
-    display = display or SilentDisplay()
-    run = Path(out)
-    if os.path.lexists(run) and not dry_run:
+    run, display = Path(out), display or Display()
+    if os.path.lexists(run) and not options.dry_run:
         raise RunError(
-            "there is something at this path already",
+            "output path already exists",
             location=str(run),
-            hint=f"choose another --out, or go on with that run: unmask pretrain --resume {run}",
+            hint=f"choose another --out, or resume that run: unmask pretrain --resume {run}",
         )
-    decided = DECIDED if start else ()
-    whole = recipe if isinstance(recipe, Recipe) else load_recipe(recipe, settings, overrides, decided)
-    notes = list[str]()
+    with _session(display) as signals:
+        # The recipe becomes final in four steps: settings, warm start, data, measured time.
+        if not isinstance(recipe, Recipe):
+            recipe = load_recipe(recipe, settings, overrides, DECIDED if start else ())
+        recipe = _with_start_and_paths(recipe, start)
+        source, valid = open_text(texts, recipe.data), open_valid(recipe.data)
+        context = _init_context(recipe, run, dry_run=options.dry_run)
+        verify = options.verify and context.is_main_process
+        corpus = prepare_corpus(recipe, source, display.progress, verify=verify)
+        recipe = with_vocab_size(recipe, corpus.tokenizer, start)
+        components = build_components(recipe, source, corpus, context, valid_sources=valid, warm_start=start)
+        measured = measure(recipe, components)
+        recipe = _with_affordable_validation(recipe, measured)
+        epoch_tokens = [loader.epoch_tokens for loader in components.loaders]
+        plan = make_plan(recipe.stage, recipe.train.budget, recipe.train.every, epoch_tokens, measured)
+        estimate = estimate_cost(recipe, plan, components)
+        if context.is_main_process:
+            display.estimate(estimate)
+            display.sample(*first_sample(recipe, components))
+        if options.dry_run:
+            return Result(None, None, estimate, None)
+        signals.start_deferring()  # before anything is written, so that what is written can be resumed
+        prepared = PreparedRun(run, recipe, plan, components, estimate)
+        if context.is_main_process:
+            _create_folder(run)
+        with _locked(run):
+            if context.is_main_process:
+                _write_start(prepared, texts, start)
+            context.barrier()
+            return _train(prepared, TrainState(), display, signals)
+
+
+def _with_start_and_paths(recipe: Recipe, start: WarmStart | None) -> Recipe:
+    """Returns the recipe with model and tokenizer of the warm start, absolute paths and the words of its word list.
+
+    A run can then be resumed from any working directory, whatever became of the word list.
+    """
     if start:
-        whole, notes = start.apply_to(whole, default_cache())
-    elif whole.init.required:
+        recipe = start.apply_to(recipe, default_cache())
+    elif recipe.init.required:
         raise RecipeError(
-            f"the recipe `{whole.name}` goes on from a model, and none is named",
-            hint="name it: --from MODEL; or take another recipe: unmask recipe list",
+            f"the recipe `{recipe.name}` needs a model to start from",
+            hint="name it: --from MODEL; or use another recipe: unmask recipe list",
         )
-    # A run goes on from wherever it is resumed, whatever became of a list of words.
-    whole = replace(whole, data=whole.data.absolute(), objective=resolve_word_list(whole.objective))
-    source, valid = open_text(texts, whole.data), open_valid(whole.data)
-    check_installed(whole.train.loggers)
-    with _told(display), Signals() as signals:
-        world = init_distributed(whole.train.precision, whole.train.threads, whole.train.device)
-        for note in filter(None, (*notes, load_warning(world), device_note(world))):  # the load is not yet our own
-            display.message(note)
-        if world.is_main_process and not dry_run:
-            files.check_writable(run)
-        workshop = Workshop(whole, source, world, display, valid, start)
-        whole = workshop.recipe
-        measured = workshop.probe()
-        every, note = affordable(whole.train.every, whole.train.budget, measured)
-        if note:
-            display.message(note)
-            whole = workshop.recipe = replace(whole, train=replace(whole.train, every=every))
-        plan = make_plan(
-            whole.stage, whole.train.budget, every, [feed.epoch_tokens for feed in workshop.feeds], measured
-        )
-        forecast = workshop.forecast(plan)
-        if world.is_main_process:
-            display.forecast(forecast)
-            display.text(*workshop.text_as_seen())
-        if dry_run:
-            return Result(None, None, forecast, None)
-        signals.remember_from_now_on()  # before anything is written, so that what is written can go on
-        if world.is_main_process:
-            with files.wrap_os_errors(run):
-                run.mkdir(parents=True)
-        with _alone(run, display):
-            if world.is_main_process:
-                try:
-                    write_recipe(run, whole, plan)
-                    if start:  # so that the run can begin again, and be compared, when the model is gone
-                        save_model(run / START, start.model)
-                    write_environment(run, workshop, texts, forecast.flops_per_second)
-                except StoreError:  # nothing in it could go on, and it would stand in the way of another try
-                    shutil.rmtree(run, ignore_errors=True)
-                    raise
-            world.barrier()
-            state = TrainState()
-            summary = work(run, workshop, plan, state, forecast, display, signals)
-            return Result(run, _model(run, workshop, state), forecast, summary)
+    check_installed(recipe.train.loggers)
+    return replace(recipe, data=recipe.data.absolute(), objective=resolve_word_list(recipe.objective))
+
+
+def _init_context(recipe: Recipe, run: Path, *, dry_run: bool) -> DistributedContext:
+    """Sets up device and ranks, with notes about the machine, and checks that the run can be written."""
+    context = init_distributed(recipe.train.precision, recipe.train.threads, recipe.train.device)
+    for note in filter(None, (load_warning(context), device_note(context))):
+        _log.info(note)  # before this process causes load itself
+    if context.is_main_process and not dry_run:
+        files.check_writable(run)
+    return context
+
+
+def _with_affordable_validation(recipe: Recipe, measured: Measured) -> Recipe:
+    """Returns the recipe with fewer validations if they would use too much of a budget in seconds."""
+    every, note = limit_validation(recipe.train.every, recipe.train.budget, measured)
+    if note:
+        _log.info(note)
+    return replace(recipe, train=replace(recipe.train, every=every))
+
+
+def _create_folder(run: Path) -> None:
+    with files.wrap_os_errors(run):
+        run.mkdir(parents=True)
+
+
+def _write_start(prepared: PreparedRun, texts: Sequence[str | Path], start: WarmStart | None) -> None:
+    """Writes recipe.toml, env.json and the model that the run starts from."""
+    run, recipe = prepared.folder, prepared.recipe
+    try:
+        write_recipe(run, recipe, prepared.plan)
+        if start:  # the run can then begin again, and be compared, when the model is gone
+            save_model(run / RunLayout.START, start.model)
+        write_environment(run, recipe, prepared.components, texts, prepared.estimate.flops_per_second)
+    except StoreError:  # an incomplete directory can't be resumed and would block another attempt
+        shutil.rmtree(run, ignore_errors=True)
+        raise
+
+
+# Resuming -------------------------------------------------------------------------------------------------------------
 
 
 def resume(
@@ -205,130 +239,150 @@ def resume(
     settings: Sequence[str] = (),
     display: Display | None = None,
     allow_different_environment: bool = False,
+    verify: bool = False,
 ) -> Result:
-    """Go on with a run where its last step folder stands, bit for bit as if it had never stopped.
+    """Resumes a run that was stopped or killed, or extends a finished one; the results are bit-identical.
 
     Args:
-        run: the folder of the run.
-        budget: a new total ("2000 steps") or what comes on top ("+1 epoch"); without it the run's own plan is finished.
-        settings: `key=value` texts for what may change: `train.every`, `train.keep_last`, `train.early_stopping_patience`, `train.loggers`
-            and `preview`.
-        display: what shows the run.
-        elsewhere: go on although the machine or the versions differ; the bits will differ too.
+        run: directory of the run.
+        budget: a new total ("2 epochs") or an addition ("+1 epoch").
+        settings: `key=value` strings for `train.every`, `train.keep_last`, `train.early_stopping_patience`,
+            `train.loggers` and `preview`; nothing else may change.
+        display: shows the progress.
+        allow_different_environment: resume although machine or versions differ; the results will differ too.
+        verify: read all bytes of the text and of the token cache, instead of comparing sizes and times.
 
     Raises:
-        RunError: the text, the machine or a setting is not what the run was started with; the difference is named.
+        RunError: text, machine or a setting differs from the start of the run; the difference is named.
     """
-    display = display or SilentDisplay()
-    folder = Path(run)
-    recipe, plan = read_recipe(folder)
-    more = None if budget is None else Quantity.parse(budget, relative=True)
-    if more is not None:
-        check_budget(more, where=f"--budget {budget}")
-    elif told := _why_finished(folder, change(recipe, settings), plan):
-        display.message(f"{folder} {told}")
-        display.close()
-        return Result(folder, load(folder), None, None, finished_before=True)
-    with _told(display), Signals() as signals, _alone(folder, display):
-        return _go_on(folder, more, settings, display, signals, allow_different_environment=allow_different_environment)
+    folder, display = Path(run), display or Display()
+    with _session(display) as signals:
+        require_run_format(folder)
+        recipe, plan = read_recipe(folder)
+        recipe = change_recipe(recipe, settings)
+        extension = None if budget is None else Quantity.parse(budget, relative=True)
+        if extension is not None:
+            check_budget(extension, where=f"--budget {budget}")
+        elif reason := _why_finished(folder, recipe, plan):
+            _log.info(f"{folder} {reason}")
+            return Result(folder, load(folder), None, None, finished_before=True)
+        with _locked(folder):
+            check_installed(recipe.train.loggers)
+            environment = read_environment(folder)
+            context, changes = _restore_context(folder, recipe, environment, allow_changes=allow_different_environment)
+            components = _restore_components(folder, recipe, environment, context, display, verify=verify)
+            if extension is not None:
+                epoch_tokens = components.loaders[-1].epoch_tokens
+                plan = extend_plan(plan, extension, every=recipe.train.every, epoch_tokens=epoch_tokens)
+            has_steps = os.path.lexists(folder / RunLayout.LATEST)
+            state = checkpoint.load(folder, components.training) if has_steps else TrainState()
+            prepared = PreparedRun(folder, recipe, plan, components, estimate_cost(recipe, plan, components))
+            signals.start_deferring()  # before anything is written
+            if context.is_main_process:
+                _write_resume(prepared, state, environment, changes)
+            _log.info(f"resuming at step {state.step} of {plan.steps}")
+            return _train(prepared, state, display, signals)
 
 
-def _go_on(
-    folder: Path,
-    more: Quantity | None,
-    settings: Sequence[str],
-    display: Display,
-    signals: Signals,
-    *,
-    allow_different_environment: bool,
-) -> Result:
-    """Resume a run that nobody else works on."""
-    recipe, plan = read_recipe(folder)
-    recipe = with_run_tokenizer(folder, change(recipe, settings))
-    check_installed(recipe.train.loggers)
-    environment = read_environment(folder)
+def _restore_context(
+    run: Path, recipe: Recipe, environment: Mapping[str, Any], *, allow_changes: bool
+) -> tuple[DistributedContext, list[str]]:
+    """Sets up device and ranks as at the start of the run; returns the context and what is different now.
+
+    Raises:
+        RunError: results would not be bit-identical, and `allow_changes` is not set.
+    """
     facts = environment["determinism"]
     threads = min(int(facts["threads"]), cores())
-    world = init_distributed(recipe.train.precision, threads, recipe.train.device)
-    changed = differences(determinism_key(world, recipe), facts)
-    if changed and not allow_different_environment:
+    context = init_distributed(recipe.train.precision, threads, recipe.train.device)
+    changes = differences(determinism_key(context, recipe), facts)
+    if changes and not allow_changes:
         raise RunError(
-            "this machine would not compute the same bits: " + "; ".join(changed),
-            location=str(folder / ENVIRONMENT),
-            hint="resume where the run was started, or accept other bits with --allow-different-environment",
+            "results would not be bit-identical on this machine: " + "; ".join(changes),
+            location=str(run / RunLayout.ENVIRONMENT),
+            hint="resume where the run was started, or accept other results with --allow-different-environment",
         )
-    source = open_text_again(folder, environment, recipe.data)
-    valid = open_valid_again(environment, recipe.data)
-    is_new = not os.path.lexists(folder / LATEST)
-    workshop = Workshop(recipe, source, world, display, valid, started_from(folder, recipe) if is_new else None)
-    if workshop.tokenizer.fingerprint != environment["text"]["tokenizer"]:
-        raise RunError(
-            "the tokenizer that this text gives is not the run's",
-            location=str(folder),
-            hint="resume with the versions that env.json names, or start a new run",
-        )
-    if more is not None:
-        plan = prolong(plan, more, every=recipe.train.every, epoch_tokens=workshop.feeds[-1].epoch_tokens)
-    state = TrainState()
-    if not is_new:
-        state = checkpoint.load(folder, workshop.training(plan))
-    forecast = workshop.forecast(plan)
-    signals.remember_from_now_on()  # before anything is written
-    if world.is_main_process:
-        moved = discard_after(folder, state.step)
-        if moved:
-            display.message(f"{moved} log lines of steps that were not saved moved to discarded.jsonl")
-        write_recipe(folder, recipe, plan)
-        if changed:
-            environment["resumed_in_different_environment"] = [
-                *environment.get("resumed_in_different_environment", []),
-                *changed,
-            ]
-            environment["determinism"] = determinism_key(world, recipe)
-            files.write_json(folder / ENVIRONMENT, environment)
-        with contextlib.suppress(FileNotFoundError):  # it tells of a fault that this run is past
-            os.replace(folder / CRASH, folder / f"earlier-{CRASH}")
-    display.message(f"going on at step {state.step} of {plan.steps}")
-    summary = work(folder, workshop, plan, state, forecast, display, signals)
-    return Result(folder, _model(folder, workshop, state), forecast, summary)
+    return context, changes
+
+
+def _restore_components(
+    run: Path,
+    recipe: Recipe,
+    environment: Mapping[str, Any],
+    context: DistributedContext,
+    display: Display,
+    *,
+    verify: bool,
+) -> RunComponents:
+    """Opens the text of the run again and builds what it works with.
+
+    Raises:
+        RunError: the text has changed.
+        DamagedError: the tokenizer of the run or a file of the cache has changed.
+    """
+    verify = verify and context.is_main_process
+    source = reopen_text(run, environment, recipe.data, verify=verify)
+    valid = reopen_valid(environment, recipe.data, verify=verify)
+    tokenizer = load_run_tokenizer(run, environment)
+    corpus = prepare_corpus(recipe, source, display.progress, tokenizer, verify=verify)
+    # Without a checkpoint the weights are initialized again, like at the start.
+    start = None if os.path.lexists(run / RunLayout.LATEST) else WarmStart.of_run(run, recipe)
+    return build_components(recipe, source, corpus, context, valid_sources=valid, warm_start=start)
+
+
+def _write_resume(prepared: PreparedRun, state: TrainState, environment: dict[str, Any], changes: list[str]) -> None:
+    """Removes what a crash left, and writes the recipe, the plan and the changes of the environment."""
+    run, recipe = prepared.folder, prepared.recipe
+    discarded = discard_after(run, state.step)
+    if discarded:
+        _log.info(f"moved {discarded} log lines of steps that were not saved to discarded.jsonl")
+    write_recipe(run, recipe, prepared.plan)
+    if changes:
+        earlier = environment.get("resumed_in_different_environment", [])
+        environment["resumed_in_different_environment"] = [*earlier, *changes]
+        environment["determinism"] = determinism_key(prepared.components.context, recipe)
+        files.write_json(run / RunLayout.ENVIRONMENT, environment)
+    with contextlib.suppress(FileNotFoundError):  # the report of an earlier crash
+        os.replace(run / RunLayout.CRASH, run / f"earlier-{RunLayout.CRASH}")
 
 
 def _why_finished(run: Path, recipe: Recipe, plan: Plan) -> str:
-    """Why there is nothing to go on with, and what can be done; empty where there is."""
-    if not os.path.lexists(run / LATEST):
+    """Returns why a run has no steps left and how to extend it, or "" if it has some."""
+    if not os.path.lexists(run / RunLayout.LATEST):
         return ""
-    state = checkpoint.standing(checkpoint.latest(run))
+    state = checkpoint.read_state(checkpoint.latest(run))
     if state.step >= plan.steps:
-        return f'is finished: {plan.steps} steps. Prolong it with --budget "+1 epoch".'
-    if has_enough(recipe, state):
-        early = f"ended early at step {state.step} of {plan.steps}: {enough_in_words(recipe)}"
-        return f"{early}. Go on all the same with --set train.early_stopping_patience=0."
+        return f'is finished: {plan.steps} steps. Extend it with --budget "+1 epoch".'
+    if should_stop_early(recipe, state):
+        early = f"ended early at step {state.step} of {plan.steps}: {describe_early_stop(recipe)}"
+        return f"{early}. Continue it with --set train.early_stopping_patience=0."
     return ""
 
 
-def _model(run: Path, workshop: Workshop, state: TrainState) -> Model:
-    """What `unmask.load` opens: the best by validation, not always the last; beyond the first rank, the last."""
+# Both -----------------------------------------------------------------------------------------------------------------
+
+
+def _train(prepared: PreparedRun, state: TrainState, display: Display, signals: Signals) -> Result:
+    summary = run_training(prepared, state, display, signals)
+    return Result(prepared.folder, _final_model(prepared, state), prepared.estimate, summary)
+
+
+def _final_model(prepared: PreparedRun, state: TrainState) -> Model:
+    """Returns what `unmask.load` opens: the best model by validation. Ranks other than 0 return the last one."""
+    run, recipe, components = prepared.folder, prepared.recipe, prepared.components
     last_is_best = state.best is None or state.best["step"] == state.step
-    if workshop.recipe.train.keep_best and not last_is_best and workshop.world.is_main_process:
+    if recipe.train.keep_best and not last_is_best and components.context.is_main_process:
         return load(run)
-    learner = workshop.ema.learner if workshop.ema else workshop.learner
-    return workshop.model(learner, workshop.card(state), str(run))
+    return as_model(recipe, components, components.training.eval_module, state, str(run))
 
 
 @contextmanager
-def _told(display: Display) -> Generator[None]:
-    """Give the terminal back, whatever happens."""
-    try:
-        yield
-    finally:
-        display.close()
+def _session(display: Display) -> Generator[Signals]:
+    """Shows log messages on the display and handles signals; closes the display at the end."""
+    with show_log(display), Signals() as signals:
+        yield signals
 
 
-@contextmanager
-def _alone(run: Path, display: Display) -> Generator[None]:
-    """Keep other processes off this run; of several ranks the first does it for all."""
-    if os.environ.get("RANK", "0") != "0":
-        yield
-        return
-    with locked(run, display.message):
-        yield
+def _locked(run: Path) -> contextlib.AbstractContextManager[None]:
+    """Keeps other processes from working on a run; rank 0 holds the lock for all ranks."""
+    return run_lock(run) if os.environ.get("RANK", "0") == "0" else contextlib.nullcontext()

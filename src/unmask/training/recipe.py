@@ -1,9 +1,4 @@
-"""Room card: the whole recipe, as one tree of the settings that each room owns.
-
-Comes in: a recipe's name or file, `--set` texts, values of explicit flags. Goes out: a Recipe, and recipe.toml in a
-run: every value with defaults filled in, and the plan that was made from the budget. Called by: workshop, pretrain,
-cli.
-"""
+"""The recipe of a run: all its settings as one tree, loaded from TOML files and options, and saved in the run."""
 
 from __future__ import annotations
 
@@ -16,10 +11,20 @@ from typing import Any, Literal, cast
 import tomli_w
 
 from unmask.core import files
-from unmask.core.config import apply_set, assign, build_config, dump_config, load_toml, resolve_recipe
+from unmask.core.config import (
+    Override,
+    apply_set,
+    assign,
+    build_config,
+    dump_config,
+    load_toml,
+    require,
+    resolve_recipe,
+)
 from unmask.core.distributed import Device, Precision
 from unmask.core.errors import RecipeError, RunError
-from unmask.core.plugins import PluginConfig, PluginObjectiveConfig
+from unmask.core.files import RunLayout
+from unmask.core.plugins import PluginConfig, PluginLoggerConfig, PluginObjectiveConfig
 from unmask.core.quantities import Quantity
 from unmask.data.settings import DataConfig
 from unmask.models import EncoderConfig
@@ -30,81 +35,65 @@ from unmask.training.loggers import LoggerKind
 from unmask.training.optim import OptimizerConfig, ScheduleConfig
 from unmask.training.plan import EveryConfig, Plan, StageConfig, check_budget, check_stages
 
-RECIPE, PLAN = "recipe.toml", "plan"
+_PLAN = "plan"
 MAY_CHANGE = ("train.early_stopping_patience", "train.loggers", "train.every", "train.keep_last", "preview")
-"""What a resumed run may be given anew, beside its budget: nothing here changes a bit of what a step computes."""
+"""Settings that may change when a run resumes, besides the budget. None of them changes what a step computes."""
 
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """How long, how often, how finely."""
+    """Budget, intervals, hardware, and what is saved and logged."""
 
     budget: Quantity = Quantity(600, "seconds")
     every: EveryConfig = field(default_factory=EveryConfig)
-    micro_batch_size: Quantity = Quantity(16_384, "tokens")  # a step's tokens are dealt in pieces of at most this
+    micro_batch_size: Quantity = Quantity(16_384, "tokens")  # maximum size; a step has as many as it needs
     device: Device = "auto"
     precision: Precision = "auto"
     threads: int | Literal["auto"] = "auto"
-    keep_last: int = 2  # step folders
-    keep_best: bool = True  # the model of the best validation, in best/
-    early_stopping_patience: int = 0  # validations without gain after which a run ends; 0: never
-    ema_decay: float = 0.0  # the decay of an average of the weights, per step, e.g. 0.999; 0: none
-    loggers: tuple[LoggerKind, ...] = ()  # what repeats the log: "tensorboard", "trackio"
+    keep_last: int = 2  # number of step folders
+    keep_best: bool = True  # in best/: the model with the lowest validation loss
+    early_stopping_patience: int = 0  # validations without improvement before the run stops; 0: never
+    ema_decay: float = 0.0  # of an exponential moving average of the weights, per step, e.g. 0.999; 0: no average
+    loggers: tuple[LoggerKind | PluginLoggerConfig, ...] = ()  # besides log.jsonl
 
     def __post_init__(self) -> None:
         check_budget(self.budget, where="budget")
-        if self.micro_batch_size.unit != "tokens":
+        if self.micro_batch_size.unit != "tokens" or self.micro_batch_size.number < 1:
             raise RecipeError(
-                f"a micro-batch in {self.micro_batch_size.unit}", location="micro_batch_size", hint='write "16k tokens"'
+                f"invalid micro_batch_size: got {self.micro_batch_size}, expected a number of tokens",
+                location="micro_batch_size",
+                hint='write for example "16k tokens"',
             )
-        if self.micro_batch_size.number < 1:
-            raise RecipeError(
-                f"a micro-batch of {self.micro_batch_size}", location="micro_batch_size", hint='write "16k tokens"'
-            )
-        if self.early_stopping_patience < 0:
-            raise RecipeError(
-                f"`early_stopping_patience` is {self.early_stopping_patience}",
-                location="early_stopping_patience",
-                hint="give a number of validations without gain, e.g. 3, or 0 for never",
-            )
-        if not 0 <= self.ema_decay < 1:
-            raise RecipeError(
-                f"`ema_decay` is {self.ema_decay}",
-                location="ema_decay",
-                hint="give a decay below 1, e.g. 0.999, or 0 for none",
-            )
-        if self.keep_last < 1:
-            raise RecipeError(
-                f"keep_last = {self.keep_last} would remove every step", location="keep_last", hint="keep 1 or more"
-            )
+        require(self, "early_stopping_patience", min=0)
+        require(self, "ema_decay", min=0, below=1, hint="set it to a decay below 1, e.g. 0.999, or to 0 for no average")
+        require(self, "keep_last", min=1)
 
 
 @dataclass(frozen=True)
 class PreviewConfig:
-    """What the panel shows: these prompts, or where there are none, the first lines of held-out text."""
+    """Prompts whose masked tokens are predicted at each validation; without prompts, the first held-out documents."""
 
     prompts: tuple[str, ...] = ()
     num_samples: int = 5
-    max_chars: int = 160  # of a held-out text that serves as a prompt
+    max_chars: int = 160  # of a held-out document used as a prompt
 
     def __post_init__(self) -> None:
-        for name, least in (("num_samples", 0), ("max_chars", 1)):
-            if getattr(self, name) < least:
-                raise RecipeError(f"`{name}` is {getattr(self, name)}", location=name, hint=f"give {least} or more")
+        require(self, "num_samples", min=0)
+        require(self, "max_chars", min=1)
 
 
 @dataclass(frozen=True)
 class InitConfig:
-    """What a run's weights begin as: drawn, or those of a model; written by `unmask pretrain --from`."""
+    """Initial weights: random, or those of a model (`unmask pretrain --from`, which writes this section)."""
 
-    required: bool = False  # such a recipe makes no sense without a model
-    model: str = ""  # the folder that it came from; "": drawn
-    vocab_size: int = 0  # of its token table, once the vocabulary is known
+    required: bool = False  # whether the recipe needs a model
+    model: str = ""  # folder of the model; "": random weights
+    vocab_size: int = 0  # size of its token embedding, which may exceed the tokenizer's vocabulary
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """One complete run."""
+    """All settings of a run."""
 
     name: str = "custom"
     about: str = ""
@@ -124,16 +113,16 @@ class Recipe:
         longest = max(stage.max_seq_len for stage in self.stage)
         if longest > self.model.max_position_embeddings:
             raise RecipeError(
-                f"a stage of length {longest} in an encoder that holds {self.model.max_position_embeddings}",
+                f"invalid max_seq_len: got {longest}, but the model has {self.model.max_position_embeddings} positions",
                 location="stage",
-                hint=f"shorten the stage or set model.max_position_embeddings={longest}",
+                hint=f"decrease max_seq_len, or set model.max_position_embeddings={longest}",
             )
 
     @property
-    def outside(self) -> Sequence[PluginConfig]:
-        """The kinds of a person's own that this recipe names, whose code it runs."""
-        named = (self.objective, self.data.source, self.data.sampler)
-        return [kind for kind in named if isinstance(kind, PluginConfig)]
+    def plugins(self) -> Sequence[PluginConfig]:
+        """The plugins that this recipe names, whose code a run executes."""
+        candidates = (self.objective, self.data.source, self.data.sampler, *self.train.loggers)
+        return [config for config in candidates if isinstance(config, PluginConfig)]
 
 
 def load_recipe(
@@ -142,53 +131,58 @@ def load_recipe(
     overrides: Mapping[str, Any] | None = None,
     decided: Sequence[str] = (),
 ) -> Recipe:
-    """A shipped recipe or a TOML file, changed by `key=value` texts and then by flags (dotted key -> value).
+    """Loads a recipe.
 
-    `decided` are keys that a model decides which the run goes on from.
+    Args:
+        name_or_path: Name of a shipped recipe, or a TOML file.
+        settings: Changes as `key=value`.
+        overrides: Further changes, applied last: dotted key -> value, or an Override that names its option. A plain
+            value counts as set by the option of the same name, for error messages.
+        decided: Keys that the recipe may not set, because the model that the run starts from decides them.
 
     Raises:
-        RecipeError: unknown recipe, key or value; the file, the key and the nearest name are given. A key that is
-            decided elsewhere.
+        RecipeError: a recipe, key or value is unknown or invalid, or a key of `decided` is set.
     """
     tree = resolve_recipe(name_or_path)
-    tree.pop(PLAN, None)
+    tree.pop(_PLAN, None)
     for text in settings:
         tree = apply_set(tree, text)
-    flags = {key: _flag(key, value) for key, value in (overrides or {}).items()}
-    for key, value in (overrides or {}).items():
-        is_toml = isinstance(value, bool | int | float | str | list | dict)
-        tree = assign(tree, key, value if is_toml else str(value), flags[key])
+    options: dict[str, str] = {}
+    for key, given in (overrides or {}).items():
+        override = given if isinstance(given, Override) else Override(given, _option(key, given))
+        is_toml = isinstance(override.value, bool | int | float | str | list | dict)
+        tree = assign(tree, key, override.value if is_toml else str(override.value), override.option)
+        options[key] = override.option
     for key in decided:
-        _refuse_named(tree, key, str(name_or_path))
+        _check_not_set(tree, key, str(name_or_path))
     tree.setdefault("name", Path(name_or_path).stem)
-    return build_config(Recipe, tree, str(name_or_path), settings, flags)
+    return build_config(Recipe, tree, str(name_or_path), settings, options)
 
 
-def _refuse_named(tree: Any, key: str, name: str) -> None:
-    """Refuse a recipe that names what the model decides."""
+def _check_not_set(tree: Any, key: str, source: str) -> None:
     table = tree
     for part in key.split("."):
         if not isinstance(table, dict) or part not in table:
             return
         table = cast("dict[str, Any]", table)[part]
     raise RecipeError(
-        f"the model that the run goes on from decides [{key}]",
-        location=f"{name}: {key}",
-        hint="leave it out of the recipe (and of --set), take --recipe continue, or start without --from",
+        f"[{key}] is decided by the model of --from and can't be set",
+        location=f"{source}: {key}",
+        hint="remove it from the recipe and from --set, use --recipe continue, or start without --from",
     )
 
 
-def _flag(key: str, value: Any) -> str:
-    """The option that stands for a key, as a person writes it: train.budget is `--budget`."""
-    shown = str(value) if str(value) and not any(map(str.isspace, str(value))) else f'"{value}"'
-    return f"--{key.rpartition('.')[2].replace('_', '-')} {shown}"
+def _option(key: str, value: Any) -> str:
+    """Returns the command-line option of a key as it is written: `--budget "10 min"` for train.budget."""
+    text = str(value) if str(value) and not any(map(str.isspace, str(value))) else f'"{value}"'
+    return f"--{key.rpartition('.')[2].replace('_', '-')} {text}"
 
 
 def write_recipe(run: Path, recipe: Recipe, plan: Plan) -> None:
-    """RUN/recipe.toml: every value, and the plan, which is never made again from the clock."""
+    """Writes recipe.toml of a run: every setting, and the plan, which a resumed run reads and never measures again."""
     tree = tomllib.loads(dump_config(recipe))
-    tree[PLAN] = _plain(asdict(plan))
-    files.write_text(run / RECIPE, tomli_w.dumps(tree))
+    tree[_PLAN] = _plain(asdict(plan))
+    files.write_text(run / RunLayout.RECIPE, tomli_w.dumps(tree))
 
 
 def _plain(value: Any) -> Any:
@@ -198,39 +192,37 @@ def _plain(value: Any) -> Any:
 
 
 def read_recipe(run: Path) -> tuple[Recipe, Plan]:
-    """What a run was started with.
+    """Reads recipe and plan of a run.
 
     Raises:
-        RunError: the folder is no run.
-        RecipeError: recipe.toml was changed into something that is no recipe.
+        RunError: the folder is not a run.
+        RecipeError: recipe.toml is invalid.
     """
-    path = run / RECIPE
+    path = run / RunLayout.RECIPE
     if not path.is_file():
-        raise RunError(
-            "this folder is no run: there is no recipe.toml", location=str(run), hint="give the folder of a run"
-        )
+        raise RunError("not a run: recipe.toml is missing", location=str(run), hint="name the folder of a run")
     tree = load_toml(path)
-    plan = tree.pop(PLAN, None)
+    plan = tree.pop(_PLAN, None)
     if not isinstance(plan, dict):
-        raise RunError("recipe.toml has no [plan]", location=str(path), hint="restore it, or start a new run")
-    whole = build_config(Plan, cast("dict[str, Any]", plan), f"{path} [plan]")
-    return build_config(Recipe, tree, str(path)), whole
+        raise RunError("recipe.toml has no [plan]", location=str(path), hint="restore the file or start a new run")
+    built = build_config(Plan, cast("dict[str, Any]", plan), f"{path} [plan]")
+    return build_config(Recipe, tree, str(path)), built
 
 
-def change(recipe: Recipe, settings: Sequence[str]) -> Recipe:
-    """The recipe of a run with what may change on resume.
+def change_recipe(recipe: Recipe, settings: Sequence[str]) -> Recipe:
+    """Returns the recipe of a run with changes as `key=value`.
 
     Raises:
-        RunError: a key that may not change; those that may are listed.
+        RunError: a setting may not change when a run resumes.
     """
     tree = tomllib.loads(dump_config(recipe))
     for text in settings:
         key = text.partition("=")[0].strip()
         if not any(key == allowed or key.startswith(f"{allowed}.") for allowed in MAY_CHANGE):
             raise RunError(
-                f"`{key}` can't change when a run goes on",
+                f"`{key}` can't change when a run resumes",
                 location=f"--set {text}",
-                hint=f"what may change: --budget, {', '.join(MAY_CHANGE)}; for the rest start a new run",
+                hint=f"change only --budget, {', '.join(MAY_CHANGE)}, or start a new run",
             )
         tree = apply_set(tree, text)
     return build_config(Recipe, tree, "the run's recipe", settings)

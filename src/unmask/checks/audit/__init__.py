@@ -1,9 +1,7 @@
-"""Room card: the audit: is a masker what it says?
+"""Audits maskers by their inputs and outputs: masking rate, replacement, special tokens, whole words, repeats.
 
-Comes in: a masker of any make, texts, a tokenizer. Goes out: an AuditReport. Called by: `unmask.audit`, cli, people.
-
-    report = unmask.audit(my_masking, ["a text", "another"], tokenizer="runs/notes/latest")
-    report.passed, report.found, report["rate"].measured
+report = unmask.audit(my_masking, ["a text", "another"], tokenizer="runs/notes/latest")
+report.passed, report.failed, report["rate"].measured
 """
 
 from __future__ import annotations
@@ -16,13 +14,14 @@ from typing import Any
 
 import numpy as np
 
-from unmask import __version__
-from unmask.checks.audit.findings import rate_findings, repeat_findings, replacement_findings, wholeness_findings
-from unmask.checks.audit.maskers import masker_of
-from unmask.checks.audit.replay import Progress, replay
-from unmask.checks.audit.samples import make_material
+from unmask.checks.audit.findings import rate_findings, repeat_findings, replacement_findings, word_findings
+from unmask.checks.audit.maskers import open_masker
+from unmask.checks.audit.replay import replay
+from unmask.checks.audit.samples import make_samples
 from unmask.checks.audit.settings import AuditConfig, AuditReport, Claims
 from unmask.checks.audit.statistics import Observations
+from unmask.core.types import ProgressCallback
+from unmask.core.version import __version__
 from unmask.tokenization.tokenizer import Tokenizer
 from unmask.tokenization.words import WordsRule, detect_words
 
@@ -35,59 +34,59 @@ def audit(
     claims: Claims | None = None,
     settings: AuditConfig | None = None,
     words: WordsRule | None = None,
-    progress: Progress | None = None,
+    progress: ProgressCallback | None = None,
 ) -> AuditReport:
-    """Judge a masker by its inputs and outputs alone.
+    """Audit a masker by its inputs and outputs alone.
 
     Args:
-        masker: a callable (ids, samples × slots -> inputs, labels), labels -100 where nothing is asked; a data collator
-            of `transformers`; an objective of ours.
-        texts: the texts themselves; more than the audit can use is not looked at.
-        tokenizer: one in hand, or the folder of one.
-        claims: what the masker promises; a collator's own attributes, else BERT's 15 % and 80/10/10.
-        settings: how long it is watched, by how many workers and ranks.
-        words: what a word is; what the texts' script asks for.
-        progress: told what is being done and which share of it is.
+        masker: a callable (ids of shape batch × length -> inputs, labels) with labels -100 for tokens that are not
+            masked; a data collator of `transformers`; or an objective.
+        texts: the texts; the audit uses as many of them as it needs.
+        tokenizer: a tokenizer, or its path.
+        claims: what the masker claims to do; by default the attributes of a collator, else BERT's 15 % and 80/10/10.
+        settings: number of samples, epochs, workers and ranks.
+        words: the rule by which words are recognized; by default that of the script of the texts.
+        progress: called with the name of a stage and the fraction of it that is done.
 
     Raises:
-        RecipeError: this is no masker, or what it gives back is no masked batch.
+        RecipeError: the object is not a masker, or it returns something else than a masked batch.
         TextError: the texts are too short.
-        TokenizerError: there is no tokenizer, or it has no mask.
+        TokenizerError: there is no tokenizer, or it has no mask token.
     """
     if isinstance(texts, str):
         texts = [texts]
     settings = settings or AuditConfig()
-    opened = tokenizer if isinstance(tokenizer, Tokenizer) else Tokenizer.load(Path(tokenizer))
+    tokenizer = tokenizer if isinstance(tokenizer, Tokenizer) else Tokenizer.load(Path(tokenizer))
     rule = words or detect_words("".join(text[:200_000] for text in texts[:50]))
-    taken = masker_of(masker, opened, settings.seed, claims)
+    opened = open_masker(masker, tokenizer, settings.seed, claims)
     if progress:
         progress("cutting samples", 0.0)
-    material = make_material(texts, opened, rule, settings, pads=taken.pads)
-    visits = replay(taken, material, settings, progress)
-    scene = Observations(material, visits, opened, taken.claims, settings)
+    samples = make_samples(texts, tokenizer, rule, settings, can_pad=opened.can_pad)
+    record = replay(opened, samples, settings, progress)
+    obs = Observations(samples, record, tokenizer, opened.claims, settings)
     findings = (
-        *rate_findings(scene),
-        *replacement_findings(scene),
-        *wholeness_findings(scene),
-        *repeat_findings(scene),
+        *rate_findings(obs),
+        *replacement_findings(obs),
+        *word_findings(obs),
+        *repeat_findings(obs),
     )
     return AuditReport(
-        masker=taken.name,
-        claims=taken.claims,
+        masker=opened.name,
+        claims=opened.claims,
         settings=settings,
         findings=findings,
-        samples=len(material.rows),
-        tokens=int(scene.askable_V.sum()),
-        asked=int(scene.asked_VS.sum()),
-        pieces=opened.size,
+        samples=len(samples.rows),
+        tokens=int(obs.maskable_V.sum()),
+        masked_tokens=int(obs.masked_VS.sum()),
+        vocab_size=tokenizer.size,
         words=rule,
         versions=_versions(),
-        notes=() if taken.pads else ("samples of one batch were equally long: this masker or tokenizer can't pad",),
+        notes=() if opened.can_pad else ("all samples of a batch had the same length: the masker can't pad",),
     )
 
 
 def _versions() -> dict[str, str]:
-    """What the numbers depend on."""
+    """Return the versions on which the numbers depend."""
     import torch
 
     versions = {"unmask": __version__, "python": platform.python_version(), "numpy": np.__version__}

@@ -1,9 +1,4 @@
-"""Room card: how many are asked, where, and of which samples.
-
-Comes in: a Scene. Goes out: findings: rate, nothing asked, rate by length, rate by position. Called by: judge.
-
-Whole words can't meet a number of tokens exactly: where a masker claims them, it may miss by half a word a sample.
-"""
+"""The checks of an audit: masking rate, replacement, special tokens, whole words, repeats."""
 
 from __future__ import annotations
 
@@ -15,314 +10,319 @@ import numpy as np
 from jaxtyping import Bool, Int
 from numpy.typing import NDArray
 
-from unmask.checks.audit.settings import CHANCE, Finding, none_allowed, untested
-from unmask.checks.audit.statistics import Observations, chance_of, clustered, combinations, poisson_tail
+from unmask.checks.audit.settings import SIGNIFICANCE, Finding, must_be_zero, skipped
+from unmask.checks.audit.statistics import Observations, cluster_proportion, combinations, p_value, poisson_tail
 
 _BINS: Final = 4  # of length
-_EDGE: Final = 2  # slots at each end that are told by themselves
-_FEWEST_TOKENS_FOR_RATES: Final = 50  # clusters in which the normal distribution is trusted
-_POSITION_TOLERANCE: Final = 0.05  # of the rate, where words are hidden whole: their sizes don't explain all
+_EDGE: Final = 2  # positions at each end that the detail lists
+_MIN_CLUSTERS: Final = 50  # clusters, below which the normal distribution is not used
+_POSITION_TOLERANCE: Final = 0.05  # of the rate, for whole words: their sizes don't explain everything
 
 
-def rate_findings(scene: Observations) -> Iterator[Finding]:
-    """What the rates tell."""
-    yield _rate(scene)
-    yield _nothing(scene)
-    yield _by_length(scene)
-    yield _by_position(scene)
+def rate_findings(obs: Observations) -> Iterator[Finding]:
+    """Yield the checks of masking rates."""
+    yield _rate(obs)
+    yield _unmasked(obs)
+    yield _by_length(obs)
+    yield _by_position(obs)
 
 
-def _rate(scene: Observations) -> Finding:
-    share, expected = scene.rate, scene.claims.rate
-    if not share.of:
-        return untested("rate", f"no sample is long enough for a rate of {expected:g}")
-    mean = share.of / int(scene.long_V.sum())
-    chance = chance_of(share.share, share.error, expected, scene.slack / mean)
-    says = f"{share.share:.3%} ± {share.error:.3%} of {share.of:,} tokens are asked, {expected:.4g} promised"
-    return Finding("rate", "found" if chance < CHANCE else "well", says, share.share, expected, share.error,
-                   share.hits, share.of, chance)  # fmt: skip
+def _rate(obs: Observations) -> Finding:
+    rate, expected = obs.rate, obs.claims.rate
+    if not rate.of:
+        return skipped("rate", f"no sample is long enough for a rate of {expected:g}")
+    mean = rate.of / int(obs.long_V.sum())
+    p = p_value(rate.value, rate.error, expected, obs.slack / mean)
+    detail = f"{rate.value:.3%} ± {rate.error:.3%} of {rate.of:,} tokens are masked, {expected:.4g} claimed"
+    return Finding("rate", "fail" if p < SIGNIFICANCE else "pass", detail, rate.value, expected, rate.error,
+                   rate.hits, rate.of, p)  # fmt: skip
 
 
-def _nothing(scene: Observations) -> Finding:
-    """Samples that teach nothing; independent draws leave some, which short samples explain."""
-    some_V = scene.askable_V > 0
-    empty = int((some_V & (scene.asked_V == 0)).sum())
-    draws_V = scene.askable_V if scene.claims.units == "tokens" else scene.words_V
-    rate = min(scene.claims.rate, max(scene.rate.share, 1e-9))
-    alone_V = np.where(some_V, (1.0 - rate) ** draws_V, 0.0)
-    lanes = scene.settings.lanes * scene.settings.ranks * scene.settings.epochs
-    # What repeats itself leaves the same samples empty again, so only one of its visits counts.
-    chance = poisson_tail(empty // lanes, float(alone_V.sum()) / lanes)
-    explained = float(alone_V.sum())
-    says = f"{empty:,} of {int(some_V.sum()):,} samples have nothing asked; independent draws leave {explained:,.1f}"
-    return Finding("nothing asked", "found" if chance < CHANCE else "well", says, float(empty), explained, None,
-                   empty, int(some_V.sum()), chance)  # fmt: skip
+def _unmasked(obs: Observations) -> Finding:
+    """Check the number of samples without a mask; independent draws leave some of the short samples unmasked."""
+    some_V = obs.maskable_V > 0
+    empty = int((some_V & (obs.masked_V == 0)).sum())
+    draws_V = obs.maskable_V if obs.claims.units == "tokens" else obs.words_V
+    rate = min(obs.claims.rate, max(obs.rate.value, 1e-9))
+    none_V = np.where(some_V, (1.0 - rate) ** draws_V, 0.0)
+    repeats = obs.settings.loaders * obs.settings.ranks * obs.settings.epochs
+    # A masker that repeats itself leaves the same samples unmasked again, so they count once.
+    p = poisson_tail(empty // repeats, float(none_V.sum()) / repeats)
+    explained = float(none_V.sum())
+    detail = f"{empty:,} of {int(some_V.sum()):,} samples have no mask; independent draws give {explained:,.1f}"
+    verdict = "fail" if p < SIGNIFICANCE else "pass"
+    return Finding("samples without masks", verdict, detail, float(empty), explained, None, empty, int(some_V.sum()), p)
 
 
-def _by_length(scene: Observations) -> Finding:
-    long = scene.askable_V[scene.long_V]
-    if not len(long) or not scene.rate.hits:
-        return untested("rate by length", "no sample is long enough")
-    edges = np.unique(np.quantile(long[~scene.full_V[scene.long_V]], np.linspace(0, 1, _BINS + 1)).astype(np.int64))
-    worst, said = 1.0, list[str]()
+def _by_length(obs: Observations) -> Finding:
+    long = obs.maskable_V[obs.long_V]
+    if not len(long) or not obs.rate.hits:
+        return skipped("rate by length", "no sample is long enough")
+    edges = np.unique(np.quantile(long[~obs.full_V[obs.long_V]], np.linspace(0, 1, _BINS + 1)).astype(np.int64))
+    worst, parts = 1.0, list[str]()
     for first, last in itertools.pairwise(edges.tolist()):
-        held_V = scene.long_V & (scene.askable_V >= first) & (scene.askable_V < last) & ~scene.full_V
-        share = scene.rate_over(held_V)
-        if len(np.unique(scene.cluster_V[held_V])) < _FEWEST_TOKENS_FOR_RATES:
+        selected_V = obs.long_V & (obs.maskable_V >= first) & (obs.maskable_V < last) & ~obs.full_V
+        rate = obs.rate_over(selected_V)
+        if len(np.unique(obs.cluster_V[selected_V])) < _MIN_CLUSTERS:
             continue
-        mean = share.of / int(held_V.sum())
-        slack = scene.slack * (1.0 / mean + scene.long_V.sum() / scene.rate.of)
-        chance = chance_of(share.share, float(np.hypot(share.error, scene.rate.error)), scene.rate.share, slack)
-        worst = min(worst, chance)
-        said.append(f"{first}-{last - 1}: {share.share:.2%}")
-    short_V = ~scene.long_V & (scene.askable_V > 0)
+        mean = rate.of / int(selected_V.sum())
+        slack = obs.slack * (1.0 / mean + obs.long_V.sum() / obs.rate.of)
+        p = p_value(rate.value, float(np.hypot(rate.error, obs.rate.error)), obs.rate.value, slack)
+        worst = min(worst, p)
+        parts.append(f"{first}-{last - 1}: {rate.value:.2%}")
+    short_V = ~obs.long_V & (obs.maskable_V > 0)
     if short_V.any():
-        said.insert(0, f"under {edges[0]}: {scene.rate_over(short_V).share:.2%} (not judged)")
-    chance = min(1.0, worst * max(1, len(said)))
-    return Finding("rate by length", "found" if chance < CHANCE else "well", "tokens of a sample " + ", ".join(said),
-                   chance=chance)  # fmt: skip
+        parts.insert(0, f"under {edges[0]}: {obs.rate_over(short_V).value:.2%} (not checked)")
+    p = min(1.0, worst * max(1, len(parts)))
+    detail = "by tokens of the sample: " + ", ".join(parts)
+    return Finding("rate by length", "fail" if p < SIGNIFICANCE else "pass", detail, p_value=p)
 
 
-def _by_position(scene: Observations) -> Finding:
-    """The rate at each slot of full samples against the rate of all; the first and last slots are told.
+def _by_position(obs: Observations) -> Finding:
+    """Compare the rate at each position of full samples with the rate of all.
 
-    A word that the edge of a sample cuts is short, and short words fit more often: where whole words are hidden, what
-    is expected at a slot is the rate of words as long as those that stand there.
+    A word that the edge of a sample cuts is short, and short words fit into a quota more often. For whole words the
+    expected rate at a position is therefore that of words of the same length.
     """
-    full_V = scene.full_V
-    if len(np.unique(scene.cluster_V[full_V])) < _FEWEST_TOKENS_FOR_RATES or not scene.rate.hits:
-        return untested("rate by position", "too few full samples")
-    fair_VS, askable_VS, cluster_V = scene.fair_VS[full_V], scene.askable_VS[full_V], scene.cluster_V[full_V]
-    overall = scene.rate_over(full_V)
-    expected_VS = np.full(fair_VS.shape, overall.share)
+    full_V = obs.full_V
+    if len(np.unique(obs.cluster_V[full_V])) < _MIN_CLUSTERS or not obs.rate.hits:
+        return skipped("rate by position", "too few full samples")
+    counted_VS, maskable_VS, cluster_V = obs.counted_VS[full_V], obs.maskable_VS[full_V], obs.cluster_V[full_V]
+    overall = obs.rate_over(full_V)
+    expected_VS = np.full(counted_VS.shape, overall.value)
     tolerance = 0.0
-    if scene.claims.units != "tokens":
-        size_VS = scene.size_VS[full_V]
-        expected_VS = scene.rate_of_size(full_V)[size_VS]
-        tolerance = _POSITION_TOLERANCE * overall.share
-    slots = np.flatnonzero(askable_VS.any(axis=0))
-    at: dict[int, float] = {}
-    worst, worst_slot = 1.0, int(slots[0])
-    for slot in slots.tolist():
-        expected_V = expected_VS[:, slot] * askable_VS[:, slot]
-        beyond = clustered(fair_VS[:, slot] - expected_V, askable_VS[:, slot], cluster_V)
-        at[slot] = beyond.share + float(expected_V.sum()) / beyond.of
-        chance = chance_of(beyond.share, max(beyond.error, 1.0 / beyond.of), 0.0, tolerance or 1e-9)
-        if chance < worst:
-            worst, worst_slot = chance, slot
-    chance = min(1.0, worst * len(slots))
-    told = [*slots[:_EDGE].tolist(), *slots[-_EDGE:].tolist()]
-    says = ", ".join(f"slot {slot}: {at[slot]:.2%}" for slot in told)
-    says = f"{says}; of all {overall.share:.2%}; least likely: slot {worst_slot}, {at[worst_slot]:.2%}"
-    if scene.claims.units == "spans":  # an edge is reached from one side only
-        return Finding("rate by position", "noted", says)
-    verdict = "found" if chance < CHANCE else "well"
-    return Finding("rate by position", verdict, says, at[worst_slot], overall.share, chance=chance)
+    if obs.claims.units != "tokens":
+        size_VS = obs.size_VS[full_V]
+        expected_VS = obs.rate_of_size(full_V)[size_VS]
+        tolerance = _POSITION_TOLERANCE * overall.value
+    positions = np.flatnonzero(maskable_VS.any(axis=0))
+    rates: dict[int, float] = {}
+    worst, worst_position = 1.0, int(positions[0])
+    for position in positions.tolist():
+        expected_V = expected_VS[:, position] * maskable_VS[:, position]
+        excess = cluster_proportion(counted_VS[:, position] - expected_V, maskable_VS[:, position], cluster_V)
+        rates[position] = excess.value + float(expected_V.sum()) / excess.of
+        p = p_value(excess.value, max(excess.error, 1.0 / excess.of), 0.0, tolerance or 1e-9)
+        if p < worst:
+            worst, worst_position = p, position
+    p = min(1.0, worst * len(positions))
+    edges = [*positions[:_EDGE].tolist(), *positions[-_EDGE:].tolist()]
+    detail = ", ".join(f"position {position}: {rates[position]:.2%}" for position in edges)
+    detail = f"{detail}; all: {overall.value:.2%}; least likely: position {worst_position}, {rates[worst_position]:.2%}"
+    if obs.claims.units == "spans":  # a span reaches an edge from one side only
+        return Finding("rate by position", "info", detail)
+    verdict = "fail" if p < SIGNIFICANCE else "pass"
+    return Finding("rate by position", verdict, detail, rates[worst_position], overall.value, p_value=p)
 
 
-_ALIKE: Final = 0.05  # where words that fit badly are asked less often, the same words are asked more often than others
-_ALIKE_UNEVEN: Final = 0.5  # where preferred words are asked again and again, as promised
-_FEWEST_FOR_REPEATS: Final = 16  # pairs
-_CAUTION: Final = 2.0  # how much likelier twins may be than if all places were equally likely
+_MAX_OVERLAP: Final = (
+    0.05  # where words that fit badly are asked less often, the same words are asked more often than others
+)
+_MAX_OVERLAP_BOOSTED: Final = 0.5  # where preferred words are asked again and again, as promised
+_MIN_PAIRS: Final = 16
+_SAFETY_FACTOR: Final = 2.0  # equal masks may be this much likelier than if all placements were equally likely
 
 
-def repeat_findings(scene: Observations) -> Iterator[Finding]:
-    """What was drawn again."""
-    visits, settings = scene.visits, scene.settings
-    full_V = scene.full_V
+def repeat_findings(obs: Observations) -> Iterator[Finding]:
+    """Yield the checks of masks that are drawn repeatedly."""
+    record, settings = obs.record, obs.settings
+    full_V = obs.full_V
     for name, several, column, why in (
-        ("repeats between epochs", settings.epochs, visits.epoch_V, "one epoch was watched"),
-        ("repeats between workers", settings.lanes, visits.worker_V, "there was no more than one worker"),
-        ("repeats between ranks", settings.ranks, visits.rank_V, "one rank was watched"),
+        ("repeats between epochs", settings.epochs, record.epoch_V, "there was one epoch"),
+        ("repeats between workers", settings.loaders, record.worker_V, "there was at most one worker"),
+        ("repeats between ranks", settings.ranks, record.rank_V, "there was one rank"),
     ):
         if several < 2:
-            yield untested(name, why)
+            yield skipped(name, why)
             continue
-        # The same place in all other respects: what is left of (epoch, rank, worker, turn, seat).
-        parts = [visits.epoch_V, visits.rank_V, visits.worker_V]
+        # Group occurrences that agree in all else: in (epoch, rank, worker, round, slot) but for this column.
+        parts = [record.epoch_V, record.rank_V, record.worker_V]
         rest = [part for part in parts if part is not column]
-        order = np.lexsort((column, visits.seat_V, visits.turn_V, *rest))
+        order = np.lexsort((column, record.slot_V, record.round_V, *rest))
         groups = order[full_V[order]].reshape(-1, several)
-        yield _pairs(
-            scene, name, np.concatenate([groups[:, pair] for pair in itertools.combinations(range(several), 2)])
-        )
+        yield _pairs(obs, name, np.concatenate([groups[:, pair] for pair in itertools.combinations(range(several), 2)]))
 
 
-def _pairs(scene: Observations, name: str, pair_P2: Int[np.ndarray, "P 2"]) -> Finding:
-    first_PS, second_PS = scene.fair_VS[pair_P2[:, 0]], scene.fair_VS[pair_P2[:, 1]]
+def _pairs(obs: Observations, name: str, pair_P2: Int[np.ndarray, "P 2"]) -> Finding:
+    first_PS, second_PS = obs.counted_VS[pair_P2[:, 0]], obs.counted_VS[pair_P2[:, 1]]
     some_P = first_PS.any(axis=1) & second_PS.any(axis=1)
     pair_P2, first_PS, second_PS = pair_P2[some_P], first_PS[some_P], second_PS[some_P]
-    if len(pair_P2) < _FEWEST_FOR_REPEATS:
-        return untested(name, f"{len(pair_P2)} pairs of full samples are too few")
-    twins = int((first_PS == second_PS).all(axis=1).sum())
-    by_chance = _CAUTION * sum(1.0 / ways for ways in _ways(scene, pair_P2[:, 0]))
-    cluster_P = scene.cluster_V[pair_P2[:, 0]]
+    if len(pair_P2) < _MIN_PAIRS:
+        return skipped(name, f"there are only {len(pair_P2)} pairs of full samples")
+    equal = int((first_PS == second_PS).all(axis=1).sum())
+    by_chance = _SAFETY_FACTOR * sum(1.0 / ways for ways in _ways(obs, pair_P2[:, 0]))
+    cluster_P = obs.cluster_V[pair_P2[:, 0]]
     clusters = len(np.unique(cluster_P))
-    # One cluster's pairs may all repeat for one reason, so it counts as one.
-    share = clusters / len(pair_P2)
-    chance_twins = poisson_tail(int(np.ceil(twins * share)), by_chance * share)
+    # All pairs of a cluster may repeat for one reason, so a cluster counts once.
+    fraction = clusters / len(pair_P2)
+    p_equal = poisson_tail(int(np.ceil(equal * fraction)), by_chance * fraction)
 
-    open_PS = scene.askable_VS[pair_P2[:, 0]] & scene.askable_VS[pair_P2[:, 1]]
-    one_P, other_P = (first_PS & open_PS).sum(axis=1), (second_PS & open_PS).sum(axis=1)
-    size_P = np.maximum(1, open_PS.sum(axis=1))
-    expected_P = one_P * other_P / size_P
-    room_P = np.minimum(one_P, other_P) - expected_P
-    beyond_P = (first_PS & second_PS).sum(axis=1) - expected_P
-    alike = clustered(beyond_P, room_P, cluster_P)
-    tolerance = _ALIKE if scene.claims.even else _ALIKE_UNEVEN
-    telling = len(np.unique(cluster_P[room_P >= 1.0])) >= _FEWEST_FOR_REPEATS  # where all is asked, all are alike
-    chance_alike = chance_of(alike.share, alike.error, 0.0, tolerance, side="above") if telling else 1.0
-    chance = min(1.0, 2.0 * min(chance_twins, chance_alike))
-    says = (
-        f"{twins:,} of {len(pair_P2):,} pairs ask for the same slots; likeness {alike.share:+.2%} ± {alike.error:.2%}"
-    )
-    return Finding(name, "found" if chance < CHANCE else "well", says, alike.share, 0.0, alike.error,
-                   twins, len(pair_P2), chance)  # fmt: skip
+    maskable_PS = obs.maskable_VS[pair_P2[:, 0]] & obs.maskable_VS[pair_P2[:, 1]]
+    first_P, second_P = (first_PS & maskable_PS).sum(axis=1), (second_PS & maskable_PS).sum(axis=1)
+    size_P = np.maximum(1, maskable_PS.sum(axis=1))
+    expected_P = first_P * second_P / size_P
+    range_P = np.minimum(first_P, second_P) - expected_P
+    excess_P = (first_PS & second_PS).sum(axis=1) - expected_P
+    overlap = cluster_proportion(excess_P, range_P, cluster_P)
+    tolerance = _MAX_OVERLAP if obs.claims.uniform else _MAX_OVERLAP_BOOSTED
+    # If everything is masked, all masks are equal.
+    can_differ = len(np.unique(cluster_P[range_P >= 1.0])) >= _MIN_PAIRS
+    p_overlap = p_value(overlap.value, overlap.error, 0.0, tolerance, side="above") if can_differ else 1.0
+    p = min(1.0, 2.0 * min(p_equal, p_overlap))
+    detail = f"{equal:,} of {len(pair_P2):,} pairs have equal masks; overlap {overlap.value:+.2%} ± {overlap.error:.2%}"
+    return Finding(name, "fail" if p < SIGNIFICANCE else "pass", detail, overlap.value, 0.0, overlap.error,
+                   equal, len(pair_P2), p)  # fmt: skip
 
 
-def _ways(scene: Observations, visit_P: Int[np.ndarray, "P"]) -> Iterator[float]:
-    """In how many ways the runs of touched words of each visit could have been placed; fewer than there are.
+def _ways(obs: Observations, occurrence_P: Int[np.ndarray, "P"]) -> Iterator[float]:
+    """Yield a lower bound of the number of ways to place the runs of masked words, for each occurrence.
 
-    What a masker takes for one word may be as long as the runs that it hides (a line, a sentence), so only as many
-    places are counted as runs of that length fit into the sample.
+    A unit of the masker may be as long as a run that it masks (a line, a sentence). So only as many places are counted
+    as runs of that length fit into the sample.
     """
-    for visit in visit_P.tolist():
-        words = scene.word_VS[visit]
-        touched: Bool[np.ndarray, "W"] = np.zeros(int(scene.words_V[visit]) + 1, dtype=bool)
-        touched[words[scene.fair_VS[visit]]] = True
+    for occurrence in occurrence_P.tolist():
+        words = obs.word_VS[occurrence]
+        touched: Bool[np.ndarray, "W"] = np.zeros(int(obs.words_V[occurrence]) + 1, dtype=bool)
+        touched[words[obs.counted_VS[occurrence]]] = True
         runs = int((touched[:-1] & ~touched[1:]).sum())
         yield combinations((len(touched) - 1) * runs // max(1, int(touched.sum())), runs)
 
 
-_FEWEST_FOR_REPLACEMENT = 200  # asked tokens
+_MIN_MASKED: Final = 200  # tokens
 
 
-def replacement_findings(scene: Observations) -> Iterator[Finding]:
-    """What was asked, what was shown."""
-    special_VS, changed_VS = _special(scene), scene.visits.shown_VS != scene.original_VS
-    drawn_VS = scene.fair_VS & changed_VS & (scene.visits.shown_VS != scene.tokenizer.mask_id)
-    known = _known(scene)
-    inside_VS = (scene.visits.shown_VS >= 0) & (scene.visits.shown_VS < len(known))
-    strange_VS = drawn_VS & ~(inside_VS & known[np.where(inside_VS, scene.visits.shown_VS, 0)])
+def replacement_findings(obs: Observations) -> Iterator[Finding]:
+    """Yield the checks of replaced tokens, special tokens and labels."""
+    special_VS, changed_VS = _special(obs), obs.record.shown_VS != obs.original_VS
+    drawn_VS = obs.counted_VS & changed_VS & (obs.record.shown_VS != obs.tokenizer.mask_id)
+    known = _known(obs)
+    inside_VS = (obs.record.shown_VS >= 0) & (obs.record.shown_VS < len(known))
+    invalid_VS = drawn_VS & ~(inside_VS & known[np.where(inside_VS, obs.record.shown_VS, 0)])
     specials_drawn = int((drawn_VS & special_VS).sum())
-    yield from _split(scene, changed_VS, specials_drawn)
+    yield from _split(obs, changed_VS, specials_drawn)
     drawn = int(drawn_VS.sum())
-    yield none_allowed("specials drawn", specials_drawn, drawn, "random tokens are special pieces")
-    yield none_allowed("unknown ids", int(strange_VS.sum()), drawn, "random tokens are ids that no piece has")
-    real_VS = scene.original_VS >= 0
-    unknown_VS = scene.material.unknown_NS[scene.visits.row_V]
-    framing_VS = real_VS & ~scene.askable_VS & ~unknown_VS
-    yield none_allowed("specials asked", int((scene.asked_VS & framing_VS).sum()), int(framing_VS.sum()),
-                       "special pieces are asked")  # fmt: skip
-    unknown, asked = int(unknown_VS.sum()), int((scene.asked_VS & unknown_VS).sum())
+    yield must_be_zero("special tokens drawn", specials_drawn, drawn, "random tokens are special tokens")
+    yield must_be_zero("invalid ids", int(invalid_VS.sum()), drawn, "random tokens are ids without a token")
+    real_VS = obs.original_VS >= 0
+    unknown_VS = obs.samples.unknown_NS[obs.record.row_V]
+    special_in_VS = real_VS & ~obs.maskable_VS & ~unknown_VS
+    yield must_be_zero("special tokens masked", int((obs.masked_VS & special_in_VS).sum()), int(special_in_VS.sum()),
+                       "special tokens are masked")  # fmt: skip
+    unknown, masked = int(unknown_VS.sum()), int((obs.masked_VS & unknown_VS).sum())
     yield (
-        Finding("[UNK] asked", "noted", f"{asked:,} of {unknown:,} unknown pieces are asked", count=asked, of=unknown)
+        Finding(
+            "[UNK] masked", "info", f"{masked:,} of {unknown:,} unknown tokens are masked", count=masked, of=unknown
+        )
         if unknown
-        else untested("[UNK] asked", "the text has no unknown piece")
+        else skipped("[UNK] masked", "the texts have no unknown token")
     )
-    padding = int(scene.visits.padding_V.sum())
+    padding = int(obs.record.padding_V.sum())
     yield (
-        none_allowed("padding asked", int(scene.visits.padding_asked_V.sum()), padding, "slots of padding are asked")
+        must_be_zero("padding masked", int(obs.record.padding_masked_V.sum()), padding, "padding positions are masked")
         if padding
-        else untested("padding asked", "no batch was padded")
+        else skipped("padding masked", "no batch was padded")
     )
-    wrong = int((scene.asked_VS & real_VS & (scene.visits.label_VS != scene.original_VS)).sum())
-    yield none_allowed("labels", wrong, int(scene.asked_VS.sum()), "labels are not the original id")
-    unasked_VS = real_VS & ~scene.asked_VS
-    moved = int((unasked_VS & changed_VS).sum())
-    yield none_allowed("unasked changed", moved, int(unasked_VS.sum()), "tokens that nobody asks about were changed")
+    wrong = int((obs.masked_VS & real_VS & (obs.record.label_VS != obs.original_VS)).sum())
+    yield must_be_zero("labels", wrong, int(obs.masked_VS.sum()), "labels are not the original id")
+    unmasked_VS = real_VS & ~obs.masked_VS
+    changed = int((unmasked_VS & changed_VS).sum())
+    yield must_be_zero("unmasked changed", changed, int(unmasked_VS.sum()), "tokens that are not masked were changed")
 
 
-def _special(scene: Observations) -> Bool[np.ndarray, "V S"]:
-    """Whether each slot shows a special piece."""
-    return np.isin(scene.visits.shown_VS, list(scene.tokenizer.special_ids))
+def _special(obs: Observations) -> Bool[np.ndarray, "V S"]:
+    """Return whether each output position has a special token."""
+    return np.isin(obs.record.shown_VS, list(obs.tokenizer.special_ids))
 
 
-def _known(scene: Observations) -> NDArray[np.bool_]:
-    """Which ids a piece has."""
-    known = np.zeros(scene.tokenizer.size, dtype=bool)
-    known[scene.tokenizer.regular_token_ids] = True
-    known[list(scene.tokenizer.special_ids)] = True
+def _known(obs: Observations) -> NDArray[np.bool_]:
+    """Return which ids have a token."""
+    known = np.zeros(obs.tokenizer.size, dtype=bool)
+    known[obs.tokenizer.regular_token_ids] = True
+    known[list(obs.tokenizer.special_ids)] = True
     return known
 
 
-def _split(scene: Observations, changed_VS: Bool[np.ndarray, "V S"], specials_drawn: int) -> Iterator[Finding]:
-    claims, fair_VS = scene.claims, scene.fair_VS
-    asked_V = scene.asked_V
-    names = ("masked", "randomised", "kept")
-    if int(asked_V.sum()) < _FEWEST_FOR_REPLACEMENT:
-        yield from (untested(name, f"{int(asked_V.sum())} tokens asked are too few") for name in names)
+def _split(obs: Observations, changed_VS: Bool[np.ndarray, "V S"], specials_drawn: int) -> Iterator[Finding]:
+    claims, counted_VS = obs.claims, obs.counted_VS
+    masked_V = obs.masked_V
+    names = ("masked", "random", "kept")
+    if int(masked_V.sum()) < _MIN_MASKED:
+        yield from (skipped(name, f"there are only {int(masked_V.sum())} masked tokens") for name in names)
         return
-    pool, mask_drawn = len(scene.tokenizer.regular_token_ids), 0
+    pool, mask_drawn = len(obs.tokenizer.regular_token_ids), 0
     if specials_drawn:
-        pool, mask_drawn = pool + len(scene.tokenizer.special_ids), 1
-    masked_VS = scene.visits.shown_VS == scene.tokenizer.mask_id
+        pool, mask_drawn = pool + len(obs.tokenizer.special_ids), 1
+    mask_token_VS = obs.record.shown_VS == obs.tokenizer.mask_id
     expected = (
         claims.mask + claims.random * mask_drawn / pool,
         claims.random * (1.0 - (1 + mask_drawn) / pool),
         claims.keep + claims.random / pool,
     )
-    seen = (fair_VS & masked_VS, fair_VS & changed_VS & ~masked_VS, fair_VS & ~changed_VS)
-    for name, promised, seen_VS in zip(names, expected, seen, strict=True):
-        share = clustered(seen_VS.sum(axis=1), asked_V, scene.cluster_V)
-        chance = chance_of(share.share, share.error, promised)
-        says = f"{share.share:.3%} ± {share.error:.3%} of {share.of:,} asked, {promised:.3%} expected"
-        yield Finding(name, "found" if chance < CHANCE else "well", says, share.share, promised, share.error,
-                      share.hits, share.of, chance)  # fmt: skip
+    outcomes = (counted_VS & mask_token_VS, counted_VS & changed_VS & ~mask_token_VS, counted_VS & ~changed_VS)
+    for name, expected_value, outcome_VS in zip(names, expected, outcomes, strict=True):
+        part = cluster_proportion(outcome_VS.sum(axis=1), masked_V, obs.cluster_V)
+        p = p_value(part.value, part.error, expected_value)
+        detail = f"{part.value:.3%} ± {part.error:.3%} of {part.of:,} masked tokens, {expected_value:.3%} expected"
+        yield Finding(name, "fail" if p < SIGNIFICANCE else "pass", detail, part.value, expected_value, part.error,
+                      part.hits, part.of, p)  # fmt: skip
 
 
 _SIZES: Final = ((1, 1), (2, 3), (4, 7), (8, 10_000))
-_TOGETHER: Final = 0.02  # of neighbours may be one word by another rule than ours
+_MAX_TOGETHER: Final = 0.02  # of neighbors may be one word by another rule of words
 
 
-def wholeness_findings(scene: Observations) -> Iterator[Finding]:
-    """What became of words."""
-    most = int(scene.words_V.max(initial=0)) + 1
-    visits, slots = np.nonzero(scene.askable_VS)
-    key = visits * most + scene.word_VS[visits, slots]
-    shape = (len(scene.words_V), most)
+def word_findings(obs: Observations) -> Iterator[Finding]:
+    """Yield the checks of whole words."""
+    most = int(obs.words_V.max(initial=0)) + 1
+    occurrences, positions = np.nonzero(obs.maskable_VS)
+    key = occurrences * most + obs.word_VS[occurrences, positions]
+    shape = (len(obs.words_V), most)
     size_VW = np.bincount(key, minlength=shape[0] * most).reshape(shape)
-    asked_VW = np.bincount(key, weights=scene.fair_VS[visits, slots], minlength=shape[0] * most).reshape(shape)
-    touched_VW = asked_VW > 0
-    several_VW = touched_VW & (size_VW > 1)
-    part_VW = several_VW & (asked_VW < size_VW)
-    part, several = int(part_VW.sum()), int(several_VW.sum())
-    promised = scene.claims.units != "tokens"
-    name = "words in part"
-    says = f"{part:,} of {several:,} words of several tokens that were touched are hidden in part"
+    masked_VW = np.bincount(key, weights=obs.counted_VS[occurrences, positions], minlength=shape[0] * most).reshape(
+        shape
+    )
+    hit_VW = masked_VW > 0
+    multi_VW = hit_VW & (size_VW > 1)
+    part_VW = multi_VW & (masked_VW < size_VW)
+    part, several = int(part_VW.sum()), int(multi_VW.sum())
+    is_claimed = obs.claims.units != "tokens"
+    name = "partial words"
+    detail = f"{part:,} of {several:,} masked words of several tokens are masked only in part"
     if not several:
-        yield untested(name, "no word of several tokens was touched")
-    elif promised:
-        yield Finding(name, "found" if part else "well", says, part / several, 0.0, 0.0, part, several)
+        yield skipped(name, "no word of several tokens was masked")
+    elif is_claimed:
+        yield Finding(name, "fail" if part else "pass", detail, part / several, 0.0, 0.0, part, several)
     else:
-        yield Finding(name, "noted", says, part / several, count=part, of=several)
+        yield Finding(name, "info", detail, part / several, count=part, of=several)
 
-    yield _by_size(scene)
+    yield _by_size(obs)
 
-    both_V = (touched_VW[:, :-1] & touched_VW[:, 1:]).sum(axis=1)
-    before_V = (touched_VW[:, :-1] & (size_VW[:, 1:] > 0)).sum(axis=1)
-    after = clustered(both_V, before_V, scene.cluster_V)
-    rate = float(touched_VW.sum()) / max(1, int((size_VW > 0).sum()))
+    both_V = (hit_VW[:, :-1] & hit_VW[:, 1:]).sum(axis=1)
+    before_V = (hit_VW[:, :-1] & (size_VW[:, 1:] > 0)).sum(axis=1)
+    after = cluster_proportion(both_V, before_V, obs.cluster_V)
+    rate = float(hit_VW.sum()) / max(1, int((size_VW > 0).sum()))
     if not after.of or rate >= 1.0:
-        yield untested("words together", "no word was hidden that has another after it")
+        yield skipped("words together", "no masked word has a word after it")
         return
-    excess = max(0.0, (after.share - rate) / (1.0 - rate))
+    excess = max(0.0, (after.value - rate) / (1.0 - rate))
     error = after.error / (1.0 - rate)
-    says = f"after a hidden word {after.share:.2%} are hidden, of all {rate:.2%}: {excess:.2%} go together"
-    if scene.claims.units != "words":
-        yield Finding("words together", "noted", says, excess, error=error, count=after.hits, of=after.of)
+    detail = (
+        f"after a masked word {after.value:.2%} of the words are masked, of all {rate:.2%}: {excess:.2%} go together"
+    )
+    if obs.claims.units != "words":
+        yield Finding("words together", "info", detail, excess, standard_error=error, count=after.hits, of=after.of)
         return
-    chance = chance_of(excess, error, 0.0, _TOGETHER, side="above")
-    yield Finding("words together", "found" if chance < CHANCE else "well", says, excess, 0.0, error,
-                  after.hits, after.of, chance)  # fmt: skip
+    p = p_value(excess, error, 0.0, _MAX_TOGETHER, side="above")
+    yield Finding("words together", "fail" if p < SIGNIFICANCE else "pass", detail, excess, 0.0, error,
+                  after.hits, after.of, p)  # fmt: skip
 
 
-def _by_size(scene: Observations) -> Finding:
-    """Long words fit into what is left of a quota less often than short ones."""
-    said = list[str]()
+def _by_size(obs: Observations) -> Finding:
+    """Measure the rate for words of several sizes; long words fit into the rest of a quota less often."""
+    parts = list[str]()
     for first, last in _SIZES:
-        held_VS = (scene.size_VS >= first) & (scene.size_VS <= last) & scene.long_V[:, None]
-        if held_VS.any():
-            said.append(f"{first if first == last else f'{first}-{last}' if last < 100 else f'{first} or more'}: "
-                        f"{scene.fair_VS[held_VS].mean():.2%}")  # fmt: skip
-    return Finding("rate by word", "noted", "tokens of a word " + ", ".join(said))
+        selected_VS = (obs.size_VS >= first) & (obs.size_VS <= last) & obs.long_V[:, None]
+        if selected_VS.any():
+            parts.append(f"{first if first == last else f'{first}-{last}' if last < 100 else f'{first} or more'}: "
+                        f"{obs.counted_VS[selected_VS].mean():.2%}")  # fmt: skip
+    return Finding("rate by word", "info", "by tokens of the word: " + ", ".join(parts))

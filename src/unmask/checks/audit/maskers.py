@@ -1,9 +1,6 @@
-"""Room card: maskers of every make, behind one door.
+"""Maskers of every kind behind one interface: objectives, data collators of transformers, callables.
 
-Comes in: an objective of ours, a data collator of transformers, a callable. Goes out: a Masker: rows of a batch in,
-what the encoder would see and what is asked out, padded. Called by: judge, play, cli.
-
-Nothing but inputs and outputs is looked at; a masker's attributes are read for what it claims, never for what it does.
+An audit uses inputs and outputs only. Attributes of a masker are read for what it claims, never for what it does.
 """
 
 from __future__ import annotations
@@ -27,54 +24,54 @@ from unmask.core.types import Objective, Sample, pack
 from unmask.objectives.masking import MaskingConfig
 from unmask.tokenization.tokenizer import Tokenizer
 
-IGNORED: Final = -100  # the label of what is not asked, as in PyTorch's cross-entropy
+IGNORED: Final = -100  # the label of tokens that are not masked, as in PyTorch's cross_entropy
 
 
 class Masked(NamedTuple):
-    """A batch as a masker gives it back."""
+    """A batch as a masker returns it."""
 
     shown_BS: NDArray[np.int64]
     label_BS: NDArray[np.int64]
-    begins_B: NDArray[np.int64]  # the slot where each sample begins: 0, or more where padding comes first
+    begins_B: NDArray[np.int64]  # position of each sample's first token: 0, or more with padding on the left
 
 
 class Masker(Protocol):
-    """Rows in, a masked batch out; a copy of it is made for every rank."""
+    """Masks batches of samples; every rank gets a copy."""
 
     @property
     def name(self) -> str:
-        """What a report calls it."""
+        """Name in the report."""
         ...
 
     @property
     def claims(self) -> Claims:
-        """What it promises."""
+        """What it claims to do."""
         ...
 
     @property
-    def pads(self) -> bool:
-        """Whether samples of several lengths may stand in a batch."""
+    def can_pad(self) -> bool:
+        """Whether the samples of a batch may have different lengths."""
         ...
 
     def mask(self, rows: Sequence[Row], epoch: int) -> Masked:
-        """One batch."""
+        """Mask one batch."""
         ...
 
 
 @dataclass
 class ObjectiveMasker:
-    """Our own masking: an objective's `corrupt`, on texts that carry their epoch and number as a feed's do."""
+    """An objective of this package or a plugin; samples have the keys that they would have in training."""
 
     objective: Objective
     seed: int
     name: str = "unmask"
     claims: Claims = field(default_factory=Claims)
-    progress: float = 0.0  # of the run, for a rate that changes over it
-    pads: bool = True
+    progress: float = 0.0  # of the run, for masking rates that change
+    can_pad: bool = True
 
     def mask(self, rows: Sequence[Row], epoch: int) -> Masked:
-        """Texts laid end to end, corrupted, and laid out again."""
-        batch = pack([Sample(row.ids, row.marks, epoch, row.number) for row in rows])
+        """Pack the samples, corrupt them, and pad them."""
+        batch = pack([Sample(row.ids, row.token_flags, epoch, row.number) for row in rows])
         batch = replace(batch, progress=self.progress)
         masked = self.objective.corrupt(batch, self.seed)
         label_T = np.full(len(batch.ids_T), IGNORED, dtype=np.int64)
@@ -83,14 +80,14 @@ class ObjectiveMasker:
         shape = (len(rows), batch.max_seqlen)
         shown_BS, label_BS = np.zeros(shape, np.int64), np.full(shape, IGNORED, np.int64)
         for number, row in enumerate(rows):
-            here = slice(batch.offsets[number], batch.offsets[number] + len(row.ids))
-            shown_BS[number, : len(row.ids)], label_BS[number, : len(row.ids)] = shown_T[here], label_T[here]
+            span = slice(batch.offsets[number], batch.offsets[number] + len(row.ids))
+            shown_BS[number, : len(row.ids)], label_BS[number, : len(row.ids)] = shown_T[span], label_T[span]
         return Masked(shown_BS, label_BS, np.zeros(len(rows), np.int64))
 
 
 @dataclass
-class Function:
-    """A callable: a tensor of ids (samples × slots, padded at the end) in, (inputs, labels) out."""
+class CallableMasker:
+    """A callable that takes ids (batch × length, padded at the end) and returns (inputs, labels)."""
 
     function: Callable[[Any], Any]
     padding_id: int | None
@@ -98,82 +95,82 @@ class Function:
     claims: Claims = field(default_factory=Claims)
 
     @property
-    def pads(self) -> bool:
-        """Where the tokenizer has a piece for it."""
+    def can_pad(self) -> bool:
+        """Whether the tokenizer has a padding token."""
         return self.padding_id is not None
 
     def mask(self, rows: Sequence[Row], epoch: int) -> Masked:
-        """One batch."""
+        """Mask one batch."""
         import torch
 
         longest = max(len(row.ids) for row in rows)
         ids_BS = np.full((len(rows), longest), self.padding_id or 0, dtype=np.int64)
         for number, row in enumerate(rows):
             ids_BS[number, : len(row.ids)] = row.ids
-        given: Any = self.function(torch.from_numpy(ids_BS))
-        return _read(given, rows, longest, self.name, "right")
+        output: Any = self.function(torch.from_numpy(ids_BS))
+        return _read(output, rows, longest, self.name, "right")
 
 
 @dataclass
-class Collator:
-    """A data collator: features of samples in, a mapping with input_ids and labels out."""
+class CollatorMasker:
+    """A data collator: takes features and returns a mapping with input_ids and labels."""
 
     collator: Callable[[Any], Any]
     name: str = "a data collator"
     claims: Claims = field(default_factory=Claims)
 
     @property
-    def _offsets(self) -> bool:
+    def _needs_offsets(self) -> bool:
         return bool(getattr(self.collator, "whole_word_mask", False))
 
     @property
-    def pads(self) -> bool:
-        """Not with offsets, which `transformers` doesn't pad: a batch of several lengths is an error there."""
+    def can_pad(self) -> bool:
+        """False with offsets, which `transformers` doesn't pad: it raises an error for several lengths."""
         tokenizer: Any = getattr(self.collator, "tokenizer", None)
-        return not self._offsets and getattr(tokenizer, "pad_token", None) is not None
+        return not self._needs_offsets and getattr(tokenizer, "pad_token", None) is not None
 
     def mask(self, rows: Sequence[Row], epoch: int) -> Masked:
-        """Features as a tokenizer gives them when it is asked for the mask of special pieces."""
+        """Mask one batch; the features are those of a tokenizer with return_special_tokens_mask=True."""
         features: list[dict[str, Any]] = []
         for row in rows:
             feature: dict[str, Any] = {"input_ids": row.ids.tolist()}
             feature["attention_mask"] = [1] * len(row.ids)
-            feature["special_tokens_mask"] = row.framing.astype(int).tolist()
-            if self._offsets:
+            feature["special_tokens_mask"] = row.special_mask.astype(int).tolist()
+            if self._needs_offsets:
                 feature["offset_mapping"] = [tuple(pair) for pair in row.offsets.tolist()]
             features.append(feature)
         side = str(getattr(getattr(self.collator, "tokenizer", None), "padding_side", "right"))
         return _read(self.collator(features), rows, max(len(row.ids) for row in rows), self.name, side)
 
 
-def _read(given: Any, rows: Sequence[Row], longest: int, name: str, side: str) -> Masked:
-    """What a masker gave back, as arrays.
+def _read(output: Any, rows: Sequence[Row], longest: int, name: str, side: str) -> Masked:
+    """Convert the output of a masker to arrays.
 
     Raises:
-        RecipeError: it is something else.
+        RecipeError: the output is not a masked batch.
     """
-    if isinstance(given, Mapping) or hasattr(given, "keys"):
-        held = cast("Mapping[str, Any]", given)
-        given = (held.get("input_ids"), held.get("labels"))
-    wrong = ""
-    if not (isinstance(given, tuple | list) and len(cast("Sequence[Any]", given)) == 2):
-        wrong = f"it gave a {type(given).__name__}"
+    if isinstance(output, Mapping) or hasattr(output, "keys"):
+        mapping = cast("Mapping[str, Any]", output)
+        output = (mapping.get("input_ids"), mapping.get("labels"))
+    problem = ""
+    if not (isinstance(output, tuple | list) and len(cast("Sequence[Any]", output)) == 2):
+        problem = f"it returned a {type(output).__name__}"
         shown_BS = label_BS = np.zeros((0, 0), np.int64)
     else:
-        shown_BS, label_BS = (_array(one) for one in cast("Sequence[Any]", given))
-        for what, array in (("inputs", shown_BS), ("labels", label_BS)):
+        shown_BS, label_BS = (_array(value) for value in cast("Sequence[Any]", output))
+        for name_of_array, array in (("inputs", shown_BS), ("labels", label_BS)):
             if array.ndim != 2 or len(array) != len(rows) or array.shape[1] < longest:
-                wrong = f"its {what} have the shape {array.shape} where {len(rows)} × {longest} went in"
+                problem = f"its {name_of_array} have the shape {array.shape}, expected {len(rows)} × {longest}"
             elif not np.issubdtype(array.dtype, np.integer):
-                wrong = f"its {what} are {array.dtype}"
-        if not wrong and shown_BS.shape != label_BS.shape:
-            wrong = f"its inputs are {shown_BS.shape} and its labels {label_BS.shape}"
-    if wrong:
+                problem = f"its {name_of_array} are {array.dtype}, expected integers"
+        if not problem and shown_BS.shape != label_BS.shape:
+            problem = f"its inputs are {shown_BS.shape} and its labels {label_BS.shape}"
+    if problem:
         raise RecipeError(
-            f"this is no masker: {wrong}",
+            f"this is not a masker: {problem}",
             location=name,
-            hint="it takes ids (samples × slots) and gives inputs and labels of that shape, whole numbers, with labels "
-            f"{IGNORED} where nothing is asked",
+            hint="take ids (batch × length) and return integer inputs and labels of that shape, with the label "
+            f"{IGNORED} for tokens that are not masked",
         )
     lengths = np.array([len(row.ids) for row in rows])
     begins_B = shown_BS.shape[1] - lengths if side == "left" else np.zeros(len(rows), np.int64)
@@ -184,35 +181,34 @@ def _array(value: Any) -> NDArray[Any]:
     return np.asarray(value.detach().cpu().numpy() if hasattr(value, "detach") else value)
 
 
-def masker_of(
-    given: Any, tokenizer: Tokenizer, seed: int, claims: Claims | None = None
-) -> ObjectiveMasker | Function | Collator:
-    """The door that fits what was given: an objective, a data collator of transformers, or any callable.
+def open_masker(
+    masker: Any, tokenizer: Tokenizer, seed: int, claims: Claims | None = None
+) -> ObjectiveMasker | CallableMasker | CollatorMasker:
+    """Wrap an objective, a data collator of transformers, or any callable.
 
     Raises:
-        RecipeError: it is none of these.
+        RecipeError: the object is none of these.
     """
-    if isinstance(given, ObjectiveMasker | Function | Collator):
-        return given
-    name = str(getattr(given, "__qualname__", type(given).__qualname__))
-    if hasattr(given, "corrupt") and hasattr(given, "loss_weights"):
-        return ObjectiveMasker(given, seed, name, claims or Claims())
-    if isinstance(given, type) or not callable(given):
-        what = "a class" if isinstance(given, type) else f"a {type(given).__name__}"
+    if isinstance(masker, ObjectiveMasker | CallableMasker | CollatorMasker):
+        return masker
+    name = str(getattr(masker, "__qualname__", type(masker).__qualname__))
+    if hasattr(masker, "corrupt") and hasattr(masker, "loss_weights"):
+        return ObjectiveMasker(masker, seed, name, claims or Claims())
+    if isinstance(masker, type) or not callable(masker):
+        kind = "class" if isinstance(masker, type) else type(masker).__name__
         raise RecipeError(
-            f"this is no masker: it is {what}",
+            f"this is not a masker: it is of type {kind}",
             location=name,
-            hint="give a callable (inputs -> inputs, labels), a data collator or an objective: what was made, not its "
-            "class",
+            hint="give a callable (ids -> inputs, labels), a data collator or an objective: an instance, not its class",
         )
-    classes = inspect.getmro(cast("type", type(given)))
-    if any(one.__module__.partition(".")[0] == "transformers" for one in classes):
-        return Collator(given, name, claims or claims_of_collator(given))
-    return Function(given, tokenizer.role_id("pad_token"), name, claims or Claims())
+    classes = inspect.getmro(cast("type", type(masker)))
+    if any(cls.__module__.partition(".")[0] == "transformers" for cls in classes):
+        return CollatorMasker(masker, name, claims or claims_of_collator(masker))
+    return CallableMasker(masker, tokenizer.role_id("pad_token"), name, claims or Claims())
 
 
-def claims_of_settings(settings: MaskingConfig, progress: float = 0.0) -> Claims:
-    """What our own settings promise where this share of a run is done."""
+def claims_of_config(settings: MaskingConfig, progress: float = 0.0) -> Claims:
+    """Return the claims of a masking config after a fraction of the run."""
     units: dict[str, Units] = {"token": "tokens", "whole-word": "words"}
     return Claims(
         rate=settings.rate_at(progress),
@@ -220,12 +216,12 @@ def claims_of_settings(settings: MaskingConfig, progress: float = 0.0) -> Claims
         random=settings.random_token_rate,
         keep=settings.keep_rate,
         units=units.get(settings.mask_unit, "spans"),
-        even=not settings.boosted_words,
+        uniform=not settings.boosted_words,
     )
 
 
 def claims_of_collator(collator: Any) -> Claims:
-    """What a collator's own attributes promise once it is made."""
+    """Return the claims that a collator's attributes make."""
     plain = Claims()
     mask = float(getattr(collator, "mask_replace_prob", plain.mask))
     random = float(getattr(collator, "random_replace_prob", plain.random))
@@ -243,25 +239,25 @@ VARIANTS: Final = ("whole-word", "seeded")
 _ROLES: Final = ("pad_token", "unk_token", "cls_token", "sep_token", "mask_token")
 
 
-def library_collator(name: str, tokenizer: Tokenizer, seed: int) -> Collator:
-    """`DataCollatorForLanguageModeling` as `transformers[:whole-word][,seeded]` says.
+def transformers_collator(name: str, tokenizer: Tokenizer, seed: int) -> CollatorMasker:
+    """Create the `DataCollatorForLanguageModeling` that `transformers[:whole-word][,seeded]` names.
 
     Raises:
-        RecipeError: there is no such variant, or the library isn't installed.
+        RecipeError: the variant is unknown, or transformers is not installed.
     """
-    library, _, said = name.partition(":")
-    variants = said.split(",") if said else []
+    library, _, options_text = name.partition(":")
+    variants = options_text.split(",") if options_text else []
     for variant in variants:
         if variant not in VARIANTS:
             near = closest_match(variant, list(VARIANTS))
             raise RecipeError(
                 f"there is no variant `{variant}`" + (f": did you mean `{near}`?" if near else ""),
                 location=name,
-                hint=f"choose of {', '.join(VARIANTS)}, as in {LIBRARY}:whole-word,seeded",
+                hint=f"choose from {', '.join(VARIANTS)}, as in {LIBRARY}:whole-word,seeded",
             )
     if importlib.util.find_spec(LIBRARY) is None:
         raise RecipeError(
-            f"{LIBRARY} is not installed", location=library, hint='install it: python -m pip install "unmask[hub]"'
+            f"{LIBRARY} is not installed", location=library, hint='run python -m pip install "unmask[hub]"'
         )
     from transformers import DataCollatorForLanguageModeling
 
@@ -271,13 +267,13 @@ def library_collator(name: str, tokenizer: Tokenizer, seed: int) -> Collator:
     if "seeded" in variants:
         options["seed"] = seed
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that whole words are always hidden behind [MASK]: it stands in the claims
-        made = DataCollatorForLanguageModeling(fast_tokenizer(tokenizer), **options)
-    return Collator(made, name, claims_of_collator(made))
+        warnings.simplefilter("ignore")  # the claims have it: whole words are always replaced by [MASK]
+        collator = DataCollatorForLanguageModeling(fast_tokenizer(tokenizer), **options)
+    return CollatorMasker(collator, name, claims_of_collator(collator))
 
 
 def fast_tokenizer(tokenizer: Tokenizer) -> Any:
-    """Ours as one of `transformers`, with equal ids."""
+    """Return the tokenizer as one of `transformers`, with the same ids."""
     from transformers import PreTrainedTokenizerFast
 
     roles = {role: tokenizer.id_to_token(number) for role in _ROLES if (number := tokenizer.role_id(role)) is not None}

@@ -1,8 +1,4 @@
-"""Room card: what a masker claims, and how long it is watched.
-
-Comes in: what a person says, or what a masker's own attributes say. Goes out: frozen settings. Called by: the other
-modules of audit, cli.
-"""
+"""Settings of an audit, claims of a masker, findings and the report."""
 
 from __future__ import annotations
 
@@ -10,150 +6,151 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Final, Literal
 
+from unmask.core.config import require
 from unmask.core.errors import RecipeError
 
 Units = Literal["tokens", "words", "spans"]
 Seeds = Literal["apart", "alike"]
 
-MOST_SLOTS: Final = 20_000_000  # kept at 13 bytes each until all is judged: 260 MB
+MAX_TOKENS: Final = 20_000_000  # kept in memory at 13 bytes each: 260 MB
 
 
 @dataclass(frozen=True)
 class Claims:
-    """What a masker promises; the defaults are BERT's (arXiv 1810.04805)."""
+    """What a masker claims to do; the defaults are BERT's (arXiv 1810.04805)."""
 
-    rate: float = 0.15  # of the tokens that may be asked
-    mask: float = 0.8  # of the asked
-    random: float = 0.1
-    keep: float = 0.1
-    units: Units = "tokens"  # words: hidden whole; spans: runs of whole words
-    even: bool = True  # all words as often; not so where some are preferred
+    rate: float = 0.15  # fraction of the maskable tokens that are masked
+    mask: float = 0.8  # fractions of the masked tokens: replaced by [MASK],
+    random: float = 0.1  # replaced by a random token,
+    keep: float = 0.1  # unchanged
+    units: Units = "tokens"  # words: whole words are masked; spans: runs of whole words
+    uniform: bool = True  # all words are masked equally often; false if some are boosted
 
     def __post_init__(self) -> None:
-        shares = (self.mask, self.random, self.keep)
-        if not 0.0 < self.rate <= 1.0 or min(shares) < 0.0 or abs(sum(shares) - 1.0) > 1e-9:
+        fractions = (self.mask, self.random, self.keep)
+        if not 0.0 < self.rate <= 1.0 or min(fractions) < 0.0 or abs(sum(fractions) - 1.0) > 1e-9:
             raise RecipeError(
-                f"rate {self.rate:g} and split {self.mask:g}/{self.random:g}/{self.keep:g} can't be claimed",
-                location="what the masker claims",
-                hint="0 < rate <= 1, and three shares >= 0 that sum to 1, as in --rate 0.15 --split 80/10/10",
+                f"invalid claims: got rate {self.rate:g} and split {self.mask:g}/{self.random:g}/{self.keep:g}, "
+                "expected 0 < rate <= 1 and three fractions that sum to 1",
+                location="claims of the masker",
+                hint="give them as in --rate 0.15 --split 80/10/10",
             )
 
 
 @dataclass(frozen=True)
 class AuditConfig:
-    """How a masker is watched. The same settings give the same report, number for number."""
+    """How a masker is run. The same settings give the same report, number for number."""
 
-    samples: int = 2048  # 78,000 asked in two epochs of 128: a share of 9 % instead of 10 % is 9 standard errors off
-    length: int = 128  # slots of a sample, special pieces included
+    samples: int = 2048  # 78,000 masked tokens in two epochs of 128: 9 % instead of 10 % is 9 standard errors off
+    length: int = 128  # tokens of a sample, with special tokens
     batch: int = 16
     epochs: int = 2
-    workers: int = 2  # processes of each rank's loader; 0: none
+    workers: int = 2  # processes of each rank's DataLoader; 0: none
     ranks: int = 2
     seed: int = 0
-    seeds: Seeds = "apart"  # whether each rank seeds the global generators for itself, or all alike
+    seeds: Seeds = "apart"  # apart: each rank seeds the global generators differently; alike: all with one seed
 
     def __post_init__(self) -> None:
-        least = {"samples": 1, "length": 8, "batch": 2, "epochs": 1, "workers": 0, "ranks": 1}
-        for name, bound in least.items():
-            if getattr(self, name) < bound:
-                raise RecipeError(
-                    f"{name} = {getattr(self, name)} is too little", location=name, hint=f"give {bound} or more"
-                )
-        if self.samples < self.row_of_batches:
+        require(self, "samples", "epochs", "ranks", min=1)
+        require(self, "length", min=8)
+        require(self, "batch", min=2)
+        require(self, "workers", min=0)
+        if self.samples < self.samples_per_round:
             raise RecipeError(
-                f"{self.samples} samples give no batch to each worker of each rank",
+                f"{self.samples} samples are too few for a batch of each worker of each rank",
                 location="samples",
-                hint=f"give {self.row_of_batches} or more, or fewer ranks and workers",
+                hint=f"give {self.samples_per_round} or more, or use fewer ranks and workers",
             )
-        if self.samples * self.length * self.epochs > MOST_SLOTS:
+        if self.samples * self.length * self.epochs > MAX_TOKENS:
             raise RecipeError(
-                f"{self.samples:,} samples of {self.length} slots in {self.epochs} epochs would not fit in memory",
+                f"{self.samples:,} samples of {self.length} tokens in {self.epochs} epochs don't fit in memory",
                 location="samples",
-                hint=f"keep samples × length × epochs under {MOST_SLOTS:,}",
+                hint=f"keep samples × length × epochs at {MAX_TOKENS:,} or less",
             )
 
     @property
-    def lanes(self) -> int:
-        """Loaders that draw at the same time in one rank: its workers, or itself."""
+    def loaders(self) -> int:
+        """Number of processes of one rank that draw masks: its workers, or the rank itself."""
         return max(1, self.workers)
 
     @property
-    def row_of_batches(self) -> int:
-        """Samples of one batch for every lane of every rank, two kinds of batches each."""
-        return self.batch * self.ranks * self.lanes * 2
+    def samples_per_round(self) -> int:
+        """Samples of two batches for each loader of each rank: one of full samples, one of mixed lengths."""
+        return self.batch * self.ranks * self.loaders * 2
 
     @property
-    def turns(self) -> int:
-        """Batches of each lane in an epoch: even ones of full samples, odd ones of mixed lengths."""
-        return 2 * (self.samples // self.row_of_batches)
+    def rounds(self) -> int:
+        """Batches of each loader in an epoch: even ones of full samples, odd ones of mixed lengths."""
+        return 2 * (self.samples // self.samples_per_round)
 
     @property
-    def places(self) -> int:
+    def batches(self) -> int:
         """Batches of each rank in an epoch."""
-        return self.turns * self.lanes
+        return self.rounds * self.loaders
 
 
-Verdict = Literal["well", "found", "noted", "untested"]
+Verdict = Literal["pass", "fail", "info", "skipped"]
 
-CHANCE: Final = 1e-6  # a finding is made where chance alone would do so less often than this: 4.9 standard errors
+# A finding fails if its p-value is smaller: 4.9 standard errors.
+SIGNIFICANCE: Final = 1e-6
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that was looked at."""
+    """The result of one check."""
 
     name: str
-    verdict: Verdict  # noted: counted, but no promise; untested: there was nothing to look at
-    says: str
+    verdict: Verdict  # info: a measurement without a requirement; skipped: there was nothing to measure
+    detail: str
     measured: float | None = None
     expected: float | None = None
-    error: float | None = None  # one standard error of what was measured
+    standard_error: float | None = None  # of `measured`
     count: int = 0
     of: int = 0
-    chance: float | None = None  # of this or worse, if the masker keeps its promise; None where none is allowed at all
+    p_value: float | None = None  # None if a single case is a failure
 
 
 @dataclass(frozen=True)
 class AuditReport:
-    """Everything that an audit says of a masker."""
+    """The result of an audit."""
 
     masker: str
     claims: Claims
     settings: AuditConfig
     findings: tuple[Finding, ...]
     samples: int
-    tokens: int  # that were shown to the masker, all epochs together
-    asked: int
-    pieces: int  # of the tokenizer
-    words: str  # the rule by which the text's words are told
+    tokens: int  # maskable tokens, in all epochs together
+    masked_tokens: int
+    vocab_size: int
+    words: str  # the rule by which words are recognized
     versions: Mapping[str, str]
     notes: tuple[str, ...] = ()
 
     @property
-    def found(self) -> tuple[str, ...]:
-        """Names of what was found."""
-        return tuple(finding.name for finding in self.findings if finding.verdict == "found")
+    def failed(self) -> tuple[str, ...]:
+        """Names of the checks that failed."""
+        return tuple(finding.name for finding in self.findings if finding.verdict == "fail")
 
     @property
     def passed(self) -> bool:
-        """Whether nothing was found."""
-        return not self.found
+        """Whether no check failed."""
+        return not self.failed
 
     @property
     def false_alarm(self) -> float:
-        """The chance, at most, that a masker which keeps every promise has something found."""
-        return CHANCE * sum(finding.chance is not None for finding in self.findings)
+        """Upper bound of the probability that a masker fails although all its claims are true."""
+        return SIGNIFICANCE * sum(finding.p_value is not None for finding in self.findings)
 
     def __getitem__(self, name: str) -> Finding:
         return next(finding for finding in self.findings if finding.name == name)
 
 
-def none_allowed(name: str, count: int, of: int, what: str) -> Finding:
-    """What must not happen once."""
-    return Finding(name, "found" if count else "well", f"{count:,} of {of:,} {what}", count / max(1, of), 0.0, 0.0,
-                   count, of)  # fmt: skip
+def must_be_zero(name: str, count: int, of: int, description: str) -> Finding:
+    """Return the finding of something that must not happen once."""
+    detail = f"{count:,} of {of:,} {description}"
+    return Finding(name, "fail" if count else "pass", detail, count / max(1, of), 0.0, 0.0, count, of)
 
 
-def untested(name: str, why: str) -> Finding:
-    """What could not be looked at."""
-    return Finding(name, "untested", why)
+def skipped(name: str, reason: str) -> Finding:
+    """Return the finding of a check that could not be made."""
+    return Finding(name, "skipped", reason)

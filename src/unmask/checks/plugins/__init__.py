@@ -1,8 +1,4 @@
-"""Room card: a kind from outside, judged by the laws of its role.
-
-Comes in: "package.module:Name", its settings, for a source the paths that it shall read. Goes out: Checked: a verdict
-by each law, one of them reached in a process of its own. Called by: cli, docs, tests.
-"""
+"""Conformance checks of plugins: the requirements that the classes of this package meet, too."""
 
 from __future__ import annotations
 
@@ -20,82 +16,92 @@ from typing import Any, Final
 
 import torch
 
-from unmask.checks.plugins.fixtures import cutter_cases, objective_subject, objective_tools
+from unmask.checks.plugins.fixtures import (
+    LoggerFixture,
+    SamplerFixture,
+    SourceFixture,
+    objective_context,
+    objective_fixture,
+    sampler_contexts,
+)
 from unmask.checks.plugins.runner import Check, CheckResult, require, run_checks
 from unmask.checks.plugins.second_process import result_digest
-from unmask.checks.plugins.suites import CUTTER_LAWS, OBJECTIVE_LAWS, SOURCE_LAWS, SamplerFixture, SourceFixture
+from unmask.checks.plugins.suites import LOGGER_CHECKS, OBJECTIVE_CHECKS, SAMPLER_CHECKS, SOURCE_CHECKS
 from unmask.core.config import Tree, apply_set, build_plugin, dump_config
 from unmask.core.errors import RecipeError
 from unmask.core.plugins import PLUGIN_TYPES, PluginConfig, describe, find, make
-from unmask.core.types import Objective, Sampler, SamplerContext, Source, SourceContext
+from unmask.core.types import LoggerContext, MetricLogger, Objective, Sampler, SamplerContext, Source, SourceContext
 
 _CHILD: Final = "from unmask.checks.plugins.second_process import answer_parent; answer_parent()"
 _CHILD_SECONDS: Final = 300
-_ALIKE: Final = "another process gives the same"
+_SECOND_PROCESS: Final = "results are the same in another process"
 
 
 @dataclass(frozen=True)
 class CheckReport:
-    """What the laws say of a kind from outside."""
+    """The results of all checks of a plugin."""
 
     role: str
     kind: str
-    notes: str  # where its code lies
+    notes: str  # which code was checked
     settings: str  # as TOML
     results: Sequence[CheckResult]
 
     @property
     def passed(self) -> bool:
-        """Whether every law is kept."""
-        return all(verdict.passed for verdict in self.results)
+        """Whether all checks passed."""
+        return all(result.passed for result in self.results)
 
 
 def role_of(kind: str) -> str:
-    """What the class that a kind names claims to be, by its methods.
+    """Return the plugin type of a class, recognized by its methods.
 
     Raises:
-        RecipeError: it can't be imported, or has the methods of no role.
+        RecipeError: the class can't be imported, or has the methods of no plugin type.
     """
     cls = find(kind, PluginConfig)
-    for name, role in PLUGIN_TYPES.items():
-        if all(callable(getattr(cls, method, None)) for method in role.methods):
-            return name
-    wanted = "; ".join(f"{role.role}: {' and '.join(role.methods)}" for role in PLUGIN_TYPES.values())
+    for role, plugin in PLUGIN_TYPES.items():
+        if all(callable(getattr(cls, method, None)) for method in plugin.methods):
+            return role
+    required = "; ".join(f"{plugin.role}: {' and '.join(plugin.methods)}" for plugin in PLUGIN_TYPES.values())
     raise RecipeError(
-        f"`{kind}` has the methods of no role",
+        f"`{kind}` has the methods of no plugin type",
         location=kind,
-        hint=f"write the methods of what it shall be ({wanted}), or name it, as in --role sampler",
+        hint=f"add the methods of its type ({required}), or name the type, as in --role sampler",
     )
 
 
 def check_plugin(name: str, settings: Sequence[str] = (), paths: Sequence[Path] = (), role: str = "") -> CheckReport:
-    """Judge a kind from outside by the laws of its role.
+    """Run all checks of a plugin.
 
     Args:
-        kind: "package.module:Name".
-        settings: `key=value` texts, as they would stand in the recipe's table.
-        paths: what a source shall read.
-        role: "objective", "sampler" or "source"; told by the class's methods where it isn't given.
+        name: "package.module:Name".
+        settings: `key=value` texts, as for `--set`, relative to the table of the plugin.
+        paths: files for a source to read.
+        role: "objective", "sampler", "source" or "logger"; by default recognized by the methods of the class.
 
     Raises:
-        RecipeError: it can't be imported or made, is nothing that a role asks for, or a setting is wrong.
+        RecipeError: the plugin can't be imported or created, lacks a method, or has an invalid setting.
     """
     tree: Tree = {"kind": name}
     for text in settings:
         tree = apply_set(tree, text)
-    whole = tuple(path.absolute() for path in paths)
-    outside = build_plugin(PLUGIN_TYPES[role or role_of(name)], tree, name, settings)
-    if whole and outside.role != "source":
-        raise RecipeError(f"TEXT is for sources, and `{name}` is a {outside.role}", hint="leave TEXT out")
-    with _one_thread(), _judged(outside, whole) as verdicts:  # a source's changed files last as long as this block
-        return CheckReport(
-            outside.role, name, describe(outside), dump_config(outside), [*verdicts, _alike(outside, whole)]
+    paths = tuple(path.absolute() for path in paths)
+    config = build_plugin(PLUGIN_TYPES[role or role_of(name)], tree, name, settings)
+    if paths and config.role != "source":
+        raise RecipeError(
+            f"only a source reads TEXT, and `{name}` is a {config.role}", hint="remove the TEXT arguments"
         )
+    with _one_thread(), tempfile.TemporaryDirectory() as folder:
+        results = _run_suite(config, paths, Path(folder))
+        if config.role != "logger":
+            results.append(_check_second_process(config, paths))
+        return CheckReport(config.role, name, describe(config), dump_config(config), results)
 
 
 @contextmanager
 def _one_thread() -> Generator[None]:
-    """Matrices this small are slower on several threads, by ten times where other processes are busy."""
+    # Matrices this small are slower on several threads, by ten times if other processes are busy.
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -104,67 +110,74 @@ def _one_thread() -> Generator[None]:
         torch.set_num_threads(threads)
 
 
-@contextmanager
-def _judged(outside: PluginConfig, paths: tuple[Path, ...]) -> Generator[list[CheckResult]]:
-    if outside.role == "objective":
-        objective: Objective = make(outside, objective_tools())
-        yield run_checks(OBJECTIVE_LAWS, objective_subject(objective))
-    elif outside.role == "sampler":
+def _run_suite(config: PluginConfig, paths: tuple[Path, ...], folder: Path) -> list[CheckResult]:
+    """Run the checks of a plugin type. A plugin that can't be created is one error, not one for each check."""
+    if config.role == "objective":
+        objective: Objective = make(config, objective_context())
+        return run_checks(OBJECTIVE_CHECKS, objective_fixture(objective))
+    if config.role == "sampler":
 
-        def cutter_of(tools: SamplerContext) -> Sampler:
-            return make(outside, tools)
+        def create_sampler(context: SamplerContext) -> Sampler:
+            return make(config, context)
 
-        cases = cutter_cases()
-        cutter_of(cases[0])  # what can't be made at all is one error and not one by each law
-        yield run_checks(CUTTER_LAWS, SamplerFixture(cutter_of, cases))
-    else:
-        with tempfile.TemporaryDirectory() as folder:
-            make(outside, SourceContext(paths))
-            yield run_checks(SOURCE_LAWS, SourceFixture(*_variants(outside, paths, Path(folder))))
+        contexts = sampler_contexts()
+        create_sampler(contexts[0])
+        return run_checks(SAMPLER_CHECKS, SamplerFixture(create_sampler, contexts))
+    if config.role == "logger":
+
+        def create_logger(context: LoggerContext) -> MetricLogger:
+            return make(config, context)
+
+        fixture = LoggerFixture(create_logger, folder)
+        create_logger(fixture.context()).close()
+        return run_checks(LOGGER_CHECKS, fixture)
+    make(config, SourceContext(paths))
+    return run_checks(SOURCE_CHECKS, SourceFixture(*_source_variants(config, paths, folder)))
 
 
-Made = Callable[[], Source]
+CreateSource = Callable[[], Source]
 
 
-def _variants(outside: PluginConfig, paths: tuple[Path, ...], folder: Path) -> tuple[Made, list[tuple[str, Made]]]:
-    """A way to make the source, and ways to make it with one setting or one text changed."""
+def _source_variants(
+    config: PluginConfig, paths: tuple[Path, ...], folder: Path
+) -> tuple[CreateSource, list[tuple[str, CreateSource]]]:
+    """Return functions that create the source: unchanged, and with one setting or one text changed."""
 
-    def made(settings: Any, read: tuple[Path, ...]) -> Made:
-        return lambda: make(dataclasses.replace(outside, settings=settings), SourceContext(read))
+    def create(settings: Any, paths: tuple[Path, ...]) -> CreateSource:
+        return lambda: make(dataclasses.replace(config, settings=settings), SourceContext(paths))
 
-    others: list[tuple[str, Made]] = []
-    for field in dataclasses.fields(outside.settings):
-        value = getattr(outside.settings, field.name)
+    variants: list[tuple[str, CreateSource]] = []
+    for field in dataclasses.fields(config.settings):
+        value = getattr(config.settings, field.name)
         changed = (not value) if isinstance(value, bool) else value + 1 if isinstance(value, int | float) else value
         if changed != value:
             try:
-                settings = dataclasses.replace(outside.settings, **{field.name: changed})
-            except Exception:  # its own __post_init__ refuses the value, in whatever way
+                settings = dataclasses.replace(config.settings, **{field.name: changed})
+            except Exception:  # the plugin refuses the value
                 continue
-            others.append((f"{field.name} = {changed}", made(settings, paths)))
+            variants.append((f"{field.name} = {changed}", create(settings, paths)))
     for number, path in enumerate(path for path in paths if path.is_file()):
         lines = path.read_bytes().splitlines()
         longer = folder / f"{number}-{path.name}"
-        longer.write_bytes(b"\n".join([*lines, *lines[-1:], b""]))  # its last line once more, so that it stays a table
-        swapped = tuple(longer if one == path else one for one in paths)
-        others.append((f"one line more in {path.name}", made(outside.settings, swapped)))
-    return made(outside.settings, paths), others
+        longer.write_bytes(
+            b"\n".join([*lines, *lines[-1:], b""])
+        )  # the last line repeated, so that a table stays valid
+        swapped = tuple(longer if other == path else other for other in paths)
+        variants.append((f"one more line in {path.name}", create(config.settings, swapped)))
+    return create(config.settings, paths), variants
 
 
-# Another process ----------------------------------------------------------------------------------------------------
+def _check_second_process(config: PluginConfig, paths: tuple[Path, ...]) -> CheckResult:
+    """Compare the results with those of a child process in which Python's hashes have another seed."""
 
-
-def _alike(outside: PluginConfig, paths: tuple[Path, ...]) -> CheckResult:
-    """Whether a process of its own, in which Python's hashes are salted otherwise, gets the same results."""
-
-    def test(asked: PluginConfig) -> None:
+    def compare(config: PluginConfig) -> None:
         task = {
-            "role": asked.role,
-            "toml": dump_config(asked),
+            "role": config.role,
+            "toml": dump_config(config),
             "paths": [str(path) for path in paths],
             "path": sys.path,
         }
-        done = subprocess.run(
+        child = subprocess.run(
             [sys.executable, "-c", _CHILD],
             input=json.dumps(task),
             env={**os.environ, "PYTHONHASHSEED": "1", "OMP_NUM_THREADS": "1"},
@@ -173,15 +186,14 @@ def _alike(outside: PluginConfig, paths: tuple[Path, ...]) -> CheckResult:
             timeout=_CHILD_SECONDS,
             check=False,
         )
-        lines = done.stderr.strip().splitlines()
-        require(done.returncode == 0, f"the other process ended with an error: {lines[-1] if lines else 'none told'}")
-        here, there = result_digest(asked, paths), done.stdout.split()[-1]
+        lines = child.stderr.strip().splitlines()
+        require(child.returncode == 0, f"the other process failed: {lines[-1] if lines else 'without a message'}")
         require(
-            here == there,
-            "a new Python got another result: does it use hash(), a set's order, the time or the process?",
+            result_digest(config, paths) == child.stdout.split()[-1],
+            "another process got other results: do they depend on hash(), the order of a set, the time or the process?",
         )
 
-    law: Check[PluginConfig] = Check(
-        _ALIKE, "A new Python gets the same result: a run must go on in another process.", test
+    check: Check[PluginConfig] = Check(
+        _SECOND_PROCESS, "A new Python process gets the same results: a run may resume in another process.", compare
     )
-    return run_checks([law], outside)[0]
+    return run_checks([check], config)[0]

@@ -1,14 +1,12 @@
-"""Room card: what objectives and samplers are tried on.
-
-Comes in: nothing. Goes out: a tokenizer learnt from a page of text, texts of many lengths made with it, lengths of
-documents, what an objective is made with. Called by: check, elsewhere, tests.
-"""
+"""Inputs of the checks: a small tokenizer, samples, document lengths, a small model, and a run for loggers."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
+from typing import Any, Final
 
 import numpy as np
 import torch
@@ -18,20 +16,28 @@ from unmask.checks.plugins.runner import require
 from unmask.core.types import (
     SPECIAL,
     Batch,
+    LoggerContext,
     LossSums,
     MaskedBatch,
+    MetricLogger,
     Objective,
     ObjectiveContext,
     Sample,
+    Sampler,
     SamplerContext,
+    SampleSpec,
+    Source,
     pack,
 )
+from unmask.data.sampling import EPOCH_STRIDE
 from unmask.models import EncoderConfig, build_model
 from unmask.models.modernbert import ModernBertConfig
 from unmask.tokenization.settings import WordPieceConfig
 from unmask.tokenization.tokenizer import Tokenizer, train_tokenizer
 
-PAGE = """\
+# Objectives ---------------------------------------------------------------------------------------------------------
+
+PAGE: Final = """\
 The harbour lies in the west of the town, between the old wall and the mill. In the morning, when the boats come home,
 the women wait on the stones with their baskets; by noon, everything is sold, and the gulls have what is left. "Why do
 you stay?" a stranger asked once. Nobody knew what to say, because nobody had thought of leaving. There were 12 boats
@@ -40,80 +46,72 @@ where the flour was ground, would not say so. They know the names of the boats, 
 When the wind turns, the bell rings, and whoever is near runs down to the water. It has always been so: one rings, all
 come. First the ropes, then the sails, then the fish. In winter, after the storms, the wall is mended stone by stone.
 """
-LENGTHS = (1, 2, 3, 5, 8, 13, 21, 34, 55, 60)  # tokens of the texts, special pieces not counted
-SEED = 11
-WIDTH = 32  # of the encoder that objectives are tried with
-DOCUMENTS: tuple[tuple[tuple[int, ...], int], ...] = (  # tokens of the documents, tokens that a sample may hold
-    ((40, 0, 5, 1, 300, 17, 16, 0, 33), 16),
-    ((7,), 30),
-    ((1000,), 8),
-    (tuple(range(60)), 510),
+LENGTHS: Final = (1, 2, 3, 5, 8, 13, 21, 34, 55, 60)  # tokens of the samples, without special tokens
+SEED: Final = 11
+HIDDEN_SIZE: Final = 32
+ENCODER: Final = ModernBertConfig(
+    num_hidden_layers=2, hidden_size=HIDDEN_SIZE, num_attention_heads=2, intermediate_size=24, local_attention=16
 )
 
 
 @cache
 def sample_tokenizer() -> Tokenizer:
-    """WordPiece with 120 pieces, learnt from the page."""
+    """Return a WordPiece tokenizer with 120 tokens, trained on the page."""
     return train_tokenizer([PAGE], WordPieceConfig(vocab_size=120))
 
 
-def sample_texts() -> list[Sample]:
-    """Windows of the page of many lengths, between [CLS] and [SEP], each with an epoch and a number of its own."""
+def text_samples() -> list[Sample]:
+    """Return windows of the page of many lengths, each with [CLS], [SEP] and a key of its own."""
     encoded = sample_tokenizer().encode(PAGE)
-    made: list[Sample] = []
+    samples: list[Sample] = []
     first = 0
     for number, length in enumerate(LENGTHS):
-        ids, marks = encoded.ids[first : first + length], encoded.marks[first : first + length]
-        made.append(Sample(*sample_tokenizer().add_special_tokens(ids, marks), epoch=number % 3, number=7 * number))
+        ids, flags = encoded.ids[first : first + length], encoded.marks[first : first + length]
+        samples.append(Sample(*sample_tokenizer().add_special_tokens(ids, flags), epoch=number % 3, number=7 * number))
         first += length
-    return made
+    return samples
 
 
-def nothing_askable() -> Sample:
-    """A text of special pieces alone."""
+def special_tokens_only() -> Sample:
+    """Return a sample that has nothing to mask."""
     ids, _ = sample_tokenizer().add_special_tokens(np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.uint8))
     return Sample(ids, np.full(len(ids), SPECIAL, dtype=np.uint8), epoch=1, number=5)
 
 
-def cutter_cases() -> list[SamplerContext]:
-    """Documents of many lengths: empty, short, of exactly a sample, long."""
-    return [SamplerContext(np.array(lengths, dtype=np.int64), length, seed=3) for lengths, length in DOCUMENTS]
-
-
-def objective_tools() -> ObjectiveContext:
-    """What an objective is made with when it is judged."""
-    return ObjectiveContext(sample_tokenizer(), WIDTH)
+def objective_context() -> ObjectiveContext:
+    """Return the context with which objectives are created for the checks."""
+    return ObjectiveContext(sample_tokenizer(), HIDDEN_SIZE)
 
 
 @dataclass(frozen=True)
 class ObjectiveFixture:
-    """An objective and what it is tried on: texts with something askable, and one with nothing but special pieces."""
+    """An objective, a small model, samples to mask, and a sample with nothing to mask."""
 
     objective: Objective
     encoder: nn.Module
     head: nn.Module
-    texts: Sequence[Sample]
-    nothing: Sample
+    samples: Sequence[Sample]
+    unmaskable: Sample
     seed: int
-    vocabulary: int
+    vocab_size: int
 
-    def batch(self, *, slots: int = 0) -> Batch:
-        """All texts in their order; with `slots`, a filler text of so many ends it."""
-        return pack(self.texts, slots=sum(len(text.ids) for text in self.texts) + slots if slots else None)
+    def batch(self) -> Batch:
+        """Return all samples, in their order."""
+        return pack(self.samples)
 
-    def puzzle(self) -> MaskedBatch:
-        """All texts, corrupted."""
+    def masked(self) -> MaskedBatch:
+        """Return all samples, corrupted."""
         return self.objective.corrupt(self.batch(), self.seed)
 
     def loss(self, masked: MaskedBatch) -> LossSums:
-        """The loss without dropout."""
+        """Return the loss without dropout."""
         self.encoder.eval()
         self.head.eval()
         self.objective.modules.eval()
         return self.objective.loss(self.encoder, self.head, masked)
 
     def backward(self, masked: MaskedBatch) -> list[Tensor]:
-        """The gradients of every parameter, after all sums went back through the model in training."""
+        """Backpropagate the sum of all loss terms in training mode, and return the gradients."""
         modules = (self.encoder, self.head, self.objective.modules)
         for module in modules:
             module.train()
@@ -122,28 +120,94 @@ class ObjectiveFixture:
         total = sum(loss.sums.values(), torch.zeros(()))
         require(
             bool(total.requires_grad) or not len(masked.positions_M),
-            "the sums have no gradient: was something detached?",
+            "the sums have no gradient: was a tensor detached?",
         )
         if total.requires_grad:
             total.backward()
-        found = [parameter.grad for module in modules for parameter in module.parameters()]
-        return [gradient for gradient in found if gradient is not None]
+        gradients = [parameter.grad for module in modules for parameter in module.parameters()]
+        return [gradient for gradient in gradients if gradient is not None]
 
 
-ENCODER = ModernBertConfig(
-    num_hidden_layers=2, hidden_size=WIDTH, num_attention_heads=2, intermediate_size=24, local_attention=16
+def objective_fixture(
+    objective: Objective,
+    model: EncoderConfig = ENCODER,
+    samples: Sequence[Sample] | None = None,
+    vocab_size: int | None = None,
+    seed: int = SEED,
+) -> ObjectiveFixture:
+    """Return the fixture of an objective, by default with samples of the page."""
+    size = sample_tokenizer().size if vocab_size is None else vocab_size
+    torch.manual_seed(1)
+    encoder, head = build_model(model, size)
+    return ObjectiveFixture(objective, encoder, head, samples or text_samples(), special_tokens_only(), seed, size)
+
+
+# Samplers -----------------------------------------------------------------------------------------------------------
+
+DOCUMENTS: Final[tuple[tuple[tuple[int, ...], int], ...]] = (  # tokens of the documents, maximum tokens of a sample
+    ((40, 0, 5, 1, 300, 17, 16, 0, 33), 16),
+    ((7,), 30),
+    ((1000,), 8),
+    (tuple(range(60)), 510),
+)
+EPOCHS: Final = (0, 1, EPOCH_STRIDE)  # the last one is the first epoch of a run's second stage
+MAX_SAMPLES: Final = 5000  # checked per epoch
+
+
+def sampler_contexts() -> list[SamplerContext]:
+    """Return contexts with empty, short and long documents, and with documents of exactly one sample."""
+    return [SamplerContext(np.array(lengths, dtype=np.int64), length, seed=3) for lengths, length in DOCUMENTS]
+
+
+@dataclass(frozen=True)
+class SamplerFixture:
+    """A function that creates a sampler, and the contexts to create it with."""
+
+    create: Callable[[SamplerContext], Sampler]
+    contexts: Sequence[SamplerContext]
+    spans: int = 1  # of each sample
+
+    def cases(self) -> Iterator[tuple[SamplerContext, Sampler, str]]:
+        """Yield each context with its sampler and a description."""
+        for context in self.contexts:
+            lengths = context.lengths.tolist()
+            shown = f"{lengths[:6]}{' …' if len(lengths) > 6 else ''}"
+            yield context, self.create(context), f"documents of {shown} tokens, length {context.length}"
+
+    def specs(self) -> Iterator[tuple[SamplerContext, SampleSpec, str]]:
+        """Yield each sample of each case and epoch, with a description."""
+        for context, sampler, case in self.cases():
+            for epoch in EPOCHS:
+                for sample in range(min(sampler.count(epoch), MAX_SAMPLES)):
+                    yield context, sampler.cut(epoch, sample), f"{case}: epoch {epoch}, sample {sample}"
+
+
+# Sources and loggers ------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class SourceFixture:
+    """A function that creates a source, and others that create it with another setting or text."""
+
+    create: Callable[[], Source]
+    variants: Sequence[tuple[str, Callable[[], Source]]] = ()  # what is different, and the function
+
+
+LOG_LINES: Final[tuple[Mapping[str, Any], ...]] = (
+    {"step": 1, "loss": 4.5, "accuracy": 0.01, "learning_rate": 1e-4, "seconds": 0.5, "note": "Straße 가"},
+    {"step": 2, "tokens": 2048, "seconds": 1.0, "validation": {"loss": 4.25, "accuracy": None, "set": {"loss": 4.0}}},
+    {"step": 3, "loss": None, "grad_norm": 1e30, "ended_early": False},
 )
 
 
-def objective_subject(
-    objective: Objective,
-    shape: EncoderConfig = ENCODER,
-    tried_on: Sequence[Sample] | None = None,
-    vocabulary: int | None = None,
-    seed: int = SEED,
-) -> ObjectiveFixture:
-    """An objective with a small model and texts to be tried on."""
-    size = sample_tokenizer().size if vocabulary is None else vocabulary
-    torch.manual_seed(1)
-    encoder, head = build_model(shape, size)
-    return ObjectiveFixture(objective, encoder, head, tried_on or sample_texts(), nothing_askable(), seed, size)
+@dataclass(frozen=True)
+class LoggerFixture:
+    """A function that creates a logger, and the directory of a run for it."""
+
+    create: Callable[[LoggerContext], MetricLogger]
+    run: Path
+    recipe: str = 'name = "check"\n'
+
+    def context(self, lines: int = 0) -> LoggerContext:
+        """Return the context of a run whose log has the first lines."""
+        return LoggerContext(self.run, [dict(line) for line in LOG_LINES[:lines]], self.recipe)

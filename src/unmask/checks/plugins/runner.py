@@ -1,8 +1,4 @@
-"""Room card: what a law is, and how something is judged by laws.
-
-Comes in: laws, each a small function that raises Broken, and what they are about. Goes out: one Verdict for each law.
-Called by: the suites beside this module, check, tests/contracts.
-"""
+"""Runs checks: small functions that raise `CheckFailed` if a requirement is not met."""
 
 from __future__ import annotations
 
@@ -21,21 +17,21 @@ Fixture = TypeVar("Fixture")
 
 
 class CheckFailed(Exception):
-    """A law is broken: how, in words."""
+    """A requirement is not met; the message says what was observed."""
 
 
 @dataclass(frozen=True)
 class Check(Generic[Fixture]):
-    """A promise: its name, a sentence that says it, and the function that raises Broken where it is not kept."""
+    """A requirement: its name, a sentence that states it, and the function that raises `CheckFailed`."""
 
     name: str
     sentence: str
-    test: Callable[[Fixture], None]
+    run: Callable[[Fixture], None]
 
 
 @dataclass(frozen=True)
 class CheckResult:
-    """Whether a law is kept and, where it isn't, what was seen."""
+    """The result of one check; `detail` says what was observed if it failed."""
 
     check: str
     sentence: str
@@ -43,51 +39,58 @@ class CheckResult:
     detail: str = ""
 
 
-def law(suite: list[Check[Fixture]]) -> Callable[[Callable[[Fixture], None]], Callable[[Fixture], None]]:
-    """Add a function to a suite; its name, spelt with spaces, is the law's, its docstring the sentence."""
+def check(suite: list[Check[Fixture]]) -> Callable[[Callable[[Fixture], None]], Callable[[Fixture], None]]:
+    """Add a function to a suite: the check's name is the function's name, its sentence is the docstring."""
 
-    def add(test: Callable[[Fixture], None]) -> Callable[[Fixture], None]:
-        suite.append(Check(test.__name__.replace("_", " "), (test.__doc__ or "").strip(), test))
-        return test
+    def add(function: Callable[[Fixture], None]) -> Callable[[Fixture], None]:
+        suite.append(Check(function.__name__.replace("_", " "), (function.__doc__ or "").strip(), function))
+        return function
 
     return add
 
 
-def run_checks(checks: Sequence[Check[Fixture]], subject: Fixture) -> list[CheckResult]:
-    """A verdict by each law; an error of the code that is judged breaks the law that met it."""
-    return [_verdict(one, subject) for one in checks]
+def run_checks(checks: Sequence[Check[Fixture]], fixture: Fixture) -> list[CheckResult]:
+    """Run checks; an exception of the checked code fails the check in which it was raised."""
+    return [_run(one, fixture) for one in checks]
 
 
-def _verdict(one: Check[Fixture], subject: Fixture) -> CheckResult:
+def _run(check: Check[Fixture], fixture: Fixture) -> CheckResult:
     try:
-        one.test(subject)
-    except CheckFailed as broken:
-        return CheckResult(one.name, one.sentence, passed=False, detail=str(broken))
+        check.run(fixture)
+    except CheckFailed as failure:
+        return CheckResult(check.name, check.sentence, passed=False, detail=str(failure))
     except UnmaskError as error:
-        return CheckResult(one.name, one.sentence, passed=False, detail=error.message)
-    except Exception as error:  # whatever the code that is judged does
+        return CheckResult(check.name, check.sentence, passed=False, detail=error.message)
+    except Exception as error:
         place = user_frame(error)
         reason = f"{type(error).__name__}: {error}" + (f" (at {place})" if place else "")
-        return CheckResult(one.name, one.sentence, passed=False, detail=reason)
-    return CheckResult(one.name, one.sentence, passed=True)
+        return CheckResult(check.name, check.sentence, passed=False, detail=reason)
+    return CheckResult(check.name, check.sentence, passed=True)
 
 
-def require(kept: bool, otherwise: str) -> None:
-    """Raise Broken unless `kept`."""
-    if not kept:
-        raise CheckFailed(otherwise)
+def require(condition: bool, failure: str) -> None:
+    """Raise `CheckFailed` with the message `failure` unless the condition holds."""
+    if not condition:
+        raise CheckFailed(failure)
 
 
 def is_a(value: object, kind: type) -> bool:
-    """Whether a value is of a type that its annotation only promises."""
+    """Return whether a value has the type that its annotation only promises."""
     return isinstance(value, kind)
 
 
-def generators() -> dict[str, str]:
-    """The state of every generator that code could draw from unseen."""
+def generator_states() -> dict[str, str]:
+    """Return the states of the global random generators."""
     numpy_state = np.random.get_state()
     return {
         "torch": str(torch.get_rng_state().numpy().tobytes()),
         "numpy": str([part.tolist() if isinstance(part, np.ndarray) else part for part in numpy_state]),
         "random": str(random.getstate()),
     }
+
+
+def require_no_draw(before: dict[str, str], advice: str) -> None:
+    """Raise `CheckFailed` if a global random generator is not in the state that it had before."""
+    after = generator_states()
+    moved = [name for name in before if before[name] != after[name]]
+    require(not moved, f"it drew from a random generator ({', '.join(moved)}): {advice}")

@@ -1,8 +1,6 @@
-"""Room card: the bytes of a file, unpacked, as characters or as lines.
+"""Reads files as decompressed bytes, decoded text or lines, with bounded memory.
 
-Comes in: a path, which of its bytes. Goes out: chunks, pieces of text or lines, read with bounded memory; or a
-TextError that names the file, the byte, the line and the mend. Called by: sources, listing, rows,
-separated, unpacking.
+Errors name the file, the byte, the line and a remedy.
 """
 
 from __future__ import annotations
@@ -21,52 +19,52 @@ from unmask.core.errors import TextError
 from unmask.data.settings import ErrorsRule
 
 CHUNK_BYTES: Final = 1 << 18
-LONGEST_LINE: Final = 1 << 28  # of a table: its rows are taken one by one, whole
-LONGEST_LEFT_OUT: Final = 1 << 22  # a line of plain text that holds no UTF-8 must be held to be left out as a whole
+LONGEST_LINE: Final = 1 << 28  # bytes; rows of a table are buffered in memory one at a time
+LONGEST_SKIPPED: Final = 1 << 22  # bytes; an invalid line of plain text must be in memory to be skipped
 _LINES: Final = re.compile(rb"[^\n]*\n|[^\n]+")
-_PACKED_BYTES: Final = 1 << 8  # of .zst at a time: a block of 4 bytes may unpack to 128 KiB, so this to 8 MiB
-_MAGIC: Final = (  # what a file begins with, what it then is, and the mend
+_PACKED_BYTES: Final = 1 << 8  # of .zst at a time: 4 bytes may decompress to 128 KiB, so these to 8 MiB
+_MAGIC: Final = (  # first bytes, what they mean, and the remedy
     (b"%PDF-", "a PDF", "save its text as .txt"),
-    (b"PK\x03\x04", "a zip archive or an office document", "unpack it, or save its text as .txt"),
-    (b"\x1f\x8b", "packed with gzip, though its name does not end in .gz", "give it a name that ends in .gz"),
-    (b"\x28\xb5\x2f\xfd", "packed with zstandard, though its name does not end in .zst", "let its name end in .zst"),
-    (b"BZh", "packed with bzip2", "unpack it, or pack it with gzip"),
-    (b"\xfd7zXZ\x00", "packed with xz", "unpack it, or pack it with gzip"),
-    (b"7z\xbc\xaf\x27\x1c", "a 7-Zip archive", "unpack it"),
-    (b"PAR1", "a Parquet table, though its name does not end in .parquet", "give it a name that ends in .parquet"),
-    (b"SQLite format 3\x00", "an SQLite data base", "save its text as .txt"),
-    (b"\x89PNG", "a PNG picture", "give a text file"),
-    (b"\xff\xd8\xff", "a JPEG picture", "give a text file"),
-    (b"\x7fELF", "a program", "give a text file"),
+    (b"PK\x03\x04", "a zip archive or an office document", "extract it, or save its text as .txt"),
+    (b"\x1f\x8b", "gzip data without the extension .gz", "rename it so that it ends in .gz"),
+    (b"\x28\xb5\x2f\xfd", "zstandard data without the extension .zst", "rename it so that it ends in .zst"),
+    (b"BZh", "bzip2 data", "decompress it, or compress it with gzip"),
+    (b"\xfd7zXZ\x00", "xz data", "decompress it, or compress it with gzip"),
+    (b"7z\xbc\xaf\x27\x1c", "a 7-Zip archive", "extract it"),
+    (b"PAR1", "a Parquet table without the extension .parquet", "rename it so that it ends in .parquet"),
+    (b"SQLite format 3\x00", "an SQLite database", "save its text as .txt"),
+    (b"\x89PNG", "a PNG image", "name a text file"),
+    (b"\xff\xd8\xff", "a JPEG image", "name a text file"),
+    (b"\x7fELF", "a program", "name a text file"),
     (b"\xff\xfe", "UTF-16 text (its byte order mark says so)", "save it as UTF-8: iconv -f UTF-16 -t UTF-8"),
     (b"\xfe\xff", "UTF-16 text (its byte order mark says so)", "save it as UTF-8: iconv -f UTF-16 -t UTF-8"),
 )
 
 
 def packing(path: Path) -> str:
-    """How a file is packed, by its name: ".gz", ".zst" or ""."""
+    """Return how a file is compressed, by its name: ".gz", ".zst" or ""."""
     ending = path.suffix.lower()
     return ending if ending in (".gz", ".zst") else ""
 
 
 def read_chunks(path: Path, first: int = 0, last: int | None = None) -> Iterator[bytes]:
-    """The bytes [first, last) of a file of text, unpacked; a range is only for a file that is not packed.
+    """Yield the bytes [first, last) of a text file, decompressed; only uncompressed files may have a range.
 
     Raises:
-        TextError: it can't be read, is damaged, or looks like something else than text.
+        TextError: the file can't be read, is damaged, or is not text.
     """
     base = first
-    for chunk in unpacked(path, first, last):
-        _refuse_binary(chunk, path, base)
+    for chunk in _decompress(path, first, last):
+        _require_text(chunk, path, base)
         base += len(chunk)
         yield chunk
 
 
-def unpacked(path: Path, first: int = 0, last: int | None = None) -> Iterator[bytes]:
-    """The bytes [first, last) of any file, unpacked.
+def _decompress(path: Path, first: int, last: int | None) -> Iterator[bytes]:
+    """Yield the bytes [first, last) of any file, decompressed.
 
     Raises:
-        TextError: it can't be read or is damaged.
+        TextError: the file can't be read or is damaged.
     """
     packed = packing(path)
     base = first
@@ -74,7 +72,7 @@ def unpacked(path: Path, first: int = 0, last: int | None = None) -> Iterator[by
         with path.open("rb") as file:
             if first:
                 file.seek(first)
-            stream = _unpacked(file, packed)
+            stream = _decompressor(file, packed)
             while True:
                 wanted = CHUNK_BYTES if last is None or packed else min(CHUNK_BYTES, last - base)
                 chunk = stream.read(wanted) if wanted > 0 else b""
@@ -88,73 +86,75 @@ def unpacked(path: Path, first: int = 0, last: int | None = None) -> Iterator[by
         raise _damaged(path, str(error)) from error
     except OSError as error:
         raise TextError(
-            f"this file can't be read: {error.strerror or error}", location=str(path), hint="check that you may read it"
+            f"can't read this file: {error.strerror or error}",
+            location=str(path),
+            hint="check that the file exists and is readable",
         ) from error
 
 
-def _unpacked(file: BinaryIO, packed: str) -> BinaryIO:
+def _decompressor(file: BinaryIO, packed: str) -> BinaryIO:
     if packed == ".gz":
         return cast("BinaryIO", gzip.GzipFile(fileobj=file))
     return cast("BinaryIO", _Zstandard(file)) if packed else file
 
 
 class _Zstandard:
-    """The unpacked bytes of a .zst file of one or more frames, which knows whether the last frame was whole.
+    """Reader of a .zst file with one or more frames, which detects a truncated last frame.
 
-    zstandard's own stream_reader ends without a word where a file was cut short.
+    zstandard's own stream_reader ends without an error if a file is truncated.
     """
 
     def __init__(self, file: BinaryIO) -> None:
         self._file = file
         self._frame = zstandard.ZstdDecompressor().decompressobj()
-        self._waiting = b""  # packed bytes behind the end of a frame
-        self._held, self._given = b"", 0
+        self._waiting = b""  # compressed bytes after the end of a frame
+        self._buffer, self._position = b"", 0
         self.is_whole = True
 
     def read(self, size: int) -> bytes:
-        """At most `size` bytes; none at the end."""
-        while self._given == len(self._held):
+        """Return at most `size` bytes; none at the end."""
+        while self._position == len(self._buffer):
             packed = self._waiting or self._file.read(_PACKED_BYTES)
             if not packed:
                 return b""
             if self._frame.eof:
                 self._frame = zstandard.ZstdDecompressor().decompressobj()
-            self._held, self._given = self._frame.decompress(packed), 0
+            self._buffer, self._position = self._frame.decompress(packed), 0
             self.is_whole = self._frame.eof
             self._waiting = self._frame.unused_data if self._frame.eof else b""
-        first, self._given = self._given, min(len(self._held), self._given + size)
-        return self._held[first : self._given]
+        first, self._position = self._position, min(len(self._buffer), self._position + size)
+        return self._buffer[first : self._position]
 
 
 def _require_whole(stream: object, path: Path) -> None:
     if isinstance(stream, _Zstandard) and not stream.is_whole:
-        raise _damaged(path, "it ends in the middle of a frame")
+        raise _damaged(path, "it ends within a frame")
 
 
 def _damaged(path: Path, why: str) -> TextError:
-    what = f"this {packing(path) or path.suffix} file is damaged or cut short ({why})"
-    return TextError(what, location=str(path), hint="fetch or pack it anew")
+    message = f"this {packing(path) or path.suffix} file is damaged or truncated ({why})"
+    return TextError(message, location=str(path), hint="download or compress the file again")
 
 
-def _refuse_binary(chunk: bytes, path: Path, base: int) -> None:
-    """Look at the bytes of a file from byte `base` on."""
-    for magic, what, mend in _MAGIC if base == 0 else ():
+def _require_text(chunk: bytes, path: Path, base: int) -> None:
+    """Check that bytes of a file, from byte `base` on, are not binary."""
+    for magic, description, hint in _MAGIC if base == 0 else ():
         if chunk.startswith(magic):
-            raise TextError(f"this file is not UTF-8 text; it looks like {what}", location=str(path), hint=mend)
+            raise TextError(f"not UTF-8 text: the file looks like {description}", location=str(path), hint=hint)
     if b"\0" in chunk:
         raise TextError(
-            f"this file is binary: byte {base + chunk.index(0):,}{_of_what(path)} is zero, which no text has",
+            f"this file is binary: byte {base + chunk.index(0):,}{_of_content(path)} is zero",
             location=str(path),
-            hint="give a text file, saved as UTF-8",
+            hint="name a text file in UTF-8",
         )
 
 
-def _of_what(path: Path) -> str:
-    return " of the unpacked text" if packing(path) else ""
+def _of_content(path: Path) -> str:
+    return " of the decompressed text" if packing(path) else ""
 
 
 def line_number(path: Path, byte: int) -> int:
-    """The number of the line, counted from 1, that holds this byte of the unpacked file; reads up to there."""
+    """Return the number of the line, from 1, with this byte of the decompressed file; reads the file up to there."""
     number, base = 1, 0
     for chunk in read_chunks(path):
         if base + len(chunk) > byte:
@@ -164,29 +164,29 @@ def line_number(path: Path, byte: int) -> int:
 
 
 def decoded(
-    path: Path, errors: ErrorsRule, leave_out: Callable[[], None], first: int = 0, last: int | None = None
+    path: Path, errors: ErrorsRule, on_skip: Callable[[], None], first: int = 0, last: int | None = None
 ) -> Iterator[str]:
-    """The characters of a file's bytes, piece by piece, without a byte order mark.
+    """Yield the decoded text of a file in chunks, without a byte order mark.
 
     Args:
         path: the file.
-        errors: what is done about bytes that are not UTF-8; by "skip", their line is left out.
-        leave_out: called for each line that is left out.
-        first: where to begin, at the start of a character and, by "skip", of a line.
-        last: where to end.
+        errors: what to do about bytes that are not UTF-8. "skip" drops their lines.
+        on_skip: called for each skipped line.
+        first: first byte; the start of a character and, under "skip", of a line.
+        last: byte after the last.
 
     Raises:
-        TextError: it can't be read or is not UTF-8 (line and byte are named).
+        TextError: the file can't be read or is not UTF-8 (with line and byte).
     """
     source = read_chunks(path, first, last)
     pending, base, chunk = b"", first, next(source, b"")
     if not first and chunk.startswith(codecs.BOM_UTF8):
         chunk, base = chunk[len(codecs.BOM_UTF8) :], len(codecs.BOM_UTF8)
-    inside_line = False  # of a line that was too long to be held
+    inside_line = False  # of a line that is too long for memory
     while True:
         data, is_end = pending + chunk, not chunk
         if errors == "skip":
-            text, used = _readable(data, path, base, leave_out, inside_line=inside_line, is_end=is_end)
+            text, used = _decode_lines(data, path, base, on_skip, inside_line=inside_line, is_end=is_end)
             inside_line = not text.endswith("\n") if text else inside_line and not used
         else:
             try:
@@ -200,12 +200,12 @@ def decoded(
         pending, base, chunk = data[used:], base + used, next(source, b"")
 
 
-def _readable(
-    data: bytes, path: Path, base: int, leave_out: Callable[[], None], *, inside_line: bool, is_end: bool
+def _decode_lines(
+    data: bytes, path: Path, base: int, on_skip: Callable[[], None], *, inside_line: bool, is_end: bool
 ) -> tuple[str, int]:
-    """The text of the lines that are UTF-8, and how many bytes of the data are dealt with."""
+    """Return the text of the lines that are UTF-8, and the number of bytes consumed."""
     end = len(data) if is_end else data.rfind(b"\n") + 1
-    is_long = not end and (inside_line or len(data) > LONGEST_LEFT_OUT)
+    is_long = not end and (inside_line or len(data) > LONGEST_SKIPPED)
     try:
         if is_long:
             return codecs.utf_8_decode(data, "strict", False)
@@ -213,41 +213,40 @@ def _readable(
     except UnicodeDecodeError as error:
         if is_long or (inside_line and b"\n" not in data[: error.start]):
             raise TextError(
-                f"bytes that are not UTF-8 in a line longer than {LONGEST_LEFT_OUT:,} bytes, which is too long to be "
-                "left out as a whole",
+                f"can't skip a line that is not UTF-8 and longer than {LONGEST_SKIPPED:,} bytes",
                 location=f"{path}, byte {base + error.start} (line {line_number(path, base + error.start):,})",
-                hint="let such bytes become U+FFFD: --errors replace; or give the text shorter lines",
+                hint="replace such bytes by U+FFFD (--errors replace), or shorten the lines",
             ) from error
     texts: list[str] = []
     for line in _LINES.findall(data[:end]):
         try:
             texts.append(line.decode())
         except UnicodeDecodeError:
-            leave_out()
+            on_skip()
     return "".join(texts), end
 
 
 def not_utf_8(path: Path, byte: int, value: int, reason: str) -> TextError:
-    """The refusal of a byte of the unpacked file."""
+    """Return the error for an invalid byte of the decompressed file."""
     return TextError(
-        f"not UTF-8: {reason} at byte {byte:,}{_of_what(path)} (0x{value:02x})",
+        f"not UTF-8: {reason} at byte {byte:,}{_of_content(path)} (0x{value:02x})",
         location=f"{path}, byte {byte} (line {line_number(path, byte):,})",
-        hint="save it as UTF-8, as with iconv -f CP1252 -t UTF-8; or let such bytes become U+FFFD: --errors replace; "
-        "or leave such lines out: --errors skip",
+        hint="convert the file with iconv -f CP1252 -t UTF-8, or replace such bytes by U+FFFD: --errors replace, "
+        "or skip such lines: --errors skip",
     )
 
 
 def read_lines(path: Path, first: int = 0, last: int | None = None) -> Iterator[bytes]:
-    """The lines of a file's bytes, each with its line feed, without a byte order mark.
+    """Yield the lines of a file as bytes, each with its line feed, without a byte order mark.
 
     Raises:
-        TextError: it can't be read, or a line is longer than LONGEST_LINE.
+        TextError: the file can't be read, or a line is longer than LONGEST_LINE.
     """
-    held: list[bytes] = []
+    buffered: list[bytes] = []
     size, number = 0, 0
     for chunk in read_chunks(path, first, last):
         data = chunk
-        if not first and not number and not held and data.startswith(codecs.BOM_UTF8):
+        if not first and not number and not buffered and data.startswith(codecs.BOM_UTF8):
             data = data[len(codecs.BOM_UTF8) :]
         size += len(data)
         if b"\n" not in data:
@@ -255,15 +254,15 @@ def read_lines(path: Path, first: int = 0, last: int | None = None) -> Iterator[
                 raise TextError(
                     f"a line longer than {LONGEST_LINE:,} bytes",
                     location=f"{path}, line {number + line_number(path, first):,}",
-                    hint="give each row a line of its own",
+                    hint="write each row on a line of its own",
                 )
-            held.append(data)
+            buffered.append(data)
             continue
-        whole = b"".join([*held, data]).split(b"\n")
+        whole = b"".join([*buffered, data]).split(b"\n")
         rest = whole.pop()
         number += len(whole)
         for line in whole:
             yield line + b"\n"
-        held, size = [rest], len(rest)
+        buffered, size = [rest], len(rest)
     if size:
-        yield b"".join(held)
+        yield b"".join(buffered)

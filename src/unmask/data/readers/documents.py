@@ -1,7 +1,6 @@
-"""Room card: where a large file may be cut, so that its parts give the same documents as the whole.
+"""Documents of plain text: splits large files into parts, normalizes Unicode, and cuts text into documents.
 
-Comes in: a plain text or .jsonl file that is not packed, the rule of its documents. Goes out: the bytes at which its
-parts begin. Called by: sources.
+The parts of a file give the same documents as the whole file.
 """
 
 from __future__ import annotations
@@ -17,15 +16,14 @@ from unmask.core.errors import TextError
 from unmask.core.types import DocumentChunk
 from unmask.data.settings import DocumentRule, ErrorsRule, UnicodeForm
 
-PART_BYTES: Final = 4_000_000  # seconds of tokenizing; small beside a file that is worth several workers
-_LINE_BYTES: Final = 1 << 20  # no document is cut off before a longer line, which would have to be read to be judged
+PART_BYTES: Final = 4_000_000  # takes seconds to tokenize; small relative to a file that occupies several workers
+_LINE_BYTES: Final = 1 << 20  # no part begins at a longer line: it would have to be read to see whether it is blank
 
 
 def part_starts(path: Path, document: DocumentRule, errors: ErrorsRule, *, is_table: bool) -> list[int]:
-    """The bytes at which parts of about PART_BYTES begin, the first of them 0.
+    """Return the bytes at which parts of about PART_BYTES begin; the first is 0.
 
-    Behind every multiple of PART_BYTES it looks for the first place where a document begins, and no further than the
-    next multiple.
+    A part begins with the first document after a multiple of PART_BYTES, if it begins before the next multiple.
 
     Raises:
         TextError: the file can't be read.
@@ -36,50 +34,52 @@ def part_starts(path: Path, document: DocumentRule, errors: ErrorsRule, *, is_ta
         if size < 2 * PART_BYTES or (document == "file" and not is_table):
             return starts
         with path.open("rb") as file:
-            # What stands before the first document belongs to it: no part may hold blank lines alone.
+            # Blank lines before the first document belong to it: no part may consist of blank lines only.
             first = 0 if is_table else _next_document(file, 0, size, "line", errors)
             if first is None:
                 return starts
             for at in range(PART_BYTES, size - PART_BYTES // 2, PART_BYTES):
                 begin = max(at, first + 1)
-                found = _next_document(file, begin, begin + PART_BYTES, "row" if is_table else document, errors)
-                if found is not None and found > starts[-1]:
-                    starts.append(found)
+                start = _next_document(file, begin, begin + PART_BYTES, "row" if is_table else document, errors)
+                if start is not None and start > starts[-1]:
+                    starts.append(start)
     except OSError as error:
         raise TextError(
-            f"this file can't be read: {error.strerror or error}", location=str(path), hint="check that you may read it"
+            f"can't read this file: {error.strerror or error}",
+            location=str(path),
+            hint="check that the file exists and is readable",
         ) from error
     return starts
 
 
 def _next_document(file: BinaryIO, begin: int, end: int, rule: str, errors: ErrorsRule) -> int | None:
-    """Where the first document at or behind byte `begin` begins, if that is before `end`."""
+    """Return the start of the first document at or after byte `begin`, if it is before `end`."""
     file.seek(max(0, begin - 1))
-    # What is left of the line before; a part begins with a line.
-    at = file.tell() + _skipped(file) if begin else 0
-    is_parted = rule != "blank-line"
+    # A part begins with a line, so the rest of the line before is skipped.
+    at = file.tell() + _skip_line(file) if begin else 0
+    is_separated = rule != "blank-line"
     while at < end:
         line = file.readline(_LINE_BYTES)
         if not line:
             return None
         length, is_whole = len(line), line.endswith(b"\n") or len(line) < _LINE_BYTES
         if not is_whole:
-            length += _skipped(file)
-            is_parted = rule != "blank-line"
+            length += _skip_line(file)
+            is_separated = rule != "blank-line"
         elif rule == "row":
             return at
         else:
             blank = _is_blank(line.removeprefix(codecs.BOM_UTF8) if not at else line, errors)
-            if blank is False and is_parted:
+            if blank is False and is_separated:
                 return at
             if blank is not None:
-                is_parted = rule != "blank-line" or blank
+                is_separated = rule != "blank-line" or blank
         at += length
     return None
 
 
-def _skipped(file: BinaryIO) -> int:
-    """Read to the end of a line of any length; how many bytes that were."""
+def _skip_line(file: BinaryIO) -> int:
+    """Read to the end of a line of any length and return the number of bytes."""
     size = 0
     while True:
         line = file.readline(_LINE_BYTES)
@@ -89,155 +89,159 @@ def _skipped(file: BinaryIO) -> int:
 
 
 def _is_blank(line: bytes, errors: ErrorsRule) -> bool | None:
-    """Whether a line is blank; None for one that is no line: it will be left out, or refused when it is read."""
+    """Return whether a line is blank; None if it is not UTF-8, and so will be skipped or raise an error later."""
     try:
         return not line.strip() or line.decode().isspace()
     except UnicodeDecodeError:
         return False if errors == "replace" else None
 
 
-PASSAGE_CHARACTERS: Final = 1_000_000
-_SHORT: Final = 4_096  # characters that are normalised at once
-_TRIED: Final = 4_096  # places between characters that are tried for a break; a text may be nothing but marks
+CHUNK_CHARACTERS: Final = 1_000_000
+_SHORT: Final = 4_096  # characters that are normalized in one call
+_TRIED: Final = 4_096  # positions that are tried for a break; a text may consist of combining marks only
 _LINES: Final = re.compile(r"[^\n]*\n|[^\n]+")
 _BLANK_LINES: Final = re.compile(r"(?:[^\S\n]*+\n)++")
-_PARTING: Final = re.compile(r"\n((?:[^\S\n]*+\n)++)")  # begins with one character: found at the speed of memchr
+_SEPARATOR: Final = re.compile(r"\n((?:[^\S\n]*+\n)++)")  # starts with a literal: searched at the speed of memchr
 
 
-def normal(text: str, form: UnicodeForm) -> str:
-    """The text in this form, its line ends line feeds."""
+def normalize_text(text: str, form: UnicodeForm) -> str:
+    """Return the text in a Unicode form, with line feeds as line ends."""
     text = text.replace("\r\n", "\n")
     if form == "none" or text.isascii():
         return text
     if len(text) < _SHORT:
         return unicodedata.normalize(form, text)
-    # Nothing joins across a line feed. Of English, three lines in four are ASCII, and need no look at each character.
-    parted = text.split("\n")
-    return "\n".join([line if line.isascii() else unicodedata.normalize(form, line) for line in parted])
+    # Characters don't combine across a line feed. Three of four English lines are ASCII and need no normalization.
+    lines = text.split("\n")
+    return "\n".join([line if line.isascii() else unicodedata.normalize(form, line) for line in lines])
 
 
-def composed(pieces: Iterator[str], form: UnicodeForm) -> Iterator[str]:
-    """The same text in its normal form: pieces that end with a line, or are about a passage long."""
+def normalize_chunks(chunks: Iterator[str], form: UnicodeForm) -> Iterator[str]:
+    """Yield the normalized text in chunks that end with a line, or are about CHUNK_CHARACTERS long."""
     carry = ""
-    for piece in pieces:
-        carry += piece
+    for chunk in chunks:
+        carry += chunk
         end = carry.rfind("\n") + 1
-        while end or len(carry) > PASSAGE_CHARACTERS:
+        while end or len(carry) > CHUNK_CHARACTERS:
             end = end or _break(carry, form)
-            yield normal(carry[:end], form)
+            yield normalize_text(carry[:end], form)
             carry, end = carry[end:], 0
     if carry:
-        yield normal(carry, form)
+        yield normalize_text(carry, form)
 
 
 def _break(text: str, form: UnicodeForm) -> int:
-    """Where to break a text that is longer than a passage: after a line end, else a space, else between characters."""
-    half = PASSAGE_CHARACTERS // 2
-    for parting in ("\n", " "):
-        found = text.rfind(parting, half, PASSAGE_CHARACTERS) + 1
-        if found:
-            return found
-    # Between characters that NFC does not join or reorder: what follows a break in a Hangul syllable, a cluster of
-    # marks or a "\r\n" would be counted twice or lost.
-    for end in range(PASSAGE_CHARACTERS, max(half, PASSAGE_CHARACTERS - _TRIED), -1):
+    """Return where to break a long text: after a line end, else after a space, else between characters."""
+    half = CHUNK_CHARACTERS // 2
+    for separator in ("\n", " "):
+        end = text.rfind(separator, half, CHUNK_CHARACTERS) + 1
+        if end:
+            return end
+    # Between characters that NFC doesn't combine or reorder. A break within a Hangul syllable, a cluster of marks or
+    # "\r\n" would duplicate or lose characters.
+    for end in range(CHUNK_CHARACTERS, max(half, CHUNK_CHARACTERS - _TRIED), -1):
         before, after = text[max(0, end - 32) : end], text[end : end + 32]
-        joined = normal(before + after, form) == normal(before, form) + normal(after, form)
+        joined = normalize_text(before + after, form) == normalize_text(before, form) + normalize_text(after, form)
         if joined and not unicodedata.combining(after[0]) and before[-1] != "\r":
             return end
-    return PASSAGE_CHARACTERS
+    return CHUNK_CHARACTERS
 
 
-def broken(number: int, text: str, form: UnicodeForm) -> Iterator[DocumentChunk]:
-    """The passages of a document that is in memory as a whole."""
-    piece = 0
-    while len(text) > PASSAGE_CHARACTERS:
+def split_document(number: int, text: str, form: UnicodeForm) -> Iterator[DocumentChunk]:
+    """Yield the chunks of a document that is in memory as a whole."""
+    index = 0
+    while len(text) > CHUNK_CHARACTERS:
         end = _break(text, form)
-        yield DocumentChunk(number, piece, text[:end], end, last=False)
-        text, piece = text[end:], piece + 1
-    yield DocumentChunk(number, piece, text, len(text), last=True)
+        yield DocumentChunk(number, index, text[:end], end, last=False)
+        text, index = text[end:], index + 1
+    yield DocumentChunk(number, index, text, len(text), last=True)
 
 
 class _Open(NamedTuple):
-    """A document that is being read."""
+    """The position of a document that is being read."""
 
     document: int
-    piece: int
-    lead: int  # characters before its text that it stands for
+    number: int  # of the chunk within the document
+    lead: int  # characters of blank lines before its text that are counted with it
 
 
-def assembled(pieces: Iterator[str], rule: DocumentRule, form: UnicodeForm) -> Iterator[DocumentChunk]:
-    """Cut composed text into documents, and documents into passages."""
-    now, held, size = _Open(0, 0, 0), list[str](), 0
-    apart = 0  # characters of blank lines since the last line that was not
+def split_documents(chunks: Iterator[str], rule: DocumentRule, form: UnicodeForm) -> Iterator[DocumentChunk]:
+    """Split normalized text into documents, and documents into chunks."""
+    current, open_runs, size = _Open(0, 0, 0), list[str](), 0
+    blank_characters = 0  # characters of blank lines since the last nonblank line
     inside_line = False
-    for run, is_blank in _runs(pieces, rule):
+    for run, is_blank in _runs(chunks, rule):
         if is_blank:
-            apart += len(run)
+            blank_characters += len(run)
             continue
-        is_open = bool(held)
-        if is_open and (apart or (rule == "line" and not inside_line)):
-            yield _last(now, held, size + apart, rule)
-            now, held, size = _Open(now.document + 1, 0, 0), [], 0
+        is_open = bool(open_runs)
+        if is_open and (blank_characters or (rule == "line" and not inside_line)):
+            yield _last(current, open_runs, size + blank_characters, rule)
+            current, open_runs, size = _Open(current.document + 1, 0, 0), [], 0
         elif not is_open:
-            now = now._replace(lead=now.lead + apart)
-        apart = 0
-        held.append(run)
+            current = current._replace(lead=current.lead + blank_characters)
+        blank_characters = 0
+        open_runs.append(run)
         size += len(run)
         inside_line = not run.endswith("\n")
-        while size > PASSAGE_CHARACTERS:
-            whole = "".join(held)
+        while size > CHUNK_CHARACTERS:
+            whole = "".join(open_runs)
             end = _break(whole, form)
-            yield DocumentChunk(now.document, now.piece, whole[:end], end + now.lead, last=False)
-            now, held, size = _Open(now.document, now.piece + 1, 0), [whole[end:]], size - end
-    if held:
-        yield _last(now, held, size + apart, rule)
+            yield DocumentChunk(current.document, current.number, whole[:end], end + current.lead, last=False)
+            current, open_runs, size = _Open(current.document, current.number + 1, 0), [whole[end:]], size - end
+    if open_runs:
+        yield _last(current, open_runs, size + blank_characters, rule)
 
 
-def _last(now: _Open, held: list[str], size: int, rule: DocumentRule) -> DocumentChunk:
-    text = held[0] if len(held) == 1 else "".join(held)
+def _last(current: _Open, open_runs: list[str], size: int, rule: DocumentRule) -> DocumentChunk:
+    text = open_runs[0] if len(open_runs) == 1 else "".join(open_runs)
     return DocumentChunk(
-        now.document, now.piece, text if rule == "file" else text.removesuffix("\n"), size + now.lead, last=True
+        current.document,
+        current.number,
+        text if rule == "file" else text.removesuffix("\n"),
+        size + current.lead,
+        last=True,
     )
 
 
-def _runs(pieces: Iterator[str], rule: DocumentRule) -> Iterator[tuple[str, bool]]:
-    """What an assembler takes at a time, and whether it is blank lines.
+def _runs(chunks: Iterator[str], rule: DocumentRule) -> Iterator[tuple[str, bool]]:
+    """Yield runs of text for `split_documents`, and whether each consists of blank lines.
 
-    By line, single lines; between blank lines, as many lines at once as there are, because English has a line every 80
-    bytes or so and a loop over lines reads 60 MB/s; where a file is one document, the pieces as they come.
+    Under "line" a run is a line. Under "blank-line" it is all lines up to a blank one: English has a line every 80
+    bytes or so, and a loop over lines reads only 60 MB/s. Under "file" chunks stay as they are.
     """
     inside_line = False
-    for piece in pieces:
+    for chunk in chunks:
         if rule == "file":
-            yield piece, False
+            yield chunk, False
             continue
-        runs = _by_line(piece, inside_line) if rule == "line" else _between_blank_lines(piece, inside_line)
+        runs = _by_line(chunk, inside_line) if rule == "line" else _by_paragraph(chunk, inside_line)
         for run, is_blank in runs:
             inside_line = not is_blank and not run.endswith("\n")
             yield run, is_blank
 
 
-def _by_line(piece: str, inside_line: bool) -> Iterator[tuple[str, bool]]:
-    for found in _LINES.finditer(piece):
-        line = found[0]
+def _by_line(chunk: str, inside_line: bool) -> Iterator[tuple[str, bool]]:
+    for match in _LINES.finditer(chunk):
+        line = match[0]
         yield line, not inside_line and line.isspace()
         inside_line = False
 
 
-def _between_blank_lines(piece: str, inside_line: bool) -> Iterator[tuple[str, bool]]:
+def _by_paragraph(chunk: str, inside_line: bool) -> Iterator[tuple[str, bool]]:
     start = 0
-    first = None if inside_line else _BLANK_LINES.match(piece)
+    first = None if inside_line else _BLANK_LINES.match(chunk)
     if first:
         yield first[0], True
         start = first.end()
-    for found in _PARTING.finditer(piece, start):
-        yield piece[start : found.start(1)], False
-        yield found[1], True
-        start = found.end()
-    end = piece.rfind("\n", start) + 1  # a last line without an end may be blank
+    for match in _SEPARATOR.finditer(chunk, start):
+        yield chunk[start : match.start(1)], False
+        yield match[1], True
+        start = match.end()
+    end = chunk.rfind("\n", start) + 1  # a last line without an end may be blank
     if not end:
-        end = start if start or not inside_line else len(piece)
-    is_blank = end < len(piece) and piece[end:].isspace()
-    for run, blank in ((piece[start:end], False), (piece[end:], True)) if is_blank else ((piece[start:], False),):
+        end = start if start or not inside_line else len(chunk)
+    is_blank = end < len(chunk) and chunk[end:].isspace()
+    for run, blank in ((chunk[start:end], False), (chunk[end:], True)) if is_blank else ((chunk[start:], False),):
         if run:
             yield run, blank

@@ -1,10 +1,7 @@
-"""Room card: rows of the ecosystem's data sets.
+"""Reads Hugging Face datasets, from the Hub or from directories that `save_to_disk` wrote.
 
-Comes in: the id of a data set, or a folder that `save_to_disk` made, the name of its column. Goes out: the text of each
-row, None for a row that was left out; a digest of the column; or a TextError, fast where the hub can't be reached.
-Called by: sources, listing.
-
-The library `datasets` takes a second to import, so it is imported only where a data set is asked for.
+Without a network, errors appear within seconds. The library `datasets` takes a second to import, so it is imported on
+first use.
 """
 
 from __future__ import annotations
@@ -28,7 +25,7 @@ _DEFAULT_SPLIT: Final = "train"
 
 
 class Name(NamedTuple):
-    """dataset:NAME[#CONFIG][@SPLIT], taken apart."""
+    """The parts of dataset:NAME[#CONFIG][@SPLIT]."""
 
     name: str
     config: str | None
@@ -36,16 +33,16 @@ class Name(NamedTuple):
 
 
 def parse(text: str) -> Name:
-    """Take `dataset:NAME[#CONFIG][@SPLIT]` apart.
+    """Parse `dataset:NAME[#CONFIG][@SPLIT]`.
 
     Raises:
-        TextError: there is no name.
+        TextError: the name, configuration or split is empty.
     """
     rest, at, split = text.removeprefix(PREFIX).partition("@")
     name, hash_, config = rest.partition("#")
     if not name or (at and not split) or (hash_ and not config):
         raise TextError(
-            "the name of a data set is missing, or that of its configuration or split",
+            "invalid dataset: the name, configuration or split is empty",
             location=text,
             hint="write dataset:NAME, dataset:NAME@SPLIT or dataset:NAME#CONFIG@SPLIT",
         )
@@ -53,66 +50,66 @@ def parse(text: str) -> Name:
 
 
 def is_saved(folder: Path) -> bool:
-    """Whether `save_to_disk` made this folder."""
+    """Return whether `save_to_disk` wrote this directory."""
     saved = (folder / "state.json").is_file() and (folder / "dataset_info.json").is_file()
     return saved or (folder / "dataset_dict.json").is_file()
 
 
 @functools.lru_cache(maxsize=8)
 def open_dataset(text: str) -> Any:
-    """The `datasets.Dataset` of dataset:NAME[#CONFIG][@SPLIT], NAME being an id or a folder.
+    """Return the `datasets.Dataset` of dataset:NAME[#CONFIG][@SPLIT], where NAME is an id or a directory.
 
     Raises:
-        TextError: there is none of that name, it can't be read, or the hub can't be reached.
+        TextError: the dataset doesn't exist or can't be read, or the Hub can't be reached.
     """
     wanted = parse(text)
     folder = Path(wanted.name)
-    found = _saved(folder) if is_saved(folder) else _from_hub(text, wanted)
-    if not hasattr(found, "column_names") or isinstance(found, dict):  # several splits
-        names = list(found)
+    dataset = _load_saved(folder) if is_saved(folder) else _load_from_hub(text, wanted)
+    if not hasattr(dataset, "column_names") or isinstance(dataset, dict):  # several splits
+        names = list(dataset)
         split = wanted.split or (_DEFAULT_SPLIT if _DEFAULT_SPLIT in names else names[0] if len(names) == 1 else "")
         if split not in names:
             raise TextError(
-                f"there is no split `{split}`" if split else "it has several splits, and none is called train",
+                f"there is no split `{split}`" if split else "the dataset has several splits and none is named train",
                 location=text,
                 hint=f"choose one: {', '.join(f'{PREFIX}{wanted.name}@{name}' for name in names)}",
             )
-        found = found[split]
+        dataset = dataset[split]
     elif wanted.split and is_saved(folder):
-        raise TextError("this data set has no splits", location=text, hint=f"leave out @{wanted.split}")
-    return found
+        raise TextError("this dataset has no splits", location=text, hint=f"remove @{wanted.split}")
+    return dataset
 
 
-def _saved(folder: Path) -> Any:
+def _load_saved(folder: Path) -> Any:
     import datasets
 
     try:
         return datasets.load_from_disk(str(folder))
     except Exception as error:  # damaged files raise whatever Arrow, JSON and the library raise
-        what = f"this data set can't be read: {_first_line(error)}"
-        raise TextError(what, location=str(folder), hint="save it anew with save_to_disk") from error
+        message = f"can't read this dataset: {_first_line(error)}"
+        raise TextError(message, location=str(folder), hint="write it again with save_to_disk") from error
 
 
-def _from_hub(text: str, wanted: Name) -> Any:
+def _load_from_hub(text: str, wanted: Name) -> Any:
     import datasets
 
     if wanted.name.startswith((".", "/", "~")) or wanted.name.count("/") > 1 or "\\" in wanted.name:
-        what = "this folder is no data set that save_to_disk made" if os.path.isdir(wanted.name) else "there is none"
-        raise TextError(what, location=text, hint="give the folder's files as they are: unmask pretrain FOLDER")
+        message = "not a directory of save_to_disk" if os.path.isdir(wanted.name) else "no such directory"
+        raise TextError(message, location=text, hint="name text files or their directory: unmask pretrain FOLDER")
     with _without_waiting() as why_offline:
         try:
             return datasets.load_dataset(wanted.name, wanted.config, split=wanted.split or _DEFAULT_SPLIT)
         except Exception as error:  # the library raises whatever its readers and the network raise
             elsewhere = (
-                "fetch it where there is a network and copy it here (datasets.load_dataset(...).save_to_disk(FOLDER), "
-                "then unmask pretrain FOLDER), or give text files"
+                "download it on a machine with a network, copy it (datasets.load_dataset(...).save_to_disk(FOLDER)) "
+                "and run unmask pretrain FOLDER, or name text files"
             )
             if why_offline:
-                what = f"the data set `{wanted.name}` is not in the local cache, and the hub can't be reached"
-                raise TextError(f"{what} ({why_offline})", location=text, hint=elsewhere) from error
-            what = f"the data set `{wanted.name}` can't be read: {_first_line(error)}"
-            mend = "check its id, and choose #CONFIG and @SPLIT as its page names them; or " + elsewhere
-            raise TextError(what, location=text, hint=mend) from error
+                message = f"dataset `{wanted.name}` is not in the local cache, and the Hub can't be reached"
+                raise TextError(f"{message} ({why_offline})", location=text, hint=elsewhere) from error
+            message = f"can't read dataset `{wanted.name}`: {_first_line(error)}"
+            hint = "check its id, #CONFIG and @SPLIT on its page, or " + elsewhere
+            raise TextError(message, location=text, hint=hint) from error
 
 
 def _first_line(error: Exception) -> str:
@@ -121,9 +118,10 @@ def _first_line(error: Exception) -> str:
 
 @contextmanager
 def _without_waiting() -> Generator[str]:
-    """Ask once whether the hub answers; where it doesn't, look only at what is here, instead of retrying for minutes.
+    """Probe the Hub once; if it doesn't answer, read only the local cache instead of retrying for minutes.
 
-    The library reads HF_HUB_OFFLINE when it is imported, so that what it read is set here for as long as it takes.
+    Yields why the Hub can't be reached, or an empty text. The library reads HF_HUB_OFFLINE on import, so its copies of
+    the variable are set here and restored.
     """
     import datasets.config
     import huggingface_hub.constants
@@ -132,44 +130,44 @@ def _without_waiting() -> Generator[str]:
     before = [library.HF_HUB_OFFLINE for library in libraries]
     why = "HF_HUB_OFFLINE is set" if any(before) else _unreachable()
     try:
-        for library, was in zip(libraries, before, strict=True):
-            library.HF_HUB_OFFLINE = bool(why) or was
+        for library, previous in zip(libraries, before, strict=True):
+            library.HF_HUB_OFFLINE = bool(why) or previous
         yield why
     finally:
-        for library, was in zip(libraries, before, strict=True):
-            library.HF_HUB_OFFLINE = was
+        for library, previous in zip(libraries, before, strict=True):
+            library.HF_HUB_OFFLINE = previous
 
 
 def _unreachable() -> str:
-    """Why the hub can't be reached, or nothing where it can."""
+    """Return why the Hub can't be reached; empty if it can."""
     import huggingface_hub
 
-    try:  # any answer will do; the session knows of proxies
+    try:  # any answer is enough; the session uses proxies
         huggingface_hub.get_session().head(huggingface_hub.constants.ENDPOINT, timeout=_REACH_SECONDS)
-    except Exception as error:  # of whichever library the hub's client stands on
+    except Exception as error:  # of any HTTP library that the client uses
         return _first_line(error)
     return ""
 
 
 def column_of(text: str, field: str) -> Any:
-    """The data set as Arrow tables of this one column.
+    """Return the dataset as Arrow tables of one column.
 
     Raises:
-        TextError: there is no such column, or it holds no text.
+        TextError: there is no such column, or it has no text type.
     """
-    found = open_dataset(text)
-    if field not in found.column_names:
-        raise no_field(field, found.column_names, text, "column")
-    schema = found.features.arrow_schema
+    dataset = open_dataset(text)
+    if field not in dataset.column_names:
+        raise no_field(field, dataset.column_names, text, "column")
+    schema = dataset.features.arrow_schema
     require_text_type(field, schema.field(field).type, schema, text)
-    return found.with_format("arrow", columns=[field])
+    return dataset.with_format("arrow", columns=[field])
 
 
 def dataset_rows(text: str, field: str, errors: ErrorsRule, first: int, last: int) -> Rows:
-    """The column of the rows [first, last).
+    """Yield the column of the rows [first, last).
 
     Raises:
-        TextError: a row holds no text; by "skip", only what can't be read at all.
+        TextError: a row has no text. Under "skip" only if the dataset can't be read at all.
     """
     column = column_of(text, field)
     for row in range(first, last, _BATCH_ROWS):
@@ -177,8 +175,13 @@ def dataset_rows(text: str, field: str, errors: ErrorsRule, first: int, last: in
         yield from texts_of(values, row, text, field, errors)
 
 
+def dataset_files(text: str) -> list[Path]:
+    """Return the Arrow files that a dataset is mapped from; empty if it is in memory."""
+    return [Path(entry["filename"]) for entry in open_dataset(text).cache_files]
+
+
 def column_digest(text: str, field: str) -> str:
-    """A digest of the column's content, the same wherever and however often it was saved."""
+    """Return a digest of the column's content, which does not depend on how the dataset was saved."""
     column = column_of(text, field)
     state, lengths = hashlib.blake2b(digest_size=16), hashlib.blake2b(digest_size=16)
     for row in range(0, len(column), _BATCH_ROWS):

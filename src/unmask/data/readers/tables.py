@@ -1,28 +1,24 @@
-"""Room card: the text of each row of a table; here, of a .jsonl file.
+"""Readers of .jsonl, .csv, .tsv and .parquet: the text of each row, or None for a row that is skipped.
 
-Comes in: a file, the name of its field. Goes out: the text of each row, None for a row that was left out; or a
-TextError that names the file, the line and the mend; and what all tables say alike. Called by: sources, separated,
-arrow, datasets.
+Errors name the file, the line or row, and a remedy.
 """
 
 from __future__ import annotations
 
 import csv
 import difflib
-import functools
 import json
-import os
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
 from unmask.core.errors import TextError
-from unmask.core.files import default_cache, file_digest, wrap_os_errors
-from unmask.data.readers.bytes import LONGEST_LINE, line_number, not_utf_8, packing, read_lines, unpacked
-from unmask.data.settings import ErrorsRule
+from unmask.core.format import join_names
+from unmask.data.readers.bytes import LONGEST_LINE, line_number, not_utf_8, packing, read_lines
+from unmask.data.settings import ErrorsRule, QuotingRule
 
-SKIP: Final = "or leave such rows out: --errors skip"
+SKIP: Final = "or skip such rows: --errors skip"
 _NAMES_SHOWN: Final = 20
 
 Rows = Iterator[str | None]
@@ -30,32 +26,32 @@ Where = Callable[[], str]
 
 
 def json_rows(path: Path, field: str, errors: ErrorsRule, first: int = 0, last: int | None = None) -> Rows:
-    """The field of each line of a .jsonl file's bytes [first, last), which are whole lines.
+    """Yield the field of each line in the bytes [first, last) of a .jsonl file, which are whole lines.
 
     Raises:
-        TextError: a line is not JSON or lacks the field; by "skip", only what can't be read at all.
+        TextError: a line is not JSON or has no such field. Under "skip" only if the file can't be read at all.
     """
     decode = json.JSONDecoder().decode
     for number, line in enumerate(read_lines(path, first, last)):
         try:
             value = decode(line.decode())
             text = value[field]
-            if type(text) is str and b"\\u" not in line:  # what follows is for the rest: it costs a third of the time
+            if type(text) is str and b"\\u" not in line:  # the fast path; what follows takes half as long again
                 yield text
                 continue
         except (ValueError, TypeError, KeyError, RecursionError):
             if line.isspace():
                 continue
-        where = partial(_line_of, path, first, number)
+        where = partial(_line_location, path, first, number)
         yield or_none(partial(_json_text, line, field, errors, path, where), errors)
 
 
-def _line_of(path: Path, first: int, number: int) -> str:
+def _line_location(path: Path, first: int, number: int) -> str:
     return f"{path}, line {line_number(path, first) + number:,}"
 
 
 def or_none(read: Callable[[], str], errors: ErrorsRule) -> str | None:
-    """What is read; by "skip", None in the place of a TextError."""
+    """Return what `read` returns; under "skip", None instead of a TextError."""
     if errors != "skip":
         return read()
     try:
@@ -68,25 +64,25 @@ def _json_text(line: bytes, field: str, errors: ErrorsRule, path: Path, where: W
     try:
         value = json.loads(line.decode("utf-8", "replace" if errors == "replace" else "strict"))
     except UnicodeDecodeError as error:
-        what = f"not UTF-8: {error.reason} at byte {error.start:,} of this line (0x{line[error.start]:02x})"
-        mend = "save it as UTF-8, as with iconv -f CP1252 -t UTF-8; or let such bytes become U+FFFD: --errors replace; "
-        raise TextError(what, location=where(), hint=mend + SKIP) from error
+        message = f"not UTF-8: {error.reason} at byte {error.start:,} of this line (0x{line[error.start]:02x})"
+        hint = "convert the file with iconv -f CP1252 -t UTF-8, or replace such bytes by U+FFFD: --errors replace; "
+        raise TextError(message, location=where(), hint=hint + SKIP) from error
     except (ValueError, RecursionError) as error:
-        what = f"this line is not JSON: {str(error) or 'it is nested too deep'}"
-        raise TextError(what, location=where(), hint="repair it, " + SKIP) from error
+        message = f"this line is not JSON: {str(error) or 'it is nested too deeply'}"
+        raise TextError(message, location=where(), hint="correct it, " + SKIP) from error
     if not isinstance(value, dict):
-        what = f"this line holds {_kind(value)}, not an object with fields"
-        raise TextError(what, location=where(), hint=f'give each line the form {{"{field}": "..."}}, ' + SKIP)
-    found: Any = value
+        message = f"this line is {_kind(value)}, expected an object"
+        raise TextError(message, location=where(), hint=f'write each line as {{"{field}": "..."}}, ' + SKIP)
+    node: Any = value
     for name in [field] if field in value else field.split("."):
-        if not isinstance(found, dict) or name not in found:
+        if not isinstance(node, dict) or name not in node:
             raise no_field(field, list(value), where(), "field", may_skip=True)
-        found = found[name]
-    return text_of(found, field, errors, where)
+        node = node[name]
+    return text_of(node, field, errors, where)
 
 
 def _kind(value: object) -> str:
-    """What JSON calls a value."""
+    """Return the name of a JSON value for messages."""
     if value is None or isinstance(value, bool):
         return "null" if value is None else str(value).lower()
     if isinstance(value, int | float):
@@ -96,10 +92,10 @@ def _kind(value: object) -> str:
 
 
 def text_of(value: object, field: str, errors: ErrorsRule, where: Where) -> str:
-    """What a row holds, where it is text.
+    """Return the value of a row as text.
 
     Raises:
-        TextError: it is none: null, a number, bytes that are not UTF-8, half of a surrogate pair.
+        TextError: the value is no text: null, a number, bytes that are not UTF-8, a lone surrogate.
     """
     rule = "replace" if errors == "replace" else "strict"
     try:
@@ -112,67 +108,33 @@ def text_of(value: object, field: str, errors: ErrorsRule, where: Where) -> str:
             return value.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
     except UnicodeError as error:
         raise TextError(
-            f"`{field}` holds what is no character: {error}",
+            f"`{field}` contains an invalid character: {error}",
             location=where(),
-            hint="repair it, let it become U+FFFD (--errors replace), " + SKIP,
+            hint="correct it, replace it by U+FFFD (--errors replace), " + SKIP,
         ) from error
-    raise TextError(f"`{field}` holds {_kind(value)}, no text", location=where(), hint="repair it, " + SKIP)
+    raise TextError(f"`{field}` is {_kind(value)}, expected text", location=where(), hint="correct it, " + SKIP)
 
 
 def no_field(field: str, names: Sequence[str], where: str, what: str, *, may_skip: bool = False) -> TextError:
-    """The refusal of a field or column that isn't there; those that are, are named."""
+    """Return the error for a missing field or column, with the names that exist."""
     near = difflib.get_close_matches(field, names, n=1, cutoff=0.6)
-    shown = ", ".join(f"`{name}`" for name in names[:_NAMES_SHOWN]) or "none"
-    further = f" and {len(names) - _NAMES_SHOWN} more" if len(names) > _NAMES_SHOWN else ""
-    hint = f": did you mean `{near[0]}`?" if near else ""
+    existing = join_names([f"`{name}`" for name in names], _NAMES_SHOWN) or "none"
+    suggestion = f": did you mean `{near[0]}`?" if near else ""
     return TextError(
-        f"there is no {what} `{field}`{hint}",
+        f"there is no {what} `{field}`{suggestion}",
         location=where,
-        hint=f"choose one with --field (those that exist: {shown}{further})" + (f", {SKIP}" if may_skip else ""),
+        hint=f"choose one with --field (available: {existing})" + (f", {SKIP}" if may_skip else ""),
     )
-
-
-FOLDER: Final = "unpacked"  # of the cache
-
-
-def seekable(path: Path) -> Path:
-    """The file itself where it is not packed; else a file of the cache that is called after its packed content.
-
-    Raises:
-        TextError: it is damaged, cut short or can't be read.
-        StoreError: the cache can't be written.
-    """
-    if not packing(path):
-        return path
-    state = path.stat()
-    kept = default_cache() / FOLDER / f"{_digest(path, state.st_mtime_ns, state.st_size)}.parquet"
-    if not kept.is_file():
-        with wrap_os_errors(kept.parent):
-            kept.parent.mkdir(parents=True, exist_ok=True)
-            aside = kept.with_name(f".{os.getpid()}-{kept.name}")
-            try:
-                with aside.open("wb") as file:
-                    file.writelines(unpacked(path))
-                os.replace(aside, kept)
-            finally:
-                aside.unlink(missing_ok=True)
-    return kept
-
-
-@functools.lru_cache(maxsize=64)
-def _digest(path: Path, changed_ns: int, size: int) -> str:  # pyright: ignore[reportUnusedParameter]
-    """Reckoned once for a file that stays as it is: each part asks for it."""
-    return file_digest(path)
 
 
 _BATCH_ROWS: Final = 256  # in memory at a time
 
 
 def parquet_rows(path: Path, field: str, errors: ErrorsRule, first: int = 0, last: int | None = None) -> Rows:
-    """The column of each row of those row groups of a .parquet file that begin in its bytes [first, last).
+    """Yield the column of each row, from the row groups that begin in the bytes [first, last) of a .parquet file.
 
     Raises:
-        TextError: it is no Parquet file, has no such column, or a row holds no text.
+        TextError: the file is not Parquet, has no such column, or a row has no text.
     """
     import pyarrow as pa
 
@@ -186,35 +148,41 @@ def parquet_rows(path: Path, field: str, errors: ErrorsRule, first: int = 0, las
                 yield from texts_of(batch.column(0), row, str(path), field, errors)
                 row += batch.num_rows
     except (pa.ArrowException, OSError) as error:
-        raise _no_parquet(path, error) from error
+        raise _not_parquet(path, error) from error
 
 
 def open_parquet(path: Path) -> Any:
-    """A ParquetFile that is read through a small buffer, because a row group may be larger than memory.
+    """Open a ParquetFile with a small buffer, because a row group may be larger than memory.
 
     Raises:
-        TextError: it is no Parquet file, or is damaged.
+        TextError: the file is not Parquet, is compressed as a whole, or is damaged.
     """
     import pyarrow as pa
     import pyarrow.parquet as pq
 
+    if packing(path):
+        raise TextError(
+            f"can't read a Parquet file that is compressed as a whole ({packing(path)})",
+            location=str(path),
+            hint="decompress it with gunzip or unzstd; Parquet compresses its columns itself",
+        )
     try:
-        return pq.ParquetFile(seekable(path), buffer_size=1 << 20, pre_buffer=False)
+        return pq.ParquetFile(path, buffer_size=1 << 20, pre_buffer=False)
     except (pa.ArrowException, OSError) as error:
-        raise _no_parquet(path, error) from error
+        raise _not_parquet(path, error) from error
 
 
-def _no_parquet(path: Path, error: Exception) -> TextError:
-    told = str(error).splitlines()[0] if str(error) else type(error).__name__
-    what = f"this is no Parquet file, or one that is damaged or cut short ({told})"
-    return TextError(what, location=str(path), hint="fetch or write it anew")
+def _not_parquet(path: Path, error: Exception) -> TextError:
+    reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+    message = f"not a Parquet file, or damaged or truncated ({reason})"
+    return TextError(message, location=str(path), hint="download or write the file again")
 
 
 def parquet_groups(path: Path, field: str) -> list[int]:
-    """The byte at which each row group of a .parquet file begins.
+    """Return the byte at which each row group of a .parquet file begins.
 
     Raises:
-        TextError: it is no Parquet file, or its column is missing or can hold no text.
+        TextError: the file is not Parquet, or its column is missing or has no text type.
     """
     with open_parquet(path) as file:
         schema, metadata = file.schema_arrow, file.metadata
@@ -231,19 +199,23 @@ def parquet_groups(path: Path, field: str) -> list[int]:
 
 
 def require_text_type(field: str, type_: Any, schema: Any, where: str) -> None:
-    """Refuse a column whose type holds no text; those that do are named."""
+    """Check that a column has a text type.
+
+    Raises:
+        TextError: it has not; the hint names the columns that have.
+    """
     if is_text_type(type_):
         return
     others = [f"`{one.name}`" for one in schema if is_text_type(one.type)]
     raise TextError(
-        f"the column `{field}` holds {type_}, no text",
+        f"column `{field}` has type {type_}, expected text",
         location=where,
-        hint=f"choose one that does with --field: {', '.join(others) or 'there is none'}",
+        hint=f"choose a text column with --field: {', '.join(others) or 'there is none'}",
     )
 
 
 def is_text_type(type_: Any) -> bool:
-    """Whether a column of this Arrow type holds text, or bytes that may be text."""
+    """Return whether an Arrow type is text, or bytes that may be text."""
     import pyarrow.types as kinds
 
     if kinds.is_dictionary(type_):
@@ -253,7 +225,7 @@ def is_text_type(type_: Any) -> bool:
 
 
 def texts_of(column: Any, row: int, where: str, field: str, errors: ErrorsRule) -> Rows:
-    """The texts of an Arrow array whose first row has this number, counted from 0."""
+    """Yield the texts of an Arrow array; `row` is the number of its first row, from 0."""
     import pyarrow as pa
 
     try:
@@ -264,23 +236,23 @@ def texts_of(column: Any, row: int, where: str, field: str, errors: ErrorsRule) 
         if type(value) is str:
             yield value
         else:
-            yield or_none(partial(text_of, value, field, errors, partial(_row, where, number)), errors)
+            yield or_none(partial(text_of, value, field, errors, partial(_row_location, where, number)), errors)
 
 
-def _row(where: str, number: int) -> str:
+def _row_location(where: str, number: int) -> str:
     return f"{where}, row {number + 1:,}"
 
 
-_BROKEN: Final = ["a row that is broken"]  # told by its identity
-_SHOWN: Final = {",": "a comma", "\t": "a tab"}
+_MALFORMED: Final = ["a malformed row"]  # compared by identity
+_DELIMITER_NAMES: Final = {",": "commas", "\t": "tabs"}
 
 
 class _Lines:
-    """The lines of a file as characters; remembers the last one that is not UTF-8, counted from 1."""
+    """The decoded lines of a file; keeps the number of the last one that is not UTF-8, from 1."""
 
     def __init__(self, path: Path, errors: ErrorsRule) -> None:
         self._path, self._errors = path, errors
-        self.unreadable = 0
+        self.undecodable = 0
 
     def __iter__(self) -> Iterator[str]:
         byte = 0
@@ -290,22 +262,28 @@ class _Lines:
             except UnicodeDecodeError as error:
                 if self._errors != "skip" or number == 1:
                     raise not_utf_8(self._path, byte + error.start, line[error.start], error.reason) from error
-                self.unreadable = number
+                self.undecodable = number
                 text = line.decode("utf-8", "replace")
             yield text
             byte += len(line)
 
 
-def separated_rows(path: Path, delimiter: str, field: str, errors: ErrorsRule) -> Rows:
-    """The column of each row.
+def separated_rows(path: Path, delimiter: str, field: str, errors: ErrorsRule, quoting: QuotingRule = "csv") -> Rows:
+    """Yield the column of each row of a .csv or .tsv file.
+
+    Args:
+        path: the file.
+        delimiter: "," or a tab.
+        field: name of the column, in the first line.
+        errors: what to do about malformed rows.
+        quoting: "csv": quoted cells may contain delimiters, line ends and doubled quotes. "none": quotes are ordinary
+            characters and each line is a row.
 
     Raises:
-        TextError: there is no such column, or a row is broken; by "skip", only what can't be read at all.
+        TextError: there is no such column, or a row is malformed. Under "skip" only if the file can't be read at all.
     """
-    told = _Lines(path, errors)
-    rows = _quoted_rows(told, path, delimiter, errors)
-    if delimiter == "\t" and not _has_quoted_breaks(path, path.stat().st_mtime_ns):
-        rows = _plain_rows(told)
+    lines = _Lines(path, errors)
+    rows = _parse(lines, path, delimiter, errors, quoting)
     _, names = next(rows, (0, None))
     if names is None:
         return
@@ -315,49 +293,26 @@ def separated_rows(path: Path, delimiter: str, field: str, errors: ErrorsRule) -
     for line, row in rows:
         if not row:  # a blank line
             continue
-        if row is not _BROKEN and told.unreadable < line and len(row) == len(names):
+        if row is not _MALFORMED and lines.undecodable < line and len(row) == len(names):
             yield row[column]
         elif errors == "skip":
             yield None
         else:
+            cells = f"quote cells with {_DELIMITER_NAMES[delimiter]} or line ends" if quoting == "csv" else "correct it"
             raise TextError(
-                f"this row has {len(row)} columns where the first line names {len(names)}",
+                f"this row has {len(row)} columns, expected {len(names)} as in the first line",
                 location=f"{path}, line {line:,}",
-                hint=f"repair it (a cell with {_SHOWN[delimiter]} or a line end in it stands in quotes), {SKIP}",
+                hint=f"{cells}, {SKIP}",
             )
 
 
-@functools.lru_cache(maxsize=64)
-def _has_quoted_breaks(path: Path, changed_ns: int) -> bool:  # pyright: ignore[reportUnusedParameter]
-    """Whether cells have tabs or line ends in them: then a line with a quote has fewer or more tabs than the first."""
-    wanted: int | None = None
-    for line in read_lines(path):
-        tabs = line.count(b"\t")
-        wanted = tabs if wanted is None else wanted
-        if tabs != wanted and b'"' in line:
-            return True
-    return False
-
-
-def _plain_rows(told: _Lines) -> Iterator[tuple[int, list[str]]]:
-    """The number and the cells of each line."""
-    for number, line in enumerate(told, 1):
-        bare = line.rstrip("\r\n")
-        cells = bare.split("\t") if bare else []
-        yield number, [_unquoted(cell) for cell in cells] if '"' in bare else cells
-
-
-def _unquoted(cell: str) -> str:
-    """The cell without the quotes around it, where all quotes within are written twice."""
-    inner = cell[1:-1]
-    is_quoted = len(cell) > 1 and cell[0] == cell[-1] == '"' and '"' not in inner.replace('""', "")
-    return inner.replace('""', '"') if is_quoted else cell
-
-
-def _quoted_rows(told: _Lines, path: Path, delimiter: str, errors: ErrorsRule) -> Iterator[tuple[int, list[str]]]:
-    """The cells of each row, and the number of its first line; by "skip", _BROKEN for a row that is."""
-    csv.field_size_limit(LONGEST_LINE)  # of the whole process; its default is 128 KiB, less than an article
-    reader: Any = csv.reader(iter(told), delimiter=delimiter, strict=True)
+def _parse(
+    lines: _Lines, path: Path, delimiter: str, errors: ErrorsRule, quoting: QuotingRule
+) -> Iterator[tuple[int, list[str]]]:
+    """Yield the number of the first line of each row, and its cells; under "skip", _MALFORMED for a malformed row."""
+    csv.field_size_limit(LONGEST_LINE)  # a setting of the process; the default is 128 KiB, less than an article
+    rule = csv.QUOTE_MINIMAL if quoting == "csv" else csv.QUOTE_NONE
+    reader: Any = csv.reader(iter(lines), delimiter=delimiter, quoting=rule, strict=True)
     while True:
         line = reader.line_num + 1
         try:
@@ -367,13 +322,13 @@ def _quoted_rows(told: _Lines, path: Path, delimiter: str, errors: ErrorsRule) -
         except csv.Error as error:
             never_closed, too_long = "unexpected end" in str(error), "field larger" in str(error)
             if errors == "skip" and line > 1 and not never_closed and not too_long:
-                yield line, _BROKEN
+                yield line, _MALFORMED
                 continue
-            what = f"this row is broken: {error}"
+            message = f"malformed row: {error}"
             if never_closed:
-                what = "a quote that is opened in this row is never closed, so that the rest of the file is one cell"
+                message = "a quote in this row is never closed, so the rest of the file is one cell"
             if too_long:
-                what = f"a cell longer than {LONGEST_LINE:,} characters: perhaps a quote that is never closed"
-            mend = "repair it: a quote inside a cell is written twice, and the cell stands in quotes"
-            mend = mend if never_closed or too_long else f"{mend}; {SKIP}"
-            raise TextError(what, location=f"{path}, line {line:,}", hint=mend) from error
+                message = f"a cell is longer than {LONGEST_LINE:,} characters; a quote may be unclosed"
+            hint = "quote the cell and double the quotes in it, or read quotes literally: --set data.quoting=none"
+            hint = hint if never_closed or too_long else f"{hint}; {SKIP}"
+            raise TextError(message, location=f"{path}, line {line:,}", hint=hint) from error

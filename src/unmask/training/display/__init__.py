@@ -1,149 +1,183 @@
-"""Room card: the same few texts, hidden the same way each time, so that a person sees the same letters become right.
-
-Comes in: texts and a tokenizer; later an encoder and a head. Goes out: cells that a display paints (plain, right,
-wrong), and one training text as the model sees it. Called by: pretrain; painted by train/show.
-"""
+"""The interface of a display, and what it shows of a model: predictions for fixed prompts, and one masked sample."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import contextlib
+import logging
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import nn
 
 from unmask.core.distributed import DistributedContext
-from unmask.core.types import SPECIAL, MaskedBatch, Sample, logits_at, pack
+from unmask.core.types import SENTENCE_START, SPECIAL, WORD_START, MaskedBatch, Sample, logits_at, pack
+from unmask.evaluation.masked_lm import Document
 from unmask.evaluation.validation import Validation
-from unmask.objectives.masking import MaskingConfig, PackedSequences, select_positions
+from unmask.objectives.masking import Integers, MaskingConfig, PackedSequences, select_positions
 from unmask.tokenization.analysis import TokenFormatter
 from unmask.tokenization.tokenizer import Tokenizer
 from unmask.tokenization.words import WordsRule
 from unmask.training.estimate import CostEstimate
 from unmask.training.loop import TrainState
 from unmask.training.plan import Plan
+from unmask.training.recipe import Recipe
+from unmask.training.setup import RunComponents
 
-_PANEL_SEED = 7  # of the house: which letters are hidden never changes, whatever the run's seed
-_PANEL_RULE = MaskingConfig()
+_PREVIEW_SEED = 7  # a constant: the masked tokens don't depend on the run's seed
+_PREVIEW_MASKING = MaskingConfig()
 
 
 @dataclass(frozen=True)
 class PreviewSpan:
-    """A stretch of text: as given, or a prediction that is right or wrong (`truth` is what stood there)."""
+    """A span of a prompt: given text, or a prediction that is correct or wrong; `truth` is the original text."""
 
     text: str
-    state: Literal["plain", "right", "wrong"] = "plain"
+    state: Literal["plain", "correct", "wrong"] = "plain"
     truth: str = ""
 
 
-Line = tuple[PreviewSpan, ...]
+PreviewLine = tuple[PreviewSpan, ...]
 
 
 @dataclass(frozen=True)
 class TokenView:
-    """One slot of a text as the model sees it: the piece, what stands in its place, whether it is asked about."""
+    """One token of a sample: the original, the token that the model sees, and whether it is masked (has a label)."""
 
-    piece: str
+    original: str
     shown: str
-    asked: bool
+    masked: bool
 
 
 class Preview:
-    """Prompts with fixed masks. All asked tokens are shown to the model as [MASK], so that nothing is given away."""
+    """Prompts whose masked tokens never change.
+
+    All of them are replaced by [MASK]: the mix of 80 % [MASK], 10 % random and 10 % kept tokens would reveal some.
+    """
 
     def __init__(self, prompts: Sequence[str], tokenizer: Tokenizer, words: WordsRule, length: int) -> None:
+        """Masks the prompts, cut to `length` tokens. A prompt without a maskable token is left out."""
         self._prompts: list[tuple[str, np.ndarray]] = []
-        self._reader, self._pieces = TokenFormatter(tokenizer), tokenizer.size
-        texts: list[Sample] = []
-        at: list[np.ndarray] = []
-        answers: list[np.ndarray] = []
+        self._formatter, self._vocab_size = TokenFormatter(tokenizer), tokenizer.size
+        samples: list[Sample] = []
+        positions: list[np.ndarray] = []
+        labels: list[np.ndarray] = []
         num_special_tokens = 1 if tokenizer.cls_sep_ids else 0
         for number, prompt in enumerate(prompts):
             encoded = tokenizer.encode(prompt, words)
-            ids, marks = (
-                encoded.ids[: length - 2 * num_special_tokens],
-                encoded.marks[: length - 2 * num_special_tokens],
-            )
-            if not len(ids) or (marks & SPECIAL).all():
+            limit = length - 2 * num_special_tokens
+            ids, flags = encoded.ids[:limit], encoded.marks[:limit]
+            if not len(ids) or (flags & SPECIAL).all():
                 continue
-            packed = PackedSequences(marks, np.array([0, len(ids)]), np.array([[0, number]]))
-            positions_M = select_positions(packed, _PANEL_RULE, _PANEL_SEED)
-            hidden = ids.copy()
-            hidden[positions_M] = tokenizer.mask_id
-            texts.append(Sample(*tokenizer.add_special_tokens(hidden, marks)))
-            at.append(positions_M + num_special_tokens)
-            answers.append(ids[positions_M])
+            packed = PackedSequences(flags, np.array([0, len(ids)]), np.array([[0, number]]))
+            positions_M = select_positions(packed, _PREVIEW_MASKING, _PREVIEW_SEED)
+            masked_ids = ids.copy()
+            masked_ids[positions_M] = tokenizer.mask_id
+            samples.append(Sample(*tokenizer.add_special_tokens(masked_ids, flags)))
+            positions.append(positions_M + num_special_tokens)
+            labels.append(ids[positions_M])
             offsets = encoded.offsets[: len(ids)]
             self._prompts.append((prompt[: offsets[-1][1]], offsets[positions_M]))
-        self._batch = pack(texts) if texts else None
+        self._batch = pack(samples) if samples else None
         starts = self._batch.offsets if self._batch else (0,)
-        self._at_M = torch.from_numpy(np.concatenate([a + starts[b] for b, a in enumerate(at)])) if texts else None
-        self._answer_M = np.concatenate(answers) if answers else np.empty(0, np.int64)
+        shifted = [each + starts[number] for number, each in enumerate(positions)]
+        self._positions_M = torch.from_numpy(np.concatenate(shifted)) if shifted else None
+        self._labels_M = np.concatenate(labels) if labels else np.empty(0, np.int64)
 
     @torch.inference_mode()
-    def ask(self, encoder: nn.Module, head: nn.Module, world: DistributedContext) -> list[Line]:
-        """What the model puts in each hidden place now."""
-        if self._batch is None or self._at_M is None:
+    def predict(self, encoder: nn.Module, head: nn.Module, world: DistributedContext) -> list[PreviewLine]:
+        """Returns the prompts with the model's predictions for the masked tokens."""
+        if self._batch is None or self._positions_M is None:
             return []
         encoder.eval()
         head.eval()
         with world.autocast():
-            logits_MV = logits_at(encoder, head, self._batch.to(world.device), self._at_M.to(world.device))
-        guesses = logits_MV[:, : self._pieces].argmax(-1).tolist()  # a model may have rows without a piece
-        lines: list[Line] = []
-        taken = 0
+            logits_MV = logits_at(encoder, head, self._batch.to(world.device), self._positions_M.to(world.device))
+        predictions = logits_MV[:, : self._vocab_size].argmax(-1).tolist()  # an embedding may be larger
+        lines: list[PreviewLine] = []
+        first = 0
         for prompt, offsets in self._prompts:
-            here = slice(taken, taken + len(offsets))
-            lines.append(self._painted(prompt, offsets.tolist(), guesses[here], self._answer_M[here].tolist()))
-            taken += len(offsets)
+            part = slice(first, first + len(offsets))
+            lines.append(self._spans(prompt, offsets.tolist(), predictions[part], self._labels_M[part].tolist()))
+            first += len(offsets)
         return lines
 
-    def _painted(
-        self, prompt: str, offsets: Sequence[Sequence[int]], guesses: Sequence[int], answers: Sequence[int]
-    ) -> Line:
-        """A prompt with the guesses in their places."""
-        cells: list[PreviewSpan] = []
+    def _spans(
+        self, prompt: str, offsets: Sequence[Sequence[int]], predictions: Sequence[int], labels: Sequence[int]
+    ) -> PreviewLine:
+        """Splits a prompt into given text and predictions."""
+        spans: list[PreviewSpan] = []
         position = 0
-        for (first, last), guess, answer in zip(offsets, guesses, answers, strict=True):
-            right, piece = guess == answer, self._reader.read(guess).letters
-            if last <= position and cells:  # a further byte of a letter that stands already
-                before = cells.pop()
-                right = right and before.state == "right"
-                cells.append(replace(before, text=before.truth if right else before.text, state=_state(right)))
+        for (start, end), prediction, label in zip(offsets, predictions, labels, strict=True):
+            correct, text = prediction == label, self._formatter.read(prediction).letters
+            if end <= position and spans:  # a further byte of the character before
+                before = spans.pop()
+                correct = correct and before.state == "correct"
+                spans.append(replace(before, text=before.truth if correct else before.text, state=_state(correct)))
                 continue
-            if first > position:
-                cells.append(PreviewSpan(prompt[position:first]))
-            truth = prompt[first:last]
-            cells.append(PreviewSpan(truth if right else piece, _state(right), truth))
-            position = last
+            if start > position:
+                spans.append(PreviewSpan(prompt[position:start]))
+            truth = prompt[start:end]
+            spans.append(PreviewSpan(truth if correct else text, _state(correct), truth))
+            position = end
         if position < len(prompt):
-            cells.append(PreviewSpan(prompt[position:]))
-        return tuple(cells)
+            spans.append(PreviewSpan(prompt[position:]))
+        return tuple(spans)
 
 
-def _state(right: bool) -> Literal["right", "wrong"]:
-    return "right" if right else "wrong"
+def _state(correct: bool) -> Literal["correct", "wrong"]:
+    return "correct" if correct else "wrong"
 
 
 def token_views(
-    masked: MaskedBatch, original_ids: Sequence[int], tokenizer: Tokenizer, most: int = 48
+    masked: MaskedBatch, original_ids: Sequence[int], tokenizer: Tokenizer, limit: int = 48
 ) -> list[TokenView]:
-    """The first text of a puzzle, slot by slot, at most `most` of them."""
-    last = min(masked.batch.offsets[1], most)
-    asked = set(masked.positions_M.tolist())
-    shown = masked.batch.ids_T[:last].tolist()
+    """Returns the first `limit` tokens of the first sequence of a masked batch."""
+    end = min(masked.batch.offsets[1], limit)
+    positions = set(masked.positions_M.tolist())
+    shown_ids = masked.batch.ids_T[:end].tolist()
     return [
-        TokenView(tokenizer.id_to_token(original), tokenizer.id_to_token(now), slot in asked)
-        for slot, (original, now) in enumerate(zip(original_ids[:last], shown, strict=True))
+        TokenView(tokenizer.id_to_token(original), tokenizer.id_to_token(shown), position in positions)
+        for position, (original, shown) in enumerate(zip(original_ids[:end], shown_ids, strict=True))
     ]
+
+
+def build_preview(recipe: Recipe, components: RunComponents) -> Preview:
+    """Returns the preview of the recipe's prompts or, if it has none, of the first held-out documents."""
+    settings, tokenizer = recipe.preview, components.corpus.tokenizer
+    length = recipe.stage[-1].max_seq_len
+    prompts: Sequence[str] = settings.prompts
+    if not prompts:
+        documents = components.validator.documents[: settings.num_samples]
+        starts = [_from_sentence_start(document)[:length] for document in documents]
+        prompts = [tokenizer.decode(ids.tolist())[: settings.max_chars].strip() for ids in starts]
+    return Preview(prompts, tokenizer, components.corpus.words, length)
+
+
+def _from_sentence_start(document: Document) -> Integers:
+    """Returns the token ids from the first sentence or, without one, the first word; held-out text may start within."""
+    for flag in (SENTENCE_START, WORD_START):
+        starts = np.flatnonzero(document.token_flags & flag)
+        if len(starts):
+            return document.ids[starts[0] :]
+    return document.ids
+
+
+def first_sample(recipe: Recipe, components: RunComponents) -> tuple[str, list[TokenView]]:
+    """Returns the first training sample as text and as the masked tokens that the model sees."""
+    batches, _ = components.loaders[0].step(0, 1, 0, 1)
+    original_ids = batches[0].ids_T.tolist()
+    masked = components.training.objective.corrupt(batches[0], recipe.seed)
+    tokenizer = components.corpus.tokenizer
+    return tokenizer.decode(original_ids[: masked.batch.offsets[1]]), token_views(masked, original_ids, tokenizer)
 
 
 @dataclass(frozen=True)
 class Summary:
-    """Forecast against fact."""
+    """The results of a run, to be compared with its estimate."""
 
     run: Path
     steps: int
@@ -155,53 +189,70 @@ class Summary:
     validation: Validation | None
     best_step: int | None = None  # of the lowest validation loss
     best_loss: float | None = None
-    early: str = ""  # why the run ended before its plan, where it did
-    before: Mapping[str, Any] | None = None  # the validation of the model that the run went on from
+    early: str = ""  # why the run ended before its plan, if it did
+    before: Mapping[str, Any] | None = None  # the validation before the first step of a run with --from
 
 
-class Display(Protocol):
-    """What a run tells while it works."""
+class Display:
+    """Shows the progress of a run. This base class shows nothing: for scripts, tests and all ranks but the first."""
 
     def message(self, message: str) -> None:
-        """One sentence for the person."""
-        ...
+        """Shows one log message."""
 
-    def progress(self, what: str, share: float) -> None:
-        """How far a preparation (reading, training the tokenizer, writing shards) is, 0 to 1."""
-        ...
+    def progress(self, what: str, fraction: float) -> None:
+        """Shows the progress, from 0 to 1, of a task before training: reading, training the tokenizer, ..."""
 
-    def forecast(self, forecast: CostEstimate) -> None:
-        """Before the first step."""
-        ...
+    def estimate(self, estimate: CostEstimate) -> None:
+        """Shows size and estimated cost of the run, before its first step."""
 
-    def text(self, text: str, slots: Sequence[TokenView]) -> None:
-        """One text as the model will see it."""
-        ...
+    def sample(self, text: str, tokens: Sequence[TokenView]) -> None:
+        """Shows one training sample as the model sees it."""
 
     def train_start(self, plan: Plan, state: TrainState, flops_per_token: float, flops_per_second: float) -> None:
-        """Training starts or goes on."""
-        ...
+        """Is called before the first step, also of a resumed run."""
 
     def step(self, state: TrainState) -> None:
-        """After each step; cheap."""
-        ...
+        """Is called after every step, so it must be fast."""
 
     def logged(self, step: int, metrics: Mapping[str, object]) -> None:
-        """A training line was written to the log."""
-        ...
+        """Is called after a training line was written to the log."""
 
-    def validated(self, step: int, validation: Validation, panel: Sequence[Line]) -> None:
-        """After each validation."""
-        ...
+    def validated(self, step: int, validation: Validation, preview: Sequence[PreviewLine]) -> None:
+        """Shows the results of a validation and the predictions for the prompts."""
 
     def saved(self, folder: Path) -> None:
-        """A step folder was written."""
-        ...
+        """Is called after a step folder was written."""
 
     def train_end(self, summary: Summary) -> None:
-        """The plan is finished, or the run was stopped."""
-        ...
+        """Shows the results of the run and compares them with the estimate."""
 
     def close(self) -> None:
-        """Give the terminal back; called whatever happened."""
-        ...
+        """Restores the terminal. Is called even after an error; may be called twice."""
+
+
+class _DisplayHandler(logging.Handler):
+    """Passes log messages on to a display."""
+
+    def __init__(self, display: Display) -> None:
+        super().__init__(logging.INFO)
+        self._display = display
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Shows one message."""
+        message = record.getMessage()
+        self._display.message(f"warning: {message}" if record.levelno >= logging.WARNING else message)
+
+
+@contextlib.contextmanager
+def show_log(display: Display) -> Generator[None]:
+    """Shows the messages of the logger "unmask", from level INFO, on a display; closes the display at the end."""
+    logger, handler = logging.getLogger("unmask"), _DisplayHandler(display)
+    level = logger.level
+    logger.addHandler(handler)
+    logger.setLevel(min(level or logging.INFO, logging.INFO))
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+        logger.removeHandler(handler)
+        display.close()

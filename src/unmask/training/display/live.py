@@ -1,14 +1,12 @@
-"""Room card: a run seen in a terminal or a notebook.
+"""A display for a terminal or a notebook: tables, and a preview and progress bar that are redrawn in place.
 
-Comes in: what the run tells. Goes out: tables, one text as the model sees it, and a region at the bottom that is
-redrawn in place: the panel, whose letters become right, and a bar. Called by: pretrain, through the Display protocol.
-
-Right and wrong are told apart by underline and reverse, which NO_COLOR leaves; where a terminal has not even those, by
-the brackets of plain.py.
+Correct and wrong predictions differ by underline and reverse video, which NO_COLOR keeps. In a terminal without styles
+they are marked by brackets, as in plain.py.
 """
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -21,20 +19,20 @@ from rich.text import Text
 
 from unmask.core.format import duration, number, sparkline, visible
 from unmask.evaluation.validation import Validation
-from unmask.training.display import Line, Summary, TokenView
-from unmask.training.display.plain import legend, panel_lines
+from unmask.training.display import Display, PreviewLine, Summary, TokenView
+from unmask.training.display.plain import legend, preview_lines
 from unmask.training.display.text import (
     STAGE_COLUMNS,
     Pace,
+    cell_gap,
+    cell_rows,
     comparison_rows,
-    forecast_notes,
-    forecast_rows,
+    estimate_notes,
+    estimate_rows,
+    matmul_text,
     pair_line,
-    pair_words,
+    pair_text,
     set_lines,
-    share_of_matmul,
-    slot_gap,
-    slot_rows,
     stage_rows,
     unigram_line,
     validation_line,
@@ -44,211 +42,210 @@ from unmask.training.estimate import CostEstimate
 from unmask.training.loop import TrainState
 from unmask.training.plan import Plan
 
-_RIGHT, _WRONG = "bold green underline", "red reverse"
-_SLOT_STYLES = {"plain": "", "hidden": "bold yellow reverse", "random": "bold magenta reverse", "kept": "underline"}
+_CORRECT, _WRONG = "bold green underline", "red reverse"
+_CELL_STYLES = {"plain": "", "mask": "bold yellow reverse", "random": "bold magenta reverse", "kept": "underline"}
 _UPDATE_SECONDS = 0.125
-# A redraw costs 1 to 3 ms. Waiting 300 times as long before the next keeps the bar under 0.35 % of the run anywhere.
-_PATIENCE = 300
-_BAR = 30
+# A redraw takes 1 to 3 ms. The next one waits at least 300 times as long, so drawing takes less than 0.35 % of a run.
+_WAIT_FACTOR = 300
+_BAR_WIDTH = 30
 
 
 @final
-class LiveDisplay:
-    """Tables before and after, a panel and a bar redrawn in place between."""
+class LiveDisplay(Display):
+    """Prints tables before and after training, and redraws a preview and a progress bar in between."""
 
     def __init__(self, console: Console | None = None) -> None:
         self._console = Console(highlight=False) if console is None else console
         self._styled = self._console.color_system is not None or self._console.is_jupyter
         self._live: Live | None = None
         self._next_update = 0.0
-        self._preparing: tuple[str, float] | None = None  # what, and when it began
+        self._task: tuple[str, float] | None = None  # a task before training, and when it started
         self._plan: Plan | None = None
         self._pace: Pace | None = None
-        self._standing: TrainState | None = None
-        self._panel: list[Text] = []
+        self._train_state: TrainState | None = None
+        self._preview: list[Text] = []
         self._losses: list[float] = []
         self._last_line: Mapping[str, object] = {}
 
     # Before training ------------------------------------------------------------------------------------------------
 
     def message(self, message: str) -> None:
-        """One sentence, above the bar."""
+        """Prints a log message above the bar."""
         self._print(Text(message))
 
-    def progress(self, what: str, share: float) -> None:
-        """A bar while it lasts, a line with its time when it is done."""
+    def progress(self, what: str, fraction: float) -> None:
+        """Draws a bar while a task runs, and prints a line with its time at the end."""
         now = time.monotonic()
-        if self._preparing is None or self._preparing[0] != what:
-            self._preparing = (what, now)
+        if self._task is None or self._task[0] != what:
+            self._task = (what, now)
             self._next_update = 0.0
-        if share >= 1.0:
-            began = self._preparing[1]
-            self._end_preparing()
-            self._print(Text.assemble((what, "dim"), (f"  {duration(now - began)}", "dim")))
+        if fraction >= 1.0:
+            started = self._task[1]
+            self._end_task()
+            self._print(Text.assemble((what, "dim"), (f"  {duration(now - started)}", "dim")))
         elif now >= self._next_update:
-            self._draw(Text.assemble(f"{what}  ", *self._bar(share), f"  {share:.0%}"), now)
+            self._draw(Text.assemble(f"{what}  ", *self._bar(fraction), f"  {fraction:.0%}"), now)
 
-    def forecast(self, forecast: CostEstimate) -> None:
-        """What the run will be and cost."""
-        self._end_preparing()
-        self._plan = forecast.plan
+    def estimate(self, estimate: CostEstimate) -> None:
+        """Prints size and cost of the run, its stages, and notes."""
+        self._end_task()
+        self._plan = estimate.plan
         grid = Table.grid(padding=(0, 2))
         grid.add_column(style="dim", no_wrap=True)
         grid.add_column(overflow="fold")
-        for label, value in forecast_rows(forecast):
+        for label, value in estimate_rows(estimate):
             grid.add_row(label, Text(value))
         stages = Table(box=None, padding=(0, 2), header_style="dim")
         for column in STAGE_COLUMNS:
             stages.add_column(column, justify="right")
-        for row in stage_rows(forecast):
+        for row in stage_rows(estimate):
             stages.add_row(*row)
-        self._print(Text("\nforecast", "bold"), grid, Text(""), stages)
-        notes = forecast_notes(forecast)
+        self._print(Text("\nestimate", "bold"), grid, Text(""), stages)
+        notes = estimate_notes(estimate)
         if notes:
             self._print(Text(""), *(Text(f"note: {note}", "yellow") for note in notes))
 
-    def text(self, text: str, slots: Sequence[TokenView]) -> None:
-        """One text: its pieces, what the model sees in their place, what it is asked (^)."""
-        self._end_preparing()
-        gap = slot_gap(slots)
-        whole = Text(visible(text), "dim")
-        whole.truncate(2 * self._console.width, overflow="ellipsis")
-        self._print(Text("\none text, as the model sees it", "bold"), whole)
-        joint = Text(gap)
-        for row in slot_rows(slots, self._console.width - 14):
-            shown = [Text(slot.shown, _SLOT_STYLES[slot.state]) for slot in row]
+    def sample(self, text: str, tokens: Sequence[TokenView]) -> None:
+        """Prints a sample: its tokens, the model input, and "^" below masked tokens."""
+        self._end_task()
+        gap = cell_gap(tokens)
+        line = Text(visible(text), "dim")
+        line.truncate(2 * self._console.width, overflow="ellipsis")
+        self._print(Text("\none sample, as the model sees it", "bold"), line)
+        for row in cell_rows(tokens, self._console.width - 14):
+            shown = [Text(cell.shown, _CELL_STYLES[cell.state]) for cell in row]
             self._print(
-                Text("pieces        ", "dim").append_text(Text(gap.join(slot.piece for slot in row), "none")),
-                Text("model sees    ", "dim").append_text(joint.join(shown)),
-                Text("asked         ", "dim").append_text(Text(gap.join(slot.mark for slot in row), "yellow")),
+                Text("tokens        ", "dim").append_text(Text(gap.join(cell.original for cell in row), "none")),
+                Text("model input   ", "dim").append_text(Text(gap).join(shown)),
+                Text("masked        ", "dim").append_text(Text(gap.join(cell.mark for cell in row), "yellow")),
             )
         self._print(Text(""))
 
-    # While training -------------------------------------------------------------------------------------------------
+    # During training ------------------------------------------------------------------------------------------------
 
     def train_start(self, plan: Plan, state: TrainState, flops_per_token: float, flops_per_second: float) -> None:
-        """The bar appears."""
-        self._end_preparing()
+        """Draws the bar."""
+        self._end_task()
         self._plan = plan
         self._pace = Pace(plan, state, flops_per_token, flops_per_second)
-        self._standing = state
+        self._train_state = state
         self._redraw()
 
     def step(self, state: TrainState) -> None:
-        """Redraw the bar where it is time to; else one look at the clock."""
-        self._standing = state
+        """Redraws the bar if enough time has passed."""
+        self._train_state = state
         if time.monotonic() >= self._next_update:
             self._redraw()
 
     def logged(self, step: int, metrics: Mapping[str, object]) -> None:
-        """Remembered for the bar and its small curve."""
+        """Keeps the metrics for the bar and the loss curve."""
         self._last_line = metrics
         self._losses.append(number(metrics, "loss"))
 
-    def validated(self, step: int, validation: Validation, panel: Sequence[Line]) -> None:
-        """A line that stays above, and the panel in its place."""
-        self._print(Text.assemble((f"step {step:,}  ", "bold"), validation_line(validation)))
+    def validated(self, step: int, validation: Validation, preview: Sequence[PreviewLine]) -> None:
+        """Prints the results above the bar and redraws the preview."""
+        self._print(Text.assemble((f"step {step:,}  ", "bold"), f"validation {validation_line(validation)}"))
         if validation.pair is not None:
             self._print(Text(f"  {pair_line(validation.pair)}"))
         self._print(*(Text(f"  {line}") for line in set_lines(validation)))
-        self._panel = [Text(""), Text(unigram_line(validation), "cyan"), *self._painted(panel), Text("")]
+        self._preview = [Text(""), Text(unigram_line(validation), "cyan"), *self._preview_texts(preview), Text("")]
         self._redraw()
 
     def saved(self, folder: Path) -> None:
-        """Where the step folder is."""
+        """Prints the path of the step folder."""
         self._print(Text(f"saved {folder}", "dim"))
 
     def train_end(self, summary: Summary) -> None:
-        """The panel as it was last, and forecast against fact."""
+        """Leaves the last preview on the screen and prints the results beside the estimate."""
         self._redraw()
         self._end_live(keep=True)
         table = Table(box=None, padding=(0, 2), header_style="dim")
         table.add_column("")
-        table.add_column("forecast", justify="right")
-        table.add_column("fact", justify="right", style="bold")
+        table.add_column("estimate", justify="right")
+        table.add_column("actual", justify="right", style="bold")
         for row in comparison_rows(summary, self._plan):
             table.add_row(*row)
         self._print(Text(""), table)
 
     def close(self) -> None:
-        """Stop redrawing and show the cursor again."""
-        self._end_live(keep=self._preparing is None)
+        """Stops redrawing and shows the cursor again."""
+        self._end_live(keep=self._task is None)
 
     # Drawing --------------------------------------------------------------------------------------------------------
 
     def _bars(self, state: TrainState, plan: Plan, pace: Pace) -> list[Text]:
-        """The bar's line and the line of measurements."""
-        share = state.step / plan.steps
+        """Returns the line of the bar and the line of metrics."""
+        fraction = state.step / plan.steps
         left = duration(pace.seconds_left(state))
         bar = Text.assemble(
-            f"{share:>4.0%} ", *self._bar(share), f" step {state.step:,}/{plan.steps:,}  {left} left", no_wrap=True
+            f"{fraction:>4.0%} ", *self._bar(fraction), f" step {state.step:,}/{plan.steps:,}  ETA {left}", no_wrap=True
         )
-        window, line = state.window, self._last_line
-        # Just after a log line the window is nearly empty and would flicker: until it has filled, the line counts.
-        fresh = not line or window.tokens * 20 >= number(line, "tokens") / max(len(self._losses), 1)
-        fresh = fresh and window.seconds > 0
-        loss = window.mean("loss") if fresh else number(line, "loss")
-        accuracy = window.mean("accuracy") if fresh else number(line, "accuracy")
-        speed = window.tokens / window.seconds if fresh else number(line, "tokens_per_second")
-        if loss != loss:
+        window, line = state.metrics, self._last_line
+        # Just after a log line the window holds few tokens and its means are noisy: until then, show the log line.
+        filled = not line or window.tokens * 20 >= number(line, "tokens") / max(len(self._losses), 1)
+        filled = filled and window.seconds > 0
+        loss = window.mean("loss") if filled else number(line, "loss")
+        accuracy = window.mean("accuracy") if filled else number(line, "accuracy")
+        speed = window.tokens / window.seconds if filled else number(line, "tokens_per_second")
+        if math.isnan(loss):
             return [bar]
-        words = [f"loss {loss:.3f}", f"accuracy {accuracy:.1%}", pair_words(line), f"{speed:,.0f} tokens/s"]
-        words.append(share_of_matmul(pace.share_of_matmul(speed)))
-        measured = "     " + "  ".join(filter(None, words)) + "  "
-        room = min(20, self._console.width - len(measured))
-        curve = "" if self._ascii or room < 2 else sparkline(self._losses, room)
-        return [bar, Text.assemble(measured, (curve, "cyan"), no_wrap=True, overflow="crop")]
+        parts = [f"loss {loss:.3f}", f"accuracy {accuracy:.1%}", pair_text(line), f"{speed:,.0f} tokens/s"]
+        parts.append(matmul_text(pace.matmul_fraction(speed)))
+        metrics = "     " + "  ".join(filter(None, parts)) + "  "
+        columns = min(20, self._console.width - len(metrics))
+        curve = "" if self._ascii or columns < 2 else sparkline(self._losses, columns)
+        return [bar, Text.assemble(metrics, (curve, "cyan"), no_wrap=True, overflow="crop")]
 
-    def _bar(self, share: float) -> list[tuple[str, str]]:
+    def _bar(self, fraction: float) -> list[tuple[str, str]]:
         done, rest = ("=", "-") if self._ascii else ("━", "─")
-        full = min(_BAR, int(share * _BAR + 1e-9))
-        return [(done * full, "green"), (rest * (_BAR - full), "dim")]
+        columns = min(_BAR_WIDTH, int(fraction * _BAR_WIDTH + 1e-9))
+        return [(done * columns, "green"), (rest * (_BAR_WIDTH - columns), "dim")]
 
     @property
     def _ascii(self) -> bool:
         return not self._console.encoding.lower().startswith("utf")
 
-    def _painted(self, panel: Sequence[Line]) -> list[Text]:
-        """The panel as lines of this width, as many as leave room for the bar."""
-        if not panel:
+    def _preview_texts(self, preview: Sequence[PreviewLine]) -> list[Text]:
+        """Returns the preview, wrapped to the console's width and cut so that the bar fits below."""
+        if not preview:
             return []
         if self._styled:
-            painted = [Text(overflow="fold") for _ in panel]
-            for text, line in zip(painted, panel, strict=True):
-                for cell in line:
-                    if cell.state == "wrong":
-                        text.append(wrong_text(cell.text, cell.truth, panel), _WRONG)
+            texts = [Text(overflow="fold") for _ in preview]
+            for text, line in zip(texts, preview, strict=True):
+                for span in line:
+                    if span.state == "wrong":
+                        text.append(wrong_text(span.text, span.truth, preview), _WRONG)
                     else:
-                        text.append(visible(cell.text), _RIGHT if cell.state == "right" else "")
-            key = Text.assemble(("right", _RIGHT), " ", (wrong_text("guess", "truth", panel), _WRONG))
+                        text.append(visible(span.text), _CORRECT if span.state == "correct" else "")
+            key = Text.assemble(("correct", _CORRECT), " ", (wrong_text("wrong", "truth", preview), _WRONG))
         else:
-            painted = [Text(line, overflow="fold") for line in panel_lines(panel)]
-            key = Text(legend(panel))
-        lines = [part for text in painted for part in text.wrap(self._console, self._console.width)]
-        room = max(1, self._console.height - 8)
-        return [*(lines if len(lines) <= room else [*lines[: room - 1], Text("…")]), key]
+            texts = [Text(line, overflow="fold") for line in preview_lines(preview)]
+            key = Text(legend(preview))
+        lines = [part for text in texts for part in text.wrap(self._console, self._console.width)]
+        limit = max(1, self._console.height - 8)
+        return [*(lines if len(lines) <= limit else [*lines[: limit - 1], Text("…")]), key]
 
     def _redraw(self) -> None:
-        if self._standing is not None and self._plan is not None and self._pace is not None:
-            bars = self._bars(self._standing, self._plan, self._pace)
-            self._draw(Group(*self._panel, *bars), time.monotonic())
+        if self._train_state is not None and self._plan is not None and self._pace is not None:
+            bars = self._bars(self._train_state, self._plan, self._pace)
+            self._draw(Group(*self._preview, *bars), time.monotonic())
 
     def _draw(self, region: Text | Group, now: float) -> None:
-        """Put this at the bottom, and say when the next may come."""
+        """Draws the region at the bottom, and sets the time of the next update."""
         if self._live is None:
             self._live = Live(console=self._console, auto_refresh=False, vertical_overflow="crop")
             self._live.start()
         self._live.update(region, refresh=True)
         spent = time.monotonic() - now
-        self._next_update = now + max(_UPDATE_SECONDS, _PATIENCE * spent)
+        self._next_update = now + max(_UPDATE_SECONDS, _WAIT_FACTOR * spent)
 
-    def _print(self, *what: Text | Table) -> None:
-        for one in what:
-            self._console.print(one, highlight=False)
+    def _print(self, *renderables: Text | Table) -> None:
+        for renderable in renderables:
+            self._console.print(renderable, highlight=False)
 
-    def _end_preparing(self) -> None:
-        if self._preparing is not None:
-            self._preparing = None
+    def _end_task(self) -> None:
+        if self._task is not None:
+            self._task = None
             self._end_live(keep=False)
 
     def _end_live(self, *, keep: bool) -> None:

@@ -1,8 +1,4 @@
-"""Room card: a run told in plain lines, for a pipe, a file or a dumb terminal; or not told at all.
-
-Comes in: what the run tells. Goes out: lines without escape codes, each written at once; right and wrong guesses are
-told apart by brackets. Called by: pretrain, through the Display protocol.
-"""
+"""A display of plain lines without escape codes, for a pipe, a file or a dumb terminal."""
 
 from __future__ import annotations
 
@@ -14,19 +10,19 @@ from typing import TextIO, final
 
 from unmask.core.format import duration, number, visible
 from unmask.evaluation.validation import Validation
-from unmask.training.display import Line, Summary, TokenView
+from unmask.training.display import Display, PreviewLine, Summary, TokenView
 from unmask.training.display.text import (
     Pace,
-    by_letter,
+    cell_gap,
+    cell_rows,
     comparison_rows,
-    forecast_notes,
-    forecast_rows,
+    estimate_notes,
+    estimate_rows,
+    is_by_character,
+    matmul_text,
     pair_line,
-    pair_words,
+    pair_text,
     set_lines,
-    share_of_matmul,
-    slot_gap,
-    slot_rows,
     stage_rows,
     unigram_line,
     validation_line,
@@ -36,93 +32,92 @@ from unmask.training.estimate import CostEstimate
 from unmask.training.loop import TrainState
 from unmask.training.plan import Plan
 
-_PREPARING_SECONDS = 5.0
+_PROGRESS_SECONDS = 5.0
 _WIDTH = 100
 
 
-def panel_lines(panel: Sequence[Line]) -> list[str]:
-    """The panel in brackets: [right], {wrong}, {guess→truth} where pieces are more than single letters."""
+def preview_lines(preview: Sequence[PreviewLine]) -> list[str]:
+    """Marks predictions by brackets: [correct], {wrong}, or {wrong→truth} if tokens are longer than one character."""
     lines: list[str] = []
-    for line in panel:
-        cells: list[str] = []
-        for cell in line:
-            if cell.state == "plain":
-                cells.append(visible(cell.text))
-            elif cell.state == "right":
-                cells.append(f"[{visible(cell.text)}]")
+    for line in preview:
+        spans: list[str] = []
+        for span in line:
+            if span.state == "plain":
+                spans.append(visible(span.text))
+            elif span.state == "correct":
+                spans.append(f"[{visible(span.text)}]")
             else:
-                cells.append(f"{{{wrong_text(cell.text, cell.truth, panel)}}}")
-        lines.append("".join(cells))
+                spans.append(f"{{{wrong_text(span.text, span.truth, preview)}}}")
+        lines.append("".join(spans))
     return lines
 
 
-def legend(panel: Sequence[Line]) -> str:
-    """What the brackets mean."""
-    return "[right] {wrong}" if by_letter(panel) else "[right] {guess→truth}"
+def legend(preview: Sequence[PreviewLine]) -> str:
+    """Explains the brackets."""
+    return "[correct] {wrong}" if is_by_character(preview) else "[correct] {wrong→truth}"
 
 
 @final
-class PlainDisplay:
-    """One line per log interval, a few around each validation."""
+class PlainDisplay(Display):
+    """Writes one line per log interval and a few per validation."""
 
     def __init__(self, stream: TextIO | None = None) -> None:
         self._stream = sys.stdout if stream is None else stream
         self._open = True
-        self._preparing = ("", 0.0)
+        self._progress = ("", 0.0)  # the task, and when its last line was written
         self._plan: Plan | None = None
         self._pace: Pace | None = None
-        self._standing: TrainState | None = None
+        self._train_state: TrainState | None = None
 
     def message(self, message: str) -> None:
-        """One sentence, on a line of its own."""
+        """Writes a log message on a line of its own."""
         self._write(message)
 
-    def progress(self, what: str, share: float) -> None:
-        """A line when a preparation starts or ends, and every few seconds while it lasts."""
-        before, said_at = self._preparing
+    def progress(self, what: str, fraction: float) -> None:
+        """Writes a line when a task starts or ends, and every few seconds in between."""
+        task, written = self._progress
         now = time.monotonic()
-        if what == before and share < 1.0 and now - said_at < _PREPARING_SECONDS:
+        if what == task and fraction < 1.0 and now - written < _PROGRESS_SECONDS:
             return
-        if what == before and said_at == float("inf"):
+        if what == task and written == float("inf"):
             return
-        self._preparing = (what, now if share < 1.0 else float("inf"))
-        self._write(f"{what}  {share:.0%}")
+        self._progress = (what, now if fraction < 1.0 else float("inf"))
+        self._write(f"{what}  {fraction:.0%}")
 
-    def forecast(self, forecast: CostEstimate) -> None:
-        """Label and value, a line each, then the stages."""
-        self._plan = forecast.plan
-        for label, value in forecast_rows(forecast):
+    def estimate(self, estimate: CostEstimate) -> None:
+        """Writes labels and values, one per line, then the stages."""
+        self._plan = estimate.plan
+        for label, value in estimate_rows(estimate):
             self._write(f"{label:<12} {value}")
-        for row in stage_rows(forecast):
-            stage, length, batch, steps, seen, seconds = row
-            counts = f"length {length}, {batch} a step, {steps} steps, seen {seen}, {seconds}"
-            self._write(f"{'stage ' + stage:<12} {counts}")
-        for note in forecast_notes(forecast):
+        for stage, length, batch, steps, epochs, seconds in stage_rows(estimate):
+            values = f"max length {length}, {batch} per step, {steps} steps, epochs {epochs}, {seconds}"
+            self._write(f"{'stage ' + stage:<12} {values}")
+        for note in estimate_notes(estimate):
             self._write(f"note: {note}")
 
-    def text(self, text: str, slots: Sequence[TokenView]) -> None:
-        """One text in three lines per row: its pieces, what the model sees, what is asked (^)."""
-        self._write(f"one text     {visible(text)[: 2 * _WIDTH]}")
-        gap = slot_gap(slots)
-        for row in slot_rows(slots, _WIDTH - 13):
-            self._write(f"pieces       {gap.join(slot.piece for slot in row).rstrip()}")
-            self._write(f"model sees   {gap.join(slot.shown for slot in row).rstrip()}")
-            if any("^" in slot.mark for slot in row):
-                self._write(f"asked        {gap.join(slot.mark for slot in row).rstrip()}")
+    def sample(self, text: str, tokens: Sequence[TokenView]) -> None:
+        """Writes a sample in three lines per row: tokens, model input, and "^" below masked tokens."""
+        self._write(f"sample       {visible(text)[: 2 * _WIDTH]}")
+        gap = cell_gap(tokens)
+        for row in cell_rows(tokens, _WIDTH - 13):
+            self._write(f"tokens       {gap.join(cell.original for cell in row).rstrip()}")
+            self._write(f"model input  {gap.join(cell.shown for cell in row).rstrip()}")
+            if any("^" in cell.mark for cell in row):
+                self._write(f"masked       {gap.join(cell.mark for cell in row).rstrip()}")
 
     def train_start(self, plan: Plan, state: TrainState, flops_per_token: float, flops_per_second: float) -> None:
-        """Where training starts."""
-        self._plan, self._standing = plan, state
+        """Writes the number of steps."""
+        self._plan, self._train_state = plan, state
         self._pace = Pace(plan, state, flops_per_token, flops_per_second)
-        going_on = f", going on after step {state.step:,}" if state.step else ""
-        self._write(f"training {plan.steps:,} steps{going_on}")
+        resumed = f", resumed after step {state.step:,}" if state.step else ""
+        self._write(f"training for {plan.steps:,} steps{resumed}")
 
     def step(self, state: TrainState) -> None:
-        """Only remembered; a line comes with the log."""
-        self._standing = state
+        """Keeps the state for the next log line."""
+        self._train_state = state
 
     def logged(self, step: int, metrics: Mapping[str, object]) -> None:
-        """One line: step, loss, accuracy, speed, rate, time gone and left."""
+        """Writes one line: step, loss, accuracy, speed, learning rate, elapsed and remaining time."""
         parts = [f"step {step:,}"]
         speed = number(metrics, "tokens_per_second")
         if self._plan is not None:
@@ -130,46 +125,43 @@ class PlainDisplay:
             parts = [f"step {step:>{len(steps)},}/{steps} {step / self._plan.steps:>4.0%}"]
         parts.append(f"loss {number(metrics, 'loss'):.3f}")
         parts.append(f"accuracy {number(metrics, 'accuracy'):.1%}")
-        parts.append(pair_words(metrics))
+        parts.append(pair_text(metrics))
         parts.append(f"{speed:,.0f} tokens/s")
         if self._pace is not None:
-            parts.append(share_of_matmul(self._pace.share_of_matmul(speed)))
+            parts.append(matmul_text(self._pace.matmul_fraction(speed)))
         parts.append(f"lr {number(metrics, 'learning_rate'):.2e}")
-        parts.append(f"{duration(number(metrics, 'seconds'))} gone")
-        if self._pace is not None and self._standing is not None:
-            parts.append(f"{duration(self._pace.seconds_left(self._standing))} left")
+        parts.append(f"elapsed {duration(number(metrics, 'seconds'))}")
+        if self._pace is not None and self._train_state is not None:
+            parts.append(f"ETA {duration(self._pace.seconds_left(self._train_state))}")
         self._write("  ".join(filter(None, parts)))
 
-    def validated(self, step: int, validation: Validation, panel: Sequence[Line]) -> None:
-        """Measurements, the unigram line, the panel."""
+    def validated(self, step: int, validation: Validation, preview: Sequence[PreviewLine]) -> None:
+        """Writes the results, the unigram baseline and the preview."""
         self._write(f"validation at step {step:,}: {validation_line(validation)}")
         self._write(f"  {unigram_line(validation)}")
         if validation.pair is not None:
             self._write(f"  {pair_line(validation.pair)}")
         for line in set_lines(validation):
             self._write(f"  {line}")
-        for line in panel_lines(panel):
+        for line in preview_lines(preview):
             self._write(f"  {line}")
-        if panel:
-            self._write(f"  ({legend(panel)})")
+        if preview:
+            self._write(f"  ({legend(preview)})")
 
     def saved(self, folder: Path) -> None:
-        """Where the step folder is."""
+        """Writes the path of the step folder."""
         self._write(f"saved {folder}")
 
     def train_end(self, summary: Summary) -> None:
-        """Forecast against fact."""
+        """Writes the results, each with its estimate."""
         rows = comparison_rows(summary, self._plan)
-        wide = max(len(row.label) for row in rows)
+        width = max(len(row.label) for row in rows)
         for row in rows:
-            forecast = f"  (forecast {row.forecast})" if row.forecast else ""
-            self._write(f"{row.label:<{wide}}  {row.fact}{forecast}")
-
-    def close(self) -> None:
-        """Nothing to give back."""
+            estimate = f"  (estimate {row.estimate})" if row.estimate else ""
+            self._write(f"{row.label:<{width}}  {row.actual}{estimate}")
 
     def _write(self, line: str) -> None:
-        """A line, written at once. A run goes on where nobody reads any more: its log is in its folder."""
+        """Writes and flushes a line. If the pipe is closed, the run goes on without a display."""
         if not self._open:
             return
         try:
@@ -178,41 +170,3 @@ class PlainDisplay:
             self._stream.flush()
         except BrokenPipeError:
             self._open = False
-
-
-@final
-class SilentDisplay:
-    """Tells nothing: for tests, for scripts, for every rank but the first."""
-
-    def message(self, message: str) -> None:
-        """Nothing."""
-
-    def progress(self, what: str, share: float) -> None:
-        """Nothing."""
-
-    def forecast(self, forecast: CostEstimate) -> None:
-        """Nothing."""
-
-    def text(self, text: str, slots: Sequence[TokenView]) -> None:
-        """Nothing."""
-
-    def train_start(self, plan: Plan, state: TrainState, flops_per_token: float, flops_per_second: float) -> None:
-        """Nothing."""
-
-    def step(self, state: TrainState) -> None:
-        """Nothing."""
-
-    def logged(self, step: int, metrics: Mapping[str, object]) -> None:
-        """Nothing."""
-
-    def validated(self, step: int, validation: Validation, panel: Sequence[Line]) -> None:
-        """Nothing."""
-
-    def saved(self, folder: Path) -> None:
-        """Nothing."""
-
-    def train_end(self, summary: Summary) -> None:
-        """Nothing."""
-
-    def close(self) -> None:
-        """Nothing."""

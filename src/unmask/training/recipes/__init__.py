@@ -1,1 +1,1 @@
-"""Shipped recipes: data, no code."""
+"""Shipped recipes, as TOML files."""
