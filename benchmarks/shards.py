@@ -2,8 +2,8 @@
 
 `fast` is `encode_batch_fast` on the documents, a million characters at a time, which gives ids only. `pass` is the
 encoding of the same text by unmask: reading, NFC, ids, word and sentence marks, shards. `build` is all of `prepare`
-with an existing tokenizer: statistics, split, `pass`, digests. Each is measured with one core and with all cores, in turn in
-every round, on an otherwise idle machine. The best of all rounds is reported.
+with an existing tokenizer: statistics, split, `pass`, digests. Each is measured with one core and with all cores, in
+turn in every round, on an otherwise idle machine. The best of all rounds is reported.
 
     python benchmarks/shards.py wiki.txt --results benchmarks/results/shards.json
     python benchmarks/shards.py wiki.txt --documents 1000000      also measures memory per document

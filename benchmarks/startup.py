@@ -17,6 +17,7 @@ import json
 import os
 import platform
 import random
+import re
 import subprocess
 import sys
 import tempfile
@@ -83,7 +84,8 @@ def measure(environment: Mapping[str, str], arguments: list[str], ranks: int = 1
         text=True,
         check=True,
     )
-    return sorted(map(json.loads, done.stdout.splitlines()), key=lambda line: line["rank"])
+    found = re.findall(r"{[^}]*}", done.stdout)  # two ranks may write at once
+    return sorted(map(json.loads, found), key=lambda line: line["rank"])
 
 
 def main() -> None:

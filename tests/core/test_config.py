@@ -316,17 +316,17 @@ def test_set_reaches_into_lists_and_tables() -> None:
 
 
 @pytest.mark.parametrize(
-    ("entries", "have", "mend"),
+    ("entries", "have", "hint"),
     [
         ([], "`stage` has no entries", "set the whole list: stage=[...]"),
         ([{}], "`stage` has one entry, which is number 0", "set stage.0, or the whole list: stage=[...]"),
         ([{}, {}, {}], "`stage` has 3 entries, counted from 0", "set one of stage.0 to stage.2"),
     ],
 )
-def test_a_missing_list_entry_is_reported(entries: list[dict[str, Any]], have: str, mend: str) -> None:
+def test_a_missing_list_entry_is_reported(entries: list[dict[str, Any]], have: str, hint: str) -> None:
     with pytest.raises(RecipeError) as caught:
         apply_set({"stage": entries}, "stage.3.length=8")
-    assert caught.value.message == f"there is no `stage.3`: {have}" and caught.value.hint == mend
+    assert caught.value.message == f"there is no `stage.3`: {have}" and caught.value.hint == hint
 
 
 # Validation

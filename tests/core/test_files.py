@@ -1,4 +1,4 @@
-"""Written whole or not at all; damage is found and named."""
+"""Files and directories are written completely or not at all; damage is found and named."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from unmask.core import files
 from unmask.core.errors import DamagedError, StoreError
 
 
-def test_a_folder_appears_whole(tmp_path: Path) -> None:
+def test_a_directory_appears_complete(tmp_path: Path) -> None:
     target = tmp_path / "step-1"
     with files.atomic_directory(target) as folder:
         (folder / "a").write_text("1")
@@ -28,7 +28,7 @@ def test_a_folder_appears_whole(tmp_path: Path) -> None:
     assert [entry.name for entry in tmp_path.iterdir()] == ["step-1"]
 
 
-def test_a_file_that_could_not_be_replaced_stands_and_nothing_lies_about(tmp_path: Path) -> None:
+def test_a_failed_write_keeps_the_old_file_and_leaves_nothing(tmp_path: Path) -> None:
     resource = pytest.importorskip("resource", reason="this system has no limits to set")
     files.write_text(tmp_path / "recipe.toml", "old")
     allowed = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -41,7 +41,7 @@ def test_a_file_that_could_not_be_replaced_stands_and_nothing_lies_about(tmp_pat
     assert [(file.name, file.read_text()) for file in tmp_path.iterdir()] == [("recipe.toml", "old")]
 
 
-def test_an_error_leaves_the_old_folder(tmp_path: Path) -> None:
+def test_an_error_keeps_the_old_directory(tmp_path: Path) -> None:
     with files.atomic_directory(tmp_path / "x") as folder:
         (folder / "a").write_text("old")
     with pytest.raises(RuntimeError), files.atomic_directory(tmp_path / "x") as folder:
@@ -50,7 +50,7 @@ def test_an_error_leaves_the_old_folder(tmp_path: Path) -> None:
     assert (tmp_path / "x" / "a").read_text() == "old" and len(list(tmp_path.iterdir())) == 1
 
 
-def test_a_kill_leaves_the_old_folder_and_the_next_write_cleans_up(tmp_path: Path) -> None:
+def test_a_kill_keeps_the_old_directory_and_the_next_write_cleans_up(tmp_path: Path) -> None:
     with files.atomic_directory(tmp_path / "x") as folder:
         (folder / "a").write_text("old")
     program = (
@@ -67,7 +67,7 @@ def test_a_kill_leaves_the_old_folder_and_the_next_write_cleans_up(tmp_path: Pat
 
 
 @pytest.mark.parametrize("harm", ["flip", "cut", "remove"])
-def test_a_seal_names_the_damaged_file(tmp_path: Path, harm: str) -> None:
+def test_a_manifest_names_the_damaged_file(tmp_path: Path, harm: str) -> None:
     victim = tmp_path / "ids"
     victim.write_bytes(bytes(range(256)) * 40)
     (tmp_path / "other").write_text("fine")
@@ -85,14 +85,14 @@ def test_a_seal_names_the_damaged_file(tmp_path: Path, harm: str) -> None:
         files.verify_manifest(tmp_path)
 
 
-def test_pointing_replaces_in_one_step(tmp_path: Path) -> None:
+def test_a_pointer_is_replaced_atomically(tmp_path: Path) -> None:
     for name in ("one", "two"):
         (tmp_path / name).mkdir()
         files.write_pointer(tmp_path / "latest", name)
         assert os.readlink(tmp_path / "latest") == name
 
 
-def test_a_place_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+def test_a_directory_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(StoreError, match="file"):
         files.write_text(tmp_path / "file" / "below", "x")
@@ -100,7 +100,7 @@ def test_a_place_that_cannot_be_written_is_named(tmp_path: Path) -> None:
         pass
 
 
-def test_json_cut_short_is_damage(tmp_path: Path) -> None:
+def test_truncated_json_is_damage(tmp_path: Path) -> None:
     (tmp_path / "a.json").write_text('{"a": 1')
     with pytest.raises(DamagedError, match=r"a\.json"):
         files.read_json(tmp_path / "a.json")
@@ -108,22 +108,22 @@ def test_json_cut_short_is_damage(tmp_path: Path) -> None:
         files.read_json(tmp_path / "b.json")
 
 
-def test_checking_a_place_leaves_nothing_there(tmp_path: Path) -> None:
+def test_check_writable_leaves_nothing(tmp_path: Path) -> None:
     files.check_writable(tmp_path / "a" / "b")
     with pytest.raises(StoreError, match="too long"):
         files.check_writable(tmp_path / "a" / ("x" * 300))
     assert not list(tmp_path.iterdir())
 
 
-def test_a_full_disk_is_a_place_that_cannot_be_written(tmp_path: Path) -> None:
-    """What safetensors makes of the system's refusal is told like the refusal itself; the old folder stands."""
+def test_a_full_disk_is_a_store_error(tmp_path: Path) -> None:
+    """Errors that safetensors wraps are reported like those of the system; the old directory is intact."""
     resource = pytest.importorskip("resource")
     with files.atomic_directory(tmp_path / "step") as folder:
         (folder / "a").write_text("1")
     allowed = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, allowed[1]))
     try:
-        with pytest.raises(StoreError, match="make room"), files.atomic_directory(tmp_path / "step") as folder:
+        with pytest.raises(StoreError, match="free disk space"), files.atomic_directory(tmp_path / "step") as folder:
             save_file({"much": np.zeros(10_000)}, folder / "b.safetensors")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, allowed)
@@ -131,7 +131,7 @@ def test_a_full_disk_is_a_place_that_cannot_be_written(tmp_path: Path) -> None:
 
 
 def test_a_kill_between_the_two_renames_loses_nothing(tmp_path: Path) -> None:
-    """Then the old folder stands aside and nothing under the name: the next write puts it back before it begins."""
+    """The next write first restores the old directory."""
     aside = tmp_path / ".x.aside-old"
     aside.mkdir()
     (aside / "a").write_text("old")

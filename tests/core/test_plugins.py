@@ -250,8 +250,8 @@ def test_a_changed_kind_drops_settings_of_the_base_recipe(folder: Path) -> None:
     ],
 )
 def test_errors_name_the_cause(setting: str, says: str) -> None:
-    said = refused(setting)
-    assert says in said and "  hint: " in said and f"--set {setting}" in said
+    message = refused(setting)
+    assert says in message and "  hint: " in message and f"--set {setting}" in message
 
 
 def test_an_error_in_a_plugin_names_its_line() -> None:
@@ -264,8 +264,8 @@ def test_an_error_in_a_plugin_names_its_line() -> None:
 
 
 def test_invalid_settings_name_the_line_or_the_value() -> None:
-    assert "ValueError: more than all" in (said := refused("objective.mask_rate=3"))
-    assert "outside_three.py, line 20" in said
+    assert "ValueError: more than all" in (message := refused("objective.mask_rate=3"))
+    assert "outside_three.py, line 20" in message
     with pytest.raises(RecipeError, match=r"`Odd.Settings`: a recipe can't contain <object"):
         build_plugin(PluginObjectiveConfig, {"kind": "outside_three:Odd"}, "here")
 
@@ -307,10 +307,10 @@ def test_a_run_resumes_with_the_same_plugin_code(folder: Path) -> None:
     lines = [json.loads(line) for line in Path("whole/log.jsonl").read_text().splitlines()]
     logged = [line for line in lines if "loss" in line]
     assert logged[0]["half"] == pytest.approx(logged[0]["loss"] / 2)
-    told = json.loads(Path("half/env.json").read_text())
-    assert told["plugins"]["objective"]["file"] == str(folder / "outside_three.py")
+    environment = json.loads(Path("half/env.json").read_text())
+    assert environment["plugins"]["objective"]["file"] == str(folder / "outside_three.py")
     assert (
-        told["determinism"]["source outside_three:Rows"]
+        environment["determinism"]["source outside_three:Rows"]
         == plugin_facts(load_recipe("three.toml").data.source)["digest"]
     )
     assert resume("half", budget="+1 steps").summary is not None

@@ -1,4 +1,4 @@
-"""Draws without state: test vectors, independence of shape, bijections."""
+"""Random numbers without state: test vectors, independence of shape, bijections."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from unmask.core import rng
 
 
 def test_vectors() -> None:
-    """Changing one bit of these changes every run that was ever made."""
+    """A change of one bit changes every run."""
     assert rng.bits(17, "mask", 0, [0, 1, 2], 5).tolist() == [
         17517898784315722805, 1687403782769043525, 9162534925413891649
     ]  # fmt: skip
@@ -18,7 +18,7 @@ def test_vectors() -> None:
 
 
 @given(st.integers(0, 2**40), st.integers(0, 2**40), st.lists(st.integers(0, 2**31), min_size=1, max_size=20))
-def test_one_at_a_time_is_all_at_once(seed: int, epoch: int, offsets: list[int]) -> None:
+def test_single_draws_equal_batched_draws(seed: int, epoch: int, offsets: list[int]) -> None:
     together = rng.uniform(seed, "mask", epoch, 3, offsets)
     assert together.tolist() == [rng.uniform(seed, "mask", epoch, 3, offset)[0] for offset in offsets]
     assert ((together >= 0) & (together < 1)).all()

@@ -217,7 +217,7 @@ class OneByOne:
 
 
 def mixed(tools: SamplerContext) -> Sampler:
-    """Return a mixture of two texts, the second one with more weight than length; of one text if there is one document."""
+    """Return a mixture of two texts, the second one upsampled; of one text if there is one document."""
     half = max(1, len(tools.lengths) // 2)
     bounds = [(0, half, 0.3), (half, len(tools.lengths), 0.7)]
     groups = [CorpusGroup(f"text {first}", weight, first, last) for first, last, weight in bounds if first < last]
@@ -364,6 +364,6 @@ def test_a_line_is_on_the_disk_before_write_returns(tmp_path: Path, create: Call
 
 def test_the_tensorboard_logger_passes_the_checks(tmp_path: Path) -> None:
     def create(context: LoggerContext) -> MetricLogger:
-        return TensorBoardLogger(context.run, context.lines, context.recipe)
+        return TensorBoardLogger(context)
 
     assert not failures(run_checks(LOGGER_CHECKS, LoggerFixture(create, tmp_path)))

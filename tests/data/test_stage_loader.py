@@ -110,9 +110,10 @@ def test_the_tokens_of_a_run_are_shared_by_weight(shards: Shards, tokenizer: Tok
 
 SMALL = [
     "data.document=line", "data.tokenizer={kind = 'characters'}", "data.held_out={method = 'tail', fraction = '20%'}",
-    "model.num_hidden_layers=1", "model.hidden_size=16", "model.num_attention_heads=2", "model.intermediate_size=16", "train.every.log=1 steps",
-    "stage=[{until = '50%', max_seq_len = 16, batch_size = '20 texts'}, {until = '100%', max_seq_len = 32, batch_size = '20 texts'}]",
-    "train.budget=12 steps", "train.every.save=6 steps", "train.threads=1",
+    "model.num_hidden_layers=1", "model.hidden_size=16", "model.num_attention_heads=2", "model.intermediate_size=16",
+    "stage=[{until = '50%', max_seq_len = 16, batch_size = '20 texts'},"
+    "{until = '100%', max_seq_len = 32, batch_size = '20 texts'}]",
+    "train.every.log=1 steps", "train.budget=12 steps", "train.every.save=6 steps", "train.threads=1",
 ]  # fmt: skip
 
 

@@ -51,13 +51,16 @@ PHRASES = ["a person", "of ours", "in hand", "room card", "called by:", "comes i
 
 # Places where a banned word is right: (path below src/unmask, the whole line contains this text).
 ALLOWED = [
-    ("data/sampling.py", '"piece"'),  # the name of a random stream: data
+    ("data/sentence_pairs.py", '"piece"'),  # the name of a random stream: data
+    ("data/sentence_pairs.py", "floor(s / 2)"),  # the mathematical function
+    ("checks/plugins/fixtures.py", "Nobody knew what to say"),  # a line of the text that plugins are checked with
+    ("core/renamed_keys.py", '": "'),  # former names of settings, which errors translate
 ]
 
 
 def parts(identifier: str) -> list[str]:
     """`numMaskable_T` as its words in lower case."""
-    return [word.lower() for word in re.findall(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+", identifier)]
+    return [word.lower() for word in re.findall(r"WordPiece|[A-Z]+(?![a-z])|[A-Z]?[a-z]+", identifier)]
 
 
 def identifiers(tree: ast.AST) -> Iterator[tuple[int, str]]:

@@ -114,7 +114,7 @@ BAD: list[tuple[list[str], type[UnmaskError], str]] = [
     (["data.document=file", "data.held_out={method = 'tail'}"], TextError, "only one document has two sentences"),
     (["data.tokenizer={kind = 'characters', special_tokens = ['[UNK]', '[MASK]']}"], TokenizerError, r"no \[CLS\] and"),
     (["stage=[{max_seq_len = 4}]"], RecipeError, "invalid max_seq_len: got 4"),
-    (["objective.short_seq_prob=2"], RecipeError, "no share of the pairs"),
+    (["objective.short_seq_prob=2"], RecipeError, "invalid short_seq_prob"),
     (["objective.pair_task=previous"], RecipeError, "previous"),
 ]  # fmt: skip
 
@@ -166,7 +166,7 @@ class Head(nn.Module):
 class Joint(BertPretrainingObjective):
     def __init__(self, settings, tools):
         mlm = MaskedLMObjective(MaskedLMConfig(), tools.vocabulary.mask_id, tools.vocabulary.regular_token_ids)
-        super().__init__(BertPretrainingConfig(pair_task="sentence-order"), mlm, Head(tools.width))
+        super().__init__(BertPretrainingConfig(pair_task="sentence-order"), mlm, Head(tools.hidden_size))
 """
 
 

@@ -181,7 +181,7 @@ def build_sampler(
 
     Args:
         shards: the training documents.
-        tokenizer: theirs.
+        tokenizer: the tokenizer that encoded them.
         length: tokens of a sample, special tokens included.
         seed: of the order.
         groups: the texts that the documents are from; windows are mixed by their weights, if they have some.
@@ -229,7 +229,7 @@ class StageLoader:
 
         Args:
             shards: the training documents.
-            tokenizer: theirs.
+            tokenizer: the tokenizer that encoded them.
             sampler: of these documents.
             micro_tokens: tokens of a micro-batch, at most (or one longer sample).
             names: of the texts that the documents are from.

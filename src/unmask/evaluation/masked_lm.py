@@ -22,6 +22,8 @@ from unmask.core.errors import TextError
 from unmask.core.types import SPECIAL, DocumentChunk, MaskedBatch, Sample, Source, logits_at, pack
 from unmask.data.sampling import eval_windows
 from unmask.data.shards import Shards
+from unmask.data.split import number_documents
+from unmask.data.workers import batch_by_characters
 from unmask.objectives.masking import Integers, MaskingConfig, PackedSequences, corrupt_tokens, select_positions
 from unmask.objectives.mlm import masked_batch
 from unmask.tokenization.tokenizer import Tokenizer
@@ -30,9 +32,6 @@ from unmask.tokenization.words import WordsRule
 EVAL_SEED: Final = 20181011  # the day BERT was submitted to arXiv; results are comparable only if it never changes
 EVAL_MASKING: Final = MaskingConfig()  # 15 %, tokens, 80/10/10
 _BATCH_TOKENS: Final = 16_384
-# Text is encoded in batches of this size, because an encoding takes many times the memory of its text.
-_BATCH_CHARACTERS: Final = 1_000_000
-_BATCH_CHUNKS: Final = 8192
 
 
 @dataclass(frozen=True)
@@ -192,7 +191,8 @@ def documents_from_source(
     documents: list[Document] = []
     open_document: list[Document] = []  # chunks of a document whose last chunk is still to come
     characters, complete = 0, True
-    for chunks in _chunk_batches(source):
+    all_chunks = (chunk for _, chunk in number_documents(source, source.parts()))
+    for chunks in batch_by_characters(all_chunks, lambda chunk: len(chunk.text)):
         kept: list[DocumentChunk] = []
         for chunk in chunks:
             remaining = max_characters - characters
@@ -212,20 +212,6 @@ def documents_from_source(
         if not complete:
             break
     return SourceDocuments([document for document in documents if document.characters], characters, complete)
-
-
-def _chunk_batches(source: Source) -> Iterator[list[DocumentChunk]]:
-    """Yield the chunks of a source in lists of bounded size."""
-    chunks: list[DocumentChunk] = []
-    size = 0
-    for part in source.parts():
-        for chunk in source.documents(part):
-            chunks.append(chunk)
-            size += len(chunk.text)
-            if size >= _BATCH_CHARACTERS or len(chunks) >= _BATCH_CHUNKS:
-                yield chunks
-                chunks, size = [], 0
-    yield chunks
 
 
 def documents_from_shards(shards: Shards) -> list[Document]:

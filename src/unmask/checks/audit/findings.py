@@ -115,10 +115,8 @@ def _by_position(obs: Observations) -> Finding:
     return Finding("rate by position", verdict, detail, rates[worst_position], overall.value, p_value=p)
 
 
-_MAX_OVERLAP: Final = (
-    0.05  # where words that fit badly are asked less often, the same words are asked more often than others
-)
-_MAX_OVERLAP_BOOSTED: Final = 0.5  # where preferred words are asked again and again, as promised
+_MAX_OVERLAP: Final = 0.05  # words that fit a quota well are masked more often, so masks overlap a little
+_MAX_OVERLAP_BOOSTED: Final = 0.5  # boosted words are masked repeatedly, as claimed
 _MIN_PAIRS: Final = 16
 _SAFETY_FACTOR: Final = 2.0  # equal masks may be this much likelier than if all placements were equally likely
 
