@@ -312,7 +312,7 @@ def test_text_longer_than_the_context_is_windowed(unmask: Command, run: Path) ->
         (("--set", "optimizer.lr=inf"), ("optimizer.lr", "above 0")),
         (("--set", "preview.num_samples=-1"), ("preview.num_samples", "at least 0")),
         (("--set", "data.held_out.fraction=100%"), ("100%", "less than 100%")),
-        (("--set", "train.threads=4096"), ("4096 threads", "train.threads")),
+        (("--set", "train.threads=4096"), ("got 4096", "train.threads")),
         (("--budget", "20"), ("`20` needs a unit", "120 steps", "location: --budget 20 hint:")),
         (("--budget", "20", "--set", "train.budget=3 steps"), ("location: --budget 20 hint:",)),
         (("--budget", "20 stps"), ("`stps`", "did you mean `steps`?", 'location: --budget "20 stps" hint:')),
@@ -384,7 +384,7 @@ def test_a_damaged_shard(
     assert unmask(*PRETRAIN, "cat.txt", "--dry-run")[0] == 0
     (victim,) = own_cache.glob(f"*/*/{name}")
     harm(victim)
-    refused(*PRETRAIN, "cat.txt", says=(str(victim), "remove"))
+    refused(*PRETRAIN, "cat.txt", says=(str(victim), "delete its directory"))
     shutil.rmtree(victim.parent)  # as the message says
     assert unmask(*PRETRAIN, "cat.txt", "--dry-run")[0] == 0
 

@@ -105,6 +105,15 @@ def test_user_errors(refused: Refused, unmask: Command, bpe: Path) -> None:
     refused(*train, "unigram", "--vocab-size", "9000", "--out", "new", says="is too large: this text gives")
     refused(*train, "bytes", "--vocab-size", "300", "--out", "new", says="size of kind `bytes` is fixed")
     refused(*train, "bpe", "--set", "lowercas=true", "--out", "new", says="did you mean `lowercase`?")
+    refused(
+        *train,
+        "bpe",
+        "--set",
+        "vocab=300",
+        "--out",
+        "new",
+        says=("`[data.tokenizer] vocab` is now `[data.tokenizer] vocab_size`", "--set vocab=300: vocab"),
+    )
     refused("tokenizer", "show", "none.txt", "text", says="can't read this tokenizer")
     refused("tokenizer", "show", "absent", "text", says="no such file or folder")
     refused("tokenizer", "show", "maskless", "text", says=("no mask token", "add_special_tokens"))

@@ -144,7 +144,7 @@ def test_a_log_line_is_complete_or_absent(tmp_path: Path) -> None:
     allowed = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) + 10, allowed[1]))
     try:
-        with pytest.raises(StoreError, match="make room"):
+        with pytest.raises(StoreError, match="free disk space"):
             log.write(2, {"loss": 2.4})
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, allowed)

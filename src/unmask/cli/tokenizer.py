@@ -188,7 +188,14 @@ def _tokenizer_config(kind: str, vocab_size: int | None, settings: Sequence[str]
         raise RecipeError(
             f"the vocabulary size of kind `{kind}` is fixed", location="--vocab-size", hint="remove --vocab-size"
         )
-    return build_config(config_class, tree, "the command line", settings, {"vocab_size": "--vocab-size"})
+    return build_config(
+        config_class,
+        tree,
+        "the command line",
+        settings,
+        {"vocab_size": "--vocab-size"},
+        section="data.tokenizer",  # former names of keys are reported with the present ones
+    )
 
 
 def _word_rule(words: Words, text: str) -> Any:

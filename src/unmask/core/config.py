@@ -159,7 +159,7 @@ def assign(tree: Tree, key: str, value: Any, option: str) -> Tree:
 
 
 def _assign(node: Any, path: Sequence[str], depth: int, value: Any, option: str) -> Any:
-    """Return `node`, which stands `depth` parts down the path, with the value set at the end of the path."""
+    """Return `node`, the value at the first `depth` parts of the path, with the value at the whole path set."""
     done = ".".join(path[:depth])
     if depth == len(path):
         both_tables = isinstance(node, dict) and isinstance(value, dict)
@@ -309,10 +309,10 @@ def build_config(
         source: the file of the tree, for error messages.
         settings: the `--set` texts that were applied to the tree, for error messages.
         options: dotted key -> the command-line option that set it, as written, for error messages.
-        section: the section of a recipe that the tree is, if it is not a whole recipe.
+        section: name of the recipe section that the tree contains, as in "data.tokenizer"; "" for a whole recipe.
 
     Raises:
-        RecipeError: an unknown or missing key, a wrong type, an unknown choice, or a value that the class refuses.
+        RecipeError: an unknown or missing key, a wrong type, an unknown choice, or a value that the class rejects.
     """
     return cast("Config", _build_table((config,), tree, _Location(source, tuple(settings), options or {}, section)))
 

@@ -1,6 +1,6 @@
 """Device, precision, threads and ranks of a process, and sums over ranks.
 
-They are chosen from facts about the machine, never from timing or load, and are recorded in env.json.
+Device, precision and threads are chosen from facts about the machine, never from timing or load, and are recorded in env.json.
 """
 
 from __future__ import annotations

@@ -45,7 +45,7 @@ class RunLayout:
     CARD: Final = "card.json"
     OBJECTIVE: Final = "objective.safetensors"
     DIGESTS: Final = "digests.json"
-    # ... and what a resumed run needs beside them.
+    # ... and the directory with the state that a resumed run needs.
     RESUME: Final = "resume"
 
     README: Final = "README.md"  # the model card of an export
@@ -244,7 +244,7 @@ def read_pointer(link: Path) -> Path | None:
 def write_manifest(folder: Path) -> None:
     """Write sizes and digests of the files of a directory, for `verify_manifest`.
 
-    Subdirectories have manifests of their own: a checkpoint without its resume/ is still a complete model.
+    Each subdirectory has its own manifest: a checkpoint without its resume/ is still a complete model.
     """
     files = sorted(file for file in folder.iterdir() if file.is_file() and file.name != RunLayout.DIGESTS)
     entries = {
@@ -257,7 +257,7 @@ def write_manifest(folder: Path) -> None:
 def verify_manifest(folder: Path, *, digest_up_to: int | None = None) -> None:
     """Compare the files of a directory with its manifest.
 
-    Of files larger than `digest_up_to` bytes only the size is compared.
+    Only the size is compared for files larger than `digest_up_to` bytes.
 
     Raises:
         DamagedError: a file is missing, cut short or changed; the location names it.

@@ -1,7 +1,7 @@
 """Plugins: classes outside this package that a recipe names as "package.module:Name".
 
-A plugin is an objective, a sampler, a source or a metric logger. Its module is imported when a recipe is built that
-names it. Python's import path applies; the current directory is searched last. An instance is created as
+A plugin is an objective, a sampler, a source or a metric logger. Its module is imported when a recipe that names it
+is built. Python's import path applies; the current directory is searched last. An instance is created as
 `Name(settings, context)`: `settings` is the frozen dataclass `Name.Settings`, filled from the recipe, and `context` is
 one of the `...Context` classes of `unmask.core.types`. A class without `Settings` has no settings.
 """
@@ -41,8 +41,8 @@ class PluginConfig:
     settings: Any
 
     role: ClassVar[str] = ""
-    methods: ClassVar[tuple[str, ...]] = ()  # required of the class
-    attributes: ClassVar[tuple[str, ...]] = ()  # required of an instance
+    methods: ClassVar[tuple[str, ...]] = ()  # that the class must have
+    attributes: ClassVar[tuple[str, ...]] = ()  # that an instance must have
     changes_results: ClassVar[bool] = True  # whether another version of its code may give another model
 
 
@@ -146,7 +146,7 @@ def find(kind: str, plugin: type[PluginConfig]) -> type:
 
 
 def find_object(name: str) -> Any:
-    """Import what "package.module:name" names: a function, a class or an instance.
+    """Import the object that "package.module:name" names: a function, a class or an instance.
 
     Raises:
         RecipeError: the module or name doesn't exist, or the module raises an error (its file and line are given).
@@ -254,7 +254,7 @@ def make(config: PluginConfig, context: object) -> Any:
 
 
 def plugin_facts(config: PluginConfig) -> dict[str, str]:
-    """Return what a run records of a plugin: its name, the file of its module and the digest of that file."""
+    """Return the facts about a plugin that a run records: its name, the file of its module and the digest of that file."""
     loaded = _import(config.kind.partition(":")[0], config.kind)
     return {"kind": config.kind, "file": loaded.file, "digest": loaded.digest}
 
@@ -295,7 +295,7 @@ def _plugin_error(error: BaseException, message: str, file: str = "") -> RecipeE
             location = f"{name}, line {step.tb_lineno}"
         step = step.tb_next
     reason = error.msg if isinstance(error, SyntaxError) else str(error)
-    # In the message, because the location of the error will be the key of the recipe that names the plugin.
+    # The place is in the message, because the location of the error will be the key of the recipe that names the plugin.
     text = f"{message}: {type(error).__name__}: {reason}" + (f"\n  in: {location}" if location else "")
     return RecipeError(text, hint="correct that line; --debug shows the traceback")
 

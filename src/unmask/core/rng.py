@@ -1,6 +1,6 @@
 """Counter-based random numbers: a draw is a hash of a seed, the name of a stream and integers.
 
-The integers say which draw is meant: epoch, sample, offset, … The same arguments give the same number on every machine,
+The integers identify the draw: epoch, sample, offset, … The same arguments give the same number on every machine,
 in any order and in any process. There is no state to create, save or advance.
 
 The hash is the finalizer of SplitMix64 (Steele, Lea and Flood 2014), applied after each absorbed integer. The test
@@ -62,7 +62,7 @@ def permute(index_N: ArrayLike, count: int, seed: int, stream: str, *which: int)
     mask = np.uint64((1 << half) - 1)
     keys = bits(seed, stream, *which, np.arange(_FEISTEL_ROUNDS))
     value = np.atleast_1d(np.asarray(index_N)).astype(np.uint64)
-    assert value.size == 0 or int(value.max()) < count, "an index outside the order"
+    assert value.size == 0 or int(value.max()) < count, "index out of range"
     outside = np.ones(value.shape, dtype=bool)
     while outside.any():
         left, right = value[outside] >> np.uint64(half), value[outside] & mask

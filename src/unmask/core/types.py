@@ -104,7 +104,7 @@ class Batch:
 
 
 def pack(samples: Sequence[Sample]) -> Batch:
-    """Concatenate samples to a batch, in the order given."""
+    """Concatenate samples to a batch, in the given order."""
     import torch
 
     assert samples, "a batch has at least one sample"
@@ -156,7 +156,7 @@ class LossSums:
 
 
 def logits_at(encoder: nn.Module, head: nn.Module, batch: Batch, positions_M: Int[Tensor, "M"]) -> Float[Tensor, "M V"]:
-    """Return float32 logits over the vocabulary at some positions of a batch.
+    """Return float32 logits over the vocabulary at the given positions of a batch.
 
     All logits of the package are computed here. The head gets the hidden states at these positions only, in training
     and evaluation, so that a tensor of shape T × V never exists.
@@ -299,7 +299,7 @@ class Source(Protocol):
 
     @property
     def fingerprint(self) -> str:
-        """Changes if the text, or a setting that divides it into documents, changes."""
+        """A string that changes if the text, or a setting that divides it into documents, changes."""
         ...
 
     def parts(self) -> Sequence[SourceShard]:

@@ -1,7 +1,7 @@
-"""Frozen evaluation sets for masked language modeling, and a model's loss, accuracy and bits per character on them.
+"""Frozen evaluation sets for masked language modeling: loss, accuracy and bits per character.
 
-A document is masked once as a whole, with a fixed seed and at 15 %, and is only then split into sequences. The masked
-tokens and their replacements are therefore the same at every sequence length, for every run, recipe and seed.
+A document is masked as a whole, with a fixed seed and a rate of 15 %, and then split into sequences. The masked tokens
+and their replacements are therefore the same at every sequence length, for every run, recipe and seed.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ from unmask.objectives.mlm import masked_batch
 from unmask.tokenization.tokenizer import Tokenizer
 from unmask.tokenization.words import WordsRule
 
-EVAL_SEED: Final = 20181011  # the day BERT was submitted to arXiv; results are comparable only if it never changes
-EVAL_MASKING: Final = MaskingConfig()  # 15 %, tokens, 80/10/10
+EVAL_SEED: Final = 20181011  # date of BERT's arXiv submission; changing it makes results incomparable
+EVAL_MASKING: Final = MaskingConfig()  # 15 % of single tokens, 80/10/10
 _BATCH_TOKENS: Final = 16_384
 
 
 @dataclass(frozen=True)
 class Document:
-    """Token ids and flags of a document, without special tokens around it, and its length in characters."""
+    """Token ids and flags of a document, without [CLS] and [SEP], and its length in characters."""
 
     ids: NDArray[np.integer[Any]]
     token_flags: NDArray[np.uint8]
@@ -46,7 +46,7 @@ class Document:
 
 @dataclass(frozen=True)
 class EvalSet:
-    """Masked batches that never change, and statistics of their text."""
+    """Frozen masked batches, and statistics of their text."""
 
     batches: tuple[MaskedBatch, ...]
     length: int
@@ -76,10 +76,10 @@ def build_eval_set(
     """Mask 15 % of every document, then split it into sequences of at most `length` tokens.
 
     Args:
-        documents: Documents with at least one token that can be masked.
+        documents: Documents to evaluate on. At least one of their tokens must be maskable.
         tokenizer: The model's tokenizer.
         length: Maximum length of a sequence in tokens, special tokens included.
-        counts_V: Count of each token id in the training text, for the unigram loss (add-one smoothing).
+        counts_V: Count of each token id in the training text, for the unigram loss with add-one smoothing.
 
     Raises:
         TextError: no token of the documents can be masked.
@@ -106,14 +106,14 @@ def build_eval_set(
             samples.append(
                 Sample(*tokenizer.add_special_tokens(corrupted[first:last], document.token_flags[first:last]))
             )
-            inside = positions_M[(positions_M >= first) & (positions_M < last)]
-            targets.append((inside - first + num_special_tokens // 2, document.ids[inside].astype(np.int64)))
+            window_M = positions_M[(positions_M >= first) & (positions_M < last)]
+            targets.append((window_M - first + num_special_tokens // 2, document.ids[window_M].astype(np.int64)))
     batches = tuple(_masked_batches(samples, targets))
     labels = np.concatenate([labels for _, labels in targets]) if targets else np.empty(0, np.int64)
     if not len(labels):
         raise TextError(
             "no token of the evaluation text can be masked: the tokenizer encodes all of it as [UNK]",
-            hint="give more text, or text that is covered by the vocabulary",
+            hint="give more text, or text that the tokenizer can encode",
         )
     smoothed = (counts_V + 1)[tokenizer.regular_token_ids]
     unigram_V = np.zeros(len(counts_V))
@@ -132,7 +132,7 @@ def build_eval_set(
 
 
 def _masked_batches(samples: Sequence[Sample], targets: Sequence[tuple[Integers, Integers]]) -> Iterator[MaskedBatch]:
-    """Batches of samples of similar length. The longest come first, so that running out of memory shows at once."""
+    """Yield batches of samples of similar length. The longest come first, so that a lack of memory shows early."""
     order = sorted((i for i in range(len(samples)) if len(targets[i][0])), key=lambda i: (-len(samples[i].ids), i))
     while order:
         group = [order.pop(0)]
@@ -148,7 +148,7 @@ def _masked_batches(samples: Sequence[Sample], targets: Sequence[tuple[Integers,
 
 @torch.inference_mode()
 def evaluate(encoder: nn.Module, head: nn.Module, eval_set: EvalSet, context: DistributedContext) -> EvalResult:
-    """Return mean loss and accuracy over all masked tokens; the batches are distributed over the ranks."""
+    """Return the result over all masked tokens. The batches are distributed over the ranks."""
     encoder.eval()
     head.eval()
     nats = correct = 0.0
@@ -173,40 +173,40 @@ def evaluate(encoder: nn.Module, head: nn.Module, eval_set: EvalSet, context: Di
 
 @dataclass(frozen=True)
 class SourceDocuments:
-    """The documents of the beginning of a source."""
+    """Tokenized documents from the beginning of a source."""
 
     documents: Sequence[Document]
-    characters: int  # length of that beginning, separators of documents included
-    complete: bool  # whether it is the whole source
+    characters: int  # number of characters read, document separators included
+    complete: bool  # whether the whole source was read
 
 
 def documents_from_source(
     source: Source, tokenizer: Tokenizer, words: WordsRule, max_characters: float = float("inf")
 ) -> SourceDocuments:
-    """Tokenize the first `max_characters` characters of a source; this limits the memory that is used.
+    """Return the tokenized documents in the first `max_characters` characters of a source.
 
     Raises:
         TextError: the text can't be read.
     """
     documents: list[Document] = []
-    open_document: list[Document] = []  # chunks of a document whose last chunk is still to come
+    open_document: list[Document] = []  # chunks of the current document, until its last chunk has been read
     characters, complete = 0, True
     all_chunks = (chunk for _, chunk in number_documents(source, source.parts()))
     for chunks in batch_by_characters(all_chunks, lambda chunk: len(chunk.text)):
-        kept: list[DocumentChunk] = []
+        batch: list[DocumentChunk] = []
         for chunk in chunks:
             remaining = max_characters - characters
             if chunk.characters > remaining:
                 chunk = chunk._replace(text=chunk.text[: int(remaining)], characters=int(remaining))
                 complete = False
-            kept.append(chunk)
+            batch.append(chunk)
             characters += chunk.characters
             if not complete:
                 break
-        encodings = tokenizer.encode_batch([chunk.text for chunk in kept], words)
-        for chunk, encoded in zip(kept, encodings, strict=True):
+        encodings = tokenizer.encode_batch([chunk.text for chunk in batch], words)
+        for chunk, encoded in zip(batch, encodings, strict=True):
             open_document.append(Document(encoded.ids, encoded.marks, chunk.characters, encoded.characters_unknown))
-            if chunk.last or (not complete and chunk is kept[-1]):
+            if chunk.last or (not complete and chunk is batch[-1]):
                 documents.append(_join(open_document))
                 open_document = []
         if not complete:
@@ -215,10 +215,10 @@ def documents_from_source(
 
 
 def documents_from_shards(shards: Shards) -> list[Document]:
-    """Return the documents of a shard set.
+    """Return the tokenized documents of token shards.
 
     Raises:
-        TextError: all of them are empty.
+        TextError: all documents are empty.
     """
     characters, unknown = shards.document_characters.tolist(), shards.document_unknown_characters.tolist()
     lengths = shards.lengths.tolist()
@@ -234,7 +234,7 @@ def documents_from_shards(shards: Shards) -> list[Document]:
 
 
 def _join(chunks: Sequence[Document]) -> Document:
-    """Concatenate the chunks of one document."""
+    """Return the concatenation of the chunks of one document."""
     if len(chunks) == 1:
         return chunks[0]
     return Document(

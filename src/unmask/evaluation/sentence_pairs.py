@@ -1,8 +1,8 @@
-"""Frozen evaluation sets for sentence pairs, and a model's loss and accuracy on them.
+"""Frozen evaluation sets for sentence pairs: loss and accuracy.
 
-Pairs are drawn once with a fixed seed and masked like held-out documents, at 15 %: they are the same for every run with
-the same tokenizer and length, whatever its seed, mask rate and loss weight. Half of the pairs are true, so an accuracy
-of 50 % is chance. With 2,048 pairs its standard error is 1.1 points.
+Pairs are drawn once with a fixed seed and masked at 15 %. They are the same for all runs with the same tokenizer and
+length, at any seed, mask rate and loss weight. Half of the pairs have label 0, so chance is an accuracy of 50 %. With
+2,048 pairs, its standard error is 1.1 percentage points.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _BATCH_TOKENS: Final = 16_384
 
 @dataclass(frozen=True)
 class PairEvalSet:
-    """Batches of pairs that never change, with masked tokens."""
+    """Frozen batches of sentence pairs with masked tokens."""
 
     batches: tuple[Batch, ...]
     length: int
@@ -40,20 +40,21 @@ class PairEvalSet:
 
 @dataclass(frozen=True)
 class PairEvalResult:
-    """A model's result on frozen pairs; `earlier` is its accuracy at the length of the current stage, by length."""
+    """A model's result on frozen pairs."""
 
     loss: float  # nats per pair
     accuracy: float
     pairs: int
     length: int
-    earlier: Mapping[int, float] = field(default_factory=dict[int, float])  # empty in the last stage
+    # accuracy by sequence length of the current stage; empty in the last stage
+    earlier: Mapping[int, float] = field(default_factory=dict[int, float])
 
 
 def build_pair_eval_set(shards: Shards, tokenizer: Tokenizer, length: int, kind: PairKind) -> PairEvalSet:
-    """Draw pairs of at most `length` tokens (special tokens included) from held-out documents and mask 15 %.
+    """Return masked pairs of at most `length` tokens, special tokens included, drawn from held-out documents.
 
     Raises:
-        TextError: too few of the documents have two sentences.
+        TextError: too few documents have two sentences.
     """
     try:
         pairs = PairSampler(shards, length - num_special_tokens(tokenizer, 2), EVAL_SEED, kind)
@@ -96,12 +97,12 @@ def _masked(samples: Sequence[Sample], tokenizer: Tokenizer) -> Batch:
 def evaluate_pairs(
     encoder: nn.Module, pair_head: nn.Module, eval_set: PairEvalSet, context: DistributedContext
 ) -> PairEvalResult:
-    """Return mean loss and accuracy over all pairs; the batches are distributed over the ranks."""
+    """Return mean loss and accuracy over all pairs. The batches are distributed over the ranks."""
     encoder.eval()
     pair_head.eval()
     nats = correct = 0.0
-    for host_batch in eval_set.batches[context.rank :: context.ranks]:
-        batch = host_batch.to(context.device)
+    for cpu_batch in eval_set.batches[context.rank :: context.ranks]:
+        batch = cpu_batch.to(context.device)
         with context.autocast():
             batch_nats, batch_correct = pair_loss(pair_head, encoder(batch), batch)
         nats, correct = nats + float(batch_nats), correct + float(batch_correct)

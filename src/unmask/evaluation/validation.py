@@ -1,4 +1,4 @@
-"""Validation during training, and the evaluation of a saved model on any text."""
+"""Validation during training, and evaluation of a saved model on any text."""
 
 from __future__ import annotations
 
@@ -36,15 +36,19 @@ _log = logging.getLogger("unmask")
 
 @dataclass(frozen=True)
 class Validation(EvalResult):
-    """Result of one validation: held-out text at the length of the last stage, and everything measured with it."""
+    """Result of one validation. The inherited fields are those of held-out text at the length of the last stage."""
 
-    earlier: Mapping[int, float] = field(default_factory=dict[int, float])  # loss by length; empty in the last stage
-    sets: Mapping[str, EvalResult] = field(default_factory=dict[str, EvalResult])  # texts of data.valid, by name
-    pair: PairEvalResult | None = None  # if the objective trains on sentence pairs
+    earlier: Mapping[int, float] = field(
+        default_factory=dict[int, float]
+    )  # loss by sequence length; empty in the last stage
+    sets: Mapping[str, EvalResult] = field(
+        default_factory=dict[str, EvalResult]
+    )  # results on the texts of data.valid, by name
+    pair: PairEvalResult | None = None  # None if the objective has no sentence pairs
 
 
 class Validator:
-    """Owns the frozen evaluation sets of a run and evaluates a model on them.
+    """Builds the frozen evaluation sets of a run and evaluates a model on them.
 
     Held-out text and sentence pairs are evaluated at the length of the last stage and, in an earlier stage, also at the
     length of that stage. The texts of `data.valid` are evaluated at the length of the last stage.
@@ -60,18 +64,18 @@ class Validator:
         max_size: Quantity,
         pair_kind: PairKind | None = None,
     ) -> None:
-        """Build the sets that could be refused, so that an error shows before training.
+        """Build the evaluation sets that may be invalid, so that errors are raised before training.
 
         Args:
-            corpus: Tokenized corpus of the run; its held-out part is evaluated.
+            corpus: Tokenized corpus of the run, with its held-out documents.
             stage_lengths: Sequence length of each training stage.
             context: Device and ranks.
-            valid_sources: Further texts, by name.
-            max_size: Number of characters to read of each of them.
-            pair_kind: Kind of the sentence pairs, if the objective trains on pairs.
+            valid_sources: Sources of the texts of data.valid, by name.
+            max_size: Number of characters to read from each of these texts.
+            pair_kind: Kind of the sentence pairs; None if the objective has no pairs.
 
         Raises:
-            TextError: too few held-out documents have two sentences, or a further text has no token to mask.
+            TextError: too few held-out documents have two sentences, or a text of data.valid has no maskable token.
         """
         self._corpus, self._context = corpus, context
         self._pair_kind: PairKind | None = pair_kind
@@ -90,7 +94,7 @@ class Validator:
         return documents_from_shards(self._corpus.held_out)
 
     def eval_set(self, length: int) -> EvalSet:
-        """Return the held-out evaluation set at this sequence length; it is built once."""
+        """Return the held-out evaluation set at a sequence length. It is built once and cached."""
         if length not in self._eval_sets:
             self._eval_sets[length] = build_eval_set(
                 self.documents, self._corpus.tokenizer, length, self._corpus.train.token_counts
@@ -100,7 +104,7 @@ class Validator:
     def validate(
         self, encoder: nn.Module, head: nn.Module, stage: int, pair_head: nn.Module | None = None
     ) -> Validation:
-        """Evaluate a model on all sets. `pair_head` is needed if the validator has a pair kind."""
+        """Return the results of a model on all sets. `pair_head` is required if the validator has a pair kind."""
         lengths = {self._stage_lengths[-1], self._stage_lengths[stage]}
         by_length = {length: evaluate(encoder, head, self.eval_set(length), self._context) for length in lengths}
         last = by_length.pop(self._stage_lengths[-1])
@@ -130,13 +134,13 @@ class Validator:
         return self._pair_sets[length]
 
     def _build_valid_set(self, name: str, source: BaseSource, max_size: Quantity) -> EvalSet:
-        """Mask and split a further text like the held-out text, at the length of the last stage."""
+        """Return the evaluation set for a text of data.valid, at the length of the last stage."""
         tokenizer = self._corpus.tokenizer
-        read = documents_from_source(source, tokenizer, self._corpus.words, max_size.number)
-        extent = "" if read.complete else f", the first {max_size} (data.held_out.max_size)"
-        _log.info(f"validation set {name}: {read.characters:,} characters{extent}")
+        valid_documents = documents_from_source(source, tokenizer, self._corpus.words, max_size.number)
+        extent = "" if valid_documents.complete else f", the first {max_size} (data.held_out.max_size)"
+        _log.info(f"validation set {name}: {valid_documents.characters:,} characters{extent}")
         try:
-            return build_eval_set(read.documents, tokenizer, self._stage_lengths[-1], self._corpus.train.token_counts)
+            return build_eval_set(valid_documents.documents, tokenizer, self._stage_lengths[-1], self._corpus.train.token_counts)
         except TextError as error:
             raise TextError(error.message, location=f"data.valid.{name}: {source.location}", hint=error.hint) from error
 
@@ -152,25 +156,25 @@ def evaluate_text(
     field: str = "text",
     max_size: float = float("inf"),
 ) -> EvalResult:
-    """Evaluate a model on text files, with 15 % of the tokens masked and in float32.
+    """Return a model's result on text files, with 15 % of the tokens masked and in float32.
 
-    Bits per character are mean nats per masked token x tokens / characters / ln 2. Characters are Unicode characters of
-    the NFC text, line ends included. [UNK] counts neither as token nor as characters; its share is in the result.
-    Models with different tokenizers are not comparable by this number.
+    Bits per character are mean nats per masked token x tokens / characters / ln 2. Characters are code points of the
+    NFC text, line ends included. [UNK] is excluded from tokens and characters; its share is in the result. Models with
+    different tokenizers are not comparable in bits per character.
 
     Args:
         model: Model to evaluate, as returned by `unmask.load`.
         paths: Text files or directories.
         context: Device to compute on.
-        length: Maximum length of a sequence in tokens; default: the longest sequence of the model's training.
-        document: What a document is; default: as in the model's training text if it is known, else "blank-line".
-        errors: What to do with bytes that are not UTF-8.
-        field: Name of the field or column that holds the text, for tables.
-        max_size: Number of characters to read. Each token takes about 30 bytes of memory.
+        length: Maximum sequence length in tokens; default: that of the model's training.
+        document: Rule that splits the text into documents; default: that of the training text, or "blank-line".
+        errors: What to do with undecodable bytes or malformed rows.
+        field: Name of the field or column with the text, for tables.
+        max_size: Maximum number of characters to read. Each token takes about 30 bytes of memory.
 
     Raises:
         TextError: the text can't be read, or none of its tokens can be masked.
-        ModelError: the encoder has no positions for `length`.
+        ModelError: `length` is below 3 or above the encoder's maximum.
     """
     max_length = model.settings.max_position_embeddings
     length = model.context if length is None else length
@@ -180,7 +184,7 @@ def evaluate_text(
     source = open_source(paths, DataConfig(document=rule, errors=errors, field=field))
     documents = documents_from_source(source, model.tokenizer, model.words, max_size).documents
     counts_V = np.zeros(model.tokenizer.size, np.int64)
-    for one in documents:
-        counts_V += np.bincount(one.ids, minlength=len(counts_V))
+    for eval_document in documents:
+        counts_V += np.bincount(eval_document.ids, minlength=len(counts_V))
     eval_set = build_eval_set(documents, model.tokenizer, length, counts_V)
     return evaluate(model.encoder.to(context.device), model.head.to(context.device), eval_set, context)

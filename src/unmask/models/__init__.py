@@ -1,4 +1,4 @@
-"""Registry of the model kinds: builds encoders and heads, counts parameters and FLOPs."""
+"""Builds the encoder and heads of each model kind, and counts parameters and FLOPs."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ EncoderConfig = ModernBertConfig | BertConfig | TutorialConfig
 
 
 def build_model(settings: EncoderConfig, vocab_size: int) -> tuple[EncoderModule, HeadModule]:
-    """Build encoder and head. Initial weights are drawn from torch's generator, which the caller seeds.
+    """Return encoder and head with initial weights from torch's default generator, which the caller seeds.
 
     Raises:
         RecipeError: the encoder is too small for its structured initialization.
@@ -34,7 +34,7 @@ def build_model(settings: EncoderConfig, vocab_size: int) -> tuple[EncoderModule
 
 
 def build_pair(settings: EncoderConfig) -> nn.Module:
-    """Build the sentence pair head, with initial weights drawn from torch's generator.
+    """Return the sentence pair head with initial weights from torch's default generator.
 
     Raises:
         RecipeError: the model type is RoBERTa or XLM-R, which have no such head.
@@ -62,12 +62,12 @@ def non_embedding_parameters(settings: EncoderConfig, vocab_size: int) -> int:
 
 
 def _mlp_input_columns(settings: EncoderConfig) -> int:
-    """Output width of the first linear maps of the feed-forward network; a GeGLU has two."""
+    """Return the total output width of the first linear maps of the feed-forward network. A GeGLU has two."""
     return (2 if isinstance(settings, ModernBertConfig) else 1) * settings.intermediate_size
 
 
 def _matrix_weights_per_layer(settings: EncoderConfig) -> int:
-    """Number of weights of one layer that are part of matrix products."""
+    """Return the number of weights in the matrices of one layer."""
     return 4 * settings.hidden_size**2 + settings.hidden_size * (
         _mlp_input_columns(settings) + settings.intermediate_size
     )
@@ -81,7 +81,7 @@ def _has_dense_head(settings: EncoderConfig) -> bool:
 def products(settings: EncoderConfig, vocab_size: int, tokens: int, masked_tokens: int) -> list[tuple[int, int, int]]:
     """Return the matrix products of a forward pass as (rows, inner, columns): projections, feed-forward, head.
 
-    Those of attention itself are left out, because their shapes depend on the lengths of the sequences.
+    The products of queries, keys and values are left out, because their shapes depend on the sequence lengths.
     """
     width, inner = settings.hidden_size, settings.intermediate_size
     layer = [(tokens, width, width)] * 4 + [(tokens, width, _mlp_input_columns(settings)), (tokens, inner, width)]
@@ -90,11 +90,11 @@ def products(settings: EncoderConfig, vocab_size: int, tokens: int, masked_token
 
 
 def flops_per_token(settings: EncoderConfig, vocab_size: int, length: int, mask_rate: float) -> float:
-    """Return the FLOPs of the matrix products of one training token: the forward pass, and twice that backward.
+    """Return the FLOPs of the matrix products per training token. The backward pass costs twice the forward pass.
 
-    A multiplication and an addition count as two. Attention in a layer costs 4 x keys x width; keys is `length` with
-    global attention and min(length, window) with local attention. The head processes only the masked tokens. Norms,
-    softmax, activations and the optimizer are left out, as usual.
+    A multiplication and an addition count as two FLOPs. Attention costs 4 x keys x width per layer, where keys is
+    `length` with global attention and min(length, window) with local attention. The head processes only the masked
+    tokens. Norms, softmax, activations and the optimizer are left out, as usual.
     """
     width = settings.hidden_size
     forward = 2.0 * settings.num_hidden_layers * _matrix_weights_per_layer(settings)

@@ -1,12 +1,12 @@
 """The model of the annotated masked language model tutorial (labml.ai), with the same weights.
 
-Token embedding times sqrt(hidden_size) plus fixed sinusoidal positions, without dropout; pre-norm blocks with biases,
-ReLU, and dropout on attention, on the inner layer and on the output of each sublayer; a final norm; an untied decoder.
-812,355 parameters with 67 tokens.
+The input is the token embedding times sqrt(hidden_size) plus fixed sinusoidal positions, without dropout. Blocks are
+pre-norm, with biases, ReLU, and dropout on attention, on the inner layer and on the output of each sublayer. A final
+norm and an untied decoder follow. With 67 tokens, the model has 812,355 parameters.
 
-Initial weights are those of the tutorial's run: torch's defaults (token embedding normal with standard deviation 1),
-and all blocks are copies of one. Its Xavier initialization is in the encoder-decoder class, which that experiment
-doesn't use.
+Initial weights are those of the tutorial's training run: torch's defaults (token embedding normal with standard
+deviation 1), and all blocks start as copies of one block. The tutorial's Xavier initialization is part of its
+encoder-decoder class, which that run doesn't use.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ class TutorialConfig:
 
     @property
     def attention_dropout(self) -> float:
-        """Dropout on attention, the same as everywhere else."""
+        """Dropout on attention, equal to `dropout`."""
         return self.dropout
 
 
@@ -82,7 +82,7 @@ class TutorialAttention(nn.Module):
         self._dropout = settings.dropout
 
     def forward(self, hidden_TD: Float[Tensor, "T D"], plan: AttentionPlan) -> Float[Tensor, "T D"]:
-        """Attend within each sequence."""
+        """Return the attention output. Attention never crosses a sequence."""
         q_THK, k_THK, v_THK = (
             linear(hidden_TD).unflatten(-1, self._heads) for linear in (self.query, self.key, self.value)
         )
@@ -116,7 +116,7 @@ class TutorialBlock(nn.Module):
         self._dropout = settings.dropout
 
     def forward(self, hidden_TD: Float[Tensor, "T D"], plan: AttentionPlan) -> Float[Tensor, "T D"]:
-        """Apply the block."""
+        """Return the hidden states after the block."""
         attended_TD = self.attention(self.attention_norm(hidden_TD), plan)
         hidden_TD = hidden_TD + F.dropout(attended_TD, self._dropout, self.training)
         inner_TD = self.mlp(self.mlp_norm(hidden_TD))
@@ -124,7 +124,7 @@ class TutorialBlock(nn.Module):
 
 
 def sinusoids(length: int, width: int) -> Float[Tensor, "S D"]:
-    """Return fixed position vectors: sine in the even dimensions, cosine in the odd ones (arXiv 1706.03762, 3.5)."""
+    """Return sinusoidal position vectors: sine in even, cosine in odd dimensions (arXiv 1706.03762, section 3.5)."""
     position_S1 = torch.arange(length, dtype=torch.float32)[:, None]
     frequency = torch.exp(torch.arange(0, width, 2, dtype=torch.float32) * -(math.log(10_000.0) / width))
     angle = position_S1 * frequency
@@ -132,7 +132,7 @@ def sinusoids(length: int, width: int) -> Float[Tensor, "S D"]:
 
 
 class TutorialEncoder(EncoderModule):
-    """The tutorial's encoder. Initial weights are drawn from torch's generator, which the caller seeds."""
+    """The tutorial's encoder. Initial weights come from torch's default generator, which the caller seeds."""
 
     settings: TutorialConfig
     position_SD: Tensor
@@ -166,7 +166,7 @@ class TutorialEncoder(EncoderModule):
 
 
 class TutorialHead(HeadModule):
-    """A linear map to the vocabulary with a bias, not tied to the token embedding."""
+    """Linear decoder with a bias, not tied to the token embedding."""
 
     def __init__(self, settings: TutorialConfig, vocab_size: int) -> None:
         super().__init__()

@@ -1,16 +1,16 @@
 """Attention over packed sequences: variable-length, padded or eager, with the same result.
 
-`plan_attention` is called once per forward pass, `attention` once per layer. Sequences don't see each other, and no
-T x T mask is ever built. `backend_of` chooses the backend by device, dtype and dropout alone:
+`plan_attention` is called once per forward pass, `attention` once per layer. Attention never crosses a sequence, and no
+T x T mask is built. `backend_of` chooses the backend by device, dtype and dropout alone:
 
 - "variable-length": FlashAttention over cumulative sequence lengths; CUDA, half precision, no dropout.
-- "padded": sequences of similar length side by side in buckets, with `scaled_dot_product_attention`; everything else.
+- "padded": `scaled_dot_product_attention` over buckets of sequences of similar length; all other cases.
 - "eager": the same buckets, with two matrix products and a softmax; half precision on a CPU, where the fused kernel is
   2 to 5 times slower (4,096 tokens, 4 heads x 64, forward and backward, one thread: sequences of 32 tokens 41 against
   8 ms, of 128 tokens 56 against 22 ms; at 512 tokens they are equal. In float32 the fused kernel is always faster).
 
-Sequences are sorted by length once, before the first layer, so that every bucket is a contiguous slice. If its
-sequences are equally long, which is usual in training, the bucket is a mere reshape.
+Sequences are sorted by length once, before the first layer, so that every bucket is a contiguous slice. In training,
+the sequences of a bucket are usually equally long. Building the bucket is then only a reshape.
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ from torch.nn.attention.varlen import varlen_attn
 from unmask.core.types import Batch
 
 Backend = Literal["variable-length", "padded", "eager"]
-MaskKey = tuple[int, int | None, torch.dtype]  # bucket, half of the local window, dtype
+MaskKey = tuple[int, int | None, torch.dtype]  # bucket number, half of the local window, dtype
 
-MAX_PADDING = 0.15  # padded query-key pairs of a bucket, relative to its real ones
-_SPARE_PAIRS = 4096  # padding that is cheaper than one more bucket, while it is below 1 % of the batch
-_MIN_UNIFORM_TOKENS = 1024  # this many tokens in equally long sequences get a bucket without mask: a reshape
-_BLOCK = 64  # with a local window, sequences longer than five blocks are split; a block sees itself and its neighbors
+MAX_PADDING = 0.15  # maximum ratio of padded to real query-key pairs in a bucket
+_SPARE_PAIRS = 4096  # padded pairs that cost less than one more bucket; limited to 1 % of the pairs of the batch
+_MIN_UNIFORM_TOKENS = 1024  # equally long sequences with this many tokens get a bucket of their own, without mask
+_BLOCK = 64  # minimum block size of local attention in tokens; sequences longer than five blocks are split
 _MAX_EAGER_KEYS = 512  # beyond this, the fused kernel is as fast and doesn't store S x S probabilities
-_MASKED_SCORE = -1e30  # finite, so that a padded query that sees no key is not NaN (its gradient would be 0 x NaN)
+_MASKED_SCORE = -1e30  # finite, so that a padded query without keys is not NaN (its gradient would be 0 x NaN)
 _HALF = (torch.bfloat16, torch.float16)
 _NO_CUDNN = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
@@ -49,8 +49,8 @@ class Bucket:
 
     lengths: tuple[int, ...]
     padded: int
-    index_T: Tensor | None  # index of each token among sequences x padded; None: equally long, nothing is padded
-    length_N: Tensor | None  # the lengths on the device, if they differ
+    index_T: Tensor | None  # index of each token in the flattened (sequences x padded); None: nothing is padded
+    length_N: Tensor | None  # `lengths` as a tensor on the device; None if all are equal
 
     @property
     def tokens(self) -> int:
@@ -60,31 +60,31 @@ class Bucket:
 
 @dataclass(frozen=True, eq=False)
 class AttentionPlan:
-    """The order and the buckets of a batch's sequences while the layers run."""
+    """Order and buckets of a batch's sequences during one forward pass."""
 
     backend: Backend
-    lengths: tuple[int, ...]  # of the sequences, in the order of the plan
+    lengths: tuple[int, ...]  # of the sequences, in plan order
     cu_seqlens: Int[Tensor, "B1"]
     position_T: Int[Tensor, "T"]  # position of each token within its sequence
     max_seqlen: int
-    order_T: Int[Tensor, "T"] | None  # index in the batch of each token of the plan; None: the same order
+    order_T: Int[Tensor, "T"] | None  # batch index of each token in plan order; None: the orders are equal
     inverse_T: Int[Tensor, "T"] | None
-    buckets: tuple[Bucket, ...]  # none for "variable-length"
+    buckets: tuple[Bucket, ...]  # empty for "variable-length"
     masks: dict[MaskKey, Tensor | None] = field(default_factory=dict, repr=False, compare=False)
 
     def to_plan_order(self, x_T: Tensor) -> Tensor:
-        """Reorder values of the batch's tokens to the order of the plan."""
+        """Return per-token values, given in batch order, in plan order."""
         return x_T if self.order_T is None else x_T.index_select(0, self.order_T)
 
     def to_batch_order(self, x_T: Tensor) -> Tensor:
-        """Reorder values from the order of the plan to that of the batch."""
+        """Return per-token values, given in plan order, in batch order."""
         return x_T if self.inverse_T is None else x_T.index_select(0, self.inverse_T)
 
 
 def backend_of(device: torch.device, dtype: torch.dtype, dropout: float = 0.0, head_width: int = 64) -> Backend:
-    """Return the backend for queries of this dtype on this device, given the dropout on attention.
+    """Return the attention backend for a device, dtype of the queries, attention dropout and head width.
 
-    FlashAttention takes head widths that are multiples of 8 up to 256, on compute capability 8.0 and later.
+    FlashAttention supports head widths that are multiples of 8 up to 256, on compute capability 8.0 and later.
     """
     if dropout > 0 or dtype not in _HALF:
         return "padded"
@@ -99,7 +99,7 @@ def backend_of(device: torch.device, dtype: torch.dtype, dropout: float = 0.0, h
 def plan_attention(
     batch: Batch, *, dtype: torch.dtype = torch.float32, dropout: float = 0.0, head_width: int = 64
 ) -> AttentionPlan:
-    """Plan the attention of one forward pass, for queries of this dtype and this dropout on attention."""
+    """Return the attention plan of one forward pass. `dtype` is that of the queries."""
     device = batch.ids_T.device
     backend = backend_of(device, dtype, dropout, head_width)
     lengths = [last - first for first, last in pairwise(batch.offsets)]
@@ -135,26 +135,26 @@ def plan_attention(
 
 
 def _buckets(lengths: Sequence[int], descending: bool, device: torch.device) -> tuple[Bucket, ...]:
-    """Return buckets of consecutive sequences; `lengths` are sorted, descending or ascending."""
-    sizes = _group(lengths if descending else lengths[::-1])
+    """Return buckets of consecutive sequences. `lengths` must be sorted, in descending or ascending order."""
+    sizes = _bucket_sizes(lengths if descending else lengths[::-1])
     buckets: list[Bucket] = []
     first = 0
     for size in sizes if descending else reversed(sizes):
-        inside = tuple(lengths[first : first + size])
+        bucket_lengths = tuple(lengths[first : first + size])
         first += size
-        padded = max(inside)
+        padded = max(bucket_lengths)
         index_T = length_N = None
-        if min(inside) < padded:
-            length_N = torch.tensor(inside)
+        if min(bucket_lengths) < padded:
+            length_N = torch.tensor(bucket_lengths)
             column = torch.arange(padded)
             index_T = (column < length_N[:, None]).flatten().nonzero()[:, 0].to(device)
             length_N = length_N.to(device)
-        buckets.append(Bucket(inside, padded, index_T, length_N))
+        buckets.append(Bucket(bucket_lengths, padded, index_T, length_N))
     return tuple(buckets)
 
 
-def _group(lengths: Sequence[int]) -> list[int]:
-    """Return the number of sequences of each bucket, for descending lengths; greedy from the longest."""
+def _bucket_sizes(lengths: Sequence[int]) -> list[int]:
+    """Return the number of sequences in each bucket, filled greedily. `lengths` must be in descending order."""
     spare = min(_SPARE_PAIRS, sum(length * length for length in lengths) // 100)
     sizes: list[int] = []
     first = 0
@@ -164,26 +164,26 @@ def _group(lengths: Sequence[int]) -> list[int]:
         while stop < len(lengths):
             is_uniform = lengths[stop] < longest == lengths[stop - 1]
             ends_uniform = is_uniform and (stop - first) * longest >= _MIN_UNIFORM_TOKENS
-            grown = pairs + lengths[stop] ** 2
-            padding = (stop + 1 - first) * longest**2 - grown
-            if ends_uniform or padding > max(MAX_PADDING * grown, spare):
+            new_pairs = pairs + lengths[stop] ** 2
+            padding = (stop + 1 - first) * longest**2 - new_pairs
+            if ends_uniform or padding > max(MAX_PADDING * new_pairs, spare):
                 break
-            pairs, stop = grown, stop + 1
+            pairs, stop = new_pairs, stop + 1
         sizes.append(stop - first)
         first = stop
     return sizes
 
 
-def _block_of(padded: int, half: int | None) -> int | None:
-    """Return the block size into which sequences of this padded length are split; None: they are not split."""
+def _block_size(padded: int, half: int | None) -> int | None:
+    """Return the block size of local attention at this padded length; None: sequences are not split into blocks."""
     if half is None:
         return None
     block = max(half, _BLOCK)
     return block if padded > 5 * block else None
 
 
-def _half_of(window: int | None, padded: int) -> int | None:
-    """Return how far a token sees to either side; None: to the ends of its sequence."""
+def _half_window(window: int | None, padded: int) -> int | None:
+    """Return the number of tokens attended to on each side; None: all tokens of the sequence."""
     return None if window is None or padded <= window // 2 + 1 else window // 2
 
 
@@ -195,20 +195,20 @@ def attention(
     window: int | None = None,
     dropout: float = 0.0,
 ) -> Float[Tensor, "T H K"]:
-    """Softmax attention of each token to the tokens of its sequence, in the order of the plan.
+    """Return softmax attention of each token over the tokens of its sequence, in plan order.
 
-    With `window`, token i sees token j if |i - j| <= window // 2: ModernBERT's 128 is 64 to each side. Scores are
-    scaled by K ** -0.5.
+    With `window`, token i attends to token j if |i - j| <= window // 2. A window of 128, as in ModernBERT, covers 64
+    tokens on each side. Scores are scaled by K ** -0.5.
     """
     if plan.backend == "variable-length":
         assert dropout == 0, "variable-length attention has no dropout: pass it to plan_attention()"
         reach = -1 if window is None else window // 2
-        # A power of two keeps the number of different launches small.
+        # Rounded up to a power of two, so that there are few different kernel launches.
         max_seqlen = max(128, 1 << (plan.max_seqlen - 1).bit_length())
         cu_seqlens, sides = plan.cu_seqlens, (reach, reach)
         return varlen_attn(q_THK, k_THK, v_THK, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, window_size=sides)  # pyright: ignore[reportReturnType]
     sizes = [bucket.tokens for bucket in plan.buckets]
-    # split, not slices: its gradient is one cat, where slices would each allocate a T x H x K tensor of zeros
+    # split instead of slices: its gradient is one cat, while each slice would allocate T x H x K zeros
     parts = list(zip(*(x_THK.split(sizes) for x_THK in (q_THK, k_THK, v_THK)), strict=True))
     outs = [_attend_bucket(parts[number], plan, number, window, dropout) for number in range(len(plan.buckets))]
     return outs[0] if len(outs) == 1 else torch.cat(outs)
@@ -221,23 +221,23 @@ def _attend_bucket(
     sequences, padded = len(bucket.lengths), bucket.padded
     heads, head_width = qkv[0].shape[1:]
     q_NSHK, k_NSHK, v_NSHK = (_pad(x_THK, bucket) for x_THK in qkv)
-    half = _half_of(window, padded)
-    block = _block_of(padded, half)
+    half = _half_window(window, padded)
+    block = _block_size(padded, half)
     key = (number, half, q_NSHK.dtype)
     if key not in plan.masks:
         plan.masks[key] = _mask(bucket, half, block, q_NSHK)
     mask = plan.masks[key]
     if block is not None:
-        # [sequences * blocks, block, H, K] for the queries, three blocks wide for keys and values
+        # Queries are [sequences * blocks, block, H, K]; keys and values are three blocks wide.
         blocks = -(-padded // block)
-        behind = blocks * block - padded
-        q_NSHK = F.pad(q_NSHK, (0, 0, 0, 0, 0, behind)).reshape(sequences * blocks, block, heads, head_width)
-        k_NSHK, v_NSHK = (_with_neighbors(x_NSHK, block, behind) for x_NSHK in (k_NSHK, v_NSHK))
+        padding = blocks * block - padded
+        q_NSHK = F.pad(q_NSHK, (0, 0, 0, 0, 0, padding)).reshape(sequences * blocks, block, heads, head_width)
+        k_NSHK, v_NSHK = (_with_neighbors(x_NSHK, block, padding) for x_NSHK in (k_NSHK, v_NSHK))
     q_NHSK, k_NHSK, v_NHSK = (x_NSHK.transpose(1, 2) for x_NSHK in (q_NSHK, k_NSHK, v_NSHK))
     if plan.backend == "eager" and k_NHSK.shape[2] <= _MAX_EAGER_KEYS and dropout == 0:
         out_NHSK = _eager(q_NHSK, k_NHSK, v_NHSK, mask)
     else:
-        # cuDNN's kernel can give NaN gradients under a mask at length % 128 == 64 (pytorch#196678)
+        # cuDNN's kernel can return NaN gradients with a mask if length % 128 == 64 (pytorch#196678)
         with sdpa_kernel(_NO_CUDNN) if q_NHSK.is_cuda else nullcontext():
             out_NHSK = F.scaled_dot_product_attention(q_NHSK, k_NHSK, v_NHSK, attn_mask=mask, dropout_p=dropout)
     out_NSHK = out_NHSK.transpose(1, 2)
@@ -248,18 +248,21 @@ def _attend_bucket(
 
 
 def _pad(x_THK: Tensor, bucket: Bucket) -> Tensor:
-    """Return the tokens of a bucket as [sequences, padded, H, K], padded with zeros."""
+    """Return a bucket's tokens as [sequences, padded, H, K], padded with zeros."""
     shape = (len(bucket.lengths), bucket.padded, *x_THK.shape[1:])
     if bucket.index_T is None:
         return x_THK.reshape(shape)
-    empty = x_THK.new_zeros(shape[0] * shape[1], *shape[2:])
-    return empty.index_copy(0, bucket.index_T, x_THK).view(shape)
+    zeros = x_THK.new_zeros(shape[0] * shape[1], *shape[2:])
+    return zeros.index_copy(0, bucket.index_T, x_THK).view(shape)
 
 
-def _with_neighbors(x_NSHK: Tensor, block: int, behind: int) -> Tensor:
-    """Return each block with the one before and the one after it: [sequences * blocks, 3 * block, H, K]."""
+def _with_neighbors(x_NSHK: Tensor, block: int, padding: int) -> Tensor:
+    """Return each block between its two neighbors: [sequences * blocks, 3 * block, H, K].
+
+    `padding` is the number of tokens missing from the last block of each sequence.
+    """
     sequences, _, heads, head_width = x_NSHK.shape
-    wide = F.pad(x_NSHK, (0, 0, 0, 0, block, behind + block)).reshape(sequences, -1, block, heads, head_width)
+    wide = F.pad(x_NSHK, (0, 0, 0, 0, block, padding + block)).reshape(sequences, -1, block, heads, head_width)
     return torch.cat((wide[:, :-2], wide[:, 1:-1], wide[:, 2:]), 2).reshape(-1, 3 * block, heads, head_width)
 
 

@@ -1,9 +1,9 @@
-"""BERT, with the same weights as BertForPreTraining of `transformers` (arXiv 1810.04805), and RoBERTa and XLM-R.
+"""BERT (arXiv 1810.04805), RoBERTa and XLM-R, with the same weights as their classes in `transformers`.
 
 Token, position and token type embeddings are added and normalized. Blocks are post-norm, with biases everywhere, and
 the decoder is tied to the token embedding. The sentence pair head (pooler and classifier) is a separate module, because
-masked language modeling doesn't use it: a model without it is what `transformers` calls BertForMaskedLM. RoBERTa
-(arXiv 1907.11692) and XLM-R are the same network with an offset in the position embedding.
+masked language modeling doesn't use it. In `transformers`, a model with it is BertForPreTraining, one without it
+BertForMaskedLM. RoBERTa (arXiv 1907.11692) and XLM-R are the same network with an offset in the position embedding.
 """
 
 from __future__ import annotations
@@ -99,7 +99,7 @@ class BertAttention(nn.Module):
         self._dropout = settings.attention_dropout
 
     def forward(self, hidden_TD: Float[Tensor, "T D"], plan: AttentionPlan) -> Float[Tensor, "T D"]:
-        """Attend within each sequence."""
+        """Return the attention output. Attention never crosses a sequence."""
         hidden_TD = hidden_TD.to(compute_dtype(hidden_TD))  # cast once, not once per matrix
         q_THK, k_THK, v_THK = (
             linear(hidden_TD).unflatten(-1, self._heads) for linear in (self.query, self.key, self.value)
@@ -133,7 +133,7 @@ class BertBlock(nn.Module):
         self._dropout = settings.hidden_dropout
 
     def forward(self, hidden_TD: Float[Tensor, "T D"], plan: AttentionPlan) -> Float[Tensor, "T D"]:
-        """Apply the block."""
+        """Return the hidden states after the block."""
         attended_TD = F.dropout(self.attention(hidden_TD, plan), self._dropout, self.training)
         hidden_TD = self.attention_norm(hidden_TD + attended_TD)
         inner_TD = F.dropout(self.mlp(hidden_TD), self._dropout, self.training)
@@ -141,7 +141,7 @@ class BertBlock(nn.Module):
 
 
 class BertEncoder(EncoderModule):
-    """BertModel without its pooler. Initial weights are drawn from torch's generator, which the caller seeds."""
+    """BertModel without its pooler. Initial weights come from torch's default generator, which the caller seeds."""
 
     settings: BertConfig
 
@@ -214,7 +214,7 @@ class BertHead(HeadModule):
 class SentencePairHead(nn.Module):
     """Pooler (dense layer and tanh on the first token of each sequence) and binary classifier.
 
-    In a model pretrained like BERT, the first logit is that of "the second segment follows the first".
+    With the pair labels of BERT, the first logit belongs to label 0, "the second segment follows the first".
     """
 
     def __init__(self, settings: BertConfig) -> None:
@@ -237,11 +237,11 @@ class HFNames:
 
     masked_lm_class: str
     encoder_class: str
-    prefix: str  # of the encoder's tensors in a model with a head
+    prefix: str  # prefix of the encoder's tensors in a model with a head
     head: Mapping[str, str]  # prefix in transformers -> prefix here; each has a weight and a bias
-    bias: str  # of the decoder
-    decoder: str  # prefix of the decoder's weight and of a second copy of its bias
-    pretraining_class: str = ""  # with the sentence pair head
+    bias: str  # name of the decoder's bias
+    decoder: str  # prefix of the decoder's weight and of a copy of its bias
+    pretraining_class: str = ""  # class with the sentence pair head; "": none
     pair: Mapping[str, str] = field(default_factory=dict[str, str])
 
 
@@ -285,8 +285,8 @@ _EMBEDDINGS: Final[Mapping[str, str]] = {
     "embeddings.token_type_embeddings.weight": "encoder.token_type_embedding",
 }
 
-# Fields of BertConfig that stand in config.json as they are, but for these two names. max_position_embeddings, which
-# counts the offset there, is not among them.
+# Fields of BertConfig with the same value in config.json; two of them have another name there (_RENAMED).
+# max_position_embeddings is left out, because config.json adds position_offset to it.
 _FIELDS: Final = (
     "hidden_size",
     "intermediate_size",
@@ -326,7 +326,7 @@ _DEFAULTS: Final[Mapping[str, Any]] = {
 
 
 def hf_tensor_names(settings: BertConfig, *, pair: bool) -> dict[str, tuple[str, ...]]:
-    """Map each tensor name of `transformers` to one here, which starts with "encoder.", "head." or "pair."."""
+    """Map each tensor name of `transformers` to a name here, which starts with "encoder.", "head." or "pair."."""
     hf = HF_NAMES[settings.model_type]
     linear = {f"{hf.prefix}embeddings.LayerNorm": "encoder.embedding_norm"}
     for layer in range(settings.num_hidden_layers):
@@ -338,13 +338,13 @@ def hf_tensor_names(settings: BertConfig, *, pair: bool) -> dict[str, tuple[str,
     names = {f"{hf_name}.{part}": f"{name}.{part}" for hf_name, name in linear.items() for part in ("weight", "bias")}
     embeddings = {f"{hf.prefix}{hf_name}": name for hf_name, name in _EMBEDDINGS.items()}
     tensors = {hf_name: (name,) for hf_name, name in {**embeddings, **names, hf.bias: "head.bias"}.items()}
-    if not settings.tie_word_embeddings:  # transformers 5 reads the decoder's own bias, version 4 the one beside it
+    if not settings.tie_word_embeddings:  # transformers 5 reads `decoder.bias`, transformers 4 the bias next to it
         tensors |= {f"{hf.decoder}.weight": ("head.decoder",), f"{hf.decoder}.bias": ("head.bias",)}
     return tensors
 
 
 def tied_hf_tensors(settings: BertConfig) -> Mapping[str, str]:
-    """Map names of `transformers` for copies of a tensor to the name of that tensor."""
+    """Map the name of each tied copy in `transformers` to the name of the tensor that it copies."""
     hf = HF_NAMES[settings.model_type]
     if not settings.tie_word_embeddings:
         return {}
@@ -352,12 +352,12 @@ def tied_hf_tensors(settings: BertConfig) -> Mapping[str, str]:
 
 
 def ignored_hf_tensors(settings: BertConfig) -> tuple[str, ...]:
-    """Return names of tensors without information: old versions wrote the numbers 0, 1, 2 … among the weights."""
+    """Return the names of buffers that old versions of `transformers` saved: the position ids 0, 1, 2 …."""
     return (f"{HF_NAMES[settings.model_type].prefix}embeddings.position_ids",)
 
 
 def hf_class_names(settings: BertConfig) -> str:
-    """Return the names of the classes with a head, for a message."""
+    """Return the names of the classes with a head, for error messages."""
     hf = HF_NAMES[settings.model_type]
     return " or ".join(name for name in (hf.masked_lm_class, hf.pretraining_class) if name)
 
@@ -369,7 +369,7 @@ def has_pair_head(tensors: Mapping[str, object], settings: BertConfig) -> bool:
 
 
 def to_hf_config(settings: BertConfig, ids: Mapping[str, int | None], *, pair: bool) -> dict[str, Any]:
-    """Return config.json without vocab_size; `ids` has pad_token_id, cls_token_id and sep_token_id."""
+    """Return config.json without vocab_size. `ids` has the keys pad_token_id, cls_token_id and sep_token_id."""
     hf = HF_NAMES[settings.model_type]
     hf_config: dict[str, Any] = {
         "architectures": [hf.pretraining_class if pair else hf.masked_lm_class],
@@ -379,13 +379,13 @@ def to_hf_config(settings: BertConfig, ids: Mapping[str, int | None], *, pair: b
     hf_config |= {"max_position_embeddings": settings.max_position_embeddings + settings.position_offset, **_REQUIRED}
     if settings.model_type == "bert":
         return hf_config | {"pad_token_id": ids["pad_token_id"]}
-    # RoBERTa counts its positions from this number, whatever the tokenizer's padding id is.
+    # In RoBERTa, the first position is pad_token_id + 1. The key follows the offset, not the tokenizer's padding id.
     hf_config |= {"pad_token_id": settings.position_offset - 1}
     return hf_config | {"bos_token_id": ids["cls_token_id"], "eos_token_id": ids["sep_token_id"]}
 
 
 def from_hf_config(hf_config: Mapping[str, Any]) -> BertConfig:
-    """Return the config that a config.json of these model types describes.
+    """Return the BertConfig for a config.json of one of these model types.
 
     Raises:
         ModelError: a key has a value that is not supported.

@@ -18,7 +18,7 @@ from unmask.tokenization.tokenizer import Tokenizer
 from unmask.tokenization.words import is_letter, is_unspaced
 
 MASK = "[MASK]"
-_LETTERS = "aeinorst가나다라이"  # in almost every vocabulary, one of them is a token that begins a word
+_LETTERS = "aeinorst가나다라이"  # almost every vocabulary has one of them as a token that begins a word
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class Candidate:
     id: int
     score: float
     sequence: str
-    shown: str  # the token for display: ␣ for its space, ⟨E5 A4⟩ for bytes that are not a character by themselves
+    shown: str  # token for display: ␣ for a space, ⟨E5 A4⟩ for bytes that are not a complete character
 
 
 @dataclass(frozen=True)
@@ -51,9 +51,9 @@ class FillMaskResult:
 def fill(model: Model, text: str | Sequence[str], top: int = 5) -> list[FillMaskResult]:
     """Predict every [MASK] of one or several texts. Masks of one text are predicted independently in one pass.
 
-    A text longer than the model's context is split into windows around its masks. For a mask directly after a letter
-    ("서울[MASK]"), tokens that begin a word are left out. Special tokens are always left out. The probabilities of the
-    other tokens don't change.
+    A text longer than the model's context is split into windows around its masks. Special tokens are never candidates.
+    For a mask directly after a letter ("서울[MASK]"), tokens that begin a word are not candidates either. Probabilities
+    are not renormalized over the candidates.
 
     Args:
         model: Model to use, as returned by `unmask.load`.
@@ -71,32 +71,32 @@ def fill(model: Model, text: str | Sequence[str], top: int = 5) -> list[FillMask
         )
     formatter = TokenFormatter(model.tokenizer)
     encoded: list[tuple[list[int], list[int]]] = []  # ids and positions of masks
-    for number, one in enumerate(texts):
-        ids = _encode(model, one, formatter)
+    for number, prompt in enumerate(texts):
+        ids = _encode(model, prompt, formatter)
         positions = [position for position, id_ in enumerate(ids) if id_ == model.tokenizer.mask_id]
         if not positions:
             raise ModelError(
                 "there is no [MASK] in the text",
-                location=f"text {number + 1}: {one[:60]!r}" if len(texts) > 1 else repr(one[:60]),
+                location=f"text {number + 1}: {prompt[:60]!r}" if len(texts) > 1 else repr(prompt[:60]),
                 hint='write [MASK] where a token is to be predicted: "The cat sat on the [MASK]."',
             )
         encoded.append((ids, positions))
     windows = [_window(ids, position, model) for ids, positions in encoded for position in positions]
     outputs = iter(model.log_probabilities([ids for ids, _ in windows], [[position] for _, position in windows]))
     results: list[FillMaskResult] = []
-    for one, (_, positions) in zip(texts, encoded, strict=True):
+    for prompt, (_, positions) in zip(texts, encoded, strict=True):
         masks = [
-            MaskPrediction(position, _candidates(model, one, index, next(outputs)[0], top, formatter))
+            MaskPrediction(position, _candidates(model, prompt, index, next(outputs)[0], top, formatter))
             for index, position in enumerate(positions)
         ]
-        results.append(FillMaskResult(one, tuple(masks)))
+        results.append(FillMaskResult(prompt, tuple(masks)))
     return results
 
 
 def _candidates(
     model: Model, text: str, index: int, log_probabilities_V: Tensor, top: int, formatter: TokenFormatter
 ) -> tuple[Candidate, ...]:
-    """Return the most probable tokens for the mask number `index` of a text."""
+    """Return the most probable tokens for mask number `index` of a text."""
     tokenizer = model.tokenizer
     parts = text.replace(tokenizer.id_to_token(tokenizer.mask_id), MASK).split(MASK)
     before, after = MASK.join(parts[: index + 1]), MASK.join(parts[index + 1 :])
@@ -116,10 +116,10 @@ def _candidates(
 
 
 def _encode(model: Model, text: str, formatter: TokenFormatter) -> list[int]:
-    # The mask token of an imported model may have another name, e.g. <mask>; in the text it is always [MASK].
+    # An imported model may have another mask token, e.g. <mask>. In the text, it is always [MASK].
     tokenizer = model.tokenizer
     text = text.replace(MASK, tokenizer.id_to_token(tokenizer.mask_id))
-    # Ids don't depend on the rule for words, so its package need not be installed.
+    # Ids don't depend on the word rule. Without it, the word segmenter's package need not be installed.
     encoded = tokenizer.encode(text, specials_in_text=True)
     ids = _encode_continuations(tokenizer, text) if formatter.prefix else encoded.ids
     with_special, _ = tokenizer.add_special_tokens(ids, np.zeros(len(ids), dtype=np.uint8))
@@ -127,10 +127,10 @@ def _encode(model: Model, text: str, formatter: TokenFormatter) -> list[int]:
 
 
 def _encode_continuations(tokenizer: Tokenizer, text: str) -> NDArray[np.int64]:
-    """Return the ids of a text in which letters directly after a mask continue its word.
+    """Return the ids of a text. Letters directly after a mask are encoded as a continuation of its word.
 
-    The 에서 of "[MASK]에서" must be ##에서. The tokenizer would treat it as a new word, which the model has never seen
-    there. Therefore it is encoded after a letter, which is removed again.
+    In "[MASK]에서", 에서 must be encoded as ##에서. The tokenizer would encode it as a new word, which never directly
+    follows a mask in training. Therefore it is encoded after a letter, and the letter's token is removed.
     """
     first, *others = text.split(tokenizer.id_to_token(tokenizer.mask_id))
     parts = [tokenizer.encode(first, specials_in_text=True).ids]
@@ -139,8 +139,8 @@ def _encode_continuations(tokenizer: Tokenizer, text: str) -> NDArray[np.int64]:
         if part and is_letter(part[0]) and not is_unspaced(part[0]):
             for letter in _LETTERS:
                 encoded = tokenizer.encode(letter + part, specials_in_text=True)
-                is_separate = len(encoded.ids) > 1 and encoded.offsets[0].tolist() == [0, 1]
-                if is_separate and not encoded.marks[1] & WORD_START:
+                starts_with_letter = len(encoded.ids) > 1 and encoded.offsets[0].tolist() == [0, 1]
+                if starts_with_letter and not encoded.marks[1] & WORD_START:
                     ids = encoded.ids[1:]
                     break
         parts += [np.array([tokenizer.mask_id], dtype=np.int64), ids]
@@ -148,7 +148,7 @@ def _encode_continuations(tokenizer: Tokenizer, text: str) -> NDArray[np.int64]:
 
 
 def _window(ids: list[int], position: int, model: Model) -> tuple[list[int], int]:
-    """Return the ids around one mask that fit into the model's context, with special tokens, and its position."""
+    """Return a window of ids around one mask, at most `model.context` long, and the position of the mask in it."""
     context = model.context
     if len(ids) <= context:
         return ids, position
@@ -160,7 +160,7 @@ def _window(ids: list[int], position: int, model: Model) -> tuple[list[int], int
 
 
 def _allowed(model: Model, before: str, formatter: TokenFormatter) -> NDArray[np.bool_]:
-    """Return which tokens can follow a text: regular ones and, directly after a letter, none that begins a word."""
+    """Return which tokens can follow a text: regular tokens; directly after a letter, only those inside a word."""
     allowed_V = np.zeros(model.tokenizer.size, dtype=bool)
     allowed_V[model.tokenizer.regular_token_ids] = True
     is_attached = bool(before) and not before[-1].isspace() and not before.endswith(MASK)
@@ -171,7 +171,7 @@ def _allowed(model: Model, before: str, formatter: TokenFormatter) -> NDArray[np
 
 
 def _join(before: str, after: str, token: TokenText, takes_space: bool, formatter: TokenFormatter) -> str:
-    """Return the text with a token in place of a mask, with one space before it where one belongs."""
+    """Return the text with a token in place of a mask, with one space before the token if it needs one."""
     if token.spacing == "after-space":
         gap = "" if not before or before[-1].isspace() else " "
         return before + gap + token.letters + after

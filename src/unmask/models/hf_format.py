@@ -1,8 +1,9 @@
 """Tensor names and config.json of `transformers`: conversion in both directions.
 
-ModernBERT is written as ModernBertForMaskedLM (modernbert.py). BERT is written as BertForMaskedLM, with its sentence
-pair head as BertForPreTraining, or as RobertaForMaskedLM or XLMRobertaForMaskedLM (bert.py). The tutorial's model has
-no class in `transformers`: it keeps the tensor names of this package, under a model type that `transformers` rejects.
+ModernBERT is written as ModernBertForMaskedLM (modernbert.py). BERT is written as BertForMaskedLM, or as
+BertForPreTraining if it has a sentence pair head. RoBERTa and XLM-R are written as RobertaForMaskedLM and
+XLMRobertaForMaskedLM (bert.py). The tutorial's model has no class in `transformers`. It is written with this package's
+tensor names and with a model type that `transformers` rejects.
 """
 
 from __future__ import annotations
@@ -45,23 +46,25 @@ def to_hf_tensors(states: States, settings: EncoderConfig) -> dict[str, Tensor]:
         "a tensor has no name in transformers"
     )
     hf_tensors: dict[str, Tensor] = {}
-    written: set[str] = set()
+    saved_names: set[str] = set()
     for hf_name, names in hf_names.items():
         tensor = tensors[names[0]] if len(names) == 1 else torch.cat([tensors[name] for name in names])
-        hf_tensors[hf_name] = tensor.clone() if written & set(names) else tensor  # a file can't hold shared memory
-        written |= set(names)
+        # safetensors can't save tensors that share memory.
+        hf_tensors[hf_name] = tensor.clone() if saved_names & set(names) else tensor
+        saved_names |= set(names)
     return hf_tensors
 
 
 def from_hf_tensors(hf_tensors: Mapping[str, Tensor], settings: EncoderConfig) -> States:
-    """Return the state dicts of encoder and head, and of a sentence pair head if the file holds one.
+    """Return the state dicts of encoder and head, and of the sentence pair head if the file has one.
 
     Raises:
-        ModelError: tensors are missing, unknown, or not tied although config.json ties them; they are named.
+        ModelError: tensors are missing or unknown, or differ although config.json ties them. They are named.
     """
     if isinstance(settings, TutorialConfig):
         tensors = dict(hf_tensors)
-        _refuse([], sorted(name for name in tensors if not name.startswith(("encoder.", "head."))), TUTORIAL_TYPE)
+        unknown = sorted(name for name in tensors if not name.startswith(("encoder.", "head.")))
+        _check_tensor_names([], unknown, TUTORIAL_TYPE)
     else:
         tensors = _rename(hf_tensors, settings)
     modules: dict[str, dict[str, Tensor]] = {"encoder": {}, "head": {}, "pair": {}}
@@ -74,7 +77,7 @@ def from_hf_tensors(hf_tensors: Mapping[str, Tensor], settings: EncoderConfig) -
 def encoder_only(
     hf_tensors: Mapping[str, Tensor], hf_config: Mapping[str, Any], settings: EncoderConfig
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Return tensors and config.json of the encoder without heads, under the names of its class (BertModel)."""
+    """Return tensors and config.json of the encoder alone, in the format of its class, such as BertModel."""
     assert not isinstance(settings, TutorialConfig)
     prefix, name = encoder_prefix(settings), modernbert.ENCODER_CLASS
     if isinstance(settings, BertConfig):
@@ -91,7 +94,7 @@ def encoder_prefix(settings: HFModelConfig) -> str:
 
 
 def hf_tensor_names(settings: HFModelConfig, *, pair: bool) -> dict[str, tuple[str, ...]]:
-    """Map each tensor name of `transformers` to the names of the tensors here that are concatenated to it."""
+    """Map each tensor name of `transformers` to the names here whose tensors are concatenated to it."""
     if isinstance(settings, ModernBertConfig):
         assert not pair, "only BERT has a sentence pair head"
         return modernbert.hf_tensor_names(settings)
@@ -99,7 +102,7 @@ def hf_tensor_names(settings: HFModelConfig, *, pair: bool) -> dict[str, tuple[s
 
 
 def tied_hf_tensors(settings: HFModelConfig) -> Mapping[str, str]:
-    """Map names of `transformers` for copies of a tensor to the name of that tensor."""
+    """Map the name of each tied copy in `transformers` to the name of the tensor that it copies."""
     return (modernbert if isinstance(settings, ModernBertConfig) else bert).tied_hf_tensors(settings)  # pyright: ignore[reportArgumentType]
 
 
@@ -119,7 +122,7 @@ def _rename(hf_tensors: Mapping[str, Tensor], settings: HFModelConfig) -> dict[s
             f"the file has no masked language modeling head: it lacks {', '.join(head)}",
             hint=f"use a {expected} with its head, or initialize a new head with `unmask import FOLDER OUT`",
         )
-    _refuse(missing, sorted(set(hf_tensors) - set(hf_names) - set(tied) - set(ignored)), expected)
+    _check_tensor_names(missing, sorted(set(hf_tensors) - set(hf_names) - set(tied) - set(ignored)), expected)
     for name, other in tied.items():
         if name in hf_tensors and not torch.equal(hf_tensors[name], hf_tensors[other]):
             raise ModelError(
@@ -133,7 +136,8 @@ def _rename(hf_tensors: Mapping[str, Tensor], settings: HFModelConfig) -> dict[s
     return tensors
 
 
-def _refuse(missing: Sequence[str], unknown: Sequence[str], expected: str) -> None:
+def _check_tensor_names(missing: Sequence[str], unknown: Sequence[str], expected: str) -> None:
+    """Raise ModelError if tensors are missing or unknown. `expected` is the class name for the hint."""
     for problem, names in (("lacks", missing), ("has tensors that this architecture doesn't have:", unknown)):
         if names:
             raise ModelError(
@@ -145,7 +149,7 @@ def _refuse(missing: Sequence[str], unknown: Sequence[str], expected: str) -> No
 def to_hf_config(
     settings: EncoderConfig, vocab_size: int, special_ids: Mapping[str, int], *, pair: bool = False
 ) -> dict[str, Any]:
-    """Return config.json. `special_ids` has the ids of pad, unk, cls, sep and mask that exist."""
+    """Return config.json. `special_ids` maps pad, unk, cls, sep and mask, if they exist, to their ids."""
     ids = {f"{name}_token_id": special_ids.get(name) for name in ("pad", "cls", "sep")}
     if isinstance(settings, ModernBertConfig):
         hf_config = modernbert.to_hf_config(settings, ids)
@@ -159,7 +163,7 @@ def to_hf_config(
 
 
 def from_hf_config(hf_config: Mapping[str, Any]) -> EncoderConfig:
-    """Return the config that a config.json describes, whether written by unmask or `transformers` 4 or 5.
+    """Return the encoder config for a config.json of unmask or of `transformers` 4 or 5.
 
     Raises:
         ModelError: the architecture or the value of a key is not supported; the key is named.

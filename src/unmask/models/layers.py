@@ -1,9 +1,11 @@
 """Building blocks of the encoders: base classes, initialized linear maps, LayerNorm, rotary embedding, GeGLU.
 
 Q, K and V, and the two halves of a GeGLU, are separate matrices, because Muon orthogonalizes each of them separately.
-One fused product of their concatenation gains little. Forward and backward on one thread, separate against fused: 4,096
-tokens, width 256: 63 against 78 ms in float32, 27 against 29 ms in bfloat16 if the input is cast once and not per
-matrix; 8,192 tokens, width 128: 58 against 44 ms and 31 against 28 ms.
+A fused product of the concatenated matrices would gain little. Time of forward and backward on one thread, separate
+against fused, with the bfloat16 input cast once and not once per matrix:
+
+- 4,096 tokens, width 256: 63 against 78 ms in float32, 27 against 29 ms in bfloat16
+- 8,192 tokens, width 128: 58 against 44 ms in float32, 31 against 28 ms in bfloat16
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ from unmask.core.types import Batch
 
 
 class EncoderModule(nn.Module):
-    """Base class of the encoders: maps a batch to one vector per token. Sequences of a batch don't see each other."""
+    """Base class of the encoders: maps a batch to one vector per token. Attention never crosses a sequence."""
 
     settings: Any  # the encoder's config
     hidden_size: int
@@ -35,11 +37,11 @@ class EncoderModule(nn.Module):
             ...
 
     def matrix_parameters(self) -> Iterator[Tensor]:
-        """Yield the matrices that map vectors to vectors, which Muon optimizes: those of the blocks."""
+        """Yield the weight matrices that Muon optimizes: those of the blocks, without the embeddings."""
         yield from _matrices(self.blocks)
 
     def position_parameters(self) -> Iterator[Tensor]:
-        """Yield learned position embeddings, which may have a learning rate of their own."""
+        """Yield the learned position embeddings. Their learning rate can be scaled separately."""
         yield from ()
 
 
@@ -53,7 +55,7 @@ class HeadModule(nn.Module):
             ...
 
     def matrix_parameters(self) -> Iterator[Tensor]:
-        """Yield the matrices that map vectors to vectors, which Muon optimizes. The decoder is not one of them."""
+        """Yield the weight matrices that Muon optimizes. The decoder is not one of them."""
         yield from ()
 
 
@@ -62,7 +64,7 @@ def _matrices(module: nn.Module) -> Iterator[Tensor]:
 
 
 def compute_dtype(parameter: Tensor) -> torch.dtype:
-    """Return the dtype of matrix products with this parameter: autocast's if it is enabled, else its own."""
+    """Return the dtype of matrix products with a parameter: autocast's dtype if enabled, else the parameter's."""
     device_type = parameter.device.type
     return torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else parameter.dtype
 
@@ -99,8 +101,8 @@ class LayerNorm(nn.Module):
 class RotaryEmbedding:
     """Rotary position embedding (arXiv 2104.09864, rotate-half form) with float32 tables, computed once per theta.
 
-    The tables always cover all positions. If their size depended on the batch, a resumed run could compute them in
-    another size than the uninterrupted run, and vectorized cosines may differ in the last bit with the size.
+    The tables always cover all positions. If their size depended on the batch, it could differ between a resumed and an
+    uninterrupted run, and the last bit of a vectorized cosine may depend on the size.
     """
 
     def __init__(self, head_width: int, max_position_embeddings: int) -> None:
@@ -111,7 +113,7 @@ class RotaryEmbedding:
     def cos_sin(
         self, position_T: Int[Tensor, "T"], theta: float, dtype: torch.dtype
     ) -> tuple[Float[Tensor, "T 1 K"], Float[Tensor, "T 1 K"]]:
-        """Return cosine and signed sine for each token; all layers with this theta and all heads share them."""
+        """Return cosine and signed sine for each token. All heads and all layers with the same theta share them."""
         key = (theta, position_T.device)
         if key not in self._tables:
             self._tables[key] = self._compute(theta, position_T.device)
@@ -120,8 +122,8 @@ class RotaryEmbedding:
 
     def _compute(self, theta: float, device: torch.device) -> tuple[Tensor, Tensor]:
         width = self._head_width
-        # Computed on the CPU and in transformers' order of operations, so that both have the same bits. Never in
-        # inference mode: its tensors could not be used in a later training step.
+        # Computed on the CPU and in transformers' order of operations, so that both have the same bits. Inference
+        # mode is off, because tensors created in it can't be used in a later training step.
         with torch.inference_mode(False):
             frequency = 1.0 / (theta ** (torch.arange(0, width, 2, dtype=torch.float32) / width))
             angle = torch.arange(self._max_position_embeddings, dtype=torch.float32)[:, None] * frequency

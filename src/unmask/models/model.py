@@ -1,6 +1,6 @@
-"""A model with its tokenizer, and the directory that stores it.
+"""A model with its tokenizer: loading, saving and log-probabilities.
 
-The directory can be opened by `transformers`. `card.json` holds what `config.json` has no key for.
+`transformers` opens the saved directory too. `card.json` stores the facts for which `config.json` has no key.
 """
 
 from __future__ import annotations
@@ -37,16 +37,16 @@ from unmask.tokenization.tokenizer import Tokenizer
 from unmask.tokenization.words import WordsRule
 
 _BATCH_TOKENS = 8192
-_MAX_RETRIES = 100  # each retry means that a training run replaced the directory during the read
-# Between two renames there is no best model under its name.
+_MAX_RETRIES = 100  # a read is repeated if a training run replaced the directory meanwhile
+# Replacing the best model takes two renames. Between them, its path doesn't exist.
 _RENAME_RETRIES, _RENAME_SECONDS = 5, 0.005
-_MODEL_HINT = "give a run of `unmask pretrain`, one of its step directories, or a model saved by transformers"
+_MODEL_HINT = "give a run of `unmask pretrain`, one of its step folders, or a model saved by transformers"
 
 
 class ModelCard(TypedDict, total=False):
-    """Contents of card.json: how a model was trained. A model from elsewhere has none, or only `imported`."""
+    """Contents of card.json: how a model was trained. Other models have no card, or one with only `imported`."""
 
-    unmask: str  # version
+    unmask: str  # version of unmask
     recipe: str
     seed: int
     context: int  # maximum sequence length in training, in tokens
@@ -78,20 +78,20 @@ class Model:
 
     @property
     def context(self) -> int:
-        """Maximum sequence length in training, special tokens included; without a card, that of the encoder."""
+        """Maximum sequence length in training, special tokens included; without a card, the encoder's maximum."""
         return self.card.get("context") or self.settings.max_position_embeddings
 
     @property
     def words(self) -> WordsRule:
-        """How the training text was split into words."""
+        """Rule that split the training text into words."""
         return self.card.get("words", "spaces")
 
     def log_probabilities(self, ids: Sequence[Sequence[int]], positions: Sequence[Sequence[int]]) -> list[Tensor]:
-        """Return log-probabilities over the vocabulary at some positions: n x V in float32 for each sequence.
+        """Return log-probabilities over the vocabulary at the given positions: n x V in float32 for each sequence.
 
         Args:
             ids: Token ids of each sequence. No special tokens are added, and nothing is masked.
-            positions: Positions in each sequence, from 0. They may be empty or repeated.
+            positions: Positions in each sequence, counted from 0. A list may be empty or repeat a position.
 
         Raises:
             ModelError: an id is not in the vocabulary, a position is outside its sequence, or a sequence is empty or
@@ -99,7 +99,7 @@ class Model:
         """
         if len(ids) != len(positions):
             raise ModelError(
-                f"got {len(ids)} sequences and positions for {len(positions)}",
+                f"invalid positions: got {len(positions)} lists for {len(ids)} sequences",
                 hint="give one list of positions per sequence",
             )
         for number, (sequence, at) in enumerate(zip(ids, positions, strict=True)):
@@ -123,7 +123,7 @@ class Model:
             raise ModelError("the sequence is empty", location=location, hint="give at least one id")
         if len(ids) > self.settings.max_position_embeddings:
             raise ModelError(
-                f"the sequence has {len(ids)} tokens, the encoder takes at most "
+                f"the sequence has {len(ids)} tokens, but the encoder supports at most "
                 f"{self.settings.max_position_embeddings}",
                 location=location,
                 hint="split it into shorter sequences",
@@ -160,10 +160,10 @@ class Model:
 
 
 def save_model(directory: Path, model: Model, *, only_encoder: bool = False) -> None:
-    """Write a model as files that `transformers` opens, and card.json.
+    """Write a model in the format of `transformers`, and card.json.
 
-    Tensors have the names of `transformers` and are sorted, so that equal models give equal bytes. With
-    `only_encoder`, they are those of BertModel or its counterpart, without a head.
+    Tensors are sorted by name, so that equal models are saved as equal bytes. With `only_encoder`, only the encoder is
+    written, as BertModel or its counterpart.
     """
     with files.wrap_os_errors(directory):
         directory.mkdir(parents=True, exist_ok=True)
@@ -174,8 +174,8 @@ def save_model(directory: Path, model: Model, *, only_encoder: bool = False) -> 
         hf_config = to_hf_config(model.settings, model.encoder.vocab_size, ids, pair=pair is not None)
         if only_encoder:
             tensors, hf_config = encoder_only(tensors, hf_config, model.settings)
-        on_host = {name: tensors[name].detach().cpu().contiguous() for name in sorted(tensors)}
-        save_file(on_host, directory / RunLayout.WEIGHTS, metadata={"format": "pt"})
+        cpu_tensors = {name: tensors[name].detach().cpu().contiguous() for name in sorted(tensors)}
+        save_file(cpu_tensors, directory / RunLayout.WEIGHTS, metadata={"format": "pt"})
         files.write_json(directory / RunLayout.CONFIG, hf_config)
         inputs = _BERT_INPUTS if _has_token_types(model.settings) else _INPUTS
         model.tokenizer.save(directory, inputs=inputs, longest=model.context)
@@ -188,18 +188,18 @@ _BERT_INPUTS = ("input_ids", "token_type_ids", "attention_mask")
 
 
 def _has_token_types(settings: EncoderConfig) -> bool:
-    """Whether the second segment of a pair has a token type of its own. RoBERTa has only one."""
+    """Whether the model distinguishes token types. RoBERTa has only one."""
     return isinstance(settings, BertConfig) and settings.type_vocab_size > 1 and settings.model_type == "bert"
 
 
 def follow(latest: Path) -> Path:
-    """Return the step directory that a run's `latest` points to.
+    """Return the step folder that a run's `latest` points to.
 
-    `latest` is a symbolic link, a small file with the name where links can't be created, or a directory if a copy
-    resolved the link.
+    `latest` is a symbolic link, or a text file with the name where links can't be created. If the run was copied
+    without keeping links, it is the folder itself.
 
     Raises:
-        DamagedError: the step directory doesn't exist.
+        DamagedError: the step folder doesn't exist.
     """
     directory = files.read_pointer(latest)
     if directory is None:
@@ -214,25 +214,25 @@ def follow(latest: Path) -> Path:
 
 
 def last_step(run: Path) -> int | None:
-    """Return the number of the step that a run's `latest` points to, if it can be read."""
+    """Return the step number that a run's `latest` points to, or None if it can't be read."""
     directory = files.read_pointer(run / RunLayout.LATEST)
     number = directory.name.removeprefix("step-") if directory else ""
     return int(number) if number.isdecimal() else None
 
 
 def how_to_point(run: Path, step: str) -> str:
-    """Return the shell command that points a run's `latest` to a step, for a message."""
+    """Return the shell command that points a run's `latest` to a step, for error messages."""
     return f"echo {step} > {run / RunLayout.LATEST}" if os.name == "nt" else f"ln -sfn {step} {run / RunLayout.LATEST}"
 
 
 def best_of(run: Path) -> Path | None:
-    """Return the directory of a run's best model by validation, if any; the previous one while it is replaced."""
+    """Return the directory of a run's best model, or None. While it is being replaced, return the previous one."""
     best = run / RunLayout.BEST
     return next((directory for directory in (best, files.set_aside(best)) if directory.is_dir()), None)
 
 
 def find_checkpoint(path: str | Path) -> Path:
-    """Return the model directory that a path stands for: a run's best model, else its last step; or the path itself.
+    """Return the model directory for a path: a run's best model, else its last step; for other paths, the path.
 
     Raises:
         ModelError: there is no model.
@@ -258,7 +258,7 @@ def find_checkpoint(path: str | Path) -> Path:
 
 
 def load(path: str | Path) -> Model:
-    """Load a model from a run, a step directory, or a directory saved by `transformers`.
+    """Load a model from a run, a step folder, or a directory saved by `transformers`.
 
     Raises:
         ModelError: there is no model, its architecture is not supported, or the tokenizer doesn't match it.
@@ -273,13 +273,13 @@ def load(path: str | Path) -> Model:
             if _identity(directory) == before and _find_with_retries(path) == directory:
                 raise
         else:
-            if _identity(directory) == before:  # otherwise optional files may have been gone
+            if _identity(directory) == before:  # otherwise optional files may have been missing
                 return model
     return open_checkpoint(_find_with_retries(path))
 
 
 def _find_with_retries(path: str | Path) -> Path:
-    """Call find_checkpoint again if it failed at the moment when a run's best model was replaced."""
+    """Return find_checkpoint(path), retried in case a run's best model is being replaced."""
     for _ in range(_RENAME_RETRIES):
         try:
             return find_checkpoint(path)
@@ -289,16 +289,16 @@ def _find_with_retries(path: str | Path) -> Path:
 
 
 def _identity(directory: Path) -> tuple[int, int, int] | None:
-    """Return values that differ if a directory was replaced under its name, or its files are being removed."""
+    """Return device, inode and time of a directory, which change if it is replaced or its files are removed."""
     try:
         stat = directory.stat()
     except OSError:
         return None
-    return stat.st_dev, stat.st_ino, stat.st_mtime_ns  # an inode number alone is soon reused
+    return stat.st_dev, stat.st_ino, stat.st_mtime_ns  # inode numbers are reused
 
 
 class Weights(NamedTuple):
-    """Tensors of a model under the names of `transformers`, the config that they fit, and notes on their conversion."""
+    """Tensors under their names in `transformers`, the matching config, and notes on their conversion."""
 
     tensors: Mapping[str, Tensor]
     settings: EncoderConfig
@@ -340,13 +340,13 @@ def open_checkpoint(
     read_tokenizer: TokenizerReader = _read_tokenizer,
     read_weights: WeightsReader = _read_weights,
 ) -> Model:
-    """Load a model from its directory. Every tensor must be present, known and of the right shape.
+    """Load a model from its directory. Every tensor must be present, known and of the expected shape.
 
     Args:
         directory: Directory with config.json, weights and tokenizer.
-        hf_config: Contents of config.json; default: they are read.
-        read_tokenizer: Reads the tokenizer and returns notes on its conversion.
-        read_weights: Reads the weights, given config and vocabulary size. A lenient reader may complete tensors and
+        hf_config: Contents of config.json; read from the directory if None.
+        read_tokenizer: Function that reads the tokenizer, with notes on its conversion.
+        read_weights: Function that reads the weights, given config and vocabulary size. It may add missing tensors and
             change the config.
 
     Raises:
@@ -364,7 +364,7 @@ def open_checkpoint(
     tokenizer, notes = read_tokenizer(directory)
     if tokenizer.size > vocab_size:
         raise ModelError(
-            f"the tokenizer has {tokenizer.size} tokens, the embedding only {vocab_size}",
+            f"the tokenizer has {tokenizer.size} tokens, but the embedding has only {vocab_size}",
             location=str(directory),
             hint="use the tokenizer that this model was trained with",
         )
@@ -390,7 +390,7 @@ def open_checkpoint(
 
 
 def _build(weights: Weights, vocab_size: int, path: Path) -> tuple[EncoderModule, HeadModule, nn.Module | None]:
-    """Build encoder, head and sentence pair head (if any) with these weights; `path` is for messages."""
+    """Return encoder, head and sentence pair head (if any) with these weights. `path` is named in errors."""
     location = str(path if path.is_file() else path.parent)
     try:
         states = from_hf_tensors(weights.tensors, weights.settings)
@@ -411,14 +411,14 @@ def _build(weights: Weights, vocab_size: int, path: Path) -> tuple[EncoderModule
 
 
 def check_output_directory(out: Path, source: Path, *, force: bool) -> Path:
-    """Return `out` if a model can be written there: it doesn't exist, or is a model that `force` replaces.
+    """Return `out` if a model can be written there: it doesn't exist, or is a model and `force` is set.
 
     Raises:
         RunError: `out` exists, or is or contains the source.
         StoreError: `out` can't be written.
     """
-    target, read = out.absolute(), source.absolute()
-    if target.resolve() == read.resolve() or target.resolve() in read.resolve().parents:
+    target, source_path = out.absolute(), source.absolute().resolve()
+    if target.resolve() in (source_path, *source_path.parents):
         raise RunError("the output is or contains the input", location=str(out), hint="choose another directory")
     if os.path.lexists(target):
         if not force:

@@ -1,8 +1,8 @@
 """ModernBERT, with the same weights as ModernBertForMaskedLM of `transformers` (arXiv 2412.13663).
 
-No biases. The embedding is normalized, so block 0 has no norm before attention. Every `global_attn_every_n_layers`-th
-block, from the first, has global attention with `global_rope_theta`; the others have a local window and
-`local_rope_theta`.
+There are no biases except in the decoder. The embedding is normalized, so block 0 has no norm before attention. Every
+`global_attn_every_n_layers`-th block, starting with the first, has global attention with `global_rope_theta`. The other
+blocks have a local window and `local_rope_theta`.
 """
 
 from __future__ import annotations
@@ -41,9 +41,9 @@ class ModernBertConfig:
     num_hidden_layers: int = 4
     hidden_size: int = 256
     num_attention_heads: int = 4
-    intermediate_size: int = 384  # of each half of the GeGLU
+    intermediate_size: int = 384  # width of each half of the GeGLU
     global_attn_every_n_layers: int = 3
-    local_attention: int = 128  # window size in tokens: 64 to each side
+    local_attention: int = 128  # window size in tokens: 64 on each side
     global_rope_theta: float = 160_000.0
     local_rope_theta: float = 10_000.0
     max_position_embeddings: int = 8192  # maximum length of a sequence in tokens
@@ -114,7 +114,7 @@ class ModernBertAttention(nn.Module):
     def forward(
         self, hidden_TD: Float[Tensor, "T D"], plan: AttentionPlan, cos_sin: tuple[Tensor, Tensor]
     ) -> Float[Tensor, "T D"]:
-        """Attend within each sequence, or within the local window."""
+        """Return the attention output. Attention never crosses a sequence or the local window."""
         hidden_TD = hidden_TD.to(compute_dtype(hidden_TD))  # cast once, not once per matrix
         q_THK = rotate(self.query(hidden_TD).unflatten(-1, self._heads), cos_sin)
         k_THK = rotate(self.key(hidden_TD).unflatten(-1, self._heads), cos_sin)
@@ -145,13 +145,13 @@ class ModernBertBlock(nn.Module):
     def forward(
         self, hidden_TD: Float[Tensor, "T D"], plan: AttentionPlan, cos_sin: tuple[Tensor, Tensor]
     ) -> Float[Tensor, "T D"]:
-        """Apply the block."""
+        """Return the hidden states after the block."""
         hidden_TD = hidden_TD + self.attention(self.attention_norm(hidden_TD), plan, cos_sin)
         return hidden_TD + self.mlp(self.mlp_norm(hidden_TD))
 
 
 class ModernBertEncoder(EncoderModule):
-    """ModernBertModel. Initial weights are drawn from torch's generator, which the caller seeds."""
+    """ModernBertModel. Initial weights come from torch's default generator, which the caller seeds."""
 
     settings: ModernBertConfig
 
@@ -213,7 +213,7 @@ class ModernBertHead(HeadModule):
 MODEL_TYPE: Final = "modernbert"
 MASKED_LM_CLASS: Final = "ModernBertForMaskedLM"
 ENCODER_CLASS: Final = "ModernBertModel"
-PREFIX: Final = "model."  # of the encoder's tensors in a model with a head
+PREFIX: Final = "model."  # prefix of the encoder's tensors in a model with a head
 
 # name in transformers -> names here, concatenated in this order; {layer} stands for every layer
 _ENCODER: Final[Mapping[str, tuple[str, ...]]] = {
@@ -243,8 +243,8 @@ _DECODER: Final = "decoder.weight"
 _NOT_IN_LAYER_0: Final = "attn_norm"
 _TIED: Final[Mapping[str, str]] = {_DECODER: "model.embeddings.tok_embeddings.weight"}
 
-# Fields of ModernBertConfig that stand in config.json as they are, but for the name of layer_norm_eps. Those of rotary
-# embedding and global attention, which versions 4 and 5 write differently, are not among them.
+# Fields of ModernBertConfig with the same value in config.json; layer_norm_eps has another name there. The fields of
+# rotary embedding and global attention are left out, because versions 4 and 5 write them differently.
 _FIELDS: Final = (
     "hidden_size",
     "intermediate_size",
@@ -296,7 +296,7 @@ _FULL, _SLIDING = "full_attention", "sliding_attention"
 
 
 def tied_hf_tensors(settings: ModernBertConfig) -> Mapping[str, str]:
-    """Map names of `transformers` for copies of a tensor to the name of that tensor."""
+    """Map the name of each tied copy in `transformers` to the name of the tensor that it copies."""
     return _TIED if settings.tie_word_embeddings else {}
 
 
@@ -312,7 +312,7 @@ def hf_tensor_names(settings: ModernBertConfig) -> dict[str, tuple[str, ...]]:
 
 
 def to_hf_config(settings: ModernBertConfig, ids: Mapping[str, int | None]) -> dict[str, Any]:
-    """Return config.json without vocab_size; `ids` has pad_token_id, cls_token_id and sep_token_id."""
+    """Return config.json without vocab_size. `ids` has the keys pad_token_id, cls_token_id and sep_token_id."""
     thetas = {_FULL: settings.global_rope_theta, _SLIDING: settings.local_rope_theta}
     version_5 = {
         "layer_types": [
@@ -338,7 +338,7 @@ def to_hf_config(settings: ModernBertConfig, ids: Mapping[str, int | None]) -> d
 
 
 def from_hf_config(hf_config: Mapping[str, Any]) -> ModernBertConfig:
-    """Return the config that a config.json of this model type describes.
+    """Return the ModernBertConfig for a config.json of this model type.
 
     Raises:
         ModelError: a key has a value that is not supported.
@@ -357,7 +357,7 @@ def from_hf_config(hf_config: Mapping[str, Any]) -> ModernBertConfig:
             raise unsupported(key)
     if values["rope_scaling"] is not None:
         raise unsupported("rope_scaling")
-    # In version 4, null for the local theta means the global one.
+    # In version 4, null as the local theta stands for the global theta.
     local_rope_theta = values["local_rope_theta"]
     thetas = {
         _FULL: values["global_rope_theta"],
@@ -377,7 +377,7 @@ def from_hf_config(hf_config: Mapping[str, Any]) -> ModernBertConfig:
 
 
 def _global_interval(values: Mapping[str, Any], error: ModelError) -> int:
-    """Return the interval of layers with global attention. `layer_types` counts if it contradicts the number."""
+    """Return the interval of layers with global attention. `layer_types` takes precedence over the interval's key."""
     interval = int(values["global_attn_every_n_layers"])
     layer_types = cast("list[str] | None", values["layer_types"])
     if layer_types is None:

@@ -1,16 +1,16 @@
 """Structured initialization of BertEncoder: some attention heads start with a useful pattern.
 
-With random position embeddings, BERT has to learn from text alone which tokens are neighbors, and its loss stays near
-the unigram loss until it has. `init_neighbor_attention` starts with sinusoidal position embeddings (arXiv 1706.03762,
-section 3.5) in dimensions of their own, which token and token type embeddings leave at zero. Each head of the lower
-half of the blocks starts with an offset of its own: it attends from position i to i - 1, i + 1, i - 2 and so on.
-Initial weights that resemble trained ones are known to help with little data (mimetic initialization, arXiv
-2305.09828). All of them are trained like other weights, and the result is an ordinary BERT.
+With random position embeddings, BERT must learn from text alone which tokens are neighbors. Until then, its loss stays
+near the unigram loss. `init_neighbor_attention` initializes some dimensions of the position embedding with sinusoids
+(arXiv 1706.03762, section 3.5). Token and token type embeddings are zero in these dimensions. In the lower half of the
+blocks, each head attends to a fixed offset: from position i to i - 1, i + 1, i - 2 and so on. Initial weights that
+resemble trained ones are known to help with little data (mimetic initialization, arXiv 2305.09828). These weights are
+trained like all others, and the result is an ordinary BERT.
 
-For sentence pairs, the model must also find out whether two segments have words in common. `init_pair_matching` starts
-some heads with attention to the same token at other positions; they write down the segment of that token. In the last
-block, one head collects what was written in the first segment and one what was written in the second. The first token
-can then read by a linear map how much the segments have in common.
+For sentence pairs, the model must also learn whether two segments share words. `init_pair_matching` initializes some
+heads to attend to the same token at other positions and to copy the segment code from there. In the last block, one
+head pools these codes over the first segment and one over the second. The overlap of the segments is then a linear
+function of the first token's vector.
 """
 
 from __future__ import annotations
@@ -24,21 +24,21 @@ from torch import nn
 from unmask.core.errors import RecipeError
 from unmask.models.bert import BertAttention, BertBlock, BertEncoder
 
-_POSITION_FRACTION: Final = 4  # positions take one of so many parts of the width
-_MAX_FREQUENCY: Final = 2.5  # radians per position; below pi, so that left and right differ
-_FREQUENCY_RANGE: Final = 30.0  # ratio of the highest frequency to the limit of the lowest
-_OFFSET_LOGIT: Final = 12.0  # logit of the token at a head's offset, which gets nine tenths of its attention
+_POSITION_FRACTION: Final = 4  # the position embedding takes hidden_size / 4 dimensions
+_MAX_FREQUENCY: Final = 2.5  # radians per position; below pi, so that the offsets -1 and +1 differ
+_FREQUENCY_RANGE: Final = 30.0  # ratio of the highest frequency to the lower limit of the frequencies
+_OFFSET_LOGIT: Final = 12.0  # attention logit of the token at the offset; that token gets 90 % of the attention
 
-_SEGMENT_DIMS: Final = 8  # dimensions of the segment code, and of the code that a head copies
-_SAME_TOKEN: Final = 2.0  # gain of an equal token in a same-token head
-_SAME_POSITION: Final = 4.0  # gain of an equal position, with the opposite sign: a token would find itself
-_SAME_SEGMENT: Final = 6.0  # half the difference of logits between the segment that a head pools and the other one
+_SEGMENT_DIMS: Final = 8  # dimensions of the segment code and of its copy
+_SAME_TOKEN: Final = 2.0  # gain for an equal token in a same-token head
+_SAME_POSITION: Final = 4.0  # gain against an equal position; without it, a token would attend to itself
+_SAME_SEGMENT: Final = 6.0  # half the logit difference between the pooled segment and the other one
 _POOLED_STD: Final = 0.5  # standard deviation of the output weights of a pooling head
 
 
 @torch.no_grad()
 def init_neighbor_attention(encoder: BertEncoder) -> None:
-    """Set the position embedding, and query and key of each head in the lower half of the blocks.
+    """Initialize the position embedding, and query and key of each head in the lower half of the blocks.
 
     Raises:
         RecipeError: a head, or a quarter of the width, has less than two dimensions.
@@ -58,7 +58,7 @@ def init_neighbor_attention(encoder: BertEncoder) -> None:
     encoder.token_embedding[:, :dims] = 0.0
     encoder.token_type_embedding[:, :dims] = 0.0
     encoder.position_embedding[:, dims:] = 0.0
-    amplitude = math.sqrt(2) * settings.initializer_range  # gives the standard deviation of the other embeddings
+    amplitude = math.sqrt(2) * settings.initializer_range  # the same standard deviation as in the other embeddings
     encoder.position_embedding[:, 0:dims:2] = amplitude * angle_PW.sin()
     encoder.position_embedding[:, 1:dims:2] = amplitude * angle_PW.cos()
     for layer in range((settings.num_hidden_layers + 1) // 2):
@@ -67,12 +67,12 @@ def init_neighbor_attention(encoder: BertEncoder) -> None:
 
 @torch.no_grad()
 def init_pair_matching(encoder: BertEncoder) -> None:
-    """Set same-token heads in the middle block and segment-pooling heads in the last one.
+    """Initialize same-token heads in the middle block and segment-pooling heads in the last block.
 
     `init_neighbor_attention` must have been applied before.
 
     Raises:
-        RecipeError: too few blocks, heads, token types or dimensions.
+        RecipeError: the encoder has too few blocks, heads, token types or dimensions.
     """
     settings = encoder.settings
     dims = 2 * len(_frequencies(encoder))
@@ -84,7 +84,7 @@ def init_pair_matching(encoder: BertEncoder) -> None:
         raise RecipeError(
             "the encoder is too small for init=pair-matching",
             location="model.init",
-            hint=f"use two layers, two heads of {4 * _SEGMENT_DIMS} dimensions and type_vocab_size=2, or set "
+            hint=f"use at least two layers, two heads of {4 * _SEGMENT_DIMS} dimensions and type_vocab_size=2, or set "
             "init=neighbor-attention",
         )
     segment = slice(dims, dims + _SEGMENT_DIMS)
@@ -104,7 +104,7 @@ def init_pair_matching(encoder: BertEncoder) -> None:
 
 
 def _frequencies(encoder: BertEncoder) -> torch.Tensor:
-    """Radians per position of each wave."""
+    """Return the frequency of each sinusoid in radians per position."""
     settings = encoder.settings
     waves = min(settings.hidden_size // _POSITION_FRACTION, settings.head_width) // 2
     return _MAX_FREQUENCY * _FREQUENCY_RANGE ** (-torch.arange(waves) / waves)
@@ -128,7 +128,7 @@ class _Head:
 
 
 def _init_offset_heads(attention: BertAttention, frequency_W: torch.Tensor, heads: int) -> None:
-    """Let head h attend to a fixed offset: -1, +1, -2, +2 and so on."""
+    """Initialize head h to attend to a fixed offset: -1, +1, -2, +2 and so on."""
     waves = len(frequency_W)
     head_width = len(attention.query.weight) // heads
     gain = math.sqrt(_OFFSET_LOGIT * math.sqrt(head_width) / (2 * waves))
@@ -139,14 +139,14 @@ def _init_offset_heads(attention: BertAttention, frequency_W: torch.Tensor, head
         cos_W, sin_W = gain * (frequency_W * offset).cos(), gain * (frequency_W * offset).sin()
         head.query_KD[: 2 * waves] = 0.0
         head.key_KD[: 2 * waves] = 0.0
-        # The query rotates the waves of position i to those of i + offset; the key keeps those of its position.
+        # The query rotates the sinusoids of position i to those of i + offset; the key doesn't rotate them.
         head.query_KD[even_W, even_W], head.query_KD[even_W, even_W + 1] = cos_W, sin_W
         head.query_KD[even_W + 1, even_W], head.query_KD[even_W + 1, even_W + 1] = -sin_W, cos_W
         head.key_KD[even_W, even_W] = head.key_KD[even_W + 1, even_W + 1] = torch.full((waves,), gain)
 
 
 def _init_same_token_head(head: _Head, segment: slice, copied: slice) -> None:
-    """Let a head attend to its own token at other positions and copy the segment code from there."""
+    """Initialize a head to attend to equal tokens at other positions and to copy the segment code from there."""
     token_dims = head.width * 3 // 4
     position_dims = min(head.width - token_dims, segment.start)
     free_dims = head.query_KD.shape[1] - copied.stop
@@ -167,7 +167,7 @@ def _init_same_token_head(head: _Head, segment: slice, copied: slice) -> None:
 
 
 def _init_segment_pooling_head(head: _Head, sign: float, segment: slice, copied: slice) -> None:
-    """Let a head attend to all tokens of one segment, from any position, and write what they copied."""
+    """Initialize a head to attend to all tokens of one segment and to output the mean of their copied codes."""
     head.query_KD[:_SEGMENT_DIMS] = 0.0
     head.query_bias_K[:_SEGMENT_DIMS] = sign
     head.key_KD[:_SEGMENT_DIMS] = 0.0

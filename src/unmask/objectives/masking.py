@@ -5,8 +5,8 @@ workers, ranks or earlier draws.
 
 The rule is BERT's (arXiv 1810.04805, section 3.1 and appendix A.1) with an exact count: of n maskable tokens at mask
 rate r, ⌊r·n + u⌋ are selected, where u is one uniform draw per sequence. The mean rate is then r at any length.
-At least one token is selected if n >= 1. Whole words follow the word starts of the text, spans follow SpanBERT (arXiv
-1907.10529, section 3.1), n-grams ALBERT (arXiv 1909.11942, section 3.1), and a falling mask rate arXiv 2305.15096.
+At least one token is selected if n >= 1. Word boundaries come from the text. Spans follow SpanBERT (arXiv 1907.10529,
+section 3.1), n-grams follow ALBERT (arXiv 1909.11942, section 3.1), and a falling mask rate follows arXiv 2305.15096.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ from unmask.core.types import SPECIAL, WORD_START, Batch, runs
 MaskUnit = Literal["token", "whole-word", "span", "ngram"]
 Integers = NDArray[np.integer[Any]]
 
-SPAN_STOP_RATE = 0.2  # of SpanBERT's geometric distribution over words; its mean is 3.8 after the cut at 10
+SPAN_STOP_RATE = 0.2  # of SpanBERT's geometric distribution of lengths; the mean is 3.8 words with at most 10
 MAX_SPAN_WORDS = 10
 MAX_BOOSTED_WORDS = 10_000  # a run stores them in its recipe.toml
-_MIN_PROBABILITY = 1e-9  # keeps the odds of certain units finite, so that their draws still order them
+_MIN_PROBABILITY = 1e-9  # keeps the odds of units with p = 1 finite, so that they are still ordered by their draws
 
 
 @dataclass(frozen=True)
@@ -40,9 +40,9 @@ class MaskingConfig:
     mask_rate: float = 0.15
     final_mask_rate: float | Literal["constant"] = "constant"  # reached linearly over the tokens of the plan
     mask_unit: MaskUnit = "token"
-    max_ngram: int = 3  # maximum number of words, for mask_unit = "ngram"
-    boosted_words: Path | tuple[str, ...] = ()  # words to mask more often, or a file with one per line
-    boost_factor: float = 3.0  # how many times as often as the other words of their sequence
+    max_ngram: int = 3  # maximum number of words of an n-gram, for mask_unit = "ngram"
+    boosted_words: Path | tuple[str, ...] = ()  # words to mask more often, or a file with one word per line
+    boost_factor: float = 3.0  # factor on the mask rate of boosted words, relative to other words
     mask_token_rate: float = 0.8
     random_token_rate: float = 0.1
     keep_rate: float = 0.1
@@ -82,7 +82,7 @@ class MaskingConfig:
 
 @dataclass(frozen=True)
 class PackedSequences:
-    """Concatenated sequences as numpy arrays. `sample_keys_B2` distinguishes the draws of different sequences."""
+    """Concatenated sequences as numpy arrays. `sample_keys_B2` has the epoch and number of each sample."""
 
     token_flags_T: NDArray[np.uint8]
     cu_seqlens: Integers
@@ -90,7 +90,7 @@ class PackedSequences:
 
     @classmethod
     def from_batch(cls, batch: Batch) -> PackedSequences:
-        """Return views of a batch on the CPU."""
+        """Return views of the tensors of a batch, which must be on the CPU."""
         return cls(batch.token_flags_T.numpy(), np.asarray(batch.offsets), batch.sample_keys_B2.numpy())
 
     def sequence_T(self) -> Integers:
@@ -98,7 +98,7 @@ class PackedSequences:
         return np.repeat(np.arange(len(self.cu_seqlens) - 1), np.diff(self.cu_seqlens))
 
     def draw_keys(self, positions_M: Integers) -> tuple[Integers, Integers, Integers]:
-        """Return epoch, sample number and offset of each position: the arguments of its draws."""
+        """Return epoch, sample number and offset of each position: the key of its random draws."""
         sequence_M = np.searchsorted(self.cu_seqlens, positions_M, side="right") - 1
         keys_M2 = self.sample_keys_B2[sequence_M]
         return keys_M2[:, 0], keys_M2[:, 1], positions_M - self.cu_seqlens[sequence_M]
@@ -111,7 +111,7 @@ def select_positions(
     progress: float = 0.0,
     boosted_T: NDArray[np.bool_] | None = None,
 ) -> Integers:
-    """Return the positions to mask, ascending; `boosted_T` marks the tokens of words that are masked more often."""
+    """Return the positions to mask in ascending order. `boosted_T` marks the tokens of boosted words."""
     maskable_T = (packed.token_flags_T & SPECIAL) == 0
     sequence_T = packed.sequence_T()
     maskable_B = np.bincount(sequence_T[maskable_T], minlength=len(packed.sample_keys_B2))
@@ -119,7 +119,7 @@ def select_positions(
     quota_B = np.floor(settings.rate_at(progress) * maskable_B + draw_B).astype(np.int64)
     quota_B = np.minimum(np.maximum(quota_B, maskable_B > 0), maskable_B)
 
-    # A unit is selected as a whole: a token, or the maskable tokens of a word. Its draw is that of its first token.
+    # A unit is a token or all maskable tokens of a word. It is selected as a whole, by the draw of its first token.
     if settings.mask_unit == "token":
         first_U = np.flatnonzero(maskable_T)
         size_U = np.ones(len(first_U), dtype=np.int64)
@@ -149,7 +149,7 @@ def corrupt_tokens(
     mask_id: int,
     regular_token_ids: Integers,
 ) -> NDArray[np.int64]:
-    """Return a copy of the ids with the masked ones replaced. One draw per token decides between the three cases."""
+    """Return a copy of the ids with masked tokens replaced. One draw per token decides between the three cases."""
     key = packed.draw_keys(positions_M)
     action_M = rng.uniform(seed, "action", *key)
     random_M = regular_token_ids[rng.below(len(regular_token_ids), seed, "random", *key)]
@@ -163,9 +163,9 @@ def corrupt_tokens(
 
 
 def word_units(packed: PackedSequences, maskable_T: NDArray[np.bool_]) -> tuple[Integers, Integers]:
-    """Return first position and number of maskable tokens of each word.
+    """Return the first position and the number of maskable tokens of each word.
 
-    A special token and the end of a sequence end a word.
+    Words end at special tokens and at the end of a sequence.
     """
     starts_T = (packed.token_flags_T & WORD_START) != 0
     starts_T[packed.cu_seqlens[:-1]] = True
@@ -177,10 +177,10 @@ def word_units(packed: PackedSequences, maskable_T: NDArray[np.bool_]) -> tuple[
 
 
 def _select_units(sequence_U: Integers, size_U: Integers, quota_B: Integers) -> NDArray[np.bool_]:
-    """Select units in their order, sequence by sequence, as long as they fit into the sequence's quota.
+    """Return which units are selected: in order, those that fit into the remaining quota of their sequence.
 
-    Vectorized over all sequences, in rounds: of the units that fit, the longest prefix that fits together is selected.
-    If not even one unit of a sequence fits, its first one is selected, so that something is masked.
+    The computation is vectorized over sequences and runs in rounds. Of the units that fit singly, each round selects
+    the longest prefix that fits in total. If no unit of a sequence fits, its first unit is selected.
     """
     selected_U = np.zeros(len(sequence_U), dtype=bool)
     remaining_B = quota_B.copy()
@@ -209,11 +209,11 @@ def _boost(
     is_boosted_U: NDArray[np.bool_],
     factor: float,
 ) -> NDArray[np.float64]:
-    """Return draws whose order selects boosted units `factor` times as often as others of their sequence, or always.
+    """Return sort keys that select boosted units `factor` times as often as others of their sequence, or always.
 
     Order sampling (Rosén 1997, J. Statist. Plann. Inference 62): each unit has an inclusion probability p, and their
-    sum over a sequence is the quota. Selecting by the order of u/(1-u) / (p/(1-p)) approximates these probabilities
-    closely. If all are equal, the order is that of the draws.
+    sum over a sequence is the quota. Selecting units in the order of u/(1-u) / (p/(1-p)) closely approximates these
+    probabilities. If all of them are equal, the order is that of the draws.
     """
     boosted_B = np.bincount(sequence_U[is_boosted_U], weights=size_U[is_boosted_U], minlength=len(quota_B))
     others_B = np.bincount(sequence_U, weights=size_U, minlength=len(quota_B)) - boosted_B
@@ -227,7 +227,7 @@ def _boost(
 
 
 def _span_lengths(draw_U: NDArray[np.float64], settings: MaskingConfig) -> Integers:
-    """Return lengths of spans in words from uniform draws: SpanBERT's distribution, or ALBERT's 1/n for n-grams."""
+    """Return span lengths in words for uniform draws: SpanBERT's distribution, or ALBERT's 1/n for n-grams."""
     if settings.mask_unit == "span":
         lengths_U = np.floor(np.log1p(-draw_U) / np.log1p(-SPAN_STOP_RATE)).astype(np.int64) + 1
         return np.minimum(lengths_U, MAX_SPAN_WORDS)
@@ -240,9 +240,9 @@ def _min_over_spans(
 ) -> NDArray[np.float64]:
     """Return for each word the smallest draw of the spans that contain it.
 
-    A span starts at every word and ends at a special token or at the end of its sequence. Selecting words by these
-    draws selects span after span, with overlaps, and without a loop over them: with a loop, selecting spans in 128
-    sequences of 128 tokens took 13 ms, and this takes 5 ms.
+    A span starts at every word and ends early at a special token or at the end of its sequence. Selecting words in the
+    order of these draws selects span after span, with overlaps. A loop over spans would be slower: 13 ms instead of
+    5 ms for 128 sequences of 128 tokens.
     """
     smallest_U, reaches_U = draw_U.copy(), np.ones(len(draw_U), dtype=bool)
     for distance in range(1, min(int(length_U.max(initial=1)), len(draw_U))):

@@ -24,7 +24,7 @@ class MaskedLMConfig(MaskingConfig):
 
 
 class MaskedLMObjective:
-    """Masks tokens and predicts them with a cross-entropy loss."""
+    """Masks tokens and computes the cross-entropy of their predictions."""
 
     loss_weights: Mapping[str, float] = {"mlm": 1.0}
     metrics: Sequence[str] = ("loss", "accuracy", "mask_rate")
@@ -37,7 +37,7 @@ class MaskedLMObjective:
         regular_token_ids: Integers,
         boosted_ids: Sequence[Sequence[int]] = (),
     ) -> None:
-        """`boosted_ids` are the token ids of words to mask `settings.boost_factor` times as often."""
+        """`boosted_ids` are the token ids of words that are masked `settings.boost_factor` times as often."""
         self._settings = settings
         self._mask_id = mask_id
         self._regular_token_ids = regular_token_ids
@@ -45,7 +45,7 @@ class MaskedLMObjective:
         self.modules = nn.Module()
 
     def corrupt(self, batch: Batch, seed: int) -> MaskedBatch:
-        """Mask tokens, as a pure function of the seed, the progress and each sample's (epoch, number)."""
+        """Return the masked batch: a pure function of the seed, the progress and each sample's (epoch, number)."""
         packed = PackedSequences.from_batch(batch)
         ids_T = batch.ids_T.numpy()
         boosted_T = self._boosted_words.find(ids_T, packed) if self._boosted_words else None
@@ -62,7 +62,7 @@ class MaskedLMObjective:
         return masked_batch(batch, corrupted_T, positions_M, ids_T[positions_M])
 
     def loss(self, encoder: nn.Module, head: nn.Module, masked: MaskedBatch) -> LossSums:
-        """Return the sum of the cross-entropy over the masked tokens, in nats, with loss and accuracy as metrics."""
+        """Return the summed cross-entropy over the masked tokens, in nats, and the metrics."""
         logits_MV = logits_at(encoder, head, masked.batch, masked.positions_M)
         nats_M = F.cross_entropy(logits_MV, masked.labels_M, reduction="none")
         correct = (logits_MV.detach().argmax(-1) == masked.labels_M).sum()
@@ -78,7 +78,7 @@ class MaskedLMObjective:
 
 
 def masked_batch(batch: Batch, ids_T: NDArray[Any], positions_M: NDArray[Any], labels_M: NDArray[Any]) -> MaskedBatch:
-    """Return a masked batch with the corrupted ids `ids_T` in place of the batch's."""
+    """Return a masked batch with the corrupted ids `ids_T` in place of the original ones."""
     return MaskedBatch(
         batch=replace(batch, ids_T=torch.from_numpy(ids_T)),
         positions_M=torch.from_numpy(positions_M.astype("int64")),

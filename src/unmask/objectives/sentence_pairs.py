@@ -1,4 +1,4 @@
-"""BERT's pretraining objective: masked language modeling and a classification of sentence pairs.
+"""BERT's pretraining objective: masked language modeling and sentence pair classification.
 
 The pair task is next sentence prediction (arXiv 1810.04805, section 3.1) or sentence order prediction (ALBERT, arXiv
 1909.11942, section 3.1). As in BERT, pairs are classified from the [CLS] vector of the corrupted input. The two tasks
@@ -30,10 +30,8 @@ class BertPretrainingConfig(MaskingConfig):
 
     kind: Literal["mlm+pairs"] = "mlm+pairs"
     pair_task: PairTask = "next-sentence"
-    pair_loss_weight: float = 1.0  # of the pair loss; that of the masked tokens has weight 1
-    short_seq_prob: float = (
-        0.1  # fraction of pairs that are cut to a random length, to reduce the mismatch to short input
-    )
+    pair_loss_weight: float = 1.0  # weight of the pair loss; the weight of the MLM loss is 1
+    short_seq_prob: float = 0.1  # fraction of pairs that are cut to a random length, as training on short input
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -48,7 +46,7 @@ class BertPretrainingConfig(MaskingConfig):
 
 
 class BertPretrainingObjective:
-    """Masked language modeling as in MaskedLMObjective, and classification of each sample that has a pair label."""
+    """Masked language modeling as in MaskedLMObjective, and classification of samples with pair labels."""
 
     metrics: Sequence[str] = (*MaskedLMObjective.metrics, "pair_loss", "pair_accuracy")
 
@@ -60,7 +58,7 @@ class BertPretrainingObjective:
         self._mlm = mlm
 
     def corrupt(self, batch: Batch, seed: int) -> MaskedBatch:
-        """Mask tokens like MaskedLMObjective; the pair labels are those of the batch."""
+        """Return the masked batch of MaskedLMObjective, with the number of pairs as a second denominator."""
         masked = self._mlm.corrupt(batch, seed)
         return replace(
             masked,
@@ -70,7 +68,7 @@ class BertPretrainingObjective:
     def loss(self, encoder: nn.Module, head: nn.Module, masked: MaskedBatch) -> LossSums:
         """Return the sums of both cross-entropies, in nats."""
         hidden_TD: Tensor = encoder(masked.batch)
-        mlm = self._mlm.loss(_EncodedBatch(hidden_TD, encoder), head, masked)
+        mlm = self._mlm.loss(_PrecomputedEncoder(hidden_TD, encoder), head, masked)
         nats, correct = pair_loss(self.modules, hidden_TD, masked.batch)
         count = masked.denominators["pair"]
         return LossSums(
@@ -80,22 +78,22 @@ class BertPretrainingObjective:
 
 
 def pair_loss(pair_head: nn.Module, hidden_TD: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
-    """Return the summed cross-entropy of a batch's pair labels and the number of correct ones; 0 without labels."""
+    """Return the summed cross-entropy of the pair labels and the number of correct predictions; 0 without labels."""
     logits_B2: Tensor = pair_head(hidden_TD, batch).float()
     if batch.pair_labels_B is None:
-        no_loss = logits_B2.sum() * 0.0  # every weight still gets a gradient
+        no_loss = logits_B2.sum() * 0.0  # gives every weight a gradient of 0
         return no_loss, torch.zeros((), device=logits_B2.device)
     correct = (logits_B2.detach().argmax(-1) == batch.pair_labels_B).sum()
     return F.cross_entropy(logits_B2, batch.pair_labels_B, reduction="sum"), correct
 
 
-class _EncodedBatch(nn.Module):
-    """Stands for an encoder that has processed the batch already, so that both tasks share one forward pass."""
+class _PrecomputedEncoder(nn.Module):
+    """Encoder that returns precomputed hidden states, so that both tasks share one forward pass."""
 
     def __init__(self, hidden_TD: Tensor, encoder: nn.Module) -> None:
         super().__init__()
         self._hidden_TD = hidden_TD
-        # In a tuple, so that the parameter is not registered a second time.
+        # The tuple prevents nn.Module from registering the parameter a second time.
         self._token_embedding = (cast("nn.Parameter", encoder.token_embedding),)
 
     @property
@@ -104,5 +102,5 @@ class _EncodedBatch(nn.Module):
         return self._token_embedding[0]
 
     def forward(self, batch: Batch) -> Tensor:
-        """Return the vectors that the encoder has computed."""
+        """Return the precomputed hidden states."""
         return self._hidden_TD

@@ -1,8 +1,8 @@
 """Words that are masked more often: reads the list, tokenizes the words and finds them in batches.
 
-A word is found where whole units of the text (see `data.words`) have its token ids, with or without a space before or
-after it. An entry of several words ("heart attack", or 医院 if each character is a word) is found where its words
-follow each other with one space between them, or none, as in the entry. Each of its words is selected on its own.
+A word is found where whole words of the text (see `data.words`) have its token ids, with or without a space before or
+after it. A list entry may have several words: "heart attack", or 医院 if each character is a word. It is found where
+its words follow each other with the same spacing as in the entry. Each of its words is selected independently.
 """
 
 from __future__ import annotations
@@ -29,17 +29,17 @@ from unmask.tokenization.words import WordsRule
 Settings = TypeVar("Settings")
 Numbers = NDArray[np.int64]
 
-_MAX_BYTES: Final = 1_000_000
+_MAX_BYTES: Final = 1_000_000  # of a word list
 _BASE: Final = 0x9E3779B97F4A7C15  # odd, so that it has an inverse modulo 2**64
 _INVERSE: Final = pow(_BASE, -1, 1 << 64)
-_MAX_NAMES: Final = 5  # words named in a message
+_MAX_NAMES: Final = 5  # words listed in a message
 
 _log = logging.getLogger("unmask")
 
 
 @dataclass(frozen=True)
 class TokenizedWords:
-    """Token ids of words, the words that can't be tokenized as whole words, and a message about both."""
+    """Token ids of words, the skipped words, and a message about both. A word that isn't tokenized whole is skipped."""
 
     ids: tuple[tuple[int, ...], ...]
     skipped: tuple[str, ...]
@@ -47,7 +47,7 @@ class TokenizedWords:
 
 
 def resolve_word_list(settings: Settings) -> Settings:
-    """Return settings with the words of a file in place of its path, so that a run doesn't depend on the file.
+    """Return settings with the words of the file in place of its path. A run then doesn't depend on the file.
 
     Raises:
         RecipeError: the file can't be read or is not a word list.
@@ -83,24 +83,24 @@ def read_word_list(path: Path) -> tuple[str, ...]:
     if not words:
         raise invalid("the word list is empty", one_per_line)
     if len(words) > MAX_BOOSTED_WORDS:
-        raise invalid(f"the word list has {len(words):,} words", f"shorten it to at most {MAX_BOOSTED_WORDS:,}")
+        raise invalid(f"the word list has {len(words):,} words", f"shorten it to at most {MAX_BOOSTED_WORDS:,} words")
     return words
 
 
 def _normalize(lines: Iterable[str]) -> tuple[str, ...]:
-    """Return each word once, in NFC like the text, with single spaces."""
+    """Return the words without duplicates, in NFC like the text, with single spaces."""
     words = (" ".join(unicodedata.normalize("NFC", line).split()) for line in lines)
     return tuple(dict.fromkeys(word for word in words if word))
 
 
 def tokenize_words(words: Sequence[str], tokenizer: Tokenizer, rule: WordsRule) -> TokenizedWords:
-    """Tokenize each word after a space, at the beginning of a line and in brackets.
+    """Return the token ids of words after a space, at the beginning of a line and in brackets.
 
     Raises:
         RecipeError: none of the words can be tokenized as a whole word.
     """
     words = _normalize(words)
-    lines, places = list[str](), list[tuple[int, int]]()  # character at which a word begins, and its number
+    lines, places = list[str](), list[tuple[int, int]]()  # a place is (character where a word begins, its number)
     start = 0
     for number, word in enumerate(words):
         line = f"a {word} a\n{word}\n({word})\n"
@@ -135,10 +135,10 @@ def tokenize_boosted_words(
 
     Raises:
         RecipeError: none of the words can be tokenized as a whole word.
-        TypeError: the settings still name a file; `resolve_word_list` reads it.
+        TypeError: the settings have a path instead of words; `resolve_word_list` replaces it.
     """
     words = settings.boosted_words
-    if isinstance(words, Path):  # read here, the words would not be in the run's recipe.toml
+    if isinstance(words, Path):  # reading it here would leave the words out of the run's recipe.toml
         raise TypeError("boosted_words is a path: call resolve_word_list() first")
     if not words:
         return ()
@@ -155,7 +155,7 @@ def _whole_words(
     words: Sequence[str],
     places: Sequence[tuple[int, int]],
 ) -> list[tuple[tuple[int, ...], int]]:
-    """Return token ids and number of each word that consists of whole units of the text at its place."""
+    """Return token ids and number of each word that is tokenized as whole words at its place in the text."""
     if not len(ids):
         return []
     starts = np.append(np.flatnonzero(token_flags & (WORD_START | SPECIAL)), len(ids))
@@ -180,7 +180,7 @@ class WordMatcher:
     def __init__(self, words: Sequence[Sequence[int]]) -> None:
         assert words and all(len(ids) for ids in words), "each word has at least one token"
         top = max(max(ids) for ids in words)
-        self._hash_V = rng.bits(0, "preference", np.arange(top + 2))  # the last entry is that of all larger ids
+        self._hash_V = rng.bits(0, "preference", np.arange(top + 2))  # the last entry stands for all larger ids
         self._is_first_V = np.zeros(top + 2, dtype=bool)
         self._is_first_V[[ids[0] for ids in words]] = True
         self._by_length: dict[int, tuple[NDArray[np.uint64], Numbers]] = {}
@@ -191,15 +191,15 @@ class WordMatcher:
             self._by_length[length] = keys_N[order], ids_NL[order]
 
     def find(self, ids_T: NDArray[np.integer[Any]], packed: PackedSequences) -> Bool[np.ndarray, "T"]:
-        """Return whether each token belongs to one of the words."""
+        """Return a mask of the tokens that belong to one of the words."""
         first_U, size_U = word_units(packed, (packed.token_flags_T & SPECIAL) == 0)
         is_end_T1 = np.zeros(len(ids_T) + 1, dtype=bool)
         is_end_T1[first_U + size_U] = True
-        known_T = np.minimum(ids_T, len(self._hash_V) - 1).astype(np.int64)
+        clipped_T = np.minimum(ids_T, len(self._hash_V) - 1).astype(np.int64)
         prefix_T1 = np.zeros(len(ids_T) + 1, dtype=np.uint64)
-        np.cumsum(self._hash_V[known_T] * _powers(_BASE, len(ids_T)), out=prefix_T1[1:])
+        np.cumsum(self._hash_V[clipped_T] * _powers(_BASE, len(ids_T)), out=prefix_T1[1:])
         inverse_T = _powers(_INVERSE, len(ids_T))
-        first_C = first_U[self._is_first_V[known_T[first_U]]]
+        first_C = first_U[self._is_first_V[clipped_T[first_U]]]
         sequence_end_C = packed.cu_seqlens[np.searchsorted(packed.cu_seqlens, first_C, side="right")]
         change_T1 = np.zeros(len(ids_T) + 1, dtype=np.int64)
         for length, (keys_N, ids_NL) in self._by_length.items():

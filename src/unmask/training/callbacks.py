@@ -1,4 +1,4 @@
-"""What a run does besides its training steps: log, validate, keep the best model, save checkpoints, stop early."""
+"""The callbacks of a run: log, validate, keep the best model, save checkpoints, stop early."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from unmask.training.setup import RunComponents, as_model, validate
 
 @dataclass(frozen=True)
 class PreparedRun:
-    """A run that is ready to train: its directory, its final recipe and plan, and what was built from them."""
+    """A run that is ready to train: its directory, its final recipe and plan, and the components built from them."""
 
     folder: Path
     recipe: Recipe
@@ -212,7 +212,7 @@ def _training_line(state: TrainState, metrics: MetricAccumulator) -> dict[str, A
         "training_seconds": round(state.training_seconds, 4),
         "phase_seconds": {name: round(value, 4) for name, value in state.phase_seconds.items()},
     }
-    line |= {name: metrics.mean(name) for name in sorted(metrics.counts) if name not in line}  # of the objective
+    line |= {name: metrics.mean(name) for name in sorted(metrics.counts) if name not in line}  # from the objective
     return plain(line)  # without a masked token the loss is NaN, which JSON lacks
 
 

@@ -25,10 +25,10 @@ from unmask.data.sources import BaseSource, FileSource, MemorySource, open_plugi
 from unmask.tokenization.tokenizer import Tokenizer
 from unmask.tokenization.words import version
 from unmask.training.recipe import Recipe
+from unmask.training.runs import RUN_FORMAT
 from unmask.training.setup import RunComponents, attention_backend
 
 _PACKAGES = ("torch", "numpy", "tokenizers", "safetensors")
-RUN_FORMAT = 2  # of recipe.toml, env.json and state.json; unmask 0.1 before the redesign wrote no number
 _REQUIRED = (("determinism", "threads"), ("text", "paths"), ("text", "fingerprint"), ("text", "tokenizer"))
 _RESTORE = "restore the old text, or start a new run on the new one"
 
@@ -72,27 +72,6 @@ def determinism_key(context: DistributedContext, recipe: Recipe) -> dict[str, An
     if segmenter := version(recipe.data.words):
         code[f"data.words {recipe.data.words}"] = segmenter
     return {**context.describe(), **versions, "python": platform.python_version(), "unmask": __version__, **code}
-
-
-def require_run_format(run: Path) -> None:
-    """Checks that a run has the file formats of this version.
-
-    Raises:
-        RunError: it was written by an earlier or later version.
-    """
-    path = run / RunLayout.ENVIRONMENT
-    if not path.is_file():
-        return  # no run: reading recipe.toml reports it
-    environment: Any = files.read_json(path)
-    if isinstance(environment, dict) and environment.get("format") != RUN_FORMAT:
-        facts: Any = environment.get("determinism", environment.get("bits", {}))
-        version = facts.get("unmask", "of another version") if isinstance(facts, dict) else "of another version"
-        raise RunError(
-            f"this run was written by unmask {version} in format {environment.get('format', 1)}, and this version "
-            f"reads format {RUN_FORMAT}",
-            location=str(path),
-            hint="start a new run, or resume it with the version that env.json names",
-        )
 
 
 def read_environment(run: Path) -> dict[str, Any]:

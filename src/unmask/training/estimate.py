@@ -29,7 +29,7 @@ class CostEstimate:
     documents: int
     corpus_tokens: int
     plan: Plan
-    epochs: tuple[float, ...]  # of each stage
+    epochs: tuple[float, ...]  # per stage
     texts_seen: Mapping[str, float]  # epochs over all stages, for each text by its name
     flops_per_second: float  # of matrix products on this device, with the shapes of the model
     memory_bytes: int
@@ -39,7 +39,7 @@ class CostEstimate:
     threads: int
     optimizer: str
     patience: int = 0  # validations without gain after which the run ends; 0: never
-    decay: str = ""  # when the learning rate decays, in words
+    decay: str = ""  # description: when the learning rate decays
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ def measure(recipe: Recipe, components: RunComponents) -> Measured:
     """Measures seconds per step of each stage, per validation and per save.
 
     Real steps are timed, on copies of the weights and with a fresh optimizer. The run itself is not changed: batches
-    are functions of the cursor, so reading them uses nothing up.
+    are functions of the cursor, so reading them changes no state.
     """
     training = components.training
     module = copy.deepcopy(training.module)
@@ -137,7 +137,7 @@ def estimate_cost(recipe: Recipe, plan: Plan, components: RunComponents) -> Cost
         flops_per_token(recipe.model, components.vocab_size, stage.max_seq_len, masked_fraction)
         for stage in recipe.stage
     ]
-    longest = stage_tokens.index(max(stage_tokens))  # the stage with the most tokens stands for the run
+    longest = stage_tokens.index(max(stage_tokens))  # the stage with the most tokens represents the run
     tokens = min(plan.stages[longest].batch_tokens, micro_tokens)
     shapes = products(recipe.model, components.vocab_size, tokens, max(1, round(tokens * masked_fraction)))
     has_ema = recipe.train.ema_decay > 0
@@ -177,7 +177,7 @@ def estimate_cost(recipe: Recipe, plan: Plan, components: RunComponents) -> Cost
 
 
 def _texts_seen(plan: Plan, components: RunComponents) -> dict[str, float]:
-    """Returns how many epochs of each text, by name, the whole plan reads."""
+    """Returns the number of epochs of each text over the whole plan, by the name of the text."""
     epochs: dict[str, float] = {}
     for stage, loader in zip(plan.stages, components.loaders, strict=True):
         for name, count in loader.epochs_by_text(stage.steps * stage.batch_tokens).items():

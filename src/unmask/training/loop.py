@@ -35,7 +35,7 @@ PHASES = ("data", "forward", "backward", "optimizer")
 PREFETCH_THREAD = "unmask-prefetch"
 
 
-# What is trained ------------------------------------------------------------------------------------------------------
+# Modules ---------------------------------------------------------------------------------------------------------------
 
 
 class TrainModule(nn.Module):
@@ -344,14 +344,14 @@ def train(
     """Trains until the plan is done, `has_enough` returns True or a stop is requested.
 
     Args:
-        inputs: what is trained, and on what.
-        plan: steps and stages.
-        state: updated in place after each step.
-        callbacks: run after the steps for which they are due, in this order.
-        log: runs before `callbacks`.
-        stop_requested: called in each step. A request on any rank stops all ranks after the same step.
-        has_enough: called after the callbacks of each step; it must return the same value on all ranks.
-        prefetch: prepare the batches of the next step in a background thread. The results are the same bits.
+        inputs: model, objective, data loaders and optimizer.
+        plan: number of steps of each stage.
+        state: training state; updated in place after each step.
+        callbacks: callbacks, which run in this order after the steps for which they are due.
+        log: callback that gets the metrics; runs before `callbacks`.
+        stop_requested: function that is called in each step. A request on any rank stops all ranks after the same step.
+        has_enough: function that is called after the callbacks of each step; returns True to stop early, on all ranks.
+        prefetch: whether a background thread prepares the batches of the next step. The results are bit-identical.
 
     Raises:
         RunError: the gradient norm is not finite.
@@ -400,7 +400,7 @@ def train(
 def _agree(
     inputs: TrainLoopInputs, masked_batches: Sequence[MaskedBatch], stop: StopReason | None, clock: float
 ) -> tuple[StopReason | None, float, int, dict[str, int]]:
-    """Sums over all ranks what they must share before the first forward pass.
+    """Sums the numbers over all ranks that they must share before the first forward pass.
 
     Returns:
         A stop request of any rank, the mean clock, the tokens of the step and the count of each loss term. With one

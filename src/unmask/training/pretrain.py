@@ -1,4 +1,4 @@
-"""Starts and resumes runs: text, recipe and budget in; a run directory and a pretrained model out."""
+"""Starts and resumes runs. A run trains a model on text, by a recipe and a budget, and writes a run directory."""
 
 from __future__ import annotations
 
@@ -36,7 +36,6 @@ from unmask.training.environment import (
     read_environment,
     reopen_text,
     reopen_valid,
-    require_run_format,
     write_environment,
 )
 from unmask.training.estimate import CostEstimate, estimate_cost, measure
@@ -44,7 +43,7 @@ from unmask.training.loggers import check_installed, discard_after
 from unmask.training.loop import Signals, TrainState
 from unmask.training.plan import Measured, Plan, check_budget, extend_plan, limit_validation, make_plan
 from unmask.training.recipe import Recipe, change_recipe, load_recipe, read_recipe, write_recipe
-from unmask.training.runs import run_lock
+from unmask.training.runs import require_run_format, run_lock
 from unmask.training.setup import RunComponents, as_model, build_components, prepare_corpus, with_vocab_size
 from unmask.training.warm_start import DECIDED, WarmStart
 
@@ -61,7 +60,7 @@ class LaunchOptions:
 
 @dataclass(frozen=True)
 class Result:
-    """What a run produced."""
+    """The result of a run."""
 
     run: Path | None  # None for a dry run
     model: Model | None
@@ -92,7 +91,7 @@ def pretrain(
         seed: random seed.
         settings: `key=value` strings, as for `--set`.
         start: directory of a model to start from, or a WarmStart, which can add tokens to its vocabulary.
-        display: shows the progress; by default nothing is printed.
+        display: display of the progress; by default nothing is printed.
 
     Raises:
         UnmaskError: the text, a setting, the disk or a file is not usable; the message has a hint.
@@ -134,9 +133,9 @@ def launch(
         out: directory of the run; it must not exist yet.
         settings: `key=value` strings; they take precedence over the recipe.
         overrides: values of command-line options by dotted key; they take precedence over `settings`.
-        display: shows the progress.
+        display: display of the progress.
         start: a model to start from; it determines encoder and tokenizer.
-        options: dry run, verification.
+        options: options that don't change the run.
     """
     run, display = Path(out), display or Display()
     if os.path.lexists(run) and not options.dry_run:
@@ -166,7 +165,7 @@ def launch(
             display.sample(*first_sample(recipe, components))
         if options.dry_run:
             return Result(None, None, estimate, None)
-        signals.start_deferring()  # before anything is written, so that what is written can be resumed
+        signals.start_deferring()  # before anything is written, so that the run can be resumed
         prepared = PreparedRun(run, recipe, plan, components, estimate)
         if context.is_main_process:
             _create_folder(run)
@@ -180,7 +179,7 @@ def launch(
 def _with_start_and_paths(recipe: Recipe, start: WarmStart | None) -> Recipe:
     """Returns the recipe with model and tokenizer of the warm start, absolute paths and the words of its word list.
 
-    A run can then be resumed from any working directory, whatever became of the word list.
+    A run can then be resumed from any working directory, even if the word list has changed.
     """
     if start:
         recipe = start.apply_to(recipe, default_cache())
@@ -194,7 +193,7 @@ def _with_start_and_paths(recipe: Recipe, start: WarmStart | None) -> Recipe:
 
 
 def _init_context(recipe: Recipe, run: Path, *, dry_run: bool) -> DistributedContext:
-    """Sets up device and ranks, with notes about the machine, and checks that the run can be written."""
+    """Sets up device and ranks, logs notes about the machine, and checks that the run directory can be written."""
     context = init_distributed(recipe.train.precision, recipe.train.threads, recipe.train.device)
     for note in filter(None, (load_warning(context), device_note(context))):
         _log.info(note)  # before this process causes load itself
@@ -221,7 +220,7 @@ def _write_start(prepared: PreparedRun, texts: Sequence[str | Path], start: Warm
     run, recipe = prepared.folder, prepared.recipe
     try:
         write_recipe(run, recipe, prepared.plan)
-        if start:  # the run can then begin again, and be compared, when the model is gone
+        if start:  # a resumed run may need the model after it was deleted elsewhere
             save_model(run / RunLayout.START, start.model)
         write_environment(run, recipe, prepared.components, texts, prepared.estimate.flops_per_second)
     except StoreError:  # an incomplete directory can't be resumed and would block another attempt
@@ -248,7 +247,7 @@ def resume(
         budget: a new total ("2 epochs") or an addition ("+1 epoch").
         settings: `key=value` strings for `train.every`, `train.keep_last`, `train.early_stopping_patience`,
             `train.loggers` and `preview`; nothing else may change.
-        display: shows the progress.
+        display: display of the progress.
         allow_different_environment: resume although machine or versions differ; the results will differ too.
         verify: read all bytes of the text and of the token cache, instead of comparing sizes and times.
 
@@ -314,7 +313,7 @@ def _restore_components(
     *,
     verify: bool,
 ) -> RunComponents:
-    """Opens the text of the run again and builds what it works with.
+    """Opens the text of the run again and builds its components.
 
     Raises:
         RunError: the text has changed.
@@ -331,7 +330,7 @@ def _restore_components(
 
 
 def _write_resume(prepared: PreparedRun, state: TrainState, environment: dict[str, Any], changes: list[str]) -> None:
-    """Removes what a crash left, and writes the recipe, the plan and the changes of the environment."""
+    """Removes the leftovers of a crash, and writes the recipe, the plan and the changes of the environment."""
     run, recipe = prepared.folder, prepared.recipe
     discarded = discard_after(run, state.step)
     if discarded:
@@ -359,7 +358,7 @@ def _why_finished(run: Path, recipe: Recipe, plan: Plan) -> str:
     return ""
 
 
-# Both -----------------------------------------------------------------------------------------------------------------
+# Starting and resuming ------------------------------------------------------------------------------------------------
 
 
 def _train(prepared: PreparedRun, state: TrainState, display: Display, signals: Signals) -> Result:
@@ -368,7 +367,7 @@ def _train(prepared: PreparedRun, state: TrainState, display: Display, signals: 
 
 
 def _final_model(prepared: PreparedRun, state: TrainState) -> Model:
-    """Returns what `unmask.load` opens: the best model by validation. Ranks other than 0 return the last one."""
+    """Returns the model that `unmask.load` opens: the best one by validation. Ranks other than 0 return the last one."""
     run, recipe, components = prepared.folder, prepared.recipe, prepared.components
     last_is_best = state.best is None or state.best["step"] == state.step
     if recipe.train.keep_best and not last_is_best and components.context.is_main_process:

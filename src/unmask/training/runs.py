@@ -103,6 +103,31 @@ def _describe_owner(run: Path) -> str:
     return f"process {pid} on {host.partition('?pidns-')[0]}, since {since}"
 
 
+# Formats --------------------------------------------------------------------------------------------------------------
+
+RUN_FORMAT = 2
+"""Number of the file formats of recipe.toml, env.json and state.json. The first format had no number."""
+
+
+def require_run_format(run: Path) -> None:
+    """Checks that a run has the file formats of this version.
+
+    Raises:
+        RunError: it was written by an earlier or later version.
+    """
+    path = run / RunLayout.ENVIRONMENT
+    if not path.is_file():
+        return  # no run: reading recipe.toml reports it
+    environment: Any = files.read_json(path)
+    if isinstance(environment, dict) and environment.get("format") != RUN_FORMAT:
+        raise RunError(
+            f"run format {environment.get('format', 1)} is not supported: this version of unmask reads format "
+            f"{RUN_FORMAT}",
+            location=str(path),
+            hint="start a new run; fill, evaluate, export and --from still open the models of this one",
+        )
+
+
 # Summaries ------------------------------------------------------------------------------------------------------------
 
 State = Literal["running", "finished", "ended early", "stopped", "crashed", "killed", "damaged"]
@@ -166,6 +191,7 @@ def read_run(run: Path) -> RunSummary:
 
 
 def _read_run(run: Path, modified: float) -> RunSummary:
+    require_run_format(run)
     tree = load_toml(run / RunLayout.RECIPE)
     plan: Mapping[str, Any] = tree.get("plan", {})
     environment: Mapping[str, Any] = files.read_json(run / RunLayout.ENVIRONMENT)

@@ -1,4 +1,4 @@
-"""Builds what a run works with: tokenized corpus, model, objective, optimizer, data loaders and validator."""
+"""Builds the components of a run: tokenized corpus, model, objective, optimizer, data loaders and validator."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ _log = logging.getLogger("unmask")
 
 @dataclass(frozen=True)
 class RunComponents:
-    """The objects that a run works with. Building them writes to the cache only."""
+    """The components of a run. Building them writes only to the cache."""
 
     source: BaseSource
     valid_sources: Mapping[str, FileSource]  # further validation texts, by name
@@ -77,7 +77,7 @@ def prepare_corpus(
     """Reads, splits and tokenizes the text of a run; trains a tokenizer if none is given.
 
     Raises:
-        RecipeError: the objective trains on sentence pairs, and the model, the sampler or a stage can't.
+        RecipeError: the objective trains on sentence pairs, but the model, the sampler or a stage doesn't fit.
         TextError: the text can't be read or is too short.
     """
     check_pairs(recipe)
@@ -99,7 +99,7 @@ def build_components(
     valid_sources: Mapping[str, FileSource],
     warm_start: WarmStart | None = None,
 ) -> RunComponents:
-    """Builds everything that trains and validates.
+    """Builds model, objective, optimizer, data loaders and validator.
 
     Raises:
         TextError: the text has too few sentence pairs, or a validation text can't be used.
@@ -164,7 +164,7 @@ def build_objective(recipe: Recipe, tokenizer: Tokenizer, words: WordsRule) -> O
     )
     if not isinstance(settings, BertPretrainingConfig):
         return mlm
-    # A seed of its own: the other weights are the same with and without a pair head.
+    # A separate seed: the other weights are the same with and without a pair head.
     torch.manual_seed(rng.integer(recipe.seed, "pair weights"))
     return BertPretrainingObjective(settings, mlm, build_pair(recipe.model))
 
@@ -173,7 +173,7 @@ def build_loaders(recipe: Recipe, corpus: TokenizedCorpus, pairs: PairSampling |
     """Builds the data loader of each stage.
 
     Raises:
-        RecipeError: texts have weights, and samples are not windows.
+        RecipeError: texts have weights, but the samples are not windows.
         TextError: the documents have too few sentence pairs.
     """
     sampler = recipe.data.sampler
@@ -197,7 +197,7 @@ def build_loaders(recipe: Recipe, corpus: TokenizedCorpus, pairs: PairSampling |
 
 
 def with_vocab_size(recipe: Recipe, tokenizer: Tokenizer, warm_start: WarmStart | None) -> Recipe:
-    """Returns the recipe with `init.vocab_size` of a run that starts from a model."""
+    """Returns the recipe, with `init.vocab_size` set if the run starts from a model."""
     if warm_start is None:
         return recipe
     return replace(recipe, init=replace(recipe.init, vocab_size=warm_start.vocab_size(tokenizer)))
@@ -210,7 +210,7 @@ def check_pairs(recipe: Recipe) -> None:
     """Checks, before any text is read, that model, sampler and stages fit an objective on sentence pairs.
 
     Raises:
-        RecipeError: one of them doesn't.
+        RecipeError: one of them doesn't fit.
     """
     settings, encoder = recipe.objective, recipe.model
     if not isinstance(settings, BertPretrainingConfig):
@@ -222,13 +222,13 @@ def check_pairs(recipe: Recipe) -> None:
             else f"kind = {encoder.kind}"
         )
         raise RecipeError(
-            f"sentence pairs need an encoder with two token types, and this model has none ({kind})",
+            f"sentence pairs need an encoder with two token types, but this model has only one ({kind})",
             location=f"objective.kind = mlm+pairs, pair_task = {settings.pair_task}",
             hint="set model.kind=bert, as in --recipe bert-mini, or train on masks only: objective.kind=mlm",
         )
     if isinstance(recipe.data.sampler, PluginSamplerConfig):
         raise RecipeError(
-            f"the objective needs sentence pairs, and the sampler `{recipe.data.sampler.kind}` returns windows",
+            f"the objective needs sentence pairs, but the sampler `{recipe.data.sampler.kind}` returns windows",
             location="data.sampler",
             hint="remove the sampler",
         )
@@ -252,7 +252,7 @@ def pair_sampling(objective: Objective, recipe: Recipe) -> PairSampling | None:
 
 
 def require_corpus_of_pairs(corpus: TokenizedCorpus, source: BaseSource, kind: PairKind) -> str:
-    """Checks that a corpus has sentence pairs; returns a message with the number of documents that have some.
+    """Checks that a corpus has sentence pairs; returns a message with the number of documents that have pairs.
 
     Raises:
         TextError: too few documents have two sentences.
@@ -284,7 +284,7 @@ def validate(components: RunComponents, module: TrainModule, stage: int) -> Vali
 def as_model(
     recipe: Recipe, components: RunComponents, module: TrainModule, state: TrainState, path: str = ""
 ) -> Model:
-    """Returns a module with its tokenizer and what is known about its training."""
+    """Returns a module as a `Model`, with the tokenizer and facts about its training."""
     card: ModelCard = {
         "unmask": __version__,
         "recipe": recipe.name,

@@ -38,7 +38,7 @@ class WarmStart:
         """Loads the model in a directory.
 
         Raises:
-            ModelError: the directory holds no model of a supported kind.
+            ModelError: the directory contains no model of a supported kind.
             RecipeError: the number of new tokens is negative.
         """
         if num_new_tokens < 0:
@@ -59,7 +59,7 @@ class WarmStart:
         return cls.open(run / RunLayout.START, new)
 
     def tokenizer_settings(self, folder: Path) -> FileTokenizerConfig | ExtendedTokenizerConfig:
-        """Returns the [data.tokenizer] settings of a run; `folder` holds the model's tokenizer."""
+        """Returns the [data.tokenizer] settings of a run; `folder` contains the model's tokenizer."""
         if self.num_new_tokens:
             return ExtendedTokenizerConfig("extended", folder, self.num_new_tokens)
         return FileTokenizerConfig("file", folder)
@@ -107,8 +107,8 @@ class WarmStart:
             return model.encoder, model.head
         parts = origins(model.tokenizer.to_json(), tokenizer.to_json())
         encoder, head = build_model(model.settings, self.vocab_size(tokenizer))
-        # A larger vocabulary shows which tensors depend on its size. Not on the meta device: the draws of its initial
-        # weights come before those of new characters.
+        # A larger vocabulary shows which tensors depend on its size. These modules are not built on the meta device,
+        # because their initial weights are drawn from the generator before the noise of new characters.
         larger_modules = build_model(model.settings, old_size + 1)
         for new_module, old_module, larger in zip(
             (encoder, head), (model.encoder, model.head), larger_modules, strict=True

@@ -41,12 +41,12 @@ def audit(
     Args:
         masker: a callable (ids of shape batch × length -> inputs, labels) with labels -100 for tokens that are not
             masked; a data collator of `transformers`; or an objective.
-        texts: the texts; the audit uses as many of them as it needs.
+        texts: texts from which samples are cut; the audit reads as many of them as it needs.
         tokenizer: a tokenizer, or its path.
-        claims: what the masker claims to do; by default the attributes of a collator, else BERT's 15 % and 80/10/10.
+        claims: claimed rate and replacement; by default the attributes of a collator, else BERT's 15 % and 80/10/10.
         settings: number of samples, epochs, workers and ranks.
-        words: the rule by which words are recognized; by default that of the script of the texts.
-        progress: called with the name of a stage and the fraction of it that is done.
+        words: method of word segmentation; by default chosen by the script of the texts.
+        progress: callback that gets the name of a stage and the fraction of it that is done.
 
     Raises:
         RecipeError: the object is not a masker, or it returns something else than a masked batch.

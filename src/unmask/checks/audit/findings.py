@@ -13,10 +13,10 @@ from numpy.typing import NDArray
 from unmask.checks.audit.settings import SIGNIFICANCE, Finding, must_be_zero, skipped
 from unmask.checks.audit.statistics import Observations, cluster_proportion, combinations, p_value, poisson_tail
 
-_BINS: Final = 4  # of length
+_BINS: Final = 4  # length groups
 _EDGE: Final = 2  # positions at each end that the detail lists
-_MIN_CLUSTERS: Final = 50  # clusters, below which the normal distribution is not used
-_POSITION_TOLERANCE: Final = 0.05  # of the rate, for whole words: their sizes don't explain everything
+_MIN_CLUSTERS: Final = 50  # with fewer clusters the normal distribution is not used
+_POSITION_TOLERANCE: Final = 0.05  # fraction of the rate, for whole words: word sizes don't explain all differences
 
 
 def rate_findings(obs: Observations) -> Iterator[Finding]:
@@ -266,7 +266,7 @@ def _split(obs: Observations, changed_VS: Bool[np.ndarray, "V S"], specials_draw
 
 
 _SIZES: Final = ((1, 1), (2, 3), (4, 7), (8, 10_000))
-_MAX_TOGETHER: Final = 0.02  # of neighbors may be one word by another rule of words
+_MAX_TOGETHER: Final = 0.02  # fraction of neighbors that another rule of words may take for one word
 
 
 def word_findings(obs: Observations) -> Iterator[Finding]:

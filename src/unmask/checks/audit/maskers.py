@@ -45,7 +45,7 @@ class Masker(Protocol):
 
     @property
     def claims(self) -> Claims:
-        """What it claims to do."""
+        """Claimed rate, replacement and units."""
         ...
 
     @property
@@ -66,7 +66,7 @@ class ObjectiveMasker:
     seed: int
     name: str = "unmask"
     claims: Claims = field(default_factory=Claims)
-    progress: float = 0.0  # of the run, for masking rates that change
+    progress: float = 0.0  # fraction of the run, for masking rates that change
     can_pad: bool = True
 
     def mask(self, rows: Sequence[Row], epoch: int) -> Masked:
@@ -267,13 +267,13 @@ def transformers_collator(name: str, tokenizer: Tokenizer, seed: int) -> Collato
     if "seeded" in variants:
         options["seed"] = seed
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the claims have it: whole words are always replaced by [MASK]
+        warnings.simplefilter("ignore")  # that whole words are always replaced by [MASK]: the claims have it
         collator = DataCollatorForLanguageModeling(fast_tokenizer(tokenizer), **options)
     return CollatorMasker(collator, name, claims_of_collator(collator))
 
 
 def fast_tokenizer(tokenizer: Tokenizer) -> Any:
-    """Return the tokenizer as one of `transformers`, with the same ids."""
+    """Return the tokenizer as a `PreTrainedTokenizerFast` of `transformers`, with the same ids."""
     from transformers import PreTrainedTokenizerFast
 
     roles = {role: tokenizer.id_to_token(number) for role in _ROLES if (number := tokenizer.role_id(role)) is not None}

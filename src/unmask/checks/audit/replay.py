@@ -77,7 +77,7 @@ class _Collate:
 
     def __call__(self, rows: list[Row]) -> Masked:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # a masker warns when it is created, too
+            warnings.simplefilter("ignore")  # a masker has already warned when it was created
             return self.masker.mask(rows, self.epoch)
 
 

@@ -1,6 +1,6 @@
 """Samples of an audit: windows of the texts with their special tokens, words and offsets.
 
-All texts are concatenated, and samples are cut at places that a hash draws, so that a small text gives enough.
+All texts are concatenated, and samples are cut at random places, so that a small text gives enough of them.
 Half of the samples have the full length, half have mixed lengths. A word cut by the edge of a sample is a word there.
 """
 
@@ -21,8 +21,8 @@ from unmask.core.types import SPECIAL, WORD_START
 from unmask.tokenization.tokenizer import Encoded, Tokenizer
 from unmask.tokenization.words import WordsRule
 
-MAX_CHARACTERS: Final = 2_000_000  # of the texts; more gives nothing new
-_CHARACTERS_PER_BATCH: Final = 100_000  # characters
+MAX_CHARACTERS: Final = 2_000_000  # of the texts; more text gives no more information
+_CHARACTERS_PER_BATCH: Final = 100_000  # of the texts that are encoded together
 _MIN_SAMPLES: Final = 4  # samples that the texts must fill
 
 
@@ -69,7 +69,7 @@ def make_samples(
     number_N = np.arange(count)
     round_N, slot_N = number_N // (settings.batch * settings.loaders) % settings.rounds, number_N % settings.batch
     full_N = round_N % 2 == 0
-    # The same lengths for every loader and rank: otherwise two that use one random stream would not stay in step.
+    # The same lengths for every loader and rank: otherwise two with the same random stream would diverge.
     drawn_N = 1 + rng.below(inside, settings.seed, "audit length", round_N, slot_N if can_pad else 0)
     size_N = np.where(full_N, inside, drawn_N)
     first_N = rng.below(len(stream.ids) - size_N + 1, settings.seed, "audit place", number_N)

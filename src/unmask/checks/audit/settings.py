@@ -41,7 +41,7 @@ class Claims:
 class AuditConfig:
     """How a masker is run. The same settings give the same report, number for number."""
 
-    samples: int = 2048  # 78,000 masked tokens in two epochs of 128: 9 % instead of 10 % is 9 standard errors off
+    samples: int = 2048  # 78,000 masked tokens in two epochs: 9 % instead of 10 % differs by 9 standard errors
     length: int = 128  # tokens of a sample, with special tokens
     batch: int = 16
     epochs: int = 2
@@ -146,11 +146,11 @@ class AuditReport:
 
 
 def must_be_zero(name: str, count: int, of: int, description: str) -> Finding:
-    """Return the finding of something that must not happen once."""
+    """Return the finding of an event that must never happen."""
     detail = f"{count:,} of {of:,} {description}"
     return Finding(name, "fail" if count else "pass", detail, count / max(1, of), 0.0, 0.0, count, of)
 
 
 def skipped(name: str, reason: str) -> Finding:
-    """Return the finding of a check that could not be made."""
+    """Return the finding of a check that could not be run."""
     return Finding(name, "skipped", reason)

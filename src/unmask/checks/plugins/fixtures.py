@@ -61,7 +61,7 @@ def sample_tokenizer() -> Tokenizer:
 
 
 def text_samples() -> list[Sample]:
-    """Return windows of the page of many lengths, each with [CLS], [SEP] and a key of its own."""
+    """Return windows of the page of many lengths, each with [CLS], [SEP] and its own key."""
     encoded = sample_tokenizer().encode(PAGE)
     samples: list[Sample] = []
     first = 0
@@ -165,7 +165,7 @@ class SamplerFixture:
 
     create: Callable[[SamplerContext], Sampler]
     contexts: Sequence[SamplerContext]
-    spans: int = 1  # of each sample
+    spans: int = 1  # per sample
 
     def cases(self) -> Iterator[tuple[SamplerContext, Sampler, str]]:
         """Yield each context with its sampler and a description."""
