@@ -197,18 +197,18 @@ class Windows:
     def count(self, epoch):
         return len(self.spans)
 
-    def cut(self, epoch, sample):
+    def spec(self, epoch, sample):
         return SampleSpec(epoch, sample, (self.spans[sample],))
 
 
 class Overruns(Windows):
-    def cut(self, epoch, sample):
+    def spec(self, epoch, sample):
         document, first, _, _ = self.spans[sample]
         return SampleSpec(epoch, sample, (TokenSpan(document, first, first + self.tools.length),))
 
 
 class TooLong(Windows):
-    def cut(self, epoch, sample):
+    def spec(self, epoch, sample):
         document, _, last, _ = self.spans[sample]
         return SampleSpec(epoch, sample, (TokenSpan(document, 0, last),))
 
@@ -219,17 +219,17 @@ class Grows(Windows):
 
 
 class OneKey(Windows):
-    def cut(self, epoch, sample):
+    def spec(self, epoch, sample):
         return SampleSpec(epoch, 0, (self.spans[sample],))
 
 
 class NoEpoch(Windows):
-    def cut(self, epoch, sample):
+    def spec(self, epoch, sample):
         return SampleSpec(0, sample, (self.spans[sample],))
 
 
 class Draws(Windows):
-    def cut(self, epoch, sample):
+    def spec(self, epoch, sample):
         return SampleSpec(epoch, sample, (random.choice(self.spans),))
 
 
@@ -441,7 +441,7 @@ def test_a_planted_fault_of_an_objective_is_found(name: str, check: str, detail:
         ("Grows", "count is constant", "epochs have different numbers of samples"),
         ("OneKey", "keys are unique", "has the epoch and number of epoch 0, sample 0"),
         ("NoEpoch", "keys are unique", "epoch 1, sample 0 has the epoch and number of epoch 0, sample 0"),
-        ("Draws", "cut is pure", "read backwards"),
+        ("Draws", "spec is pure", "read backwards"),
     ],
 )
 def test_a_planted_fault_of_a_sampler_is_found(name: str, check: str, detail: str) -> None:

@@ -208,7 +208,7 @@ def test_a_corpus_shorter_than_one_text(refused: Refused, unmask: Command) -> No
     message = refused(*PRETRAIN, "short.txt", says=("short.txt", "not enough training text: 17 tokens", "at least 30"))
     assert set_options(message) == ["--set", "stage.0.max_seq_len=19"]
     Path("single.txt").write_text("a")
-    refused(*PRETRAIN, "single.txt", says=("single.txt", "give more text"))
+    refused(*PRETRAIN, "single.txt", says=("single.txt", "add text"))
     code, _, err = unmask(*PRETRAIN, "short.txt", *set_options(message))
     assert code == 0, err
 
@@ -245,8 +245,8 @@ def test_a_tokenizer_with_more_tokens_than_the_embedding(refused: Refused, run: 
     (step / "tokenizer.json").write_text(json.dumps(tokenizer))
     refused("fill", "run", "a [MASK]", says="tokenizer.json")  # its digest differs
     (step / "digests.json").unlink()
-    refused("fill", "run", "a [MASK]", says=("tokenizer has 21 tokens", "embedding only 20"))
-    refused("evaluate", "run", "--text", "cat.txt", says=("21 tokens", "embedding only 20"))
+    refused("fill", "run", "a [MASK]", says=("tokenizer has 21 tokens", "embedding has only 20"))
+    refused("evaluate", "run", "--text", "cat.txt", says=("21 tokens", "embedding has only 20"))
 
 
 def test_a_text_without_a_mask(refused: Refused, run: Path) -> None:
@@ -463,7 +463,7 @@ def test_a_recipe_of_another_shape(refused: Refused, run: Path) -> None:
     [
         (("--budget", "5"), ("`5` needs a unit",)),
         (("--budget", "+5 texts"), ("invalid budget: got +5 texts", "seconds, steps, tokens or epochs")),
-        (("--budget", "2 steps"), ("2 steps is no more than", "+1 epoch")),
+        (("--budget", "2 steps"), ("2 steps does not exceed", "+1 epoch")),
         (("--set", "objective.mask_rate=0.3"), ("objective.mask_rate", "train.every, train.keep_last, preview")),
         (("--set", "train.every.save=5 tokens"), ("train.every.save",)),
         (("--out", "elsewhere"), ("--out",)),
@@ -505,7 +505,7 @@ def test_an_earlier_demo_is_kept_if_the_next_cannot_start(
     refused: Refused, unmask: Command, run: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     recipe = (run / "recipe.toml").read_text()
-    refused("demo", "--out", "run", says="not made by a demo")
+    refused("demo", "--out", "run", says="is not the run of a demo")
     (run / "recipe.toml").write_text(recipe.replace('name = "small"', 'name = "demonstration"'))
     refused("demo", "--out", "run", "--budget", "20", says="needs a unit")
 

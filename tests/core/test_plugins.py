@@ -77,12 +77,12 @@ class Starts:
     def count(self, epoch):
         return len(self.lengths)
 
-    def cut(self, epoch, sample):
+    def spec(self, epoch, sample):
         return SampleSpec(epoch, sample, (TokenSpan(sample, 0, min(self.length, int(self.lengths[sample]))),))
 
 
 class TooFar(Starts):
-    def cut(self, epoch, sample):
+    def spec(self, epoch, sample):
         return SampleSpec(epoch, sample, (TokenSpan(sample, 0, 10_000),))
 
 
@@ -258,7 +258,7 @@ def test_an_error_in_a_plugin_names_its_line() -> None:
     assert "outside_broken.py, line 3" in refused("objective.kind=outside_broken:Half")
     starts = find("outside_three:Starts", PluginSamplerConfig)
     with pytest.raises(IndexError) as caught:
-        starts(None, SamplerContext(np.zeros(1), 2, 3)).cut(0, "x")
+        starts(None, SamplerContext(np.zeros(1), 2, 3)).spec(0, "x")
     assert "outside_three.py, line " in user_frame(caught.value) and user_frame(caught.value).endswith("in cut")
     assert "outside_unfinished.py, line 1" in refused("objective.kind=outside_unfinished:Half")
 
@@ -294,7 +294,7 @@ def test_an_invalid_sample_is_refused() -> None:
     cutter = PluginSampler(settings, np.array([50, 60]), 30, seed=1)
     with pytest.raises(RecipeError, match="it gave tokens 0 to 10000 of a document of 50 tokens"):
         cutter.specs(0, 0, 1)
-    with pytest.raises(RecipeError, match="finds no sample in 0 documents"):
+    with pytest.raises(RecipeError, match="has no samples for 0 documents"):
         PluginSampler(settings, np.zeros(0, dtype=np.int64), 30, seed=1)
     good = PluginSampler(load_recipe("three.toml").data.sampler, np.array([50, 20]), 30, seed=1)
     assert [cut.tokens for cut in good.specs(0, 0, 2)] == [30, 20] and good.mean_tokens == 25

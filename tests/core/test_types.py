@@ -212,7 +212,7 @@ class OneByOne:
     def __init__(self, sampler: EpochSampler) -> None:
         self.count, self._sampler = sampler.count, sampler
 
-    def cut(self, epoch: int, sample: int) -> SampleSpec:
+    def spec(self, epoch: int, sample: int) -> SampleSpec:
         return self._sampler.specs(epoch, sample, sample + 1)[0]
 
 
@@ -253,7 +253,7 @@ class Marked:
 
 
 @pytest.mark.parametrize("kind", ["next-sentence", "sentence-order"])
-def test_a_create_pairs_keeps_the_laws(kind: PairKind) -> None:
+def test_a_pair_sampler_passes_the_checks(kind: PairKind) -> None:
     cases = [case for case in sampler_contexts() if len(case.lengths) > 1]
     assert len(cases) > 1
     fixture = SamplerFixture(

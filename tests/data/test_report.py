@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from unmask.core.errors import TextError
-from unmask.data.report import CharacterCounts, Report, look
+from unmask.data.report import CharacterCounts, Report, inspect_text
 from unmask.data.settings import DataConfig, HeldOutConfig
 from unmask.data.sources import MemorySource, open_source
 from unmask.tokenization.settings import CharacterConfig, WordPieceConfig
@@ -25,7 +25,7 @@ def quiet(what: str, share: float) -> None:
 
 
 def report_on(texts: list[str], settings: DataConfig = CHARACTERS, lengths: tuple[int, ...] = (32,)) -> Report:
-    return look(MemorySource(texts), settings, lengths, quiet)
+    return inspect_text(MemorySource(texts), settings, lengths, quiet)
 
 
 @settings(max_examples=25, deadline=None)
@@ -80,7 +80,7 @@ def test_warnings_about_a_text() -> None:
 
 def test_unknown_characters_of_a_given_tokenizer() -> None:
     tokenizer = train_tokenizer(["abc "], CharacterConfig())
-    report = look(MemorySource(["abc xyz"] * 30), CHARACTERS, [16, 7], quiet, tokenizer=tokenizer)
+    report = inspect_text(MemorySource(["abc xyz"] * 30), CHARACTERS, [16, 7], quiet, tokenizer=tokenizer)
     assert report.tokenizer and report.tokenizer.kind == "given" and not report.tokenizer.trained
     assert report.tokenizer.unknown_share == pytest.approx(3 / 7)
     assert [token.text for token in report.examples[0].tokens if token.is_unknown] == ["x", "y", "z"]
@@ -116,12 +116,12 @@ def test_several_texts_and_their_weights(tmp_path: Path) -> None:
     (tmp_path / "b.jsonl").write_text("\n".join([*rows[:30], "{broken", *rows[30:]]))
     settings = replace(CHARACTERS, errors="skip")
     paths = [str(tmp_path / "a.txt"), str(tmp_path / "b.jsonl")]
-    report = look(open_source([f"{path}:2" for path in paths], settings), settings, [16], quiet)
+    report = inspect_text(open_source([f"{path}:2" for path in paths], settings), settings, [16], quiet)
     assert [(Path(text.name).name, text.documents) for text in report.texts] == [("a.txt", 20), ("b.jsonl", 60)]
     assert [text.weight for text in report.texts] == [0.5, 0.5]
     assert sum(text.characters for text in report.texts) == report.characters
     first, second = report.stages[0].seen.values()
     assert first > 1 > second
     assert report.left_out == 1 and "1 lines or rows" in report.warnings[0]
-    plain = look(open_source(paths, settings), settings, [16], quiet)
+    plain = inspect_text(open_source(paths, settings), settings, [16], quiet)
     assert plain.stages[0].seen == {} and plain.texts[0].weight == 0

@@ -248,7 +248,7 @@ def test_a_missing_pair_classifier_is_initialized_from_the_seed(
         ({"model_type": "electra"}, "electra"),
         ({"hidden_size": 48, "num_attention_heads": 3}, "word_embeddings.*got 130 × 32, expected 130 × 48"),
         ({"vocab_size": 140}, "got 130 × 32, expected 140 × 32"),
-        ({"vocab_size": 50}, "100 tokens, the embedding only 50"),
+        ({"vocab_size": 50}, "100 tokens, but the embedding has only 50"),
         ({"num_hidden_layers": 3}, r"missing tensors .* bert\.encoder\.layer\.2"),
         ({"num_hidden_layers": 1}, r"unknown tensors .*: bert\.encoder\.layer\.1"),
     ],

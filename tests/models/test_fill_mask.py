@@ -111,7 +111,7 @@ def test_invalid_ids_and_positions_are_refused(model: Model) -> None:
         ([[-1]], [[0]], "invalid id"),
         ([[1, 2]], [[2]], "invalid position: got 2"),
         ([[]], [[]], "is empty"),
-        ([[1]], [[0], [0]], "positions for 2"),
+        ([[1]], [[0], [0]], "invalid positions: got 2 lists for 1 sequences"),
     ]
     for ids, at, words in wrong:
         with pytest.raises(ModelError, match=words):

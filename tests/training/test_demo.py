@@ -32,7 +32,7 @@ def test_a_run_that_is_not_a_demo_is_not_replaced(tmp_path: Path) -> None:
     run.mkdir()
     for recipe in ('name = "demo"\n', f'about = \'name = "{RECIPE_NAME}"\'\nname = "mine"\n', "not TOML"):
         (run / "recipe.toml").write_text(recipe)
-        with pytest.raises(RunError, match="not made by a demo"):
+        with pytest.raises(RunError, match="is not the run of a demo"):
             demo(run, overrides=SMALL)
         assert (run / "recipe.toml").read_text() == recipe
 

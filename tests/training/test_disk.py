@@ -165,7 +165,7 @@ class Messages(Display):
 def test_a_disk_without_symbolic_links(
     prose: Path, tmp_path: Path, uninterrupted: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """If the system refuses symbolic links, `latest` is a small file, and a message says so."""
+    """If the system refuses symbolic links, `latest` is a text file, and a message says so."""
 
     def refuse(*arguments: object, **named: object) -> None:
         raise OSError(1, "Operation not permitted")
@@ -173,7 +173,7 @@ def test_a_disk_without_symbolic_links(
     monkeypatch.setattr(os, "symlink", refuse)
     run, display = tmp_path / "run", Messages()
     launch([prose], recipe="tiny", out=run, settings=[*SMALL, "train.budget=6 steps"], display=display)
-    assert any("small file" in message for message in display.messages)
+    assert any("text file" in message for message in display.messages)
     assert (run / "latest").is_file() and (run / "latest").read_text() == "step-0000006\n"
     assert load(run / "latest").card["step"] == 6
     resume(run, budget="10 steps")

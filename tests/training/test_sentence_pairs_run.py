@@ -109,8 +109,8 @@ def test_the_display_shows_pairs(prose: Path, tmp_path: Path, capsys: pytest.Cap
 
 BAD: list[tuple[list[str], type[UnmaskError], str]] = [
     (["model={kind = 'modernbert', num_hidden_layers = 1, hidden_size = 16, num_attention_heads = 2, "
-      "intermediate_size = 16}"], RecipeError, "two token types, but this model has only one"),
-    (["model.type_vocab_size=1"], RecipeError, r"none \(type_vocab_size = 1\)"),
+      "intermediate_size = 16}"], RecipeError, "two token types, but this model has fewer"),
+    (["model.type_vocab_size=1"], RecipeError, r"fewer \(type_vocab_size = 1\)"),
     (["data.document=file", "data.held_out={method = 'tail'}"], TextError, "only one document has two sentences"),
     (["data.tokenizer={kind = 'characters', special_tokens = ['[UNK]', '[MASK]']}"], TokenizerError, r"no \[CLS\] and"),
     (["stage=[{max_seq_len = 4}]"], RecipeError, "invalid max_seq_len: got 4"),

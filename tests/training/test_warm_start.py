@@ -144,9 +144,9 @@ def test_new_tokens_are_initialized_with_the_mean_of_their_parts(made: Path, dom
 
 @pytest.mark.parametrize("key", ["model.num_hidden_layers=2", "data.tokenizer.vocab_size=100"])
 def test_settings_that_the_model_determines_are_refused(made: Path, domain: Path, tmp_path: Path, key: str) -> None:
-    with pytest.raises(RecipeError, match="is decided by the model"):
+    with pytest.raises(RecipeError, match="is determined by the model"):
         unmask.pretrain(domain, recipe="continue", out=tmp_path / "run", settings=[key], start=made / "run")
-    with pytest.raises(RecipeError, match=r"\[model\] is decided by"):
+    with pytest.raises(RecipeError, match=r"\[model\] is determined by"):
         unmask.pretrain(domain, recipe=made / "small.toml", out=tmp_path / "run", start=made / "run")
 
 

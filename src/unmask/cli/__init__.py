@@ -92,8 +92,8 @@ _add(_recipes, "show", show_recipe, SHOW_RECIPE_EXAMPLES)
 _add(_recipes, "check", check_recipe, CHECK_RECIPE_EXAMPLES)
 
 
-def _print_version(wanted: bool) -> None:
-    if wanted:
+def _print_version(value: bool) -> None:
+    if value:
         from unmask.core.version import __version__
 
         print(f"unmask {__version__}")
@@ -110,13 +110,13 @@ def options_of_all_commands(
         ),
     ] = False,
 ) -> None:
-    """Take the options that stand before the name of a command."""
+    """Accept the options that precede the name of a command."""
 
 
 def main() -> None:
     """Run the command line of this process and exit."""
     for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):  # text may hold characters that this terminal can't encode
+        if isinstance(stream, io.TextIOWrapper):  # text may contain characters that this terminal can't encode
             stream.reconfigure(errors="backslashreplace")
     app(prog_name="unmask")
 

@@ -53,7 +53,7 @@ unmask audit mylab.masks:mask_tokens --text notes.txt --tokenizer my-tokenizer -
 Exit code 1 if a check fails, 0 if all pass.
 """
 _ENGLISH_CHARACTERS = 1_000_000  # read within 2 s; enough for a vocabulary of 8,192
-_DETECT_CHARACTERS = 200_000  # enough to tell a script
+_DETECT_CHARACTERS = 200_000  # enough to recognize the script
 _SYMBOLS = {"pass": ("✓", "green"), "fail": ("✗", "bold red"), "info": ("·", "dim"), "skipped": ("–", "dim")}
 _LABELS = {"pass": "pass", "fail": "FAIL", "info": "info", "skipped": "skipped"}
 
@@ -75,7 +75,7 @@ def audit_masker(
     recipe: Annotated[str, typer.Option(help="Recipe with the masking and the tokenizer.")] = "tiny",
     settings: Settings = None,
     train_fraction: Annotated[
-        float, typer.Option(help="Fraction of the training that is done, 0 to 1, for a rate that changes.")
+        float, typer.Option(help="Training progress, 0 to 1, for masking rates that change in training.")
     ] = 0.0,
     samples: Annotated[int, typer.Option(help="Number of samples to mask per epoch.")] = 2048,
     length: Annotated[int, typer.Option(help="Length of a sample in tokens, special tokens included.")] = 128,
@@ -84,7 +84,8 @@ def audit_masker(
     ranks: Annotated[int, typer.Option(help="Number of ranks, run one after the other on different samples.")] = 2,
     seed: Annotated[int, typer.Option(help="Random seed.")] = 0,
     seeds: Annotated[
-        Literal["apart", "alike"], typer.Option(help="Seeds of the global generators in the ranks: different or equal.")
+        Literal["apart", "alike"],
+        typer.Option(help="Seeds of the global generators in the ranks: different (apart) or equal."),
     ] = "apart",
     rate: Annotated[
         float | None, typer.Option(help="Claimed masking rate.", show_default="the masker's, else 0.15")
@@ -109,7 +110,7 @@ def audit_masker(
     """Audit a masker by its inputs and outputs: masking rate, split, special tokens, whole words and repeats.
 
     A callable takes a tensor of ids and returns (inputs, labels), with label -100 for tokens that aren't masked. Its
-    module is imported. The same command gives the same numbers.
+    module is imported. Repeating a command repeats its numbers.
     """
     from unmask.checks.audit import audit
     from unmask.checks.audit.settings import AuditConfig
@@ -123,9 +124,9 @@ def audit_masker(
         loaded = _audit_tokenizer(tokenizer, texts, resolved, on_progress)
         rule = resolved.data.words
         words = detect_words("".join(texts)[:_DETECT_CHARACTERS]) if rule == "auto" else rule
-        subject = _open_masker(masker, resolved, loaded, words, seed, train_fraction)
-        subject.claims = _claims(subject.claims, rate, split, units)
-        report = audit(subject, texts, loaded, settings=config, words=words, progress=on_progress)
+        opened_masker = _open_masker(masker, resolved, loaded, words, seed, train_fraction)
+        opened_masker.claims = _claims(opened_masker.claims, rate, split, units)
+        report = audit(opened_masker, texts, loaded, settings=config, words=words, progress=on_progress)
     if as_json:
         print_json({**asdict(report), "passed": report.passed, "failed": report.failed,
                     "false_alarm": report.false_alarm})  # fmt: skip
@@ -160,7 +161,7 @@ def _audit_tokenizer(
 def _open_masker(
     name: str, recipe: Recipe, tokenizer: Tokenizer, words: WordsRule, seed: int, train_fraction: float
 ) -> ObjectiveMasker | CallableMasker | CollatorMasker:
-    """Return the masker that a name of the command line stands for."""
+    """Return the masker that is named on the command line."""
     from unmask.checks.audit.maskers import (
         LIBRARY,
         ObjectiveMasker,

@@ -63,16 +63,16 @@ def inspect_data(
 ) -> None:
     """Report on text before training: sizes, duplicates, document lengths, scripts, tokens and five examples.
 
-    The report also shows what would be held out and the number of sequences per stage. Nothing is written.
+    The report also shows the size of the held-out text and the number of sequences per stage. Nothing is written.
     """
-    from unmask.data.report import look
+    from unmask.data.report import inspect_text
     from unmask.data.sources import open_text
 
     resolved = load_recipe_with(recipe, settings, DataOptions(errors, document, field))
     loaded = None if tokenizer is None else open_tokenizer(tokenizer)
     source = open_text(texts, resolved.data)
     with open_display(sys.stderr) as display:
-        report = look(
+        report = inspect_text(
             source,
             resolved.data,
             [stage.max_seq_len for stage in resolved.stage],

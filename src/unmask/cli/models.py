@@ -66,7 +66,7 @@ def fill(
 
 
 def _fill_interactively(model: Model, top: int) -> None:
-    """Fill each line that is typed; errors are printed and don't end the session."""
+    """Fill the masks of each line that is typed; print errors instead of ending the session."""
     from unmask.models.fill_mask import fill as fill_mask
 
     print("type one text with [MASK] per line; Ctrl-D ends", file=sys.stderr)
@@ -98,11 +98,11 @@ def _non_blank_lines(content: bytes, source: str) -> list[str]:
 
 
 def _check_utf8(text: str) -> str:
-    """Return an argument if it is valid text; bytes that aren't UTF-8 reach a program as lone surrogates."""
+    """Return a command-line argument that is valid UTF-8; Python decodes other bytes to lone surrogates."""
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
-        raise TextError("text is not UTF-8", location=ascii(text[:60]), hint="give it in UTF-8") from error
+        raise TextError("text is not UTF-8", location=ascii(text[:60]), hint="encode the text as UTF-8") from error
     return text
 
 
@@ -156,7 +156,7 @@ def evaluate(
         typer.Option(help="Unit of plain text that is one document.", show_default="as in training, else blank-line"),
     ] = None,
     errors: Errors = None,
-    field: Annotated[str, typer.Option(help="Name of the field or column that holds the text of a table.")] = "text",
+    field: Annotated[str, typer.Option(help="Name of the JSON field or table column that contains the text.")] = "text",
     max_size: Annotated[
         str | None,
         typer.Option(metavar="AMOUNT", help='Amount of text to read, such as "2M characters".', show_default="all"),

@@ -76,13 +76,13 @@ DocumentRule = Annotated[
     typer.Option("--document", help="Unit of plain text that is one document.", show_default="blank-line"),
 ]
 Field = Annotated[
-    str | None, typer.Option(help="Name of the field or column that holds the text of a table.", show_default="text")
+    str | None, typer.Option(help="Name of the JSON field or table column that contains the text.", show_default="text")
 ]
 
 
 @dataclass(frozen=True)
 class DataOptions:
-    """The options that say how text is read and tokenized, as given on the command line."""
+    """Command-line options for reading and tokenizing text; None stands for the value of the recipe."""
 
     errors: Errors = None
     document: DocumentRule = None
@@ -90,20 +90,20 @@ class DataOptions:
     tokenizer: Path | None = None  # the option's value; `find_tokenizer` resolves it
 
     def overrides(self) -> dict[str, Any]:
-        """Return the given options by recipe key."""
-        given: dict[str, Any] = {
+        """Return the options that are not None, by recipe key."""
+        overrides: dict[str, Any] = {
             "data.errors": self.errors,
             "data.document": self.document,
             "data.field": self.field,
         }
         if self.tokenizer is not None:
             option = f"--tokenizer {self.tokenizer}"
-            given["data.tokenizer.kind"] = Override("file", option)
-            given["data.tokenizer.path"] = Override(str(find_tokenizer(self.tokenizer)), option)
-        return {key: value for key, value in given.items() if value is not None}
+            overrides["data.tokenizer.kind"] = Override("file", option)
+            overrides["data.tokenizer.path"] = Override(str(find_tokenizer(self.tokenizer)), option)
+        return {key: value for key, value in overrides.items() if value is not None}
 
     def config(self) -> DataConfig:
-        """Return the default settings of `[data]`, changed by the given options."""
+        """Return the default settings of `[data]`, changed by these options."""
         from unmask.data.settings import DataConfig
 
         default = DataConfig()
@@ -138,7 +138,7 @@ def open_model(path: str | Path) -> Model:
 
 
 def find_tokenizer(path: Path) -> Path:
-    """Return the file or folder that holds the tokenizer of a file, a folder, a run or a model.
+    """Return the path of a tokenizer; for a run, its best or last checkpoint.
 
     Raises:
         TokenizerError: the path doesn't exist.

@@ -45,7 +45,7 @@ unmask pretrain "posts/**/*.jsonl.zst" --field body       read a field of each l
 unmask pretrain notes.txt:0.7 dataset:imdb:0.3            take 70 % of the tokens from your notes
 zcat notes.gz | unmask pretrain -                         read standard input
 unmask pretrain play.txt --recipe char --set stage.0.max_seq_len=64
-unmask pretrain notes.txt --dry-run                       print the estimate of the cost only
+unmask pretrain notes.txt --dry-run                       print only the cost estimate
 unmask pretrain notes.txt --valid news=valid_news.txt     validate on another text too
 unmask pretrain law.txt --from runs/notes                 continue from the weights of a model
 unmask pretrain law.txt --from bert/ --extend-vocabulary 2000 --valid general=wiki.txt
@@ -82,7 +82,7 @@ AllowDifferentEnvironment = Annotated[
     bool,
     typer.Option(
         "--allow-different-environment",
-        help="Resume on a machine or with versions that compute other bits; needs --resume.",
+        help="Resume on another machine or with other versions, so not bit for bit; needs --resume.",
     ),
 ]
 ValidationTexts = Annotated[
@@ -91,10 +91,10 @@ ValidationTexts = Annotated[
 ]
 Verify = Annotated[
     bool,
-    typer.Option("--verify", help="Read all bytes of the text and of the token cache, not sizes and times only."),
+    typer.Option("--verify", help="Compare all bytes of the text and of the token cache, not only sizes and times."),
 ]
-DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the estimate of the cost and stop.")]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print the folder of the run only.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the cost estimate and stop.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print only the folder of the run.")]
 
 
 def pretrain(
@@ -149,7 +149,7 @@ def pretrain(
         )
     else:
         name = recipe or ("continue" if start else "tiny")
-        given = {
+        overrides = {
             "train.budget": budget,
             "seed": seed,
             "train.threads": threads,
@@ -160,7 +160,7 @@ def pretrain(
             recipe=name,
             out=out or _unused_folder(Path(name).stem),
             settings=settings or (),
-            overrides={**_given(given), **data.overrides()},
+            overrides={**_without_none(overrides), **data.overrides()},
             display=display,
             options=training.LaunchOptions(dry_run=dry_run, verify=verify),
             start=_warm_start(start, extend_vocabulary or 0),
@@ -177,7 +177,7 @@ def demo(
     """Pretrain on the documentation of Python for a few minutes, then fill masks."""
     from unmask.training.demo import demo as run_demo
 
-    overrides = _given({"train.budget": budget, "train.threads": threads})
+    overrides = _without_none({"train.budget": budget, "train.threads": threads})
     result = run_demo(out, display=_display(as_json=False, quiet=False), overrides=overrides)
     print()
     print_predictions(result.filled)
@@ -189,8 +189,8 @@ def demo(
     ])  # fmt: skip
 
 
-def _given(overrides: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the overrides that were given on the command line."""
+def _without_none(overrides: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the overrides that are not None: the options on the command line."""
     return {key: value for key, value in overrides.items() if value is not None}
 
 
@@ -219,10 +219,10 @@ def _is_main_process() -> bool:
 
 
 def _check_not_with_resume(options: Mapping[str, Any]) -> None:
-    """Refuse options that would contradict the recipe of a run.
+    """Check that no option contradicts the recipe of the run to resume.
 
     Raises:
-        RunError: an option was given.
+        RunError: an option has a value.
     """
     for name, value in options.items():
         if value not in (None, []):
@@ -236,7 +236,7 @@ def _parse_valid(options: Sequence[str]) -> dict[str, str]:
     """Return the texts of `--valid NAME=TEXT` by name.
 
     Raises:
-        RecipeError: a name is missing or given twice.
+        RecipeError: a name is missing or occurs twice.
     """
     texts: dict[str, str] = {}
     for option in options:
@@ -253,7 +253,7 @@ def _parse_valid(options: Sequence[str]) -> dict[str, str]:
 
 
 def _unused_folder(name: str) -> Path:
-    """Return runs/NAME-N with the first number that isn't in use."""
+    """Return runs/NAME-N with the smallest number N that isn't in use."""
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise RunError("several processes need one folder", hint="name it: --out RUN")
     return next(path for number in itertools.count(1) if not (path := Path("runs") / f"{name}-{number}").exists())

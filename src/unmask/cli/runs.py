@@ -26,7 +26,7 @@ unmask runs runs/notes          one run only
 """
 _COLUMNS = ("run", "recipe", "state", "step", "tokens", "loss", "accuracy", "bits/char", "best", "time")
 _LEFT_ALIGNED = ("run", "recipe", "state")
-_PIPE_WIDTH = 1000  # a pipe has no width, and its reader cuts the lines
+_PIPE_WIDTH = 1000  # a pipe has no width: lines are not wrapped
 
 
 def list_runs(

@@ -49,8 +49,8 @@ COMPARE_TOKENIZERS_EXAMPLES = """\
 unmask tokenizer compare words bpe bytes --text notes.txt
 """
 _COLORS = ("cyan", "yellow", "green", "magenta")
-_PIPE_WIDTH = 1000  # a pipe has no width, and its reader list_tokens the lines
-_DETECT_CHARACTERS = 200_000  # enough to tell a script
+_PIPE_WIDTH = 1000  # a pipe has no width: lines are not wrapped
+_DETECT_CHARACTERS = 200_000  # enough to recognize the script
 
 Words = Annotated[
     Literal["auto", "spaces", "characters", "jieba", "sudachi"],
@@ -91,7 +91,7 @@ def train_tokenizer(
     try:
         with _progress_line() as progress:
             tokenizer = tokenization.train_tokenizer(first_texts(source, max_characters), config, progress)
-    except VocabSizeError as error:  # its location and hint are those of a recipe
+    except VocabSizeError as error:  # its location and hint refer to a recipe
         if not error.largest:
             raise error.at(location="--kind", hint="add text, or use --kind characters") from None
         hint = f"use --vocab-size {error.largest}, or add text"
@@ -127,7 +127,7 @@ def show_tokenizer(
     else:
         raise RecipeError("expected either a text or --file", hint='unmask tokenizer show TOKENIZER "some text"')
     if not content.strip():
-        raise TextError("the text is empty", location=str(file or ""), hint="give a text with characters in it")
+        raise TextError("the text is empty", location=str(file or ""), hint="give a text that is not blank")
     tokens = list_tokens(loaded, content, _word_rule(words, content), is_prompt=text is not None)
     if as_json:
         print_json({"text": content, "tokens": [asdict(token) for token in tokens]})

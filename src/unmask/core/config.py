@@ -117,9 +117,9 @@ def merge(base: Tree, over: Tree, layer: int = 0) -> Tree:
     merged = LayeredTable(base)
     layer = layer or 1 + max(merged.layers.values(), default=0)
     for key, value in over.items():
-        below = base.get(key)
-        both_tables = isinstance(below, dict) and isinstance(value, dict)
-        value = merge(cast("Tree", below), cast("Tree", value), layer) if both_tables else value
+        base_value = base.get(key)
+        both_tables = isinstance(base_value, dict) and isinstance(value, dict)
+        value = merge(cast("Tree", base_value), cast("Tree", value), layer) if both_tables else value
         merged.set(key, value, layer)
     return merged
 
@@ -160,7 +160,7 @@ def assign(tree: Tree, key: str, value: Any, option: str) -> Tree:
 
 def _assign(node: Any, path: Sequence[str], depth: int, value: Any, option: str) -> Any:
     """Return `node`, the value at the first `depth` parts of the path, with the value at the whole path set."""
-    done = ".".join(path[:depth])
+    prefix = ".".join(path[:depth])
     if depth == len(path):
         both_tables = isinstance(node, dict) and isinstance(value, dict)
         return merge(cast("Tree", node), cast("Tree", value), _TOP_LAYER) if both_tables else value
@@ -168,17 +168,19 @@ def _assign(node: Any, path: Sequence[str], depth: int, value: Any, option: str)
     if isinstance(node, list):
         entries = cast("list[Any]", node)
         if not part.isdecimal() or int(part) >= len(entries):
-            count, fix = f"{len(entries)} entries, counted from 0", f"one of {done}.0 to {done}.{len(entries) - 1}"
+            count, fix = f"{len(entries)} entries, counted from 0", f"one of {prefix}.0 to {prefix}.{len(entries) - 1}"
             if len(entries) < 2:
                 count = "one entry, which is number 0" if entries else "no entries"
-                fix = f"{done}.0, or the whole list: {done}=[...]" if entries else f"the whole list: {done}=[...]"
-            raise RecipeError(f"there is no `{done}.{part}`: `{done}` has {count}", location=option, hint=f"set {fix}")
+                fix = f"{prefix}.0, or the whole list: {prefix}=[...]" if entries else f"the whole list: {prefix}=[...]"
+            raise RecipeError(
+                f"there is no `{prefix}.{part}`: `{prefix}` has {count}", location=option, hint=f"set {fix}"
+            )
         index = int(part)
         entry = _assign(entries[index], path, depth + 1, value, option)
         return [*entries[:index], entry, *entries[index + 1 :]]
     if not isinstance(node, dict):
         raise RecipeError(
-            f"`{done}` is not a table: it has no key `{part}`", location=option, hint=f"set `{done}` itself"
+            f"`{prefix}` is not a table: it has no key `{part}`", location=option, hint=f"set `{prefix}` itself"
         )
     table = cast("Tree", node)
     if part not in table and depth + 1 < len(path) and path[depth + 1].isdecimal():

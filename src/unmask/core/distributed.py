@@ -1,6 +1,7 @@
 """Device, precision, threads and ranks of a process, and sums over ranks.
 
-Device, precision and threads are chosen from facts about the machine, never from timing or load, and are recorded in env.json.
+Device, precision and threads are chosen from facts about the machine, never from timing or load. They are recorded in
+env.json.
 """
 
 from __future__ import annotations
@@ -98,21 +99,21 @@ def init_distributed(
     local_rank, local_ranks = int(os.environ.get("LOCAL_RANK", "0")), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     kind = _device_kind(device, ranks)
     cuda = kind == "cuda"
-    place = torch.device("cuda", local_rank) if cuda else torch.device(kind)
+    torch_device = torch.device("cuda", local_rank) if cuda else torch.device(kind)
     if cuda:
-        torch.cuda.set_device(place)
+        torch.cuda.set_device(torch_device)
     if ranks > 1 and not distributed.is_initialized():
         distributed.init_process_group("nccl" if cuda else "gloo")
-        atexit.register(_leave)
-    usable = max(1, cores() // local_ranks)
-    wanted = usable if threads == "auto" else threads
-    if not 1 <= wanted <= cores():
+        atexit.register(_destroy_process_group)
+    available = max(1, cores() // local_ranks)
+    num_threads = available if threads == "auto" else threads
+    if not 1 <= num_threads <= cores():
         raise RecipeError(
-            f"invalid threads: got {wanted}, expected 1 to {cores()}",
+            f"invalid threads: got {num_threads}, expected 1 to {cores()}",
             location="train.threads",
             hint=f'choose 1 to {cores()}, or "auto"',
         )
-    torch.set_num_threads(wanted)
+    torch.set_num_threads(num_threads)
     if kind == "cpu":
         # Only the CPU guarantees bit-identical results. Filling uninitialized memory only costs time.
         torch.use_deterministic_algorithms(True)
@@ -126,11 +127,11 @@ def init_distributed(
             location="train.precision",
             hint='use "float32" or "auto"',
         )
-    chosen = "bfloat16" if fast and precision != "float32" else "float32"
-    return DistributedContext(device=place, precision=chosen, threads=wanted, rank=rank, ranks=ranks)
+    resolved = "bfloat16" if fast and precision != "float32" else "float32"
+    return DistributedContext(device=torch_device, precision=resolved, threads=num_threads, rank=rank, ranks=ranks)
 
 
-def _leave() -> None:
+def _destroy_process_group() -> None:
     """Destroy the process group: its threads may abort the process when the interpreter exits."""
     if distributed.is_initialized():
         distributed.destroy_process_group()
@@ -155,18 +156,18 @@ def _device_kind(device: Device, ranks: int) -> Literal["cpu", "cuda", "mps"]:
     return device
 
 
-def device_note(world: DistributedContext) -> str:
+def device_note(context: DistributedContext) -> str:
     """Return a note if Apple's GPU is used or left unused, otherwise ""."""
-    if world.device.type == "mps":
+    if context.device.type == "mps":
         return "Apple's GPU (mps) is untested: watch the loss, and expect no bit-identical resume"
-    if world.device.type == "cpu" and torch.backends.mps.is_available():
+    if context.device.type == "cpu" and torch.backends.mps.is_available():
         return 'the GPU (mps) is not used, because it is untested; use it with --set train.device="mps"'
     return ""
 
 
-def load_warning(world: DistributedContext) -> str:
+def load_warning(context: DistributedContext) -> str:
     """Return a warning if other processes use the cores: two threads on two busy cores are slower than one."""
-    if world.device.type != "cpu" or world.threads == 1 or not hasattr(os, "getloadavg"):
+    if context.device.type != "cpu" or context.threads == 1 or not hasattr(os, "getloadavg"):
         return ""
     busy = os.getloadavg()[0]
     if busy < 0.7 * cores():
@@ -174,11 +175,11 @@ def load_warning(world: DistributedContext) -> str:
     return f"other processes use {busy:.1f} of {cores()} cores; the run will be slower, and --threads 1 may be faster"
 
 
-def matmul_rate(shapes: Iterable[tuple[int, int, int]], world: DistributedContext, seconds: float = 0.15) -> float:
+def matmul_rate(shapes: Iterable[tuple[int, int, int]], context: DistributedContext, seconds: float = 0.15) -> float:
     """Measure the FLOP/s of matrix products of these shapes (rows, inner, columns)."""
-    dtype = torch.bfloat16 if world.precision == "bfloat16" else torch.float32
+    dtype = torch.bfloat16 if context.precision == "bfloat16" else torch.float32
     pairs = [
-        (torch.randn(m, k, device=world.device, dtype=dtype), torch.randn(k, n, device=world.device, dtype=dtype))
+        (torch.randn(m, k, device=context.device, dtype=dtype), torch.randn(k, n, device=context.device, dtype=dtype))
         for m, k, n in shapes
     ]
     work = sum(2 * a.shape[0] * a.shape[1] * b.shape[1] for a, b in pairs)
@@ -187,9 +188,9 @@ def matmul_rate(shapes: Iterable[tuple[int, int, int]], world: DistributedContex
         begin = time.perf_counter()
         for a, b in pairs:
             torch.mm(a, b)
-        if world.device.type == "cuda":
+        if context.device.type == "cuda":
             torch.cuda.synchronize()
-        elif world.device.type == "mps":
+        elif context.device.type == "mps":
             torch.mps.synchronize()
         return time.perf_counter() - begin
 

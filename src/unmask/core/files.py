@@ -110,18 +110,18 @@ def check_writable(folder: Path) -> None:
     Raises:
         StoreError: the directory can't be created or written.
     """
-    made: list[Path] = []
+    created: list[Path] = []
     try:
         with wrap_os_errors(folder):
             for place in [*reversed(folder.parents), folder]:
                 if not os.path.lexists(place):
                     place.mkdir()
-                    made.append(place)
+                    created.append(place)
             probe = folder / ".writable"
             probe.touch()
             probe.unlink()
     finally:
-        for place in reversed(made):
+        for place in reversed(created):
             place.rmdir()
 
 
@@ -129,13 +129,13 @@ def write_text(path: Path, text: str) -> None:
     """Replace a small file atomically: it is written under another name, synced and renamed."""
     with wrap_os_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        aside = path.with_name(f".{path.name}.{os.getpid()}")
+        temporary = path.with_name(f".{path.name}.{os.getpid()}")
         try:
-            aside.write_text(text, encoding="utf-8")
-            _sync(aside)
-            os.replace(aside, path)
+            temporary.write_text(text, encoding="utf-8")
+            _sync(temporary)
+            os.replace(temporary, path)
         except BaseException:  # for example a full disk
-            aside.unlink(missing_ok=True)
+            temporary.unlink(missing_ok=True)
             raise
         _sync(path.parent)
 
@@ -176,22 +176,22 @@ def atomic_directory(path: Path) -> Generator[Path]:
         old = set_aside(path)
         for leftover in path.parent.glob(f".{path.name}.aside-*"):
             shutil.rmtree(leftover, ignore_errors=True)
-        aside = path.parent / f".{path.name}.aside-{os.getpid()}"
-        aside.mkdir()
+        temporary = path.parent / f".{path.name}.aside-{os.getpid()}"
+        temporary.mkdir()
         try:
-            yield aside
-            for file in sorted(aside.rglob("*")):
+            yield temporary
+            for file in sorted(temporary.rglob("*")):
                 _sync(file)
-            _sync(aside)
+            _sync(temporary)
             if path.exists():  # os.rename fails if the target is a directory with files
                 os.rename(path, old)
-            os.rename(aside, path)
+            os.rename(temporary, path)
             _sync(path.parent)
             shutil.rmtree(old, ignore_errors=True)
         except BaseException:
             if old.exists() and not path.exists():
                 os.rename(old, path)
-            shutil.rmtree(aside, ignore_errors=True)
+            shutil.rmtree(temporary, ignore_errors=True)
             raise
 
 
@@ -214,20 +214,20 @@ def write_pointer(link: Path, target: str) -> bool:
         the name; `read_pointer` reads both.
     """
     with wrap_os_errors(link):
-        aside = link.with_name(f".{link.name}.{os.getpid()}")
-        aside.unlink(missing_ok=True)
-        linked = os.name != "nt"
-        if linked:
+        temporary = link.with_name(f".{link.name}.{os.getpid()}")
+        temporary.unlink(missing_ok=True)
+        is_link = os.name != "nt"
+        if is_link:
             try:
-                aside.symlink_to(target)
+                temporary.symlink_to(target)
             except (OSError, NotImplementedError):
-                linked = False
-        if linked:
-            os.replace(aside, link)
+                is_link = False
+        if is_link:
+            os.replace(temporary, link)
             _sync(link.parent)
         else:
             write_text(link, target + "\n")
-    return linked
+    return is_link
 
 
 def read_pointer(link: Path) -> Path | None:

@@ -44,13 +44,13 @@ def duration(seconds: float) -> str:
     """Return a duration in at most two units; "?" if it is not finite."""
     if not math.isfinite(seconds):
         return "?"
-    whole = round(seconds)
+    rounded = round(seconds)
     if seconds < 9.95:
         return f"{seconds:.1f} s"
-    if whole < 60:
-        return f"{whole} s"
-    if whole < 3600:
-        return f"{whole // 60} min {whole % 60} s" if whole % 60 else f"{whole // 60} min"
+    if rounded < 60:
+        return f"{rounded} s"
+    if rounded < 3600:
+        return f"{rounded // 60} min {rounded % 60} s" if rounded % 60 else f"{rounded // 60} min"
     minutes = round(seconds / 60)
     days, hours, minutes = minutes // 1440, minutes // 60 % 24, minutes % 60
     return f"{days} d {hours} h" if days else f"{hours} h {minutes} min" if minutes else f"{hours} h"

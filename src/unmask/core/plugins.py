@@ -65,7 +65,7 @@ class PluginSamplerConfig(PluginConfig):
     """A sampler (`types.Sampler`); its context is `types.SamplerContext`."""
 
     role = "sampler"
-    methods = ("count", "cut")
+    methods = ("count", "spec")
 
 
 @dataclass(frozen=True)
@@ -254,7 +254,7 @@ def make(config: PluginConfig, context: object) -> Any:
 
 
 def plugin_facts(config: PluginConfig) -> dict[str, str]:
-    """Return the facts about a plugin that a run records: its name, the file of its module and the digest of that file."""
+    """Return the facts about a plugin that a run records: name, file of its module and digest of that file."""
     loaded = _import(config.kind.partition(":")[0], config.kind)
     return {"kind": config.kind, "file": loaded.file, "digest": loaded.digest}
 
@@ -273,13 +273,13 @@ def user_frame(error: BaseException) -> str:
     files = {loaded.file for loaded in _modules.values() if loaded.file}
     directories = {os.path.dirname(file) for file in files if "-packages" not in file}
     location = ""
-    step = error.__traceback__
-    while step is not None:
-        code = step.tb_frame.f_code
+    trace = error.__traceback__
+    while trace is not None:
+        code = trace.tb_frame.f_code
         file = os.path.abspath(code.co_filename)
         if file in files or os.path.dirname(file) in directories:
-            location = f"{code.co_filename}, line {step.tb_lineno}, in {code.co_name}"
-        step = step.tb_next
+            location = f"{code.co_filename}, line {trace.tb_lineno}, in {code.co_name}"
+        trace = trace.tb_next
     return location
 
 
@@ -288,14 +288,14 @@ def _plugin_error(error: BaseException, message: str, file: str = "") -> RecipeE
     location = file
     if isinstance(error, SyntaxError):
         location = f"{error.filename}, line {error.lineno}"
-    step = error.__traceback__
-    while step is not None:
-        name = step.tb_frame.f_code.co_filename
+    trace = error.__traceback__
+    while trace is not None:
+        name = trace.tb_frame.f_code.co_filename
         if not name.startswith(("<", os.path.dirname(__file__), str(importlib.__file__))):
-            location = f"{name}, line {step.tb_lineno}"
-        step = step.tb_next
+            location = f"{name}, line {trace.tb_lineno}"
+        trace = trace.tb_next
     reason = error.msg if isinstance(error, SyntaxError) else str(error)
-    # The place is in the message, because the location of the error will be the key of the recipe that names the plugin.
+    # The place is in the message, because the location will be the key of the recipe that names the plugin.
     text = f"{message}: {type(error).__name__}: {reason}" + (f"\n  in: {location}" if location else "")
     return RecipeError(text, hint="correct that line; --debug shows the traceback")
 

@@ -24,9 +24,9 @@ _SECONDS = {
     **dict.fromkeys(("min", "minute", "minutes"), 60),
     **dict.fromkeys(("h", "hour", "hours"), 3600),
 }
-_COUNTED = ("steps", "tokens", "epochs", "texts", "characters")
+_COUNTABLE_UNITS = ("steps", "tokens", "epochs", "texts", "characters")
 _UNITS = dict.fromkeys(_SECONDS, "seconds") | {
-    form: unit for unit in _COUNTED for form in (unit, unit.removesuffix("s"))
+    form: unit for unit in _COUNTABLE_UNITS for form in (unit, unit.removesuffix("s"))
 }
 UNIT_EXAMPLES = "300 s, 120 steps, 2M tokens or 3 epochs"
 
@@ -88,7 +88,9 @@ class Quantity:
     relative: bool = False  # in addition to what a run has done: "+1 epoch"
 
     def __post_init__(self) -> None:
-        assert self.unit == "seconds" or self.unit in _COUNTED, f"units are canonical plurals, not {self.unit!r}"
+        assert self.unit == "seconds" or self.unit in _COUNTABLE_UNITS, (
+            f"units are canonical plurals, not {self.unit!r}"
+        )
         assert self.number >= 0 and math.isfinite(self.number), f"a quantity is finite and not negative: {self.number}"
 
     @classmethod
@@ -107,7 +109,9 @@ class Quantity:
         unit = _UNITS.get(word.lower())
         if unit is None:
             near = closest_match(word.lower(), _UNITS)
-            known = f"use one of s, min, h, {', '.join(_COUNTED)}; k, M and B go before the unit, as in 2M tokens"
+            known = (
+                f"use one of s, min, h, {', '.join(_COUNTABLE_UNITS)}; k, M and B go before the unit, as in 2M tokens"
+            )
             raise RecipeError(f"unknown unit `{word}`" + (f": did you mean `{near}`?" if near else ""), hint=known)
         if plus and not relative:
             raise RecipeError(f"`{text.strip()}` has a plus, which is for --resume only", hint="remove the plus")
@@ -133,8 +137,8 @@ class Quantity:
         if unit == "seconds":
             # Whole hours, whole minutes from 10 min on, otherwise seconds: "300 s", "10 min", "2 h". The remainder of
             # a float is exact; so is the quotient of a number that fits into the 28 digits of Decimal.
-            whole = {size for size in (3600, 60) if 0 < self.number < 1e18 and self.number % size == 0}
-            unit = "h" if 3600 in whole else "min" if 60 in whole and self.number >= 600 else "s"
+            divisors = {size for size in (3600, 60) if 0 < self.number < 1e18 and self.number % size == 0}
+            unit = "h" if 3600 in divisors else "min" if 60 in divisors and self.number >= 600 else "s"
             text = _plain(number / _SECONDS[unit])
         else:
             forms = [_plain(number), *(_plain(number.scaleb(-power)) + name for name, power in _POWERS.items())]

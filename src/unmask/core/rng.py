@@ -24,35 +24,35 @@ def _mix(state: NDArray[np.uint64]) -> NDArray[np.uint64]:
     return state ^ (state >> np.uint64(31))
 
 
-def bits(seed: int, stream: str, *which: ArrayLike) -> NDArray[np.uint64]:
-    """Return 64 random bits for each combination of `which`, broadcast together to at least one dimension."""
+def bits(seed: int, stream: str, *counters: ArrayLike) -> NDArray[np.uint64]:
+    """Return 64 random bits for each combination of `counters`, broadcast together to at least one dimension."""
     name = stream.encode()
     words = [int.from_bytes(name[i : i + 8], "little") for i in range(0, len(name), 8)]
     state = np.array([seed & 0xFFFFFFFFFFFFFFFF], dtype=np.uint64)
-    for word in (*words, len(name), *which):
+    for word in (*words, len(name), *counters):
         # uint64 arithmetic wraps, as the hash needs; negative integers are taken modulo 2**64.
         value = np.atleast_1d(np.asarray(word)).astype(np.uint64)
         state = _mix((state + _GOLDEN) ^ _mix(value + _GOLDEN))
     return state
 
 
-def uniform(seed: int, stream: str, *which: ArrayLike) -> NDArray[np.float64]:
-    """Return uniform draws in [0, 1), multiples of 2**-53, for each combination of `which`."""
-    return (bits(seed, stream, *which) >> np.uint64(11)).astype(np.float64) * 2.0**-53
+def uniform(seed: int, stream: str, *counters: ArrayLike) -> NDArray[np.float64]:
+    """Return uniform draws in [0, 1), multiples of 2**-53, for each combination of `counters`."""
+    return (bits(seed, stream, *counters) >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
 
-def below(limit: ArrayLike, seed: int, stream: str, *which: ArrayLike) -> NDArray[np.int64]:
-    """Return integers in [0, limit), limit < 2**32, for each combination of `which` (multiply-shift, bias < 2**-32)."""
-    high = bits(seed, stream, *which) >> np.uint64(32)
+def below(limit: ArrayLike, seed: int, stream: str, *counters: ArrayLike) -> NDArray[np.int64]:
+    """Return integers in [0, limit), limit < 2**32, for each combination of `counters`. The bias is below 2**-32."""
+    high = bits(seed, stream, *counters) >> np.uint64(32)  # multiply-shift
     return ((high * np.asarray(limit).astype(np.uint64)) >> np.uint64(32)).astype(np.int64)
 
 
-def integer(seed: int, stream: str, *which: int) -> int:
+def integer(seed: int, stream: str, *counters: int) -> int:
     """Return one draw as a Python integer in [0, 2**63), to seed a generator of another library."""
-    return int(bits(seed, stream, *which)[0] >> np.uint64(1))
+    return int(bits(seed, stream, *counters)[0] >> np.uint64(1))
 
 
-def permute(index_N: ArrayLike, count: int, seed: int, stream: str, *which: int) -> NDArray[np.int64]:
+def permute(index_N: ArrayLike, count: int, seed: int, stream: str, *counters: int) -> NDArray[np.int64]:
     """Return the position of each index in a random order of [0, count), without a table.
 
     A Feistel network over the next even power of two is applied until the result is below `count` (Black and Rogaway
@@ -60,7 +60,7 @@ def permute(index_N: ArrayLike, count: int, seed: int, stream: str, *which: int)
     """
     half = max(1, ((max(count - 1, 1)).bit_length() + 1) // 2)
     mask = np.uint64((1 << half) - 1)
-    keys = bits(seed, stream, *which, np.arange(_FEISTEL_ROUNDS))
+    keys = bits(seed, stream, *counters, np.arange(_FEISTEL_ROUNDS))
     value = np.atleast_1d(np.asarray(index_N)).astype(np.uint64)
     assert value.size == 0 or int(value.max()) < count, "index out of range"
     outside = np.ones(value.shape, dtype=bool)

@@ -249,7 +249,7 @@ class Sampler(Protocol):
         """Return the number of samples of an epoch."""
         ...
 
-    def cut(self, epoch: int, sample: int) -> SampleSpec:
+    def spec(self, epoch: int, sample: int) -> SampleSpec:
         """Return sample `sample` of an epoch, 0 <= sample < count(epoch)."""
         ...
 

@@ -1,1 +1,1 @@
-"""From files to cut, tokenized texts."""
+"""Reading, splitting, tokenizing and sampling of text."""

@@ -1,6 +1,6 @@
-"""The data loader: samples of a sampler, assigned to ranks and micro-batches, read and packed.
+"""The data loader: assigns samples to ranks and micro-batches, reads and packs them.
 
-The state of a loader is one integer, the cursor: the number of the next sample of the order.
+The state of a loader is one integer, the cursor: the number of the next sample.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from unmask.data.sentence_pairs import PairKind, PairSampler
 from unmask.data.shards import Shards
 from unmask.tokenization.tokenizer import Tokenizer
 
-_CHUNK_SAMPLES: Final = 4096  # drawn at a time: one call costs as much as some 100 samples
+_CHUNK_SAMPLES: Final = 4096  # drawn at a time: the fixed cost of a call equals that of about 100 samples
 _CHUNKS_KEPT: Final = 4
 
 
@@ -55,7 +55,7 @@ def read_sample(shards: Shards, spec: SampleSpec, tokenizer: Tokenizer) -> Sampl
 
 
 def num_special_tokens(tokenizer: Tokenizer, spans: int = 1) -> int:
-    """Special tokens in a sample of so many spans."""
+    """Return the number of special tokens in a sample of `spans` spans."""
     return 0 if tokenizer.cls_sep_ids is None else 1 + spans
 
 
@@ -76,7 +76,7 @@ class SampleStream:
         self._kept: dict[tuple[int, int], _Chunk] = {}
 
     def take(self, cursor: int, tokens: int) -> tuple[list[SampleSpec], int]:
-        """The next samples from `cursor` that hold `tokens` tokens, special tokens included, and the cursor after."""
+        """Return the next samples with at least `tokens` tokens, special tokens included, and the next cursor."""
         taken: list[SampleSpec] = []
         while tokens > 0 or not taken:
             epoch, sample = divmod(cursor, self._count)
@@ -90,7 +90,7 @@ class SampleStream:
         return taken, cursor
 
     def lengths(self, specs: Sequence[SampleSpec]) -> list[int]:
-        """Tokens of each sample, special tokens included."""
+        """Return the number of tokens of each sample, special tokens included."""
         return [spec.tokens + self._special_tokens[len(spec.spans)] for spec in specs]
 
     def batch(self, specs: Sequence[SampleSpec]) -> Batch:
@@ -111,10 +111,10 @@ class SampleStream:
 def assign_microbatches(lengths: Sequence[int], ranks: int, micro_tokens: int) -> list[list[list[int]]]:
     """Assign the samples of a step to ranks and micro-batches.
 
-    Every rank gets the same number of micro-batches: as few as hold at most `micro_tokens` tokens each, or one sample
-    that is longer. Samples go, longest first, to the micro-batch with the fewest tokens, so all are about equally full.
-    Within a micro-batch, longer samples come first and equal lengths are neighbors, which attention turns into views
-    without copies.
+    Every rank gets the same, smallest number of micro-batches of at most `micro_tokens` tokens, or of one longer
+    sample. Samples are added, longest first, to the micro-batch with the fewest tokens, so all are about equally full.
+    Within a micro-batch, longer samples come first and equal lengths are neighbors, so attention can use views without
+    copies.
 
     Returns:
         For each rank its micro-batches, each a list of indices into `lengths`. A micro-batch is empty only if there are
@@ -130,7 +130,7 @@ def assign_microbatches(lengths: Sequence[int], ranks: int, micro_tokens: int) -
             break
         fewest += 1
     # Ranks wait for each other at every micro-batch, so micro-batches of one round should be about equally full. Every
-    # other round goes backwards, so that no rank gets the fullest one each time.
+    # other round is reversed, so that no rank gets the fullest one each time.
     fullest = sorted(range(len(bins)), key=lambda number: (-loads[number], number))
     assigned: list[list[list[int]]] = [[] for _ in range(ranks)]
     for turn in range(fewest):
@@ -141,7 +141,7 @@ def assign_microbatches(lengths: Sequence[int], ranks: int, micro_tokens: int) -
 
 
 def _fewest(descending: Sequence[int], micro_tokens: int, ranks: int) -> int:
-    """A lower bound on the micro-batches of a rank: by tokens, and by samples of which only so many fit in one."""
+    """Return a lower bound on the micro-batches of a rank, by tokens and by long samples of which few fit in one."""
     bins = -(-sum(descending) // micro_tokens)
     for beside in range(1, 8):  # at most `beside` of the samples longer than this fit in one micro-batch
         longer = bisect_left(descending, -(micro_tokens // (beside + 1)), key=lambda length: -length)
@@ -177,19 +177,19 @@ def build_sampler(
     groups: Sequence[MixedText] = (),
     other: PluginSamplerConfig | PairSampling | None = None,
 ) -> EpochSampler:
-    """The sampler of a stage.
+    """Return the sampler of a stage.
 
     Args:
         shards: the training documents.
-        tokenizer: the tokenizer that encoded them.
-        length: tokens of a sample, special tokens included.
-        seed: of the order.
-        groups: the texts that the documents are from; windows are mixed by their weights, if they have some.
-        other: a plugin's sampler, or sentence pairs, in place of windows.
+        tokenizer: tokenizer of the shards.
+        length: maximum number of tokens of a sample, special tokens included.
+        seed: random seed of the sample order.
+        groups: texts of the documents; windows are mixed by their weights, if there are weights.
+        other: sampler of a plugin, or sentence pairs, instead of windows.
 
     Raises:
         RecipeError: the texts have weights, but the samples are not windows.
-        TextError: the documents give no sentence pairs, or a text of a mixture has nothing to train on.
+        TextError: the documents yield no sentence pairs, or a text of a mixture has no training text.
     """
     if isinstance(other, PairSampling):
         _refuse_weights(groups, f"sentence pairs ({other.kind})", "objective", "pairs are drawn from all documents")
@@ -225,14 +225,14 @@ class StageLoader:
         micro_tokens: int,
         names: Sequence[str] = (),
     ) -> None:
-        """Prepare to read.
+        """Create a loader.
 
         Args:
             shards: the training documents.
-            tokenizer: the tokenizer that encoded them.
-            sampler: of these documents.
-            micro_tokens: tokens of a micro-batch, at most (or one longer sample).
-            names: of the texts that the documents are from.
+            tokenizer: tokenizer of the shards.
+            sampler: sampler of these documents.
+            micro_tokens: maximum number of tokens of a micro-batch, unless one sample is longer.
+            names: names of the texts of the documents.
         """
         self._sampler, self._names = sampler, names
         self._stream = SampleStream(shards, sampler, tokenizer)
@@ -241,26 +241,26 @@ class StageLoader:
 
     @property
     def samples(self) -> int:
-        """Samples of an epoch."""
+        """Number of samples of an epoch."""
         return self._sampler.count(0)
 
     @property
     def epoch_tokens(self) -> int:
-        """Tokens of an epoch, special tokens included: exact for windows, else the mean or an estimate."""
+        """Number of tokens of an epoch, special tokens included: exact for windows, else the mean or an estimate."""
         return self._sampler.epoch_tokens(self._num_special_tokens)
 
     def epochs_by_text(self, tokens: float) -> dict[str, float]:
-        """How many epochs of each text, by its name, a number of tokens holds."""
+        """Return how many epochs of each named text `tokens` tokens contain."""
         if isinstance(self._sampler, MixtureSampler):
             return self._sampler.epochs_by_text(tokens)
         return dict.fromkeys(self._names, tokens / self.epoch_tokens)
 
     def first_cursor(self, stage: int) -> int:
-        """The first sample of a stage: it begins an epoch that no other stage reaches."""
+        """Return the cursor of the first sample of a stage: it begins an epoch that no other stage reaches."""
         return stage * EPOCH_STRIDE * self.samples
 
     def step(self, cursor: int, tokens: int, rank: int, ranks: int) -> tuple[list[Batch], int]:
-        """The micro-batches of one rank for the next `tokens` tokens of the order, and the cursor after them."""
+        """Return the micro-batches of one rank for the next `tokens` tokens, and the next cursor."""
         specs, after = self._stream.take(cursor, tokens)
         assigned = assign_microbatches(self._stream.lengths(specs), ranks, self._micro_tokens)
         return [self._stream.batch([specs[index] for index in micro]) for micro in assigned[rank] if micro], after

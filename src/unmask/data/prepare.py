@@ -1,11 +1,11 @@
 """Prepares a source for training: token shards of both splits, cached by content.
 
 A build makes three passes over the text, unit by unit: the survey (length and hash of each document), the tokenizer's
-training sample, the encoding. Between the first two stands the split, the only step that needs all documents.
+training sample, and the encoding. The split comes after the survey and is the only step that needs all documents.
 
-The cache holds one folder for each text (its content, the settings that decide the shards, the versions that do), in
-it one folder for each tokenizer, and an index from tokenizer settings to the tokenizer that they gave. So a tokenizer
-that was trained and an equal one that was given share their shards.
+The cache has one folder for each text, identified by its content and by the settings and versions that affect the
+shards. In it are one folder for each tokenizer, and an index from tokenizer settings to the trained tokenizer. So a
+trained tokenizer and an equal one from a file share their shards.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ from unmask.tokenization.settings import ExtendedTokenizerConfig, FileTokenizerC
 from unmask.tokenization.tokenizer import Tokenizer, train_tokenizer
 from unmask.tokenization.words import WordsRule, describe_words, detect_words, version
 
-META: Final = "meta"  # the folder of the tokenizer and the facts
+META: Final = "meta"  # folder of the tokenizer and the facts
 FACTS: Final = "facts.json"
 DOCUMENTS: Final = "documents.json"  # training documents of each part of the source
 INDEX: Final = "tokenizers.json"  # digest of tokenizer settings -> folder
@@ -64,11 +64,11 @@ Facts = dict[str, str | int | float]
 
 @dataclass(frozen=True)
 class CorpusGroup:
-    """The training documents of one of the texts that were named."""
+    """The training documents of one of the named texts."""
 
     name: str
-    weight: float  # 0: none was given
-    first_document: int  # of TokenizedCorpus.train
+    weight: float  # 0 without a weight
+    first_document: int  # index in TokenizedCorpus.train
     last_document: int  # exclusive
 
 
@@ -81,8 +81,8 @@ class TokenizedCorpus:
     tokenizer: Tokenizer
     words: WordsRule
     facts: Facts  # counts and decisions
-    notes: Sequence[str]  # the same in sentences
-    fingerprint: str  # of the text, the decisions and the tokenizer
+    notes: Sequence[str]  # the facts as sentences
+    fingerprint: str  # digest of the text, the decisions and the tokenizer
     groups: Sequence[CorpusGroup]
     folder: Path
 
@@ -105,16 +105,16 @@ def prepare(
 
     Args:
         source: the text, opened with these settings.
-        settings: how it is read and split, and which tokenizer is trained.
+        settings: how the text is read and split, and which tokenizer is trained.
         cache: directory of the results.
         progress: called with the stage and its completed fraction.
-        tokenizer: a tokenizer to use; without one, a tokenizer is trained on the training split.
-        workers: number of processes for long texts; the result does not depend on it.
-        verify: read all bytes of the text and of the cached shards again, instead of comparing sizes and times.
+        tokenizer: existing tokenizer; by default, one is trained on the training split.
+        workers: number of processes for long texts, without effect on the result.
+        verify: whether to read all bytes of the text and the cached shards, instead of comparing sizes and times.
 
     Raises:
-        TextError: the text can't be read, or leaves nothing for one of the splits.
-        TokenizerError: the text gives fewer tokens than the vocabulary size.
+        TextError: the text can't be read, or one of the splits is empty.
+        TokenizerError: the text yields fewer tokens than the vocabulary size.
         DamagedError: a file of the cache has changed since it was written.
         StoreError: the cache can't be written.
     """
@@ -126,7 +126,7 @@ def prepare(
     request = "" if tokenizer else _tokenizer_request(settings)
     folder = text_folder(source, settings, cache)
     if _find(folder, tokenizer, request) is None:
-        # The cached digests of the text go by sizes and times. A build reads all bytes anyway, so it trusts none.
+        # Cached digests are checked by size and time only. A build reads all bytes anyway, so it recomputes them.
         source.verify()
         folder = text_folder(source, settings, cache)
     try:
@@ -146,11 +146,11 @@ def prepare(
         ) from error
 
 
-# Which folder ---------------------------------------------------------------------------------------------------------
+# Folder names ---------------------------------------------------------------------------------------------------------
 
 
 def text_folder(source: BaseSource, settings: DataConfig, cache: Path) -> Path:
-    """The cache folder of a text: named by all that decides the shards, except the tokenizer."""
+    """Return the cache folder of a text, named by everything that affects the shards except the tokenizer."""
     held_out = settings.held_out
     fraction = held_out.fraction.fraction if isinstance(held_out.fraction, Fraction) else held_out.fraction
     decisions = {
@@ -166,7 +166,7 @@ def text_folder(source: BaseSource, settings: DataConfig, cache: Path) -> Path:
 
 
 def _tokenizer_request(settings: DataConfig) -> str:
-    """A digest of the settings that a tokenizer is trained by."""
+    """Return a digest of the settings that a tokenizer is trained with."""
     wanted = asdict(settings.tokenizer)
     if isinstance(settings.tokenizer, ExtendedTokenizerConfig):
         wanted["path"] = _tokenizer_digest(Tokenizer.load(settings.tokenizer.path))
@@ -174,7 +174,7 @@ def _tokenizer_request(settings: DataConfig) -> str:
 
 
 def _tokenizer_digest(tokenizer: Tokenizer) -> str:
-    """A digest of all that decides the ids and token flags that a tokenizer gives."""
+    """Return a digest of everything that affects the ids and token flags of a tokenizer."""
     roles = [tokenizer.role_id(role) for role in ("unk_token", "cls_token", "sep_token", "mask_token")]
     return digest(tokenizer.fingerprint, json.dumps([roles, list(tokenizer.special_ids)]))
 
@@ -186,7 +186,7 @@ def _read_index(folder: Path) -> Mapping[str, str]:
 
 
 def _find(folder: Path, tokenizer: Tokenizer | None, request: str) -> Path | None:
-    """The complete corpus of a text with this tokenizer, or with the one that the request gave before."""
+    """Return the complete corpus with this tokenizer, or with the one trained for the request; else None."""
     name = _tokenizer_digest(tokenizer) if tokenizer else _read_index(folder).get(request)
     return folder / name if name is not None and _is_complete(folder / name) else None
 
@@ -208,7 +208,7 @@ def _exclusive(folder: Path, progress: ProgressCallback) -> Generator[None]:
                 lock.acquire(timeout=_LOCK_POLL_SECONDS)
                 break
             except Timeout:
-                fraction = 1 - 60 / (60 + time.monotonic() - start)  # unknown; it grows ever more slowly
+                fraction = 1 - 60 / (60 + time.monotonic() - start)  # approaches 1, the rest is unknown
                 progress(f"waiting for {_read_owner(owner)}, which prepares the same text", fraction)
         if fraction:
             progress(f"waiting for {_read_owner(owner)}, which prepares the same text", 1.0)
@@ -222,7 +222,7 @@ def _exclusive(folder: Path, progress: ProgressCallback) -> Generator[None]:
 
 
 def _read_owner(file: Path) -> str:
-    """The process that holds a lock, as far as it has written it down."""
+    """Return a description of the process that holds the lock."""
     try:
         owner = json.loads(file.read_text(encoding="utf-8"))
         return f"process {owner['pid']} on {owner['host']}"
@@ -237,7 +237,7 @@ def _read_owner(file: Path) -> str:
 class Build:
     """The inputs of a build."""
 
-    folder: Path  # of the text
+    folder: Path  # cache folder of the text
     source: BaseSource
     settings: DataConfig
     progress: ProgressCallback
@@ -266,15 +266,15 @@ def build_in(work: Path, build: Build) -> Path:
     """Survey, split, train the tokenizer if there is none, and encode both splits.
 
     Args:
-        work: an empty folder for files that are not needed afterwards, on the file system of the cache.
-        build: the inputs.
+        work: empty folder for temporary files, on the file system of the cache.
+        build: inputs of the build.
 
     Returns:
         The folder of the corpus, named by its tokenizer.
 
     Raises:
-        TextError: the text can't be read, or leaves nothing for one of the splits.
-        TokenizerError: the text gives fewer tokens than the vocabulary size.
+        TextError: the text can't be read, or one of the splits is empty.
+        TokenizerError: the text yields fewer tokens than the vocabulary size.
     """
     settings = build.settings
     units = units_of(build.source.parts(), build.unit_bytes)
@@ -288,7 +288,7 @@ def build_in(work: Path, build: Build) -> Path:
         words: WordsRule = detect_words(stats.sample) if settings.words == "auto" else settings.words
         tokenizer = build.tokenizer or _train(build, workers, tasks, split, train_characters)
         corpus = build.folder / _tokenizer_digest(tokenizer)
-        if _is_complete(corpus):  # an equal tokenizer was given, or trained by other settings
+        if _is_complete(corpus):  # built before with an equal tokenizer from a file, or trained with other settings
             return corpus
         tokenizer.save(work / "tokenizer")
         by_chunks = CachedEncoder(tokenizer, words).agrees(stats.sample.split("\n")[:_COMPARED_LINES])
@@ -346,7 +346,7 @@ def _reporter(progress: ProgressCallback, stage: str, total: int) -> Callable[[i
 
 
 def _survey(build: Build, workers: Workers, tasks: Sequence[Task]) -> list[Message]:
-    # Bytes stand for characters here: they differ, above all in a compressed file, so the end is reported apart.
+    # Progress is characters ÷ bytes. They differ, mostly in compressed files, so the end is reported separately.
     total_bytes = sum(part.last_byte - part.first_byte for task in tasks for part in task.parts)
     surveyed = workers.run("survey", tasks, _reporter(build.progress, "reading the text", total_bytes))
     build.progress("reading the text", 1.0)
@@ -363,7 +363,7 @@ def join_stats(work: Path, tasks: Sequence[Task], surveyed: Sequence[Message]) -
 
 
 def _add_documents(tasks: Sequence[Task], surveyed: Sequence[Message]) -> list[Task]:
-    """The tasks with the number of their first document and the documents of each part."""
+    """Return the tasks with their first document and the number of documents of each part."""
     firsts = accumulate((sum(result["documents"]) for result in surveyed), initial=0)
     return [
         replace(task, first_document=first, documents=result["documents"])
@@ -389,13 +389,13 @@ def _train(build: Build, workers: Workers, tasks: Sequence[Task], split: Split, 
 
 
 def _ignore(characters: int) -> None:
-    """Ignore the progress of sampling: the trainer reports its own."""
+    """Ignore the progress of sampling: the trainer reports progress."""
 
 
 def _add_shares(
     source: BaseSource, tasks: Sequence[Task], split: Split, wanted: int, train_characters: int
 ) -> list[Task]:
-    """The tasks with the fraction of each part that the tokenizer is trained on, by the weights of the texts."""
+    """Return the tasks with the fraction of each part to train the tokenizer on, by the weights of the texts."""
     parts = sum(len(task.parts) for task in tasks)
     shares = [wanted / max(1, train_characters)] * parts
     groups = source.groups
@@ -442,13 +442,13 @@ def _require_tokens(shards: Mapping[SplitName, Shards], source: BaseSource) -> N
         raise TextError(
             "there is no text left to train on",
             location=source.location,
-            hint="give more text, or hold out less: --set data.held_out.fraction=5%",
+            hint="add text, or hold out less: --set data.held_out.fraction=5%",
         )
     if not shards["held-out"].tokens:
         raise TextError(
             "there is no text to hold out for validation",
             location=source.location,
-            hint="give more text, or hold out more: --set data.held_out.fraction=20%",
+            hint="add text, or hold out more: --set data.held_out.fraction=20%",
         )
 
 
@@ -464,9 +464,9 @@ def _open(folder: Path, source: BaseSource, *, verify: bool) -> TokenizedCorpus:
     for shards in (train, held_out):
         if shards.tokenizer_fingerprint != tokenizer.fingerprint:
             raise DamagedError(
-                "the shards were written with another tokenizer than the one beside them",
+                "the shards were written with another tokenizer than the one stored with them",
                 location=str(folder / META),
-                hint=f"remove {folder}, which is built again from the text",
+                hint=f"remove {folder}, and it will be built again from the text",
             )
     return TokenizedCorpus(
         train,
@@ -482,7 +482,7 @@ def _open(folder: Path, source: BaseSource, *, verify: bool) -> TokenizedCorpus:
 
 
 def _groups(folder: Path, source: BaseSource) -> list[CorpusGroup]:
-    """The texts as the source names them now, with the documents that their parts gave."""
+    """Return the texts with the current names of the source, and their training documents."""
     documents: list[int] = read_json(folder / META / DOCUMENTS)
     groups: list[CorpusGroup] = []
     part = first = 0
@@ -494,7 +494,7 @@ def _groups(folder: Path, source: BaseSource) -> list[CorpusGroup]:
 
 
 def _notes(facts: Mapping[str, Any], source: BaseSource) -> list[str]:
-    """The counts and decisions in sentences."""
+    """Return the counts and decisions as sentences."""
     size = f"{facts['documents']:,} documents, {facts['characters']:,} characters"
     if facts["held_out_by"] == "hash":
         held_out = f"{facts['held_out_documents']:,} documents, chosen by the hash of their text"
@@ -516,6 +516,6 @@ def _notes(facts: Mapping[str, Any], source: BaseSource) -> list[str]:
     ]
     if facts["encoded_by"] == "texts-after-all":
         notes.append(
-            "this tokenizer does not split text at spaces although its settings imply it; whole texts were encoded"
+            "whole texts were encoded, because this tokenizer does not split text at spaces as its settings imply"
         )
     return notes

@@ -29,7 +29,7 @@ from unmask.data.workers import Task, TaskRunner
 from unmask.tokenization.tokenizer import Encoded, Tokenizer, train_tokenizer
 from unmask.tokenization.words import WordsRule, codes, detect_words
 
-_BLOCK_CHARACTERS: Final = 1 << 20  # counted at once: a count costs as much as this many characters
+_BLOCK_CHARACTERS: Final = 1 << 20  # counted at once: the fixed cost of a count equals that of this many characters
 _REPLACEMENT: Final = 0xFFFD
 _ORDINARY_CONTROLS: Final = (0x09, 0x0A, 0x0D)
 
@@ -132,21 +132,21 @@ class NamedText:
     """One of several input texts."""
 
     name: str
-    weight: float  # 0: without a weight
+    weight: float  # 0 without a weight
     documents: int
     characters: int
 
 
 class TextReader:
-    """A second pass over a text, which runs in the constructor: characters, a sample, examples and groups."""
+    """Second pass over a text, run by the constructor: counts characters, draws a sample and examples."""
 
     def __init__(
         self, source: BaseSource, stats: DocumentStats, seed: int, wanted: int, progress: ProgressCallback
     ) -> None:
-        """Read the source; the sample has about `wanted` characters, from documents drawn by `seed`."""
+        """Read the source and draw a sample of about `wanted` characters."""
         self.letters = CharacterCounts()
         self.sample: list[str] = []
-        self.beginnings: dict[int, str] = {}  # by document
+        self.beginnings: dict[int, str] = {}  # document -> beginning of its text
         self.copy = ""
         self.texts: list[NamedText] = []
         self.groups: list[CorpusGroup] = []
@@ -172,8 +172,8 @@ class TextReader:
             done += len(chunk.text)
             if done - reported >= _REPORT_CHARACTERS:
                 reported = done
-                progress("looking at its characters", min(0.99, done / whole))
-        progress("looking at its characters", 1.0)
+                progress("counting characters", min(0.99, done / whole))
+        progress("counting characters", 1.0)
         if not self.sample:
             self.sample.append(stats.sample)
 
@@ -231,13 +231,13 @@ _LITTLE_CHARACTERS: Final = 1_000_000
 
 @dataclass(frozen=True)
 class Copies:
-    """Documents that are exact copies of earlier ones."""
+    """Exact copies of earlier documents."""
 
     documents: int
     share: float
     characters: int
     most: int  # occurrences of the most frequent text
-    example: str  # its beginning
+    example: str  # beginning of the most frequent text
 
 
 @dataclass(frozen=True)
@@ -289,7 +289,7 @@ class TokenizedSample:
 
     kind: str
     vocabulary: int
-    trained: bool  # trained on the sample instead of given
+    trained: bool  # whether it was trained on the sample
     sample_characters: int
     characters_per_token: float
     unknown_share: float  # fraction of the characters of the sample
@@ -332,7 +332,7 @@ class Report:
     documents: int
     characters: int
     bytes: int
-    texts: tuple[NamedText, ...]  # if there are several
+    texts: tuple[NamedText, ...]  # empty for a single text
     copies: Copies
     lengths: Lengths
     alphabet: Alphabet
@@ -359,7 +359,7 @@ def survey(source: BaseSource, progress: ProgressCallback) -> DocumentStats:
     def report(characters: int) -> None:
         nonlocal done
         done += characters
-        # Bytes stand for characters here: they differ, above all in a compressed file, so the end is reported apart.
+        # Progress is characters ÷ bytes. They differ, mostly in compressed files, so the end is reported separately.
         progress("reading the text", min(0.99, done / max(1, total_bytes)))
 
     with TemporaryDirectory() as folder:
@@ -370,7 +370,7 @@ def survey(source: BaseSource, progress: ProgressCallback) -> DocumentStats:
     return stats
 
 
-def look(
+def inspect_text(
     source: BaseSource,
     settings: DataConfig,
     lengths: Sequence[int],
@@ -383,14 +383,14 @@ def look(
 
     Args:
         source: the text.
-        settings: how it is reader, and which tokenizer is trained.
+        settings: how the text is read, and which tokenizer is trained.
         lengths: maximum sequence length of each stage, with special tokens.
         progress: called with the stage and its completed fraction.
-        seed: seed that selects the examples.
-        tokenizer: an existing tokenizer; by default one is trained on a sample.
+        seed: random seed of the sample and the examples.
+        tokenizer: existing tokenizer; by default, one is trained on a sample.
 
     Raises:
-        TextError: the text can't be reader, or is empty.
+        TextError: the text can't be read, or is empty.
     """
     stats = survey(source, progress)
     if not int(stats.lengths.sum()):
@@ -525,7 +525,7 @@ def _examples(reader: TextReader, stats: DocumentStats, tokenizer: Tokenizer, wo
 
 
 def _example_tokens(text: str, encoded: Encoded, tokenizer: Tokenizer) -> Iterator[ExampleToken]:
-    """Yield the text of each token; a character of several tokens is given to the first."""
+    """Yield the text of each token; a character of several tokens appears in the first."""
     rows = zip(encoded.ids.tolist(), encoded.marks.tolist(), encoded.offsets.tolist(), strict=True)
     done = 0
     for id, marks, (first, last) in list(rows)[:_EXAMPLE_TOKENS]:
@@ -534,7 +534,7 @@ def _example_tokens(text: str, encoded: Encoded, tokenizer: Tokenizer) -> Iterat
 
 
 def _warnings(report: Report, settings: DataConfig, lengths: Sequence[int]) -> Iterator[str]:
-    """Yield warnings about the text."""
+    """Yield warnings about the text and the settings."""
     if report.left_out:
         yield f"{report.left_out:,} lines or rows were skipped"
     copies = report.copies

@@ -1,6 +1,6 @@
-"""Samplers: which tokens each sample of an epoch holds and in which order the samples come.
+"""Samplers: choose the tokens and the order of the samples of an epoch.
 
-All of it is a pure function of (seed, epoch, sample); samplers have no state. Every epoch has the same number of
+A sample is a pure function of (seed, epoch, position); samplers have no state. Every epoch has the same number of
 samples, which is known without drawing any.
 """
 
@@ -19,51 +19,51 @@ from unmask.core.errors import RecipeError, TextError
 from unmask.core.plugins import PluginSamplerConfig, make
 from unmask.core.types import Sampler, SamplerContext, SampleSpec, TokenSpan
 
-EPOCH_STRIDE = 1 << 20  # epochs of stage k are numbered from k times this, so that no two stages share a draw
+EPOCH_STRIDE = 1 << 20  # epochs of stage k are numbered from k times this, so no two stages share a random draw
 
-# The window borders of a document move from this number of windows on. In a shorter document the short windows at its
+# The window borders of a document move from this number of windows on. In a shorter document, the short windows at both
 # ends would be too frequent.
 LONG_DOCUMENT_WINDOWS: Final = 16
 _BLOCK: Final = 64  # documents
 _COUNTED_AT_ONCE: Final = _BLOCK << 12
-ESTIMATE_SAMPLES: Final = 4096  # by which the mean length of a sample is estimated where it has no formula
+ESTIMATE_SAMPLES: Final = 4096  # samples for an estimate of the mean length where it has no formula
 
 
 class EpochSampler(Protocol):
-    """A sampler that gives a range of an epoch at once."""
+    """A sampler that returns a range of an epoch at once."""
 
-    spans: ClassVar[int]  # of a sample
+    spans: ClassVar[int]  # per sample
 
     def count(self, epoch: int) -> int:
-        """The number of samples in an epoch, the same in each."""
+        """Return the number of samples in an epoch, the same in each."""
         ...
 
     def specs(self, epoch: int, first: int, last: int) -> list[SampleSpec]:
-        """The samples at positions [first, last) of the epoch."""
+        """Return the samples at positions [first, last) of the epoch."""
         ...
 
     def epoch_tokens(self, num_special_tokens: int) -> int:
-        """Tokens of an epoch with this number of special tokens in each sample; exact or an estimate."""
+        """Return the tokens of an epoch, with special tokens in each sample; exact or an estimate."""
         ...
 
 
 class WindowSampler:
-    """Samples that are windows of `length` tokens of one document, special tokens not counted.
+    """Sampler of windows of `length` tokens of one document, special tokens not counted.
 
-    A document of n tokens gives c = ceil(n / length) windows in every epoch: one if it fits, c windows of equal length
+    A document of n tokens has c = ceil(n / length) windows in every epoch: one if it fits, c windows of equal length
     if c < 16. From 16 windows on, all but the first and last have exactly `length` tokens, and their borders move from
     epoch to epoch by one draw.
     """
 
-    spans: ClassVar[int] = 1  # of a sample
+    spans: ClassVar[int] = 1  # per sample
 
     def __init__(self, lengths: Int[np.ndarray, "N"], length: int, seed: int) -> None:
-        """Count the windows of documents with these numbers of tokens."""
+        """Count the windows of all documents; `lengths` are their numbers of tokens."""
         assert length > 0, "a window holds at least one token"
-        self._lengths = np.asarray(lengths, dtype=np.int64)  # often mapped from a file, and then left there
+        self._lengths = np.asarray(lengths, dtype=np.int64)  # often memory-mapped, and not copied then
         self._length, self._seed = length, seed
-        # The number of windows before every 64th document; the rest is counted when needed. A number for each of a
-        # billion documents would take 8 GB in every stage.
+        # The number of windows before every 64th document; windows within a block are counted when needed. One number
+        # for each of a billion documents would take 8 GB in every stage.
         sums = [np.zeros(1, dtype=np.int64)]
         for first in range(0, len(self._lengths), _COUNTED_AT_ONCE):
             windows = -(-self._lengths[first : first + _COUNTED_AT_ONCE] // length)
@@ -72,11 +72,11 @@ class WindowSampler:
         self._count = int(self._before[-1])
 
     def count(self, epoch: int) -> int:
-        """The number of samples in an epoch, the same in each."""
+        """Return the number of samples in an epoch, the same in each."""
         return self._count
 
     def specs(self, epoch: int, first: int, last: int) -> list[SampleSpec]:
-        """The samples at positions [first, last) of the epoch; their `number` is that of the window."""
+        """Return the samples at positions [first, last) of the epoch; their `number` is that of the window."""
         assert 0 <= first <= last <= self._count, "positions outside the epoch"
         numbers = rng.permute(np.arange(first, last), self._count, self._seed, "order", epoch)
         documents, begins, ends = self._borders(numbers, epoch)
@@ -87,13 +87,13 @@ class WindowSampler:
         ]
 
     def epoch_tokens(self, num_special_tokens: int) -> int:
-        """Tokens of an epoch with this number of special tokens in each sample."""
+        """Return the tokens of an epoch, with special tokens in each sample."""
         return int(self._lengths.sum()) + num_special_tokens * self._count
 
     def _borders(
         self, numbers: NDArray[np.int64], epoch: int
     ) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
-        """Document, first token and end of windows, given by their numbers."""
+        """Return the document, first token and end of each window."""
         # The first document with more windows up to its end than the number; empty documents add none.
         blocks = np.searchsorted(self._before, numbers, side="right") - 1
         in_block = numbers - self._before[blocks]
@@ -120,36 +120,36 @@ class WindowSampler:
 
 
 class PluginSampler:
-    """A sampler of a plugin, whose samples are checked before they are read."""
+    """Wraps the sampler of a plugin, and checks its samples before they are read."""
 
-    spans: ClassVar[int] = 1  # of a sample
+    spans: ClassVar[int] = 1  # per sample
 
     def __init__(self, settings: PluginSamplerConfig, lengths: Int[np.ndarray, "N"], length: int, seed: int) -> None:
         self._kind, self._lengths, self._length = settings.kind, np.asarray(lengths, dtype=np.int64), length
         self._sampler: Sampler = make(settings, SamplerContext(self._lengths, length, seed))
         self._count = self._sampler.count(0)
         if self._count < 1:
-            raise self._error(f"it finds no sample in {len(self._lengths):,} documents")
+            raise self._error(f"it has no samples for {len(self._lengths):,} documents")
 
     def count(self, epoch: int) -> int:
-        """The number of samples in an epoch, the same in each."""
+        """Return the number of samples in an epoch, the same in each."""
         return self._count
 
     def specs(self, epoch: int, first: int, last: int) -> list[SampleSpec]:
-        """The samples at positions [first, last) of the epoch.
+        """Return the samples at positions [first, last) of the epoch.
 
         Raises:
-            RecipeError: the plugin gives a sample that is not one span inside a document, or too long.
+            RecipeError: a sample of the plugin is not one span inside a document, or is too long.
         """
-        return [self._check(self._sampler.cut(epoch, sample), epoch, sample) for sample in range(first, last)]
+        return [self._check(self._sampler.spec(epoch, sample), epoch, sample) for sample in range(first, last)]
 
     def epoch_tokens(self, num_special_tokens: int) -> int:
-        """About the tokens of an epoch: the sampler may skip tokens, or read some twice."""
+        """Return an estimate of the tokens of an epoch: the sampler may skip tokens, or read some twice."""
         return round(self._count * (self.mean_tokens + num_special_tokens))
 
     @property
     def mean_tokens(self) -> float:
-        """The mean number of tokens of up to 4,096 samples spread evenly, special tokens not counted."""
+        """Mean number of tokens of up to 4,096 evenly spread samples, special tokens not counted."""
         some = np.linspace(0, self._count - 1, min(self._count, ESTIMATE_SAMPLES), dtype=np.int64)
         return float(np.mean([self.specs(0, sample, sample + 1)[0].tokens for sample in np.unique(some).tolist()]))
 
@@ -170,14 +170,14 @@ class PluginSampler:
 
     def _error(self, problem: str) -> RecipeError:
         return RecipeError(
-            f"the sampler `{self._kind}` breaks the contract of samplers: {problem}",
+            f"the sampler `{self._kind}` violates the Sampler protocol: {problem}",
             location="data.sampler",
             hint=f"run `unmask check-plugin {self._kind}` to test it",
         )
 
 
 def eval_windows(lengths: Int[np.ndarray, "N"], length: int) -> list[SampleSpec]:
-    """The windows of validation: each document in its order, split into windows of equal length; equal in every run."""
+    """Return the windows of all documents for validation, in order, of equal length within a document."""
     specs: list[SampleSpec] = []
     for document, tokens in enumerate(np.asarray(lengths).tolist()):
         windows = -(-tokens // length)
@@ -187,9 +187,9 @@ def eval_windows(lengths: Int[np.ndarray, "N"], length: int) -> list[SampleSpec]
     return specs
 
 
-# The own epochs of a text are numbered from multiples of this, one multiple for each start of the order. If a billionth
-# of the tokens has half of the weight, an epoch of the mixture holds a billion of its own epochs; the stride allows for
-# a thousand such epochs, and 2**23 starts fit into 63 bits.
+# The epochs of each text are numbered from multiples of this, one multiple for each start of the order. If a billionth
+# of the tokens has half of the weight, an epoch of the mixture contains a billion epochs of that text. The stride
+# allows for a thousand such epochs, and 2**23 starts fit into 63 bits.
 _OWN_STRIDE: Final = 1 << 40
 
 
@@ -198,37 +198,37 @@ class MixedText(Protocol):
 
     @property
     def name(self) -> str:
-        """The name for messages."""
+        """Name for messages."""
         ...
 
     @property
     def weight(self) -> float:
-        """The share of the training tokens, up to normalization; 0 if none was given."""
+        """Fraction of the training tokens, before normalization; 0 without a weight."""
         ...
 
     @property
     def first_document(self) -> int:
-        """Its first document."""
+        """Index of the first document."""
         ...
 
     @property
     def last_document(self) -> int:
-        """The document after its last one."""
+        """Index after the last document."""
         ...
 
 
 def is_weighted(groups: Sequence[MixedText]) -> bool:
-    """Whether these texts are mixed by weight."""
+    """Return whether these texts are mixed by weight."""
     return any(group.weight > 0 for group in groups)
 
 
 class MixtureSampler:
     """A sampler over several texts with weights; each text is read in its own order, epoch after epoch.
 
-    The `number` of a sample is that of its window among those of all texts, the `epoch` is the text's own.
+    The `number` of a sample is that of its window among those of all texts. Its `epoch` is the epoch of its text.
     """
 
-    spans: ClassVar[int] = 1  # of a sample
+    spans: ClassVar[int] = 1  # per sample
 
     def __init__(
         self,
@@ -240,25 +240,25 @@ class MixtureSampler:
         num_special_tokens: int,
         stride: int,
     ) -> None:
-        """Share out the samples of an epoch among the texts.
+        """Divide the samples of an epoch among the texts.
 
         Args:
-            lengths: tokens of each document.
+            lengths: number of tokens of each document.
             groups: the texts, with weights that need not add up to 1.
-            length: tokens of a window, special tokens not counted.
-            seed: of the order within each text.
-            num_special_tokens: in each window.
-            stride: epochs from one start of the order to the next, where the next training stage begins.
+            length: maximum number of tokens of a window, special tokens not counted.
+            seed: random seed of the order within each text.
+            num_special_tokens: number of special tokens in each window.
+            stride: number of epochs after which the order starts again, for the next training stage.
 
         Raises:
-            TextError: a text has no weight, or nothing to train on.
+            TextError: a text has no weight, or no training text.
         """
         self.names = tuple(group.name for group in groups)
         self._stride = stride
         self._first_documents = [group.first_document for group in groups]
         self._windows: list[WindowSampler] = []
         self._own: list[int] = []  # windows of each text
-        self._tokens: list[int] = []  # of an own epoch of each text, special tokens included
+        self._tokens: list[int] = []  # tokens of an epoch of each text, special tokens included
         for index, group in enumerate(groups):
             own_lengths = np.asarray(lengths[group.first_document : group.last_document], dtype=np.int64)
             # The first text keeps the seed, so that a single text is read as it would be without a weight.
@@ -276,11 +276,11 @@ class MixtureSampler:
         )
 
     def epoch_tokens(self, num_special_tokens: int) -> int:
-        """The mean number of tokens of an epoch, with the special tokens that the mixture was made with."""
+        """Return the mean number of tokens of an epoch, with the special tokens passed to the constructor."""
         return round(math.fsum(self._tokens_by_text()))
 
     def epochs_by_text(self, tokens: float) -> dict[str, float]:
-        """How many own epochs of each text a number of tokens of the mixture holds."""
+        """Return how many epochs of each text `tokens` tokens of the mixture contain."""
         epochs = tokens / math.fsum(self._tokens_by_text())
         return {
             name: epochs * samples / own
@@ -288,11 +288,11 @@ class MixtureSampler:
         }
 
     def count(self, epoch: int) -> int:
-        """The number of samples in an epoch, the same in each."""
+        """Return the number of samples in an epoch, the same in each."""
         return self._count
 
     def specs(self, epoch: int, first: int, last: int) -> list[SampleSpec]:
-        """The samples at positions [first, last) of the epoch."""
+        """Return the samples at positions [first, last) of the epoch."""
         assert 0 <= first <= last <= self._count, "positions outside the epoch"
         start, since = divmod(epoch, self._stride)
         specs = np.empty(last - first, dtype=object)
@@ -304,13 +304,13 @@ class MixtureSampler:
         return specs.tolist()
 
     def _tokens_by_text(self) -> list[float]:
-        """The mean number of tokens that an epoch takes from each text."""
+        """Return the mean number of tokens from each text in an epoch."""
         return [
             samples * tokens / own for samples, tokens, own in zip(self._samples, self._tokens, self._own, strict=True)
         ]
 
     def _own_specs(self, index: int, start: int, first: int, number: int) -> list[SampleSpec]:
-        """Samples [first, first + number) of one text's own order, epoch after epoch, after a start of the mixture."""
+        """Return samples [first, first + number) of one text in its order, counted from a start of the order."""
         windows, own, offset = self._windows[index], self._own[index], self._offsets[index]
         first_document = self._first_documents[index]
         specs: list[SampleSpec] = []
@@ -335,18 +335,18 @@ def _require(group: MixedText, windows: int) -> None:
         raise TextError(
             "a text of the mixture has nothing to train on",
             location=group.name,
-            hint="give more of this text, leave it out, or hold out less: --set data.held_out.fraction=1%",
+            hint="add more of this text, remove it, or hold out less: --set data.held_out.fraction=1%",
         )
 
 
 def _apportion(shares: Sequence[float], count: int) -> list[int]:
-    """Whole numbers in proportion to shares that add up to `count`, by largest remainder; each at least 1."""
+    """Return integers proportional to shares that add up to `count`, by largest remainder; each at least 1."""
     assert count >= len(shares), "each text has a window"
     total = math.fsum(shares)
     wanted = [count * share / total for share in shares]
     numbers = [max(1, math.floor(number)) for number in wanted]
     missing = count - sum(numbers)
-    step = 1 if missing > 0 else -1  # too many where several shares are worth less than one sample each
+    step = 1 if missing > 0 else -1  # negative where several shares are less than one sample each
     for _ in range(abs(missing)):
         able = [index for index, number in enumerate(numbers) if number + step >= 1]
         index = max(able, key=lambda index: step * (wanted[index] - numbers[index]))
@@ -357,10 +357,10 @@ def _apportion(shares: Sequence[float], count: int) -> list[int]:
 def _spread(first: int, number: int, samples: int, count: int) -> tuple[int, NDArray[np.bool_]]:
     """Spread `samples` evenly over `count` positions.
 
-    Of the first p positions, ⌊p · samples ÷ count + ½⌋ are taken. The part that may exceed 64 bits is computed exactly.
+    The first p positions contain ⌊p · samples ÷ count + ½⌋ of them. Numbers that may exceed 64 bits are exact integers.
 
     Returns:
-        How many of the positions before `first` are taken, and which of [first, first + number).
+        The number of chosen positions before `first`, and which of [first, first + number) are chosen.
     """
     before, remainder = divmod(2 * first * samples + count, 2 * count)
     until = (remainder + 2 * samples * np.arange(number + 1)) // (2 * count)

@@ -6,10 +6,10 @@ sentences into A and B. For next sentence prediction (arXiv 1810.04805, section 
 of the samples, replaced by sentences of another document (label 1). For sentence order prediction (arXiv 1909.11942,
 section 3.1), A and B are swapped for half of the samples (label 1).
 
-All chunks of an epoch lie on a ring in a random order. The position on the ring determines where a chunk is divided.
-A replaced B comes from the next chunk on the ring that lost its own B and is of another document. So second segments
-only change places, and every sentence is read about once an epoch. A replacement is as long as what it replaces and
-never begins a document; otherwise length or position would reveal the label.
+All chunks of an epoch form a ring in random order. The position on the ring determines where a chunk is divided. A
+replacement for B comes from the next chunk on the ring whose B is replaced and that is of another document. So second
+segments only change places, and every sentence is read about once per epoch. A replacement is about as long as the
+replaced segment and never begins a document; otherwise length or position would reveal the label.
 """
 
 from __future__ import annotations
@@ -28,39 +28,39 @@ from unmask.data.sampling import ESTIMATE_SAMPLES
 
 PairKind = Literal["next-sentence", "sentence-order"]
 CONSECUTIVE: Final = 0  # the labels of transformers' BertForPreTraining and AlbertForPreTraining
-NOT_CONSECUTIVE: Final = 1  # of another document, or swapped
+NOT_CONSECUTIVE: Final = 1  # B is of another document, or A and B are swapped
 
-_LONG: Final = 16  # from this many chunks on, all borders of a document move together, as those of windows do
+_LONG: Final = 16  # chunks from which on all borders of a document move together, as those of windows do
 _BLOCK: Final = 64  # documents
-_NEIGHBORS: Final = 12  # on the ring that are tried for a B; about every second one fits
-_SENTENCES_KEPT: Final = 1 << 22  # 32 MB, and at most half of that for borders
+_NEIGHBORS: Final = 12  # next chunks on the ring that are tried for a B; about every second one fits
+_SENTENCES_KEPT: Final = 1 << 22  # 32 MB, and at most half as much for borders
 _NO_EPOCH: Final = -1
 
 Numbers = NDArray[np.int64]
 
 
 class SentenceDocuments(Protocol):
-    """Tokenized documents, as `Shards` holds them."""
+    """Tokenized documents, such as `Shards`."""
 
     @property
     def lengths(self) -> Int[np.ndarray, "N"]:
-        """Tokens of each document."""
+        """Number of tokens of each document."""
         ...
 
     @property
     def sentences(self) -> Int[np.ndarray, "N"]:
-        """Sentences of each document; its first token starts one, whatever its flag."""
+        """Number of sentences of each document; its first token always starts one."""
         ...
 
     def token_flags(self, document: int, first: int, last: int) -> NDArray[np.uint8]:
-        """The flags of tokens [first, last) of a document."""
+        """Return the flags of tokens [first, last) of a document."""
         ...
 
 
 class _Chunk(NamedTuple):
     starts: list[int]  # the first token of each sentence, and the end
-    divided: int  # the sentence of the chunk with which the second segment begins
-    sentence: int  # the same, counted in the document
+    divided: int  # index in the chunk of the first sentence of the second segment
+    sentence: int  # index of that sentence in the document
 
 
 class _Document(NamedTuple):
@@ -70,9 +70,9 @@ class _Document(NamedTuple):
 
 
 class PairSampler:
-    """Samples of two spans with a label. `length` is what both hold together, special tokens not counted."""
+    """Sampler of two spans with a label, together at most `length` tokens, special tokens not counted."""
 
-    spans: ClassVar[int] = 2  # of a sample
+    spans: ClassVar[int] = 2  # per sample
 
     def __init__(
         self,
@@ -86,19 +86,19 @@ class PairSampler:
         """Count the chunks of all documents.
 
         Args:
-            documents: tokens and sentences.
-            length: tokens of a pair, at most.
-            seed: of all draws.
-            kind: what the label means.
-            short_probability: how often a pair is shortened to a length drawn from 2 to `length`.
+            documents: tokenized documents.
+            length: maximum number of tokens of a pair.
+            seed: random seed.
+            kind: next sentence or sentence order prediction.
+            short_probability: probability that a pair is shortened to a random length from 2 to `length`.
 
         Raises:
-            TextError: the documents give no pairs.
+            TextError: the documents yield no pairs.
         """
         assert length >= 2, "a pair holds at least two tokens"
         self._documents, self._length, self._seed, self._kind = documents, length, seed, kind
         self._short_probability = short_probability
-        self._lengths = documents.lengths  # often mapped from a file, and then left there
+        self._lengths = documents.lengths  # often memory-mapped, and not copied then
         chunks = np.minimum(-(-np.asarray(documents.lengths) // length), documents.sentences // 2)
         self._chunk_counts = chunks.astype(np.int32)
         edges = np.arange(0, max(1, len(chunks)), _BLOCK)
@@ -110,16 +110,16 @@ class PairSampler:
         require_pairs(documents, kind)
 
     def count(self, epoch: int) -> int:
-        """The number of samples in an epoch, the same in each."""
+        """Return the number of samples in an epoch, the same in each."""
         return self._count
 
     def epoch_tokens(self, num_special_tokens: int) -> int:
-        """About the tokens of an epoch, from its first 4,096 samples."""
+        """Return an estimate of the tokens of an epoch, from its first 4,096 samples."""
         mean = float(np.mean([spec.tokens for spec in self.specs(0, 0, min(self._count, ESTIMATE_SAMPLES))]))
         return round(self._count * (mean + num_special_tokens))
 
     def specs(self, epoch: int, first: int, last: int) -> list[SampleSpec]:
-        """The samples at positions [first, last) of the epoch; their `number` is that of the chunk."""
+        """Return the samples at positions [first, last) of the epoch; their `number` is that of the chunk."""
         assert 0 <= first <= last <= self._count, "positions outside the epoch"
         ring = rng.permute(np.arange(first, last), self._count, self._seed, "order", epoch)
         numbers = self._at_ring(ring, epoch)
@@ -130,8 +130,8 @@ class PairSampler:
         second_documents = documents.copy()
         if self._kind == "next-sentence":
             lost = np.flatnonzero(labels == NOT_CONSECUTIVE)
-            found, second_documents[lost] = self._partners(ring[lost], numbers[lost], documents[lost], epoch)
-            partners = self._chunks(epoch, second_documents[lost], *found)
+            positions, second_documents[lost] = self._partners(ring[lost], numbers[lost], documents[lost], epoch)
+            partners = self._chunks(epoch, second_documents[lost], *positions)
             for index, partner in zip(lost.tolist(), partners, strict=True):
                 wanted = seconds[index][-1] - seconds[index][0]
                 seconds[index] = self._sentences_from(int(second_documents[index]), partner.sentence, wanted)
@@ -151,21 +151,21 @@ class PairSampler:
             specs.append(SampleSpec(epoch, number, spans, label))
         return specs
 
-    # Which chunks -----------------------------------------------------------------------------------------------------
+    # Choice of chunks -------------------------------------------------------------------------------------------------
 
     def _at_ring(self, ring: Numbers, epoch: int) -> Numbers:
-        """The numbers of the chunks at these positions of the epoch's ring."""
+        """Return the numbers of the chunks at these positions of the epoch's ring."""
         return rng.permute(ring, self._count, self._seed, "ring", epoch)
 
     def _division(self, ring: Numbers, epoch: int) -> NDArray[np.float64]:
-        """Where the chunks at these positions are divided, from 0 to 1: uniform over the ring, equal for neighbors."""
+        """Return where chunks are divided, from 0 to 1: uniform over the ring, about equal for neighbors."""
         return (ring + rng.uniform(self._seed, "part", epoch)) / self._count
 
     def _labels(self, numbers: Numbers, epoch: int) -> Numbers:
         return np.where(rng.uniform(self._seed, "label", epoch, numbers) < 0.5, NOT_CONSECUTIVE, CONSECUTIVE)
 
     def _locate(self, numbers: Numbers) -> tuple[Numbers, Numbers]:
-        """The document of each chunk, and which of its chunks it is."""
+        """Return the document of each chunk, and the index of the chunk in it."""
         blocks = np.searchsorted(self._before, numbers, side="right") - 1
         candidates = blocks[:, None] * _BLOCK + np.arange(_BLOCK)
         exists = candidates < len(self._chunk_counts)
@@ -179,7 +179,7 @@ class PairSampler:
     def _partners(
         self, ring: Numbers, numbers: Numbers, documents: Numbers, epoch: int
     ) -> tuple[tuple[Numbers, NDArray[np.float64]], Numbers]:
-        """For samples that lost their B: a chunk of another document, where it is divided, and the document."""
+        """Return, for each replaced B, a chunk of another document, where it is divided, and the document."""
         second_documents, places, divisions = documents.copy(), np.zeros_like(documents), self._division(ring, epoch)
         pending = np.arange(len(ring))
         for step in range(1, _NEIGHBORS + 1):
@@ -193,7 +193,7 @@ class PairSampler:
             second_documents[taken], places[taken] = next_documents[fits], next_places[fits]
             divisions[taken] = self._division(next_ring[fits], epoch)
             pending = pending[~fits]
-        if len(pending):  # where nearly all text is one document: any chunk of another one
+        if len(pending):  # if nearly all text is one document: any chunk of another document
             own_documents = documents[pending]
             own_first = numbers[pending] - self._locate(numbers[pending])[1]
             own_chunks = self._chunk_counts[own_documents].astype(np.int64)
@@ -203,10 +203,10 @@ class PairSampler:
             )
         return (places, divisions), second_documents
 
-    # Where they lie ---------------------------------------------------------------------------------------------------
+    # Positions of chunks ----------------------------------------------------------------------------------------------
 
     def _chunks(self, epoch: int, documents: Numbers, places: Numbers, divisions: NDArray[np.float64]) -> list[_Chunk]:
-        """Locate chunks, document by document, so that the flags of each are read once."""
+        """Return the sentences of chunks; documents are processed in order, so their flags are read once."""
         chunks: dict[int, _Chunk] = {}
         order = np.argsort(documents, kind="stable")
         draws = rng.uniform(self._seed, "piece", epoch, documents[order])
@@ -222,7 +222,7 @@ class PairSampler:
         return [chunks[index] for index in range(len(order))]
 
     def _document(self, document: int) -> _Document:
-        """The sentences of a document; those of the documents used last are kept."""
+        """Return the sentences of a document; those of recently used documents are cached."""
         if document in self._kept:
             self._kept.move_to_end(document)
             return self._kept[document]
@@ -237,7 +237,7 @@ class PairSampler:
         return known
 
     def _borders(self, chunks: int, starts: Numbers, draw: float) -> Numbers:
-        """The sentences between which a document is split: nearest to equal chunks that move a little in each epoch."""
+        """Return the sentence borders of chunks: nearest to equal lengths, and shifted by `draw` in each epoch."""
         tokens, sentences = int(starts[-1]), len(starts) - 1
         if chunks == 1:
             return np.array([0, sentences])
@@ -255,9 +255,9 @@ class PairSampler:
         return np.concatenate([[0], borders, [sentences]])
 
     def _sentences_from(self, document: int, sentence: int, wanted: int) -> list[int]:
-        """The starts of the sentences from this one on that hold about `wanted` tokens, and their end.
+        """Return the starts of sentences from this one on with about `wanted` tokens, and their end.
 
-        If the document ends before, they begin earlier, but not with its first sentence.
+        If the document ends too soon, they begin earlier, but not with its first sentence.
         """
         starts = self._document(document).starts
         last = _nearest(starts, int(starts[sentence]) + wanted)
@@ -267,7 +267,7 @@ class PairSampler:
 
 
 def _nearest(starts: Numbers, token: int) -> int:
-    """The sentence whose start is nearest to a token."""
+    """Return the sentence whose start is nearest to a token."""
     after = min(max(int(np.searchsorted(starts, token)), 1), len(starts) - 1)
     return after - int(token - starts[after - 1] < starts[after] - token)
 
@@ -277,9 +277,10 @@ def _truncate(
 ) -> tuple[tuple[int, int], tuple[int, int]]:
     """Truncate segments A and B, given as sentence starts, to at most `target` tokens together.
 
-    Whole sentences go first: from the longer segment, at the ends that don't meet. Then tokens go from the longer
-    segment, by a draw so many from its front and the rest from its back. (BERT draws for each token, which would keep
-    the middle of a long sentence every time.) Of the two sentences that meet, at least a token stays.
+    Whole sentences are removed first: from the longer segment, at the outer ends of the pair. Then tokens are removed
+    from the longer segment, a random number from its front and the rest from its back. (BERT draws for each token,
+    which would keep the middle of a long sentence every time.) At least one token of each of the two inner sentences
+    remains.
     """
     first, last = 0, len(b) - 1
     size_a, size_b = a[-1] - a[0], b[-1] - b[0]
@@ -306,21 +307,21 @@ def _truncate(
 
 
 def require_pairs(documents: SentenceDocuments, kind: PairKind) -> None:
-    """Check that documents give pairs.
+    """Check that documents yield pairs.
 
     Raises:
-        TextError: no document has two sentences; or, for next sentence prediction, only one has.
+        TextError: no document has two sentences, or only one has, for next sentence prediction.
     """
     usable = int((np.asarray(documents.sentences) > 1).sum())
     if usable == 0:
         raise TextError(
             "no document has two sentences",
-            hint="let documents be longer than a line (data.document=blank-line or file), give other text, or train "
-            "without pairs: --set objective.kind=mlm",
+            hint="use longer documents (data.document=blank-line or file), use other text, or train without pairs: "
+            "--set objective.kind=mlm",
         )
     if usable == 1 and kind == "next-sentence":
         raise TextError(
             "only one document has two sentences, so there is no other document to draw from",
-            hint="give more documents, set where they end (data.document=blank-line, line or file), or train on the "
+            hint="add documents, split the text differently (data.document=blank-line, line or file), or predict the "
             "order of sentences: --set objective.pair_task=sentence-order",
         )

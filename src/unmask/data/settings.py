@@ -39,7 +39,7 @@ class HeldOutConfig:
         if isinstance(self.fraction, Fraction) and not 0 < self.fraction.fraction < 1:
             raise RecipeError(
                 f"invalid fraction: got {self.fraction}, expected more than 0% and less than 100%",
-                location="data.held_out.fraction",
+                location="fraction",
                 hint="set a fraction such as 1%",
             )
 
@@ -62,14 +62,14 @@ class WindowsConfig:
 class DataConfig:
     """How text is read, split, tokenized and sampled."""
 
-    document: Literal["auto", "blank-line", "line", "file"] = "auto"  # what ends a document; auto: blank-line
+    document: Literal["auto", "blank-line", "line", "file"] = "auto"  # unit that is one document; auto: blank-line
     words: Literal["auto", WordsRule] = "auto"  # auto: characters for Chinese and Japanese, else spaces
     errors: ErrorsRule = "strict"  # replace: U+FFFD for bytes that are not UTF-8; skip: skip and count
-    field: str = "text"  # of a .jsonl line; the column of .csv, .tsv, .parquet and datasets
-    quoting: QuotingRule = "csv"  # of .csv and .tsv; none: quotes are ordinary characters, each line is a row
+    field: str = "text"  # field of a .jsonl line; column of .csv, .tsv, .parquet and datasets
+    quoting: QuotingRule = "csv"  # for .csv and .tsv; none: quotes are ordinary characters, each line is a row
     unicode: UnicodeForm = "NFC"
     drop_duplicates: bool = False  # skip documents whose text occurred before
-    valid: Mapping[str, str] = default(default_factory=dict[str, str])  # name -> further text to validate on
+    valid: Mapping[str, str] = default(default_factory=dict[str, str])  # name -> additional validation text
     held_out: HeldOutConfig = default(default_factory=HeldOutConfig)
     tokenizer: TokenizerConfig = default(default_factory=WordPieceConfig)
     source: FilesConfig | PluginSourceConfig = default(default_factory=FilesConfig)
@@ -86,11 +86,11 @@ class DataConfig:
 
     @property
     def rule(self) -> DocumentRule:
-        """What ends a document of plain text; a row of a table is always one document."""
+        """The unit of plain text that is one document; a row of a table is always one document."""
         return "blank-line" if self.document == "auto" else self.document
 
     def absolute(self) -> DataConfig:
-        """The settings with the tokenizer's path made absolute."""
+        """Return the settings with an absolute path of the tokenizer."""
         if not isinstance(self.tokenizer, FileTokenizerConfig | ExtendedTokenizerConfig):
             return self
         return replace(self, tokenizer=replace(self.tokenizer, path=self.tokenizer.path.absolute()))

@@ -1,7 +1,7 @@
-"""Memory-mapped shards of tokenized documents: written, merged and read with memory for one batch.
+"""Memory-mapped shards of tokenized documents, written, merged and read with memory for one batch.
 
-Columns with a number per document are files too, because a corpus of a billion documents has 8 GB in each of them.
-Pages that are mapped from a file can be dropped by the system; memory that is allocated can't.
+Columns with one number per document are files too: for a billion documents, each has 8 GB. The system can drop pages
+that are mapped from a file, but not allocated memory.
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ def _map(path: Path, kind: DTypeLike, offset: int, count: int, mode: Literal["r"
 
 
 def allocate_column(folder: Path | None, name: str, count: int) -> NDArray[np.int64]:
-    """Allocate zeros in a file of this folder, or in memory without a folder."""
+    """Return a column of zeros, in a file of this folder, or in memory if `folder` is None."""
     if folder is None:
         return np.zeros(count, dtype=np.int64)
     path = folder / name
@@ -114,7 +114,7 @@ class TensorSpec(NamedTuple):
 
 
 def header(tensors: Mapping[str, tuple[Kind, int]], min_bytes: int = 0) -> bytes:
-    """The header of a safetensors file of columns, padded to at least `min_bytes`; equal for equal columns."""
+    """Return the header of a safetensors file, padded to at least `min_bytes`; equal columns give equal bytes."""
     names = {kind: name for name, kind in _NAMES.items()}
     entries: dict[str, Any] = {}
     end = 0
@@ -139,7 +139,7 @@ def write_tensors(path: Path, tensors: Mapping[str, TensorSpec]) -> None:
 
 
 def _read_header(file: BinaryIO) -> tuple[int, dict[str, Any]]:
-    """The offset of the data of a safetensors file, and the entries of its header."""
+    """Return the offset of the data of a safetensors file, and the entries of its header."""
     size = int.from_bytes(_read_exactly(file, _LENGTH_BYTES), "little")
     if size > _MAX_HEADER_BYTES:
         raise ValueError(f"invalid header size: got {size:,} bytes, expected at most {_MAX_HEADER_BYTES:,}")
@@ -147,10 +147,10 @@ def _read_header(file: BinaryIO) -> tuple[int, dict[str, Any]]:
 
 
 def tensor_chunks(path: Path, name: str) -> Iterator[NDArray[Any]]:
-    """Read one column of a safetensors file in chunks, without mapping it.
+    """Yield one column of a safetensors file in chunks, without mapping it.
 
     Raises:
-        ValueError, KeyError, OSError: it is no such file, or truncated.
+        ValueError, KeyError, OSError: the file is not safetensors, or truncated.
     """
     with path.open("rb") as file:
         begin, entries = _read_header(file)
@@ -165,7 +165,7 @@ def map_tensors(path: Path) -> dict[str, NDArray[Any]]:
     """Map the columns of a safetensors file.
 
     Raises:
-        ValueError, KeyError, OSError: it is no such file, or truncated.
+        ValueError, KeyError, OSError: the file is not safetensors, or truncated.
     """
     with path.open("rb") as file:
         begin, entries = _read_header(file)
@@ -198,8 +198,8 @@ _COLUMNS: Final = ("lengths", "characters", "unknown", "sentences")
 class ShardFiles(NamedTuple):
     """Shards and columns of some documents, not yet moved to a folder of shards."""
 
-    stem: str  # folder and prefix of their names
-    shards: list[int]  # tokens of each
+    stem: str  # folder and common prefix of the file names
+    shards: list[int]  # number of tokens of each shard
     documents: int
     characters: int
     unknown: int
@@ -211,7 +211,7 @@ class ShardFiles(NamedTuple):
 
 
 def id_kind(vocabulary: int) -> Kind:
-    """The number type of ids on disk."""
+    """Return the integer type of ids on disk."""
     return "<u2" if vocabulary <= 1 << 16 else "<u4"
 
 
@@ -224,7 +224,7 @@ class ShardWriter:
         self._tokens = _TokenWriter(stem, id_kind(vocabulary), shard_tokens)
         self._columns = [NumberFile(stem.with_name(f"{stem.name}.{name}")) for name in _COLUMNS]
         self._counts = np.zeros(vocabulary, dtype=np.int64)
-        self._open = np.zeros(len(_COLUMNS), dtype=np.int64)  # of the document that is not finished
+        self._open = np.zeros(len(_COLUMNS), dtype=np.int64)  # sums of the unfinished document
         self._is_open = False
         self._documents = 0
         self._sums = np.zeros(len(_COLUMNS), dtype=np.int64)
@@ -242,10 +242,10 @@ class ShardWriter:
 
         Args:
             ids: the tokens of all chunks, end to end.
-            token_flags: their flags.
-            lengths: tokens of each chunk.
-            characters: characters of each chunk, line ends included.
-            unknown_characters: characters of each chunk that became [UNK].
+            token_flags: flags of all tokens.
+            lengths: number of tokens of each chunk.
+            characters: number of characters of each chunk, line ends included.
+            unknown_characters: number of characters of each chunk that became [UNK].
             is_last: whether the document ends with the chunk.
         """
         self._counts += np.bincount(ids, minlength=self._vocabulary)
@@ -270,7 +270,7 @@ class ShardWriter:
         self._is_open = not bool(is_last[-1])
 
     def finish(self) -> ShardFiles:
-        """Close the files."""
+        """Close the files and return their names and counts."""
         assert not self._is_open, "the last document is not finished"
         self._tokens.finish()
         for column in self._columns:
@@ -281,7 +281,7 @@ class ShardWriter:
 
     @contextmanager
     def closing(self) -> Generator[None]:
-        """Close all files at the end, whatever happens."""
+        """Context manager that closes all files, also after an error."""
         try:
             yield
         finally:
@@ -293,7 +293,7 @@ class ShardWriter:
 def _sentence_counts(
     token_flags: NDArray[np.uint8], lengths: NDArray[np.int64], is_first: NDArray[np.bool_], open_tokens: int
 ) -> NDArray[np.int64]:
-    """Sentences that begin in each chunk; the first token of a document starts one, whatever its flag."""
+    """Return the number of sentences that begin in each chunk; the first token of a document always starts one."""
     starts = (token_flags & SENTENCE_START) != 0
     ends = np.cumsum(lengths)
     begins = ends - lengths
@@ -301,7 +301,7 @@ def _sentence_counts(
     document = np.cumsum(is_first)
     full = np.flatnonzero(lengths > 0)
     leads = full[np.diff(document[full], prepend=-1) != 0]
-    if open_tokens:  # the document that goes on has had its first token
+    if open_tokens:  # the first token of the unfinished document was in an earlier chunk
         leads = leads[document[leads] != 0]
     starts[begins[leads]] = True
     counted = np.concatenate([[0], np.cumsum(starts)])
@@ -309,7 +309,7 @@ def _sentence_counts(
 
 
 def merge(stem: Path, several: Sequence[ShardFiles], vocabulary: int, shard_tokens: int = SHARD_TOKENS) -> ShardFiles:
-    """Merge small shards into few, and remove the small ones."""
+    """Merge small shards into a few large ones, and remove the small ones."""
     tokens = _TokenWriter(stem, id_kind(vocabulary), shard_tokens)
     try:
         for part in several:
@@ -387,7 +387,7 @@ def _starts(lengths: NDArray[np.int64]) -> Iterator[NDArray[np.int64]]:
 
 
 class _TokenWriter:
-    """Cuts a stream of tokens into shards; flags go to a file of their own until the number of ids is known."""
+    """Splits a stream of tokens into shards; flags are in a separate file until the number of ids is known."""
 
     def __init__(self, stem: Path, kind: Kind, shard_tokens: int) -> None:
         self.shards: list[int] = []
@@ -440,9 +440,9 @@ class _TokenWriter:
                 file.close()
 
 
-_MAX_MAPS: Final = 128  # each takes a file handle, of which some systems give 256
+_MAX_MAPS: Final = 128  # each needs a file handle; some systems allow 256
 _DIGESTED_BYTES: Final = 1 << 20  # files up to this size are digested whenever a folder is opened
-_REBUILD: Final = "remove its folder, which is built again from the text"
+_REBUILD: Final = "remove its folder, and it will be built again from the text"
 
 
 class Shards:
@@ -464,7 +464,7 @@ class Shards:
         self.lengths: Int[np.ndarray, "N"] = arrays["lengths"]
         self.document_characters: Int[np.ndarray, "N"] = arrays["characters"]
         self.document_unknown_characters: Int[np.ndarray, "N"] = arrays["unknown_characters"]
-        # Sentences of each document; its first token starts one, whatever its flag.
+        # Number of sentences of each document; its first token always starts one.
         self.sentences: Int[np.ndarray, "N"] = arrays["sentences"].view(np.int32)
         self._starts: NDArray[np.int64] = arrays["document_starts"]
         self._tokens: list[int] = index["tokens"]
@@ -476,11 +476,11 @@ class Shards:
         """Check that every id is below the vocabulary size.
 
         Raises:
-            DamagedError: a shard holds another id, or can't be read.
+            DamagedError: a shard contains an invalid id, or can't be read.
         """
         for number in range(len(self._tokens)):
             file = self._file(number)
-            with _name_file(file):  # read, not mapped: a shard may be larger than the address space that is left
+            with _name_file(file):  # read, not mapped: a shard may be larger than the free address space
                 largest = max((int(ids.max()) for ids in tensor_chunks(file, "ids")), default=0)
             if largest >= self.vocabulary:
                 raise DamagedError(
@@ -491,30 +491,30 @@ class Shards:
 
     @property
     def documents(self) -> int:
-        """The number of documents; some may have no tokens."""
+        """Number of documents; some may have no tokens."""
         return len(self.lengths)
 
     @property
     def tokens(self) -> int:
-        """Tokens of all documents."""
+        """Number of tokens of all documents."""
         return self._first[-1]
 
     @property
     def characters(self) -> int:
-        """Characters of the text, line ends included."""
+        """Number of characters of the text, line ends included."""
         return int(self.document_characters.sum())
 
     @property
     def unknown_characters(self) -> int:
-        """Characters that became [UNK]."""
+        """Number of characters that became [UNK]."""
         return int(self.document_unknown_characters.sum())
 
     def ids(self, document: int, first: int, last: int) -> NDArray[np.integer[Any]]:
-        """The ids of tokens [first, last) of a document, uint16 or uint32; a view where they lie in one shard."""
+        """Return the ids of tokens [first, last) of a document, uint16 or uint32; a view if they are in one shard."""
         return self._slice("ids", document, first, last)
 
     def token_flags(self, document: int, first: int, last: int) -> UInt8[np.ndarray, "N"]:
-        """The flags of tokens [first, last) of a document."""
+        """Return the flags of tokens [first, last) of a document."""
         return self._slice("token_flags", document, first, last)
 
     def _slice(self, name: str, document: int, first: int, last: int) -> NDArray[Any]:
@@ -533,14 +533,14 @@ class Shards:
         return slices[0] if len(slices) == 1 else np.concatenate(slices)
 
     def _map(self, number: int) -> dict[str, NDArray[Any]]:
-        """Map a shard at its first use; the shards that were mapped last stay mapped."""
+        """Return a mapped shard; the most recently mapped shards stay mapped."""
         if number not in self._maps:
             while len(self._maps) >= _MAX_MAPS:
                 del self._maps[next(iter(self._maps))]
             columns = _map_columns(self._file(number))
             if any(len(columns.get(name, ())) != self._tokens[number] for name in ("ids", "token_flags")):
                 raise DamagedError(
-                    f"the shard does not hold the {self._tokens[number]:,} tokens that were written",
+                    f"invalid shard size: expected {self._tokens[number]:,} tokens",
                     location=str(self._file(number)),
                     hint=_REBUILD,
                 )
@@ -568,8 +568,8 @@ def open_shards(folder: Path, *, verify: bool = False) -> Shards:
     """Open a folder of shards after comparing its files with the manifest.
 
     Args:
-        folder: the folder.
-        verify: read every byte; otherwise only small files are digested and large ones are compared by size.
+        folder: directory of the shards.
+        verify: whether to read every byte; otherwise, small files are digested and large ones compared by size.
 
     Raises:
         DamagedError: a file is missing, truncated or changed, or has the format of another version.

@@ -58,7 +58,7 @@ _PATTERN: Final = re.compile(r"[*?\[]")
 
 
 class TextInput(NamedTuple):
-    """A named text and the files and datasets that it stands for."""
+    """A named text and its files and datasets."""
 
     name: str
     weight: float  # 0.0: without a weight
@@ -88,7 +88,7 @@ def resolve_inputs(texts: Sequence[str]) -> list[TextInput]:
 
 
 def weighted(text: str) -> tuple[str, float | None]:
-    """Return a name and its weight, if it has one; the full name of an existing file has none."""
+    """Split NAME:WEIGHT; the weight is None if there is none, or if a file with the full name exists."""
     match = None if os.path.lexists(text) else _WEIGHT.fullmatch(text)
     if not match or match[1] == PREFIX[:-1] or (os.name == "nt" and len(match[1]) == 1):  # dataset:7; C:7
         return text, None
@@ -108,7 +108,7 @@ def absolute(text: str) -> str:
 
 
 def is_name(text: str) -> bool:
-    """Return whether a text is certainly a name: standard input, a dataset, or a known file extension."""
+    """Return whether a text is surely a name: standard input, a dataset, or a known file extension."""
     name, _ = weighted(text)
     ending = Path(name.removesuffix(packing(Path(name)))).suffix.lower()
     return name == STANDARD_INPUT or name.startswith(PREFIX) or ending in _KINDS or bool(packing(Path(name)))
@@ -203,12 +203,12 @@ class BaseSource(ABC):
 
     @property
     def groups(self) -> Sequence[InputGroup]:
-        """The inputs that may have a weight each; they cover the parts in order."""
+        """The inputs, each with an optional weight; they cover the parts in order."""
         return [InputGroup(self.location, 0.0, len(self.parts()))]
 
     @property
     def left_out(self) -> Mapping[SourceShard, int]:
-        """Lines and rows that were skipped, of each part that was read to its end."""
+        """Number of skipped lines and rows of each part that was read to its end."""
         return {}
 
     @property
@@ -224,11 +224,11 @@ class BaseSource(ABC):
         """
 
     def verify(self) -> None:  # noqa: B027 (optional)
-        """Read all bytes that `fingerprint` depends on again, without cached digests."""
+        """Recompute `fingerprint` from all bytes of the text, without cached digests."""
 
 
 class PluginSource(BaseSource):
-    """A source of a plugin; its `groups` and `left_out` are used if it has them."""
+    """Wraps the source of a plugin; its `groups` and `left_out` are used if it has them."""
 
     def __init__(self, source: Source, paths: Sequence[str]) -> None:
         self._source, self._paths = source, tuple(paths)
@@ -266,17 +266,17 @@ class FileSource(BaseSource):
     """UTF-8 text in files and datasets, plain or compressed, as text or tables.
 
     A directory stands for its files with a known extension, sorted. `DocumentChunk.document` counts the documents of
-    one part; a consumer adds them up. A part is a range of a file's bytes that begins and ends with a document, or a
+    one part only. A part is a range of a file's bytes that begins and ends with a document, or a
     range of rows of a dataset. Line ends become line feeds, and a UTF-8 byte order mark is removed.
 
     Args:
         paths: files, directories, patterns (`notes/*.txt`), `dataset:NAME#CONFIG@SPLIT`; all with a weight
             (`notes.txt:0.7`), or none.
-        document: what a document of plain text is.
-        errors: what to do about bytes that are not UTF-8 and malformed rows.
+        document: unit of plain text that is one document.
+        errors: handling of bytes that are not UTF-8 and of malformed rows.
         field: field of a .jsonl line, may be dotted; column of other tables.
         unicode: Unicode normalization form.
-        quoting: whether quotes in .csv and .tsv have a meaning.
+        quoting: "csv": quotes enclose cells of .csv and .tsv; "none": quotes are ordinary characters.
     """
 
     def __init__(
@@ -288,7 +288,7 @@ class FileSource(BaseSource):
         unicode: UnicodeForm = "NFC",
         quoting: QuotingRule = "csv",
     ) -> None:
-        # The names that open an equal source. Slashes keep the id of a dataset valid on Windows.
+        # Names from which an equal source can be opened. Slashes keep the id of a dataset valid on Windows.
         self.names = tuple(path.as_posix() if isinstance(path, Path) else path for path in paths)
         self._document: DocumentRule = document
         self._errors: ErrorsRule = errors
@@ -296,8 +296,8 @@ class FileSource(BaseSource):
         self._unicode: UnicodeForm = unicode
         self._quoting: QuotingRule = quoting
         self._left_out: dict[SourceShard, int] = {}
-        self._digests: dict[str, str] | None = None  # of each entry
-        self._fresh_digests: dict[str, str] = {}  # those that this object has computed
+        self._digests: dict[str, str] | None = None  # digest of each entry
+        self._fresh_digests: dict[str, str] = {}  # digests computed by this object
 
     @property
     def notes(self) -> str:
@@ -323,7 +323,7 @@ class FileSource(BaseSource):
 
     @property
     def paths(self) -> Sequence[str]:
-        """The names with absolute paths; standard input is a file of the cache by now."""
+        """The names with absolute paths; standard input is named by its copy in the cache."""
         return [absolute(name) for name in self.names]
 
     @property
@@ -343,7 +343,7 @@ class FileSource(BaseSource):
         return digest("texts", *rules, *self._digests.values())
 
     def verify(self) -> None:
-        """Compute the digests again that came from the cache.
+        """Recompute the digests that came from the cache.
 
         Raises:
             TextError: a file can't be read.
@@ -393,7 +393,7 @@ class FileSource(BaseSource):
         return self._left_out
 
     def parts(self) -> Sequence[SourceShard]:
-        """Return one or several parts of about PART_BYTES of each file, in the order of the files.
+        """Return the parts of all files in order; a large file has several parts of about PART_BYTES.
 
         Raises:
             TextError: a file can't be read.
@@ -538,13 +538,13 @@ class MemorySource(BaseSource):
                 ) from error
 
     def documents(self, part: SourceShard) -> Iterator[DocumentChunk]:
-        """Yield the chunks of the texts of a part, whose bytes are numbers of texts here."""
+        """Yield the chunks of the texts of a part; its byte range is a range of text indices."""
         for number in range(part.first_byte, part.last_byte):
             yield from split_document(number, normalize_text(self.texts[number], self._unicode), self._unicode)
 
 
 def _ignore() -> None:
-    """Do not count skipped lines."""
+    """Ignore a skipped line."""
 
 
 def _empty(entry: str, left_out: int) -> TextError:
@@ -562,7 +562,7 @@ _PACKED: Final = ((b"\x1f\x8b", ".gz"), (b"\x28\xb5\x2f\xfd", ".zst"))
 
 @dataclass(frozen=True)
 class SourceRecipe:
-    """What another process needs to open the same source."""
+    """Paths and settings from which another process opens the same source."""
 
     paths: tuple[str, ...]  # FileSource.names
     settings: DataConfig

@@ -1,7 +1,7 @@
 """Statistics of all documents, and their split into training and held-out text.
 
-Under "hash", whole documents are held out, in the order of the hash of their text, as far as they fit. Copies of a text
-are in the same split. Under "tail", the last part of every document is held out, for corpora of few documents.
+Under "hash", whole documents are held out, in the order of the hash of their text, up to a size. Copies of a text are
+in the same split. Under "tail", the last part of every document is held out, for corpora of few documents.
 Documents with equal 64-bit hashes count as copies: among a billion documents, the chance that any two different texts
 share a hash is 3 %.
 """
@@ -41,8 +41,8 @@ class DocumentStats:
     """Statistics of the documents of a source."""
 
     lengths: Int[np.ndarray, "N"]  # characters of each document
-    hashes: NDArray[np.uint64]  # of the text of each document
-    characters: int  # of all documents and the separators between them
+    hashes: NDArray[np.uint64]  # hash of the text of each document
+    characters: int  # total of all documents and the separators between them
     sample: str  # beginning of the text
 
     @property
@@ -58,7 +58,7 @@ class Split:
     by: Literal["hash", "tail"]
     share: Fraction
     first_held: Int[np.ndarray, "N"]  # LEFT_OUT: in neither split
-    duplicates: int = 0  # copies in neither split
+    duplicates: int = 0  # number of copies in neither split
 
     @property
     def digest(self) -> str:
@@ -71,7 +71,7 @@ class DocumentSlice(NamedTuple):
 
     side: SplitName
     document: int
-    number: int  # of the chunk within the document
+    number: int  # index of the chunk within the document
     text: str
     characters: int
     last: bool  # whether the part of the document in this split ends here
@@ -139,11 +139,11 @@ class CharCounter:
 def divide(
     stats: DocumentStats, settings: HeldOutConfig, *, drop_duplicates: bool = False, folder: Path | None = None
 ) -> Split:
-    """Decide what is held out of every document, with 12 bytes of memory for each.
+    """Return which characters of each document are held out, with 12 bytes of memory per document.
 
     Args:
-        stats: the documents.
-        settings: the fraction and the method.
+        stats: statistics of the documents.
+        settings: held-out fraction and method.
         drop_duplicates: exclude copies of earlier documents from both splits.
         folder: directory for the columns; None keeps them in memory.
 
@@ -163,7 +163,7 @@ def divide(
         first_held[first : first + CHUNK] = lengths
     if by == "tail" and not drop_duplicates:
         return Split(by, share, first_held)
-    # Ordered by hash; copies by number, so the first document of a text is the first of its group.
+    # Sorted by hash, copies by document number, so the first document of a text is the first of its group.
     order = np.argsort(stats.hashes, kind="stable")
     duplicates = _drop_copies(stats, order, first_held) if drop_duplicates else 0
     if by == "hash":
@@ -174,7 +174,7 @@ def divide(
                 hint="hold out the end of every document (--set data.held_out.method=tail), or use shorter documents "
                 "(--set data.document=line)",
             )
-        # The total includes separators, but none after copies that were dropped.
+        # The total includes separators, except those after dropped copies.
         groups.hold_out(min(share.fraction * stats.characters, settings.max_size.number))
     return Split(by, share, first_held, duplicates)
 
@@ -204,7 +204,7 @@ class _Groups:
         self.count = 0
         size = 0
         for first in range(0, len(order), CHUNK):
-            documents = order[first : first + CHUNK + 1]  # and the first of the next
+            documents = order[first : first + CHUNK + 1]  # and the first of the next block
             hashes = stats.hashes[documents]
             block = documents[:CHUNK]
             sums = np.cumsum(np.where(first_held[block] == LEFT_OUT, 0, stats.lengths[block]))
@@ -223,7 +223,7 @@ class _Groups:
             self.count = new.stop
 
     def hold_out(self, limit: float) -> None:
-        """Hold out groups in order, each that fits into the rest of `limit`; at least one and never all.
+        """Hold out every group that fits into what is left of `limit`, in order; at least one and never all.
 
         If none fits, the smallest group is held out, because validation needs text.
         """
@@ -257,7 +257,7 @@ class _Groups:
 def slice_documents(
     chunks: Iterable[tuple[int, DocumentChunk]], all_lengths: NDArray[np.int64], first_held: NDArray[np.int64]
 ) -> Iterator[DocumentSlice]:
-    """Yield the text of both splits in order; documents with no text in a split are absent there.
+    """Yield the text of both splits in order; a document without text in a split is absent there.
 
     Together, the splits have all characters of the source except those of dropped documents. The separator of two
     documents counts with the end of the first.
@@ -277,13 +277,13 @@ def slice_documents(
             raise _changed()
         if chunk.last and end < lengths[document - block]:
             raise _changed()
-        whole, held_from = lengths[document - block], borders[document - block]
+        length, held_from = lengths[document - block], borders[document - block]
         if held_from == LEFT_OUT:
             position = 0 if chunk.last else end
             continue
         cut = min(max(held_from - position, 0), len(chunk.text))
-        is_split = held_from < whole
-        if whole and (position < held_from or not is_split):
+        is_split = held_from < length
+        if length and (position < held_from or not is_split):
             characters = chunk.characters if not is_split or end <= held_from else cut
             is_last = end >= held_from if is_split else chunk.last
             yield DocumentSlice("train", document, chunk.number, chunk.text[:cut], characters, is_last)

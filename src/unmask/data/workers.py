@@ -52,7 +52,7 @@ from unmask.tokenization.words import WordsRule
 
 MAX_UNIT_BYTES: Final = 64_000_000  # of text: about half a minute of work and 50 MB of shards
 MIN_UNIT_BYTES: Final = 4_000_000  # less is not worth starting a process for
-TARGET_UNITS: Final = 16  # between the two: enough that several workers end at about the same time
+TARGET_UNITS: Final = 16  # between the two limits: enough that several workers end at about the same time
 SPLITS: Final[tuple[SplitName, SplitName]] = ("train", "held-out")
 _BATCH_CHARACTERS: Final = 1_000_000  # encoded at a time; an encoding takes many times the memory of its text
 _BATCH_CHUNKS: Final = 8192
@@ -70,38 +70,38 @@ class WorkUnit:
 
 @dataclass(frozen=True)
 class Task:
-    """A unit and all that is known of it. Tasks are sent to workers as JSON, so they hold plain values only."""
+    """A unit and its inputs. Tasks are sent to workers as JSON, so they contain plain values only."""
 
     unit: int
     parts: Sequence[SourceShard]
-    folder: str  # of the files of this unit and of the columns of all documents
-    first_document: int = 0  # among all documents; known, like the fields below, after the survey
-    documents: Sequence[int] = ()  # of each part
-    shares: Sequence[float] = ()  # of each part: the fraction that the tokenizer is trained on
+    folder: str  # contains the files of this unit and the columns of all documents
+    first_document: int = 0  # index among all documents; like the fields below, set after the survey
+    documents: Sequence[int] = ()  # number of documents of each part
+    shares: Sequence[float] = ()  # fraction of each part that the tokenizer is trained on
     words: WordsRule = "spaces"
-    tokenizer: str = ""  # its folder
+    tokenizer: str = ""  # folder of the tokenizer
     by_chunks: bool = True
 
     def to_json(self) -> Message:
-        """The task as plain values."""
+        """Return the task as plain values."""
         return asdict(self)
 
     @classmethod
     def from_json(cls, message: Message) -> Task:
-        """The inverse of `to_json`."""
+        """Return the task from the plain values of `to_json`."""
         task = cls(**message)
         return replace(task, parts=[SourceShard(*part) for part in task.parts])
 
     def file(self, ending: str) -> Path:
-        """The path of a file of this unit."""
+        """Return the path of a file of this unit."""
         return Path(self.folder) / f"unit-{self.unit:05d}.{ending}"
 
 
 def units_of(parts: Sequence[SourceShard], unit_bytes: int | None = None) -> list[WorkUnit]:
-    """Group neighboring parts into units of at most `unit_bytes`; a larger part is a unit of its own.
+    """Group neighboring parts into units of at most `unit_bytes`; a larger part is a separate unit.
 
-    The default depends on the text alone, because the shards must not depend on the number of workers. It makes a
-    dozen units or more of any text that is worth several workers.
+    The default depends on the text alone, because the shards must not depend on the number of workers. Any text
+    that is worth several workers has a dozen units or more.
     """
     sizes = list(map(_bytes, parts))
     if unit_bytes is None:
@@ -118,7 +118,7 @@ def units_of(parts: Sequence[SourceShard], unit_bytes: int | None = None) -> lis
 
 
 def _bytes(part: SourceShard) -> int:
-    """The size of a part; parts of a dataset are counted in rows and have about PART_BYTES each."""
+    """Return the size of a part; parts of a dataset are ranges of rows, of about PART_BYTES each."""
     return PART_BYTES if kind_of(part.path) == "dataset" else part.last_byte - part.first_byte
 
 
@@ -127,14 +127,14 @@ class TaskRunner:
 
     def __init__(self, source: BaseSource) -> None:
         self._source = source
-        self._encoder: tuple[Tokenizer, CachedEncoder] | None = None  # its cache of words serves all units
+        self._encoder: tuple[Tokenizer, CachedEncoder] | None = None  # the cache of chunks is shared by all units
 
     def run(self, stage: str, task: Task, report: CountCallback) -> Message:
         """Run a stage on a unit and return its result as plain values.
 
         Raises:
-            TextError: text that can't be read.
-            StoreError: files that can't be written.
+            TextError: the text can't be read.
+            StoreError: the files can't be written.
         """
         stages: Mapping[str, Callable[[Task, CountCallback], Message]] = {
             "survey": self._survey,
@@ -171,7 +171,7 @@ class TaskRunner:
         }
 
     def sample(self, task: Task, report: CountCallback) -> Iterator[str]:
-        """Yield training text for the tokenizer: documents drawn uniformly, of each part its share."""
+        """Yield training text for the tokenizer: documents drawn uniformly, from each part its share."""
         done = 0
         first = 0
         is_drawn, block = np.zeros(0, dtype=np.bool_), 0
@@ -236,7 +236,7 @@ class TaskRunner:
 def _slices(
     source: BaseSource, task: Task, parts: Sequence[SourceShard], first: int, count: int
 ) -> Iterator[DocumentSlice]:
-    """The text of some parts of a unit, divided between the splits."""
+    """Yield the text of some parts of a unit, divided between the splits."""
     begin = task.first_document + first
     columns: list[NDArray[np.int64]] = [
         map_numbers(Path(task.folder) / name)[begin : begin + count] for name in ("lengths", "first-held")
@@ -271,7 +271,7 @@ def _write(writer: ShardWriter, encoder: CachedEncoder, batch: Sequence[Document
 
 
 def shard_files(result: Message, split: SplitName) -> ShardFiles:
-    """The shards of one split in the result of the stage "encode"."""
+    """Return the shards of one split from the result of the stage "encode"."""
     return ShardFiles(*result[split]["files"])
 
 
@@ -280,7 +280,7 @@ _SINGLE_THREAD: Final = {"TOKENIZERS_PARALLELISM": "false", "RAYON_NUM_THREADS":
 
 
 class Workers:
-    """Runs tasks here or in worker processes; a context manager that ends the processes."""
+    """Runs tasks in this process or in worker processes; a context manager that ends the processes."""
 
     def __init__(self, source: BaseSource, settings: DataConfig, count: WorkerCount, units: int) -> None:
         self.local = TaskRunner(source)
@@ -303,7 +303,7 @@ class Workers:
             process.end()
 
     def start(self) -> None:
-        """Start the worker processes, if there are to be any; `run` does so at its first call."""
+        """Start the worker processes, if several are needed; the first call of `run` does this, too."""
         if self.count > 1 and not self.processes:
             self.processes += [WorkerProcess(number, self._setup, self._inbox) for number in range(self.count)]
 
@@ -346,7 +346,7 @@ class Workers:
 
 
 class WorkerProcess:
-    """A worker process, as its parent holds it."""
+    """A worker process, controlled by its parent."""
 
     def __init__(self, number: int, setup: Message, inbox: queue.SimpleQueue[tuple[int, Message | None]]) -> None:
         package_parent = str(Path(unmask.__file__).parent.parent)
@@ -382,7 +382,7 @@ class WorkerProcess:
             self._process.stdin.flush()
 
     def exit_error(self) -> WorkerError:
-        """The error for a process that has ended."""
+        """Return the error for a process that has ended."""
         code = self._process.wait()
         how = f"was killed by signal {-code}" if code < 0 else f"ended with exit code {code}"
         return WorkerError(
@@ -424,7 +424,7 @@ def serve() -> None:
     with contextlib.suppress(ValueError, OSError):
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes; the parent decides
     output = os.fdopen(os.dup(sys.stdout.fileno()), "w", encoding="utf-8")
-    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # keeps what a library prints out of the messages
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # keeps output of libraries out of the messages
     requests: queue.SimpleQueue[Message] = queue.SimpleQueue()
     threading.Thread(target=_read_requests, args=(requests,), daemon=True).start()
     setup = requests.get()
@@ -444,7 +444,7 @@ def serve() -> None:
 def _read_requests(requests: queue.SimpleQueue[Message]) -> None:
     for line in sys.stdin:
         requests.put(json.loads(line))
-    os._exit(0)  # without waiting for the other thread: the parent has ended, and no file of it will be read
+    os._exit(0)  # without waiting for the other thread: the parent has ended, and its files are not needed
 
 
 def _send(output: TextIO, message: Message) -> None:

@@ -38,12 +38,9 @@ _log = logging.getLogger("unmask")
 class Validation(EvalResult):
     """Result of one validation. The inherited fields are those of held-out text at the length of the last stage."""
 
-    earlier: Mapping[int, float] = field(
-        default_factory=dict[int, float]
-    )  # loss by sequence length; empty in the last stage
-    sets: Mapping[str, EvalResult] = field(
-        default_factory=dict[str, EvalResult]
-    )  # results on the texts of data.valid, by name
+    # loss by sequence length of the current stage; empty in the last stage
+    earlier: Mapping[int, float] = field(default_factory=dict[int, float])
+    sets: Mapping[str, EvalResult] = field(default_factory=dict[str, EvalResult])  # texts of data.valid, by name
     pair: PairEvalResult | None = None  # None if the objective has no sentence pairs
 
 
@@ -136,11 +133,11 @@ class Validator:
     def _build_valid_set(self, name: str, source: BaseSource, max_size: Quantity) -> EvalSet:
         """Return the evaluation set for a text of data.valid, at the length of the last stage."""
         tokenizer = self._corpus.tokenizer
-        valid_documents = documents_from_source(source, tokenizer, self._corpus.words, max_size.number)
-        extent = "" if valid_documents.complete else f", the first {max_size} (data.held_out.max_size)"
-        _log.info(f"validation set {name}: {valid_documents.characters:,} characters{extent}")
+        text = documents_from_source(source, tokenizer, self._corpus.words, max_size.number)
+        extent = "" if text.complete else f", the first {max_size} (data.held_out.max_size)"
+        _log.info(f"validation set {name}: {text.characters:,} characters{extent}")
         try:
-            return build_eval_set(valid_documents.documents, tokenizer, self._stage_lengths[-1], self._corpus.train.token_counts)
+            return build_eval_set(text.documents, tokenizer, self._stage_lengths[-1], self._corpus.train.token_counts)
         except TextError as error:
             raise TextError(error.message, location=f"data.valid.{name}: {source.location}", hint=error.hint) from error
 

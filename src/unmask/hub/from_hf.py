@@ -1,4 +1,4 @@
-"""Imports models of transformers: weights in any layout, with missing heads initialized."""
+"""Imports transformers models: converts their weights and initializes missing heads."""
 
 from __future__ import annotations
 
@@ -59,10 +59,10 @@ def import_model(folder: str | Path, out: str | Path, *, force: bool = False, se
     """Convert a folder of transformers to a folder that unmask and transformers load.
 
     Args:
-        folder: a BERT, RoBERTa, XLM-R or ModernBERT folder.
-        out: the folder to write; it is not overwritten without `force`.
-        force: replace an existing model folder.
-        seed: seed of the initial weights of heads that the folder lacks.
+        folder: BERT, RoBERTa, XLM-R or ModernBERT folder.
+        out: Folder to write; it is not overwritten without `force`.
+        force: Whether to replace an existing model folder.
+        seed: Random seed for the weights of heads that the folder lacks.
 
     Raises:
         RunError: `out` exists.
@@ -86,7 +86,7 @@ def open_model(folder: str | Path) -> Model:
     """Load a model for continued pretraining or for conversion; its `notes` list what was converted or initialized.
 
     Args:
-        folder: a run, a step folder, or a folder that transformers saved. Missing heads get initial weights from the
+        folder: Run, step folder, or folder that transformers saved. Missing heads get initial weights from the
             random generator of torch, which the caller seeds.
 
     Raises:
@@ -161,7 +161,7 @@ def read_tensors(folder: Path) -> tuple[Tensors, list[str]]:
     """Return every tensor of a folder in float32 under its name, and notes.
 
     Raises:
-        ModelError: there are no safetensors; files of other formats are named.
+        ModelError: there are no safetensors; the error names files of other formats.
         DamagedError: a file is missing or can't be read.
     """
     tensors: Tensors = {}
@@ -267,7 +267,7 @@ def add_missing_heads(
     """Return the tensors with the missing heads taken from `initial`, which has every tensor, and notes.
 
     Raises:
-        ModelError: a tensor of the encoder is missing, a tensor is unknown, or has another shape; each is named.
+        ModelError: a tensor of the encoder is missing, a tensor is unknown, or has another shape; the error names it.
     """
     complete, tied, notes = dict(tensors), tied_hf_tensors(settings), list[str]()
     own_names = hf_tensor_names(settings, pair=has_pair_head(tensors, settings))

@@ -31,11 +31,11 @@ def model_card(name: str, model: Model, run: Path | None, architecture: str, par
     """Return the text of README.md.
 
     Args:
-        name: the name of the exported folder.
-        model: the exported model.
-        run: the folder of its run, if it exists.
-        architecture: the class of transformers that loads the folder.
-        parity: the comparison with transformers; None if there was none.
+        name: Name of the exported folder.
+        model: Exported model.
+        run: Folder of its run, if it exists.
+        architecture: Class of transformers that loads the folder.
+        parity: Result of the comparison with transformers; None without a comparison.
     """
     recipe, environment = _read_recipe(run), _read_environment(run)
     parts = [
@@ -185,7 +185,7 @@ def _read_environment(run: Path | None) -> Table:
 
 
 def _without_directories(value: Any) -> Any:
-    """Return settings with every path cut to its last part: directories of the author's machine are private."""
+    """Return settings with every path reduced to its last part: directories of the author's machine are private."""
     if isinstance(value, dict):
         return {key: _without_directories(inner) for key, inner in cast("dict[str, Any]", value).items()}
     if isinstance(value, list):

@@ -1,4 +1,4 @@
-"""Compares an exported folder, as transformers loads it, with the model: token ids and logits."""
+"""Compares the token ids and logits of a model with those of transformers on its exported folder."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ _REPORT: Final = "report this message; --unverified writes the folder without th
 
 @dataclass(frozen=True)
 class Parity:
-    """What was compared, and the largest differences."""
+    """Result of a comparison with transformers: its extent and the largest differences."""
 
     architecture: str
     texts: int
     tokens: int
-    logits: float  # of an encoder without heads: of its hidden states
+    logits: float  # largest difference of logits; of hidden states for an encoder without heads
     pair: float | None  # of the pair head's logits, or of its pooler's output; None without a pair head
     source: str  # description of the texts
     transformers: str  # version
@@ -154,7 +154,7 @@ def _model_output(model: Model, sample: Sample, architecture: str) -> tuple[Tens
 
 
 def _hf_output(hf_model: Any, model: Model, sample: Sample, architecture: str) -> tuple[Tensor, Tensor | None]:
-    """Return the same of the model of transformers."""
+    """Return the outputs that correspond to `_model_output`, of the transformers model."""
     ids = torch.from_numpy(sample.ids)[None]
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     is_bert = isinstance(model.settings, BertConfig) and model.settings.model_type == "bert"
@@ -195,7 +195,8 @@ SENTENCES: Final = (
 def sample_texts(model: Model, run: Path | None) -> tuple[list[str], str]:
     """Return texts for a comparison and their description.
 
-    These are held-out texts of the run; without them, sentences that the tokenizer knows; else texts made of tokens.
+    The texts are held-out texts of the run. Without these, they are SENTENCES that the tokenizer covers or, if there
+    are too few, texts made of tokens.
     """
     if run is not None and (held_out := _held_out(model, run)):
         return held_out, "held-out texts of the run"
@@ -213,13 +214,13 @@ def _held_out(model: Model, run: Path) -> list[str]:
             return []
         documents = np.argsort(-shards.lengths, kind="stable")[:_TEXTS].tolist()
         ids = [shards.ids(number, 0, min(int(shards.lengths[number]), _MAX_LENGTH)) for number in documents]
-    except (UnmaskError, OSError, KeyError, TypeError):  # the cache was cleared, or the run is of another version
+    except (UnmaskError, OSError, KeyError, TypeError):  # the cache was cleared, or another version wrote the run
         return []
     return [text for document in ids if (text := model.tokenizer.decode(document)).strip()]
 
 
 def _is_known(model: Model, text: str) -> bool:
-    """Return whether a tokenizer knows most of a text."""
+    """Return whether at most 20 % of the tokens of a text are unknown."""
     ids = model.tokenizer.encode(text, model.words).ids
     return len(ids) > 0 and float((ids == model.tokenizer.unknown_id).mean()) <= _MAX_UNKNOWN
 

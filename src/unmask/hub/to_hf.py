@@ -19,12 +19,12 @@ from unmask.models.model import check_output_directory, save_model
 
 @dataclass(frozen=True)
 class Exported:
-    """What was written, and how it was compared."""
+    """Result of an export: the written folder and its comparison with transformers."""
 
     path: str
     architecture: str
     parity: Parity | None  # None: not compared
-    notes: tuple[str, ...]  # what was converted or initialized when the model was read
+    notes: tuple[str, ...]  # conversions and initializations when the model was read
 
 
 def export(
@@ -41,11 +41,11 @@ def export(
     and ModernBertForMaskedLM; with `only="encoder"` BertModel, RobertaModel, XLMRobertaModel and ModernBertModel.
 
     Args:
-        model: a run, one of its step folders, or a folder that transformers saved.
-        out: the folder to write; it is not overwritten without `force`.
-        force: replace an existing model folder.
-        unverified: skip the comparison; the model card says so.
-        only: "all" writes the whole model, "encoder" leaves the heads out.
+        model: Run, step folder, or folder that transformers saved.
+        out: Folder to write; it is not overwritten without `force`.
+        force: Whether to replace an existing model folder.
+        unverified: Whether to skip the comparison; the model card says so.
+        only: Part to write: "all" for the whole model, "encoder" for the model without heads.
 
     Raises:
         ModelError: transformers isn't installed, computes other logits or ids, or has no class for this architecture.

@@ -16,7 +16,7 @@ from unmask.core.files import RunLayout
 from unmask.hub.parity import quiet_transformers
 from unmask.tokenization.tokenizer import Tokenizer
 
-# Files of a tokenizer without tokenizer.json. AutoTokenizer makes an empty tokenizer of a folder that has none of them.
+# Files of a tokenizer without tokenizer.json. AutoTokenizer makes an empty tokenizer if none exists.
 _OLDER_FILES: Final = ("vocab.txt", "vocab.json", "*.model", "*.spm")
 
 
@@ -74,7 +74,7 @@ def _convert(folder: Path) -> Tokenizer:
             tokenizer = Tokenizer.load(Path(converted))
         except TokenizerError as error:
             raise error.at(location=str(folder)) from None
-    if not len(tokenizer.regular_token_ids):  # files that don't fit the class give such a tokenizer, without an error
+    if not len(tokenizer.regular_token_ids):  # transformers doesn't report files that don't fit the class
         raise TokenizerError(
             "transformers made a tokenizer without regular tokens from this folder",
             location=str(folder),

@@ -363,7 +363,7 @@ def hf_class_names(settings: BertConfig) -> str:
 
 
 def has_pair_head(tensors: Mapping[str, object], settings: BertConfig) -> bool:
-    """Whether a file holds any tensor of a sentence pair head."""
+    """Whether a file has any tensor of a sentence pair head."""
     prefixes = tuple(f"{hf_name}." for hf_name in HF_NAMES[settings.model_type].pair)
     return any(name.startswith(prefixes) for name in tensors)
 

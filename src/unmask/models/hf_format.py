@@ -107,7 +107,7 @@ def tied_hf_tensors(settings: HFModelConfig) -> Mapping[str, str]:
 
 
 def has_pair_head(hf_tensors: Mapping[str, object], settings: HFModelConfig) -> bool:
-    """Whether a file holds any tensor of a sentence pair head."""
+    """Whether a file has any tensor of a sentence pair head."""
     return isinstance(settings, BertConfig) and bert.has_pair_head(hf_tensors, settings)
 
 

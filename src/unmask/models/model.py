@@ -250,7 +250,7 @@ def find_checkpoint(path: str | Path) -> Path:
     if not (directory / RunLayout.CONFIG).is_file():
         is_run = (directory / RunLayout.RECIPE).is_file()
         raise ModelError(
-            "the run has not saved a step yet" if is_run else "the directory holds no model: config.json is missing",
+            "the run has not saved a step yet" if is_run else "the directory has no model: config.json is missing",
             location=str(directory),
             hint=f"continue it: unmask pretrain --resume {directory}" if is_run else _MODEL_HINT,
         )

@@ -215,7 +215,7 @@ MASKED_LM_CLASS: Final = "ModernBertForMaskedLM"
 ENCODER_CLASS: Final = "ModernBertModel"
 PREFIX: Final = "model."  # prefix of the encoder's tensors in a model with a head
 
-# name in transformers -> names here, concatenated in this order; {layer} stands for every layer
+# name in transformers -> names here, concatenated in this order; {layer} is the number of a layer
 _ENCODER: Final[Mapping[str, tuple[str, ...]]] = {
     "model.embeddings.tok_embeddings.weight": ("token_embedding",),
     "model.embeddings.norm.weight": ("embedding_norm.weight",),

@@ -1,4 +1,4 @@
-"""How tokens read as text, and statistics of a tokenizer on a text (`unmask tokenizer show` and `compare`)."""
+"""Displays tokens as text and measures a tokenizer on a text (`unmask tokenizer show` and `compare`)."""
 
 from __future__ import annotations
 
@@ -33,9 +33,10 @@ class TokenFormatter:
     """Converts the tokens of one tokenizer into text."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
-        whole = tokenizer.to_json()
+        tokenizer_json = tokenizer.to_json()
         self._tokenizer = tokenizer
-        self._space, self._is_bytes, self.prefix = leading_space(whole), is_byte_level(whole), continuing_prefix(whole)
+        self._space, self._is_bytes = leading_space(tokenizer_json), is_byte_level(tokenizer_json)
+        self.prefix = continuing_prefix(tokenizer_json)
         self._special = frozenset(tokenizer.special_ids)
 
     def read(self, id: int) -> TokenText:
@@ -104,7 +105,7 @@ class TokenizerStats:
     tokens_per_word: float
     characters_per_token: float
     unknown_share: float  # fraction of the characters
-    tokens_per_second: float  # of encoding with marks and offsets
+    tokens_per_second: float  # speed of encoding, word starts and offsets included
     vocabulary: int
 
 
@@ -123,18 +124,18 @@ class TokenInfo:
 
 
 def first_texts(source: Source, max_characters: int) -> Iterator[str]:
-    """Yield the first texts of a source, at most so many characters in all."""
+    """Yield the first texts of a source, up to `max_characters` characters in total."""
     left = max_characters
     for part in source.parts():
-        for passage in source.documents(part):
-            yield passage.text[:left]
-            left -= len(passage.text)
+        for chunk in source.documents(part):
+            yield chunk.text[:left]
+            left -= len(chunk.text)
             if left <= 0:
                 return
 
 
 def measure_tokenizer(tokenizer: Tokenizer, texts: Iterable[str], rule: WordsRule) -> TokenizerStats:
-    """Return statistics over all texts; the speed is that of encoding, on the threads of the library."""
+    """Return statistics over all texts; the speed is that of encoding on all threads of the library."""
     nonempty = [text for text in texts if text]
     if nonempty:
         tokenizer.encode(nonempty[0][:1000], rule)  # the first call fills lookup tables
@@ -156,7 +157,7 @@ def measure_tokenizer(tokenizer: Tokenizer, texts: Iterable[str], rule: WordsRul
 
 
 def list_tokens(tokenizer: Tokenizer, text: str, rule: WordsRule, *, is_prompt: bool) -> list[TokenInfo]:
-    """Return the tokens of a text; "[MASK]" is a special token in a prompt and letters in a training text."""
+    """Return the tokens of a text; with `is_prompt`, "[MASK]" is the special token instead of plain text."""
     encoded, formatter = tokenizer.encode(text, rule, specials_in_text=is_prompt), TokenFormatter(tokenizer)
     return [
         TokenInfo(

@@ -25,17 +25,17 @@ from unmask.core.types import ProgressCallback
 from unmask.tokenization.normalization import continuing_prefix, splits_at_spaces
 from unmask.tokenization.settings import ExtendedTokenizerConfig, blocks_of, round_below
 
-_MOST_WORDS: Final = 300_000  # distinct words in which pairs are counted, the most frequent ones
-_TOO_MANY: Final = 3  # WordPiece merges this many times the wanted tokens: longer ones absorb some
+_MAX_WORDS: Final = 300_000  # pairs are counted in this number of distinct words, the most frequent ones
+_MERGE_FACTOR: Final = 3  # WordPiece merges this multiple of the wanted tokens: longer tokens replace some
 _REPORT_EVERY: Final = 64  # tokens
 _STAGE: Final = "extending the vocabulary"
-_AT: Final = "data.tokenizer.num_new_tokens"
+_LOCATION: Final = "data.tokenizer.num_new_tokens"
 
 Node = dict[str, Any]
 
 
 class _Model(Protocol):
-    """What differs between WordPiece and BPE."""
+    """Encoding and merging, which differ between WordPiece and BPE."""
 
     def encode(self, word: str) -> list[str]:
         """Return the tokens of a word; empty if the word is unknown."""
@@ -77,7 +77,7 @@ class _WordPiece:
 
 
 class _Bpe:
-    """The library's encoding by ranked merges."""
+    """Ranked merges, applied by the `tokenizers` library."""
 
     def __init__(self, model: Any) -> None:
         self._model = model
@@ -95,10 +95,10 @@ def extend_vocabulary(
     """Return the tokenizer.json with `num_new_tokens` more tokens, learned from text.
 
     Raises:
-        TokenizerError: the vocabulary is of another kind, or the text gives fewer new tokens.
+        TokenizerError: the vocabulary is neither WordPiece nor BPE, or the text yields fewer new tokens.
     """
-    whole = cast("Node", json.loads(tokenizer_json))
-    model = cast("Node", whole["model"])
+    spec = cast("Node", json.loads(tokenizer_json))
+    model = cast("Node", spec["model"])
     marks_ends = model["type"] == "BPE" and (model.get("continuing_subword_prefix") or model.get("end_of_word_suffix"))
     if model["type"] not in ("WordPiece", "BPE") or marks_ends:
         raise TokenizerError(
@@ -123,14 +123,14 @@ def extend_vocabulary(
         fits = round_below(len(tokens))
         raise TokenizerError(
             f"invalid num_new_tokens: got {settings.num_new_tokens:,}, but this text gives {len(tokens):,} new tokens",
-            location=_AT,
+            location=_LOCATION,
             hint=f"set it to {fits:,} or less, or add text" if fits else "add text, or don't extend the vocabulary",
         )
     first = max(inner.get_vocab(with_added_tokens=True).values()) + 1
     model["vocab"] |= {token: first + number for number, token in enumerate(tokens)}
     if on_progress is not None:
         on_progress(_STAGE, 1.0)
-    return json.dumps(whole, ensure_ascii=False)
+    return json.dumps(spec, ensure_ascii=False)
 
 
 def origins(old_json: str, new_json: str) -> list[list[int]]:
@@ -167,7 +167,7 @@ def _as_lists(model: Node) -> bool:
 def _count_words(
     tokenizer_json: str, texts: Iterable[str], settings: ExtendedTokenizerConfig, on_progress: ProgressCallback | None
 ) -> dict[str, int]:
-    """Return the counts of the pre-tokens of a sample, the most frequent first."""
+    """Return the counts of the pre-tokens in the training sample, the most frequent first."""
     chunks: Counter[str] = Counter()
     parts = splits_at_spaces(tokenizer_json)  # so that equal chunks are pre-tokenized once
     for block in blocks_of(texts, settings.max_train_chars, on_progress, _STAGE):
@@ -183,7 +183,7 @@ def _count_words(
             counts[word] += count
     frequent = [(word, count) for word, count in counts.items() if count >= settings.min_frequency]
     # Equal counts are ordered by the word, so that the order is the same in every process.
-    return dict(sorted(frequent, key=lambda entry: (-entry[1], entry[0]))[:_MOST_WORDS])
+    return dict(sorted(frequent, key=lambda entry: (-entry[1], entry[0]))[:_MAX_WORDS])
 
 
 def _new_wordpieces(
@@ -194,13 +194,13 @@ def _new_wordpieces(
     on_progress: ProgressCallback | None,
 ) -> list[str]:
     """Return new characters, then the merged tokens that are used most after the last merge."""
-    # Characters get at most half: in a large script, rare ones would fill everything, and longer tokens save more.
+    # Characters get at most half: rare ones of a large script would use all tokens, and longer tokens save more.
     all_characters = _new_characters(wordpiece, vocabulary, counts, settings)
     characters = all_characters[: max(1, settings.num_new_tokens // 2)]
     wordpiece.add(characters)
     left = settings.num_new_tokens - len(characters)
     merger = _Merger(wordpiece, {*vocabulary, *characters}, counts)
-    merged = [token for *_, token in merger.merges(_TOO_MANY * left, settings.min_frequency, on_progress)]
+    merged = [token for *_, token in merger.merges(_MERGE_FACTOR * left, settings.min_frequency, on_progress)]
     uses = merger.token_counts()
     chosen = sorted(
         (token for token in merged if uses[token] >= settings.min_frequency), key=lambda token: (-uses[token], token)
@@ -250,7 +250,7 @@ class _Merger:
         while heap and left:
             count, pair = heapq.heappop(heap)
             current = self._pairs[pair]
-            if current != -count:  # another merge has consumed some of them: put the pair back with its new count
+            if current != -count:  # another merge has used some occurrences: put the pair back with its new count
                 if current >= min_frequency:
                     heapq.heappush(heap, (-current, pair))
                 continue

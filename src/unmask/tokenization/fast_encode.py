@@ -1,7 +1,7 @@
 """`CachedEncoder`: encodes many texts with the results of `Tokenizer.encode`, and caches the tokens of chunks.
 
-Texts are split into chunks, before spaces or Han characters. A table keeps the tokens of each chunk, and flags that say
-whether a sentence starts after it. Plain chunks are encoded without offsets (`PlainWords`), the others with them.
+Texts are split into chunks, before spaces or Han characters. A table stores the tokens of each chunk, and flags that
+show whether a sentence starts after it. Plain chunks are encoded without offsets (`PlainWords`), the others with them.
 
 Suffixes of arrays: B texts, K chunks in texts, C distinct chunks, T tokens, N characters, V vocabulary.
 """
@@ -44,11 +44,11 @@ OPEN_START: Final = 16  # inseparable from the previous chunk: nothing visible f
 AFTER_LINE: Final = 32  # begins with a line feed, so a sentence starts with the chunk
 UNLESS_NUMBER: Final = 64  # no sentence starts after the chunk if a number follows
 NUMBER: Final = 128  # begins with a digit, after its space or line feed
-_HAN: Final = "\u3400-\u4dbf\u4e00-\u9fff"  # what BERT's normalizer isolates and NFC does not change
+_HAN: Final = "\u3400-\u4dbf\u4e00-\u9fff"  # characters that BERT's normalizer isolates and NFC does not change
 HAN_CUTS: Final = re.compile(rf"(?<=\S)(?= \S|[{_HAN}])")
 HAN_AND_LINE_CUTS: Final = re.compile(rf"(?<=\S)(?=[ \n]\S|[{_HAN}])")
 STARTS_WITH_HAN: Final = re.compile(f"[{_HAN}]")
-_FIRST_ROWS: Final = 1 << 10
+_INITIAL_SIZE: Final = 1 << 10
 _CONTROLS: Final = (*range(0x20), *range(0x7F, 0xA0))
 _SPACES: Final = (0x20, 0xA0, 0x1680, *range(0x2000, 0x200B), 0x2028, 0x2029, 0x202F, 0x205F, 0x3000)
 INVISIBLE: Final = frozenset(["", *map(chr, _CONTROLS), *map(chr, _SPACES)])  # white space, control characters, nothing
@@ -58,7 +58,7 @@ _AT_END: Final = {
     **dict.fromkeys(FULL_STOPS, ENDS_ANYWHERE),
     **dict.fromkeys(STOPS, ENDS_AT_SPACE),
 }
-_OF_STOP: Final = {"end": ENDS_AT_SPACE, "no end": 0, "end unless a number follows": ENDS_AT_SPACE | UNLESS_NUMBER}
+_STOP_FLAGS: Final = {"end": ENDS_AT_SPACE, "no end": 0, "end unless a number follows": ENDS_AT_SPACE | UNLESS_NUMBER}
 
 
 class EncodedTexts(NamedTuple):
@@ -105,10 +105,10 @@ class ChunkTable:
     def __init__(self) -> None:
         self.count = self.tokens = 0
         self._first_C, self._tokens_C, self._unknown_C, self.uses_C = (
-            np.zeros(_FIRST_ROWS, dtype=np.int64) for _ in range(4)
+            np.zeros(_INITIAL_SIZE, dtype=np.int64) for _ in range(4)
         )
-        self.flags_C: NDArray[np.uint8] = np.zeros(_FIRST_ROWS, dtype=np.uint8)
-        self._ids, self._marks = np.zeros(_FIRST_ROWS, dtype=np.int32), np.zeros(_FIRST_ROWS, dtype=np.uint8)
+        self.flags_C: NDArray[np.uint8] = np.zeros(_INITIAL_SIZE, dtype=np.uint8)
+        self._ids, self._marks = np.zeros(_INITIAL_SIZE, dtype=np.int32), np.zeros(_INITIAL_SIZE, dtype=np.uint8)
 
     def add(self, encoded: ChunkTokens) -> int:
         """Append chunks and return the number of the first."""
@@ -135,7 +135,7 @@ class ChunkTable:
         return ChunkTokens(self._ids[tokens], self._marks[tokens], *known)
 
     def truncate(self, count: int, tokens: int) -> None:
-        """Drop what was added after the table had this size."""
+        """Shrink the table to an earlier size."""
         self.count, self.tokens = count, tokens
 
     def assemble(self, numbers_K: NDArray[np.int64], first_B: NDArray[np.int64]) -> EncodedTexts:
@@ -180,23 +180,23 @@ def flags_of(chunk: str) -> int:
         if chunk[last - 1 : last] in INVISIBLE:
             return flags
     if chunk[last - 1 : last] == ".":
-        return flags | _OF_STOP[classify_stop(chunk, last - 1)]
+        return flags | _STOP_FLAGS[classify_stop(chunk, last - 1)]
     return flags | _AT_END.get(chunk[last - 1 : last], 0)
 
 
 def isolates_han(tokenizer_json: str) -> bool:
-    """Return whether every Han character is a pre-token of its own, so that a text may be split before it."""
-    whole = cast("dict[str, Any]", json.loads(tokenizer_json))
-    normalizer, pre_tokenizer = whole["normalizer"] or {}, whole["pre_tokenizer"] or {}
+    """Return whether every Han character is a separate pre-token, so that a text may be split before it."""
+    spec = cast("dict[str, Any]", json.loads(tokenizer_json))
+    normalizer, pre_tokenizer = spec["normalizer"] or {}, spec["pre_tokenizer"] or {}
     if pre_tokenizer.get("type") == "BertPreTokenizer":
         return any(step.get("handle_chinese_chars", False) for step in normalizer.get("normalizers", [normalizer]))
     return pre_tokenizer.get("type") == "Split" and pre_tokenizer.get("pattern") == {"Regex": r"[\s\S]"}
 
 
-_PLAIN_BLOCK_CHARACTERS: Final = 1 << 12  # of chunks that are joined to one text
+_PLAIN_BLOCK_CHARACTERS: Final = 1 << 12  # characters of the chunks that are joined to one text
 _LETTER, _PUNCTUATION, _SPACE, _PLAIN_LINE, _OTHER = 1, 2, 3, 4, 5  # kinds of characters; 0: not looked up yet
 _ENDS: Final = np.array([ord(character) for character in STOPS.replace(".", "")], dtype=np.uint32)
-_LOOKED_AT: Final = np.array([ord(character) for character in CLOSERS + "."], dtype=np.uint32)  # may end nothing
+_CHECKED: Final = np.array([ord(character) for character in CLOSERS + "."], dtype=np.uint32)  # may not end a sentence
 _KOREAN: Final = np.array([ord(character) for character in KOREAN_ENDINGS], dtype=np.uint32)
 _PLAIN_HAN: Final = ((0x3400, 0x4DBF), (0x4E00, 0x9FFF), (0xF900, 0xFAFF), (0x20000, 0x2FA1F))
 
@@ -217,7 +217,7 @@ _kinds = CharacterKinds(_kind)
 
 
 def block_sizes(lengths: Sequence[int], characters: int) -> list[int]:
-    """Return how many neighboring chunks to join to each text, so that each has about so many characters."""
+    """Return how many neighboring chunks to join to each text, for texts of about `characters` characters."""
     sizes, size, left = list[int](), 0, characters
     for length in lengths:
         size, left = size + 1, left - length
@@ -272,7 +272,7 @@ class PlainWords:
         return plain, (words_N1[ends_C] - words_N1[first_C])[plain]
 
     def encode(self, chunks: Sequence[str], words_C: NDArray[np.int64]) -> tuple[ChunkTokens, NDArray[np.bool_]]:
-        """Encode chunks with these numbers of words; return also whether the result of each chunk is valid."""
+        """Encode chunks with known numbers of words; also return whether the result of each chunk is valid."""
         assert self._starts_V is not None, "the tokens must show where words start"
         sizes = block_sizes([len(chunk) for chunk in chunks], _PLAIN_BLOCK_CHARACTERS)
         texts = join_chunks(chunks, sizes)
@@ -305,7 +305,7 @@ class PlainWords:
         flags_C[first_C == ord("\n")] |= AFTER_LINE
         flags_C[np.isin(last_C, _ENDS)] |= ENDS_AT_SPACE
         flags_C[[chunk[1].isdecimal() for chunk in chunks]] |= NUMBER
-        for number in np.flatnonzero(np.isin(last_C, _LOOKED_AT)).tolist():
+        for number in np.flatnonzero(np.isin(last_C, _CHECKED)).tolist():
             flags_C[number] = flags_of(chunks[number])
         return ChunkTokens(ids, marks, tokens_C, np.zeros(len(chunks), dtype=np.int64), flags_C), is_valid_C
 
@@ -326,7 +326,7 @@ def _starting_tokens(tokenizer: Tokenizer) -> NDArray[np.bool_] | None:
 _CHUNKS_KEPT: Final = 1 << 19  # about 120 MB
 _TOKENS_KEPT: Final = 1 << 22  # 20 MB
 _LONGEST_KEPT: Final = 48  # characters; longer chunks rarely recur
-_BLOCK_CHARACTERS: Final = 1 << 13  # of new chunks that are joined to one text
+_BLOCK_CHARACTERS: Final = 1 << 13  # characters of the new chunks that are joined to one text
 _COMPARED_CHARACTERS: Final = 100_000
 _SPACER: Final = "a"
 _LINE: Final = " \n"  # a line feed in texts that are split at spaces: the next chunk keeps it and takes no space
@@ -356,11 +356,11 @@ class CachedEncoder:
     """Encodes texts with the results of `Tokenizer.encode`, and caches the tokens of chunks."""
 
     def __init__(self, tokenizer: Tokenizer, words: WordsRule, *, by_chunks: bool = True) -> None:
-        """Take the tokenizer and the rule for words; `by_chunks=False` disables the cache."""
+        """Create an encoder with an empty cache; `by_chunks=False` disables the cache."""
         self._tokenizer = tokenizer
         self._words: WordsRule = words
         self._inner = tokenizers.Tokenizer.from_str(tokenizer.to_json())
-        self._inner.encode_special_tokens = True  # "[MASK]" in a text is encoded as letters
+        self._inner.encode_special_tokens = True  # "[MASK]" in a text is encoded as plain text
         self._plain = PlainWords(tokenizer, self._inner)
         self._special_V = np.zeros(tokenizer.size, dtype=np.uint8)
         self._special_V[list(tokenizer.special_ids)] = SPECIAL
@@ -370,8 +370,8 @@ class CachedEncoder:
         self._splits_han = words == "characters" and isolates_han(tokenizer.to_json())
         self._splits_lines = self.by_chunks and splits_at_lines(tokenizer.to_json())
         self._table = ChunkTable()
-        self._after_space: dict[str, int] = {}  # chunks of a space and this text, or of this text with a line feed
-        self._literal: dict[str, int] = {}  # chunks of this text
+        self._after_space: dict[str, int] = {}  # chunks after a space (not in the key) or with a line feed first
+        self._literal: dict[str, int] = {}  # other chunks
         self._temporary: list[ChunkTokens] = []  # chunks of the current texts that are not kept
 
     def agrees(self, texts: Iterable[str]) -> bool:
@@ -494,7 +494,7 @@ class CachedEncoder:
         return _ChunkedTexts(numbers_K[~inseparable_K], before_K1[chunked.first_B])
 
     def _add_temporary(self, encoded: ChunkTokens) -> int:
-        """Add chunks for the current texts only and return the number of the first; numbers decrease."""
+        """Add chunks for the current texts only and return the number of the first; further numbers decrease."""
         number = _TEMPORARY - sum(len(waiting.tokens_C) for waiting in self._temporary)
         self._temporary.append(encoded)
         return number
@@ -514,7 +514,7 @@ class CachedEncoder:
         if new:
             first = self._table.add(self._encode_chunks(_with_space(list(new), space)))
             known.update(zip(new, range(first, first + len(new)), strict=True))
-        if long:  # numbered here, and forgotten below
+        if long:  # added here for the lookup, and removed below
             first = self._add_temporary(self._encode_chunks(_with_space(long, space)))
             known.update(zip(long, range(first, first - len(long), -1), strict=True))
         numbers_K[missing] = list(map(known.__getitem__, unknown))
@@ -544,7 +544,7 @@ class CachedEncoder:
             joinable, alone = list[int](), list(range(len(chunks)))
         else:
             joinable, alone = self._split_joinable(chunks)
-        # In a joined text, what follows an open chunk has other marks than on its own. A spacer absorbs them.
+        # In a joined text, an open chunk changes the marks of the text after it. A spacer absorbs the change.
         closed = [number for number in alone if chunks[number][-1:] not in INVISIBLE]
         opened = [number for number in alone if chunks[number][-1:] in INVISIBLE]
         order = [*closed, *joinable, *itertools.chain.from_iterable((number, _NO_CHUNK) for number in opened)]
@@ -557,7 +557,7 @@ class CachedEncoder:
         encoded = self._split_tokens(packed, sizes, self._encode_texts(join_chunks(packed, sizes)), is_whole)
         place = np.zeros(len(chunks) + 1, dtype=np.int64)  # _NO_CHUNK is the last
         place[order] = np.arange(len(order))
-        # A few visible characters have no token, which is known only now: encode the chunks after them again.
+        # A few visible characters have no token, which only encoding shows: encode the chunks after them again.
         affected = [
             order[at + 1]
             for at in np.flatnonzero(encoded.flags_C[:-1] & OPEN_END).tolist()

@@ -1,8 +1,9 @@
-"""Normalizers and pre-tokenizers of all kinds, and what can be read from a tokenizer.json.
+"""Normalizers and pre-tokenizers of all kinds, and properties of a tokenizer.json.
 
-Pre-tokens are the words of `words.py`, so no token holds the end of one word and the start of another. A run of
-letters, marks and numbers is one pre-token. Every other visible character is one, with its combining marks. GPT-2's
-pattern is not used: it separates letters from their combining marks, and joins "..." or "'s", which are several words.
+Pre-tokens are the words of `words.py`, so no token contains the end of one word and the start of another. A run of
+letters, marks and numbers is one pre-token. Every other visible character is a pre-token, with its combining marks.
+GPT-2's pattern is not used: it separates letters from their combining marks, and joins "..." or "'s", which are
+several words.
 In byte-level BPE and Unigram a token includes the space before its word, so decoding restores the text. WordPiece
 drops white space.
 """
@@ -21,7 +22,7 @@ META: Final = "▁"  # U+2581, a space in the tokens of Unigram
 _RUN: Final = r"[^\p{P}\p{S}\p{Z}\p{Cc}]+"
 _ALONE: Final = r"[\p{P}\p{S}][\p{M}\p{Cf}]*"
 _WHITE: Final = r"[\p{Z}\p{Cc}]"
-# The last space before a word belongs to the word. Other white space is a pre-token of its own.
+# The last space before a word belongs to the word. Other white space is a separate pre-token.
 _SPACED_WORDS: Final = rf" ?{_RUN}| ?{_ALONE}|{_WHITE}+(?= [^\p{{Z}}\p{{Cc}}])|{_WHITE}+"
 _META_WORDS: Final = rf"{META}?{_RUN}|{META}?(?!{META}){_ALONE}|{META}"
 _CHARACTERS: Final = r"[\s\S]"  # the library's regex engine rejects "(?s)."
@@ -72,32 +73,32 @@ _SAFE: Final = frozenset(SPLIT_PATTERNS)
 
 def splits_at_spaces(tokenizer_json: str) -> bool:
     """Return whether a text may be encoded in parts, split before single spaces between two visible characters."""
-    whole = cast("Node", json.loads(tokenizer_json))
-    if not all(_normalizer_is_local(step) for step in _steps(whole.get("normalizer"), "normalizers")):
+    spec = cast("Node", json.loads(tokenizer_json))
+    if not all(_normalizer_is_local(step) for step in _steps(spec.get("normalizer"), "normalizers")):
         return False
-    for token in whole.get("added_tokens", ()):
-        # Special tokens in a text are read as letters. Others are matched, and may contain or absorb a space.
+    for token in spec.get("added_tokens", ()):
+        # Special tokens in a text are encoded as plain text. Others are matched, and may contain or absorb a space.
         if not token["special"] and (token["lstrip"] or token["rstrip"] or " " in token["content"]):
             return False
-    steps = list(_steps(whole.get("pre_tokenizer"), "pretokenizers"))
+    steps = list(_steps(spec.get("pre_tokenizer"), "pretokenizers"))
     return bool(steps) and all(map(_keeps_space, steps)) and any(map(_splits_at_spaces, steps))
 
 
 def splits_at_lines(tokenizer_json: str) -> bool:
-    """Return whether the same holds for single line feeds between two visible characters."""
+    """Return whether a text may also be split before single line feeds between two visible characters."""
     if not splits_at_spaces(tokenizer_json):
         return False
-    whole = cast("Node", json.loads(tokenizer_json))
-    first = next(_steps(whole["pre_tokenizer"], "pretokenizers"))
+    spec = cast("Node", json.loads(tokenizer_json))
+    first = next(_steps(spec["pre_tokenizer"], "pretokenizers"))
     return lines_are_spaces(tokenizer_json) or first["type"] in ("ByteLevel", "Split")
 
 
 def lines_are_spaces(tokenizer_json: str) -> bool:
     """Return whether the tokenizer treats a line feed like a space."""
-    whole = cast("Node", json.loads(tokenizer_json))
-    if any(step.get("clean_text", False) for step in _steps(whole.get("normalizer"), "normalizers")):
+    spec = cast("Node", json.loads(tokenizer_json))
+    if any(step.get("clean_text", False) for step in _steps(spec.get("normalizer"), "normalizers")):
         return True
-    return any(step["type"] in _SPACE_SPLITTERS for step in _steps(whole.get("pre_tokenizer"), "pretokenizers"))
+    return any(step["type"] in _SPACE_SPLITTERS for step in _steps(spec.get("pre_tokenizer"), "pretokenizers"))
 
 
 def _steps(node: Node | None, name: str) -> Iterator[Node]:
@@ -129,7 +130,7 @@ def _splits_at_spaces(step: Node) -> bool:
 
 
 def _keeps_space(step: Node) -> bool:
-    """Return whether the step treats a part with its leading space as it does within the text."""
+    """Return whether the step gives the same result for a part with its leading space as within the text."""
     if step["type"] == "ByteLevel":
         return not step["add_prefix_space"]
     if step["type"] == "Metaspace":
@@ -141,18 +142,18 @@ def _keeps_space(step: Node) -> bool:
 
 def leading_space(tokenizer_json: str) -> str:
     """Return the character of the space before a word in tokens; empty if tokens don't include the space."""
-    whole = cast("Node", json.loads(tokenizer_json))
-    if any(step["type"] == "Metaspace" for step in _steps(whole.get("pre_tokenizer"), "pretokenizers")):
+    spec = cast("Node", json.loads(tokenizer_json))
+    if any(step["type"] == "Metaspace" for step in _steps(spec.get("pre_tokenizer"), "pretokenizers")):
         return META
-    vocabulary = whole["model"].get("vocab", ())
+    vocabulary = spec["model"].get("vocab", ())
     tokens = vocabulary if isinstance(vocabulary, dict) else (entry[0] for entry in vocabulary)
     return next((token[0] for token in tokens if len(token) > 1 and token[0] in (META, BYTE_SPACE)), "")
 
 
 def is_byte_level(tokenizer_json: str) -> bool:
-    """Return whether the letters of its tokens represent bytes."""
-    whole = cast("Node", json.loads(tokenizer_json))
-    steps = [*_steps(whole.get("pre_tokenizer"), "pretokenizers"), *_steps(whole.get("decoder"), "decoders")]
+    """Return whether the characters of the tokens represent bytes."""
+    spec = cast("Node", json.loads(tokenizer_json))
+    steps = [*_steps(spec.get("pre_tokenizer"), "pretokenizers"), *_steps(spec.get("decoder"), "decoders")]
     return any(step["type"] == "ByteLevel" for step in steps)
 
 
@@ -163,17 +164,17 @@ def continuing_prefix(tokenizer_json: str) -> str:
 
 
 def without_specials(tokenizer_json: str) -> str:
-    """Return the tokenizer without special tokens, so that "<mask>" in a text is encoded as letters.
+    """Return the tokenizer without special tokens, so that "<mask>" in a text is encoded as plain text.
 
     A Unigram model also matches the special tokens in its vocabulary, unless the pre-tokenizer splits them. They get
     names that occur in no text. The unknown token keeps its name, because the model never matches it.
     """
-    whole = cast("Node", json.loads(tokenizer_json))
-    model, added = whole["model"], whole.get("added_tokens", [])
+    spec = cast("Node", json.loads(tokenizer_json))
+    model, added = spec["model"], spec.get("added_tokens", [])
     if model.get("type") != "Unigram" or not all(token["special"] for token in added):
         return tokenizer_json
     special = {token["content"] for token in added}
     for number, entry in enumerate(model["vocab"]):
         if entry[0] in special and number != model.get("unk_id"):
             entry[0] = f"\ue000{number}\ue001"
-    return json.dumps({**whole, "added_tokens": []})
+    return json.dumps({**spec, "added_tokens": []})

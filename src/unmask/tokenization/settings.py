@@ -1,6 +1,6 @@
-"""Configs of all tokenizers ([data.tokenizer] of a recipe), and what the trainers share.
+"""Configs of all tokenizers ([data.tokenizer] of a recipe), and helpers that the trainers share.
 
-The sample of training text, the default special tokens and the errors about the vocabulary size are here.
+The helpers are the default special tokens, the sample of training text and the errors about the vocabulary size.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from unmask.core.config import require
 from unmask.core.errors import TokenizerError
 from unmask.core.types import ProgressCallback
 
-PREFIX: Final = "##"  # of a token that continues a word
+PREFIX: Final = "##"  # prefix of tokens that continue a word
 LONGEST_WORD: Final = 100  # characters; a longer word becomes [UNK]
 UNKNOWN: Final = "[UNK]"
 MASK: Final = "[MASK]"
@@ -36,8 +36,8 @@ class WordPieceConfig:
     clean_text: bool = True  # removes control characters; every white space becomes a space
     handle_chinese_chars: bool = True  # each Han character is a word
     special_tokens: tuple[str, ...] = SPECIALS
-    min_frequency: int = 2  # of a character, or of a pair of tokens that is merged
-    max_train_chars: int = 20_000_000  # characters of training text that are read; 3-7 s for 20 MB
+    min_frequency: int = 2  # minimum count of a character, or of a pair that is merged
+    max_train_chars: int = 20_000_000  # characters of training text; 20 MB take 3-7 s
 
     def __post_init__(self) -> None:
         require(self, "vocab_size", min=len(self.special_tokens) + 1)
@@ -54,7 +54,7 @@ class ByteBpeConfig:
     strip_accents: bool = False
     clean_text: bool = False
     special_tokens: tuple[str, ...] = SPECIALS
-    min_frequency: int = 2  # of a pair of tokens that is merged
+    min_frequency: int = 2  # minimum count of a pair that is merged
     max_train_chars: int = 20_000_000
 
     def __post_init__(self) -> None:
@@ -72,7 +72,7 @@ class UnigramConfig:
     strip_accents: bool = False
     clean_text: bool = True  # removes control characters; every white space becomes a space
     special_tokens: tuple[str, ...] = SPECIALS
-    min_frequency: int = 2  # of a character, or of a token in the sample
+    min_frequency: int = 2  # minimum count of a character, or of a token in the sample
     max_token_length: int = 16  # characters
     max_train_chars: int = 10_000_000
 
@@ -120,9 +120,9 @@ class ExtendedTokenizerConfig:
     """Load an existing WordPiece or BPE tokenizer and add tokens learned from the text."""
 
     kind: Literal["extended"]
-    path: Path  # of the existing tokenizer
+    path: Path  # existing tokenizer
     num_new_tokens: int
-    min_frequency: int = 2  # of a word, a character or a pair
+    min_frequency: int = 2  # minimum count of a word, a character or a pair
     max_train_chars: int = 20_000_000
 
     def __post_init__(self) -> None:
@@ -159,13 +159,13 @@ def check_specials(settings: TrainedConfig) -> None:
 
 
 class VocabSizeError(TokenizerError):
-    """A vocabulary size that is too large for the text; `largest` is one that isn't, 0 if there is none."""
+    """The vocabulary size is too large for the text; `largest` is a size that works, or 0."""
 
     largest = 0
 
 
 def too_few(wanted: int, given: int, fits: int) -> VocabSizeError:
-    """Return the error for a vocabulary size that is too large; `fits` is one that isn't, 0 if there is none."""
+    """Return the error for a vocabulary size that is too large; `fits` is a size that works, or 0."""
     if not fits:
         return VocabSizeError(
             "no tokens can be learned from this text",
@@ -190,7 +190,7 @@ def round_below(number: int) -> int:
 def sample_blocks(texts: Iterable[str], settings: SampledConfig, on_progress: ProgressCallback | None) -> Iterator[str]:
     """Yield the first `max_train_chars` characters of the texts, in blocks that keep all threads of a trainer busy.
 
-    `on_progress` covers the reading only: the library's trainers report nothing.
+    `on_progress` covers reading only: the library's trainers report no progress.
     """
     return blocks_of(texts, settings.max_train_chars, on_progress, "training the tokenizer")
 
@@ -198,7 +198,7 @@ def sample_blocks(texts: Iterable[str], settings: SampledConfig, on_progress: Pr
 def blocks_of(
     texts: Iterable[str], max_characters: int, on_progress: ProgressCallback | None, stage: str
 ) -> Iterator[str]:
-    """Yield the first characters of the texts in blocks of lines; `on_progress` gets fractions up to one half."""
+    """Yield the first `max_characters` characters in blocks of lines; `on_progress` gets fractions up to 0.5."""
     block, size, left = list[str](), 0, max_characters
     for text in texts:
         if left <= 0:

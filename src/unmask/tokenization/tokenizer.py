@@ -1,8 +1,8 @@
 """`Tokenizer`: encodes text with the `tokenizers` library and marks the tokens that start words and sentences.
 
 A token starts a word if a word starts at its first visible character, or in text that the normalizer removed just
-before it. A token that begins within a character of the token before it (the later bytes of a character) starts none.
-So the tokens from one start to the next are exactly one word, or whole neighboring words if a token spans several.
+before it. A token that begins within a character of the token before it (the later bytes of a character) starts no
+word. So the tokens from one start to the next are exactly one word, or several whole words if a token spans them.
 
 If the vocabulary's tokens include the space before a word, a token that is only a space starts the word after it.
 Otherwise the remaining space would reveal the form of a masked word.
@@ -110,15 +110,15 @@ class Encoded:
 def train_tokenizer(
     texts: Iterable[str], settings: TokenizerConfig, on_progress: ProgressCallback | None = None
 ) -> Tokenizer:
-    """Train a tokenizer, byte for byte the same in every process; or load one from a file, without reading text.
+    """Train a tokenizer, byte-identical in every process, or load one from a file without reading text.
 
     Args:
         texts: the training text. Kinds with `max_train_chars` read at most that many characters.
-        settings: the kind and its settings.
+        settings: settings of the tokenizer; their type selects the kind.
         on_progress: called with the name of the stage and the fraction done while text is read.
 
     Raises:
-        TokenizerError: the special tokens lack [UNK] or [MASK], the text gives fewer tokens than `vocab_size`, or the
+        TokenizerError: the special tokens lack [UNK] or [MASK], the text yields fewer tokens than `vocab_size`, or the
             file is not a tokenizer.
     """
     if isinstance(settings, FileTokenizerConfig):
@@ -180,7 +180,7 @@ class Tokenizer:
     """A tokenizer of the `tokenizers` library, with the roles of its special tokens."""
 
     def __init__(self, inner: tokenizers.Tokenizer, roles: Mapping[str, str] | None = None) -> None:
-        """Wrap a tokenizer; `roles` names its "mask_token", "cls_token" and so on, by default the usual names.
+        """Wrap a tokenizer; `roles` maps "mask_token", "cls_token" and so on to tokens, by default the usual ones.
 
         Raises:
             TokenizerError: there is no mask token.
@@ -188,15 +188,15 @@ class Tokenizer:
         inner.no_padding()
         inner.no_truncation()
         self._json = inner.to_str()
-        self._marked = inner  # reads "[MASK]" as the special token
+        self._marked = inner  # encodes "[MASK]" as the special token
         self._plain = tokenizers.Tokenizer.from_str(without_specials(self._json))
-        self._plain.encode_special_tokens = True  # reads it as letters
-        given = roles or {}
+        self._plain.encode_special_tokens = True  # encodes it as plain text
+        custom = roles or {}
         usual = {
             role: next((name for name in names if inner.token_to_id(name) is not None), None)
             for role, names in _ROLES.items()
         }
-        self._roles = {role: name for role in _ROLES if (name := given.get(role, usual[role])) is not None}
+        self._roles = {role: name for role in _ROLES if (name := custom.get(role, usual[role])) is not None}
         if "mask_token" not in self._roles or self.token_to_id(self._roles["mask_token"]) is None:
             raise TokenizerError(
                 "this tokenizer has no mask token",
@@ -238,7 +238,7 @@ class Tokenizer:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Digest of the whole tokenizer."""
+        """Digest of tokenizer.json."""
         return digest(self._json)
 
     def role_id(self, role: str) -> int | None:
@@ -280,7 +280,7 @@ class Tokenizer:
         return self._encode([text], words, self._marked if specials_in_text else self._plain)[0]
 
     def encode_batch(self, texts: Sequence[str], words: WordsRule = "spaces") -> list[Encoded]:
-        """Encode several texts, on the threads of the library."""
+        """Encode several texts on all threads of the library."""
         return self._encode(list(texts), words, self._plain)
 
     def _encode(self, texts: list[str], words: WordsRule, inner: tokenizers.Tokenizer) -> list[Encoded]:
@@ -297,7 +297,7 @@ class Tokenizer:
         return Encoded(ids, marks, offsets, int((unknown[:, 1] - unknown[:, 0]).sum()))
 
     def decode(self, ids: Sequence[int] | NDArray[np.integer[Any]], *, skip_specials: bool = True) -> str:
-        """Return the text of ids."""
+        """Decode ids to text."""
         return self._marked.decode([int(number) for number in ids], skip_special_tokens=skip_specials)
 
     def add_special_tokens(
@@ -349,7 +349,7 @@ class Tokenizer:
         """Load a tokenizer.json, or a directory with one, written by unmask or by transformers.
 
         Raises:
-            TokenizerError: there is none, it can't be read, or it has no mask token.
+            TokenizerError: the file doesn't exist or can't be read, or the tokenizer has no mask token.
         """
         path = Path(path)
         file = path / RunLayout.TOKENIZER if path.is_dir() else path
@@ -359,7 +359,7 @@ class Tokenizer:
             )
         try:
             inner = tokenizers.Tokenizer.from_str(file.read_text(encoding="utf-8"))
-        except Exception as error:  # the library raises nothing more exact
+        except Exception as error:  # the library raises no more specific exception
             raise TokenizerError(
                 f"can't read this tokenizer: {error}", location=str(file), hint="restore it from a copy"
             ) from error

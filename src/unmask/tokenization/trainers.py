@@ -1,7 +1,8 @@
 """Trainers for byte-level BPE, WordPiece, bytes and characters, each reproducible in every process.
 
-The library's BPE trainer is reproducible: its alphabet is the 256 bytes in a fixed order, its counts are integers, and
-ties are broken by the ids of the tokens (0.23.3; a test trains in processes with other hash seeds and thread counts).
+The library's BPE trainer is reproducible. Its alphabet is the 256 bytes in a fixed order, its counts are integers, and
+ties are broken by the ids of the tokens. This holds for version 0.23.3; a test trains in processes with different hash
+seeds and thread counts.
 Its WordPiece trainer is not. `train_wordpiece` fixes the alphabet and the order of the vocabulary around it.
 """
 
@@ -91,7 +92,7 @@ def train_wordpiece(
     blocks = [normalizer.normalize_str(block) for block in sample_blocks(texts, settings, on_progress)]
     tokens = _wordpieces(blocks, settings)
     if len(tokens) < settings.vocab_size:
-        # A smaller vocabulary may hold fewer characters, so the suggested size is tried before it is suggested.
+        # A smaller vocabulary may have fewer characters, so a size is tested before it is suggested.
         fits = round_below(len(tokens))
         while (
             fits > len(settings.special_tokens) and len(_wordpieces(blocks, replace(settings, vocab_size=fits))) < fits
@@ -106,8 +107,8 @@ def choose_characters(texts: Iterable[str], settings: CharacterConfig) -> list[s
     counts = np.zeros(_CODES, dtype=np.int64)
     normalizer = normalizer_of(settings)
     for text in texts:
-        seen, times = np.unique(codes(normalizer.normalize_str(text)), return_counts=True)
-        counts[seen] += times
+        present, times = np.unique(codes(normalizer.normalize_str(text)), return_counts=True)
+        counts[present] += times
     return [*settings.special_tokens, *(chr(code) for code in _by_count(counts, settings.min_frequency))]
 
 
@@ -122,7 +123,7 @@ def _wordpieces(blocks: Sequence[str], settings: WordPieceConfig) -> list[str]:
 
     The most frequent characters come first, until they cover 99.99 % of the sample or fill half of the vocabulary. A
     letter takes two tokens, with and without "##". Merged tokens compete by count with further standalone characters
-    (Han, punctuation), so that Chinese keeps its characters and Korean its words. Other characters fill what is left.
+    (Han, punctuation), so that Chinese keeps its characters and Korean its words. Other characters fill the rest.
     """
     counts = np.zeros(_CODES, dtype=np.int64)
     for block in blocks:

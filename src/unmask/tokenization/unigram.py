@@ -1,7 +1,7 @@
 """Unigram trainer (Kudo 2018, arXiv 1804.10959): candidate tokens, their lattice, and pruning by likelihood.
 
-The trainer of the `tokenizers` library adds numbers in another order in each process. Here they are added in a fixed
-order on one thread, so the scores are equal to the bit in every process.
+The trainer of the `tokenizers` library sums floating-point numbers in a different order in each process. Here the order
+is fixed, on one thread, so the scores are bit-identical in every process.
 
 Words are concatenated as letter ids, with 0 after each. Suffixes of arrays: N positions in the words, S substrings, E
 edges (occurrences of candidates), P candidate tokens.
@@ -36,8 +36,8 @@ class Substrings:
     counts_S: Floats
     place_S: Places  # position of the first occurrence
     is_maximal_S: NDArray[np.bool_]  # False: always followed by the same letter, so a longer substring is equivalent
-    at_E: Places  # position of each occurrence ...
-    which_E: Places  # ... and its substring
+    at_E: Places  # position of each occurrence
+    which_E: Places  # substring of each occurrence
 
 
 def frequent_substrings(letters_N: Places, times_N: Floats, longest: int, minimum: int) -> list[Substrings]:
@@ -79,7 +79,7 @@ def _sums(which_E: NDArray[np.integer[Any]], weight_E: Floats, size: int) -> Flo
 
 @dataclass(frozen=True)
 class Edges:
-    """Occurrences of candidates as edges between positions, in an order for a traversal by depth."""
+    """Occurrences of candidates as edges between positions, ordered by depth."""
 
     start_E: NDArray[np.int32]
     end_E: NDArray[np.int32]
@@ -97,7 +97,7 @@ class Lattice:
     """The segmentations of words: positions up to a border, and edges for the candidates between them."""
 
     def __init__(self, border_N: NDArray[np.bool_], edges: Edges) -> None:
-        """Take the edges; `border_N` is True at the end of each word."""
+        """Create a lattice of these edges; `border_N` is True at the end of each word."""
         places_N = np.arange(len(border_N))
         began_N = np.maximum.accumulate(np.where(np.append(True, border_N[:-1]), places_N, 0))
         self._depth_N = (places_N - began_N).astype(np.int32)
@@ -125,7 +125,7 @@ class Lattice:
 
         Args:
             weight_P: probability of each candidate.
-            times_N: count of each word, at its end.
+            times_N: count of each word, stored at the position of its end.
         """
         start_E, end_E, candidate_E = self.edges.start_E, self.edges.end_E, self.edges.candidate_E
         probability_E = weight_P[candidate_E]
@@ -199,15 +199,15 @@ def inner_edges(edges: Edges, place_S: Places, length_S: Places) -> tuple[NDArra
     return border_N, Edges(*joined), base_S + length_S
 
 
-_COVERAGE: Final = 0.9999  # of the sample's characters; the others are [UNK]
+_COVERAGE: Final = 0.9999  # fraction of the characters in the sample; the others are [UNK]
 _SEEDS: Final = 8  # candidates per wanted token; sentencepiece starts with a million
 _FEWEST_SEEDS: Final = 20_000
 _SHRINK: Final = 0.65  # fraction of candidates kept in a round; sentencepiece's 0.75 takes 1.5 times as many rounds
-_SURPLUS: Final = 1.1  # rounds end at this multiple of the wanted tokens; the last ones go by likelihood
-_STEPS: Final = 2  # of expectation maximization in each round
+_SURPLUS: Final = 1.1  # the last round starts at or below this multiple of the wanted tokens
+_STEPS: Final = 2  # steps of expectation maximization in each round
 _LEAST: Final = 0.5  # minimum expected count of a kept token
 _LONGEST_TYPE: Final = 48  # characters; a longer run (Chinese between punctuation) is split
-_MOST_CHARACTERS: Final = 3_000_000  # of the most frequent distinct words; about 0.6 GB during training
+_MAX_CHARACTERS: Final = 3_000_000  # total length of the distinct words that are used; 0.6 GB during training
 _DECIMALS: Final = 6
 _CODES: Final = 0x110000
 
@@ -253,7 +253,7 @@ def train_unigram(texts: Iterable[str], settings: UnigramConfig, on_progress: Pr
 
 
 def _feasible_size(words: Sequence[str], times: Sequence[int], settings: UnigramConfig, given: int) -> int:
-    """Return a round vocabulary size that the text gives; 0 if there is none."""
+    """Return a round vocabulary size that works for the text; 0 if there is none."""
     fits = round_below(given)
     while fits > len(settings.special_tokens):
         smaller = replace(settings, vocab_size=fits)  # with fewer characters in its alphabet
@@ -280,7 +280,7 @@ def _word_counts(
             else:
                 counts.update(word[at : at + _LONGEST_TYPE] for at in range(0, len(word), _LONGEST_TYPE))
     ordered = sorted(counts.items(), key=lambda entry: (-entry[1], entry[0]))
-    fits = np.cumsum([len(word) for word, _ in ordered]) <= _MOST_CHARACTERS
+    fits = np.cumsum([len(word) for word, _ in ordered]) <= _MAX_CHARACTERS
     kept = ordered[: int(fits.sum())]
     return [word for word, _ in kept], [count for _, count in kept]
 
@@ -365,7 +365,7 @@ def _prune(
     """Return the log probability of each kept candidate; minus infinity for the others."""
     letters = len(packed.alphabet)
     border, inner, end_S = inner_edges(edges, candidates.place_P[letters:], candidates.length_P[letters:])
-    own, words = Lattice(border, inner), Lattice(packed.letters_N == 0, edges)
+    substrings, words = Lattice(border, inner), Lattice(packed.letters_N == 0, edges)
     times_N = np.where(packed.letters_N == 0, packed.times_N, 0.0)
     characters = float(packed.times_N[packed.letters_N > 0].sum())
     is_kept_P = np.ones(len(candidates.counts_P), dtype=bool)
@@ -388,14 +388,14 @@ def _prune(
         if int(is_kept_P.sum()) <= target:
             return np.where(is_kept_P, scores_P, -np.inf)
         # Loss of likelihood without the candidate: each occurrence falls back to its best other segmentation.
-        other_S = own.best(scores_P)[end_S]
+        other_S = substrings.best(scores_P)[end_S]
         score_S = np.where(is_kept_P, scores_P, 0.0)[letters:]
         loss_S = np.where(counts_P[letters:] < _LEAST, 0.0, counts_P[letters:] * (score_S - other_S))
         loss_S = np.where(is_kept_P[letters:], loss_S, -np.inf)
         order_S = np.argsort(-loss_S.round(_DECIMALS), kind="stable")
         is_kept_P[letters + order_S[max(0, wanted - letters) :]] = False
         words.keep(is_kept_P)
-        own.keep(is_kept_P)
+        substrings.keep(is_kept_P)
 
 
 def _scores(counts_P: NDArray[np.float64], is_kept_P: NDArray[np.bool_]) -> NDArray[np.float64]:

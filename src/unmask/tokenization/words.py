@@ -1,11 +1,11 @@
-"""Words and sentences of a text: where each one starts, under every rule of `data.words`.
+"""Finds where words and sentences start in a text, for each rule of `data.words`.
 
 Two rules need no dictionary:
 
-- spaces: a run of letters, marks and numbers is a word. Every other visible character is a word of its own.
+- spaces: a run of letters, marks and numbers is a word. Every other visible character is a separate word.
 - characters: every visible character is a word.
 
-Two rules cut runs that hold Han or kana into the words of a dictionary. The rest is as under "spaces". Both are
+Two rules segment runs that contain Han or kana with a dictionary. Other text is split as under "spaces". Both rules are
 optional extras and work offline:
 
 - jieba: Chinese, with `rjieba`, jieba's dictionary and model in Rust (6 M characters/s; jieba itself 0.5 M).
@@ -73,7 +73,7 @@ class CharacterKinds:
     """A lookup table from code points to kinds, filled on first use, so that importing it costs nothing."""
 
     def __init__(self, kind_of: Callable[[int], int]) -> None:
-        """Take the function that gives each code point a kind from 1 on."""
+        """Create an empty table; `kind_of` returns the kind of a code point, at least 1."""
         self._kind_of = kind_of
         self._table: NDArray[np.uint8] = np.zeros(0x110000, dtype=np.uint8)
 
@@ -91,7 +91,7 @@ _kinds = CharacterKinds(_kind)
 
 
 def white_space(text: str) -> Bool[np.ndarray, "N"]:
-    """Return whether each character lies in no word: white space and control characters."""
+    """Return whether each character is white space or a control character, and so belongs to no word."""
     return _kinds(codes(text)) == _SPACE
 
 
@@ -136,7 +136,7 @@ def describe_words(rule: WordsRule) -> str:
 
 # ---- Sentences
 
-CLOSERS: Final = "\"'”’»)]}」』）】"  # may stand between the end of a sentence and the white space
+CLOSERS: Final = "\"'”’»)]}」』）】"  # may appear between the end of a sentence and the white space
 STOPS: Final = ".!?…"  # end a sentence before white space
 FULL_STOPS: Final = "。！？｡"  # end a sentence anywhere
 KOREAN_ENDINGS: Final = "다요죠까"
@@ -167,13 +167,13 @@ _ABBREVIATED = re.compile(
     |   (?:\A|(?<=\n))\d{{1,3}}\Z""",
     re.VERBOSE,
 )
-_LONGEST_ABBREVIATION: Final = 16  # characters; of a longer run, only the last letters are read
+_LONGEST_ABBREVIATION: Final = 16  # characters; only this many before a stop are checked
 Stop = Literal["end", "end unless a number follows", "no end"]
 
 
 def classify_stop(text: str, at: int) -> Stop:
     """Return whether the "." at this index ends a sentence if white space follows it, possibly after closing marks."""
-    if at and text[at - 1] in STOPS:  # one of several
+    if at and text[at - 1] in STOPS:  # one of several stops
         return "end"
     match = _ABBREVIATED.search(text, max(0, at - _LONGEST_ABBREVIATION), at)
     if match is None:
@@ -205,7 +205,7 @@ _PACKAGES: Final[Mapping[Segmenter, tuple[str, ...]]] = {
     "sudachi": ("sudachipy", "sudachidict-small"),
 }
 _EXTRAS: Final[Mapping[Segmenter, str]] = {"jieba": "chinese", "sudachi": "japanese"}
-_MAX_CHARACTERS: Final = 4096  # of one call: sudachi accepts 49,149 bytes, and no sentence is so long
+_MAX_CHARACTERS: Final = 4096  # per call: sudachi accepts 49,149 bytes, and no sentence is as long as this
 
 
 def version(rule: str) -> str:
@@ -238,7 +238,7 @@ def word_lengths(segmenter: Segmenter, letters: str) -> list[int]:
 
 
 def _dictionary_starts(text: str, segmenter: Segmenter, letters: Bool[np.ndarray, "N"]) -> Bool[np.ndarray, "N"]:
-    """Return whether a segmenter starts a word at each character: only in runs of letters, next to Han or kana."""
+    """Return where a segmenter starts words: only in runs of letters, next to Han or kana."""
     code_points = codes(text)
     unspaced = np.zeros(len(code_points), dtype=bool)
     for first, last in _UNSPACED:

@@ -37,7 +37,7 @@ def save(
 ) -> Path:
     """Writes a step folder, points `latest` to it and deletes all but the last `keep` step folders.
 
-    The folder is a model that `transformers` opens. Its `resume/` holds what only this package needs.
+    `transformers` loads the folder as a model. Its `resume/` contains the training state, which only unmask reads.
 
     Raises:
         StoreError: the disk is full or not writable; earlier steps are intact.
@@ -48,7 +48,8 @@ def save(
         _write_parts(folder, training.eval_module.parts)
         resume = folder / RunLayout.RESUME
         resume.mkdir()
-        # The model's file has the tensors of transformers, some stacked or transposed; these are restored as they are.
+        # model.safetensors has the layout of transformers: some tensors are stacked or transposed. A resume needs the
+        # tensors of the modules themselves.
         _write_tensors(resume / _WEIGHTS, training.module.state_dict())
         _write_tensors(resume / _OPTIMIZER, training.optimizer.state_tensors())
         if training.ema:
@@ -57,7 +58,7 @@ def save(
         files.write_manifest(resume)
         files.write_manifest(folder)
     if not files.write_pointer(run / RunLayout.LATEST, target.name):
-        _log.info(f"no symbolic links here: `{RunLayout.LATEST}` is a small file that names the last checkpoint")
+        _log.info(f"can't create symbolic links: `{RunLayout.LATEST}` is a text file that names the last checkpoint")
     for old in sorted(run.glob("step-*"))[:-keep]:
         if old.name != target.name:
             shutil.rmtree(old, ignore_errors=True)
@@ -89,8 +90,8 @@ def load(run: Path, training: TrainLoopInputs) -> TrainState:
     """Restores weights, optimizer state and training state from a run's latest step.
 
     Raises:
-        RunError: nothing was saved yet, or recipe.toml was changed to a model of another shape.
-        DamagedError: a file is missing, truncated or changed; it is named.
+        RunError: the run has no checkpoint, or recipe.toml was changed to a model of another shape.
+        DamagedError: a file is missing, truncated or changed; the error names it.
     """
     folder = latest(run)
     try:
@@ -109,14 +110,12 @@ def load(run: Path, training: TrainLoopInputs) -> TrainState:
         raise RunError(
             f"the weights don't match the run's recipe: {error}",
             location=str(resume),
-            hint="undo the change of recipe.toml",
+            hint="undo the changes to recipe.toml",
         ) from error
     training.optimizer.load_state_tensors(_read_tensors(resume / _OPTIMIZER))
     files.recover(run / RunLayout.BEST)
-    for leftover in [
-        *run.glob(".step-*.aside-*"),
-        *run.glob(f".{RunLayout.BEST}.aside-*"),
-    ]:  # of saves that a kill interrupted
+    # A kill during a save leaves these folders.
+    for leftover in [*run.glob(".step-*.aside-*"), *run.glob(f".{RunLayout.BEST}.aside-*")]:
         shutil.rmtree(leftover, ignore_errors=True)
     return read_state(folder)
 
@@ -125,7 +124,7 @@ def latest(run: Path) -> Path:
     """Returns the folder of the last complete step.
 
     Raises:
-        RunError: nothing was saved yet, or `latest` became a folder when the run was copied.
+        RunError: the run has no checkpoint, or `latest` became a folder when the run was copied.
         DamagedError: the step that `latest` names is missing.
     """
     link = run / RunLayout.LATEST

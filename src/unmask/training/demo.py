@@ -35,8 +35,8 @@ _EXCLUDED = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__
 def python_documentation(max_chars: float = float("inf")) -> list[str]:
     """Returns the English text of the standard library as documents: language reference and docstrings.
 
-    The files are parsed, never imported. Documents and their order depend only on the Python version. No file is read
-    after `max_chars` characters.
+    The files are parsed, never imported. Documents and their order depend only on the Python version. Reading stops
+    after the file in which `max_chars` characters are reached.
     """
     folder = Path(sysconfig.get_paths()["stdlib"])
     documents = list(_topics(folder))
@@ -92,7 +92,7 @@ def _without_doctests(text: str) -> str:
 
 # Demo -----------------------------------------------------------------------------------------------------------------
 
-RECIPE_NAME: Final = "demonstration"  # other runs, also those of the recipe `demo`, have another name: never replaced
+RECIPE_NAME: Final = "demonstration"  # no other run has this name, not even with recipe `demo`: none is replaced
 SENTENCES: Final[tuple[tuple[str, str], ...]] = (
     ("If the argument is omitted, the [MASK] value is used.", "default"),
     ("Return the number of [MASK] in the list.", "items"),
@@ -100,7 +100,7 @@ SENTENCES: Final[tuple[tuple[str, str], ...]] = (
     ("Open the file and [MASK] its contents.", "read"),
     ("Return True if the object is an [MASK] of the class.", "instance"),
 )
-"""Sentences with the word that belongs in each. None of the sentences occurs in the training text."""
+"""Sentences and the correct word for each mask. None of the sentences occurs in the training text."""
 
 
 @dataclass(frozen=True)
@@ -118,11 +118,11 @@ def demo(
     """Pretrains on the documentation of Python, then fills five masks. An earlier demo in `out` is replaced.
 
     Raises:
-        RunError: `out` exists and is not a demo, or another process works on it.
+        RunError: `out` exists and is not the run of a demo, or another process works on it.
     """
     folder = Path(out)
     recipe = replace(load_recipe("demo", (), overrides), name=RECIPE_NAME)
-    with _earlier_demo_replaced(folder):
+    with _replace_earlier_demo(folder):
         result = launch(python_documentation(), recipe=recipe, out=folder, display=display)
     filled = tuple(fill(load(folder), [sentence for sentence, _ in SENTENCES], top=5))
     num_correct = sum(
@@ -133,8 +133,8 @@ def demo(
 
 
 @contextmanager
-def _earlier_demo_replaced(folder: Path) -> Generator[None]:
-    """Moves an earlier demo aside and deletes it once the new one exists; otherwise moves it back."""
+def _replace_earlier_demo(folder: Path) -> Generator[None]:
+    """Renames an earlier demo, and deletes it once the new run exists; if it doesn't, restores the earlier demo."""
     aside = folder.with_name(f".{folder.name}.earlier")
     if aside.exists() and not os.path.lexists(folder):  # the last demo was killed before its run existed
         aside.rename(folder)
@@ -142,7 +142,7 @@ def _earlier_demo_replaced(folder: Path) -> Generator[None]:
         yield
         return
     if not _is_demo(folder):
-        raise RunError("this folder was not made by a demo", location=str(folder), hint="choose another --out")
+        raise RunError("this folder is not the run of a demo", location=str(folder), hint="choose another --out")
     check_not_in_use(folder)
     shutil.rmtree(aside, ignore_errors=True)
     folder.rename(aside)

@@ -1,6 +1,6 @@
-"""The environment of a run: its text, tokenizer, machine and versions, written at the start and restored by a resume.
+"""The environment of a run: its text, tokenizer, machine and versions, written at the start and read by a resume.
 
-RUN/env.json holds the facts, RUN/tokenizer the tokenizer, and RUN/texts.jsonl texts that were given in memory.
+RUN/env.json contains the facts, RUN/tokenizer the tokenizer, and RUN/texts.jsonl the texts that were passed as strings.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ from unmask.training.setup import RunComponents, attention_backend
 
 _PACKAGES = ("torch", "numpy", "tokenizers", "safetensors")
 _REQUIRED = (("determinism", "threads"), ("text", "paths"), ("text", "fingerprint"), ("text", "tokenizer"))
-_RESTORE = "restore the old text, or start a new run on the new one"
+_TEXT_CHANGED_HINT = "restore the original text, or start a new run on the new one"
 
 
 def write_environment(
     run: Path, recipe: Recipe, components: RunComponents, texts: Sequence[str | Path], flops_per_second: float
 ) -> None:
-    """Write RUN/env.json and all that a run needs to be resumed before its first checkpoint."""
+    """Writes RUN/env.json, the tokenizer and, for texts in memory, the texts. A resume needs them."""
     source, corpus = components.source, components.corpus
     if isinstance(source, MemorySource):
         files.write_text(run / RunLayout.TEXTS, "".join(json.dumps(str(text)) + "\n" for text in texts))
@@ -66,7 +66,7 @@ def write_environment(
 
 
 def determinism_key(context: DistributedContext, recipe: Recipe) -> dict[str, Any]:
-    """All that the results of a run depend on besides its recipe and text: machine, versions, plugin code."""
+    """Returns what the results of a run depend on besides its recipe and text: machine, versions, plugin code."""
     versions = {name: metadata.version(name) for name in _PACKAGES}
     code = {f"{p.role} {p.kind}": plugin_facts(p)["digest"] for p in recipe.plugins if p.changes_results}
     if segmenter := version(recipe.data.words):
@@ -75,7 +75,7 @@ def determinism_key(context: DistributedContext, recipe: Recipe) -> dict[str, An
 
 
 def read_environment(run: Path) -> dict[str, Any]:
-    """Read RUN/env.json.
+    """Returns the content of RUN/env.json.
 
     Raises:
         DamagedError: the file is missing, truncated, or lacks a value that a resume needs.
@@ -86,23 +86,23 @@ def read_environment(run: Path) -> dict[str, Any]:
         try:
             environment[table][key]
         except (KeyError, TypeError) as error:
-            what = f"invalid env.json: {table}.{key} is missing"
-            raise DamagedError(what, location=str(path), hint="restore the file, or start a new run") from error
+            message = f"invalid env.json: {table}.{key} is missing"
+            raise DamagedError(message, location=str(path), hint="restore the file, or start a new run") from error
     return environment
 
 
 def reopen_text(run: Path, environment: Mapping[str, Any], settings: DataConfig, *, verify: bool = False) -> BaseSource:
-    """Open the text of a run again.
+    """Reopens the text of a run.
 
     Args:
-        run: directory of the run.
-        environment: the content of its env.json.
-        settings: how the text is read.
-        verify: compare all bytes; otherwise files whose size and time are unchanged count as unchanged.
+        run: Folder of the run.
+        environment: Content of its env.json.
+        settings: Settings of the data section.
+        verify: Whether to read all bytes; otherwise a file with unchanged size and time counts as unchanged.
 
     Raises:
         TextError: a file is missing or can't be read.
-        RunError: the text has changed, or the run has lost its texts.
+        RunError: the text has changed, or texts.jsonl is missing.
     """
     text = environment["text"]
     if isinstance(settings.source, PluginSourceConfig):
@@ -118,14 +118,14 @@ def reopen_text(run: Path, environment: Mapping[str, Any], settings: DataConfig,
         source.verify()
     if source.fingerprint != text["fingerprint"]:
         location = ", ".join(text["paths"]) or str(run / RunLayout.TEXTS)
-        raise RunError("the text has changed since the run was started", location=location, hint=_RESTORE)
+        raise RunError("the text has changed since the run was started", location=location, hint=_TEXT_CHANGED_HINT)
     return source
 
 
 def reopen_valid(
     environment: Mapping[str, Any], settings: DataConfig, *, verify: bool = False
 ) -> dict[str, FileSource]:
-    """Open the validation texts of a run again, by name.
+    """Reopens the validation texts of a run, by name.
 
     Raises:
         TextError: a file is missing or can't be read.
@@ -141,16 +141,16 @@ def reopen_valid(
             raise RunError(
                 f"the validation text `{name}` has changed since the run was started",
                 location=paths[name],
-                hint=_RESTORE,
+                hint=_TEXT_CHANGED_HINT,
             )
     return sources
 
 
 def load_run_tokenizer(run: Path, environment: Mapping[str, Any]) -> Tokenizer:
-    """Load the tokenizer that a run was started with: from its own copy, or from its last checkpoint.
+    """Loads the tokenizer of a run from RUN/tokenizer or, if that is missing, from the last checkpoint.
 
     Raises:
-        DamagedError: it is missing or has changed.
+        DamagedError: the tokenizer is missing or has changed.
     """
     folder = run / RunLayout.RUN_TOKENIZER
     if not (folder / RunLayout.TOKENIZER).is_file():

@@ -1,7 +1,7 @@
-"""Loggers of a run: log.jsonl, which has everything, and optional loggers that repeat it for dashboards.
+"""Loggers of a run: log.jsonl, which contains everything, and optional loggers that copy it for dashboards.
 
-An optional logger starts over from log.jsonl whenever a run starts or resumes. So no point is missing or doubled after
-a kill, and its own files may be deleted at any time. Nothing here uses the network.
+An optional logger is rebuilt from log.jsonl whenever a run starts or resumes. Therefore no point is missing or
+duplicated after a kill, and its files may be deleted at any time. This module does not use the network.
 """
 
 from __future__ import annotations
@@ -50,9 +50,9 @@ class JsonlLogger:
         with files.wrap_os_errors(self._path):
             size = os.fstat(self._file.fileno()).st_size
             try:
-                rest = memoryview(line)
-                while rest:  # a disk that is nearly full takes only a part
-                    rest = rest[self._file.write(rest) :]
+                remaining = memoryview(line)
+                while remaining:  # on a disk that is nearly full, only a part may be written
+                    remaining = remaining[self._file.write(remaining) :]
             except OSError:
                 self._file.truncate(size)
                 raise
@@ -85,10 +85,10 @@ def _json_line(value: Mapping[str, Any]) -> str:
 
 
 def read_log(path: Path) -> Iterator[dict[str, Any]]:
-    """Yields the lines of a log. A last line that a kill cut short is left out.
+    """Yields the lines of a log. A last line that a kill truncated is skipped.
 
     Raises:
-        DamagedError: an earlier line is not JSON or has no step; file and line are named.
+        DamagedError: an earlier line is not JSON or has no step; the error names file and line.
     """
     if not path.is_file():
         return
@@ -172,7 +172,7 @@ class TensorBoardLogger:
     """Writes event files to RUN/tensorboard."""
 
     def __init__(self, context: LoggerContext) -> None:
-        """Replaces the files, with the lines of the log so far and the recipe as text."""
+        """Replaces the event files: writes the recipe as text and the lines of the log so far."""
         from torch.utils.tensorboard import SummaryWriter
 
         folder = context.run / TENSORBOARD
@@ -180,7 +180,7 @@ class TensorBoardLogger:
         self._writer = SummaryWriter(str(folder))
         code_block = "".join(f"    {line}\n" for line in context.recipe.splitlines())  # Markdown
         self._writer.add_text("recipe", code_block)
-        # The log has no absolute times: earlier lines keep their distances and end now.
+        # The log has no absolute times: the last line is dated now, earlier lines keep their time differences.
         self._start = time.time() - max((_seconds(line) for line in context.lines), default=0.0)
         for line in context.lines:
             self.write(line["step"], line)
@@ -244,6 +244,6 @@ class MetricLoggers:
                 self._disable(name, error)
 
     def _disable(self, name: str, error: Exception) -> None:
-        # Whatever a package raises (a full disk, a changed interface): it must not stop the run.
+        # An exception of a logging package (full disk, changed interface) must not stop the run.
         self._loggers.pop(name, None)
         _logger.warning("logger %s failed and is disabled: %s: %s", name, type(error).__name__, error)

@@ -35,7 +35,7 @@ PHASES = ("data", "forward", "backward", "optimizer")
 PREFETCH_THREAD = "unmask-prefetch"
 
 
-# Modules ---------------------------------------------------------------------------------------------------------------
+# Modules --------------------------------------------------------------------------------------------------------------
 
 
 class TrainModule(nn.Module):
@@ -350,7 +350,7 @@ def train(
         callbacks: callbacks, which run in this order after the steps for which they are due.
         log: callback that gets the metrics; runs before `callbacks`.
         stop_requested: function that is called in each step. A request on any rank stops all ranks after the same step.
-        has_enough: function that is called after the callbacks of each step; returns True to stop early, on all ranks.
+        has_enough: function that is called after the callbacks of each step. All ranks must get the same value.
         prefetch: whether a background thread prepares the batches of the next step. The results are bit-identical.
 
     Raises:

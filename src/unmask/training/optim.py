@@ -19,13 +19,13 @@ from unmask.core.config import require
 from unmask.core.errors import RecipeError, RunError
 from unmask.core.quantities import Fraction
 
-# Newton-Schulz iteration with the quintic of Jordan et al.: the steepest at 0 whose iterates stay near 1. The singular
-# values end in about [0.7, 1.2].
+# Coefficients of the Newton-Schulz iteration of Jordan et al.: among quintic polynomials whose iterates stay near 1,
+# the one with the steepest slope at 0. The singular values end in about [0.7, 1.2].
 QUINTIC = (3.4445, -4.7750, 2.0315)
 ITERATIONS = 5
 _MIN_NORM = 1e-7
 
-WARMUP_START = 0.05  # factor on the peak rates in the first step, which would change nothing with a rate of zero
+WARMUP_START = 0.05  # factor on the peak learning rates in the first step; 0 would waste that step
 
 
 # Settings -------------------------------------------------------------------------------------------------------------
@@ -99,14 +99,14 @@ def lr_factor_at(config: ScheduleConfig, progress: float, step: int, hidden_size
     if progress < warmup:
         return WARMUP_START + (1 - WARMUP_START) * progress / warmup
     decay = config.decay.fraction if config.kind == "wsd" else 1 - warmup
-    left = 1.0 if decay == 0 else min(1.0, max(0.0, (1 - progress) / decay))
+    remaining = 1.0 if decay == 0 else min(1.0, max(0.0, (1 - progress) / decay))
     if config.kind == "cosine":
-        left = (1 - math.cos(math.pi * left)) / 2
-    return config.min_lr_ratio + (1 - config.min_lr_ratio) * left
+        remaining = (1 - math.cos(math.pi * remaining)) / 2
+    return config.min_lr_ratio + (1 - config.min_lr_ratio) * remaining
 
 
 def describe_decay(config: ScheduleConfig) -> str:
-    """Returns when the learning rate decays: "over the last 40% of the plan"; an empty string if it doesn't."""
+    """Returns when the learning rate decays, such as "over the last 40% of the plan"; an empty string if it doesn't."""
     if config.min_lr_ratio == 1 or config.kind == "noam":
         return ""
     if config.kind == "wsd":
@@ -118,7 +118,7 @@ def describe_decay(config: ScheduleConfig) -> str:
 
 
 def orthogonalize(matrix_NRC: Float[Tensor, "N R C"], *, bf16: bool) -> Float[Tensor, "N R C"]:
-    """Returns each matrix with its singular values near 1, by Newton-Schulz iterations of the quintic."""
+    """Returns the matrices with all singular values moved near 1 by Newton-Schulz iterations."""
     a, b, c = QUINTIC
     is_tall = matrix_NRC.shape[-2] > matrix_NRC.shape[-1]
     x = matrix_NRC.to(torch.bfloat16) if bf16 else matrix_NRC
@@ -131,25 +131,25 @@ def orthogonalize(matrix_NRC: Float[Tensor, "N R C"], *, bf16: bool) -> Float[Te
 
 
 def update_scale(rows: int, columns: int) -> float:
-    """Returns the factor on an orthogonal update, so that one rate fits all shapes: sqrt(max(1, rows / columns)).
+    """Returns the factor on an orthogonalized update: sqrt(max(1, rows / columns)).
 
-    The output of an update then has the same size for unit inputs, whatever the shape. The other common choice,
-    0.2 * sqrt(max(rows, columns)), matches the typical update of AdamW instead and would tie `muon_lr` to `lr`.
+    With it, one learning rate fits all shapes: an update changes the output for unit inputs equally. The other common
+    choice, 0.2 * sqrt(max(rows, columns)), matches the typical update of AdamW and would tie `muon_lr` to `lr`.
     """
     return math.sqrt(max(1.0, rows / columns))
 
 
 class Muon:
-    """Orthogonalized Nesterov momentum. Matrices of one shape are stacked, and orthogonalized in one batched product.
+    """Orthogonalized Nesterov momentum, kept in float32.
 
-    The momentum is kept in float32.
+    Matrices of the same shape are stacked and orthogonalized together by batched matrix products.
     """
 
-    def __init__(self, named: Mapping[str, nn.Parameter], config: OptimizerConfig, *, bf16: bool) -> None:
+    def __init__(self, parameters: Mapping[str, nn.Parameter], config: OptimizerConfig, *, bf16: bool) -> None:
         self._config = config
         self._bf16 = bf16
         self._stacks: dict[torch.Size, dict[str, nn.Parameter]] = {}
-        for name, parameter in named.items():
+        for name, parameter in parameters.items():
             self._stacks.setdefault(parameter.shape, {})[name] = parameter
         self._momentum = {
             shape: torch.stack([torch.zeros_like(parameter, dtype=torch.float32) for parameter in stack.values()])
@@ -158,7 +158,7 @@ class Muon:
 
     @torch.no_grad()
     def step(self, lr_factor: float) -> None:
-        """Updates the matrices at muon_lr * lr_factor. A missing gradient counts as zero."""
+        """Updates the matrices with the learning rate muon_lr * lr_factor. A missing gradient counts as zero."""
         config = self._config
         lr = config.muon_lr * lr_factor
         for shape, stack in self._stacks.items():
@@ -179,7 +179,7 @@ class Muon:
                 yield f"{name}.momentum", momentum
 
 
-# Both -----------------------------------------------------------------------------------------------------------------
+# Optimizer ------------------------------------------------------------------------------------------------------------
 
 
 class Optimizer:
@@ -189,7 +189,7 @@ class Optimizer:
         """Creates the optimizer.
 
         Args:
-            module: Has an `encoder` and a `head`, whose `matrix_parameters()` Muon takes.
+            module: Module with an `encoder` and a `head`. Muon optimizes their `matrix_parameters()`.
             config: Optimizer settings.
             bf16: Whether Muon orthogonalizes in bfloat16.
         """
@@ -198,16 +198,16 @@ class Optimizer:
         matrices = {id(parameter) for part in (encoder, head) for parameter in part.matrix_parameters()}
         position_embeddings = {id(parameter) for parameter in encoder.position_parameters()}
         named = {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
-        by_muon = {name: p for name, p in named.items() if config.kind == "muon" and id(p) in matrices}
-        self._muon = Muon(by_muon, config, bf16=bf16)
+        muon_parameters = {name: p for name, p in named.items() if config.kind == "muon" and id(p) in matrices}
+        self._muon = Muon(muon_parameters, config, bf16=bf16)
         self._parameters = list(named.values())
-        self._by_adam = {name: parameter for name, parameter in named.items() if name not in by_muon}
-        assert self._by_adam, "a model has embeddings, norms or biases"
+        self._adam_parameters = {name: parameter for name, parameter in named.items() if name not in muon_parameters}
+        assert self._adam_parameters, "a model has embeddings, norms or biases"
 
         decay = 0.0 if config.kind == "adam" else config.weight_decay
         position_scale = config.position_embedding_lr_scale
         groups: dict[tuple[float, float], list[nn.Parameter]] = {}
-        for parameter in self._by_adam.values():
+        for parameter in self._adam_parameters.values():
             scale = position_scale if id(parameter) in position_embeddings else 1.0
             groups.setdefault((scale, decay if parameter.ndim >= 2 else 0.0), []).append(parameter)
         # AdamW without weight decay is Adam. On a CPU, fused is 3 times as fast as a loop, 6 times as fast as foreach.
@@ -219,11 +219,11 @@ class Optimizer:
             fused=True,
         )
         # The state exists before the first step, so that a checkpoint has the same tensors whenever it is written.
-        for parameter in self._by_adam.values():
+        for parameter in self._adam_parameters.values():
             self._adam.state[parameter] = _initial_adam_state(parameter)
 
     def clip(self) -> float:
-        """Scales all gradients so that their common norm is at most `max_grad_norm`; returns the norm before."""
+        """Scales all gradients so that their common norm is at most `max_grad_norm`; returns the original norm."""
         grads = [parameter.grad for parameter in self._parameters if parameter.grad is not None]
         norm = nn.utils.get_total_norm(grads)
         if math.isfinite(self.config.max_grad_norm):
@@ -231,7 +231,7 @@ class Optimizer:
         return float(norm)
 
     def step(self, lr_factor: float) -> None:
-        """Updates the parameters at the peak learning rates * lr_factor."""
+        """Updates the parameters with the peak learning rates times `lr_factor`."""
         self._muon.step(lr_factor)
         for group in self._adam.param_groups:
             group["lr"] = self.config.lr * lr_factor * group["lr_scale"]
@@ -243,14 +243,14 @@ class Optimizer:
             parameter.grad = None
 
     def algorithms(self) -> dict[str, Literal["muon", "adam"]]:
-        """Returns which algorithm optimizes which parameter, by the parameter's name."""
+        """Returns the algorithm that optimizes each parameter, by parameter name."""
         muon = {name.removesuffix(".momentum"): "muon" for name, _ in self._muon.state()}
-        return muon | dict.fromkeys(self._by_adam, "adam")  # pyright: ignore[reportReturnType]
+        return muon | dict.fromkeys(self._adam_parameters, "adam")  # pyright: ignore[reportReturnType]
 
     def state_tensors(self) -> dict[str, Tensor]:
         """Returns the state, named after the parameters. The tensors are live, not copies."""
         tensors = dict(self._muon.state())
-        for name, parameter in self._by_adam.items():
+        for name, parameter in self._adam_parameters.items():
             tensors |= {f"{name}.{key}": value for key, value in self._adam.state[parameter].items()}
         return tensors
 
@@ -259,19 +259,20 @@ class Optimizer:
         """Restores a state, bit for bit.
 
         Raises:
-            RunError: the tensors don't match this module and these settings; the first mismatch is named.
+            RunError: the tensors don't match the module and the settings; the error names the first mismatch.
         """
         current = self.state_tensors()
-        hint = "resume with the recipe that saved it"
+        hint = "resume with the recipe that the checkpoint was trained with"
         for name in sorted(set(current) ^ set(tensors)):
             problem = "missing from" if name in current else "unexpected in"
             raise RunError(f"`{name}` is {problem} the optimizer state", hint=hint)
         for name, tensor in current.items():
             saved = tensors[name]
             if (tensor.shape, tensor.dtype) != (saved.shape, saved.dtype):
-                found, expected = (f"{tuple(t.shape)} {t.dtype}" for t in (saved, tensor))
+                actual, expected = (f"{tuple(t.shape)} {t.dtype}" for t in (saved, tensor))
                 raise RunError(
-                    f"invalid shape of `{name}` in the optimizer state: got {found}, expected {expected}", hint=hint
+                    f"invalid shape or dtype of `{name}` in the optimizer state: got {actual}, expected {expected}",
+                    hint=hint,
                 )
             tensor.copy_(saved)
 
@@ -279,7 +280,7 @@ class Optimizer:
 def _initial_adam_state(parameter: nn.Parameter) -> dict[str, Tensor]:
     """Returns the state of AdamW for a parameter before the first step: all zeros.
 
-    Names and types come from a step on a single number, because their layout is private to torch.
+    A step on a scalar parameter provides names and dtypes, because torch does not document its state.
     """
     number = nn.Parameter(torch.zeros(1, device="cpu"))
     number.grad = torch.zeros_like(number)

@@ -120,7 +120,7 @@ def make_plan(
         budget: Number of steps, tokens, epochs or seconds.
         every: Intervals of validating and saving; a budget in seconds includes their time.
         epoch_tokens: Tokens of one epoch at each stage's length.
-        measured: Measured times. Only a budget in seconds depends on them; else they only predict the time.
+        measured: Measured times. They determine the plan if the budget is in seconds; else they only predict the time.
 
     Raises:
         RecipeError: a stage is never reached, or the budget is too small for one step of each stage.
@@ -129,7 +129,7 @@ def make_plan(
     check_budget(budget)
     fractions = [stage.until.fraction - start for stage, start in zip(stages, _stage_starts(stages), strict=True)]
     sizes = [stage.batch_tokens for stage in stages]
-    stage_steps = [fraction / size for fraction, size in zip(fractions, sizes, strict=True)]  # per planned token
+    steps_per_token = [fraction / size for fraction, size in zip(fractions, sizes, strict=True)]
     periodic = ((every.validate, measured.validate_seconds), (every.save, measured.save_seconds))
     if budget.unit == "tokens":
         tokens = budget.number
@@ -138,22 +138,28 @@ def make_plan(
     else:
         steps = budget.number
         if budget.unit == "seconds":
-            per_token = sum(steps * seconds for steps, seconds in zip(stage_steps, measured.step_seconds, strict=True))
-            steps = _steps_within(budget.number, per_token / sum(stage_steps), lambda n, s: _overhead(n, s, periodic))
-        tokens = steps / sum(stage_steps)
-    edges = [0.0, *accumulate(tokens * steps for steps in stage_steps)]
-    up = math.ceil if budget.unit in ("tokens", "epochs") else round
-    whole = [up(round(edge, 6)) for edge in edges]
+            seconds_per_token = sum(
+                rate * seconds for rate, seconds in zip(steps_per_token, measured.step_seconds, strict=True)
+            )
+            step_seconds = seconds_per_token / sum(steps_per_token)
+            steps = _steps_within(budget.number, step_seconds, lambda n, s: _overhead(n, s, periodic))
+        tokens = steps / sum(steps_per_token)
+    exact_boundaries = [0.0, *accumulate(tokens * rate for rate in steps_per_token)]
+    to_integer = math.ceil if budget.unit in ("tokens", "epochs") else round
+    boundaries = [to_integer(round(boundary, 6)) for boundary in exact_boundaries]
     # Rounding must not remove the only step of a stage if there are enough steps for all stages.
-    count = len(stages)
-    latest = [max(whole[-1] - (count - number), 0) for number in range(count)]
-    whole = [
-        *(min(max(edge, number), most) for number, (edge, most) in enumerate(zip(whole, latest, strict=False))),
-        whole[-1],
+    count, num_steps = len(stages), boundaries[-1]
+    latest_starts = [max(num_steps - (count - number), 0) for number in range(count)]
+    boundaries = [
+        *(
+            min(max(start, number), latest)
+            for number, (start, latest) in enumerate(zip(boundaries, latest_starts, strict=False))
+        ),
+        num_steps,
     ]
     plans = tuple(
         StagePlan(stage.max_seq_len, stage.batch_tokens, first, last - first, seconds)
-        for stage, (first, last), seconds in zip(stages, pairwise(whole), measured.step_seconds, strict=True)
+        for stage, (first, last), seconds in zip(stages, pairwise(boundaries), measured.step_seconds, strict=True)
     )
     for number, (stage, plan) in enumerate(zip(stages, plans, strict=True)):
         if plan.steps < 1:
@@ -163,7 +169,7 @@ def make_plan(
                 hint="increase the budget, decrease the batch size or remove the stage",
             )
     training = sum(stage.steps * stage.seconds_per_step for stage in plans)
-    overhead = _overhead(whole[-1], training, periodic)
+    overhead = _overhead(num_steps, training, periodic)
     return Plan(plans, measured.validate_seconds, measured.save_seconds, overhead)
 
 
@@ -187,7 +193,7 @@ def limit_validation(every: EveryConfig, budget: Quantity, measured: Measured) -
     if times * cost <= limit or times == 1:
         return every, ""
     fewer = max(1, math.floor(limit / cost))
-    rounded = Fraction(math.ceil(10_000 / fewer) / 10_000)  # up: rounded down, there would be one validation more
+    rounded = Fraction(math.ceil(10_000 / fewer) / 10_000)  # rounding down would add one validation
     note = (
         f"one validation takes {cost:.0f} s, so the run validates {fewer} times instead of {times}, to spend at most a "
         "fifth of the budget on it; a smaller data.held_out.max_size makes it faster"
@@ -199,7 +205,7 @@ def extend_plan(plan: Plan, budget: Quantity, *, every: EveryConfig, epoch_token
     """Returns the plan with a longer last stage. The budget is the new total or, if `relative`, the addition.
 
     Raises:
-        RecipeError: the new total is not above the plan's, or the budget has an invalid unit.
+        RecipeError: the new total does not exceed the plan, or the budget has an invalid unit.
     """
     check_budget(budget)
     last = plan.stages[-1]
@@ -212,15 +218,15 @@ def extend_plan(plan: Plan, budget: Quantity, *, every: EveryConfig, epoch_token
     if budget.unit == "steps":
         more = budget.number if budget.relative else budget.number - plan.steps
     elif budget.unit == "seconds":
-        left = budget.number if budget.relative else budget.number - plan.seconds
-        more = _steps_within(left, last.seconds_per_step, overhead)
+        seconds = budget.number if budget.relative else budget.number - plan.seconds
+        more = _steps_within(seconds, last.seconds_per_step, overhead)
     else:
         total = budget.number * (epoch_tokens if budget.unit == "epochs" else 1)
         more = (total if budget.relative else total - plan.tokens) / last.batch_tokens
     steps = math.ceil(more - 1e-9)
     if steps < 1:
         raise RecipeError(
-            f"the budget {budget} is no more than the run's plan of {plan.steps} steps and {plan.tokens:,} tokens",
+            f"the budget {budget} does not exceed the run's plan of {plan.steps} steps and {plan.tokens:,} tokens",
             hint='give a larger total, or an addition such as --budget "+1 epoch"',
         )
     return replace(
@@ -234,7 +240,7 @@ def check_budget(budget: Quantity, where: str = "") -> None:
     """Checks the unit of a budget.
 
     Raises:
-        RecipeError: it is none of BUDGET_UNITS.
+        RecipeError: the unit is not in BUDGET_UNITS.
     """
     if budget.unit not in BUDGET_UNITS:
         raise RecipeError(
@@ -245,10 +251,10 @@ def check_budget(budget: Quantity, where: str = "") -> None:
 
 
 def check_stages(stages: Sequence[StageConfig]) -> None:
-    """Checks that stages are not empty, are in order and end at 100 % of the plan.
+    """Checks that there are stages, that each is valid, and that they end in order, the last at 100 % of the plan.
 
     Raises:
-        RecipeError: they don't; the stage is named.
+        RecipeError: a stage is missing or invalid; the error names it.
     """
     if not stages:
         raise RecipeError("recipe has no stage", hint="add a [[stage]] with until, max_seq_len and batch_size")
@@ -285,19 +291,20 @@ def _stage_starts(stages: Sequence[StageConfig]) -> list[float]:
 
 
 def _steps_within(seconds: float, step_seconds: float, overhead: Callable[[int, float], float]) -> int:
-    """Returns how many steps fit into a time, together with their overhead.
+    """Returns the largest number of steps that fits into `seconds`, overhead included.
 
-    `overhead` gives the seconds of validations and saves for a number of steps and their seconds. It must not fall.
+    `overhead` returns the seconds of validations and saves for a number of steps and their training seconds. It must
+    not decrease with the number of steps.
     """
     step_seconds = max(step_seconds, 1e-9)
-    fits, most = 0, max(0, math.floor(seconds / step_seconds))
-    while fits < most:
-        middle = (fits + most + 1) // 2
+    low, high = 0, max(0, math.floor(seconds / step_seconds))  # binary search
+    while low < high:
+        middle = (low + high + 1) // 2
         if middle * step_seconds + overhead(middle, middle * step_seconds) <= seconds:
-            fits = middle
+            low = middle
         else:
-            most = middle - 1
-    return fits
+            high = middle - 1
+    return low
 
 
 def _overhead(
@@ -306,27 +313,32 @@ def _overhead(
     periodic: Sequence[tuple[Fraction | Quantity, float]],
     fraction: float = 1.0,
 ) -> float:
-    """Returns the seconds of all validations and saves, each given by its interval and its seconds.
+    """Returns the seconds of all validations and saves.
 
-    Each is also due after the last step, and never more often than after every step. `fraction` is the part of the plan
-    that the steps are.
+    Each happens after the last step too, and at most once per step.
+
+    Args:
+        steps: Number of steps.
+        training_seconds: Training time of these steps.
+        periodic: Interval and seconds of validating and of saving.
+        fraction: Tokens of these steps as a fraction of the planned tokens.
     """
-    known, by_clock = 0.0, list[tuple[float, float]]()
+    total, timed = 0.0, list[tuple[float, float]]()
     for every, cost in periodic:
         if isinstance(every, Fraction):
             times = math.ceil(fraction / every.fraction - 1e-9) if every.fraction else 1
         elif every.unit == "steps":
             times = math.ceil(steps / max(1, round(every.number)))
         else:
-            by_clock.append((every.number, cost))
+            timed.append((every.number, cost))
             continue
-        known += cost * min(max(times, 1), steps)
-    # Those that are due by the clock take time themselves, in which they become due again.
-    busy = sum(cost / max(interval, 1e-9) for interval, cost in by_clock)
-    if busy >= 1:  # due again before it is done
-        return known + steps * sum(cost for _, cost in by_clock)
-    seconds = (training_seconds + known) / (1 - busy)
-    return known + sum(cost * min(steps, seconds // max(interval, 1e-9) + 1) for interval, cost in by_clock)
+        total += cost * min(max(times, 1), steps)
+    # Validations and saves with an interval in seconds make the run longer, so that more of them become due.
+    busy = sum(cost / max(interval, 1e-9) for interval, cost in timed)
+    if busy >= 1:  # each is due again before it ends, so they happen after every step
+        return total + steps * sum(cost for _, cost in timed)
+    seconds = (training_seconds + total) / (1 - busy)
+    return total + sum(cost * min(steps, seconds // max(interval, 1e-9) + 1) for interval, cost in timed)
 
 
 def always(step: int, seconds: float) -> bool:
@@ -335,9 +347,9 @@ def always(step: int, seconds: float) -> bool:
 
 
 def due(every: Fraction | Quantity, plan: Plan) -> Callable[[int, float], bool]:
-    """Returns a function that tells whether something is due after a step.
+    """Returns a function that returns whether a periodic action (log, validate, save) is due after a step.
 
-    Its arguments are the number of the step, from 1, and the seconds since it was last due.
+    Its arguments are the number of the step, from 1, and the seconds since the action was last due.
     """
     if isinstance(every, Fraction):
         if not every.fraction:
@@ -347,7 +359,7 @@ def due(every: Fraction | Quantity, plan: Plan) -> Callable[[int, float], bool]:
     if every.unit == "steps":
         interval = max(1, round(every.number))
         return lambda step, seconds: step % interval == 0 or step == plan.steps
-    assert every.unit == "seconds", f"EveryConfig refuses an interval of {every}"
+    assert every.unit == "seconds", f"EveryConfig rejects an interval of {every}"
     return lambda step, seconds: seconds >= every.number or step == plan.steps
 
 

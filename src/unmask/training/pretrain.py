@@ -220,7 +220,7 @@ def _write_start(prepared: PreparedRun, texts: Sequence[str | Path], start: Warm
     run, recipe = prepared.folder, prepared.recipe
     try:
         write_recipe(run, recipe, prepared.plan)
-        if start:  # a resumed run may need the model after it was deleted elsewhere
+        if start:  # so that the run can restart, and be compared with its start, without the original
             save_model(run / RunLayout.START, start.model)
         write_environment(run, recipe, prepared.components, texts, prepared.estimate.flops_per_second)
     except StoreError:  # an incomplete directory can't be resumed and would block another attempt
@@ -367,7 +367,7 @@ def _train(prepared: PreparedRun, state: TrainState, display: Display, signals: 
 
 
 def _final_model(prepared: PreparedRun, state: TrainState) -> Model:
-    """Returns the model that `unmask.load` opens: the best one by validation. Ranks other than 0 return the last one."""
+    """Returns the model that `unmask.load` opens: the best by validation. Ranks other than 0 return the last one."""
     run, recipe, components = prepared.folder, prepared.recipe, prepared.components
     last_is_best = state.best is None or state.best["step"] == state.step
     if recipe.train.keep_best and not last_is_best and components.context.is_main_process:

@@ -46,7 +46,9 @@ class TrainConfig:
 
     budget: Quantity = Quantity(600, "seconds")
     every: EveryConfig = field(default_factory=EveryConfig)
-    micro_batch_size: Quantity = Quantity(16_384, "tokens")  # maximum size; a step has as many as it needs
+    micro_batch_size: Quantity = Quantity(
+        16_384, "tokens"
+    )  # maximum size; a step has as many micro-batches as it needs
     device: Device = "auto"
     precision: Precision = "auto"
     threads: int | Literal["auto"] = "auto"
@@ -138,7 +140,7 @@ def load_recipe(
         settings: Changes as `key=value`.
         overrides: Further changes, applied last: dotted key -> value, or an Override that names its option. A plain
             value counts as set by the option of the same name, for error messages.
-        decided: Keys that the recipe may not set, because the model that the run starts from decides them.
+        decided: Keys that the recipe must not set, because the model of --from determines them.
 
     Raises:
         RecipeError: a recipe, key or value is unknown or invalid, or a key of `decided` is set.
@@ -148,8 +150,8 @@ def load_recipe(
     for text in settings:
         tree = apply_set(tree, text)
     options: dict[str, str] = {}
-    for key, given in (overrides or {}).items():
-        override = given if isinstance(given, Override) else Override(given, _option(key, given))
+    for key, value in (overrides or {}).items():
+        override = value if isinstance(value, Override) else Override(value, _option(key, value))
         is_toml = isinstance(override.value, bool | int | float | str | list | dict)
         tree = assign(tree, key, override.value if is_toml else str(override.value), override.option)
         options[key] = override.option
@@ -166,20 +168,20 @@ def _check_not_set(tree: Any, key: str, source: str) -> None:
             return
         table = cast("dict[str, Any]", table)[part]
     raise RecipeError(
-        f"[{key}] is decided by the model of --from and can't be set",
+        f"[{key}] is determined by the model of --from and can't be set",
         location=f"{source}: {key}",
         hint="remove it from the recipe and from --set, use --recipe continue, or start without --from",
     )
 
 
 def _option(key: str, value: Any) -> str:
-    """Returns the command-line option of a key as it is written: `--budget "10 min"` for train.budget."""
+    """Returns the command-line option that sets a key: `--budget "10 min"` for train.budget."""
     text = str(value) if str(value) and not any(map(str.isspace, str(value))) else f'"{value}"'
     return f"--{key.rpartition('.')[2].replace('_', '-')} {text}"
 
 
 def write_recipe(run: Path, recipe: Recipe, plan: Plan) -> None:
-    """Writes recipe.toml of a run: every setting, and the plan, which a resumed run reads and never measures again."""
+    """Writes recipe.toml of a run: every setting, and the plan. A resumed run reads the plan instead of measuring."""
     tree = tomllib.loads(dump_config(recipe))
     tree[_PLAN] = _plain(asdict(plan))
     files.write_text(run / RunLayout.RECIPE, tomli_w.dumps(tree))
@@ -205,8 +207,8 @@ def read_recipe(run: Path) -> tuple[Recipe, Plan]:
     plan = tree.pop(_PLAN, None)
     if not isinstance(plan, dict):
         raise RunError("recipe.toml has no [plan]", location=str(path), hint="restore the file or start a new run")
-    built = build_config(Plan, cast("dict[str, Any]", plan), f"{path} [plan]")
-    return build_config(Recipe, tree, str(path)), built
+    loaded_plan = build_config(Plan, cast("dict[str, Any]", plan), f"{path} [plan]")
+    return build_config(Recipe, tree, str(path)), loaded_plan
 
 
 def change_recipe(recipe: Recipe, settings: Sequence[str]) -> Recipe:

@@ -20,7 +20,7 @@ from unmask.core.errors import RunError, UnmaskError
 from unmask.core.files import RunLayout
 from unmask.training.loggers import read_log
 
-# A first attempt may only remove the lock of a dead process, and a lock that was just made may still be empty.
+# Time for a second attempt: the first may only remove the lock of a dead process, and a new lock may still be empty.
 _LOCK_SECONDS = 0.3
 _POLL_SECONDS = 0.05
 
@@ -29,9 +29,9 @@ _logger = logging.getLogger("unmask")
 
 # Lock -----------------------------------------------------------------------------------------------------------------
 #
-# filelock's soft lock is a file that only one process can create. It holds the process number, the host (with the PID
-# namespace of a container) and a token of the process's start. filelock takes over a lock only if its process is
-# provably gone: never one of another host. Locks of the operating system don't work on all network file systems.
+# filelock's soft lock is a file that only one process can create. It contains the process number, the host (with the
+# PID namespace of a container) and a token of the process's start. filelock takes over a lock only if its process is
+# provably dead, so never a lock of another host. Locks of the operating system don't work on all network file systems.
 
 
 @contextmanager
@@ -41,7 +41,7 @@ def run_lock(run: Path) -> Generator[None]:
     Raises:
         RunError: another process holds the lock and may be alive.
     """
-    earlier = _describe_owner(run) if (run / RunLayout.LOCK).exists() else ""
+    previous_owner = _describe_owner(run) if (run / RunLayout.LOCK).exists() else ""
     lock = SoftFileLock(run / RunLayout.LOCK, timeout=_LOCK_SECONDS, poll_interval=_POLL_SECONDS)
     with files.wrap_os_errors(run / RunLayout.LOCK):
         try:
@@ -49,8 +49,8 @@ def run_lock(run: Path) -> Generator[None]:
         except Timeout:
             raise _in_use_error(run) from None
     try:
-        if earlier:
-            _logger.info("took over the lock of %s, which no longer runs", earlier)
+        if previous_owner:
+            _logger.info("took over the lock of %s, which no longer runs", previous_owner)
         yield
     finally:
         lock.release()
@@ -59,7 +59,7 @@ def run_lock(run: Path) -> Generator[None]:
 def is_in_use(run: Path) -> bool:
     """Returns whether a process that may be alive holds the lock of a run.
 
-    filelock judges a copy of the lock file, so that the lock itself stays as it is.
+    filelock checks a copy of the lock file, so that the lock itself is not changed.
     """
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(folder) / RunLayout.LOCK
@@ -231,7 +231,7 @@ def _read_run(run: Path, modified: float) -> RunSummary:
 def _state(run: Path, last_line: Mapping[str, Any], step: int, steps: int | None) -> State:
     has_lock = (run / RunLayout.LOCK).exists()
     if has_lock and is_in_use(run):
-        return "running"  # or on another host, about which nothing else is known
+        return "running"  # or on another host, whose processes can't be checked
     if (run / RunLayout.CRASH).is_file():
         return "crashed"
     if "ended_early" in last_line:

@@ -222,7 +222,7 @@ def check_pairs(recipe: Recipe) -> None:
             else f"kind = {encoder.kind}"
         )
         raise RecipeError(
-            f"sentence pairs need an encoder with two token types, but this model has only one ({kind})",
+            f"sentence pairs need an encoder with two token types, but this model has fewer ({kind})",
             location=f"objective.kind = mlm+pairs, pair_task = {settings.pair_task}",
             hint="set model.kind=bert, as in --recipe bert-mini, or train on masks only: objective.kind=mlm",
         )

@@ -125,20 +125,20 @@ def repeat_findings(obs: Observations) -> Iterator[Finding]:
     """Yield the checks of masks that are drawn repeatedly."""
     record, settings = obs.record, obs.settings
     full_V = obs.full_V
-    for name, several, column, why in (
+    for name, repeats, column, reason in (
         ("repeats between epochs", settings.epochs, record.epoch_V, "there was one epoch"),
         ("repeats between workers", settings.loaders, record.worker_V, "there was at most one worker"),
         ("repeats between ranks", settings.ranks, record.rank_V, "there was one rank"),
     ):
-        if several < 2:
-            yield skipped(name, why)
+        if repeats < 2:
+            yield skipped(name, reason)
             continue
         # Group occurrences that agree in all else: in (epoch, rank, worker, round, slot) but for this column.
         parts = [record.epoch_V, record.rank_V, record.worker_V]
         rest = [part for part in parts if part is not column]
         order = np.lexsort((column, record.slot_V, record.round_V, *rest))
-        groups = order[full_V[order]].reshape(-1, several)
-        yield _pairs(obs, name, np.concatenate([groups[:, pair] for pair in itertools.combinations(range(several), 2)]))
+        groups = order[full_V[order]].reshape(-1, repeats)
+        yield _pairs(obs, name, np.concatenate([groups[:, pair] for pair in itertools.combinations(range(repeats), 2)]))
 
 
 def _pairs(obs: Observations, name: str, pair_P2: Int[np.ndarray, "P 2"]) -> Finding:
@@ -281,17 +281,19 @@ def word_findings(obs: Observations) -> Iterator[Finding]:
     )
     hit_VW = masked_VW > 0
     multi_VW = hit_VW & (size_VW > 1)
-    part_VW = multi_VW & (masked_VW < size_VW)
-    part, several = int(part_VW.sum()), int(multi_VW.sum())
+    partial_VW = multi_VW & (masked_VW < size_VW)
+    num_partial, num_multi = int(partial_VW.sum()), int(multi_VW.sum())
     is_claimed = obs.claims.units != "tokens"
     name = "partial words"
-    detail = f"{part:,} of {several:,} masked words of several tokens are masked only in part"
-    if not several:
+    detail = f"{num_partial:,} of {num_multi:,} masked words of several tokens are masked only in part"
+    if not num_multi:
         yield skipped(name, "no word of several tokens was masked")
     elif is_claimed:
-        yield Finding(name, "fail" if part else "pass", detail, part / several, 0.0, 0.0, part, several)
+        yield Finding(
+            name, "fail" if num_partial else "pass", detail, num_partial / num_multi, 0.0, 0.0, num_partial, num_multi
+        )
     else:
-        yield Finding(name, "info", detail, part / several, count=part, of=several)
+        yield Finding(name, "info", detail, num_partial / num_multi, count=num_partial, of=num_multi)
 
     yield _by_size(obs)
 

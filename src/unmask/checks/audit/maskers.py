@@ -222,11 +222,11 @@ def claims_of_config(settings: MaskingConfig, progress: float = 0.0) -> Claims:
 
 def claims_of_collator(collator: Any) -> Claims:
     """Return the claims that a collator's attributes make."""
-    plain = Claims()
-    mask = float(getattr(collator, "mask_replace_prob", plain.mask))
-    random = float(getattr(collator, "random_replace_prob", plain.random))
+    defaults = Claims()
+    mask = float(getattr(collator, "mask_replace_prob", defaults.mask))
+    random = float(getattr(collator, "random_replace_prob", defaults.random))
     return Claims(
-        rate=float(getattr(collator, "mlm_probability", None) or plain.rate),
+        rate=float(getattr(collator, "mlm_probability", None) or defaults.rate),
         mask=mask,
         random=random,
         keep=max(0.0, 1.0 - mask - random),

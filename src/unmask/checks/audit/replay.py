@@ -99,7 +99,7 @@ def replay(
     shown_VS = np.full((count, length), -1, dtype=np.int32)
     label_VS = np.full((count, length), IGNORED, dtype=np.int32)
     padding_V, padding_masked_V = np.zeros(count, np.int64), np.zeros(count, np.int64)
-    at = 0
+    occurrence = 0
     with _preserve_generators():
         for rank in range(settings.ranks):
             rows = samples.rows[rank * per_rank : (rank + 1) * per_rank]
@@ -118,16 +118,17 @@ def replay(
                 collate.epoch = epoch
                 for batch in _batches(loader, masker.name):
                     for slot, (shown, label) in enumerate(zip(batch.shown_BS, batch.label_BS, strict=True)):
-                        begin, size = int(batch.begins_B[slot]), len(samples.rows[_row(at, per_rank, settings)].ids)
+                        begin = int(batch.begins_B[slot])
+                        size = len(samples.rows[_row(occurrence, per_rank, settings)].ids)
                         is_masked = label != IGNORED
-                        shown_VS[at, :size] = np.clip(shown[begin : begin + size], -1, 2**31 - 1)
-                        label_VS[at, :size] = np.clip(label[begin : begin + size], -(2**31), 2**31 - 1)
-                        padding_V[at] = len(label) - size
-                        padding_masked_V[at] = int(is_masked.sum()) - int(is_masked[begin : begin + size].sum())
-                        at += 1
-                    if progress and at // settings.batch % _REPORT_EVERY == 0:
-                        progress("masking", at / count)
-    assert at == count, f"{at} of {count} samples came back"
+                        shown_VS[occurrence, :size] = np.clip(shown[begin : begin + size], -1, 2**31 - 1)
+                        label_VS[occurrence, :size] = np.clip(label[begin : begin + size], -(2**31), 2**31 - 1)
+                        padding_V[occurrence] = len(label) - size
+                        padding_masked_V[occurrence] = int(is_masked.sum()) - int(is_masked[begin : begin + size].sum())
+                        occurrence += 1
+                    if progress and occurrence // settings.batch % _REPORT_EVERY == 0:
+                        progress("masking", occurrence / count)
+    assert occurrence == count, f"{occurrence} of {count} samples came back"
     return MaskingRecord(
         row_V=rank_V * per_rank + within,
         epoch_V=epoch_V,

@@ -80,19 +80,19 @@ def make_samples(
     return _to_arrays(rows, full_N, settings.length, tokenizer.unknown_id)
 
 
-def _encoded(texts: Sequence[str], tokenizer: Tokenizer, words: WordsRule, enough: int) -> list[Encoded]:
+def _encoded(texts: Sequence[str], tokenizer: Tokenizer, words: WordsRule, min_tokens: int) -> list[Encoded]:
     """Encode texts until there are enough tokens."""
-    done: list[Encoded] = []
+    encoded: list[Encoded] = []
     tokens, first = 0, 0
-    while first < len(texts) and tokens < enough:
+    while first < len(texts) and tokens < min_tokens:
         last, characters = first, 0
         while last < len(texts) and (last == first or characters < _CHARACTERS_PER_BATCH):
             characters += len(texts[last])
             last += 1
-        some = [one for one in tokenizer.encode_batch(list(texts[first:last]), words) if len(one.ids)]
-        tokens, first = tokens + sum(len(one.ids) for one in some), last
-        done += some
-    return done
+        new = [one for one in tokenizer.encode_batch(list(texts[first:last]), words) if len(one.ids)]
+        tokens, first = tokens + sum(len(one.ids) for one in new), last
+        encoded += new
+    return encoded
 
 
 class _Stream:

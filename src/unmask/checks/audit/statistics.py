@@ -152,7 +152,7 @@ class Observations:
 
     @cached_property
     def long_V(self) -> Bool[np.ndarray, "V"]:
-        """Whether the claimed rate masks at least one token of a sample, so that a rule "at least one" has no effect."""
+        """Whether the claimed rate masks at least one token of a sample: then a rule "at least one" has no effect."""
         return self.maskable_V * self.claims.rate >= 1.0
 
     @cached_property

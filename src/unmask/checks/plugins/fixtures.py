@@ -179,7 +179,7 @@ class SamplerFixture:
         for context, sampler, case in self.cases():
             for epoch in EPOCHS:
                 for sample in range(min(sampler.count(epoch), MAX_SAMPLES)):
-                    yield context, sampler.cut(epoch, sample), f"{case}: epoch {epoch}, sample {sample}"
+                    yield context, sampler.spec(epoch, sample), f"{case}: epoch {epoch}, sample {sample}"
 
 
 # Sources and loggers ------------------------------------------------------------------------------------------------

@@ -25,7 +25,7 @@ def result_digest(config: PluginConfig, paths: tuple[Path, ...]) -> str:
         result = [masked.batch.ids_T.tolist(), masked.positions_M.tolist()]
     elif config.role == "sampler":
         samplers: list[Sampler] = [make(config, context) for context in sampler_contexts()]
-        result = [[sampler.cut(1, sample) for sample in range(sampler.count(1))] for sampler in samplers]
+        result = [[sampler.spec(1, sample) for sample in range(sampler.count(1))] for sampler in samplers]
     else:
         source: Source = make(config, SourceContext(paths))
         result = [source.fingerprint, list(read_source(source).values())]

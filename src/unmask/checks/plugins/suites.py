@@ -281,29 +281,29 @@ SAMPLER_CHECKS: Final[list[Check[SamplerFixture]]] = []
 
 @check(SAMPLER_CHECKS)
 def count_is_constant(fixture: SamplerFixture) -> None:
-    """`count` is an integer above 0, the same for every epoch, and the last sample can be cut."""
+    """`count` is an integer above 0, the same for every epoch, and the last sample can be computed."""
     for _, sampler, case in fixture.cases():
         counts = {epoch: sampler.count(epoch) for epoch in (*EPOCHS, 0)}
         require(all(type(count) is int for count in counts.values()), f"{case}: `count` doesn't return an int")
         require(min(counts.values()) > 0, f"{case}: there are no samples")
         require(len(set(counts.values())) == 1, f"{case}: epochs have different numbers of samples: {counts}")
-        last = sampler.cut(0, counts[0] - 1)
-        require(is_a(last, SampleSpec), f"{case}: `cut` returns a {type(last).__name__}, not a SampleSpec")
+        last = sampler.spec(0, counts[0] - 1)
+        require(is_a(last, SampleSpec), f"{case}: `spec` returns a {type(last).__name__}, not a SampleSpec")
 
 
 @check(SAMPLER_CHECKS)
-def cut_is_pure(fixture: SamplerFixture) -> None:
+def spec_is_pure(fixture: SamplerFixture) -> None:
     """A sample is the same each time, in any order, also from a new sampler; no random generator is used."""
     before = generator_states()
     for context, sampler, case in fixture.cases():
         samples = range(min(sampler.count(0), MAX_SAMPLES))
         for epoch in EPOCHS:
-            first = [sampler.cut(epoch, sample) for sample in samples]
-            backward = [sampler.cut(epoch, sample) for sample in reversed(samples)][::-1]
+            first = [sampler.spec(epoch, sample) for sample in samples]
+            backward = [sampler.spec(epoch, sample) for sample in reversed(samples)][::-1]
             require(first == backward, f"{case}: epoch {epoch} differs if it is read backwards")
             new = fixture.create(context)
             require(
-                first == [new.cut(epoch, sample) for sample in samples],
+                first == [new.spec(epoch, sample) for sample in samples],
                 f"{case}: a new sampler returns other samples in epoch {epoch}",
             )
     require_no_draw(before, _USE_RNG)
@@ -335,7 +335,7 @@ def keys_are_unique(fixture: SamplerFixture) -> None:
         keys: dict[tuple[int, int], str] = {}
         for epoch in EPOCHS:
             for sample in range(min(sampler.count(epoch), MAX_SAMPLES)):
-                spec, place = sampler.cut(epoch, sample), f"epoch {epoch}, sample {sample}"
+                spec, place = sampler.spec(epoch, sample), f"epoch {epoch}, sample {sample}"
                 require(spec.epoch >= 0 and spec.number >= 0, f"{case}: {place} has a negative key")
                 first = keys.setdefault((spec.epoch, spec.number), place)
                 require(first == place, f"{case}: {place} has the epoch and number of {first}")

@@ -1,6 +1,6 @@
 """Reads files as decompressed bytes, decoded text or lines, with bounded memory.
 
-Errors name the file, the byte, the line and a remedy.
+Errors name the file, the byte, the line and a hint.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ CHUNK_BYTES: Final = 1 << 18
 LONGEST_LINE: Final = 1 << 28  # bytes; rows of a table are buffered in memory one at a time
 LONGEST_SKIPPED: Final = 1 << 22  # bytes; an invalid line of plain text must be in memory to be skipped
 _LINES: Final = re.compile(rb"[^\n]*\n|[^\n]+")
-_PACKED_BYTES: Final = 1 << 8  # of .zst at a time: 4 bytes may decompress to 128 KiB, so these to 8 MiB
-_MAGIC: Final = (  # first bytes, what they mean, and the remedy
+_PACKED_BYTES: Final = 1 << 8  # read from .zst at a time: 4 bytes may decompress to 128 KiB, so 256 to 8 MiB
+_MAGIC: Final = (  # first bytes, file type, and the hint
     (b"%PDF-", "a PDF", "save its text as .txt"),
     (b"PK\x03\x04", "a zip archive or an office document", "extract it, or save its text as .txt"),
     (b"\x1f\x8b", "gzip data without the extension .gz", "rename it so that it ends in .gz"),
@@ -81,7 +81,7 @@ def _decompress(path: Path, first: int, last: int | None) -> Iterator[bytes]:
                 base += len(chunk)
                 yield chunk
             if packed == ".zst":
-                _require_whole(stream, path)
+                _require_complete(stream, path)
     except (gzip.BadGzipFile, EOFError, zlib.error, zstandard.ZstdError) as error:
         raise _damaged(path, str(error)) from error
     except OSError as error:
@@ -109,7 +109,7 @@ class _Zstandard:
         self._frame = zstandard.ZstdDecompressor().decompressobj()
         self._waiting = b""  # compressed bytes after the end of a frame
         self._buffer, self._position = b"", 0
-        self.is_whole = True
+        self.is_complete = True
 
     def read(self, size: int) -> bytes:
         """Return at most `size` bytes; none at the end."""
@@ -120,14 +120,14 @@ class _Zstandard:
             if self._frame.eof:
                 self._frame = zstandard.ZstdDecompressor().decompressobj()
             self._buffer, self._position = self._frame.decompress(packed), 0
-            self.is_whole = self._frame.eof
+            self.is_complete = self._frame.eof
             self._waiting = self._frame.unused_data if self._frame.eof else b""
         first, self._position = self._position, min(len(self._buffer), self._position + size)
         return self._buffer[first : self._position]
 
 
-def _require_whole(stream: object, path: Path) -> None:
-    if isinstance(stream, _Zstandard) and not stream.is_whole:
+def _require_complete(stream: object, path: Path) -> None:
+    if isinstance(stream, _Zstandard) and not stream.is_complete:
         raise _damaged(path, "it ends within a frame")
 
 
@@ -170,10 +170,10 @@ def decoded(
 
     Args:
         path: the file.
-        errors: what to do about bytes that are not UTF-8. "skip" drops their lines.
+        errors: handling of bytes that are not UTF-8. "skip" drops their lines.
         on_skip: called for each skipped line.
         first: first byte; the start of a character and, under "skip", of a line.
-        last: byte after the last.
+        last: end of the range, exclusive.
 
     Raises:
         TextError: the file can't be read or is not UTF-8 (with line and byte).
@@ -182,7 +182,7 @@ def decoded(
     pending, base, chunk = b"", first, next(source, b"")
     if not first and chunk.startswith(codecs.BOM_UTF8):
         chunk, base = chunk[len(codecs.BOM_UTF8) :], len(codecs.BOM_UTF8)
-    inside_line = False  # of a line that is too long for memory
+    inside_line = False  # whether the text so far ends within a line that is too long for memory
     while True:
         data, is_end = pending + chunk, not chunk
         if errors == "skip":
@@ -254,14 +254,14 @@ def read_lines(path: Path, first: int = 0, last: int | None = None) -> Iterator[
                 raise TextError(
                     f"a line longer than {LONGEST_LINE:,} bytes",
                     location=f"{path}, line {number + line_number(path, first):,}",
-                    hint="write each row on a line of its own",
+                    hint="write each row on a separate line",
                 )
             buffered.append(data)
             continue
-        whole = b"".join([*buffered, data]).split(b"\n")
-        rest = whole.pop()
-        number += len(whole)
-        for line in whole:
+        lines = b"".join([*buffered, data]).split(b"\n")
+        rest = lines.pop()
+        number += len(lines)
+        for line in lines:
             yield line + b"\n"
         buffered, size = [rest], len(rest)
     if size:

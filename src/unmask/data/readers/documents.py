@@ -1,6 +1,6 @@
-"""Documents of plain text: splits large files into parts, normalizes Unicode, and cuts text into documents.
+"""Plain text: splits large files into parts, normalizes Unicode, and splits text into documents.
 
-The parts of a file give the same documents as the whole file.
+The parts of a file contain the same documents as the whole file.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from unmask.core.errors import TextError
 from unmask.core.types import DocumentChunk
 from unmask.data.settings import DocumentRule, ErrorsRule, UnicodeForm
 
-PART_BYTES: Final = 4_000_000  # takes seconds to tokenize; small relative to a file that occupies several workers
-_LINE_BYTES: Final = 1 << 20  # no part begins at a longer line: it would have to be read to see whether it is blank
+PART_BYTES: Final = 4_000_000  # takes seconds to tokenize; small compared with a file that needs several workers
+_LINE_BYTES: Final = 1 << 20  # no part begins at a longer line: all of it must be read to see if it is blank
 
 
 def part_starts(path: Path, document: DocumentRule, errors: ErrorsRule, *, is_table: bool) -> list[int]:
-    """Return the bytes at which parts of about PART_BYTES begin; the first is 0.
+    """Return the byte offsets at which parts of about PART_BYTES begin; the first is 0.
 
     A part begins with the first document after a multiple of PART_BYTES, if it begins before the next multiple.
 
@@ -97,8 +97,8 @@ def _is_blank(line: bytes, errors: ErrorsRule) -> bool | None:
 
 
 CHUNK_CHARACTERS: Final = 1_000_000
-_SHORT: Final = 4_096  # characters that are normalized in one call
-_TRIED: Final = 4_096  # positions that are tried for a break; a text may consist of combining marks only
+_SHORT: Final = 4_096  # characters; a shorter text is normalized in one call
+_MAX_TRIES: Final = 4_096  # positions tested for a break; a text may consist of combining marks only
 _LINES: Final = re.compile(r"[^\n]*\n|[^\n]+")
 _BLANK_LINES: Final = re.compile(r"(?:[^\S\n]*+\n)++")
 _SEPARATOR: Final = re.compile(r"\n((?:[^\S\n]*+\n)++)")  # starts with a literal: searched at the speed of memchr
@@ -139,7 +139,7 @@ def _break(text: str, form: UnicodeForm) -> int:
             return end
     # Between characters that NFC doesn't combine or reorder. A break within a Hangul syllable, a cluster of marks or
     # "\r\n" would duplicate or lose characters.
-    for end in range(CHUNK_CHARACTERS, max(half, CHUNK_CHARACTERS - _TRIED), -1):
+    for end in range(CHUNK_CHARACTERS, max(half, CHUNK_CHARACTERS - _MAX_TRIES), -1):
         before, after = text[max(0, end - 32) : end], text[end : end + 32]
         joined = normalize_text(before + after, form) == normalize_text(before, form) + normalize_text(after, form)
         if joined and not unicodedata.combining(after[0]) and before[-1] != "\r":
@@ -148,7 +148,7 @@ def _break(text: str, form: UnicodeForm) -> int:
 
 
 def split_document(number: int, text: str, form: UnicodeForm) -> Iterator[DocumentChunk]:
-    """Yield the chunks of a document that is in memory as a whole."""
+    """Yield the chunks of a document in memory."""
     index = 0
     while len(text) > CHUNK_CHARACTERS:
         end = _break(text, form)
@@ -161,8 +161,8 @@ class _Open(NamedTuple):
     """The position of a document that is being read."""
 
     document: int
-    number: int  # of the chunk within the document
-    lead: int  # characters of blank lines before its text that are counted with it
+    number: int  # index of the chunk within the document
+    lead: int  # characters of the blank lines before its text, which are counted with it
 
 
 def split_documents(chunks: Iterator[str], rule: DocumentRule, form: UnicodeForm) -> Iterator[DocumentChunk]:
@@ -185,10 +185,10 @@ def split_documents(chunks: Iterator[str], rule: DocumentRule, form: UnicodeForm
         size += len(run)
         inside_line = not run.endswith("\n")
         while size > CHUNK_CHARACTERS:
-            whole = "".join(open_runs)
-            end = _break(whole, form)
-            yield DocumentChunk(current.document, current.number, whole[:end], end + current.lead, last=False)
-            current, open_runs, size = _Open(current.document, current.number + 1, 0), [whole[end:]], size - end
+            text = "".join(open_runs)
+            end = _break(text, form)
+            yield DocumentChunk(current.document, current.number, text[:end], end + current.lead, last=False)
+            current, open_runs, size = _Open(current.document, current.number + 1, 0), [text[end:]], size - end
     if open_runs:
         yield _last(current, open_runs, size + blank_characters, rule)
 

@@ -96,19 +96,19 @@ def _load_from_hub(text: str, wanted: Name) -> Any:
     if wanted.name.startswith((".", "/", "~")) or wanted.name.count("/") > 1 or "\\" in wanted.name:
         message = "not a directory of save_to_disk" if os.path.isdir(wanted.name) else "no such directory"
         raise TextError(message, location=text, hint="name text files or their directory: unmask pretrain FOLDER")
-    with _without_waiting() as why_offline:
+    with _without_retries() as why_offline:
         try:
             return datasets.load_dataset(wanted.name, wanted.config, split=wanted.split or _DEFAULT_SPLIT)
         except Exception as error:  # the library raises whatever its readers and the network raise
-            elsewhere = (
+            alternative = (
                 "download it on a machine with a network, copy it (datasets.load_dataset(...).save_to_disk(FOLDER)) "
                 "and run unmask pretrain FOLDER, or name text files"
             )
             if why_offline:
                 message = f"dataset `{wanted.name}` is not in the local cache, and the Hub can't be reached"
-                raise TextError(f"{message} ({why_offline})", location=text, hint=elsewhere) from error
+                raise TextError(f"{message} ({why_offline})", location=text, hint=alternative) from error
             message = f"can't read dataset `{wanted.name}`: {_first_line(error)}"
-            hint = "check its id, #CONFIG and @SPLIT on its page, or " + elsewhere
+            hint = "check its id, #CONFIG and @SPLIT on its page, or " + alternative
             raise TextError(message, location=text, hint=hint) from error
 
 
@@ -117,11 +117,11 @@ def _first_line(error: Exception) -> str:
 
 
 @contextmanager
-def _without_waiting() -> Generator[str]:
-    """Probe the Hub once; if it doesn't answer, read only the local cache instead of retrying for minutes.
+def _without_retries() -> Generator[str]:
+    """Probe the Hub once; without an answer, read only the local cache instead of retrying for minutes.
 
-    Yields why the Hub can't be reached, or an empty text. The library reads HF_HUB_OFFLINE on import, so its copies of
-    the variable are set here and restored.
+    Yields the reason why the Hub can't be reached, or an empty text. The library reads HF_HUB_OFFLINE on
+    import, so its copies of the variable are set here and restored.
     """
     import datasets.config
     import huggingface_hub.constants
@@ -139,12 +139,12 @@ def _without_waiting() -> Generator[str]:
 
 
 def _unreachable() -> str:
-    """Return why the Hub can't be reached; empty if it can."""
+    """Return the reason why the Hub can't be reached; empty if it can."""
     import huggingface_hub
 
     try:  # any answer is enough; the session uses proxies
         huggingface_hub.get_session().head(huggingface_hub.constants.ENDPOINT, timeout=_REACH_SECONDS)
-    except Exception as error:  # of any HTTP library that the client uses
+    except Exception as error:  # depends on the HTTP library that the client uses
         return _first_line(error)
     return ""
 
@@ -167,7 +167,7 @@ def dataset_rows(text: str, field: str, errors: ErrorsRule, first: int, last: in
     """Yield the column of the rows [first, last).
 
     Raises:
-        TextError: a row has no text. Under "skip" only if the dataset can't be read at all.
+        TextError: a row has no text; under "skip", only if the dataset can't be read.
     """
     column = column_of(text, field)
     for row in range(first, last, _BATCH_ROWS):

@@ -1,6 +1,6 @@
 """Readers of .jsonl, .csv, .tsv and .parquet: the text of each row, or None for a row that is skipped.
 
-Errors name the file, the line or row, and a remedy.
+Errors name the file, the line or row, and a hint.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ def json_rows(path: Path, field: str, errors: ErrorsRule, first: int = 0, last: 
     """Yield the field of each line in the bytes [first, last) of a .jsonl file, which are whole lines.
 
     Raises:
-        TextError: a line is not JSON or has no such field. Under "skip" only if the file can't be read at all.
+        TextError: a line is not JSON or has no such field; under "skip", only if the file can't be read.
     """
     decode = json.JSONDecoder().decode
     for number, line in enumerate(read_lines(path, first, last)):
         try:
             value = decode(line.decode())
             text = value[field]
-            if type(text) is str and b"\\u" not in line:  # the fast path; what follows takes half as long again
+            if type(text) is str and b"\\u" not in line:  # the fast path; the slow one takes 1.5 times as long
                 yield text
                 continue
         except (ValueError, TypeError, KeyError, RecursionError):
@@ -95,7 +95,7 @@ def text_of(value: object, field: str, errors: ErrorsRule, where: Where) -> str:
     """Return the value of a row as text.
 
     Raises:
-        TextError: the value is no text: null, a number, bytes that are not UTF-8, a lone surrogate.
+        TextError: the value is not text: null, a number, bytes that are not UTF-8, a lone surrogate.
     """
     rule = "replace" if errors == "replace" else "strict"
     try:
@@ -127,7 +127,7 @@ def no_field(field: str, names: Sequence[str], where: str, what: str, *, may_ski
     )
 
 
-_BATCH_ROWS: Final = 256  # in memory at a time
+_BATCH_ROWS: Final = 256  # rows in memory at a time
 
 
 def parquet_rows(path: Path, field: str, errors: ErrorsRule, first: int = 0, last: int | None = None) -> Rows:
@@ -202,7 +202,7 @@ def require_text_type(field: str, type_: Any, schema: Any, where: str) -> None:
     """Check that a column has a text type.
 
     Raises:
-        TextError: it has not; the hint names the columns that have.
+        TextError: it has another type. The hint lists the text columns.
     """
     if is_text_type(type_):
         return
@@ -275,12 +275,12 @@ def separated_rows(path: Path, delimiter: str, field: str, errors: ErrorsRule, q
         path: the file.
         delimiter: "," or a tab.
         field: name of the column, in the first line.
-        errors: what to do about malformed rows.
+        errors: handling of malformed rows.
         quoting: "csv": quoted cells may contain delimiters, line ends and doubled quotes. "none": quotes are ordinary
             characters and each line is a row.
 
     Raises:
-        TextError: there is no such column, or a row is malformed. Under "skip" only if the file can't be read at all.
+        TextError: there is no such column, or a row is malformed; under "skip", only if the file can't be read.
     """
     lines = _Lines(path, errors)
     rows = _parse(lines, path, delimiter, errors, quoting)
@@ -310,7 +310,7 @@ def _parse(
     lines: _Lines, path: Path, delimiter: str, errors: ErrorsRule, quoting: QuotingRule
 ) -> Iterator[tuple[int, list[str]]]:
     """Yield the number of the first line of each row, and its cells; under "skip", _MALFORMED for a malformed row."""
-    csv.field_size_limit(LONGEST_LINE)  # a setting of the process; the default is 128 KiB, less than an article
+    csv.field_size_limit(LONGEST_LINE)  # applies to the process; the default of 128 KiB is less than a long article
     rule = csv.QUOTE_MINIMAL if quoting == "csv" else csv.QUOTE_NONE
     reader: Any = csv.reader(iter(lines), delimiter=delimiter, quoting=rule, strict=True)
     while True:

@@ -1,4 +1,4 @@
-"""The interface of a display, and what it shows of a model: predictions for fixed prompts, and one masked sample."""
+"""The base class of displays, and what they show: predictions for fixed prompts, one masked sample, the results."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ _PREVIEW_MASKING = MaskingConfig()
 
 @dataclass(frozen=True)
 class PreviewSpan:
-    """A span of a prompt: given text, or a prediction that is correct or wrong; `truth` is the original text."""
+    """A span of a prompt: unmasked text, or a correct or wrong prediction; `truth` is the original text."""
 
     text: str
     state: Literal["plain", "correct", "wrong"] = "plain"
@@ -88,15 +88,17 @@ class Preview:
         self._labels_M = np.concatenate(labels) if labels else np.empty(0, np.int64)
 
     @torch.inference_mode()
-    def predict(self, encoder: nn.Module, head: nn.Module, world: DistributedContext) -> list[PreviewLine]:
+    def predict(self, encoder: nn.Module, head: nn.Module, context: DistributedContext) -> list[PreviewLine]:
         """Returns the prompts with the model's predictions for the masked tokens."""
         if self._batch is None or self._positions_M is None:
             return []
         encoder.eval()
         head.eval()
-        with world.autocast():
-            logits_MV = logits_at(encoder, head, self._batch.to(world.device), self._positions_M.to(world.device))
-        predictions = logits_MV[:, : self._vocab_size].argmax(-1).tolist()  # an embedding may be larger
+        batch, positions_M = self._batch.to(context.device), self._positions_M.to(context.device)
+        with context.autocast():
+            logits_MV = logits_at(encoder, head, batch, positions_M)
+        # The embedding may be larger than the vocabulary.
+        predictions = logits_MV[:, : self._vocab_size].argmax(-1).tolist()
         lines: list[PreviewLine] = []
         first = 0
         for prompt, offsets in self._prompts:
@@ -108,15 +110,17 @@ class Preview:
     def _spans(
         self, prompt: str, offsets: Sequence[Sequence[int]], predictions: Sequence[int], labels: Sequence[int]
     ) -> PreviewLine:
-        """Splits a prompt into given text and predictions."""
+        """Splits a prompt into unmasked text and predictions."""
         spans: list[PreviewSpan] = []
         position = 0
         for (start, end), prediction, label in zip(offsets, predictions, labels, strict=True):
             correct, text = prediction == label, self._formatter.read(prediction).letters
-            if end <= position and spans:  # a further byte of the character before
-                before = spans.pop()
-                correct = correct and before.state == "correct"
-                spans.append(replace(before, text=before.truth if correct else before.text, state=_state(correct)))
+            if end <= position and spans:  # another byte of the previous character
+                previous = spans.pop()
+                correct = correct and previous.state == "correct"
+                spans.append(
+                    replace(previous, text=previous.truth if correct else previous.text, state=_state(correct))
+                )
                 continue
             if start > position:
                 spans.append(PreviewSpan(prompt[position:start]))
@@ -158,7 +162,7 @@ def build_preview(recipe: Recipe, components: RunComponents) -> Preview:
 
 
 def _from_sentence_start(document: Document) -> Integers:
-    """Returns the token ids from the first sentence or, without one, the first word; held-out text may start within."""
+    """Returns the ids from the first sentence start, else the first word start: held-out text may start inside one."""
     for flag in (SENTENCE_START, WORD_START):
         starts = np.flatnonzero(document.token_flags & flag)
         if len(starts):
@@ -177,7 +181,7 @@ def first_sample(recipe: Recipe, components: RunComponents) -> tuple[str, list[T
 
 @dataclass(frozen=True)
 class Summary:
-    """The results of a run, to be compared with its estimate."""
+    """The results of a run, for a comparison with its estimate."""
 
     run: Path
     steps: int
@@ -209,7 +213,7 @@ class Display:
         """Shows one training sample as the model sees it."""
 
     def train_start(self, plan: Plan, state: TrainState, flops_per_token: float, flops_per_second: float) -> None:
-        """Is called before the first step, also of a resumed run."""
+        """Is called before the first step of a new or resumed run."""
 
     def step(self, state: TrainState) -> None:
         """Is called after every step, so it must be fast."""

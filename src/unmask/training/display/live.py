@@ -1,7 +1,7 @@
 """A display for a terminal or a notebook: tables, and a preview and progress bar that are redrawn in place.
 
-Correct and wrong predictions differ by underline and reverse video, which NO_COLOR keeps. In a terminal without styles
-they are marked by brackets, as in plain.py.
+Correct predictions are underlined and wrong ones reversed, because NO_COLOR keeps these styles. In a terminal without
+styles, brackets mark them, as in plain.py.
 """
 
 from __future__ import annotations
@@ -176,12 +176,12 @@ class LiveDisplay(Display):
     def _bars(self, state: TrainState, plan: Plan, pace: Pace) -> list[Text]:
         """Returns the line of the bar and the line of metrics."""
         fraction = state.step / plan.steps
-        left = duration(pace.seconds_left(state))
+        eta = duration(pace.seconds_left(state))
         bar = Text.assemble(
-            f"{fraction:>4.0%} ", *self._bar(fraction), f" step {state.step:,}/{plan.steps:,}  ETA {left}", no_wrap=True
+            f"{fraction:>4.0%} ", *self._bar(fraction), f" step {state.step:,}/{plan.steps:,}  ETA {eta}", no_wrap=True
         )
         window, line = state.metrics, self._last_line
-        # Just after a log line the window holds few tokens and its means are noisy: until then, show the log line.
+        # Just after a log line, the window has few tokens and noisy means: show the log line until it has more.
         filled = not line or window.tokens * 20 >= number(line, "tokens") / max(len(self._losses), 1)
         filled = filled and window.seconds > 0
         loss = window.mean("loss") if filled else number(line, "loss")

@@ -70,7 +70,7 @@ class PlainDisplay(Display):
         self._train_state: TrainState | None = None
 
     def message(self, message: str) -> None:
-        """Writes a log message on a line of its own."""
+        """Writes a log message as one line."""
         self._write(message)
 
     def progress(self, what: str, fraction: float) -> None:
@@ -161,7 +161,7 @@ class PlainDisplay(Display):
             self._write(f"{row.label:<{width}}  {row.actual}{estimate}")
 
     def _write(self, line: str) -> None:
-        """Writes and flushes a line. If the pipe is closed, the run goes on without a display."""
+        """Writes and flushes a line. If the pipe is closed, training continues without a display."""
         if not self._open:
             return
         try:

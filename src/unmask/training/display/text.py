@@ -1,4 +1,4 @@
-"""Numbers of a run as text: tables of the estimate and the results, validation lines, the remaining time, a sample."""
+"""Formats the numbers of a run: tables of the estimate and the results, validation lines, remaining time, a sample."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def estimate_notes(estimate: CostEstimate) -> list[str]:
             "the budget; --set train.early_stopping_patience=3 stops a run that no longer improves"
         )
     if fewest < 1:
-        notes.append("less than one epoch: some of the text is not used; a larger budget uses it")
+        notes.append("less than one epoch: part of the text is not used; increase the budget to use all of it")
     if estimate.patience:
         notes.append(
             f"the run stops after {estimate.patience} validations without improvement"
@@ -200,18 +200,18 @@ class Pace:
         self._first_step, self._first_seconds = state.step, state.seconds
 
     def matmul_fraction(self, tokens_per_second: float) -> float:
-        """Returns training FLOPs as a fraction of the measured matrix-product rate; NaN if that wasn't measured."""
+        """Returns the training FLOP/s as a fraction of the measured matmul rate; NaN if that rate wasn't measured."""
         if not self._flops_per_second:
             return float("nan")
         return self._flops_per_token * tokens_per_second / self._flops_per_second
 
     def seconds_left(self, state: TrainState) -> float:
-        """Returns the planned time of the remaining steps, scaled by actual over planned time so far."""
+        """Returns the planned time of the remaining steps, scaled by the ratio of actual to planned time so far."""
         done = self._planned_seconds(state.step) - self._planned_seconds(self._first_step)
-        left = self._planned_seconds(self.plan.steps) - self._planned_seconds(state.step)
+        remaining = self._planned_seconds(self.plan.steps) - self._planned_seconds(state.step)
         if done <= 0:
-            return left if self.plan.seconds else float("nan")
-        return left * (state.seconds - self._first_seconds) / done
+            return remaining if self.plan.seconds else float("nan")
+        return remaining * (state.seconds - self._first_seconds) / done
 
     def _planned_seconds(self, step: int) -> float:
         """Returns the planned seconds until a step; the fraction of the planned tokens if no time was measured."""
@@ -235,7 +235,7 @@ CellState = Literal["plain", "mask", "random", "kept"]
 
 @dataclass(frozen=True)
 class Cell:
-    """One token of a sample on the screen: three strings of one width."""
+    """One token of a sample on the screen: three strings of the same width."""
 
     original: str
     shown: str
