@@ -259,7 +259,7 @@ def test_an_error_in_a_plugin_names_its_line() -> None:
     starts = find("outside_three:Starts", PluginSamplerConfig)
     with pytest.raises(IndexError) as caught:
         starts(None, SamplerContext(np.zeros(1), 2, 3)).spec(0, "x")
-    assert "outside_three.py, line " in user_frame(caught.value) and user_frame(caught.value).endswith("in cut")
+    assert "outside_three.py, line " in user_frame(caught.value) and user_frame(caught.value).endswith("in spec")
     assert "outside_unfinished.py, line 1" in refused("objective.kind=outside_unfinished:Half")
 
 
