@@ -5,10 +5,10 @@ BIN := .venv/bin
 STAMP := .venv/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test check bench
+.PHONY: help install demo test check bench fuzz-import
 
 help: ## list the targets
-	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 16
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 19
 
 install: $(STAMP) ## create .venv with unmask and everything that its tests need
 
@@ -38,3 +38,6 @@ bench: ## time to loss, recipe seed against char, 15 minutes: make bench TEXT=ti
 	@test -f "$(TEXT)" || { echo "file not found: $(TEXT); hint: make bench TEXT=path/to/tinyshakespeare.txt" >&2; exit 2; }
 	@$(MAKE) --no-print-directory install
 	$(BIN)/python benchmarks/time_to_loss.py "$(TEXT)"
+
+fuzz-import: install ## change every key of four small Hugging Face folders, import each, and compare with transformers (minutes)
+	$(BIN)/python benchmarks/fuzz_import.py --json benchmarks/results/fuzz_import.json

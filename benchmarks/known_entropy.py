@@ -25,13 +25,13 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from unmask.cli.options import display_for
 from unmask.core.distributed import init_distributed
 from unmask.core.files import default_cache
 from unmask.data.prepare import prepare
 from unmask.data.sources import open_source
 from unmask.evaluation.masked_lm import EVAL_MASKING, EvalSet, build_eval_set, documents_from_shards, evaluate
 from unmask.models.model import load
+from unmask.training.display.live import display_for
 from unmask.training.pretrain import launch
 from unmask.training.recipe import read_recipe
 

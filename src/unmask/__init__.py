@@ -19,45 +19,55 @@ from unmask.core.version import __version__
 
 if TYPE_CHECKING:
     from unmask.checks.audit import audit
-    from unmask.hub.from_hf import import_model
+    from unmask.evaluation.validation import evaluate_text as evaluate
+    from unmask.hub.from_hf import import_model, load
     from unmask.hub.to_hf import export
     from unmask.models.fill_mask import fill
-    from unmask.models.model import Model, load
+    from unmask.models.model import Model
     from unmask.tokenization.tokenizer import Tokenizer
-    from unmask.training.pretrain import pretrain
+    from unmask.training.api import Run, pretrain, resume
     from unmask.training.recipe import Recipe
 
 __all__ = [
     "Model",
     "Recipe",
+    "Run",
     "Tokenizer",
     "UnmaskError",
     "__version__",
     "audit",
+    "evaluate",
     "export",
     "fill",
     "import_model",
     "load",
     "pretrain",
+    "resume",
 ]
 
-_MODULES = {
-    "Model": "unmask.models.model",
-    "Recipe": "unmask.training.recipe",
-    "Tokenizer": "unmask.tokenization.tokenizer",
-    "audit": "unmask.checks.audit",
-    "export": "unmask.hub.to_hf",
-    "fill": "unmask.models.fill_mask",
-    "import_model": "unmask.hub.from_hf",
-    "load": "unmask.models.model",
-    "pretrain": "unmask.training.pretrain",
+_OBJECTS = {
+    "Model": "unmask.models.model.Model",
+    "Recipe": "unmask.training.recipe.Recipe",
+    "Run": "unmask.training.api.Run",
+    "Tokenizer": "unmask.tokenization.tokenizer.Tokenizer",
+    "audit": "unmask.checks.audit.audit",
+    "evaluate": "unmask.evaluation.validation.evaluate_text",
+    "export": "unmask.hub.to_hf.export",
+    "fill": "unmask.models.fill_mask.fill",
+    "import_model": "unmask.hub.from_hf.import_model",
+    "load": "unmask.hub.from_hf.load",
+    "pretrain": "unmask.training.api.pretrain",
+    "resume": "unmask.training.api.resume",
 }
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _MODULES:
+    if name not in _OBJECTS:
         raise AttributeError(f"module 'unmask' has no attribute {name!r}")
-    value = getattr(importlib.import_module(_MODULES[name]), name)
+    module, _, attribute = _OBJECTS[name].rpartition(".")
+    value = getattr(importlib.import_module(module), attribute)
+    if not isinstance(value, type):
+        value = importlib.import_module("unmask.core.keywords").public(value, name)
     globals()[name] = value
     return value
 

@@ -169,13 +169,30 @@ def test_cp1252_in_the_middle_of_utf_8(refused: Refused, unmask: Command) -> Non
         says=(
             f"mixed.txt, byte {byte} (line 2)",
             "0xe4",
-            "iconv -f CP1252 -t UTF-8",
+            "save every line as UTF-8",
             "--errors replace",
             "--errors skip",
         ),
     )
     code, _, err = unmask(*PRETRAIN, "mixed.txt", "--errors", "skip", "--dry-run")
     assert code == 0, err
+
+
+def test_a_field_of_plain_text(refused: Refused) -> None:
+    refused(*PRETRAIN, "cat.txt", "--field", "body", says=("field `body` is not used", "remove --field"))
+    refused("data", "inspect", "cat.txt", "--field", "body", says="field `body` is not used")
+
+
+def test_what_a_directory_leaves_out_is_said(unmask: Command) -> None:
+    Path("notes").mkdir()
+    shutil.copy("cat.txt", "notes/cat.txt")
+    Path("notes/paper.pdf").write_bytes(b"%PDF-1.7")
+    Path("notes/dead.txt").symlink_to("nowhere")
+    for command in ((*PRETRAIN, "--dry-run"), ("data", "inspect", "--recipe", "small.toml")):
+        code, out, err = unmask(*command, "notes")
+        assert code == 0, err
+        assert "left out of notes: 1 .pdf" in out + err
+        assert "links without a target: notes/dead.txt" in out + err
 
 
 def test_invalid_names(refused: Refused, monkeypatch: pytest.MonkeyPatch) -> None:

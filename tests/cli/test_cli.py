@@ -116,6 +116,7 @@ def test_a_closed_pipe_is_no_error() -> None:
         (["pretrain", "cat.txt", "--resume", "run"], "TEXT can't be combined with --resume"),
         (["pretrain", "--resume", "run", "--seed", "3"], "--seed can't be combined with --resume"),
         (["pretrain", "--resume", "nowhere"], "not a run"),
+        (["pretrain", "cat.txt", "--text", "cat.txt"], "--text needs --resume"),
         (["pretrain", "cat.txt", "--allow-different-environment"], "--resume RUN"),
         (["pretrain", "cat.txt", "--threads", "0"], "--threads"),
         (["fill", "nowhere", "a [MASK]"], "the path doesn't exist"),

@@ -65,7 +65,11 @@ def test_a_table_with_broken_rows_is_read_as_in_training(unmask: Command, refuse
     assert code == 0, err
     report = json.loads(out)
     assert (report["documents"], report["left_out"]) == (40, 1)
-    hint = "is too large: this text gives"  # the recipe's vocabulary is: the one that would fit is named
+    assert any("tokens instead of 8,192, because this text gives no more" in told for told in report["choices"])
+    explicit = ("--set", "data.tokenizer.vocab_size=8192", "--field", "body", "--errors", "skip", "--json")
+    report = json.loads(unmask("data", "inspect", "rows.jsonl", *explicit)[1])
+    hint = "is too large: this text gives"  # an explicit size is kept: the one that would fit is named
+    assert not report["choices"]
     assert any(hint in told and "--set data.tokenizer.vocab_size=" in told for told in report["warnings"])
 
 
@@ -86,7 +90,8 @@ def test_a_named_validation_text(unmask: Command, refused: Refused, place: Path)
     assert code == 0, err
     assert "validation set dogs: 720 characters" in out
     assert out.count("dogs  loss ") == 2 and "loss on dogs (unigram" in out
-    refused("pretrain", "--resume", "run", "--valid", "dogs=dogs.txt", says="can't be combined with --resume")
+    refused("pretrain", "--resume", "run", "--valid", "cats=cat.txt", says="the run has no validation text `cats`")
+    refused("pretrain", "--resume", "run", "--valid", "dogs=cat.txt", says="the content of `cat.txt` differs")
     code, out, err = unmask("pretrain", "--resume", "run", "--budget", "+1 steps", "--json")
     assert code == 0, err
     assert json.loads(out)["summary"]["validation"]["sets"]["dogs"]["masked_tokens"] > 0

@@ -11,6 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from unmask.core.errors import TextError
+from unmask.data.advice import TextFacts, adapt, advise, text_facts
+from unmask.data.prepare import prepare
 from unmask.data.report import CharacterCounts, Report, inspect_text
 from unmask.data.settings import DataConfig, HeldOutConfig
 from unmask.data.sources import MemorySource, open_source
@@ -125,3 +127,51 @@ def test_several_texts_and_their_weights(tmp_path: Path) -> None:
     assert report.left_out == 1 and "1 lines or rows" in report.warnings[0]
     plain = inspect_text(open_source(paths, settings), settings, [16], quiet)
     assert plain.stages[0].seen == {} and plain.texts[0].weight == 0
+
+
+def facts(text: str, name: str, folder: Path) -> TextFacts:
+    (folder / name).write_text(text, encoding="utf-8")
+    return text_facts(open_source([folder / name], DataConfig()))
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "kind", "document"),
+    [
+        ("news.txt", "The cat sat on the mat, and the dog saw it.\n" * 50, "wordpiece", "auto"),
+        ("code.py", "def one():\n    return 1\n\n\n" * 50, "bpe", "file"),
+        ("code.txt", "for (;;) {\n    if (a) {\n        b();\n    }\n}\n\n" * 50, "bpe", "file"),
+        ("chr1.txt", "ACGTTGCAACGTNACGTTGCAACGGTTTACGTACGATTAGC\n" * 90, "characters", "auto"),
+        ("smiles.txt", "CC(=O)Oc1ccccc1C(=O)O\nCN1C=NC2=C1C(=O)N(C(=O)N2C)C\n" * 50, "characters", "auto"),
+        ("ko.txt", "그는 서울에서 태어나 대학교를 졸업하였다.\n" * 50, "unigram", "auto"),
+        ("th.txt", "ประเทศไทยเป็นรัฐชาติอันตั้งอยู่ในภูมิภาคเอเชีย\n" * 50, "unigram", "auto"),
+        ("ja.txt", "これはとてもおもしろいほんです。\n" * 50, "unigram", "auto"),
+        ("zh.txt", "今天天氣很好，我們去公園。\n" * 50, "wordpiece", "auto"),
+    ],
+)
+def test_settings_follow_from_the_text(name: str, text: str, kind: str, document: str, tmp_path: Path) -> None:
+    found = facts(text, name, tmp_path)
+    settings, choices = advise(found, DataConfig(), ())
+    assert (settings.tokenizer.kind, settings.document) == (kind, document)
+    assert len(choices) == (kind != "wordpiece") + (document == "file")
+    assert all(", because " in str(choice) and "(overrule: --set data." in str(choice) for choice in choices)
+    explicit = ("data.tokenizer.kind", "data.document")
+    assert advise(found, replace(DataConfig(), document="line"), explicit)[1] == [], "what was set is kept"
+    assert text_facts(open_source([tmp_path / name], DataConfig())) == found
+
+
+def test_the_tokenizer_for_code_restores_every_space_and_line_end(tmp_path: Path) -> None:
+    code = 'class A:\n\tdef f(self):\n\t\tif x:\n            return "a  b"   \n\n\n    # end\n'
+    for number in range(40):
+        (tmp_path / f"{number}.py").write_text(code + f"x{number} = {number}\n")
+    source, settings, _ = adapt(open_source([str(tmp_path / "*.py")], DataConfig()), DataConfig(), ())
+    corpus = prepare(source, settings, tmp_path / "cache", shrinks=True)
+    assert corpus.facts["documents"] == 40, "a file is a document"
+    assert corpus.tokenizer.decode(corpus.tokenizer.encode(code).ids) == code
+
+
+def test_a_row_of_code_stays_a_document(tmp_path: Path) -> None:
+    row = '{"text": "def f(a):\\n    return [\\n        a,\\n    ]\\n"}\n'
+    (tmp_path / "code.jsonl").write_text(row * 30)
+    source = open_source([tmp_path / "code.jsonl"], DataConfig())
+    same, settings, choices = adapt(source, DataConfig(), ())
+    assert same is source and settings.document == "auto" and settings.tokenizer.kind == "bpe" and len(choices) == 1

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import io
+import os
 import sys
 from pathlib import Path
 
@@ -139,3 +140,63 @@ def test_a_dataset_without_a_connection_to_the_hub(monkeypatch: pytest.MonkeyPat
     assert "dataset `nobody/nothing` is not in the local cache, and the Hub can't be reached" in caught.value.message
     assert "save_to_disk" in caught.value.hint and caught.value.location == "dataset:nobody/nothing#one@test"
     assert before == huggingface_hub.constants.HF_HUB_OFFLINE
+
+
+def test_each_file_is_read_once(place: Path) -> None:
+    (place / "notes" / "loop").symlink_to(".")
+    (place / "notes" / "again").symlink_to("../notes")
+    (place / "notes" / "z.txt").symlink_to("a.txt")
+    os.link("notes/a.txt", "notes/hard.txt")
+    every = documents("notes")
+    assert every == ["a", "b", "e", "c", "d\ne"]
+    assert documents("notes/**/*.txt") == ["a", "b"]
+    assert documents("notes", "./notes/a.txt", "notes/../notes", "notes/*.txt") == every
+    assert "named or linked twice: ./notes/a.txt" in " ".join(
+        open_source(["notes/a.txt", "./notes/a.txt"], SETTINGS).warnings
+    )
+    with pytest.raises(TextError, match="belongs to a text before it"):
+        documents("notes/a.txt:1", "notes/z.txt:2")
+
+
+def test_links_to_other_places(place: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+    other = tmp_path_factory.mktemp("other")
+    (other / "far.txt").write_text("far")
+    (place / "notes" / "linked").symlink_to(other)
+    (place / "notes" / "dead.txt").symlink_to("nowhere")
+    os.mkfifo(place / "notes" / "pipe.txt")
+    assert "far" in documents("notes") and "far" in documents("notes/**/*.txt")
+    for name in ("notes", "notes/*.txt"):
+        assert "links without a target: notes/dead.txt" in " ".join(open_source([name], SETTINGS).warnings)
+    assert "1 sockets, pipes or devices" in " ".join(open_source(["notes"], SETTINGS).warnings)
+    with pytest.raises(TextError, match="no target: nowhere"):
+        documents("notes/dead.txt")
+
+
+def test_what_a_directory_leaves_out(place: Path) -> None:
+    for name in ("._a.txt", ".DS_Store", "a.txt~", "x.pdf", "y.PDF", "z.png", "empty.txt"):
+        (place / "notes" / name).write_text("" if name == "empty.txt" else "left out")
+    for folder in (".ipynb_checkpoints", "__MACOSX"):
+        (place / "notes" / folder).mkdir()
+        (place / "notes" / folder / "a.txt").write_text("left out")
+    for name in ("f.md", "g.TEXT", "h.rst"):
+        (place / "notes" / name).write_text(name)
+    (place / "notes" / "i.ndjson").write_text('{"text": "i"}')
+    assert documents("notes") == ["a", "b", "e", "f.md", "g.TEXT", "h.rst", "i", "c", "d\ne"]
+    (warning,) = open_source(["notes"], SETTINGS).warnings
+    for count in (
+        "2 .pdf",
+        "1 .png",
+        "1 without an extension",
+        "3 hidden or backup",
+        "2 hidden directories",
+        "1 empty",
+    ):
+        assert count in warning
+
+
+def test_a_name_that_is_not_utf_8(place: Path) -> None:
+    Path(os.fsdecode(b"notes/caf\xe9.txt")).write_text("name")
+    for name in ("notes", "notes/*.txt", os.fsdecode(b"notes/caf\xe9.txt")):
+        with pytest.raises(TextError, match="not UTF-8") as caught:
+            documents(name)
+        assert caught.value.location == "notes/caf\\xe9.txt"

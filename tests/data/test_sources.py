@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import gzip
+import pickle
 import re
+import subprocess
+import tarfile
 import unicodedata
 from pathlib import Path
 
 import pytest
+import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -78,6 +82,8 @@ def test_characters_add_up_and_chunks_join(
     if not text.strip():
         text += "x"
     path = written(tmp_path_factory.mktemp("source"), text)
+    if "\n" not in text and "\r" in text[:-1]:  # carriage returns end its lines
+        text = text.replace("\r", "\n")
     normal = unicodedata.normalize("NFC", text.replace("\r\n", "\n"))
     with pytest.MonkeyPatch.context() as patch:  # a passage of a million characters takes too long to make by the dozen
         patch.setattr(document_reader, "CHUNK_CHARACTERS", limit)
@@ -113,7 +119,7 @@ def test_folders_and_gzip_and_a_byte_order_mark(tmp_path: Path) -> None:
     (tmp_path / "b").mkdir()
     written(tmp_path / "b", "two", "z.txt.gz")
     written(tmp_path, "\ufeffone", "a.txt")
-    written(tmp_path, "left out", "a.md")
+    written(tmp_path, "left out", "a.log")
     source = FileSource([tmp_path], "file", "strict")
     source.check()
     assert [passage.text for part in source.parts() for passage in source.documents(part)] == ["one", "two"]
@@ -156,8 +162,88 @@ def test_a_zero_byte_far_into_a_file_is_named(tmp_path: Path, before: int, name:
     text = ("\ufeff" + "語" * (before // 3)).encode()
     path = written(tmp_path, text + b"\0 rest" + b"x" * (1 << 20), name)
     with pytest.raises(TextError, match=f"byte {len(text):,} .*is zero") as caught:
+        passages(path)
+    assert caught.value.location == f"{path}, byte {len(text)} (line 1)"
+    assert ("decompressed" in caught.value.message) == name.endswith(".gz")
+    assert "".join(passage.text for passage in passages(path, errors="replace")).count("\ufffd rest") == 1
+
+
+def test_zero_bytes_are_invalid_bytes(tmp_path: Path) -> None:
+    path = written(tmp_path, b"one\nt\0wo\nthree\n" + b"more text\n" * 20 + bytes(8))
+    with pytest.raises(TextError, match=r"byte 5 is zero[\s\S]*line 2"):
+        passages(path, "line")
+    assert documents(passages(path, "line", "replace"))[:3] == ["one", "t\ufffdwo", "three"]
+    assert documents(passages(path, "line", "skip"))[:2] == ["one", "three"]
+    rows = written(tmp_path, b'{"text": "one"}\n{"text": "t\0wo"}\n', "rows.jsonl")
+    assert documents(passages(rows, errors="skip")) == ["one"]
+    assert documents(passages(rows, errors="replace")) == ["one", "t\ufffdwo"]
+
+
+@pytest.mark.parametrize("end", ["\r", "\r\n", "\n"])
+@pytest.mark.parametrize("name", ["text.txt", "text.txt.gz"])
+def test_every_line_end(tmp_path: Path, end: str, name: str) -> None:
+    path = written(tmp_path, f"one{end}two{end}{end}three{end}", name)
+    assert documents(passages(path, "line")) == ["one", "two", "three"]
+    assert documents(passages(path)) == ["one\ntwo", "three"]
+    rows = written(tmp_path, f"text,n{end}one,1{end}two,2{end}", "rows.csv")
+    assert documents(passages(rows)) == ["one", "two"]
+    rows = written(tmp_path, f'{{"text": "one"}}{end}{{"text": "two"}}{end}', "rows.jsonl")
+    assert documents(passages(rows)) == ["one", "two"]
+
+
+@pytest.mark.parametrize(
+    "text", ["Plain words in English.\n" * 9, "한국어 문장입니다.\n" * 9, "日本語の文章です。\n" * 9]
+)
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be", "utf-32", "utf-32-le", "utf-32-be"])
+def test_the_hint_for_other_encodings_works(tmp_path: Path, text: str, encoding: str) -> None:
+    path = written(tmp_path, text.encode(encoding), "it's text.txt")
+    with pytest.raises(TextError, match=encoding[:6].upper()) as caught:
         passages(path, errors="replace")
-    assert caught.value.location == str(path) and ("decompressed" in caught.value.message) == name.endswith(".gz")
+    command = caught.value.hint.removeprefix("save it as UTF-8: ")
+    subprocess.run(["sh", "-c", command], cwd=tmp_path, check=True)
+    assert (tmp_path / "it's text-utf8.txt").read_text() == text
+
+
+@pytest.mark.parametrize(
+    ("encoding", "text"),
+    [
+        ("CP949", "한국어는 한반도와 그 부속 도서에서 사용하는 언어이다. 오늘 날씨가 좋다.\n"),
+        ("CP932", "吾輩は猫である。名前はまだ無い。どこで生れたかとんと見当がつかぬ。\n"),
+        ("GB18030", "北京是中华人民共和国的首都，今天天气很好，我们去公园散步。\n"),
+        ("KOI8-R", "Мы знаем: счастливые семьи похожи друг на друга, каждая несчастливая семья.\n"),
+    ],
+)
+@pytest.mark.parametrize("before", [0, 1 << 18])
+def test_a_legacy_encoding_is_named(tmp_path: Path, encoding: str, text: str, before: int) -> None:
+    path = written(tmp_path, b"plain\n" * (before // 6) + (text * 20).encode(encoding))
+    with pytest.raises(TextError, match=f"looks like {encoding}") as caught:
+        passages(path)
+    assert "CP1252" not in caught.value.hint
+    command = caught.value.hint[caught.value.hint.index("iconv") : caught.value.hint.index(", or replace")]
+    subprocess.run(["sh", "-c", command], cwd=tmp_path, check=True)
+    assert (tmp_path / "text-utf8.txt").read_text().endswith(text * 20)
+
+
+def test_archives_are_named(tmp_path: Path) -> None:
+    inner = written(tmp_path, "some text\n" * 99)
+    for mode, name in (("w", "a.txt"), ("w:gz", "a.txt.gz")):
+        with tarfile.open(tmp_path / name, mode) as archive:
+            archive.add(inner)
+        with pytest.raises(TextError, match="tar archive"):
+            passages(tmp_path / name, errors="replace")
+    with pytest.raises(TextError, match="pickle"):
+        passages(written(tmp_path, pickle.dumps(["text"] * 99), "p.txt"))
+
+
+def test_zstandard_with_a_long_window(tmp_path: Path) -> None:
+    parameters = zstandard.ZstdCompressionParameters.from_level(1, window_log=30)
+    path = tmp_path / "long.txt.zst"
+    frame = zstandard.ZstdCompressor(compression_params=parameters).compressobj()
+    path.write_bytes(frame.compress(b"one\n" * 99) + frame.flush())
+    assert documents(passages(path, "line")) == ["one"] * 99
+    path.write_bytes(path.read_bytes() + b"garbage")
+    with pytest.raises(TextError, match="damaged"):
+        passages(path)
 
 
 def test_missing_paths_and_empty_folders(tmp_path: Path) -> None:

@@ -269,7 +269,7 @@ def test_files_that_are_no_tables(tmp_path: Path) -> None:
         ("rows.jsonl", b"\n \n", "empty"),
         ("rows.jsonl", b'{"text": " "}\n', "empty"),
         ("rows.csv", "text\n".encode("utf-16"), "UTF-16"),
-        ("rows.jsonl", b'{"text": "a\0"}\n', "binary"),
+        ("rows.jsonl", b'{"text": "a\0"}\n', "byte 11 is zero"),
         ("rows.zst", gzip.compress(b"text"), "damaged"),
     ):
         path = tmp_path / name
@@ -277,3 +277,73 @@ def test_files_that_are_no_tables(tmp_path: Path) -> None:
         with pytest.raises(TextError, match=says) as caught:
             FileSource([path], "line", "strict").check()
         assert caught.value.location.startswith(str(path)) and caught.value.hint
+
+
+def texts(path: Path, field: str = "text", errors: ErrorsRule = "strict") -> list[str]:
+    source = FileSource([path], "line", errors, field)
+    source.check()
+    return [chunk.text for part in source.parts() for chunk in source.documents(part)]
+
+
+def test_json_files(tmp_path: Path) -> None:
+    rows = [{"text": f"row {number}", "n": {"text": "no"}} for number in range(5000)]
+    expected = [row["text"] for row in rows]
+    lines = "\n".join(json.dumps(row) for row in rows)
+    for name, data in (
+        ("a.json", json.dumps(rows)),
+        ("b.json", json.dumps(rows, indent=2)),
+        ("c.json", "\ufeff" + lines + "\n"),
+        ("d.json", "\n".join(json.dumps(row, indent=1) for row in rows)),
+        ("e.ndjson", lines),
+        ("f.JSON", json.dumps(rows)),
+    ):
+        (tmp_path / name).write_text(data)
+        assert texts(tmp_path / name) == expected
+    (tmp_path / "a.ndjson.gz").write_bytes(gzip.compress(lines.encode()))
+    (tmp_path / "a.json.gz").write_bytes(gzip.compress(json.dumps(rows).encode()))
+    assert texts(tmp_path / "a.ndjson.gz") == texts(tmp_path / "a.json.gz") == expected
+    path = tmp_path / "bad.json"
+    for data, says in (
+        ('{"data": [{"text": "a"}]}', r"rows may be in the list `data`[\s\S]*jq -c '\.data\[\]'"),
+        ('[{"text": "a"}, {"text": ', "value 2"),
+        ('[{"text": "a"}', "cut short"),
+        ('[{"text": "a"} {"text": "b"}]', "comma"),
+        ('[{"text": "a"}] more', "goes on"),
+        ('[{"text": "a"}, {"body": "b"}]', "no field `text`"),
+        ("[]", "empty"),
+        ("plain words", "not JSON"),
+        ('[{"text": "a", "text": "b"}]', "occurs twice"),
+    ):
+        path.write_text(data)
+        with pytest.raises(TextError, match=says) as caught:
+            texts(path)
+        assert str(path) in caught.value.location and caught.value.hint
+    path.write_text('[{"text": "a"}, {"text": 3}, {"text": "b"}]')
+    assert texts(path, errors="skip") == ["a", "b"]
+
+
+def test_a_name_that_occurs_twice(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("text,text\na,b\n")
+    (tmp_path / "a.jsonl").write_text('{"text": "a", "text": "b"}\n')
+    pq.write_table(pa.Table.from_arrays([pa.array(["a"]), pa.array(["b"])], ["text", "text"]), tmp_path / "a.parquet")
+    for name in ("a.csv", "a.jsonl", "a.parquet"):
+        with pytest.raises(TextError, match="`text`"):
+            texts(tmp_path / name)
+    (tmp_path / "a.jsonl").write_text('{"text": "a \\"text\\"", "other": {"text": "b"}}\n')
+    assert texts(tmp_path / "a.jsonl") == ['a "text"']
+
+
+def test_tables_of_spreadsheets(tmp_path: Path) -> None:
+    path = tmp_path / "a.csv"
+    for data in (
+        "n;text\n1;one, two\n2;three\n",
+        "sep=;\r\nn;text\r\n1;one, two\r\n2;three\r\n",
+        "\ufeffsep=;\nn;text\n1;one, two\n2;three\n",
+        'n\ttext\n1\t"one, two"\n2\tthree\n',
+        'n,text\n1,"one, two"\n2,three\n',
+    ):
+        path.write_text(data)
+        assert texts(path) == ["one, two", "three"]
+    path.write_text("n;body\n1;one\n")
+    with pytest.raises(TextError, match="available: `n` and `body`"):
+        texts(path)

@@ -31,6 +31,7 @@ from pyarrow import parquet
 import unmask
 from unmask.cli import main
 from unmask.core.config import resolve_recipe
+from unmask.core.keywords import setting_texts
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -137,7 +138,7 @@ def option(arguments: Sequence[str], name: str, default: str) -> str:
 
 def kind_of_tokenizer(arguments: Sequence[str], default: str) -> str:
     """The kind that a command names, by --kind or --set."""
-    found = re.search(r"(?:^|\s)data\.tokenizer\.kind=(\w+)|--kind[= ](\w+)", " ".join(arguments))
+    found = re.search(r"(?:^|\s)data\.tokenizer\.kind=\"?(\w+)|--kind[= ](\w+)", " ".join(arguments))
     return (found[1] or found[2]) if found else default
 
 
@@ -293,7 +294,7 @@ class Desk:
         self._make_runs(program, out[1] if out else "runs/model")
 
         def small(texts: Any, **more: Any) -> Any:
-            given = more.pop("settings", ())
+            given = setting_texts(more.pop("settings", None))
             if "start" in more:
                 return whole(texts, settings=["train.threads=1", *given], **{**more, "budget": BUDGET})
             settings = [*small_settings(str(more.get("recipe", "tiny")), given), *given]

@@ -127,7 +127,9 @@ def test_logits_are_equal_and_the_round_trip_keeps_every_tensor(
     assert done.architecture == kind.name and done.parity is not None and done.parity.logits <= 1e-4
     before, after = (load_file(one / "model.safetensors") for one in (folder, tmp_path / "back"))
     lost = set(before) - set(after)
-    assert lost == ({"pooler.dense.weight", "pooler.dense.bias"} if kind.name == "RobertaModel" else set())
+    poolers = ("RobertaModel", "BertModel")  # without a sentence pair classifier, the pooler is left out with a note
+    assert lost == ({"pooler.dense.weight", "pooler.dense.bias"} if kind.name in poolers else set())
+    assert any("pooler" in note for note in imported.notes) is (kind.name in poolers)
     assert set(after) <= set(before)
     assert all(torch.equal(before[name], after[name]) for name in after)
     initialized = [note for note in imported.notes if note.startswith("initialized")]
@@ -417,3 +419,167 @@ def test_all_modules_are_in_evaluation_mode(written: Callable[..., tuple[Path, A
     imported = open_model(written(PAIRED)[0])
     modules: list[nn.Module] = [imported.encoder, imported.head, *([imported.pair] if imported.pair else [])]
     assert not any(module.training for module in modules)
+
+
+# Faults of foreign folders --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("name", ["bert.embeddings.word_embeddings.weight", "cls.predictions.bias"])
+def test_weights_that_are_not_finite_are_refused_by_name(
+    value: float, name: str, written: Callable[..., tuple[Path, Any]], tmp_path: Path
+) -> None:
+    folder, _ = written(MASKED)
+
+    def damage(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        tensors[name].view(-1)[3] = value
+        return tensors
+
+    change_weights(folder, damage)
+    for read in (unmask.load, lambda path: import_model(path, tmp_path / "mine")):
+        with pytest.raises(ModelError, match=f"`{name}` has 1 numbers of .* NaN or infinite"):
+            read(folder)
+    assert not (tmp_path / "mine").exists()
+
+
+def test_weights_that_overflow_float32_and_quantized_weights_are_refused(
+    written: Callable[..., tuple[Path, Any]],
+) -> None:
+    folder, _ = written(MASKED)
+    name = "cls.predictions.bias"
+    change_weights(folder, lambda ts: {**ts, name: ts[name].double() + 1e300})
+    with pytest.raises(ModelError, match=f"`{name}` has .* NaN or infinite in float32"):
+        open_model(folder)
+    change_weights(folder, lambda ts: {**ts, name: torch.zeros(VOCAB_SIZE, dtype=torch.int8)})
+    with pytest.raises(ModelError, match=f"`{name}` has the format int8: quantized"):
+        open_model(folder)
+
+
+@pytest.mark.parametrize("prefix", ["_orig_mod.", "module.", "module._orig_mod.", "_orig_mod.module.", "model."])
+@pytest.mark.parametrize("name", ["BertForMaskedLM", "ModernBertForMaskedLM", "RobertaForMaskedLM"])
+def test_prefixes_of_wrappers_are_removed(prefix: str, name: str, written: Callable[..., tuple[Path, Any]]) -> None:
+    folder, expected = written(KINDS[name])
+    change_weights(folder, lambda tensors: {f"{prefix}{key}": tensor for key, tensor in tensors.items()})
+    imported = open_model(folder)
+    assert any("removed the prefix" in note for note in imported.notes)
+    assert not any("initialized" in note for note in imported.notes)
+    assert_equal_outputs(imported, expected)
+
+
+def test_an_imported_encoder_says_that_its_head_is_untrained(
+    written: Callable[..., tuple[Path, Any]], tmp_path: Path
+) -> None:
+    folder, _ = written(KINDS["BertModel"])
+    imported = import_model(folder, tmp_path / "mine")
+    assert imported.pair is None
+    assert json.loads((tmp_path / "mine/config.json").read_text())["architectures"] == ["BertForMaskedLM"]
+    assert any(note.startswith("initialized the masked-language") for note in load(tmp_path / "mine").notes)
+    unmask.export(tmp_path / "mine", tmp_path / "out")
+    assert any(note.startswith("initialized the masked-language") for note in load(tmp_path / "out").notes)
+
+
+def test_new_files_have_the_permissions_of_the_umask(written: Callable[..., tuple[Path, Any]], tmp_path: Path) -> None:
+    folder, _ = written(MASKED)
+    import_model(folder, tmp_path / "mine")
+    assert len({file.stat().st_mode for file in (tmp_path / "mine").iterdir()}) == 1
+
+
+@pytest.mark.parametrize("subfolder", ["", "0_Transformer"])
+def test_files_of_sentence_transformers_survive(
+    subfolder: str, written: Callable[..., tuple[Path, Any]], tmp_path: Path
+) -> None:
+    folder, _ = written(KINDS["BertModel"])
+    source = tmp_path / "sentences"
+    inner = source / subfolder
+    inner.parent.mkdir(exist_ok=True)
+    folder.rename(inner)
+    kinds = {"Transformer": subfolder, "Pooling": "1_Pooling", "Normalize": "2_Normalize"}
+    modules = [
+        {"idx": number, "name": str(number), "path": path, "type": f"sentence_transformers.models.{kind}"}
+        for number, (kind, path) in enumerate(kinds.items())
+    ]
+    (source / "modules.json").write_text(json.dumps(modules))
+    (source / "1_Pooling").mkdir()
+    pooling = json.dumps({"word_embedding_dimension": 32, "pooling_mode_mean_tokens": True})
+    (source / "1_Pooling/config.json").write_text(pooling)
+    (source / "2_Normalize").mkdir()
+    (inner / "sentence_bert_config.json").write_text('{"max_seq_length": 40}')
+    (source / "config_sentence_transformers.json").write_text('{"similarity_fn_name": "cosine"}')
+    import_model(source, tmp_path / "mine")
+    unmask.export(tmp_path / "mine", tmp_path / "out", only="encoder")
+    for one in (tmp_path / "mine", tmp_path / "out"):
+        assert [module["path"] for module in json.loads((one / "modules.json").read_text())] == [
+            "", "1_Pooling", "2_Normalize",
+        ]  # fmt: skip
+        assert (one / "1_Pooling/config.json").read_text() == pooling
+        assert json.loads((one / "sentence_bert_config.json").read_text()) == {"max_seq_length": 40}
+        assert (one / "config_sentence_transformers.json").is_file()
+    load(tmp_path / "mine")
+    (source / "modules.json").write_text(json.dumps([{**modules[1], "path": "../elsewhere"}]))
+    with pytest.raises(DamagedError, match="invalid list of modules"):
+        import_model(source, tmp_path / "other")
+
+
+@pytest.mark.parametrize("lower", [True, False])
+def test_ids_are_those_of_auto_tokenizer_if_the_files_disagree(
+    lower: bool, written: Callable[..., tuple[Path, Any]], tmp_path: Path
+) -> None:
+    from transformers import AutoTokenizer
+
+    folder, _ = written(MASKED)
+    file = folder / "tokenizer_config.json"
+    config = json.loads(file.read_text())
+    file.write_text(json.dumps({**config, "tokenizer_class": "BertTokenizer", "do_lower_case": lower}))
+    expected = AutoTokenizer.from_pretrained(folder)
+    imported = import_model(folder, tmp_path / "mine")
+    for model in (imported, unmask.load(folder), unmask.load(tmp_path / "mine")):
+        for text in ("the CAT sat on the Mat", "a [MASK] b"):
+            encoded = model.tokenizer.encode(text, specials_in_text=True)
+            ids = model.tokenizer.add_special_tokens(encoded.ids, encoded.marks)[0].tolist()
+            assert ids == expected(text)["input_ids"]
+
+
+@pytest.mark.parametrize(
+    ("tokenizer_class", "words"),
+    [
+        ("BertJapaneseTokenizer", "splits text in Python|can't load"),
+        ("XLMRobertaTokenizer", "there is neither"),
+        ("KoBertTokenizer", "can't load this tokenizer"),
+        ("PhobertTokenizer", "can't load this tokenizer"),
+        (None, "the vocabulary is of SentencePiece, not of WordPiece"),
+    ],
+)
+def test_vocab_txt_of_another_kind_is_refused(
+    tokenizer_class: str | None, words: str, written: Callable[..., tuple[Path, Any]]
+) -> None:
+    folder, _ = written(MASKED)
+    plain_tokenizer(folder, **({"tokenizer_class": tokenizer_class} if tokenizer_class else {}))
+    tokens = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "▁the", "▁cat", "s", "▁mat", "▁on"]
+    (folder / "vocab.txt").write_text("\n".join(tokens) + "\n", encoding="utf-8")
+    with pytest.raises(TokenizerError, match=words):
+        open_model(folder)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"hidden_size": 32.0}, {"hidden_size": True}, {"num_hidden_layers": float("nan")}, {"layer_norm_eps": "x"},
+        {"tie_word_embeddings": None}, {"vocab_size": True}, {"model_type": ["bert"]}, {"is_decoder": 0},
+        {"max_position_embeddings": 10**40}, {"quantization_config": {"bits": 4}},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_wrong_types_in_config_json_are_named(change: dict[str, Any], written: Callable[..., tuple[Path, Any]]) -> None:
+    folder, _ = written(MASKED)
+    change_config(folder, **change)
+    with pytest.raises(ModelError, match=next(iter(change)) if "model_type" not in change else "type"):
+        open_model(folder)
+
+
+def test_a_byte_order_mark_and_no_padding_id_are_accepted(written: Callable[..., tuple[Path, Any]]) -> None:
+    folder, expected = written(MASKED)
+    change_config(folder, pad_token_id=None)
+    for name in ("config.json", "tokenizer_config.json"):
+        file = folder / name
+        file.write_text(file.read_text(), encoding="utf-8-sig")
+    assert_equal_outputs(load(folder), expected)

@@ -11,11 +11,10 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from unmask.cli.options import display_for
 from unmask.core.format import count, duration, visible
 from unmask.evaluation.validation import Validation
 from unmask.training.display import Display, PreviewLine, PreviewSpan, Summary, TokenView, show_log
-from unmask.training.display.live import LiveDisplay
+from unmask.training.display.live import LiveDisplay, display_for
 from unmask.training.display.plain import PlainDisplay
 from unmask.training.display.text import (
     Pace,

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from unmask.core.errors import DamagedError, RecipeError, RunError, Stopped, TextError
+from unmask.core.errors import DamagedError, RecipeError, RunError, Stopped, TextError, UnmaskError
 from unmask.data.settings import DataConfig
 from unmask.data.sources import FileSource, MemorySource, absolute, open_text
 from unmask.tokenization.tokenizer import Tokenizer
@@ -131,7 +131,7 @@ def test_a_run_owns_its_tokenizer(
             shutil.rmtree(path, ignore_errors=True)
         (run / "latest").unlink()
     monkeypatch.setenv("UNMASK_CACHE", str(tmp_path_factory.mktemp("cache")))
-    monkeypatch.setattr("unmask.data.prepare.train_tokenizer", untrainable)
+    monkeypatch.setattr("unmask.data.prepare.train_fitting", untrainable)
     resume(run)
     assert losses(run) == losses(place / "whole") and len(losses(run)) == 8
     weights = [(folder / "latest" / "model.safetensors").read_bytes() for folder in (run, place / "whole")]
@@ -169,3 +169,70 @@ def test_a_text_is_compared_by_size_and_time_and_on_request_by_all_bytes(place: 
         resume(place / "run", budget="+1 steps", verify=True)
     write_old(path, lines("cat"), 30)
     resume(place / "run", budget="+1 steps", verify=True)
+
+
+def start_and_stop(texts: list[str | Path], run: Path, *settings: str) -> None:
+    with pytest.raises(Stopped):
+        launch(texts, out=run, settings=[*SMALL, *settings], display=StopsAt(5))
+
+
+def test_a_run_that_was_moved_with_its_texts(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The hint of the error is followed; the next resume needs no option, and an emptied cache is filled again."""
+    texts, valid = ["b.txt:2", "parts:1"], "data.valid={cows='cows.txt'}"
+    (place / "parts").mkdir()
+    for name in ("b", "parts/1", "parts/2", "cows"):
+        write_old(place / f"{name}.txt", lines(name))
+    launch(texts, out=place / "whole", settings=[*SMALL, valid])
+    start_and_stop([*texts], place / "run", valid)
+    (place / "new").mkdir()
+    for name in ("run", "b.txt", "parts", "cows.txt"):
+        shutil.move(place / name, place / "new" / name)
+    monkeypatch.setenv("UNMASK_CACHE", str(place / "another cache"))
+    new, run = place / "new", place / "new" / "run"
+    moved = [f"{new}/b.txt:2", f"{new}/p*s/*.txt:1"]
+
+    def refused(says: str, hint: str, **options: object) -> None:
+        with pytest.raises(UnmaskError) as error:
+            resume(run, **options)  # type: ignore[arg-type]
+        assert says in str(error.value) and hint in error.value.hint
+
+    refused("no such file", f"unmask pretrain --resume {run} --text NEW --text NEW")
+    refused("it has 2 files, not 3: `2.txt` is missing", "unchanged copy", texts=[moved[0], f"{new}/parts/1.txt:1"])
+    refused("another order: `1.txt` comes before `b.txt`", "unchanged copy", texts=[moved[1], moved[0]])
+    refused("its weights differ: 1, 1 instead of 2, 1", "unchanged copy", texts=[f"{new}/b.txt:1", moved[1]])
+    refused("the content of `cows.txt` differs from that of the run's `b.txt`", "unchanged copy",
+            texts=[f"{new}/cows.txt:2", moved[1]])  # fmt: skip
+    refused("it was passed as strings", "unchanged copy", texts=["a sentence."])
+    refused("cows.txt", f"unmask pretrain --resume {run} --valid cows=NEW", texts=moved)
+    refused("this is not the validation text `cows`", "unchanged copy", valid={"cows": new / "b.txt"})
+    resume(run, valid={"cows": new / "cows.txt"})
+    assert losses(run) == losses(place / "whole") and len(losses(run)) == 8
+    environment = json.loads((run / "env.json").read_text())["text"]
+    assert environment["paths"] == moved
+    assert environment["held_out_shards"].startswith(str(place / "another cache"))
+    resume(run, budget="+1 steps")
+    (new / "parts" / "1.txt").write_text("changed")
+    refused("since the run was started: the content of `1.txt` differs", "--text NEW", budget="+1 steps")
+
+
+def test_the_strings_of_a_run_again(place: Path) -> None:
+    texts = [lines("cat"), lines("dog")]
+    start_and_stop([*texts], place / "run")
+    (place / "run" / "texts.jsonl").unlink()
+    with pytest.raises(RunError, match="texts of the run are missing"):
+        resume(place / "run")
+    with pytest.raises(RunError, match="not the text of the run: its content differs"):
+        resume(place / "run", texts=texts[:1])
+    write_old(place / "b.txt", texts[0])
+    with pytest.raises(RunError, match="it is in files"):
+        resume(place / "run", texts=place / "b.txt")
+    resume(place / "run", texts=texts)
+    resume(place / "run", budget="+1 steps")
+
+
+def test_the_text_of_a_finished_run_moves(place: Path) -> None:
+    write_old(place / "b.txt", lines("cat"))
+    launch(["b.txt"], out=place / "run", settings=SMALL)
+    shutil.move(place / "b.txt", place / "c.txt")
+    assert resume(place / "run", texts="c.txt").finished_before
+    resume(place / "run", budget="+1 steps")

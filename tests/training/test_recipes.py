@@ -12,14 +12,14 @@ import pytest
 
 import unmask
 from unmask.core.config import build_config, dump_config, resolve_recipe, shipped_recipes
-from unmask.core.errors import RecipeError
+from unmask.core.errors import RecipeError, TokenizerError
 from unmask.core.quantities import Fraction
 from unmask.models import build_model, num_parameters
 from unmask.models.bert import BertConfig
 from unmask.models.hf_format import from_hf_config, to_hf_config
 from unmask.tokenization.settings import CharacterConfig
-from unmask.training.pretrain import launch
-from unmask.training.recipe import Recipe, load_recipe
+from unmask.training.pretrain import launch, resume
+from unmask.training.recipe import Recipe, explicit_keys, load_recipe, read_recipe
 
 SMALL = [
     "model.num_hidden_layers=2", "model.hidden_size=16", "model.num_attention_heads=2", "model.intermediate_size=24",
@@ -88,3 +88,59 @@ def test_an_invalid_option_is_named_as_it_was_written(budget: str) -> None:
     with pytest.raises(RecipeError) as caught:
         load_recipe("tiny", ["train.budget=3 steps"], {"train.budget": budget})
     assert caught.value.location == ("--budget 300" if budget == "300" else f'--budget "{budget}"')
+
+
+def test_only_what_a_user_set_is_explicit(tmp_path: Path) -> None:
+    own = tmp_path / "own.toml"
+    own.write_text('extends = "tiny"\n[data.tokenizer]\nlowercase = true\n')
+    assert explicit_keys("tiny") == frozenset()
+    assert explicit_keys(own) == {"data.tokenizer.lowercase"}
+    settings = ["data.tokenizer={kind='bpe'}", "stage.1.max_seq_len=64"]
+    keys = {"data.tokenizer.kind", "stage.1.max_seq_len", "train.budget"}
+    assert explicit_keys("tiny", settings, {"train.budget": "3 steps"}) == keys
+
+
+@pytest.mark.parametrize("kind", ["wordpiece", "bpe", "unigram"])
+def test_a_vocabulary_that_nobody_set_shrinks_to_the_text(
+    kind: str, prose: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    settings = [*SMALL, "train.budget=2 steps", f"data.tokenizer.kind={kind}"]
+    with caplog.at_level("INFO"):
+        launch([prose], out=tmp_path / "run", settings=settings)
+    size = unmask.load(tmp_path / "run").tokenizer.size
+    assert f"vocabulary: {size:,} tokens instead of 8,192, because this text gives no more" in caplog.text
+    recipe, plan = read_recipe(tmp_path / "run")
+    assert getattr(recipe.data.tokenizer, "vocab_size", 0) == size and plan.steps == 2
+    resume(tmp_path / "run", budget="+1 steps")
+    assert read_recipe(tmp_path / "run")[0] == recipe, "a resumed run chooses nothing"
+    with pytest.raises(TokenizerError, match="vocabulary size 8,192 is too large"):
+        launch([prose], out=tmp_path / "other", settings=[*settings, "data.tokenizer.vocab_size=8192"])
+
+
+def test_short_rows_get_stages_that_they_fill(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path = tmp_path / "rows.txt"
+    path.write_text("".join(f"the cat {n % 7} sat on mat {n % 11}\n" for n in range(400)))
+    settings = [*SMALL, "train.budget=2 steps", "data.document=line", "stage.0.max_seq_len=64"]
+    with caplog.at_level("INFO"):
+        launch([path], out=tmp_path / "run", settings=settings)
+    recipe, _ = read_recipe(tmp_path / "run")
+    assert [stage.max_seq_len for stage in recipe.stage] == [64, 16], "the stage that was set is kept"
+    assert "stage 1: sequences of at most 16 tokens instead of 256" in caplog.text
+
+
+def test_text_that_the_tokenizer_can_not_spell_is_refused(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path = tmp_path / "thai.txt"
+    path.write_text(
+        "\n\n".join("ประเทศไทยเป็นรัฐชาติอันตั้งอยู่" * (3 + n % 4) + " และ มี ลาว" * 3 for n in range(80)), encoding="utf-8"
+    )
+    settings = [*SMALL, "train.budget=2 steps", "data.tokenizer.kind=wordpiece", "data.tokenizer.vocab_size=60"]
+    with pytest.raises(TokenizerError, match="are unknown to the tokenizer") as caught:
+        launch([path], out=tmp_path / "run", settings=settings)
+    assert "more than 100 characters without a space" in caught.value.message
+    assert "--set data.tokenizer.kind=unigram" in caught.value.hint and not (tmp_path / "run").exists()
+    with caplog.at_level("WARNING"):
+        launch([path], out=tmp_path / "run", settings=[*settings, "data.max_unknown=100%"])
+    assert "are unknown to the tokenizer" in caplog.text
+    resume(tmp_path / "run", budget="+1 steps")
+    launch([path], out=tmp_path / "spelled", settings=[*SMALL, "train.budget=2 steps"])
+    assert read_recipe(tmp_path / "spelled")[0].data.tokenizer.kind == "unigram"

@@ -153,7 +153,7 @@ def test_settings_that_the_model_determines_are_refused(made: Path, domain: Path
 def test_the_recipe_continue_needs_a_model(domain: Path, tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match="needs a model to start from") as refused:
         unmask.pretrain(domain, recipe="continue", out=tmp_path / "run")
-    assert "--from MODEL" in refused.value.hint
+    assert "start=MODEL" in refused.value.hint
 
 
 def saved_by_transformers(kind: str, folder: Path) -> Path:
@@ -195,6 +195,7 @@ def test_a_bert_of_transformers_keeps_its_pair_head(domain: Path, tmp_path: Path
             "optimizer.lr=1e-9",
         ],
         start=model,
+        allow_unknown=True,
     )
     step = tmp_path / "run" / "latest"
     before, after = BertForPreTraining.from_pretrained(model), BertForPreTraining.from_pretrained(step)

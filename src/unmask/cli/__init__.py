@@ -23,7 +23,14 @@ from unmask.cli.models import (
     import_model,
 )
 from unmask.cli.pretrain import DEMO_EXAMPLES, PRETRAIN_EXAMPLES, demo, pretrain
-from unmask.cli.recipe import CHECK_RECIPE_EXAMPLES, SHOW_RECIPE_EXAMPLES, check_recipe, list_recipes, show_recipe
+from unmask.cli.recipe import (
+    CHECK_RECIPE_EXAMPLES,
+    SHOW_RECIPE_EXAMPLES,
+    check_recipe,
+    list_recipes,
+    show_recipe,
+    show_reference,
+)
 from unmask.cli.runs import RUNS_EXAMPLES, list_runs
 from unmask.cli.tokenizer import (
     COMPARE_TOKENIZERS_EXAMPLES,
@@ -86,10 +93,11 @@ _add(_tokenizers, "train", train_tokenizer, TRAIN_TOKENIZER_EXAMPLES)
 _add(_tokenizers, "show", show_tokenizer, SHOW_TOKENIZER_EXAMPLES)
 _add(_tokenizers, "compare", compare_tokenizers, COMPARE_TOKENIZERS_EXAMPLES)
 
-_recipes = _add_group("recipe", "List, show and check recipes.")
+_recipes = _add_group("recipe", "List, show and check recipes; print the reference of their keys.")
 _add(_recipes, "list", list_recipes)
 _add(_recipes, "show", show_recipe, SHOW_RECIPE_EXAMPLES)
 _add(_recipes, "check", check_recipe, CHECK_RECIPE_EXAMPLES)
+_add(_recipes, "reference", show_reference)
 
 
 def _print_version(value: bool) -> None:

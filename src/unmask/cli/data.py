@@ -65,21 +65,31 @@ def inspect_data(
 
     The report also shows the size of the held-out text and the number of sequences per stage. Nothing is written.
     """
-    from unmask.data.report import inspect_text
-    from unmask.data.sources import open_text
+    from dataclasses import replace
 
-    resolved = load_recipe_with(recipe, settings, DataOptions(errors, document, field))
+    from unmask.data.advice import adapt, may_shrink
+    from unmask.data.report import inspect_text
+    from unmask.data.sources import open_text, require_field_used
+    from unmask.training.recipe import explicit_keys
+
+    options = DataOptions(errors, document, field)
+    resolved = load_recipe_with(recipe, settings, options)
+    explicit = None if tokenizer else explicit_keys(recipe, settings or (), options.overrides())
     loaded = None if tokenizer is None else open_tokenizer(tokenizer)
-    source = open_text(texts, resolved.data)
+    opened = open_text(texts, resolved.data)
+    require_field_used(resolved.data.field, [opened])
+    source, config, choices = adapt(opened, resolved.data, explicit)
     with open_display(sys.stderr) as display:
         report = inspect_text(
             source,
-            resolved.data,
+            config,
             [stage.max_seq_len for stage in resolved.stage],
             delayed_progress(display),
             seed=seed,
             tokenizer=loaded,
+            shrinks=may_shrink(config, explicit),
         )
+    report = replace(report, choices=(*map(str, choices), *report.choices))
     if as_json:
         print_json(asdict(report))
     else:
@@ -97,6 +107,8 @@ def _print_report(report: Report) -> None:
         if label == "lengths":
             for line in _histogram(report, console):
                 console.print(line)
+    for choice in report.choices:
+        console.print(Text.assemble((f"{'chosen':<{_LABEL_WIDTH}} ", "dim"), choice))
     if report.examples:
         documents = "document" + "s" * (len(report.examples) > 1)
         console.print(Text(f"\n{len(report.examples)} {documents} as tokenized", "bold"))
@@ -214,13 +226,18 @@ def prepare_data(
     The cache is $UNMASK_CACHE, or ~/.cache/unmask. Long texts are tokenized on all cores.
     """
     from unmask.core.files import default_cache
+    from unmask.data.advice import adapt, may_shrink, vocabulary_choice
     from unmask.data.prepare import prepare
-    from unmask.data.sources import open_text
+    from unmask.data.sources import open_text, require_field_used
+    from unmask.training.recipe import explicit_keys
 
     data = DataOptions(errors, document, field, tokenizer)
     config = load_recipe_with(recipe, settings, data).data
     start = time.perf_counter()
-    source = open_text(texts, config)
+    explicit = explicit_keys(recipe, settings or (), data.overrides())
+    opened = open_text(texts, config)
+    require_field_used(config.field, [opened])
+    source, config, choices = adapt(opened, config, explicit)
     tasks: set[str] = set()
     with open_display(sys.stderr) as display:
 
@@ -228,7 +245,9 @@ def prepare_data(
             tasks.add(task)
             display.progress(task, fraction)
 
-        corpus = prepare(source, config, default_cache(), progress)
+        corpus = prepare(source, config, default_cache(), progress, shrinks=may_shrink(config, explicit))
+    choice = vocabulary_choice(config, corpus.tokenizer.size)
+    choices += [choice] if choice else []
     seconds = time.perf_counter() - start
     was_cached = "tokenizing" not in tasks
     if as_json:
@@ -237,10 +256,11 @@ def prepare_data(
             "was_cached": was_cached,
             "seconds": round(seconds, 2),
             "groups": [group.__dict__ for group in corpus.groups],
+            "choices": [str(choice) for choice in choices],
             **corpus.facts,
         })  # fmt: skip
         return
-    for note in corpus.notes:
+    for note in [*choices, *corpus.notes]:
         print(note)
     print(f"shards: {corpus.folder}")
     if was_cached:

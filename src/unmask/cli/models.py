@@ -168,19 +168,16 @@ def evaluate(
     The masks depend on the text only, not on the model's training. Bits per character compare only between models with
     the same tokenizer.
     """
-    from unmask.core.distributed import init_distributed
-    from unmask.core.quantities import Quantity
     from unmask.evaluation.validation import evaluate_text
 
     result = evaluate_text(
         open_model(model),
         texts,
-        context=init_distributed("float32"),
         length=length,
         document=document,
         errors=errors or "strict",
         field=field,
-        max_size=Quantity.parse(max_size).require("characters").number if max_size else float("inf"),
+        max_size=max_size,
     )
     if as_json:
         print_json(asdict(result))

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
+import math
 import os
 import sys
 import time
-from collections.abc import Generator
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, TextIO
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TextIO, cast
 
 import typer
 
@@ -126,10 +126,13 @@ def load_recipe_with(recipe: str, settings: list[str] | None, data: DataOptions)
 
 
 def open_model(path: str | Path) -> Model:
-    """Load a model; print a note to standard error if a run's best step is not its last step."""
-    from unmask.models.model import last_step, load
+    """Load a model; print notes to standard error on untrained heads, ids, and a best step that is not the last."""
+    from unmask.hub.from_hf import load
+    from unmask.models.model import last_step
 
     model = load(path)
+    for note in model.notes:
+        print(f"note: {note}", file=sys.stderr)
     step = model.card.get("step")
     last = last_step(Path(path)) if step and Path(model.path) != Path(path) else None
     if step and last is not None and last != step:
@@ -166,8 +169,20 @@ _PROGRESS_DELAY_SECONDS = 2.0
 
 
 def print_json(value: Any) -> None:
-    """Print a value as JSON; non-ASCII characters are escaped if the output isn't Unicode."""
-    print(json.dumps(value, indent=2, ensure_ascii=not is_unicode_output(), default=str))
+    """Print a value as JSON; NaN and infinity are null, and non-ASCII is escaped if the output isn't Unicode."""
+    text = json.dumps(_finite(value), indent=2, ensure_ascii=not is_unicode_output(), default=str, allow_nan=False)
+    print(text)
+
+
+def _finite(value: Any) -> Any:
+    """Return a value with null in place of NaN and infinity, at any depth."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {key: _finite(item) for key, item in cast("Mapping[Any, Any]", value).items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in cast("Sequence[Any]", value)]
+    return value
 
 
 def is_unicode_output() -> bool:
@@ -175,27 +190,11 @@ def is_unicode_output() -> bool:
     return (sys.stdout.encoding or "").lower().startswith("utf")
 
 
-def display_for(stream: TextIO, quiet: bool = False) -> Display:
-    """Return the display that fits a stream: live in a terminal or a notebook with ipywidgets, else plain lines."""
-    # Imported here: rich costs 50 ms.
-    from rich.console import Console
-
-    from unmask.training.display import Display
-    from unmask.training.display.live import LiveDisplay
-    from unmask.training.display.plain import PlainDisplay
-
-    if quiet:
-        return Display()
-    console = Console(file=stream)
-    in_terminal = console.is_terminal and not console.is_dumb_terminal and not console.is_jupyter
-    in_notebook = console.is_jupyter and importlib.util.find_spec("ipywidgets") is not None
-    return LiveDisplay(console) if in_terminal or in_notebook else PlainDisplay(stream)
-
-
 @contextmanager
 def open_display(stream: TextIO) -> Generator[Display]:
     """Yield the display for a stream; it shows log messages too, and is closed at the end."""
     from unmask.training.display import show_log
+    from unmask.training.display.live import display_for
 
     display = display_for(stream)
     with show_log(display):

@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import itertools
 import os
 import shlex
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 from unmask.cli.models import print_predictions
 from unmask.cli.options import (
     Budget,
-    DataOptions,
     DocumentRule,
     Errors,
     Field,
@@ -24,16 +22,13 @@ from unmask.cli.options import (
     OptionalTexts,
     Settings,
     Threads,
-    display_for,
     print_json,
 )
-from unmask.core.config import Override
 from unmask.core.errors import RecipeError, RunError
 
 if TYPE_CHECKING:
     from unmask.training.display import Display
     from unmask.training.pretrain import Result
-    from unmask.training.warm_start import WarmStart
 
 
 PRETRAIN_EXAMPLES = """\
@@ -51,6 +46,7 @@ unmask pretrain law.txt --from runs/notes                 continue from the weig
 unmask pretrain law.txt --from bert/ --extend-vocabulary 2000 --valid general=wiki.txt
 unmask pretrain --resume runs/notes                       resume a stopped run, bit for bit
 unmask pretrain --resume runs/notes --budget "+1 epoch"   prolong a finished run
+unmask pretrain --resume notes/ --text new/notes.txt      resume a run whose text was moved
 """
 DEMO_EXAMPLES = """\
 [bold]Examples[/bold]
@@ -66,6 +62,12 @@ RecipeOption = Annotated[
 RunFolder = Annotated[
     Path | None, typer.Option("--out", help="Folder of the run; it must not exist.", show_default="runs/RECIPE-N")
 ]
+ExistOk = Annotated[
+    Literal["resume", "new"] | None,
+    typer.Option(
+        help="What to do if OUT exists: resume continues the same run, new takes OUT-2, OUT-3, ….", show_default="error"
+    ),
+]
 Seed = Annotated[int | None, typer.Option(help="Random seed.", show_default="the recipe's")]
 FromModel = Annotated[
     Path | None,
@@ -78,6 +80,10 @@ ExtendVocabulary = Annotated[
     typer.Option(min=1, metavar="N", help="Number of tokens to learn from the text and add; needs --from."),
 ]
 Resume = Annotated[Path | None, typer.Option(metavar="RUN", help="Run to resume or to prolong.")]
+MovedTexts = Annotated[
+    list[str] | None,
+    typer.Option("--text", metavar="TEXT", help="New path of a text that was moved; needs --resume; may be repeated."),
+]
 AllowDifferentEnvironment = Annotated[
     bool,
     typer.Option(
@@ -88,6 +94,12 @@ AllowDifferentEnvironment = Annotated[
 ValidationTexts = Annotated[
     list[str] | None,
     typer.Option("--valid", metavar="NAME=TEXT", help="Further text to validate on; may be repeated."),
+]
+AllowUnknown = Annotated[
+    bool,
+    typer.Option(
+        "--allow-unknown", help="Train even if the tokenizer can't spell more than 20 % of the characters of the text."
+    ),
 ]
 Verify = Annotated[
     bool,
@@ -102,17 +114,20 @@ def pretrain(
     recipe: RecipeOption = None,
     budget: Budget = None,
     out: RunFolder = None,
+    exist_ok: ExistOk = None,
     seed: Seed = None,
     settings: Settings = None,
     start: FromModel = None,
     extend_vocabulary: ExtendVocabulary = None,
     resume: Resume = None,
+    moved_texts: MovedTexts = None,
     allow_different_environment: AllowDifferentEnvironment = False,
     threads: Threads = None,
     errors: Errors = None,
     document: DocumentRule = None,
     field: Field = None,
     valid: ValidationTexts = None,
+    allow_unknown: AllowUnknown = False,
     dry_run: DryRun = False,
     verify: Verify = False,
     as_json: Json = False,
@@ -123,18 +138,17 @@ def pretrain(
     Options take precedence over --set, and --set over the recipe. Ctrl-C saves a checkpoint and prints the command that
     resumes the run.
     """
-    data = DataOptions(errors, document, field)
-    if resume is None and allow_different_environment:
-        raise RunError(
-            "--allow-different-environment needs --resume",
-            hint="name the run: --resume RUN --allow-different-environment",
-        )
-    if resume is not None:
+    if resume is None:
+        _check_needs_resume(allow_different_environment=allow_different_environment, moved_texts=moved_texts)
+    else:
         _check_not_with_resume({
-            "TEXT": texts, "--recipe": recipe, "--out": out, "--seed": seed, "--threads": threads, "--errors": errors,
-            "--document": document, "--field": field, "--valid": valid, "--dry-run": dry_run or None,
+            "TEXT": texts, "--recipe": recipe, "--out": out, "--exist-ok": exist_ok,
+            "--seed": seed, "--threads": threads, "--errors": errors, "--document": document,
+            "--field": field, "--dry-run": dry_run or None,
+            "--allow-unknown": allow_unknown or None,
             "--from": start, "--extend-vocabulary": extend_vocabulary,
         })  # fmt: skip
+    from unmask.training import api
     from unmask.training import pretrain as training
 
     display = _display(as_json=as_json, quiet=quiet)
@@ -146,24 +160,29 @@ def pretrain(
             display=display,
             allow_different_environment=allow_different_environment,
             verify=verify,
+            texts=moved_texts or (),
+            valid=_parse_valid(valid or ()),
         )
     else:
-        name = recipe or ("continue" if start else "tiny")
-        overrides = {
-            "train.budget": budget,
-            "seed": seed,
-            "train.threads": threads,
-            "data.valid": Override(_parse_valid(valid), "--valid") if valid else None,
-        }
-        result = training.launch(
+        result = api.run_pretraining(
             texts or [],
-            recipe=name,
-            out=out or _unused_folder(Path(name).stem),
-            settings=settings or (),
-            overrides={**_without_none(overrides), **data.overrides()},
+            recipe=recipe,
+            budget=budget,
+            out=out,
+            exist_ok=exist_ok,
+            seed=seed,
+            settings=settings,
+            start=start,
+            extend_vocabulary=extend_vocabulary,
+            threads=threads,
+            errors=errors,
+            document=document,
+            field=field,
+            valid=_parse_valid(valid or ()),
+            allow_unknown=allow_unknown,
+            dry_run=dry_run,
+            verify=verify,
             display=display,
-            options=training.LaunchOptions(dry_run=dry_run, verify=verify),
-            start=_warm_start(start, extend_vocabulary or 0),
         )
     if _is_main_process():
         _print_result(result, as_json=as_json, quiet=quiet)
@@ -194,28 +213,34 @@ def _without_none(overrides: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in overrides.items() if value is not None}
 
 
-def _warm_start(model: Path | None, num_new_tokens: int) -> WarmStart | None:
-    """Open the model of --from."""
-    if model is None:
-        if num_new_tokens:
-            raise RecipeError(
-                "--extend-vocabulary needs --from: it adds tokens to the vocabulary of a model",
-                hint="name the model: --from MODEL; without one, set data.tokenizer.vocab_size",
-            )
-        return None
-    from unmask.training.warm_start import WarmStart
-
-    return WarmStart.open(model, num_new_tokens)
-
-
 def _display(*, as_json: bool, quiet: bool) -> Display:
     """Return the display of a run; with --json it writes to standard error."""
+    from unmask.training.display.live import display_for
+
     return display_for(sys.stderr if as_json else sys.stdout, quiet=quiet or not _is_main_process())
 
 
 def _is_main_process() -> bool:
     # Read from the environment, because importing torch for this would delay every error.
     return os.environ.get("RANK", "0") == "0"
+
+
+def _check_needs_resume(*, allow_different_environment: bool, moved_texts: Sequence[str] | None) -> None:
+    """Check that a new run has no option that only a resumed run has.
+
+    Raises:
+        RunError: such an option has a value.
+    """
+    if allow_different_environment:
+        raise RunError(
+            "--allow-different-environment needs --resume",
+            hint="name the run: --resume RUN --allow-different-environment",
+        )
+    if moved_texts:
+        raise RunError(
+            "--text needs --resume: it names the new path of a run's text",
+            hint="name the text without an option: unmask pretrain TEXT",
+        )
 
 
 def _check_not_with_resume(options: Mapping[str, Any]) -> None:
@@ -228,7 +253,8 @@ def _check_not_with_resume(options: Mapping[str, Any]) -> None:
         if value not in (None, []):
             raise RunError(
                 f"{name} can't be combined with --resume: the run keeps its own settings",
-                hint="remove it; --resume accepts --budget, --set, --verify and --allow-different-environment",
+                hint="remove it; --resume accepts --budget, --set, --verify and --allow-different-environment, and "
+                "--text and --valid for a text that was moved",
             )
 
 
@@ -250,13 +276,6 @@ def _parse_valid(options: Sequence[str]) -> dict[str, str]:
             raise RecipeError(f"duplicate name `{name}`", location=location, hint="give each text its own name")
         texts[name] = text
     return texts
-
-
-def _unused_folder(name: str) -> Path:
-    """Return runs/NAME-N with the smallest number N that isn't in use."""
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise RunError("several processes need one folder", hint="name it: --out RUN")
-    return next(path for number in itertools.count(1) if not (path := Path("runs") / f"{name}-{number}").exists())
 
 
 def _print_result(result: Result, *, as_json: bool, quiet: bool) -> None:

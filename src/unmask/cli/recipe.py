@@ -17,6 +17,7 @@ SHOW_RECIPE_EXAMPLES = """\
 [bold]Examples[/bold]
 
 unmask recipe show tiny
+unmask recipe show tiny --plain                           without comments
 unmask recipe show tiny --set stage.0.max_seq_len=256 > mine.toml
 """
 CHECK_RECIPE_EXAMPLES = """\
@@ -28,6 +29,22 @@ unmask recipe check mine.toml
 # Vocabulary sizes for kinds of tokenizers whose size depends on the text or on a file.
 ASSUMED_VOCAB_SIZES = {"characters": 100, "file": 30_000}
 
+REFERENCE_INTRODUCTION = """\
+# Recipe keys
+
+A recipe is a TOML file. A key that it lacks has its default. `extends = "tiny"` takes the keys of another recipe, by
+shipped name or path. `unmask recipe show NAME` prints the values of a recipe, with these meanings as comments.
+`unmask pretrain --set model.hidden_size=512` sets one key; `--set stage.0.max_seq_len=64` sets one of the first stage.
+
+- A percentage is a string such as `"60%"`.
+- A quantity is a string with a number and a unit: `"10 min"`, `"300 steps"`, `"64k tokens"`, `"2 epochs"`, `"8 texts"`.
+- A plugin is a class of your own: `kind = "package.module:Name"`; its other keys are its settings
+  ([plugins](extending.md)).
+
+This page is generated from the config classes: `unmask recipe reference > docs/recipes.md`.
+"""
+
+Plain = Annotated[bool, typer.Option("--plain", help="Print the values without comments.")]
 RecipeArgument = Annotated[
     str, typer.Argument(metavar="NAME|FILE", help="Recipe: a shipped name or a TOML file.", show_default=False)
 ]
@@ -46,10 +63,11 @@ def list_recipes(as_json: Json = False) -> None:
         print(f"{name:<{width}}  {sentence}".rstrip())
 
 
-def show_recipe(name: RecipeArgument, settings: Settings = None, as_json: Json = False) -> None:
-    """Show a recipe with all values, defaults included, and the size of its model."""
+def show_recipe(name: RecipeArgument, settings: Settings = None, plain: Plain = False, as_json: Json = False) -> None:
+    """Show a recipe with all values, defaults included, the meaning of each key and the size of its model."""
     from unmask.core.config import dump_config
     from unmask.core.plugins import describe
+    from unmask.core.reference import dump_commented
     from unmask.training.recipe import load_recipe
 
     recipe = load_recipe(name, settings or ())
@@ -57,9 +75,20 @@ def show_recipe(name: RecipeArgument, settings: Settings = None, as_json: Json =
     if as_json:
         print_json(tomllib.loads(text) | {"size": size})
         return
+    if plain:
+        print(text, end="")
+        return
     lines = [*map(describe, recipe.plugins), *_describe_size(size)]
     comments = (f"# {' '.join(line.split())}\n" for line in lines)  # comments, so that the output is a valid recipe
-    print("".join(comments) + text, end="")
+    print("".join(comments) + "\n" + dump_commented(recipe), end="")
+
+
+def show_reference() -> None:
+    """Print the reference of all recipe keys: docs/recipes.md."""
+    from unmask.core.reference import reference
+    from unmask.training.recipe import Recipe
+
+    print(REFERENCE_INTRODUCTION + "\n" + reference(Recipe), end="")
 
 
 def check_recipe(name: RecipeArgument, settings: Settings = None) -> None:

@@ -203,7 +203,7 @@ def load_toml(path: Path | Traversable) -> Tree:
         RecipeError: the file can't be read or is not TOML; the line is named.
     """
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
     except OSError as error:
         reason = error.strerror or str(error)
         raise RecipeError(f"can't read this recipe: {reason}", location=str(path), hint="check the path") from error
@@ -251,8 +251,10 @@ def _find(name: str, base: Path | None, shipped: Traversable) -> Path | Traversa
     )
 
 
-def resolve_recipe(name_or_path: str | Path, *, shipped: Traversable | None = None) -> Tree:
+def resolve_recipe(name_or_path: str | Path, *, shipped: Traversable | None = None, own: bool = False) -> Tree:
     """Load a recipe and merge it over the recipes that it `extends`.
+
+    With `own`, the shipped recipes are left out: the tree has the user's keys only.
 
     A shipped name takes precedence over a file of the same name; write ./name for the file. A relative path in
     `extends` starts at the directory of the file that contains it.
@@ -275,7 +277,9 @@ def resolve_recipe(name_or_path: str | Path, *, shipped: Traversable | None = No
         chain.append(location)
         tree = load_toml(file)
         parent = tree.pop("extends", None)
-        trees.append(tree)
+        is_shipped = file.name in [f"{known}.toml" for known in _names(folder)] and file == folder / file.name
+        if not (own and is_shipped):
+            trees.append(tree)
         if parent is None:
             break
         if not isinstance(parent, str):
@@ -418,7 +422,7 @@ def _build_plugin(plugin: type[PluginConfig], tree: Tree, at: _Location) -> Plug
         tree = {key: value for key, value in tree.items() if key != "kind"}
     settings = _build(settings_type, tree, at, kind, cls)
     try:
-        _to_toml(settings)
+        to_toml(settings)
     except AssertionError as error:
         raise at.error(
             f"`{cls.__name__}.Settings`: {error}", "use values that TOML has: numbers, strings, lists"
@@ -596,21 +600,21 @@ def _toml(value: Any) -> str:
 
 def dump_config(config: object) -> str:
     """Return a config as TOML with every value: `build_config(type(x), tomllib.loads(dump_config(x)), "")` equals x."""
-    return tomli_w.dumps(cast("Tree", _to_toml(config)))
+    return tomli_w.dumps(cast("Tree", to_toml(config)))
 
 
-def _to_toml(value: Any) -> Any:
+def to_toml(value: Any) -> Any:
     """Return a value of a config as a TOML value; fields that are None are left out, so None must be their default."""
     if isinstance(value, Fraction | Quantity | Path):
         return str(value)
     if isinstance(value, PluginConfig):
-        return {"kind": value.kind, **_to_toml(value.settings)}
+        return {"kind": value.kind, **to_toml(value.settings)}
     if dataclasses.is_dataclass(value):
         fields = {field.name: getattr(value, field.name) for field in dataclasses.fields(value) if field.init}
-        return {name: _to_toml(entry) for name, entry in fields.items() if entry is not None}
+        return {name: to_toml(entry) for name, entry in fields.items() if entry is not None}
     if isinstance(value, Mapping):
-        return {key: _to_toml(entry) for key, entry in cast("Mapping[str, Any]", value).items()}
+        return {key: to_toml(entry) for key, entry in cast("Mapping[str, Any]", value).items()}
     if isinstance(value, tuple | list):
-        return [_to_toml(entry) for entry in cast("Sequence[Any]", value)]
+        return [to_toml(entry) for entry in cast("Sequence[Any]", value)]
     assert isinstance(value, bool | int | float | str), f"a recipe can't contain {value!r}"
     return value

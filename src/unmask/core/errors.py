@@ -90,4 +90,4 @@ class Stopped(Exception):
 
     def __init__(self, exit_code: int, run: str, step: int) -> None:
         self.exit_code, self.run, self.step = exit_code, run, step
-        super().__init__(f"stopped and saved at step {step}")
+        super().__init__(f"stopped and saved at step {step}; resume the run with unmask.resume({run!r})")

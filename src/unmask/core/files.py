@@ -140,23 +140,34 @@ def write_text(path: Path, text: str) -> None:
         _sync(path.parent)
 
 
+def save_tensors(tensors: Mapping[str, Any], path: Path, metadata: Mapping[str, str] | None = None) -> None:
+    """Write tensors as safetensors with the permissions of any new file; safetensors alone writes mode 0600."""
+    # Imported here: it imports torch, which costs a second.
+    from safetensors.torch import save_file
+
+    path.touch()
+    mode = path.stat().st_mode & 0o777
+    save_file(dict(tensors), path, metadata=None if metadata is None else dict(metadata))
+    path.chmod(mode)
+
+
 def write_json(path: Path, value: object) -> None:
     """Write a value as indented JSON, atomically."""
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
 def read_json(path: Path) -> Any:
-    """Read a JSON file.
+    """Read a JSON file; a byte order mark at its start is skipped.
 
     Raises:
         DamagedError: the file is missing, cut short or not JSON.
     """
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(path.read_text(encoding="utf-8-sig"))
     except OSError as error:
         message = f"can't read this file: {error.strerror or error}"
         raise DamagedError(message, location=str(path), hint=_RESTORE) from error
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # ValueError: not JSON, not UTF-8, or an integer of too many digits
         raise DamagedError(f"invalid JSON: {error}", location=str(path), hint=_RESTORE) from error
 
 

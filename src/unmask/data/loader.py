@@ -34,29 +34,27 @@ _CHUNKS_KEPT: Final = 4
 
 
 def read_sample(shards: Shards, spec: SampleSpec, tokenizer: Tokenizer) -> Sample:
-    """Read the tokens of a sample and add special tokens, if the tokenizer has [CLS] and [SEP].
+    """Read the tokens of a sample and add the special tokens of the tokenizer's frame.
 
-    One span becomes `[CLS] … [SEP]`, two spans become `[CLS] A [SEP] B [SEP]`. The token type of [CLS] is that of the
-    first span, and the type of each [SEP] that of the span before it.
+    One span usually becomes `[CLS] … [SEP]`, two spans become `[CLS] A [SEP] B [SEP]`. The token type of [CLS] is that
+    of the first span, and the type of each [SEP] that of the span before it.
     """
     first, *others = spec.spans
-    ids, flags = tokenizer.add_special_tokens(shards.ids(*first[:3]), shards.token_flags(*first[:3]))
     if not others:
+        ids, flags = tokenizer.add_special_tokens(shards.ids(*first[:3]), shards.token_flags(*first[:3]))
         return Sample(ids, flags, spec.epoch, spec.number, pair_label=spec.pair_label)
-    assert tokenizer.cls_sep_ids is not None, "two spans are separated by [SEP]"
-    sep, special = np.array([tokenizer.cls_sep_ids[1]]), np.array([SPECIAL], dtype=np.uint8)
-    all_ids, all_flags, token_types = [ids], [flags], [np.full(len(ids), first.segment)]
-    for span in others:
-        all_ids += [shards.ids(*span[:3]).astype(np.int64), sep]
-        all_flags += [shards.token_flags(*span[:3]), special]
-        token_types.append(np.full(span.last - span.first + 1, span.segment))
-    ids, flags = np.concatenate(all_ids), np.concatenate(all_flags)
-    return Sample(ids, flags, spec.epoch, spec.number, np.concatenate(token_types), spec.pair_label)
-
-
-def num_special_tokens(tokenizer: Tokenizer, spans: int = 1) -> int:
-    """Return the number of special tokens in a sample of `spans` spans."""
-    return 0 if tokenizer.cls_sep_ids is None else 1 + spans
+    (second,) = others
+    assert tokenizer.frame.pair is not None, "two spans are separated by special tokens"
+    before, between, after = tokenizer.frame.pair
+    special = [np.full(len(side), SPECIAL, dtype=np.uint8) for side in (before, between, after)]
+    ids = np.concatenate([before, shards.ids(*first[:3]), between, shards.ids(*second[:3]), after]).astype(np.int64)
+    flags = np.concatenate(
+        [special[0], shards.token_flags(*first[:3]), special[1], shards.token_flags(*second[:3]), special[2]]
+    )
+    until_second = len(before) + first.last - first.first + len(between)
+    token_types = np.full(len(ids), first.segment)
+    token_types[until_second:] = second.segment
+    return Sample(ids, flags, spec.epoch, spec.number, token_types, spec.pair_label)
 
 
 class _Chunk(NamedTuple):
@@ -72,7 +70,7 @@ class SampleStream:
         assert sampler.count(0) > 0, "the sampler has no samples"
         self._shards, self._sampler, self._tokenizer = shards, sampler, tokenizer
         self._count = sampler.count(0)
-        self._special_tokens = [num_special_tokens(tokenizer, spans) for spans in range(3)]
+        self._special_tokens = [tokenizer.num_special_tokens(spans) for spans in range(3)]
         self._kept: dict[tuple[int, int], _Chunk] = {}
 
     def take(self, cursor: int, tokens: int) -> tuple[list[SampleSpec], int]:
@@ -193,9 +191,9 @@ def build_sampler(
     """
     if isinstance(other, PairSampling):
         _refuse_weights(groups, f"sentence pairs ({other.kind})", "objective", "pairs are drawn from all documents")
-        inner = length - num_special_tokens(tokenizer, 2)
+        inner = length - tokenizer.num_special_tokens(2)
         return PairSampler(shards, inner, seed, other.kind, short_probability=other.short)
-    special = num_special_tokens(tokenizer)
+    special = tokenizer.num_special_tokens()
     inner = length - special
     if other:
         _refuse_weights(groups, f"the sampler `{other.kind}`", "data.sampler", "a plugin sampler decides the order")
@@ -237,7 +235,7 @@ class StageLoader:
         self._sampler, self._names = sampler, names
         self._stream = SampleStream(shards, sampler, tokenizer)
         self._micro_tokens = micro_tokens
-        self._num_special_tokens = num_special_tokens(tokenizer, sampler.spans)
+        self._num_special_tokens = tokenizer.num_special_tokens(sampler.spans)
 
     @property
     def samples(self) -> int:

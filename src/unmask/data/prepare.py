@@ -27,7 +27,7 @@ from typing import Any, Final, cast
 import tokenizers
 from filelock import FileLock, Timeout
 
-from unmask.core.errors import DamagedError, StoreError, TextError
+from unmask.core.errors import DamagedError, StoreError, TextError, TokenizerError
 from unmask.core.files import (
     RunLayout,
     atomic_directory,
@@ -41,6 +41,7 @@ from unmask.core.files import (
 from unmask.core.plugins import PluginSourceConfig, plugin_facts
 from unmask.core.quantities import Fraction
 from unmask.core.types import ProgressCallback
+from unmask.data.advice import train_fitting
 from unmask.data.settings import DataConfig
 from unmask.data.shards import Shards, append_files, finish_folder, map_numbers, merge, open_shards
 from unmask.data.sources import BaseSource
@@ -48,7 +49,7 @@ from unmask.data.split import DocumentStats, Split, SplitName, divide, train_siz
 from unmask.data.workers import SPLITS, Message, Task, WorkerCount, Workers, shard_files, units_of
 from unmask.tokenization.fast_encode import CachedEncoder
 from unmask.tokenization.settings import ExtendedTokenizerConfig, FileTokenizerConfig
-from unmask.tokenization.tokenizer import Tokenizer, train_tokenizer
+from unmask.tokenization.tokenizer import Tokenizer
 from unmask.tokenization.words import WordsRule, describe_words, detect_words, version
 
 META: Final = "meta"  # folder of the tokenizer and the facts
@@ -56,6 +57,7 @@ FACTS: Final = "facts.json"
 DOCUMENTS: Final = "documents.json"  # training documents of each part of the source
 INDEX: Final = "tokenizers.json"  # digest of tokenizer settings -> folder
 _FORMAT: Final = "corpus-5"
+_SMALLER: Final = " smaller"
 _COMPARED_LINES: Final = 500
 _LOCK_POLL_SECONDS: Final = 2.0
 
@@ -100,6 +102,7 @@ def prepare(
     workers: WorkerCount = "all cores",
     *,
     verify: bool = False,
+    shrinks: bool = False,
 ) -> TokenizedCorpus:
     """Tokenize a source, or open the result of an earlier call.
 
@@ -111,6 +114,7 @@ def prepare(
         tokenizer: existing tokenizer; by default, one is trained on the training split.
         workers: number of processes for long texts, without effect on the result.
         verify: whether to read all bytes of the text and the cached shards, instead of comparing sizes and times.
+        shrinks: whether the trained vocabulary may be smaller than its setting, if the text gives no more.
 
     Raises:
         TextError: the text can't be read, or one of the splits is empty.
@@ -124,18 +128,22 @@ def prepare(
     if verify:
         source.verify()
     request = "" if tokenizer else _tokenizer_request(settings)
+    # A smaller vocabulary is indexed by another name, so that an explicit size never finds it.
+    requests = [request, request + _SMALLER] if request and shrinks else [request]
     folder = text_folder(source, settings, cache)
-    if _find(folder, tokenizer, request) is None:
+    if _find(folder, tokenizer, requests) is None:
         # Cached digests are checked by size and time only. A build reads all bytes anyway, so it recomputes them.
         source.verify()
         folder = text_folder(source, settings, cache)
     try:
         with _exclusive(folder, progress):
-            corpus = _find(folder, tokenizer, request)
+            corpus = _find(folder, tokenizer, requests)
             is_built = corpus is None
             if corpus is None:
-                corpus = _build(Build(folder, source, settings, progress, tokenizer, workers))
+                corpus = _build(Build(folder, source, settings, progress, tokenizer, workers, shrinks=shrinks))
             if request and is_built:
+                size = read_json(corpus / META / FACTS)["vocabulary"]
+                request += _SMALLER if shrinks and size < getattr(settings.tokenizer, "vocab_size", 0) else ""
                 write_json(folder / INDEX, {**_read_index(folder), request: corpus.name})
             return _open(corpus, source, verify=verify or is_built)
     except StoreError as error:
@@ -185,10 +193,11 @@ def _read_index(folder: Path) -> Mapping[str, str]:
     return read_json(folder / INDEX)
 
 
-def _find(folder: Path, tokenizer: Tokenizer | None, request: str) -> Path | None:
-    """Return the complete corpus with this tokenizer, or with the one trained for the request; else None."""
-    name = _tokenizer_digest(tokenizer) if tokenizer else _read_index(folder).get(request)
-    return folder / name if name is not None and _is_complete(folder / name) else None
+def _find(folder: Path, tokenizer: Tokenizer | None, requests: Sequence[str]) -> Path | None:
+    """Return the complete corpus with this tokenizer, or with the one trained for a request; else None."""
+    index = _read_index(folder)
+    names = [_tokenizer_digest(tokenizer)] if tokenizer else [index[one] for one in requests if one in index]
+    return next((folder / name for name in names if _is_complete(folder / name)), None)
 
 
 def _is_complete(corpus: Path) -> bool:
@@ -244,6 +253,7 @@ class Build:
     tokenizer: Tokenizer | None
     workers: WorkerCount
     unit_bytes: int | None = None  # the default depends on the size of the text
+    shrinks: bool = False  # whether the vocabulary may be smaller than its setting
 
 
 def _build(build: Build) -> Path:
@@ -378,12 +388,18 @@ def _train(build: Build, workers: Workers, tasks: Sequence[Task], split: Split, 
     tasks = _add_shares(build.source, tasks, split, wanted, train_characters)
     stage = "training the tokenizer"
     build.progress(stage, 0.0)
-    if workers.count == 1:
-        texts = chain.from_iterable(workers.local.sample(task, _ignore) for task in tasks)
-    else:
+
+    def read() -> Iterator[str]:
+        if workers.count == 1:
+            return chain.from_iterable(workers.local.sample(task, _ignore) for task in tasks)
         workers.run("sample", tasks, _ignore)
-        texts = chain.from_iterable(_read_sample(task) for task in tasks)
-    tokenizer = train_tokenizer(texts, settings, build.progress)
+        return chain.from_iterable(_read_sample(task) for task in tasks)
+
+    try:
+        tokenizer = train_fitting(read, settings, build.progress, shrinks=build.shrinks)
+    except TokenizerError as error:
+        place = build.source.location
+        raise error.at(location=f"{place}: {error.location}" if error.location else place) from error
     build.progress(stage, 1.0)
     return tokenizer
 
@@ -503,7 +519,7 @@ def _notes(facts: Mapping[str, Any], source: BaseSource) -> list[str]:
     reason = " (chosen by its script)" if facts["words_by"] == "auto" else ""
     words = describe_words(cast("WordsRule", facts["words"]))
     unknown = facts["train_unknown_characters"] / max(1, facts["train_characters"])
-    notes = [f"text: {size}; {source.notes} (data.document)"]
+    notes = [f"text: {size}; {source.notes} (data.document)", *source.warnings]
     if facts["left_out"]:
         notes.append(f"skipped: {facts['left_out']:,} lines or rows that could not be read (data.errors = skip)")
     if facts["drop_duplicates"]:

@@ -1,7 +1,4 @@
-"""Statistics of a text (`unmask data inspect`): documents, copies, characters, tokens, examples and warnings.
-
-The script of a letter is the first word of its Unicode name ("HANGUL SYLLABLE GA").
-"""
+"""Statistics of a text (`unmask data inspect`): documents, copies, characters, tokens, examples and warnings."""
 
 from __future__ import annotations
 
@@ -20,13 +17,22 @@ from numpy.typing import NDArray
 from unmask.core import rng
 from unmask.core.errors import TextError, TokenizerError
 from unmask.core.types import WORD_START, DocumentChunk, InputGroup, ProgressCallback
+from unmask.data.advice import (
+    MANY_UNKNOWN,
+    script_of,
+    spelling_kind,
+    text_facts,
+    train_fitting,
+    unknown_warning,
+    vocabulary_choice,
+)
 from unmask.data.prepare import CorpusGroup, join_stats
 from unmask.data.sampling import MixedText, MixtureSampler, WindowSampler, is_weighted
 from unmask.data.settings import DataConfig
 from unmask.data.sources import BaseSource
 from unmask.data.split import LEFT_OUT, DocumentStats, Split, divide
 from unmask.data.workers import Task, TaskRunner
-from unmask.tokenization.tokenizer import Encoded, Tokenizer, train_tokenizer
+from unmask.tokenization.tokenizer import Encoded, Tokenizer
 from unmask.tokenization.words import WordsRule, codes, detect_words
 
 _BLOCK_CHARACTERS: Final = 1 << 20  # counted at once: the fixed cost of a count equals that of this many characters
@@ -95,7 +101,7 @@ class CharacterCounts:
         """Return the fraction of each script among all letters, the largest first."""
         totals: Counter[str] = Counter()
         for code in np.flatnonzero(self.counts).tolist():
-            if script := _script(chr(code)):
+            if script := script_of(chr(code)):
                 totals[script] += int(self.counts[code])
         total = max(1, totals.total())
         return {script: count / total for script, count in totals.most_common()}
@@ -104,21 +110,12 @@ class CharacterCounts:
         """Return the most frequent non-ASCII characters outside the main script."""
         main = next(iter(self.scripts()), "")
         present = [code for code in np.flatnonzero(self.counts).tolist() if code >= 0x80]
-        outside = [code for code in present if _script(chr(code)) != main and chr(code).isprintable()]
+        outside = [code for code in present if script_of(chr(code)) != main and chr(code).isprintable()]
         outside.sort(key=lambda code: (-int(self.counts[code]), code))
         return tuple(
             Foreign(chr(code), unicodedata.name(chr(code), f"U+{code:04X}"), int(self.counts[code]))
             for code in outside[:limit]
         )
-
-
-def _script(character: str) -> str:
-    """Return the script of a letter; empty for other characters."""
-    if not character.isalpha():
-        return ""
-    name = unicodedata.name(character, "").removeprefix("FULLWIDTH ").removeprefix("HALFWIDTH ")
-    script = name.partition(" ")[0].partition("-")[0]
-    return "HAN" if script in ("CJK", "IDEOGRAPHIC") else script
 
 
 _EXAMPLES: Final = 5
@@ -224,7 +221,6 @@ _FOREIGN: Final = 12
 _BATCH_CHARACTERS: Final = 1_000_000
 # Thresholds of the warnings.
 _MANY_COPIES: Final = 0.05
-_MANY_UNKNOWN: Final = 0.01
 _SHORT_CHARACTERS: Final = 20
 _LITTLE_CHARACTERS: Final = 1_000_000
 
@@ -343,6 +339,7 @@ class Report:
     stages: tuple[StageStats, ...]
     examples: tuple[Example, ...]
     left_out: int  # skipped lines and rows
+    choices: tuple[str, ...]  # settings that were chosen because of the text, each with its reason
     warnings: tuple[str, ...]
 
 
@@ -378,6 +375,7 @@ def inspect_text(
     *,
     seed: int = 0,
     tokenizer: Tokenizer | None = None,
+    shrinks: bool = False,
 ) -> Report:
     """Read a text and return its statistics.
 
@@ -388,6 +386,7 @@ def inspect_text(
         progress: called with the stage and its completed fraction.
         seed: random seed of the sample and the examples.
         tokenizer: existing tokenizer; by default, one is trained on a sample.
+        shrinks: whether the trained vocabulary may be smaller than its setting, if the text gives no more.
 
     Raises:
         TextError: the text can't be read, or is empty.
@@ -405,10 +404,12 @@ def inspect_text(
         split = None
         warnings.append(error.message)
     trained = tokenizer is None
+    choice = None
     try:
         if tokenizer is None:
             progress("training the tokenizer on a sample", 0.0)
-            tokenizer = train_tokenizer(iter(reader.sample), settings.tokenizer)
+            tokenizer = train_fitting(lambda: iter(reader.sample), settings.tokenizer, shrinks=shrinks)
+            choice = vocabulary_choice(settings, tokenizer.size)
             progress("training the tokenizer on a sample", 1.0)
     except TokenizerError as error:
         progress("training the tokenizer on a sample", 1.0)
@@ -419,7 +420,7 @@ def inspect_text(
     seen = None if tokenizer is None else _tokenized(reader.sample, tokenizer, words, settings, trained)
     stages: tuple[StageStats, ...] = ()
     if tokenizer is not None and seen is not None:
-        num_special_tokens = 2 if tokenizer.cls_sep_ids else 0
+        num_special_tokens = tokenizer.num_special_tokens()
         tokens = _tokens(stats, split, seen)
         stages = tuple(_stage(tokens, reader.groups, length, num_special_tokens) for length in lengths)
     report = Report(
@@ -437,9 +438,14 @@ def inspect_text(
         stages=stages,
         examples=() if tokenizer is None else tuple(_examples(reader, stats, tokenizer, words)),
         left_out=sum(source.left_out.values()),
+        choices=() if choice is None else (str(choice),),
         warnings=(),
     )
-    return replace(report, warnings=(*warnings, *_warnings(report, settings, lengths)))
+    if seen is not None and seen.unknown_share > MANY_UNKNOWN:
+        facts, kind = text_facts(source), settings.tokenizer.kind if trained else "file"
+        fix = f"use --set data.tokenizer.kind={spelling_kind(facts, kind)}"
+        warnings.append(f"{unknown_warning(seen.unknown_share, kind, facts)}; {fix}")
+    return replace(report, warnings=(*source.warnings, *warnings, *_warnings(report, settings, lengths)))
 
 
 def _copies(stats: DocumentStats, example: str) -> Copies:
@@ -553,11 +559,6 @@ def _warnings(report: Report, settings: DataConfig, lengths: Sequence[int]) -> I
         yield f"the text contains {report.alphabet.controls:,} control characters other than tabs and line ends"
     if report.characters < _LITTLE_CHARACTERS:
         yield f"the text has only {report.characters:,} characters: a model of any size will overfit"
-    if report.tokenizer and report.tokenizer.unknown_share > _MANY_UNKNOWN:
-        yield (
-            f"{report.tokenizer.unknown_share:.1%} of the characters are [UNK], which is never masked: use a "
-            "tokenizer without unknown characters, e.g. --set data.tokenizer.kind=bpe"
-        )
     for stage, length in zip(report.stages, lengths, strict=False):
         if stage.epoch_tokens < length:
             yield f"the training text is shorter than one sequence of {length} tokens"

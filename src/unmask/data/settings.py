@@ -30,9 +30,12 @@ _NAME = re.compile(r"[\w-]+")
 class HeldOutConfig:
     """The part of the text that is held out for validation."""
 
-    method: Literal["auto", "hash", "tail"] = "auto"  # auto: hash from 100 documents on, else tail
-    fraction: Fraction | Literal["auto"] = "auto"  # auto: hash 1% of all characters, tail 10% of each document
-    max_size: Quantity = default(default_factory=lambda: Quantity(2_000_000, "characters"))  # hash only
+    # hash: whole documents, by the hash of their text; tail: the end of each document; auto: hash from 100 documents.
+    method: Literal["auto", "hash", "tail"] = "auto"
+    # [fraction of the characters] Size; auto: hash 1% of the text, tail 10% of each document.
+    fraction: Fraction | Literal["auto"] = "auto"
+    # [characters] Maximum size; with hash only.
+    max_size: Quantity = default(default_factory=lambda: Quantity(2_000_000, "characters"))
 
     def __post_init__(self) -> None:
         self.max_size.require("characters")
@@ -48,31 +51,40 @@ class HeldOutConfig:
 class FilesConfig:
     """Text from the files and datasets that are named on the command line."""
 
-    kind: Literal["files"] = "files"
+    kind: Literal["files"] = "files"  # Files and datasets.
 
 
 @dataclass(frozen=True)
 class WindowsConfig:
     """Samples that are windows of a document, as long as the stage's `max_seq_len`."""
 
-    kind: Literal["windows"] = "windows"
+    kind: Literal["windows"] = "windows"  # Windows of a document.
 
 
 @dataclass(frozen=True)
 class DataConfig:
     """How text is read, split, tokenized and sampled."""
 
-    document: Literal["auto", "blank-line", "line", "file"] = "auto"  # unit that is one document; auto: blank-line
-    words: Literal["auto", WordsRule] = "auto"  # auto: characters for Chinese and Japanese, else spaces
-    errors: ErrorsRule = "strict"  # replace: U+FFFD for bytes that are not UTF-8; skip: skip and count
-    field: str = "text"  # field of a .jsonl line; column of .csv, .tsv, .parquet and datasets
-    quoting: QuotingRule = "csv"  # for .csv and .tsv; none: quotes are ordinary characters, each line is a row
-    unicode: UnicodeForm = "NFC"
-    drop_duplicates: bool = False  # skip documents whose text occurred before
-    valid: Mapping[str, str] = default(default_factory=dict[str, str])  # name -> additional validation text
+    # Unit of plain text that is one document; blank-line: a paragraph; auto: a file of code, else a paragraph.
+    document: Literal["auto", "blank-line", "line", "file"] = "auto"
+    # What a word is, for whole-word masking; auto: characters for Chinese and Japanese, else spaces.
+    words: Literal["auto", WordsRule] = "auto"
+    # Bytes that are not UTF-8 and malformed rows; strict: an error; replace: U+FFFD; skip: the line is left out.
+    errors: ErrorsRule = "strict"
+    field: str = "text"  # Field of a .jsonl line; column of .csv, .tsv, .parquet and datasets.
+    # Quotes in .csv and .tsv; csv: they enclose cells; none: they are ordinary characters, each line is a row.
+    quoting: QuotingRule = "csv"
+    unicode: UnicodeForm = "NFC"  # Unicode normalization form of the text.
+    drop_duplicates: bool = False  # Whether documents are skipped whose text occurred before.
+    # [fraction of the characters] Largest fraction of unknown characters that a run starts with.
+    max_unknown: Fraction = Fraction(0.2)
+    valid: Mapping[str, str] = default(default_factory=dict[str, str])  # Additional validation texts: name = path.
+    # The part of the text that is held out for validation.
     held_out: HeldOutConfig = default(default_factory=HeldOutConfig)
+    # Tokenizer to train or to load (docs/tokenizers.md).
     tokenizer: TokenizerConfig = default(default_factory=WordPieceConfig)
-    source: FilesConfig | PluginSourceConfig = default(default_factory=FilesConfig)
+    source: FilesConfig | PluginSourceConfig = default(default_factory=FilesConfig)  # Where text comes from.
+    # How documents become samples.
     sampler: WindowsConfig | PluginSamplerConfig = default(default_factory=WindowsConfig)
 
     def __post_init__(self) -> None:

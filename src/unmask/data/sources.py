@@ -5,25 +5,32 @@ A text is named by a path, a pattern, `dataset:NAME` or "-". Each may have a wei
 
 from __future__ import annotations
 
-import glob
 import hashlib
-import math
 import os
-import re
 import sys
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import BinaryIO, Final, Literal, NamedTuple
+from typing import BinaryIO, Final
 
 from unmask.core.errors import RecipeError, TextError
 from unmask.core.files import DigestCache, default_cache, digest, file_digest, wrap_os_errors
 from unmask.core.format import join_names
 from unmask.core.plugins import PluginSourceConfig, make
 from unmask.core.types import DocumentChunk, InputGroup, Source, SourceContext, SourceShard
+from unmask.data.inputs import (
+    SPOOL,
+    STANDARD_INPUT,
+    TextInput,
+    absolute,
+    is_name,
+    kind_of,
+    resolve_inputs,
+    weighted,
+)
 from unmask.data.readers.bytes import decoded, packing
 from unmask.data.readers.documents import (
     CHUNK_CHARACTERS,
@@ -34,139 +41,9 @@ from unmask.data.readers.documents import (
     split_document,
     split_documents,
 )
-from unmask.data.readers.hf_datasets import (
-    PREFIX,
-    column_digest,
-    column_of,
-    dataset_files,
-    dataset_rows,
-    is_saved,
-    parse,
-)
-from unmask.data.readers.tables import Rows, json_rows, parquet_groups, parquet_rows, separated_rows
+from unmask.data.readers.hf_datasets import column_digest, column_of, dataset_files, dataset_rows
+from unmask.data.readers.tables import Rows, json_rows, json_values, parquet_groups, parquet_rows, separated_rows
 from unmask.data.settings import DataConfig, DocumentRule, ErrorsRule, QuotingRule, UnicodeForm
-
-Kind = Literal["text", "jsonl", "csv", "tsv", "parquet", "dataset"]
-
-STANDARD_INPUT: Final = "-"
-SPOOL: Final = "standard-input"  # directory of the cache with copies of standard input
-_KINDS: Final[dict[str, Kind]] = {
-    ".txt": "text", ".jsonl": "jsonl", ".csv": "csv", ".tsv": "tsv", ".parquet": "parquet"
-}  # fmt: skip
-_WEIGHT: Final = re.compile(r"(.+):([+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?)", re.DOTALL)
-_PATTERN: Final = re.compile(r"[*?\[]")
-
-
-class TextInput(NamedTuple):
-    """A named text and its files and datasets."""
-
-    name: str
-    weight: float  # 0.0: without a weight
-    entries: tuple[str, ...]  # paths of files, and dataset:NAME
-
-
-def resolve_inputs(texts: Sequence[str]) -> list[TextInput]:
-    """Return the inputs of all names; their weights add up to 1.
-
-    Raises:
-        TextError: a text doesn't exist, or the weights are invalid.
-    """
-    if not texts:
-        raise TextError("no text was given", hint="name a text file, or a directory with *.txt files")
-    named = [weighted(text) for text in texts]
-    weights = [weight for _, weight in named if weight is not None]
-    for (name, weight), text in zip(named, texts, strict=True):
-        if weight is not None and not (weight > 0 and math.isfinite(weight)):
-            raise TextError(
-                f"invalid weight: got {weight:g}, expected a number above 0", location=text, hint="write TEXT:0.7"
-            )
-        if weight is None and weights:
-            hint = f"give every text a weight ({name}:1), or none"
-            raise TextError("this text has no weight, but others have one", location=text, hint=hint)
-    total = sum(weights)
-    return [TextInput(_display_name(name), (weight or 0.0) / (total or 1.0), _entries(name)) for name, weight in named]
-
-
-def weighted(text: str) -> tuple[str, float | None]:
-    """Split NAME:WEIGHT; the weight is None if there is none, or if a file with the full name exists."""
-    match = None if os.path.lexists(text) else _WEIGHT.fullmatch(text)
-    if not match or match[1] == PREFIX[:-1] or (os.name == "nt" and len(match[1]) == 1):  # dataset:7; C:7
-        return text, None
-    return match[1], float(match[2])
-
-
-def absolute(text: str) -> str:
-    """Return the name with an absolute path."""
-    name, weight = weighted(text)
-    suffix = "" if weight is None else text[len(name) :]
-    if name.startswith(PREFIX):
-        folder, _, split = name.removeprefix(PREFIX).partition("@")
-        if not os.path.isdir(folder):
-            return text
-        return PREFIX + os.path.abspath(folder) + (f"@{split}" if split else "") + suffix
-    return text if name == STANDARD_INPUT else os.path.abspath(name) + suffix
-
-
-def is_name(text: str) -> bool:
-    """Return whether a text is surely a name: standard input, a dataset, or a known file extension."""
-    name, _ = weighted(text)
-    ending = Path(name.removesuffix(packing(Path(name)))).suffix.lower()
-    return name == STANDARD_INPUT or name.startswith(PREFIX) or ending in _KINDS or bool(packing(Path(name)))
-
-
-def kind_of(entry: str) -> Kind:
-    """Return the kind of a file by its extension; unknown ones are plain text."""
-    if entry.startswith(PREFIX):
-        return "dataset"
-    path = Path(entry)
-    return _KINDS.get(Path(path.stem if packing(path) else path.name).suffix.lower(), "text")
-
-
-def _display_name(name: str) -> str:
-    return "standard input" if _is_spooled(name) else name
-
-
-def _is_spooled(name: str) -> bool:
-    return Path(name).parent.name == SPOOL
-
-
-def _entries(name: str) -> tuple[str, ...]:
-    """Return the file itself, the text files in a directory, the matches of a pattern, or the dataset."""
-    if name.startswith(PREFIX):
-        parse(name)
-        return (name,)
-    if os.path.isfile(name):  # Path.is_file raises where a name is too long to be one
-        return (name,)
-    if not os.path.exists(name):
-        return _match_pattern(name)
-    folder = Path(name)
-    if not folder.is_dir():
-        raise TextError("neither a file nor a directory", location=name, hint="name a text file")
-    if is_saved(folder):
-        return (PREFIX + name,)
-    files = [str(file) for file in folder.rglob("*") if file.is_file() and is_name(file.name)]
-    if not files:
-        hint = f"name its files, or rename them to end in {', '.join(_KINDS)}, possibly followed by .gz or .zst"
-        raise TextError("no text files in this directory", location=name, hint=hint)
-    return tuple(sorted(files, key=lambda file: Path(file).as_posix()))
-
-
-def _match_pattern(name: str) -> tuple[str, ...]:
-    """Return the files that a pattern matches.
-
-    Raises:
-        TextError: it matches none, or the name is no pattern.
-    """
-    if _PATTERN.search(name):
-        files = [file for file in glob.glob(name, recursive=True) if os.path.isfile(file)]
-        if files:
-            return tuple(sorted(files, key=lambda file: Path(file).as_posix()))
-        raise TextError("no file matches this pattern", location=name, hint="check the pattern; ** matches any depth")
-    if _is_spooled(name):
-        message = "the copy of standard input is no longer in the cache"
-        raise TextError(message, location=name, hint="restore this file, or start a new run")
-    raise TextError("no such file or directory", location=name, hint="check the path")
-
 
 _DOCUMENT_RULES = {
     "blank-line": "a paragraph (text between blank lines)",
@@ -195,6 +72,11 @@ class BaseSource(ABC):
     def notes(self) -> str:
         """Description of a document, for display."""
         return "documents are as the source yields them"
+
+    @property
+    def warnings(self) -> Sequence[str]:
+        """Files that were left out, in words."""
+        return ()
 
     @property
     def paths(self) -> Sequence[str]:
@@ -265,7 +147,8 @@ class PluginSource(BaseSource):
 class FileSource(BaseSource):
     """UTF-8 text in files and datasets, plain or compressed, as text or tables.
 
-    A directory stands for its files with a known extension, sorted. `DocumentChunk.document` counts the documents of
+    A directory stands for its files with a known extension, sorted; hidden files are left out. Links are followed, and
+    each file is read once. `DocumentChunk.document` counts the documents of
     one part only. A part is a range of a file's bytes that begins and ends with a document, or a
     range of rows of a dataset. Line ends become line feeds, and a UTF-8 byte order mark is removed.
 
@@ -274,7 +157,7 @@ class FileSource(BaseSource):
             (`notes.txt:0.7`), or none.
         document: unit of plain text that is one document.
         errors: handling of bytes that are not UTF-8 and of malformed rows.
-        field: field of a .jsonl line, may be dotted; column of other tables.
+        field: field of a .jsonl or .json object, may be dotted; column of other tables.
         unicode: Unicode normalization form.
         quoting: "csv": quotes enclose cells of .csv and .tsv; "none": quotes are ordinary characters.
     """
@@ -314,6 +197,11 @@ class FileSource(BaseSource):
         return "; ".join(notes)
 
     @property
+    def warnings(self) -> Sequence[str]:
+        """Files that were left out, in words."""
+        return [warning for named in self._named for warning in named.warnings]
+
+    @property
     def _spooled(self) -> list[str]:
         return [named.entries[0] for named in self._named if named.name == "standard input"]
 
@@ -333,14 +221,19 @@ class FileSource(BaseSource):
     @property
     def fingerprint(self) -> str:
         """Digest of the content, the settings and the weights; names and directories of files have no effect."""
-        if self._digests is None:
-            self._digests = self._read_digests()
         rules = [self._document, self._errors, self._field, self._unicode]
         if self._quoting != "csv":
             rules.append(f"quoting {self._quoting}")
         if any(named.weight for named in self._named):
             rules += [f"{named.weight:.6g} {len(named.entries)}" for named in self._named]
-        return digest("texts", *rules, *self._digests.values())
+        return digest("texts", *rules, *self.digests.values())
+
+    @property
+    def digests(self) -> Mapping[str, str]:
+        """Kind and digest of each file and dataset, in order."""
+        if self._digests is None:
+            self._digests = self._read_digests()
+        return self._digests
 
     def verify(self) -> None:
         """Recompute the digests that came from the cache.
@@ -486,6 +379,8 @@ class FileSource(BaseSource):
             return parquet_rows(path, self._field, self._errors, part.first_byte, part.last_byte)
         if kind == "jsonl":
             return json_rows(path, self._field, self._errors, part.first_byte, part.last_byte)
+        if kind == "json":
+            return json_values(path, self._field, self._errors)
         return separated_rows(path, "\t" if kind == "tsv" else ",", self._field, self._errors, self._quoting)
 
 
@@ -675,6 +570,24 @@ def open_valid(settings: DataConfig) -> dict[str, FileSource]:
         except TextError as error:
             raise error.at(location=f"data.valid.{name}: {error.location or path}") from None
     return opened
+
+
+def require_field_used(field: str, sources: Iterable[BaseSource]) -> None:
+    """Check that a field other than the default is the field of a table.
+
+    Raises:
+        TextError: all texts are plain text.
+    """
+    opened = list(sources)
+    if field == DataConfig().field or not all(isinstance(source, FileSource) for source in opened):
+        return
+    parts = [part.path for source in opened for part in source.parts()]
+    if all(kind_of(path) == "text" for path in parts):
+        raise TextError(
+            f"field `{field}` is not used: plain text has no fields",
+            location=join_names(parts),
+            hint="remove --field (data.field), or rename a table to its extension, such as .jsonl or .csv",
+        )
 
 
 def _is_prose(text: str | Path) -> bool:

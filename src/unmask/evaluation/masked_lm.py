@@ -84,7 +84,7 @@ def build_eval_set(
     Raises:
         TextError: no token of the documents can be masked.
     """
-    num_special_tokens = 2 if tokenizer.cls_sep_ids else 0
+    num_special_tokens = tokenizer.num_special_tokens()
     samples: list[Sample] = []
     targets: list[tuple[Integers, Integers]] = []  # masked positions within the sample, and their labels
     for number, document in enumerate(documents):
@@ -107,7 +107,7 @@ def build_eval_set(
                 Sample(*tokenizer.add_special_tokens(corrupted[first:last], document.token_flags[first:last]))
             )
             window_M = positions_M[(positions_M >= first) & (positions_M < last)]
-            targets.append((window_M - first + num_special_tokens // 2, document.ids[window_M].astype(np.int64)))
+            targets.append((window_M - first + len(tokenizer.frame.before), document.ids[window_M].astype(np.int64)))
     batches = tuple(_masked_batches(samples, targets))
     labels = np.concatenate([labels for _, labels in targets]) if targets else np.empty(0, np.int64)
     if not len(labels):

@@ -17,7 +17,7 @@ from torch import nn
 from unmask.core.distributed import DistributedContext
 from unmask.core.errors import TextError
 from unmask.core.types import Batch, Sample, pack
-from unmask.data.loader import num_special_tokens, read_sample
+from unmask.data.loader import read_sample
 from unmask.data.sentence_pairs import PairKind, PairSampler
 from unmask.data.shards import Shards
 from unmask.evaluation.masked_lm import EVAL_MASKING, EVAL_SEED
@@ -57,7 +57,7 @@ def build_pair_eval_set(shards: Shards, tokenizer: Tokenizer, length: int, kind:
         TextError: too few documents have two sentences.
     """
     try:
-        pairs = PairSampler(shards, length - num_special_tokens(tokenizer, 2), EVAL_SEED, kind)
+        pairs = PairSampler(shards, length - tokenizer.num_special_tokens(2), EVAL_SEED, kind)
     except TextError as error:
         raise TextError(
             f"not enough held-out text for sentence pairs: {error.message}",

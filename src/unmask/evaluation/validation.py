@@ -12,13 +12,13 @@ from typing import cast
 import numpy as np
 from torch import nn
 
-from unmask.core.distributed import DistributedContext
+from unmask.core.distributed import DistributedContext, init_distributed
 from unmask.core.errors import ModelError, TextError
 from unmask.core.quantities import Quantity
 from unmask.data.prepare import TokenizedCorpus
 from unmask.data.sentence_pairs import PairKind
 from unmask.data.settings import DataConfig, DocumentRule, ErrorsRule
-from unmask.data.sources import BaseSource, open_source
+from unmask.data.sources import BaseSource, open_text
 from unmask.evaluation.masked_lm import (
     Document,
     EvalResult,
@@ -144,16 +144,16 @@ class Validator:
 
 def evaluate_text(
     model: Model,
-    paths: Sequence[Path],
+    texts: str | Path | Sequence[str | Path],
     *,
-    context: DistributedContext,
+    context: DistributedContext | None = None,
     length: int | None = None,
     document: DocumentRule | None = None,
     errors: ErrorsRule = "strict",
     field: str = "text",
-    max_size: float = float("inf"),
+    max_size: str | float | None = None,
 ) -> EvalResult:
-    """Return a model's result on text files, with 15 % of the tokens masked and in float32.
+    """Return a model's result on text, with 15 % of the tokens masked and in float32.
 
     Bits per character are mean nats per masked token x tokens / characters / ln 2. Characters are code points of the
     NFC text, line ends included. [UNK] is excluded from tokens and characters; its share is in the result. Models with
@@ -161,13 +161,14 @@ def evaluate_text(
 
     Args:
         model: Model to evaluate, as returned by `unmask.load`.
-        paths: Text files or directories.
-        context: Device to compute on.
+        texts: Paths of text files or directories, or the texts themselves, as for `unmask.pretrain`.
+        context: Device to compute on; default: as chosen for training.
         length: Maximum sequence length in tokens; default: that of the model's training.
         document: Rule that splits the text into documents; default: that of the training text, or "blank-line".
         errors: What to do with undecodable bytes or malformed rows.
         field: Name of the field or column with the text, for tables.
-        max_size: Maximum number of characters to read. Each token takes about 30 bytes of memory.
+        max_size: Amount of text to read, such as "2M characters"; default: all. Each token takes about
+            30 bytes of memory.
 
     Raises:
         TextError: the text can't be read, or none of its tokens can be masked.
@@ -178,8 +179,12 @@ def evaluate_text(
     if not 3 <= length <= max_length:
         raise ModelError(f"invalid length: got {length}, expected 3 to {max_length}", hint="choose another length")
     rule = document or cast("DocumentRule", model.card.get("document", "blank-line"))
-    source = open_source(paths, DataConfig(document=rule, errors=errors, field=field))
-    documents = documents_from_source(source, model.tokenizer, model.words, max_size).documents
+    size = Quantity.parse(max_size).require("characters").number if isinstance(max_size, str) else max_size
+    limit = float("inf") if size is None else size
+    context = context or init_distributed("float32")
+    named = [texts] if isinstance(texts, str | Path) else texts
+    source = open_text(named, DataConfig(document=rule, errors=errors, field=field))
+    documents = documents_from_source(source, model.tokenizer, model.words, limit).documents
     counts_V = np.zeros(model.tokenizer.size, np.int64)
     for eval_document in documents:
         counts_V += np.bincount(eval_document.ids, minlength=len(counts_V))

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final, cast
 
@@ -18,6 +19,7 @@ from unmask.core.files import RunLayout
 from unmask.core.format import join_names
 from unmask.hub.tokenizer import load_tokenizer
 from unmask.models import EncoderConfig, build_model, build_pair
+from unmask.models import model as models
 from unmask.models.annotated import TutorialConfig
 from unmask.models.bert import BertConfig
 from unmask.models.hf_format import (
@@ -32,9 +34,9 @@ from unmask.models.hf_format import (
 from unmask.models.model import (
     Model,
     Weights,
+    as_float32,
     check_output_directory,
     find_checkpoint,
-    load,
     open_checkpoint,
     save_model,
 )
@@ -47,6 +49,11 @@ _ENCODER_ONLY: Final = ("embeddings.", "encoder.", "pooler.", "layers.", "final_
 _TASK_HEADS: Final = ("classifier.", "qa_outputs.", "score.")
 _BUFFERS: Final = ("position_ids", "token_type_ids", "inv_freq")  # computed from the settings
 _NAMES_SHOWN: Final = 5
+_WRAPPERS: Final = ("_orig_mod", "module", "_fsdp_wrapped_module")  # torch.compile, DDP and DataParallel, FSDP
+_OUTER_PREFIXES: Final = ("model.", "auto_model.", "transformer.")
+_INNER_PREFIXES: Final = ("bert.", "roberta.", "model.", "cls.", "lm_head.", "embeddings.word_embeddings.")
+SENTENCE_MODULES: Final = "modules.json"
+_SENTENCE_FILES: Final = ("config_sentence_transformers.json", "sentence_bert_config.json")
 _MODEL_TYPES: Final = (
     ("ModernBert", "modernbert"), ("XLMRoberta", "xlm-roberta"), ("Roberta", "roberta"), ("Bert", "bert"),
 )  # fmt: skip
@@ -70,6 +77,7 @@ def import_model(folder: str | Path, out: str | Path, *, force: bool = False, se
         StoreError: `out` can't be written.
     """
     target = check_output_directory(Path(out), Path(folder), force=force)
+    sentence_files = SentenceFiles.of(Path(folder))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = open_model(folder)
@@ -78,8 +86,81 @@ def import_model(folder: str | Path, out: str | Path, *, force: bool = False, se
     model = replace(model, card=card, path=str(target))
     with files.atomic_directory(target) as partial:
         save_model(partial, model)
+        sentence_files.copy(partial)
         files.write_manifest(partial)
     return model
+
+
+@dataclass(frozen=True)
+class SentenceFiles:
+    """Files of sentence-transformers beside a model: modules.json, and the files and folders of the modules.
+
+    The transformer may lie in a subfolder, such as 0_Transformer.
+    """
+
+    folder: Path
+    modules: tuple[dict[str, Any], ...] = ()  # entries of modules.json; empty: not of sentence-transformers
+    transformer: str = ""  # subfolder of the transformer
+
+    @classmethod
+    def of(cls, folder: Path) -> SentenceFiles:
+        """Return the files in a folder.
+
+        Raises:
+            DamagedError: modules.json is not a list of modules, or names a path outside the folder.
+        """
+        path = folder / SENTENCE_MODULES
+        if not path.is_file():
+            return cls(folder)
+        entries: Any = files.read_json(path)
+        is_valid = isinstance(entries, list) and all(
+            isinstance(entry, dict)
+            and isinstance(entry.get("path"), str)
+            and isinstance(entry.get("type"), str)
+            and _is_inside(entry["path"])
+            for entry in cast("list[Any]", entries)
+        )
+        if not is_valid:
+            raise DamagedError(
+                "invalid list of modules: expected objects with the strings `path` and `type`",
+                location=str(path),
+                hint="restore the file from a copy, or remove it to import the transformer alone",
+            )
+        modules = tuple(cast("list[dict[str, Any]]", entries))
+        transformers = [str(entry["path"]) for entry in modules if str(entry["type"]).endswith(".Transformer")]
+        return cls(folder, modules, transformers[0] if transformers else "")
+
+    def copy(self, target: Path) -> None:
+        """Copy the files to a folder that has the transformer at its top."""
+        if not self.modules:
+            return
+        entries: list[dict[str, Any]] = []
+        for entry in self.modules:
+            is_transformer = str(entry["type"]).endswith(".Transformer")
+            entries.append({**entry, "path": ""} if is_transformer else entry)
+            source = self.folder / entry["path"]
+            if not is_transformer and entry["path"] and source.is_dir():
+                shutil.copytree(source, target / entry["path"], dirs_exist_ok=True)
+        for name in _SENTENCE_FILES:
+            source = next((f for f in (self.folder / self.transformer / name, self.folder / name) if f.is_file()), None)
+            if source is not None:
+                shutil.copyfile(source, target / name)
+        files.write_json(target / SENTENCE_MODULES, entries)
+
+
+def _is_inside(path: str) -> bool:
+    return not Path(path).is_absolute() and ".." not in Path(path).parts
+
+
+def load(path: str | Path) -> Model:
+    """Load a model from a run, a step folder, or a folder saved by transformers, with the ids of AutoTokenizer.
+
+    Raises:
+        ModelError: there is no model, its architecture is not supported, or the tokenizer doesn't match it.
+        TokenizerError: the tokenizer can't be read, or AutoTokenizer gives ids that no tokenizer.json gives.
+        DamagedError: a file was truncated or changed; it is named.
+    """
+    return models.load(path, read_tokenizer=load_tokenizer)
 
 
 def open_model(folder: str | Path) -> Model:
@@ -94,12 +175,17 @@ def open_model(folder: str | Path) -> Model:
         TokenizerError: there is no tokenizer, or it can't be read.
         DamagedError: a file is missing or damaged.
     """
-    path = find_checkpoint(folder)
+    path = find_checkpoint(Path(folder) / _transformer_folder(Path(folder)))
     hf_config = _read_config(path)
     if (path / RunLayout.CARD).is_file() and not _is_encoder_only(hf_config):
         return load(folder)
     model = open_checkpoint(path, hf_config, read_tokenizer=load_tokenizer, read_weights=_read_weights)
     return replace(model, notes=(*model.notes, *_tokenizer_notes(model)))
+
+
+def _transformer_folder(folder: Path) -> str:
+    """Return the subfolder of the transformer in a folder of sentence-transformers; "" if there is none."""
+    return "" if (folder / RunLayout.CONFIG).is_file() else SentenceFiles.of(folder).transformer
 
 
 def _read_weights(folder: Path, settings: EncoderConfig, vocab_size: int) -> Weights:
@@ -113,10 +199,11 @@ def _read_weights(folder: Path, settings: EncoderConfig, vocab_size: int) -> Wei
         tensors, rename_notes = rename_tensors(tensors, settings)
         settings, tie_notes = untie_if_different(tensors, settings)
         encoder, head = build_model(settings, vocab_size)
+        tensors, pooler_notes = leave_out_pooler(tensors, settings, _architecture(_read_config(folder)))
         pair = build_pair(settings) if has_pair_head(tensors, settings) else None
         initial = States(encoder.state_dict(), head.state_dict(), None if pair is None else pair.state_dict())
         tensors, head_notes = add_missing_heads(tensors, settings, to_hf_tensors(initial, settings))
-        return Weights(tensors, settings, [*notes, *rename_notes, *tie_notes, *head_notes])
+        return Weights(tensors, settings, [*notes, *rename_notes, *tie_notes, *pooler_notes, *head_notes])
     except ModelError as error:
         raise error.at(location=error.location if "/" in error.location else str(folder)) from error
 
@@ -140,8 +227,14 @@ def _tokenizer_notes(model: Model) -> list[str]:
 def _read_config(folder: Path) -> Mapping[str, Any]:
     """Return config.json; files of old versions name their architecture but not their model_type."""
     config: Any = files.read_json(folder / RunLayout.CONFIG)
+    if isinstance(config, dict) and cast("Mapping[str, Any]", config).get("quantization_config") is not None:
+        raise ModelError(
+            "unsupported quantization_config: quantized weights are not supported",
+            location=str(folder / RunLayout.CONFIG),
+            hint="use the checkpoint in float32, bfloat16 or float16",
+        )
     if isinstance(config, dict) and "model_type" not in config:
-        architecture = str((cast("Mapping[str, Any]", config).get("architectures") or [""])[0])
+        architecture = _architecture(cast("Mapping[str, Any]", config))
         for prefix, model_type in _MODEL_TYPES:
             if architecture.startswith(prefix):
                 return {**cast("Mapping[str, Any]", config), "model_type": model_type}
@@ -150,8 +243,13 @@ def _read_config(folder: Path) -> Mapping[str, Any]:
 
 def _is_encoder_only(config: Mapping[str, Any]) -> bool:
     """Return whether a config.json describes an encoder without heads."""
-    architectures = config.get("architectures") if isinstance(config, dict) else None
-    return bool(architectures) and str(cast("list[Any]", architectures)[0]).endswith("Model")
+    return isinstance(config, dict) and _architecture(config).endswith("Model")
+
+
+def _architecture(config: Mapping[str, Any]) -> str:
+    """Return the first class that a config.json names; "" if it names none."""
+    names: Any = config.get("architectures")
+    return str(cast("list[Any]", names)[0]) if isinstance(names, list) and names else ""
 
 
 # Tensors ------------------------------------------------------------------------------------------------------------
@@ -165,18 +263,65 @@ def read_tensors(folder: Path) -> tuple[Tensors, list[str]]:
         DamagedError: a file is missing or can't be read.
     """
     tensors: Tensors = {}
+    dtypes: set[torch.dtype] = set()
     for file in _weight_files(folder):
         try:
-            tensors |= load_file(file)
+            loaded = load_file(file)
         except (SafetensorError, OSError) as error:
             raise DamagedError(
                 f"can't read safetensors: {error}",
                 location=str(file),
                 hint="restore the file from a copy, or download it again",
             ) from error
-    formats = sorted({str(t.dtype).removeprefix("torch.") for t in tensors.values() if t.is_floating_point()})
+        dtypes |= {tensor.dtype for tensor in loaded.values() if tensor.is_floating_point()}
+        tensors |= {name: as_float32(tensor, name, file) for name, tensor in loaded.items() if not _is_buffer(name)}
+    formats = sorted({str(dtype).removeprefix("torch.") for dtype in dtypes})
     notes = [f"converted weights from {', '.join(formats)} to float32"] if formats not in ([], ["float32"]) else []
-    return {name: t.float() if t.is_floating_point() else t for name, t in tensors.items()}, notes
+    tensors, prefix_notes = remove_wrapper_prefixes(tensors)
+    return tensors, [*notes, *prefix_notes]
+
+
+def remove_wrapper_prefixes(tensors: Mapping[str, Tensor]) -> tuple[Tensors, list[str]]:
+    """Return the tensors without the prefixes of torch.compile, DistributedDataParallel and similar, and notes.
+
+    Raises:
+        ModelError: two tensors have the same name without the prefixes.
+    """
+    removed: set[str] = set()
+    renamed: dict[str, str] = {}
+    for name in tensors:
+        parts = name.split(".")
+        kept = [part for part in parts if part not in _WRAPPERS]
+        removed |= set(parts) & set(_WRAPPERS)
+        renamed[name] = ".".join(kept)
+    # A wrapper of Lightning or of sentence-transformers: ModernBERT's own names begin with `model.` too.
+    for outer in _OUTER_PREFIXES:
+        if renamed and all(name.startswith(outer) for name in renamed.values()):
+            inner = [name.removeprefix(outer) for name in renamed.values()]
+            if any(name.startswith(_INNER_PREFIXES) for name in inner):
+                renamed = dict(zip(renamed, inner, strict=True))
+                removed.add(outer.rstrip("."))
+    if len(set(renamed.values())) < len(renamed):
+        raise ModelError(
+            f"two tensors have the same name without the prefixes {', '.join(sorted(removed))}",
+            hint="save the model again, without its wrapper",
+        )
+    notes = [f"removed the prefixes {', '.join(sorted(removed))} of the tensors' names"] if removed else []
+    return {renamed[name]: tensor for name, tensor in tensors.items()}, notes
+
+
+def leave_out_pooler(tensors: Mapping[str, Tensor], settings: Settings, architecture: str) -> tuple[Tensors, list[str]]:
+    """Return the tensors without a pooler that no sentence pair classifier uses, and notes."""
+    prefix = f"{encoder_prefix(settings)}pooler."
+    is_used = architecture == "BertForPreTraining" or any(name.startswith("cls.seq_relationship.") for name in tensors)
+    if is_used or not any(name.startswith(prefix) for name in tensors):
+        return dict(tensors), []
+    note = "left out the pooler, because there is no sentence pair classifier (cls.seq_relationship)"
+    return {name: tensor for name, tensor in tensors.items() if not name.startswith(prefix)}, [note]
+
+
+def _is_buffer(name: str) -> bool:
+    return name.rpartition(".")[2] in _BUFFERS
 
 
 def _weight_files(folder: Path) -> list[Path]:
@@ -185,12 +330,15 @@ def _weight_files(folder: Path) -> list[Path]:
         return [folder / RunLayout.WEIGHTS]
     if (folder / INDEX).is_file():
         index: Any = files.read_json(folder / INDEX)
-        try:
-            names = sorted({str(name) for name in cast("Mapping[str, str]", index["weight_map"]).values()})
-        except (KeyError, TypeError, AttributeError) as error:
+        weight_map: Any = cast("Mapping[str, Any]", index).get("weight_map") if isinstance(index, dict) else None
+        entries = cast("Mapping[str, Any]", weight_map) if isinstance(weight_map, dict) else {}
+        if not entries or not all(isinstance(name, str) and name for name in entries.values()):
             raise DamagedError(
-                "invalid index of weights: no weight_map", location=str(folder / INDEX), hint="download it again"
-            ) from error
+                "invalid index of weights: expected file names in weight_map",
+                location=str(folder / INDEX),
+                hint="download it again",
+            )
+        names = sorted({str(name) for name in entries.values()})
         for name in names:
             if Path(name).name != name or not (folder / name).is_file():
                 raise DamagedError(
@@ -229,8 +377,6 @@ def rename_tensors(tensors: Mapping[str, Tensor], settings: Settings) -> tuple[T
                 current, has_older_names = current.removesuffix(older) + suffix, True
         if is_encoder_only and current.startswith(_ENCODER_ONLY):
             current = prefix + current
-        if current.rpartition(".")[2] in _BUFFERS:
-            continue
         if _is_of_task_head(current, settings):
             left_out.append(name)
         else:

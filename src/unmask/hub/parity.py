@@ -69,9 +69,10 @@ def compare(folder: Path, model: Model, texts: Sequence[str], source: str) -> Pa
     for sample in samples:
         output, pair_output = _model_output(model, sample, architecture)
         hf_output, hf_pair_output = _hf_output(hf_model, model, sample, architecture)
-        largest = max(largest, float((output - hf_output).abs().max()))
+        # torch's maximum keeps NaN, which Python's max drops.
+        largest = _largest(largest, output, hf_output)
         if pair_output is not None and hf_pair_output is not None:
-            largest_pair = max(largest_pair, float((pair_output - hf_pair_output).abs().max()))
+            largest_pair = _largest(largest_pair, pair_output, hf_pair_output)
         tokens += len(sample.ids)
     for name, difference in (("logits", largest), ("logits of the pair head", largest_pair)):
         if not difference <= TOLERANCE:
@@ -82,6 +83,11 @@ def compare(folder: Path, model: Model, texts: Sequence[str], source: str) -> Pa
             )
     pair = largest_pair if model.pair is not None else None
     return Parity(architecture, len(samples), tokens, largest, pair, source, transformers.__version__)
+
+
+def _largest(before: float, output: Tensor, expected: Tensor) -> float:
+    """Return the largest difference so far; NaN if any output is NaN."""
+    return float(torch.maximum(torch.tensor(before), (output - expected).abs().max()))
 
 
 @contextmanager
@@ -122,18 +128,19 @@ def _compare_ids(tokenizer: Any, model: Model, texts: Sequence[str]) -> None:
 
 def _samples(model: Model, texts: Sequence[str]) -> list[Sample]:
     """Return each text as a sample, cut to the model's context; with a pair head also pairs of two texts."""
-    max_tokens = min(model.context, _MAX_LENGTH) - (2 if model.tokenizer.cls_sep_ids else 0)
+    max_tokens = min(model.context, _MAX_LENGTH) - model.tokenizer.num_special_tokens()
     encoded = [model.tokenizer.encode(text, model.words).ids[: max(1, max_tokens)] for text in texts]
     samples: list[Sample] = []
     for ids in encoded:
         with_special, _ = model.tokenizer.add_special_tokens(ids, np.zeros(len(ids), np.uint8))
         samples.append(_sample(with_special, np.zeros(len(with_special), np.int64)))
-    if model.pair is not None and model.tokenizer.cls_sep_ids is not None:
-        cls_id, sep_id = model.tokenizer.cls_sep_ids
-        half = max(1, (max_tokens - 1) // 2)
+    if model.pair is not None and model.tokenizer.frame.pair is not None:
+        before, between, after = model.tokenizer.frame.pair
+        half = max(1, (max_tokens - len(between)) // 2)
         for first, second in zip(encoded[::2], encoded[1::2], strict=False):
-            ids = np.concatenate([[cls_id], first[:half], [sep_id], second[:half], [sep_id]])
-            samples.append(_sample(ids, np.arange(len(ids)) > len(first[:half]) + 1))
+            ids = np.concatenate([before, first[:half], between, second[:half], after])
+            second_type = np.arange(len(ids)) >= len(before) + len(first[:half]) + len(between)
+            samples.append(_sample(ids, second_type))
     return samples
 
 

@@ -10,11 +10,12 @@ from typing import Literal
 from unmask.core import files
 from unmask.core.errors import ModelError
 from unmask.core.files import RunLayout
-from unmask.hub.from_hf import open_model
+from unmask.hub.from_hf import SentenceFiles, open_model
 from unmask.hub.model_card import model_card
 from unmask.hub.parity import Parity, compare, sample_texts
 from unmask.models.annotated import TutorialConfig
-from unmask.models.model import check_output_directory, save_model
+from unmask.models.model import Model, check_output_directory, save_model
+from unmask.tokenization.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)
@@ -66,12 +67,33 @@ def export(
             hint="train another recipe: unmask pretrain TEXT --recipe tiny",
         )
     run = _run_of(Path(model), Path(opened.path))
+    if run is not None:
+        _check_old_ids(run, opened)
     with files.atomic_directory(target) as folder:
         save_model(folder, opened, only_encoder=only == "encoder")
         architecture = str(files.read_json(folder / RunLayout.CONFIG)["architectures"][0])
+        SentenceFiles.of(Path(opened.path)).copy(folder)
         parity = None if unverified else compare(folder, opened, *sample_texts(opened, run))
         files.write_text(folder / RunLayout.README, model_card(target.name, opened, run, architecture, parity))
     return Exported(str(target), architecture, parity, opened.notes)
+
+
+def _check_old_ids(run: Path, model: Model) -> None:
+    """Raise ModelError if a token of the model that a run was started from has another id after training."""
+    start = run / RunLayout.START
+    if not (start / RunLayout.TOKENIZER).is_file():
+        return
+    old = Tokenizer.load(start)
+    names = [(number, old.id_to_token(number)) for number in (*old.regular_token_ids.tolist(), *old.special_ids)]
+    moved = [(number, name) for number, name in names if model.tokenizer.token_to_id(name) != number]
+    if moved:
+        number, name = moved[0]
+        raise ModelError(
+            f"{len(moved):,} tokens of the first model have other ids: {name!r} had {number}, and has "
+            f"{model.tokenizer.token_to_id(name)}",
+            location=str(run),
+            hint="import the first model again, then train again from the imported folder",
+        )
 
 
 def _run_of(path: Path, model: Path) -> Path | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -13,63 +14,148 @@ from tokenizers import processors
 
 from unmask.core.errors import TokenizerError
 from unmask.core.files import RunLayout
-from unmask.hub.parity import quiet_transformers
+from unmask.hub.parity import SENTENCES, quiet_transformers
 from unmask.tokenization.tokenizer import Tokenizer
 
 # Files of a tokenizer without tokenizer.json. AutoTokenizer makes an empty tokenizer if none exists.
 _OLDER_FILES: Final = ("vocab.txt", "vocab.json", "*.model", "*.spm")
+_REASON_LENGTH: Final = 300  # characters of another library's message
+_VOCABULARY_TEXTS: Final = 200  # tokens of the vocabulary in the compared texts
+_MAX_FOREIGN: Final = 0.1  # share of tokens with the mark of another kind of vocabulary
+_UNUSUAL: Final = (
+    "",
+    " ",
+    "  two  spaces\t and a tab\n and a line",
+    " leading and trailing ",
+    "na\u00efve CAF\u00c9 re\u0301sume\u0301 \u00dcber \u0130stanbul \u01c5",
+    "zero\u200bwidth soft\u00adhyphen \x00\x07 \ufffd \u00a0nbsp",
+    "\U0001f600 \U0001f468\u200d\U0001f469\u200d\U0001f467 \u2764\ufe0f",
+    "\uff21\uff22\uff23 \u2460 \ufb01 \u00bd",
+    "1234567890 3.14 1,000 $5 50% a_b a-b http://a.b/c?d=e",
+    "\u0e2a\u0e27\u0e31\u0e2a\u0e14\u0e35 \u0928\u092e\u0938\u094d\u0924\u0947 \uff76\uff9e",
+)
 
 
 def load_tokenizer(folder: Path) -> tuple[Tokenizer, list[str]]:
     """Load the tokenizer of a folder; also return notes on what was converted.
 
+    If transformers is installed, the ids are those of AutoTokenizer: version 5 builds some tokenizers from
+    tokenizer_config.json and the vocabulary, not from tokenizer.json as it is.
+
     Raises:
-        TokenizerError: there is no tokenizer, it can't be read or converted, or it has no mask token.
+        TokenizerError: there is no tokenizer, it can't be read or converted, it has no mask token, or AutoTokenizer
+            gives ids that no tokenizer.json gives.
     """
     notes: list[str] = []
-    if (folder / RunLayout.TOKENIZER).is_file():
-        tokenizer = Tokenizer.load(folder)
-    else:
-        tokenizer = _convert(folder)
+    has_json = (folder / RunLayout.TOKENIZER).is_file()
+    has_transformers = importlib.util.find_spec("transformers") is not None
+    if not has_json:
+        _require_older_files(folder, has_transformers)
         notes.append(f"{RunLayout.TOKENIZER} was made by transformers from older files of the tokenizer")
+    tokenizer = Tokenizer.load(folder) if has_json else None
+    if has_transformers:
+        tokenizer, difference = _as_auto_tokenizer(folder, tokenizer)
+        notes += [difference] if difference else []
+    else:
+        notes.append("the ids were not compared with AutoTokenizer, because transformers is not installed")
+    assert tokenizer is not None
+    _check_kind(tokenizer, folder)
     if (with_template := _with_cls_and_sep(tokenizer)) is not None:
         notes.append(f"{RunLayout.TOKENIZER} added no special tokens: it now adds CLS and SEP")
         return with_template, notes
     return tokenizer, notes
 
 
-def _convert(folder: Path) -> Tokenizer:
-    """Convert older files of a tokenizer with transformers."""
+def _require_older_files(folder: Path, has_transformers: bool) -> None:
+    """Raise TokenizerError if a folder without tokenizer.json can't be converted."""
     if not any(file for pattern in _OLDER_FILES for file in folder.glob(pattern)):
         raise TokenizerError(
             f"no tokenizer found: neither {RunLayout.TOKENIZER} nor {', '.join(_OLDER_FILES)}",
             location=str(folder),
             hint="copy the files of the tokenizer into this folder",
         )
-    if importlib.util.find_spec("transformers") is None:
+    if not has_transformers:
         raise TokenizerError(
             f"this tokenizer has no {RunLayout.TOKENIZER}, and its conversion needs transformers",
             location=str(folder),
             hint='install it: pip install "unmask[hub]"',
         )
+
+
+def _as_auto_tokenizer(folder: Path, own: Tokenizer | None) -> tuple[Tokenizer, str]:
+    """Return a tokenizer with the ids of AutoTokenizer, and a note if tokenizer.json gives other ids.
+
+    Args:
+        folder: Folder of the tokenizer.
+        own: Tokenizer of its tokenizer.json; None if there is none.
+    """
+    with quiet_transformers():
+        auto = _auto_tokenizer(folder)
+        _check_class(auto, folder)
+        texts = _texts(own, auto)
+        first_difference = "" if own is None else _difference(auto, own, texts, folder)
+        if own is not None and not first_difference:
+            return own, ""
+        backend = _backend(auto, folder)
+        difference = _difference(auto, backend, texts, folder)
+    if own is not None and not difference:
+        old, new = (tokenizers.Tokenizer.from_str(one.to_json()).get_vocab() for one in (own, backend))
+        if moved := [token for token, number in old.items() if new.get(token) != number]:
+            difference = f"{len(moved):,} tokens of {RunLayout.TOKENIZER} have other ids, such as {moved[0]!r}"
+    if difference:
+        raise TokenizerError(
+            f"{type(auto).__name__}, which AutoTokenizer uses for this folder, gives other ids: {difference}",
+            location=str(folder),
+            hint=f"correct tokenizer_config.json; if {RunLayout.TOKENIZER} is right, set tokenizer_class to "
+            '"PreTrainedTokenizerFast"',
+        )
+    note = f"used the ids of AutoTokenizer ({type(auto).__name__}), not of {RunLayout.TOKENIZER}: {first_difference}"
+    return backend, note if own is not None else ""
+
+
+def _auto_tokenizer(folder: Path) -> Any:
     import transformers
 
     auto_class: Any = transformers.AutoTokenizer
-    with tempfile.TemporaryDirectory() as converted, quiet_transformers():
+    try:
+        return auto_class.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # transformers and tokenizers raise many types
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:_REASON_LENGTH]
+        raise TokenizerError(
+            f"transformers can't load this tokenizer: {reason}",
+            location=str(folder),
+            hint=f"check its files and tokenizer_class in tokenizer_config.json, or add a {RunLayout.TOKENIZER}",
+        ) from error
+
+
+def _check_class(auto: Any, folder: Path) -> None:
+    """Raise TokenizerError if AutoTokenizer's class has no tokenizer.json, or reads none of the folder's files."""
+    name = type(auto).__name__
+    if not getattr(auto, "is_fast", False):
+        raise TokenizerError(
+            f"{name} splits text in Python, which no {RunLayout.TOKENIZER} can express",
+            location=str(folder),
+            hint="use a checkpoint with a fast tokenizer, or pretrain with a tokenizer of this package",
+        )
+    read = {str(file) for file in type(auto).vocab_files_names.values()} | {RunLayout.TOKENIZER}
+    if not any((folder / file).is_file() for file in read):
+        raise TokenizerError(
+            f"transformers makes a tokenizer without regular tokens from this folder: {name} reads "
+            f"{' or '.join(sorted(read))}, and there is neither",
+            location=str(folder),
+            hint="copy that file into the folder, or correct tokenizer_class in tokenizer_config.json",
+        )
+
+
+def _backend(auto: Any, folder: Path) -> Tokenizer:
+    """Return the tokenizer.json that AutoTokenizer saves, as a tokenizer."""
+    with tempfile.TemporaryDirectory() as converted:
         try:
-            auto_class.from_pretrained(folder, local_files_only=True).save_pretrained(converted)
+            auto.save_pretrained(converted)
         except Exception as error:  # transformers and tokenizers raise many types
             raise TokenizerError(
-                f"transformers can't load this tokenizer: {error}",
-                location=str(folder),
-                hint=f"check its files, or add a {RunLayout.TOKENIZER}",
+                f"transformers can't save this tokenizer: {error}", location=str(folder), hint="check its files"
             ) from error
-        if not (Path(converted) / RunLayout.TOKENIZER).is_file():
-            raise TokenizerError(
-                f"transformers has no fast version of this tokenizer, so it can't write {RunLayout.TOKENIZER}",
-                location=str(folder),
-                hint="install sentencepiece and try again, or use another checkpoint",
-            )
         try:
             tokenizer = Tokenizer.load(Path(converted))
         except TokenizerError as error:
@@ -81,6 +167,72 @@ def _convert(folder: Path) -> Tokenizer:
             hint="check that the files of the tokenizer fit tokenizer_class in tokenizer_config.json",
         )
     return tokenizer
+
+
+def _check_kind(tokenizer: Tokenizer, folder: Path) -> None:
+    """Raise TokenizerError if a WordPiece model has a vocabulary of SentencePiece or of BPE."""
+    model = json.loads(tokenizer.to_json())["model"]
+    if model.get("type") != "WordPiece":
+        return
+    vocabulary = list(model["vocab"])
+    prefix = model.get("continuing_subword_prefix", "##")
+    if any(token.startswith(prefix) for token in vocabulary):
+        return
+    for mark, kind in (("\u2581", "SentencePiece"), ("@@", "BPE")):
+        marked = sum(mark in token for token in vocabulary)
+        if marked > _MAX_FOREIGN * len(vocabulary):
+            raise TokenizerError(
+                f"the vocabulary is of {kind}, not of WordPiece: {marked:,} of {len(vocabulary):,} tokens "
+                f"contain {mark!r}",
+                location=str(folder),
+                hint=f"name the right tokenizer_class in tokenizer_config.json, or add a {RunLayout.TOKENIZER}",
+            )
+
+
+def _texts(own: Tokenizer | None, auto: Any) -> list[str]:
+    """Return texts for a comparison of ids: languages, case, accents, spaces, special tokens and vocabulary."""
+    vocabulary = sorted(auto.get_vocab().items(), key=lambda item: (item[1], item[0]))
+    chosen = [token for token, _ in vocabulary[:: max(1, len(vocabulary) // _VOCABULARY_TEXTS)]]
+    names = [str(token) for token in auto.all_special_tokens]
+    names += [str(token) for token in auto.get_added_vocab()][:_VOCABULARY_TEXTS]
+    if own is not None:
+        names += [own.id_to_token(number) for number in own.special_ids]
+    around = [variant for name in dict.fromkeys(names) for variant in (f"a {name} b", f"a{name}b", f"{name} {name}")]
+    cased = [variant for text in SENTENCES for variant in (text, text.upper())]
+    plain = [token.replace("\u2581", " ").replace("\u0120", " ").removeprefix("##") for token in chosen]
+    return [*cased, *_UNUSUAL, *around, " ".join(chosen), "".join(plain), " ".join(plain)]
+
+
+def _difference(auto: Any, tokenizer: Tokenizer, texts: Sequence[str], folder: Path) -> str:
+    """Return how the ids of AutoTokenizer first differ from those of a tokenizer; "" if they don't."""
+    for role in ("mask_token", "unk_token", "pad_token", "cls_token", "sep_token"):
+        token, own_id = getattr(auto, role, None), tokenizer.role_id(role)
+        if token is not None and own_id is not None and auto.convert_tokens_to_ids(str(token)) != own_id:
+            return f"{role} is {token!s}, not {tokenizer.id_to_token(own_id)}"
+    for token, number in auto.get_vocab().items():
+        own_id = tokenizer.token_to_id(token)
+        if own_id is not None and own_id != number:
+            return f"{token!r} has the id {number} instead of {own_id}"
+    try:
+        all_ids: list[list[int]] = auto(list(texts), add_special_tokens=False)["input_ids"]
+        framed: list[list[int]] = auto(list(texts))["input_ids"]
+        all_encoded = [tokenizer.encode(text, specials_in_text=True) for text in texts]
+    except Exception as error:  # transformers and tokenizers raise many types
+        raise TokenizerError(
+            f"this tokenizer can't encode text: {type(error).__name__}: {error}",
+            location=str(folder),
+            hint=f"restore {RunLayout.TOKENIZER} and tokenizer_config.json from a copy",
+        ) from error
+    needs_frame = json.loads(tokenizer.to_json()).get("post_processor") is not None
+    for text, encoded, auto_ids, auto_framed in zip(texts, all_encoded, all_ids, framed, strict=True):
+        pairs = [(list(auto_ids), encoded.ids.tolist())]
+        if needs_frame or list(auto_framed) != list(auto_ids):
+            pairs.append((list(auto_framed), tokenizer.add_special_tokens(encoded.ids, encoded.marks)[0].tolist()))
+        for expected, ids in pairs:
+            if expected != ids:
+                place = next((i for i, (a, b) in enumerate(zip(expected, ids, strict=False)) if a != b), 0)
+                return f"{expected[place : place + 5]} instead of {ids[place : place + 5]} in {text[:40]!r}"
+    return ""
 
 
 def _with_cls_and_sep(tokenizer: Tokenizer) -> Tokenizer | None:

@@ -32,13 +32,13 @@ from unmask.models.layers import EncoderModule, HeadModule, compute_dtype
 class TutorialConfig:
     """Architecture of the tutorial's model."""
 
-    kind: Literal["tutorial"] = "tutorial"
-    num_hidden_layers: int = 6
-    hidden_size: int = 128
-    num_attention_heads: int = 8
-    intermediate_size: int = 256
-    dropout: float = 0.1
-    max_position_embeddings: int = 5000  # maximum length of a sequence in tokens
+    kind: Literal["tutorial"] = "tutorial"  # Model of the annotated tutorial (labml.ai).
+    num_hidden_layers: int = 6  # Number of layers.
+    hidden_size: int = 128  # Width of the token vectors.
+    num_attention_heads: int = 8  # Number of attention heads per layer; it divides `hidden_size`.
+    intermediate_size: int = 256  # Width of the feed-forward network.
+    dropout: float = 0.1  # Dropout on attention, inside the feed-forward network and after each sublayer.
+    max_position_embeddings: int = 5000  # [tokens] Maximum length of a sequence.
 
     def __post_init__(self) -> None:
         require(

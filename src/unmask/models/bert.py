@@ -34,21 +34,23 @@ from unmask.models.layers import (
 class BertConfig:
     """Architecture of a BERT encoder. The fields are those of config.json that can differ between models."""
 
-    kind: Literal["bert"] = "bert"
-    num_hidden_layers: int = 4
-    hidden_size: int = 256
-    num_attention_heads: int = 4
-    intermediate_size: int = 1024
-    max_position_embeddings: int = 512  # maximum length of a sequence in tokens
-    type_vocab_size: int = 2
-    layer_norm_eps: float = 1e-12
-    initializer_range: float = 0.02
-    init: Literal["normal", "neighbor-attention", "pair-matching"] = "normal"  # see models/structured_init.py
-    hidden_dropout: float = 0.0  # after the embedding and after each sublayer; 0.1 in BERT
-    attention_dropout: float = 0.0  # above 0, attention uses the padded backend; 0.1 in BERT
-    tie_word_embeddings: bool = True  # whether the decoder is the token embedding
-    model_type: Literal["bert", "roberta", "xlm-roberta"] = "bert"  # class and tensor names in `transformers`
-    position_offset: int = 0  # index of the first position embedding in use; in RoBERTa the padding id + 1, usually 2
+    kind: Literal["bert"] = "bert"  # BERT (arXiv 1810.04805).
+    num_hidden_layers: int = 4  # Number of layers.
+    hidden_size: int = 256  # Width of the token vectors.
+    num_attention_heads: int = 4  # Number of attention heads per layer; it divides `hidden_size`.
+    intermediate_size: int = 1024  # Width of the feed-forward network.
+    max_position_embeddings: int = 512  # [tokens] Maximum length of a sequence.
+    type_vocab_size: int = 2  # Number of token types (segments).
+    layer_norm_eps: float = 1e-12  # Constant that is added to the variance in each norm.
+    initializer_range: float = 0.02  # Standard deviation of the initial weights.
+    # Initial weights; the other two give some attention heads a useful pattern (models/structured_init.py).
+    init: Literal["normal", "neighbor-attention", "pair-matching"] = "normal"
+    hidden_dropout: float = 0.0  # Dropout after the embedding and after each sublayer; 0.1 in BERT.
+    # Dropout on attention weights; above 0, attention uses the padded backend; 0.1 in BERT.
+    attention_dropout: float = 0.0
+    tie_word_embeddings: bool = True  # Whether the decoder of the head is the token embedding.
+    model_type: Literal["bert", "roberta", "xlm-roberta"] = "bert"  # Class and tensor names in `transformers`.
+    position_offset: int = 0  # Index of the first position embedding in use; in RoBERTa the padding id + 1, usually 2.
 
     def __post_init__(self) -> None:
         require(
@@ -399,7 +401,14 @@ def from_hf_config(hf_config: Mapping[str, Any]) -> BertConfig:
                 hint="use a BERT or RoBERTa model without it, or a model of `unmask pretrain`",
             )
     model_type = values["model_type"]
-    offset = 0 if model_type == "bert" else values.get("pad_token_id", _ROBERTA_PAD) + 1
+    pad_id = values.get("pad_token_id", _ROBERTA_PAD)
+    if model_type != "bert" and (pad_id is None or pad_id < 0):
+        raise ModelError(
+            f"unsupported pad_token_id: got {pad_id!r}, expected a token id, from which positions are counted",
+            location="config.json: pad_token_id",
+            hint="set it to the padding id of the checkpoint, usually 1",
+        )
+    offset = 0 if model_type == "bert" else pad_id + 1
     return BertConfig(
         **{name: values[_RENAMED.get(name, name)] for name in _FIELDS},
         max_position_embeddings=values["max_position_embeddings"] - offset,

@@ -152,11 +152,12 @@ def _window(ids: list[int], position: int, model: Model) -> tuple[list[int], int
     context = model.context
     if len(ids) <= context:
         return ids, position
-    special = model.tokenizer.cls_sep_ids
-    inner, center, length = (ids[1:-1], position - 1, context - 2) if special else (ids, position, context)
+    before, after = model.tokenizer.frame.before, model.tokenizer.frame.after
+    inner, center = ids[len(before) : len(ids) - len(after)], position - len(before)
+    length = context - len(before) - len(after)
     first = min(max(0, center - length // 2), len(inner) - length)
     window = inner[first : first + length]
-    return ([special[0], *window, special[1]], center - first + 1) if special else (window, center - first)
+    return [*before, *window, *after], center - first + len(before)
 
 
 def _allowed(model: Model, before: str, formatter: TokenFormatter) -> NDArray[np.bool_]:

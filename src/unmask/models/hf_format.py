@@ -9,6 +9,8 @@ tensor names and with a model type that `transformers` rejects.
 from __future__ import annotations
 
 import dataclasses
+import reprlib
+import sys
 from collections.abc import Mapping, Sequence
 from typing import Any, Final, NamedTuple
 
@@ -24,6 +26,26 @@ from unmask.models.modernbert import ModernBertConfig
 
 TUTORIAL_TYPE: Final = "unmask-seed"
 HFModelConfig = ModernBertConfig | BertConfig
+
+MAX_SIZE: Final = 2**31 - 1  # of a dimension or a count in config.json
+_NULLABLE: Final = ("pad_token_id", "bos_token_id", "eos_token_id", "cls_token_id", "sep_token_id",
+                    "local_rope_theta", "layer_types", "rope_parameters", "rope_scaling",
+                    "architectures", "quantization_config")  # fmt: skip
+# Types of the keys that are read.
+_TYPES: Final[Sequence[tuple[Sequence[str], tuple[type, ...], str]]] = (
+    (("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "max_position_embeddings",
+      "type_vocab_size", "vocab_size", "global_attn_every_n_layers", "local_attention", "pad_token_id", "bos_token_id",
+      "eos_token_id", "cls_token_id", "sep_token_id", "position_offset"), (int,), "an integer of 32 bits"),
+    (("layer_norm_eps", "norm_eps", "initializer_range", "hidden_dropout_prob", "attention_probs_dropout_prob",
+      "embedding_dropout", "attention_dropout", "mlp_dropout", "global_rope_theta", "local_rope_theta"),
+     (int, float), "a finite number"),
+    (("tie_word_embeddings", "is_decoder", "add_cross_attention", "norm_bias", "attention_bias", "mlp_bias",
+      "classifier_bias", "decoder_bias"), (bool,), "true or false"),
+    (("hidden_act", "hidden_activation", "classifier_activation", "position_embedding_type", "model_type"), (str,),
+     "a string"),
+    (("architectures", "layer_types"), (list,), "a list"),
+    (("rope_parameters", "rope_scaling"), (dict,), "an object"),
+)  # fmt: skip
 
 
 class States(NamedTuple):
@@ -171,18 +193,19 @@ def from_hf_config(hf_config: Mapping[str, Any]) -> EncoderConfig:
     if not isinstance(hf_config, dict):
         raise ModelError("config.json is not a JSON object", location="config.json", hint="restore it from a copy")
     model_type = hf_config.get("model_type")
+    _check_types(hf_config)
     try:
         if model_type == TUTORIAL_TYPE:
             names = [field.name for field in dataclasses.fields(TutorialConfig) if field.name != "kind"]
             return TutorialConfig(**{name: hf_config[name] for name in names})
         if model_type == modernbert.MODEL_TYPE:
             return modernbert.from_hf_config(hf_config)
-        if model_type in bert.HF_NAMES:
+        if isinstance(model_type, str) and model_type in bert.HF_NAMES:
             return bert.from_hf_config(hf_config)
     except RecipeError as error:
         hint = "correct config.json, or use a model of `unmask pretrain`"
         raise ModelError(error.message, location=f"config.json: {error.location}", hint=hint) from error
-    except (KeyError, TypeError, AttributeError) as error:
+    except (KeyError, TypeError, AttributeError, ValueError, OverflowError) as error:
         message = f"config.json can't be read as a {model_type} model: {type(error).__name__} {error}"
         raise ModelError(message, location="config.json", hint="restore it from a copy") from error
     raise ModelError(
@@ -192,6 +215,28 @@ def from_hf_config(hf_config: Mapping[str, Any]) -> EncoderConfig:
     )
 
 
+def _check_types(hf_config: Mapping[str, Any]) -> None:
+    """Check the types of the keys that are read, as strictly as the config classes of `transformers` 5.
+
+    Raises:
+        ModelError: a value has another type, or a number is not finite. The key is named.
+    """
+    for keys, types, expected in _TYPES:
+        for key in keys:
+            value = hf_config.get(key)
+            if key not in hf_config or (value is None and key in _NULLABLE):
+                continue
+            is_valid = isinstance(value, types) and (bool in types or not isinstance(value, bool))
+            if is_valid and isinstance(value, int | float) and not isinstance(value, bool):
+                is_valid = abs(value) <= (MAX_SIZE if float not in types else sys.float_info.max)
+            if not is_valid:
+                raise ModelError(
+                    f"invalid {key}: got {reprlib.repr(value)}, expected {expected}",
+                    location=f"config.json: {key}",
+                    hint="correct config.json, or restore it from a copy",
+                )
+
+
 def vocab_size_of(hf_config: Mapping[str, Any]) -> int:
     """Return the vocabulary size in a config.json.
 
@@ -199,7 +244,7 @@ def vocab_size_of(hf_config: Mapping[str, Any]) -> int:
         ModelError: it is missing or not a positive integer.
     """
     vocab_size = hf_config.get("vocab_size")
-    if not isinstance(vocab_size, int) or vocab_size < 1:
+    if not isinstance(vocab_size, int) or isinstance(vocab_size, bool) or not 1 <= vocab_size <= MAX_SIZE:
         raise ModelError(
             f"invalid vocab_size: got {vocab_size!r}, expected a positive integer",
             location="config.json: vocab_size",

@@ -15,12 +15,13 @@ from typing import Any, NamedTuple, TypedDict, cast
 import numpy as np
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from unmask.core import files
 from unmask.core.errors import DamagedError, ModelError, RunError, UnmaskError
 from unmask.core.files import RunLayout
+from unmask.core.format import count
 from unmask.core.types import SPECIAL, Sample, logits_at, pack
 from unmask.models import EncoderConfig, EncoderModule, HeadModule, build_model, build_pair
 from unmask.models.bert import BertConfig
@@ -75,6 +76,21 @@ class Model:
     path: str = ""
     pair: nn.Module | None = None
     notes: tuple[str, ...] = ()  # what was converted, left out or initialized when the model was read
+
+    def __repr__(self) -> str:
+        """Return name, sizes, tokenizer and validation loss in three lines."""
+        encoder, settings = self.encoder, self.settings
+        modules = [module for module in (encoder, self.head, self.pair) if module is not None]
+        parameters = {id(tensor): tensor.numel() for module in modules for tensor in module.parameters()}
+        lines = [
+            f"Model({self.path!r}: {settings.kind}, {settings.num_hidden_layers} layers, "
+            f"hidden size {settings.hidden_size}, {count(sum(parameters.values()))} parameters",
+            f"  tokenizer: {self.tokenizer.size:,} tokens; context: {self.context:,} tokens",
+        ]
+        loss = (self.card.get("validation") or {}).get("loss")
+        if isinstance(loss, float):
+            lines.append(f"  validation loss: {loss:.3f} at step {self.card.get('step', 0):,}")
+        return "\n".join(lines) + ")"
 
     @property
     def context(self) -> int:
@@ -175,7 +191,7 @@ def save_model(directory: Path, model: Model, *, only_encoder: bool = False) -> 
         if only_encoder:
             tensors, hf_config = encoder_only(tensors, hf_config, model.settings)
         cpu_tensors = {name: tensors[name].detach().cpu().contiguous() for name in sorted(tensors)}
-        save_file(cpu_tensors, directory / RunLayout.WEIGHTS, metadata={"format": "pt"})
+        files.save_tensors(cpu_tensors, directory / RunLayout.WEIGHTS, metadata={"format": "pt"})
         files.write_json(directory / RunLayout.CONFIG, hf_config)
         inputs = _BERT_INPUTS if _has_token_types(model.settings) else _INPUTS
         model.tokenizer.save(directory, inputs=inputs, longest=model.context)
@@ -257,8 +273,12 @@ def find_checkpoint(path: str | Path) -> Path:
     return directory
 
 
-def load(path: str | Path) -> Model:
+def load(path: str | Path, *, read_tokenizer: TokenizerReader | None = None) -> Model:
     """Load a model from a run, a step folder, or a directory saved by `transformers`.
+
+    Args:
+        path: The run or directory.
+        read_tokenizer: Function that reads the tokenizer of a directory without card.json, with notes.
 
     Raises:
         ModelError: there is no model, its architecture is not supported, or the tokenizer doesn't match it.
@@ -268,14 +288,19 @@ def load(path: str | Path) -> Model:
         directory = _find_with_retries(path)
         before = _identity(directory)
         try:
-            model = open_checkpoint(directory)
+            model = _open(directory, read_tokenizer)
         except (UnmaskError, OSError):
             if _identity(directory) == before and _find_with_retries(path) == directory:
                 raise
         else:
             if _identity(directory) == before:  # otherwise optional files may have been missing
                 return model
-    return open_checkpoint(_find_with_retries(path))
+    return _open(_find_with_retries(path), read_tokenizer)
+
+
+def _open(directory: Path, read_tokenizer: TokenizerReader | None) -> Model:
+    is_foreign = not (directory / RunLayout.CARD).is_file()
+    return open_checkpoint(directory, read_tokenizer=(is_foreign and read_tokenizer) or _read_tokenizer)
 
 
 def _find_with_retries(path: str | Path) -> Path:
@@ -330,7 +355,32 @@ def _read_weights(directory: Path, settings: EncoderConfig, vocab_size: int) -> 
             location=str(path),
             hint="restore it from a copy or another step",
         ) from error
-    return Weights({name: tensor.float() for name, tensor in tensors.items()}, settings)
+    return Weights({name: as_float32(tensor, name, path) for name, tensor in tensors.items()}, settings)
+
+
+def as_float32(tensor: Tensor, name: str, path: Path) -> Tensor:
+    """Return a tensor in float32; position ids and other integers of 64 bits stay integers.
+
+    Raises:
+        ModelError: the tensor is quantized, or has NaN or infinite numbers, in its own format or in float32.
+    """
+    if not tensor.is_floating_point():
+        if tensor.dtype == torch.int64:
+            return tensor
+        raise ModelError(
+            f"`{name}` has the format {str(tensor.dtype).removeprefix('torch.')}: quantized weights are not supported",
+            location=str(path),
+            hint="use the checkpoint in float32, bfloat16 or float16",
+        )
+    converted = tensor.float()
+    if (num_invalid := converted.numel() - int(converted.isfinite().sum())) > 0:
+        overflows = "" if not tensor.isfinite().all() else " in float32"
+        raise ModelError(
+            f"`{name}` has {num_invalid:,} numbers of {tensor.numel():,} that are NaN or infinite{overflows}",
+            location=str(path),
+            hint="use another copy or an earlier step of this model",
+        )
+    return converted
 
 
 def open_checkpoint(
@@ -385,8 +435,16 @@ def open_checkpoint(
         cast("ModelCard", card),
         str(directory),
         pair,
-        (*notes, *weights.notes),
+        (*notes, *weights.notes, *untrained_heads(cast("ModelCard", card))),
     )
+
+
+def untrained_heads(card: ModelCard) -> list[str]:
+    """Return the notes of an import that say which heads have initial weights. Training removes them from the card."""
+    imported: Any = card.get("imported")
+    notes: Any = cast("Mapping[str, Any]", imported).get("notes") if isinstance(imported, dict) else None
+    known = cast("Sequence[Any]", notes) if isinstance(notes, list) else ()
+    return [note for note in known if isinstance(note, str) and note.startswith("initialized ")]
 
 
 def _build(weights: Weights, vocab_size: int, path: Path) -> tuple[EncoderModule, HeadModule, nn.Module | None]:

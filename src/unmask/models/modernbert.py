@@ -37,22 +37,24 @@ from unmask.models.layers import (
 class ModernBertConfig:
     """Architecture of a ModernBERT encoder. The fields are those of config.json that can differ between models."""
 
-    kind: Literal["modernbert"] = "modernbert"
-    num_hidden_layers: int = 4
-    hidden_size: int = 256
-    num_attention_heads: int = 4
-    intermediate_size: int = 384  # width of each half of the GeGLU
+    kind: Literal["modernbert"] = "modernbert"  # ModernBERT (arXiv 2412.13663).
+    num_hidden_layers: int = 4  # Number of layers.
+    hidden_size: int = 256  # Width of the token vectors.
+    num_attention_heads: int = 4  # Number of attention heads per layer; it divides `hidden_size`.
+    intermediate_size: int = 384  # Width of each half of the GeGLU (arXiv 2002.05202).
+    # [layers] Interval of layers that attend to the whole sequence, from the first layer on.
     global_attn_every_n_layers: int = 3
-    local_attention: int = 128  # window size in tokens: 64 on each side
+    local_attention: int = 128  # [tokens] Window of the other layers, half of it on each side.
+    # Base of the rotary embedding with global attention (RoFormer, arXiv 2104.09864).
     global_rope_theta: float = 160_000.0
-    local_rope_theta: float = 10_000.0
-    max_position_embeddings: int = 8192  # maximum length of a sequence in tokens
-    layer_norm_eps: float = 1e-5
-    initializer_range: float = 0.02
-    embedding_dropout: float = 0.0
-    attention_dropout: float = 0.0  # above 0, attention uses the padded backend
-    mlp_dropout: float = 0.0
-    tie_word_embeddings: bool = True  # whether the decoder is the token embedding
+    local_rope_theta: float = 10_000.0  # Base of the rotary embedding with local attention.
+    max_position_embeddings: int = 8192  # [tokens] Maximum length of a sequence.
+    layer_norm_eps: float = 1e-5  # Constant that is added to the variance in each norm.
+    initializer_range: float = 0.02  # Standard deviation of the initial weights.
+    embedding_dropout: float = 0.0  # Dropout after the embedding.
+    attention_dropout: float = 0.0  # Dropout on attention weights; above 0, attention uses the padded backend.
+    mlp_dropout: float = 0.0  # Dropout inside the feed-forward network.
+    tie_word_embeddings: bool = True  # Whether the decoder of the head is the token embedding.
 
     def __post_init__(self) -> None:
         require(
@@ -363,11 +365,17 @@ def from_hf_config(hf_config: Mapping[str, Any]) -> ModernBertConfig:
         _FULL: values["global_rope_theta"],
         _SLIDING: values["global_rope_theta"] if local_rope_theta is None else local_rope_theta,
     }
-    for name, rope in cast("dict[str, dict[str, Any] | None]", values["rope_parameters"] or {}).items():
-        if name not in thetas or (rope is not None and rope.get("rope_type", "default") != "default"):
+    for name, rope in cast("dict[str, Any]", values["rope_parameters"] or {}).items():
+        if (
+            name not in thetas
+            or not isinstance(rope, dict | None)
+            or not set(rope or ()) <= {"rope_type", "rope_theta"}
+        ):
             raise unsupported("rope_parameters")
-        if rope is not None and "rope_theta" in rope:
-            thetas[name] = rope["rope_theta"]
+        theta = (rope or {}).get("rope_theta", thetas[name])
+        if (rope or {}).get("rope_type", "default") != "default" or type(theta) not in (int, float):
+            raise unsupported("rope_parameters")
+        thetas[name] = theta
     return ModernBertConfig(
         **{name: values[_RENAMED.get(name, name)] for name in _FIELDS},
         global_attn_every_n_layers=_global_interval(values, unsupported("layer_types")),
@@ -378,12 +386,14 @@ def from_hf_config(hf_config: Mapping[str, Any]) -> ModernBertConfig:
 
 def _global_interval(values: Mapping[str, Any], error: ModelError) -> int:
     """Return the interval of layers with global attention. `layer_types` takes precedence over the interval's key."""
-    interval = int(values["global_attn_every_n_layers"])
+    interval = values["global_attn_every_n_layers"]
     layer_types = cast("list[str] | None", values["layer_types"])
     if layer_types is None:
         return interval
     layers = values["num_hidden_layers"]
-    for candidate in (interval, *range(1, layers + 1)):
+    for candidate in (interval, *range(1, min(layers, len(layer_types)) + 1)):
+        if candidate < 1 or len(layer_types) != layers:
+            continue
         if layer_types == [_SLIDING if layer % candidate else _FULL for layer in range(layers)]:
             return candidate
     raise error

@@ -37,15 +37,19 @@ _MIN_PROBABILITY = 1e-9  # keeps the odds of units with p = 1 finite, so that th
 class MaskingConfig:
     """Which tokens are masked, and what replaces them: [MASK], a random regular token, or the token itself."""
 
+    # [fraction of maskable tokens] Mask rate; with `final_mask_rate`, that of the first step (arXiv 2202.08005).
     mask_rate: float = 0.15
-    final_mask_rate: float | Literal["constant"] = "constant"  # reached linearly over the tokens of the plan
+    # [fraction of maskable tokens] Rate that is reached linearly over the tokens of the plan (arXiv 2305.15096).
+    final_mask_rate: float | Literal["constant"] = "constant"
+    # Unit of selection; span: SpanBERT, arXiv 1907.10529, section 3.1. ngram: ALBERT, arXiv 1909.11942, section 3.1.
     mask_unit: MaskUnit = "token"
-    max_ngram: int = 3  # maximum number of words of an n-gram, for mask_unit = "ngram"
-    boosted_words: Path | tuple[str, ...] = ()  # words to mask more often, or a file with one word per line
-    boost_factor: float = 3.0  # factor on the mask rate of boosted words, relative to other words
+    max_ngram: int = 3  # [words] Maximum length of an n-gram; with `mask_unit = "ngram"` only.
+    boosted_words: Path | tuple[str, ...] = ()  # Words to mask more often: a list, or a file with one word per line.
+    boost_factor: float = 3.0  # Factor on the mask rate of boosted words, relative to other words.
+    # [fraction of masked tokens] Tokens that are replaced by [MASK]; the three rates sum to 1.
     mask_token_rate: float = 0.8
-    random_token_rate: float = 0.1
-    keep_rate: float = 0.1
+    random_token_rate: float = 0.1  # [fraction of masked tokens] Tokens that are replaced by a random regular token.
+    keep_rate: float = 0.1  # [fraction of masked tokens] Tokens that are predicted but not replaced.
 
     def __post_init__(self) -> None:
         require(self, "mask_rate", above=0, max=1, hint="choose a rate above 0 and at most 1; BERT's is 0.15")

@@ -20,7 +20,7 @@ from unmask.objectives.word_boost import WordMatcher
 class MaskedLMConfig(MaskingConfig):
     """Masked language modeling without a second task."""
 
-    kind: Literal["mlm"] = "mlm"
+    kind: Literal["mlm"] = "mlm"  # Masked language modeling (BERT, arXiv 1810.04805, section 3.1).
 
 
 class MaskedLMObjective:

@@ -28,10 +28,12 @@ PairTask = Literal["next-sentence", "sentence-order"]
 class BertPretrainingConfig(MaskingConfig):
     """Masked language modeling and sentence pair classification, trained jointly."""
 
-    kind: Literal["mlm+pairs"] = "mlm+pairs"
+    kind: Literal["mlm+pairs"] = "mlm+pairs"  # Masked language modeling and sentence pairs.
+    # Task; next-sentence: BERT, arXiv 1810.04805, section 3.1. sentence-order: ALBERT, arXiv 1909.11942, section 3.1.
     pair_task: PairTask = "next-sentence"
-    pair_loss_weight: float = 1.0  # weight of the pair loss; the weight of the MLM loss is 1
-    short_seq_prob: float = 0.1  # fraction of pairs that are cut to a random length, as training on short input
+    pair_loss_weight: float = 1.0  # Weight of the pair loss; the weight of the MLM loss is 1.
+    # [fraction of pairs] Pairs that are cut to a random length, as training on short input.
+    short_seq_prob: float = 0.1
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -109,12 +109,13 @@ def extend_vocabulary(
             hint="remove --extend-vocabulary to keep the vocabulary as it is",
         )
     inner = tokenizers.Tokenizer.from_str(tokenizer_json)
+    old = inner.get_vocab(with_added_tokens=True)
     counts = _count_words(tokenizer_json, texts, settings, on_progress)
     if model["type"] == "WordPiece":
         wordpiece = _WordPiece(model["vocab"], continuing_prefix(tokenizer_json), model["max_input_chars_per_word"])
-        tokens = _new_wordpieces(wordpiece, model["vocab"], counts, settings, on_progress)
+        tokens = _new_wordpieces(wordpiece, old, counts, settings, on_progress)
     else:
-        merger = _Merger(_Bpe(inner.model), set(model["vocab"]), counts)
+        merger = _Merger(_Bpe(inner.model), set(old), counts)
         merges = list(merger.merges(settings.num_new_tokens, settings.min_frequency, on_progress))
         as_lists = _as_lists(model)
         model["merges"] += [[left, right] if as_lists else f"{left} {right}" for left, right, _ in merges]
@@ -126,11 +127,36 @@ def extend_vocabulary(
             location=_LOCATION,
             hint=f"set it to {fits:,} or less, or add text" if fits else "add text, or don't extend the vocabulary",
         )
-    first = max(inner.get_vocab(with_added_tokens=True).values()) + 1
-    model["vocab"] |= {token: first + number for number, token in enumerate(tokens)}
+    first = max(old.values()) + 1
+    # The library numbers added tokens that the model lacks after those of the model. Within the model, they keep ids.
+    model["vocab"] = old | {token: first + number for number, token in enumerate(tokens)}
     if on_progress is not None:
         on_progress(_STAGE, 1.0)
-    return json.dumps(spec, ensure_ascii=False)
+    extended = json.dumps(spec, ensure_ascii=False)
+    require_ids(extended, tokenizers.Tokenizer.from_str(extended))
+    return extended
+
+
+def require_ids(tokenizer_json: str, inner: tokenizers.Tokenizer) -> None:
+    """Raise TokenizerError unless the loaded tokenizer has the ids of its tokenizer.json, each for one token."""
+    spec = cast("Node", json.loads(tokenizer_json))
+    vocabulary = spec["model"]["vocab"]
+    # A list of Unigram may repeat a token: the library keeps its last id.
+    ids = dict(vocabulary) if isinstance(vocabulary, dict) else {entry[0]: n for n, entry in enumerate(vocabulary)}
+    loaded = inner.get_vocab(with_added_tokens=True)
+    tokens: dict[int, str] = {}
+    for token, id in [*ids.items(), *((added["content"], added["id"]) for added in spec.get("added_tokens") or ())]:
+        if loaded.get(token) != id:
+            raise TokenizerError(
+                f"the token {token!r} has the id {id} in tokenizer.json, but the tokenizers library gives it "
+                f"{loaded.get(token, 'none')}",
+                hint="give the tokens of added_tokens in tokenizer.json the same ids in model.vocab",
+            )
+        if tokens.setdefault(id, token) != token:
+            raise TokenizerError(
+                f"the tokens {tokens[id]!r} and {token!r} have the same id {id}",
+                hint="give each token of tokenizer.json its own id",
+            )
 
 
 def origins(old_json: str, new_json: str) -> list[list[int]]:
@@ -140,11 +166,11 @@ def origins(old_json: str, new_json: str) -> list[list[int]]:
     list of a new character is empty.
     """
     old, new = cast("Node", json.loads(old_json)), cast("Node", json.loads(new_json))
-    known: dict[str, int] = old["model"]["vocab"]
+    known: dict[str, int] = old["model"]["vocab"] | {token["content"]: token["id"] for token in old["added_tokens"]}
     added = sorted((number, token) for token, number in new["model"]["vocab"].items() if token not in known)
     if old["model"]["type"] == "WordPiece":
         prefix = continuing_prefix(old_json)
-        ids = known | {token: number for number, token in added if len(token.removeprefix(prefix)) == 1}
+        ids = old["model"]["vocab"] | {token: number for number, token in added if len(token.removeprefix(prefix)) == 1}
         longest = max((len(token) for _, token in added), default=1)
         wordpiece = _WordPiece(ids, prefix, longest)
         return [[] if token in ids else [ids[part] for part in wordpiece.encode(token)] for _, token in added]

@@ -21,7 +21,7 @@ from jaxtyping import Int, UInt8
 from numpy.typing import NDArray
 
 from unmask.core.types import SENTENCE_START, SPECIAL, WORD_START, runs
-from unmask.tokenization.normalization import leading_space, lines_are_spaces, splits_at_lines
+from unmask.tokenization.normalization import leading_space, lines_are_spaces, splits_at_lines, without_specials
 from unmask.tokenization.tokenizer import Tokenizer, token_marks
 from unmask.tokenization.words import (
     CLOSERS,
@@ -359,14 +359,14 @@ class CachedEncoder:
         """Create an encoder with an empty cache; `by_chunks=False` disables the cache."""
         self._tokenizer = tokenizer
         self._words: WordsRule = words
-        self._inner = tokenizers.Tokenizer.from_str(tokenizer.to_json())
+        self._inner = tokenizers.Tokenizer.from_str(without_specials(tokenizer.to_json()))
         self._inner.encode_special_tokens = True  # "[MASK]" in a text is encoded as plain text
         self._plain = PlainWords(tokenizer, self._inner)
         self._special_V = np.zeros(tokenizer.size, dtype=np.uint8)
         self._special_V[list(tokenizer.special_ids)] = SPECIAL
         space = leading_space(tokenizer.to_json())
         self._space_id = tokenizer.token_to_id(space) if space else None
-        self.by_chunks = by_chunks and tokenizer.splits_at_spaces
+        self.by_chunks = by_chunks and tokenizer.splits_at_spaces and not tokenizer.drops_characters
         self._splits_han = words == "characters" and isolates_han(tokenizer.to_json())
         self._splits_lines = self.by_chunks and splits_at_lines(tokenizer.to_json())
         self._table = ChunkTable()
@@ -626,7 +626,10 @@ class CachedEncoder:
             lead_C = starting[np.searchsorted(starting[:-1], first_C)]
             lead = lead_C[((flags_C & OPEN_START) == 0) & (lead_C < until_C)]
             marks[lead] = (marks[lead] & np.uint8(255 - SENTENCE_START)) | np.uint8(LEAD)
-        return ChunkTokens(ids, marks, tokens_C, unknown_T1[until_C] - unknown_T1[first_C], flags_C)
+        unknown_C = unknown_T1[until_C] - unknown_T1[first_C]
+        if self._tokenizer.drops_characters:
+            unknown_C += np.fromiter(map(self._tokenizer.count_dropped, chunks), dtype=np.int64, count=len(chunks))
+        return ChunkTokens(ids, marks, tokens_C, unknown_C, flags_C)
 
 
 def _with_space(parts: Sequence[str], space: str, *, is_first: bool = False) -> list[str]:

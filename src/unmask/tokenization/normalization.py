@@ -11,11 +11,12 @@ drops white space.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from typing import Any, Final, cast
+from collections.abc import Iterator, Mapping
+from typing import Any, Final, NamedTuple, cast
 
 from tokenizers import Regex, normalizers, pre_tokenizers
 
+from unmask.core.errors import TokenizerError
 from unmask.tokenization.settings import CharacterConfig, TrainedConfig, UnigramConfig, WordPieceConfig
 
 META: Final = "▁"  # U+2581, a space in the tokens of Unigram
@@ -178,3 +179,98 @@ def without_specials(tokenizer_json: str) -> str:
         if entry[0] in special and number != model.get("unk_id"):
             entry[0] = f"\ue000{number}\ue001"
     return json.dumps({**spec, "added_tokens": []})
+
+
+class Frame(NamedTuple):
+    """The special tokens around a text."""
+
+    before: tuple[int, ...]
+    after: tuple[int, ...]
+    pair: tuple[tuple[int, ...], ...] | None  # before, between and after two texts; None: pairs aren't separated
+
+
+def frame_of(spec: Node, vocabulary: Mapping[str, int]) -> Frame | None:
+    """Return the special tokens that the post-processor adds; None if there is no post-processor.
+
+    Args:
+        spec: the content of tokenizer.json.
+        vocabulary: the id of each token.
+
+    Raises:
+        TokenizerError: it adds tokens that the vocabulary doesn't contain, or repeats or omits the text.
+    """
+    if spec.get("post_processor") is None:
+        return None
+    frame = Frame((), (), None)
+    for step in _steps(spec["post_processor"], "processors"):
+        if step["type"] == "ByteLevel":
+            continue
+        if frame != Frame((), (), None):
+            raise _unsupported_frame("two post-processors add special tokens")
+        frame = _frame_of_step(step, vocabulary)
+    return frame
+
+
+def _frame_of_step(step: Node, vocabulary: Mapping[str, int]) -> Frame:
+    if step["type"] in ("BertProcessing", "RobertaProcessing"):
+        first, last = (_require_token(step[side][0], step[side][1], vocabulary) for side in ("cls", "sep"))
+        between = (last, last) if step["type"] == "RobertaProcessing" else (last,)
+        return Frame((first,), (last,), ((first,), between, (last,)))
+    if step["type"] != "TemplateProcessing":
+        raise _unsupported_frame(f"post-processors of type {step['type']} are not supported")
+    single, pair = (_split_template(step, name, vocabulary) for name in ("single", "pair"))
+    if single is None or len(single) != 2:
+        raise _unsupported_frame("the template of the post-processor doesn't contain the text exactly once")
+    is_separated = pair is not None and len(pair) == 3 and pair[1]
+    return Frame(single[0], single[1], tuple(pair) if pair is not None and is_separated else None)
+
+
+def _split_template(step: Node, name: str, vocabulary: Mapping[str, int]) -> list[tuple[int, ...]] | None:
+    """Return the special tokens before, between and after the texts; None if B precedes A."""
+    parts, texts = list[tuple[int, ...]]([()]), ""
+    for item in step[name]:
+        if "Sequence" in item:
+            texts += item["Sequence"]["id"]
+            parts.append(())
+            continue
+        added = step["special_tokens"][item["SpecialToken"]["id"]]
+        for id, token in zip(added["ids"], added["tokens"], strict=True):
+            parts[-1] += (_require_token(token, id, vocabulary),)
+    return parts if texts in ("A", "AB") else None
+
+
+def _require_token(token: str, id: int, vocabulary: Mapping[str, int]) -> int:
+    if vocabulary.get(token) != id:
+        has = f"the id {vocabulary[token]}" if token in vocabulary else "no such token"
+        raise _unsupported_frame(f"the post-processor adds {token!r} with the id {id}, but the vocabulary has {has}")
+    return id
+
+
+def _unsupported_frame(what: str) -> TokenizerError:
+    return TokenizerError(what, hint="correct post_processor in tokenizer.json")
+
+
+def model_unknown(spec: Node) -> str | None:
+    """Return the token that the model gives unknown characters; None if it has none."""
+    model = spec["model"]
+    if model.get("type") == "Unigram":
+        return None if model.get("unk_id") is None else str(model["vocab"][model["unk_id"]][0])
+    return model.get("unk_token")
+
+
+def dropped_letters(spec: Node) -> frozenset[str] | None:
+    """Return the letters that the model represents if it drops all others; None if it drops none."""
+    model = spec["model"]
+    if model.get("type") != "BPE" or model.get("unk_token") is not None:
+        return None
+    vocabulary: Mapping[str, int] = model["vocab"]
+    steps = [*_steps(spec.get("normalizer"), "normalizers"), *_steps(spec.get("pre_tokenizer"), "pretokenizers")]
+    if any(step["type"] == "ByteLevel" for step in steps) and all(
+        letter in vocabulary for letter in pre_tokenizers.ByteLevel.alphabet()
+    ):
+        return None
+    if model.get("byte_fallback") and all(f"<0x{byte:02X}>" in vocabulary for byte in range(256)):
+        return None
+    prefix, suffix = model.get("continuing_subword_prefix") or "", model.get("end_of_word_suffix") or ""
+    stripped = (token.removeprefix(prefix).removesuffix(suffix) for token in vocabulary)
+    return frozenset(token for token in stripped if len(token) == 1)

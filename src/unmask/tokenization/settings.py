@@ -29,15 +29,16 @@ _BLOCK_CHARACTERS: Final = 1 << 18
 class WordPieceConfig:
     """Train WordPiece, as in BERT: words and parts of words."""
 
-    kind: Literal["wordpiece"] = "wordpiece"
-    vocab_size: int = 8192  # tokens, special tokens included
-    lowercase: bool = False
-    strip_accents: bool = False
-    clean_text: bool = True  # removes control characters; every white space becomes a space
-    handle_chinese_chars: bool = True  # each Han character is a word
-    special_tokens: tuple[str, ...] = SPECIALS
-    min_frequency: int = 2  # minimum count of a character, or of a pair that is merged
-    max_train_chars: int = 20_000_000  # characters of training text; 20 MB take 3-7 s
+    kind: Literal["wordpiece"] = "wordpiece"  # Kind of tokenizer.
+    vocab_size: int = 8192  # [tokens] Size of the vocabulary, special tokens included.
+    lowercase: bool = False  # Whether text is lowercased.
+    strip_accents: bool = False  # Whether accents are removed. Independent of `lowercase`, unlike in BERT.
+    clean_text: bool = True  # Whether control characters are removed and every white space becomes a space.
+    handle_chinese_chars: bool = True  # Whether each Han character is a word.
+    special_tokens: tuple[str, ...] = SPECIALS  # Special tokens, which get the first ids. [MASK] is necessary.
+    min_frequency: int = 2  # [occurrences] Minimum count of a character, or of a pair that is merged.
+    # [characters] Maximum size of the sample of the training text that the tokenizer is trained on.
+    max_train_chars: int = 20_000_000
 
     def __post_init__(self) -> None:
         require(self, "vocab_size", min=len(self.special_tokens) + 1)
@@ -48,13 +49,14 @@ class WordPieceConfig:
 class ByteBpeConfig:
     """Train byte-level BPE, as in RoBERTa and ModernBERT: frequent pairs are merged, no character is unknown."""
 
-    kind: Literal["bpe"] = "bpe"
-    vocab_size: int = 8192  # tokens, special tokens and the 256 bytes included
-    lowercase: bool = False
-    strip_accents: bool = False
-    clean_text: bool = False
-    special_tokens: tuple[str, ...] = SPECIALS
-    min_frequency: int = 2  # minimum count of a pair that is merged
+    kind: Literal["bpe"] = "bpe"  # Kind of tokenizer.
+    vocab_size: int = 8192  # [tokens] Size of the vocabulary, special tokens and the 256 bytes included.
+    lowercase: bool = False  # Whether text is lowercased.
+    strip_accents: bool = False  # Whether accents are removed. Independent of `lowercase`, unlike in BERT.
+    clean_text: bool = False  # Whether control characters are removed and every white space becomes a space.
+    special_tokens: tuple[str, ...] = SPECIALS  # Special tokens, which get the first ids. [MASK] is necessary.
+    min_frequency: int = 2  # [occurrences] Minimum count of a pair that is merged.
+    # [characters] Maximum size of the sample of the training text that the tokenizer is trained on.
     max_train_chars: int = 20_000_000
 
     def __post_init__(self) -> None:
@@ -66,14 +68,15 @@ class ByteBpeConfig:
 class UnigramConfig:
     """Train Unigram, as in ALBERT, T5 and XLM-R: tokens of the highest likelihood (Kudo 2018, arXiv 1804.10959)."""
 
-    kind: Literal["unigram"] = "unigram"
-    vocab_size: int = 8192  # tokens, special tokens included
-    lowercase: bool = False
-    strip_accents: bool = False
-    clean_text: bool = True  # removes control characters; every white space becomes a space
-    special_tokens: tuple[str, ...] = SPECIALS
-    min_frequency: int = 2  # minimum count of a character, or of a token in the sample
-    max_token_length: int = 16  # characters
+    kind: Literal["unigram"] = "unigram"  # Kind of tokenizer.
+    vocab_size: int = 8192  # [tokens] Size of the vocabulary, special tokens included.
+    lowercase: bool = False  # Whether text is lowercased.
+    strip_accents: bool = False  # Whether accents are removed. Independent of `lowercase`, unlike in BERT.
+    clean_text: bool = True  # Whether control characters are removed and every white space becomes a space.
+    special_tokens: tuple[str, ...] = SPECIALS  # Special tokens, which get the first ids. [MASK] is necessary.
+    min_frequency: int = 2  # [occurrences] Minimum count of a character, or of a token in the sample.
+    max_token_length: int = 16  # [characters] Maximum length of a token.
+    # [characters] Maximum size of the sample of the training text that the tokenizer is trained on.
     max_train_chars: int = 10_000_000
 
     def __post_init__(self) -> None:
@@ -85,23 +88,23 @@ class UnigramConfig:
 class ByteConfig:
     """One token for each byte of UTF-8, as in ByT5: nothing is learned, nothing is unknown, sequences are long."""
 
-    kind: Literal["bytes"] = "bytes"
-    lowercase: bool = False
-    strip_accents: bool = False
-    clean_text: bool = False
-    special_tokens: tuple[str, ...] = SPECIALS
+    kind: Literal["bytes"] = "bytes"  # Kind of tokenizer.
+    lowercase: bool = False  # Whether text is lowercased.
+    strip_accents: bool = False  # Whether accents are removed. Independent of `lowercase`, unlike in BERT.
+    clean_text: bool = False  # Whether control characters are removed and every white space becomes a space.
+    special_tokens: tuple[str, ...] = SPECIALS  # Special tokens, which get the first ids. [MASK] is necessary.
 
 
 @dataclass(frozen=True)
 class CharacterConfig:
     """One token for each character, white space included."""
 
-    kind: Literal["characters"] = "characters"
-    lowercase: bool = False
-    strip_accents: bool = False
-    clean_text: bool = False
-    special_tokens: tuple[str, ...] = SPECIALS
-    min_frequency: int = 1
+    kind: Literal["characters"] = "characters"  # Kind of tokenizer.
+    lowercase: bool = False  # Whether text is lowercased.
+    strip_accents: bool = False  # Whether accents are removed. Independent of `lowercase`, unlike in BERT.
+    clean_text: bool = False  # Whether control characters are removed and every white space becomes a space.
+    special_tokens: tuple[str, ...] = SPECIALS  # Special tokens, which get the first ids. [MASK] is necessary.
+    min_frequency: int = 1  # [occurrences] Minimum count of a character; rarer ones are [UNK].
 
     def __post_init__(self) -> None:
         require(self, "min_frequency", min=1)
@@ -111,18 +114,19 @@ class CharacterConfig:
 class FileTokenizerConfig:
     """Load an existing tokenizer: a tokenizer.json, or a directory with one."""
 
-    kind: Literal["file"]
-    path: Path
+    kind: Literal["file"]  # Kind of tokenizer.
+    path: Path  # A tokenizer.json, or a directory with one.
 
 
 @dataclass(frozen=True)
 class ExtendedTokenizerConfig:
     """Load an existing WordPiece or BPE tokenizer and add tokens learned from the text."""
 
-    kind: Literal["extended"]
-    path: Path  # existing tokenizer
-    num_new_tokens: int
-    min_frequency: int = 2  # minimum count of a word, a character or a pair
+    kind: Literal["extended"]  # Kind of tokenizer.
+    path: Path  # Existing tokenizer: a tokenizer.json, or a directory with one.
+    num_new_tokens: int  # [tokens] Number of tokens to learn from the text and add.
+    min_frequency: int = 2  # [occurrences] Minimum count of a word, a character or a pair.
+    # [characters] Maximum size of the sample of the training text that the tokenizer is trained on.
     max_train_chars: int = 20_000_000
 
     def __post_init__(self) -> None:

@@ -11,6 +11,8 @@ Otherwise the remaining space would reveal the form of a masked word.
 from __future__ import annotations
 
 import itertools
+import json
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -26,10 +28,14 @@ from tokenizers import AddedToken, decoders, models, processors
 from unmask.core.errors import TokenizerError
 from unmask.core.files import RunLayout, digest, read_json, write_json, write_text
 from unmask.core.types import SENTENCE_START, SPECIAL, WORD_START, ProgressCallback
-from unmask.tokenization.extend import extend_vocabulary
+from unmask.tokenization.extend import extend_vocabulary, require_ids
 from unmask.tokenization.normalization import (
     META,
+    Frame,
+    dropped_letters,
+    frame_of,
     leading_space,
+    model_unknown,
     normalizer_of,
     pre_tokenizer_of,
     splits_at_spaces,
@@ -95,6 +101,7 @@ _ROLES: Final = {  # role of a special token -> its usual names
     "sep_token": ("[SEP]", "</s>"),
     "mask_token": ("[MASK]", "<mask>"),
 }
+_RARE: Final = "\ua66e\U00013000\u2603\u0e51"  # hardly any vocabulary contains all of them
 
 
 @dataclass(frozen=True)
@@ -104,7 +111,7 @@ class Encoded:
     ids: Int[np.ndarray, "N"]  # int64
     marks: UInt8[np.ndarray, "N"]  # bits WORD_START, SENTENCE_START, SPECIAL
     offsets: Int[np.ndarray, "N 2"]  # characters [first, last) of each token in the text
-    characters_unknown: int  # characters that became [UNK]
+    characters_unknown: int  # characters that became [UNK], or that no token represents
 
 
 def train_tokenizer(
@@ -183,7 +190,8 @@ class Tokenizer:
         """Wrap a tokenizer; `roles` maps "mask_token", "cls_token" and so on to tokens, by default the usual ones.
 
         Raises:
-            TokenizerError: there is no mask token.
+            TokenizerError: there is no mask token, the token of a role doesn't exist, the model fails at unknown
+                characters, or the special tokens around a text can't be represented.
         """
         inner.no_padding()
         inner.no_truncation()
@@ -197,9 +205,18 @@ class Tokenizer:
             for role, names in _ROLES.items()
         }
         self._roles = {role: name for role in _ROLES if (name := custom.get(role, usual[role])) is not None}
-        if "mask_token" not in self._roles or self.token_to_id(self._roles["mask_token"]) is None:
+        self._is_usual = self._roles == {role: name for role, name in usual.items() if name is not None}
+        absent = next((role for role, name in self._roles.items() if self.token_to_id(name) is None), None)
+        if absent not in (None, "mask_token"):
             raise TokenizerError(
-                "this tokenizer has no mask token",
+                f"the {absent} is {self._roles[absent]!r}, which the vocabulary doesn't contain",
+                hint=f"set {absent} in tokenizer_config.json and special_tokens_map.json to a token of the vocabulary, "
+                "or remove it there",
+            )
+        if "mask_token" not in self._roles or absent == "mask_token":
+            named = self._roles.get("mask_token")
+            raise TokenizerError(
+                "this tokenizer has no mask token" + (f": {named!r} is not in the vocabulary" if named else ""),
                 hint='name it in tokenizer_config.json next to tokenizer.json ("mask_token": ...), or add one: '
                 'AutoTokenizer.from_pretrained(FOLDER), then add_special_tokens({"mask_token": "[MASK]"}) and '
                 "save_pretrained(FOLDER)",
@@ -208,7 +225,22 @@ class Tokenizer:
         self.size = max(vocabulary.values()) + 1
         added = cast("Mapping[int, AddedToken]", inner.get_added_tokens_decoder())
         special = {number for number, token in added.items() if token.special}
-        special |= {vocabulary[name] for name in self._roles.values() if name in vocabulary}
+        special |= {vocabulary[name] for name in self._roles.values()}
+        spec = json.loads(self._json)
+        self._unknown_token = model_unknown(spec)
+        if self._unknown_token in vocabulary:
+            special.add(vocabulary[self._unknown_token])
+        self._letters = dropped_letters(spec)
+        self._check_unknown()
+        frame = frame_of(spec, vocabulary)
+        if frame is None:
+            if (edges := self.cls_sep_ids) is None:
+                frame = Frame((), (), None)
+            else:
+                first, last = edges[:1], edges[1:]
+                frame = Frame(first, last, (first, last, last))
+        self.frame: Frame = frame
+        special |= {*frame.before, *frame.after}
         self.special_ids: tuple[int, ...] = tuple(sorted(special))
         self.regular_token_ids: NDArray[np.int64] = np.array(sorted(set(vocabulary.values()) - special), dtype=np.int64)
         self._special_V = np.zeros(self.size, dtype=bool)
@@ -227,8 +259,9 @@ class Tokenizer:
 
     @property
     def unknown_id(self) -> int | None:
-        """Id of [UNK]; None if the tokenizer has none."""
-        return self.role_id("unk_token")
+        """Id of the token that the model gives unknown characters; None if the tokenizer has none."""
+        own = self.token_to_id(self._unknown_token) if self._unknown_token is not None else None
+        return self.role_id("unk_token") if own is None else own
 
     @property
     def cls_sep_ids(self) -> tuple[int, int] | None:
@@ -238,8 +271,8 @@ class Tokenizer:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Digest of tokenizer.json."""
-        return digest(self._json)
+        """Digest of tokenizer.json, and of the roles of special tokens if they are not the usual ones."""
+        return digest(self._json) if self._is_usual else digest(self._json, json.dumps(self._roles, sort_keys=True))
 
     def role_id(self, role: str) -> int | None:
         """Return the id of pad_token, unk_token, cls_token, sep_token or mask_token; None if it doesn't exist."""
@@ -294,7 +327,37 @@ class Tokenizer:
         marks = token_marks(text, offsets, words, ids == self._space_id)
         marks[self._special_V[ids]] |= SPECIAL
         unknown = offsets[ids == self.unknown_id] if self.unknown_id is not None else offsets[:0]
-        return Encoded(ids, marks, offsets, int((unknown[:, 1] - unknown[:, 0]).sum()))
+        num_unknown = int((unknown[:, 1] - unknown[:, 0]).sum()) + self.count_dropped(text)
+        return Encoded(ids, marks, offsets, num_unknown)
+
+    @property
+    def drops_characters(self) -> bool:
+        """Whether the model drops unknown characters: it is a BPE without an unknown token and without all bytes."""
+        return self._letters is not None
+
+    def count_dropped(self, text: str) -> int:
+        """Return how many characters the model drops. Those that the normalizer removes don't count."""
+        if self._letters is None:
+            return 0
+        normalizer, pre_tokenizer = self._marked.normalizer, self._marked.pre_tokenizer
+        count = 0
+        for character, times in Counter(normalizer.normalize_str(text) if normalizer else text).items():
+            if not character.isspace():
+                parts = pre_tokenizer.pre_tokenize_str(character) if pre_tokenizer else [(character, (0, 0))]
+                letters = {letter for part, _ in parts for letter in part if letter != META}
+                count += times * (not letters <= self._letters)
+        return count
+
+    def _check_unknown(self) -> None:
+        """Raise TokenizerError if the model fails at a character that its vocabulary lacks."""
+        try:
+            for character in _RARE:
+                self._plain.encode(character)
+        except Exception as error:  # the library raises no more specific exception
+            raise TokenizerError(
+                f"the model of this tokenizer fails at unknown characters: {error}",
+                hint="add its unknown token to model.vocab in tokenizer.json, or use another tokenizer",
+            ) from error
 
     def decode(self, ids: Sequence[int] | NDArray[np.integer[Any]], *, skip_specials: bool = True) -> str:
         """Decode ids to text."""
@@ -303,12 +366,17 @@ class Tokenizer:
     def add_special_tokens(
         self, ids: NDArray[np.integer[Any]], marks: NDArray[np.uint8]
     ) -> tuple[NDArray[np.int64], NDArray[np.uint8]]:
-        """Return the ids and marks with [CLS] before and [SEP] after them, if the tokenizer has both."""
-        if self.cls_sep_ids is None:
-            return ids.astype(np.int64), marks
-        first, last = self.cls_sep_ids
-        edge = np.array([SPECIAL], dtype=np.uint8)
-        return np.concatenate([[first], ids, [last]]).astype(np.int64), np.concatenate([edge, marks, edge])
+        """Return the ids and marks with the special tokens of the frame around them, usually [CLS] and [SEP]."""
+        before, after = self.frame.before, self.frame.after
+        edges = [np.full(len(side), SPECIAL, dtype=np.uint8) for side in (before, after)]
+        framed = np.concatenate([np.array(before, np.int64), ids, np.array(after, np.int64)])
+        return framed.astype(np.int64), np.concatenate([edges[0], marks, edges[1]])
+
+    def num_special_tokens(self, spans: int = 1) -> int:
+        """Return the number of special tokens in a sample of one or two spans."""
+        if spans == 2 and self.frame.pair is not None:
+            return sum(map(len, self.frame.pair))
+        return len(self.frame.before) + len(self.frame.after) if spans else 0
 
     def to_json(self) -> str:
         """Return the content of tokenizer.json."""
@@ -316,7 +384,9 @@ class Tokenizer:
 
     def with_json(self, tokenizer_json: str) -> Tokenizer:
         """Return the tokenizer of another tokenizer.json, with the same roles of special tokens."""
-        return Tokenizer(tokenizers.Tokenizer.from_str(tokenizer_json), self._roles)
+        inner = tokenizers.Tokenizer.from_str(tokenizer_json)
+        require_ids(tokenizer_json, inner)
+        return Tokenizer(inner, self._roles)
 
     def save(
         self,
@@ -349,7 +419,8 @@ class Tokenizer:
         """Load a tokenizer.json, or a directory with one, written by unmask or by transformers.
 
         Raises:
-            TokenizerError: the file doesn't exist or can't be read, or the tokenizer has no mask token.
+            TokenizerError: the file doesn't exist or can't be read, its ids are ambiguous, or the tokenizer can't be
+                used for masked language modeling.
         """
         path = Path(path)
         file = path / RunLayout.TOKENIZER if path.is_dir() else path
@@ -358,12 +429,14 @@ class Tokenizer:
                 "no tokenizer found", location=str(file), hint="name a directory that contains tokenizer.json"
             )
         try:
-            inner = tokenizers.Tokenizer.from_str(file.read_text(encoding="utf-8"))
+            content = file.read_text(encoding="utf-8-sig")
+            inner = tokenizers.Tokenizer.from_str(content)
         except Exception as error:  # the library raises no more specific exception
             raise TokenizerError(
                 f"can't read this tokenizer: {error}", location=str(file), hint="restore it from a copy"
             ) from error
         try:
+            require_ids(content, inner)
             return cls(inner, roles_in(file.parent))
         except TokenizerError as error:
             raise error.at(location=error.location or str(file)) from None
@@ -383,7 +456,13 @@ def roles_in(folder: Path) -> dict[str, str]:
                 )
             for role in _ROLES:
                 token = config.get(role)
-                content = cast("Any", token["content"]) if isinstance(token, dict) else token
+                content: Any = cast("Mapping[str, Any]", token).get("content") if isinstance(token, dict) else token
                 if isinstance(content, str):
                     roles[role] = content
+                elif token is not None:
+                    raise TokenizerError(
+                        f"invalid {role}: got {token!r}, expected a string, or an object with the string `content`",
+                        location=str(folder / name),
+                        hint=f"set {role} to the text of the token, or remove it",
+                    )
     return roles

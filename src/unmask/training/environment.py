@@ -6,22 +6,34 @@ RUN/env.json contains the facts, RUN/tokenizer the tokenizer, and RUN/texts.json
 from __future__ import annotations
 
 import json
+import os
 import platform
+import shlex
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from unmask.core import files
 from unmask.core.distributed import DistributedContext
-from unmask.core.errors import DamagedError, RunError
+from unmask.core.errors import DamagedError, RunError, TextError
 from unmask.core.files import RunLayout
 from unmask.core.plugins import PluginSourceConfig, plugin_facts
 from unmask.core.version import __version__
+from unmask.data.readers.hf_datasets import PREFIX
 from unmask.data.settings import DataConfig
-from unmask.data.sources import BaseSource, FileSource, MemorySource, open_plugin, open_source, open_valid
+from unmask.data.sources import (
+    BaseSource,
+    FileSource,
+    MemorySource,
+    open_plugin,
+    open_source,
+    open_text,
+    open_valid,
+    weighted,
+)
 from unmask.tokenization.tokenizer import Tokenizer
 from unmask.tokenization.words import version
 from unmask.training.recipe import Recipe
@@ -30,7 +42,8 @@ from unmask.training.setup import RunComponents, attention_backend
 
 _PACKAGES = ("torch", "numpy", "tokenizers", "safetensors")
 _REQUIRED = (("determinism", "threads"), ("text", "paths"), ("text", "fingerprint"), ("text", "tokenizer"))
-_TEXT_CHANGED_HINT = "restore the original text, or start a new run on the new one"
+AnySource = TypeVar("AnySource", bound=BaseSource)
+_Facts = Mapping[str, Any]  # the facts of one text, as `_text_facts` returns them
 
 
 def write_environment(
@@ -39,7 +52,7 @@ def write_environment(
     """Writes RUN/env.json, the tokenizer and, for texts in memory, the texts. A resume needs them."""
     source, corpus = components.source, components.corpus
     if isinstance(source, MemorySource):
-        files.write_text(run / RunLayout.TEXTS, "".join(json.dumps(str(text)) + "\n" for text in texts))
+        _write_texts(run, texts)
     with files.atomic_directory(run / RunLayout.RUN_TOKENIZER) as folder:
         corpus.tokenizer.save(folder)
     environment = {
@@ -52,17 +65,34 @@ def write_environment(
         "matmul_flops_per_second": flops_per_second,
         "text": {
             "paths": list(source.paths),
-            "fingerprint": source.fingerprint,
+            **_text_facts(source),
             "valid": {
-                name: {"path": text.paths[0], "fingerprint": text.fingerprint}
-                for name, text in components.valid_sources.items()
+                name: {"path": text.paths[0], **_text_facts(text)} for name, text in components.valid_sources.items()
             },
             "tokenizer": corpus.tokenizer.fingerprint,
-            "held_out_shards": str((corpus.folder / "held-out").absolute()),  # read by export, for sample texts
+            "held_out_shards": held_out_shards(components),
             "facts": corpus.facts,
         },
     }
     files.write_json(run / RunLayout.ENVIRONMENT, environment)
+
+
+def held_out_shards(components: RunComponents) -> str:
+    """Returns the folder with the held-out tokens in the cache; an export reads it for sample texts."""
+    return str((components.corpus.folder / "held-out").absolute())
+
+
+def _text_facts(source: BaseSource) -> dict[str, Any]:
+    """Returns what a later text is compared with; the name and digest of each file show the first difference."""
+    facts: dict[str, Any] = {"fingerprint": source.fingerprint}
+    if isinstance(source, FileSource):
+        facts["files"] = [[_file_name(entry), digest] for entry, digest in source.digests.items()]
+    return facts
+
+
+def _file_name(entry: str) -> str:
+    """Returns the name of a file without its directory; a dataset keeps its name."""
+    return entry if entry.startswith(PREFIX) else Path(entry).name
 
 
 def determinism_key(context: DistributedContext, recipe: Recipe) -> dict[str, Any]:
@@ -105,25 +135,33 @@ def reopen_text(run: Path, environment: Mapping[str, Any], settings: DataConfig,
         RunError: the text has changed, or texts.jsonl is missing.
     """
     text = environment["text"]
-    if isinstance(settings.source, PluginSourceConfig):
-        source: BaseSource = open_plugin(settings.source, text["paths"])
-    elif text["paths"]:
-        source = open_source(text["paths"], settings)
+    if text["paths"]:
+        location = ", ".join(text["paths"])
+
+        def reopen() -> BaseSource:
+            if isinstance(settings.source, PluginSourceConfig):
+                return open_plugin(settings.source, text["paths"])
+            return open_source(text["paths"], settings)
     else:
-        path = run / RunLayout.TEXTS
-        if not path.is_file():
-            raise RunError("the texts of the run are missing", location=str(path), hint="restore the file")
-        source = MemorySource(_read_texts(path), settings.unicode)
-    if verify:
-        source.verify()
-    if source.fingerprint != text["fingerprint"]:
-        location = ", ".join(text["paths"]) or str(run / RunLayout.TEXTS)
-        raise RunError("the text has changed since the run was started", location=location, hint=_TEXT_CHANGED_HINT)
+        location = str(run / RunLayout.TEXTS)
+
+        def reopen() -> BaseSource:
+            if isinstance(settings.source, PluginSourceConfig):
+                return open_plugin(settings.source, ())
+            return MemorySource(_read_texts(run / RunLayout.TEXTS), settings.unicode)
+
+    options = " ".join(["--text NEW"] * min(3, len(text["paths"]) or 1)) + " ..." * (len(text["paths"]) > 3)
+    moved = _resume_with(run, options)
+    source = _reopen(reopen, moved, verify=verify)
+    if difference := _difference(text, source):
+        raise RunError(
+            f"the text has changed since the run was started: {difference}", location=location, hint=_changed(moved)
+        )
     return source
 
 
 def reopen_valid(
-    environment: Mapping[str, Any], settings: DataConfig, *, verify: bool = False
+    run: Path, environment: Mapping[str, Any], settings: DataConfig, *, verify: bool = False
 ) -> dict[str, FileSource]:
     """Reopens the validation texts of a run, by name.
 
@@ -131,19 +169,133 @@ def reopen_valid(
         TextError: a file is missing or can't be read.
         RunError: a text has changed.
     """
-    texts = environment["text"].get("valid", {})
-    paths = {name: texts[name]["path"] if name in texts else path for name, path in settings.valid.items()}
-    sources = open_valid(replace(settings, valid=paths))
-    for name, source in sources.items():
+    texts, sources = environment["text"].get("valid", {}), dict[str, FileSource]()
+    for name, path in settings.valid.items():
+        moved = _resume_with(run, f"--valid {name}=NEW")
+        place = texts[name]["path"] if name in texts else path
+        one = replace(settings, valid={name: place})
+        sources[name] = source = _reopen(lambda one=one, name=name: open_valid(one)[name], moved, verify=verify)
+        if difference := _difference(texts.get(name, {}), source):
+            message = f"the validation text `{name}` has changed since the run was started: {difference}"
+            raise RunError(message, location=place, hint=_changed(moved))
+    return sources
+
+
+def _resume_with(run: Path, options: str) -> str:
+    return f"unmask pretrain --resume {shlex.quote(str(run))} {options}"
+
+
+def _changed(moved: str) -> str:
+    return f"restore the text, or name an unchanged copy of it: {moved}"
+
+
+def _reopen(open_it: Callable[[], AnySource], moved: str, *, verify: bool) -> AnySource:
+    """Opens a text of the run and computes its fingerprint; `moved` is the command for a text that was moved."""
+    try:
+        source = open_it()
         if verify:
             source.verify()
-        if name not in texts or source.fingerprint != texts[name]["fingerprint"]:
+        _ = source.fingerprint  # it opens the files
+    except TextError as error:
+        raise error.at(hint=f"restore the text or, if it was moved, name its new path: {moved}") from error
+    return source
+
+
+def move_texts(
+    run: Path,
+    environment: dict[str, Any],
+    settings: DataConfig,
+    texts: Sequence[str | Path] = (),
+    valid: Mapping[str, str | Path] | None = None,
+) -> dict[str, Any]:
+    """Replaces the paths of a run's texts by new ones with equal content, also in its env.json.
+
+    Args:
+        run: Folder of the run.
+        environment: Content of its env.json.
+        settings: Settings of the data section.
+        texts: New paths of the text, or the texts that were passed as strings; none if they have not moved.
+        valid: New paths of validation texts by name.
+
+    Returns:
+        The new content of env.json.
+
+    Raises:
+        TextError: a file is missing or can't be read.
+        RunError: a text is not the text of the run; the first difference is named.
+    """
+    text = dict(environment["text"])
+    if texts:
+        source = open_text(texts, settings)
+        if difference := _difference(text, source):
             raise RunError(
-                f"the validation text `{name}` has changed since the run was started",
-                location=paths[name],
-                hint=_TEXT_CHANGED_HINT,
+                f"this is not the text of the run: {difference}",
+                location=source.location,
+                hint="name an unchanged copy of the run's text, or start a new run on this text",
             )
-    return sources
+        text["paths"] = list(source.paths)
+        if isinstance(source, MemorySource) and _is_main_process():
+            _write_texts(run, texts)
+    known = text["valid"] = dict(text.get("valid", {}))
+    for name, path in (valid or {}).items():
+        if name not in known:
+            names = ", ".join(known)
+            raise RunError(
+                f"the run has no validation text `{name}`",
+                location=f"--valid {name}={path}",
+                hint=f"use one of {names}" if names else "remove --valid",
+            )
+        source = open_valid(replace(settings, valid={name: str(path)}))[name]
+        if difference := _difference(known[name], source):
+            raise RunError(
+                f"this is not the validation text `{name}` of the run: {difference}",
+                location=str(path),
+                hint="name an unchanged copy of that text, or start a new run on this text",
+            )
+        known[name] = {**known[name], "path": source.paths[0]}
+    changed = {**environment, "text": text}
+    if _is_main_process():
+        files.write_json(run / RunLayout.ENVIRONMENT, changed)
+    return changed
+
+
+def _is_main_process() -> bool:
+    return os.environ.get("RANK", "0") == "0"  # before the ranks are set up
+
+
+def _difference(expected: _Facts, source: BaseSource) -> str:
+    """Returns the first difference between a text of the run and a source; "" if their fingerprints are equal."""
+    if source.fingerprint == expected.get("fingerprint"):
+        return ""
+    if isinstance(source, MemorySource) and expected.get("paths"):
+        return "it was passed as strings, and the text of the run is in files"
+    if isinstance(source, FileSource) and expected.get("paths") == []:
+        return "it is in files, and the text of the run was passed as strings"
+    if not isinstance(source, FileSource) or "files" not in expected:
+        return "its content differs"
+    known, given = expected["files"], [(_file_name(entry), digest) for entry, digest in source.digests.items()]
+    if len(known) != len(given):
+        missing = [name for name, digest in known if digest not in {digest for _, digest in given}]
+        additional = [name for name, digest in given if digest not in {digest for _, digest in known}]
+        named = f": `{missing[0]}` is missing" if missing else f": `{additional[0]}` is new" if additional else ""
+        return f"it has {len(given):,} file{'s' * (len(given) != 1)}, not {len(known):,}{named}"
+    for (old_name, old), (name, digest) in zip(known, given, strict=True):
+        if old == digest:
+            continue
+        if digest in [other for _, other in known] and old in [other for _, other in given]:
+            return f"its files have another order: `{name}` comes before `{old_name}`"
+        old_kind, kind = old.partition(":")[0], digest.partition(":")[0]
+        if old_kind != kind:
+            return f"`{name}` is read as {kind}, and the run's `{old_name}` as {old_kind}"
+        return f"the content of `{name}` differs from that of the run's `{old_name}`"
+    weights = [[weighted(name)[1] for name in paths] for paths in (expected.get("paths", ()), source.paths)]
+    if weights[0] != weights[1]:
+        return f"its weights differ: {_weights(weights[1])} instead of {_weights(weights[0])}"
+    return "the settings that split it into documents differ"
+
+
+def _weights(weights: Sequence[float | None]) -> str:
+    return ", ".join("none" if weight is None else f"{weight:g}" for weight in weights) or "none"
 
 
 def load_run_tokenizer(run: Path, environment: Mapping[str, Any]) -> Tokenizer:
@@ -167,7 +319,17 @@ def load_run_tokenizer(run: Path, environment: Mapping[str, Any]) -> Tokenizer:
     return tokenizer
 
 
+def _write_texts(run: Path, texts: Sequence[str | Path]) -> None:
+    files.write_text(run / RunLayout.TEXTS, "".join(json.dumps(str(text)) + "\n" for text in texts))
+
+
 def _read_texts(path: Path) -> list[str]:
+    if not path.is_file():
+        raise RunError(
+            "the texts of the run are missing",
+            location=str(path),
+            hint="restore the file, or pass the same texts: unmask.resume(run, texts=[...])",
+        )
     try:
         return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     except ValueError as error:  # not JSON, or not UTF-8

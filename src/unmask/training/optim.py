@@ -35,16 +35,19 @@ WARMUP_START = 0.05  # factor on the peak learning rates in the first step; 0 wo
 class OptimizerConfig:
     """Optimizer settings. Learning rates are peak values; the schedule scales all of them by one factor."""
 
+    # Optimizer; muon: Muon for matrices, AdamW for the rest (Jordan et al. 2024, kellerjordan.github.io/posts/muon).
     kind: Literal["muon", "adamw", "adam"] = "muon"
-    lr: float = 3e-3  # of AdamW and Adam
-    position_embedding_lr_scale: float = 1.0  # × lr for learned position embeddings, whose gradients are noisy
-    muon_lr: float = 0.02  # of Muon: the spectral norm of a square matrix's update
-    weight_decay: float = 0.01  # decoupled, × the learning rate; not for norms and biases, and not with "adam"
-    momentum: float = 0.95  # of Muon (Nesterov)
-    beta1: float = 0.9
-    beta2: float = 0.98
-    eps: float = 1e-8
-    max_grad_norm: float = 1.0  # limit of the norm over all gradients; inf disables clipping
+    lr: float = 3e-3  # Peak learning rate of AdamW and Adam.
+    # Factor on `lr` for learned position embeddings, whose gradients are noisy.
+    position_embedding_lr_scale: float = 1.0
+    muon_lr: float = 0.02  # Peak learning rate of Muon: the spectral norm of a square matrix's update.
+    # Decoupled weight decay, multiplied by the learning rate. Not for norms and biases, and not with adam.
+    weight_decay: float = 0.01
+    momentum: float = 0.95  # Nesterov momentum of Muon.
+    beta1: float = 0.9  # Decay of the mean of gradients in AdamW and Adam.
+    beta2: float = 0.98  # Decay of the mean of squared gradients in AdamW and Adam.
+    eps: float = 1e-8  # Constant in the denominator of AdamW and Adam.
+    max_grad_norm: float = 1.0  # Limit of the norm over all gradients; inf: no clipping.
 
     def __post_init__(self) -> None:
         require(self, "lr", "position_embedding_lr_scale", "muon_lr", "eps", above=0, below=math.inf)
@@ -62,11 +65,11 @@ class ScheduleConfig:
     - noam: hidden_size^-0.5 * min(step^-0.5, step * warmup_steps^-1.5) (arXiv 1706.03762, section 5.3), times `lr`.
     """
 
-    kind: Literal["wsd", "linear", "cosine", "noam"] = "wsd"
-    warmup: Fraction = Fraction(0.02)
-    decay: Fraction = Fraction(0.40)  # "wsd" only
-    min_lr_ratio: float = 0.0  # final learning rate / peak learning rate
-    warmup_steps: int = 2000  # "noam" only
+    kind: Literal["wsd", "linear", "cosine", "noam"] = "wsd"  # Form of the schedule.
+    warmup: Fraction = Fraction(0.02)  # [fraction of the planned tokens] Length of the linear warm-up; not with noam.
+    decay: Fraction = Fraction(0.40)  # [fraction of the planned tokens] Length of the decay at the end; with wsd only.
+    min_lr_ratio: float = 0.0  # Final learning rate / peak learning rate; not with noam.
+    warmup_steps: int = 2000  # [steps] Length of the warm-up; with noam only.
 
     def __post_init__(self) -> None:
         if self.kind == "wsd" and self.warmup.fraction + self.decay.fraction > 1:

@@ -19,8 +19,9 @@ MIN_SEQ_LEN = 3  # [CLS], one token, [SEP]
 class StageConfig:
     """One training stage: sequences of at most `max_seq_len` tokens, until a fraction of the plan."""
 
-    until: Fraction = Fraction(1.0)
-    max_seq_len: int = 128
+    until: Fraction = Fraction(1.0)  # [fraction of the plan] End of the stage.
+    max_seq_len: int = 128  # [tokens] Maximum length of a sequence, special tokens included.
+    # [tokens or texts] Minimum size of a step; texts count as `max_seq_len` tokens each.
     batch_size: Quantity = Quantity(16_384, "tokens")
 
     @property
@@ -33,9 +34,10 @@ class StageConfig:
 class EveryConfig:
     """Intervals between logging, validating and saving: a fraction of the plan, steps or seconds."""
 
-    log: Fraction | Quantity = Fraction(0.01)
+    log: Fraction | Quantity = Fraction(0.01)  # [fraction of the plan, steps or seconds] Interval between log lines.
+    # [fraction of the plan, steps or seconds] Interval between validations.
     validate: Fraction | Quantity = Fraction(0.05)
-    save: Fraction | Quantity = Fraction(0.2)
+    save: Fraction | Quantity = Fraction(0.2)  # [fraction of the plan, steps or seconds] Interval between checkpoints.
 
     def __post_init__(self) -> None:
         for name in ("log", "validate", "save"):

@@ -6,6 +6,7 @@ import contextlib
 import logging
 import os
 import shutil
+import tomllib
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from unmask.core import files
+from unmask.core.config import dump_config
 from unmask.core.distributed import (
     DistributedContext,
     device_note,
@@ -24,7 +26,7 @@ from unmask.core.errors import RecipeError, RunError, StoreError
 from unmask.core.files import RunLayout, default_cache
 from unmask.core.hardware import cores
 from unmask.core.quantities import Quantity
-from unmask.data.sources import open_text, open_valid
+from unmask.data.sources import open_text, open_valid, require_field_used
 from unmask.models.model import Model, load, save_model
 from unmask.objectives.word_boost import resolve_word_list
 from unmask.training import checkpoint
@@ -32,7 +34,9 @@ from unmask.training.callbacks import PreparedRun, describe_early_stop, run_trai
 from unmask.training.display import Display, Summary, first_sample, show_log
 from unmask.training.environment import (
     determinism_key,
+    held_out_shards,
     load_run_tokenizer,
+    move_texts,
     read_environment,
     reopen_text,
     reopen_valid,
@@ -42,9 +46,18 @@ from unmask.training.estimate import CostEstimate, estimate_cost, measure
 from unmask.training.loggers import check_installed, discard_after
 from unmask.training.loop import Signals, TrainState
 from unmask.training.plan import Measured, Plan, check_budget, extend_plan, limit_validation, make_plan
-from unmask.training.recipe import Recipe, change_recipe, load_recipe, read_recipe, write_recipe
+from unmask.training.recipe import Recipe, change_recipe, explicit_keys, load_recipe, read_recipe, write_recipe
 from unmask.training.runs import require_run_format, run_lock
-from unmask.training.setup import RunComponents, as_model, build_components, prepare_corpus, with_vocab_size
+from unmask.training.setup import (
+    RunComponents,
+    adapt_to_corpus,
+    adapt_to_text,
+    as_model,
+    build_components,
+    check_unknown,
+    prepare_corpus,
+    with_vocab_size,
+)
 from unmask.training.warm_start import DECIDED, WarmStart
 
 _log = logging.getLogger("unmask")
@@ -67,48 +80,6 @@ class Result:
     forecast: CostEstimate | None
     summary: Summary | None
     finished_before: bool = False
-
-
-def pretrain(
-    texts: str | Path | Sequence[str | Path],
-    *,
-    recipe: str | Path = "",
-    budget: str | None = None,
-    out: str | Path = "runs/model",
-    seed: int | None = None,
-    settings: Sequence[str] = (),
-    start: str | Path | WarmStart | None = None,
-    display: Display | None = None,
-) -> Model:
-    """Pretrains an encoder and returns it; the Python form of `unmask pretrain`.
-
-    Args:
-        texts: paths of text files or directories, or the texts themselves, one document each. Strings are texts if at
-            least one of them can't be a path: it has line breaks, or spaces and no file has that name.
-        recipe: name of a shipped recipe or path of a TOML file; default "tiny", or "continue" with `start`.
-        budget: "300 s", "120 steps", "2M tokens" or "3 epochs"; default: the budget of the recipe.
-        out: directory of the run; it must not exist yet.
-        seed: random seed.
-        settings: `key=value` strings, as for `--set`.
-        start: directory of a model to start from, or a WarmStart, which can add tokens to its vocabulary.
-        display: display of the progress; by default nothing is printed.
-
-    Raises:
-        UnmaskError: the text, a setting, the disk or a file is not usable; the message has a hint.
-    """
-    warm_start = WarmStart.open(start) if isinstance(start, str | Path) else start
-    overrides = {"seed": seed, "train.budget": budget}
-    result = launch(
-        [texts] if isinstance(texts, str | Path) else list(texts),
-        recipe=recipe or ("continue" if warm_start else "tiny"),
-        out=out,
-        settings=settings,
-        display=display,
-        start=warm_start,
-        overrides={key: value for key, value in overrides.items() if value is not None},
-    )
-    assert result.model is not None
-    return result.model
 
 
 # Starting -------------------------------------------------------------------------------------------------------------
@@ -142,17 +113,24 @@ def launch(
         raise RunError(
             "output path already exists",
             location=str(run),
-            hint=f"choose another --out, or resume that run: unmask pretrain --resume {run}",
+            hint=f"choose another --out, take a new one beside it (--exist-ok new), or continue that run: "
+            f"unmask pretrain --resume {run}",
         )
     with _session(display) as signals:
         # The recipe becomes final in four steps: settings, warm start, data, measured time.
+        explicit = None  # of a complete recipe, all settings are explicit
         if not isinstance(recipe, Recipe):
+            explicit = explicit_keys(recipe, settings, overrides)
             recipe = load_recipe(recipe, settings, overrides, DECIDED if start else ())
-        recipe = _with_start_and_paths(recipe, start)
+        requested = recipe = with_start_and_paths(recipe, start)
         source, valid = open_text(texts, recipe.data), open_valid(recipe.data)
+        require_field_used(recipe.data.field, [source, *valid.values()])
         context = _init_context(recipe, run, dry_run=options.dry_run)
         verify = options.verify and context.is_main_process
-        corpus = prepare_corpus(recipe, source, display.progress, verify=verify)
+        recipe, source, shrinks = adapt_to_text(recipe, source, explicit)
+        corpus = prepare_corpus(recipe, source, display.progress, verify=verify, shrinks=shrinks)
+        check_unknown(recipe, source, corpus)
+        recipe = adapt_to_corpus(recipe, corpus, explicit)
         recipe = with_vocab_size(recipe, corpus.tokenizer, start)
         components = build_components(recipe, source, corpus, context, valid_sources=valid, warm_start=start)
         measured = measure(recipe, components)
@@ -171,12 +149,12 @@ def launch(
             _create_folder(run)
         with _locked(run):
             if context.is_main_process:
-                _write_start(prepared, texts, start)
+                _write_start(prepared, texts, start, requested)
             context.barrier()
             return _train(prepared, TrainState(), display, signals)
 
 
-def _with_start_and_paths(recipe: Recipe, start: WarmStart | None) -> Recipe:
+def with_start_and_paths(recipe: Recipe, start: WarmStart | None) -> Recipe:
     """Returns the recipe with model and tokenizer of the warm start, absolute paths and the words of its word list.
 
     A run can then be resumed from any working directory, even if the word list has changed.
@@ -215,7 +193,9 @@ def _create_folder(run: Path) -> None:
         run.mkdir(parents=True)
 
 
-def _write_start(prepared: PreparedRun, texts: Sequence[str | Path], start: WarmStart | None) -> None:
+def _write_start(
+    prepared: PreparedRun, texts: Sequence[str | Path], start: WarmStart | None, requested: Recipe
+) -> None:
     """Writes recipe.toml, env.json and the model that the run starts from."""
     run, recipe = prepared.folder, prepared.recipe
     try:
@@ -223,6 +203,9 @@ def _write_start(prepared: PreparedRun, texts: Sequence[str | Path], start: Warm
         if start:  # so that the run can restart, and be compared with its start, without the original
             save_model(run / RunLayout.START, start.model)
         write_environment(run, recipe, prepared.components, texts, prepared.estimate.flops_per_second)
+        # The settings before text and time changed them: a second start is compared with it.
+        request = {"requested": tomllib.loads(dump_config(requested))}
+        files.write_json(run / RunLayout.ENVIRONMENT, read_environment(run) | request)
     except StoreError:  # an incomplete directory can't be resumed and would block another attempt
         shutil.rmtree(run, ignore_errors=True)
         raise
@@ -239,6 +222,8 @@ def resume(
     display: Display | None = None,
     allow_different_environment: bool = False,
     verify: bool = False,
+    texts: str | Path | Sequence[str | Path] = (),
+    valid: Mapping[str, str | Path] | None = None,
 ) -> Result:
     """Resumes a run that was stopped or killed, or extends a finished one; the results are bit-identical.
 
@@ -250,6 +235,8 @@ def resume(
         display: display of the progress.
         allow_different_environment: resume although machine or versions differ; the results will differ too.
         verify: read all bytes of the text and of the token cache, instead of comparing sizes and times.
+        texts: new paths of a text that was moved, or its strings again; the content must be equal.
+        valid: new paths of validation texts that were moved, by name.
 
     Raises:
         RunError: text, machine or a setting differs from the start of the run; the difference is named.
@@ -259,6 +246,11 @@ def resume(
         require_run_format(folder)
         recipe, plan = read_recipe(folder)
         recipe = change_recipe(recipe, settings)
+        moved = None
+        if texts or valid:  # also for a finished run, which may be extended later
+            with _locked(folder):
+                named = [texts] if isinstance(texts, str | Path) else list(texts)
+                moved = move_texts(folder, read_environment(folder), recipe.data, named, valid)
         extension = None if budget is None else Quantity.parse(budget, relative=True)
         if extension is not None:
             check_budget(extension, where=f"--budget {budget}")
@@ -267,7 +259,7 @@ def resume(
             return Result(folder, load(folder), None, None, finished_before=True)
         with _locked(folder):
             check_installed(recipe.train.loggers)
-            environment = read_environment(folder)
+            environment = moved or read_environment(folder)
             context, changes = _restore_context(folder, recipe, environment, allow_changes=allow_different_environment)
             components = _restore_components(folder, recipe, environment, context, display, verify=verify)
             if extension is not None:
@@ -321,7 +313,7 @@ def _restore_components(
     """
     verify = verify and context.is_main_process
     source = reopen_text(run, environment, recipe.data, verify=verify)
-    valid = reopen_valid(environment, recipe.data, verify=verify)
+    valid = reopen_valid(run, environment, recipe.data, verify=verify)
     tokenizer = load_run_tokenizer(run, environment)
     corpus = prepare_corpus(recipe, source, display.progress, tokenizer, verify=verify)
     # Without a checkpoint the weights are initialized again, like at the start.
@@ -336,10 +328,13 @@ def _write_resume(prepared: PreparedRun, state: TrainState, environment: dict[st
     if discarded:
         _log.info(f"moved {discarded} log lines of steps that were not saved to discarded.jsonl")
     write_recipe(run, recipe, prepared.plan)
+    shards = held_out_shards(prepared.components)
     if changes:
         earlier = environment.get("resumed_in_different_environment", [])
         environment["resumed_in_different_environment"] = [*earlier, *changes]
         environment["determinism"] = determinism_key(prepared.components.context, recipe)
+    if changes or environment["text"].get("held_out_shards") != shards:  # the cache may have moved
+        environment["text"]["held_out_shards"] = shards
         files.write_json(run / RunLayout.ENVIRONMENT, environment)
     with contextlib.suppress(FileNotFoundError):  # the report of an earlier crash
         os.replace(run / RunLayout.CRASH, run / f"earlier-{RunLayout.CRASH}")

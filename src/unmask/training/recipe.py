@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -44,19 +45,21 @@ MAY_CHANGE = ("train.early_stopping_patience", "train.loggers", "train.every", "
 class TrainConfig:
     """Budget, intervals, hardware, and what is saved and logged."""
 
-    budget: Quantity = Quantity(600, "seconds")
-    every: EveryConfig = field(default_factory=EveryConfig)
-    micro_batch_size: Quantity = Quantity(
-        16_384, "tokens"
-    )  # maximum size; a step has as many micro-batches as it needs
-    device: Device = "auto"
+    budget: Quantity = Quantity(600, "seconds")  # [seconds, steps, tokens or epochs] Total amount of training.
+    every: EveryConfig = field(default_factory=EveryConfig)  # Intervals of logs, validations and checkpoints.
+    # [tokens] Maximum size of a micro-batch; a step has as many as it needs.
+    micro_batch_size: Quantity = Quantity(16_384, "tokens")
+    device: Device = "auto"  # Device; auto: a CUDA device if there is one, else the CPU. mps is untested.
+    # Data type of matrix products; auto: bfloat16 on CUDA and on CPUs with such instructions, else float32.
     precision: Precision = "auto"
+    # Number of CPU threads; auto: all cores, divided among the processes of a machine.
     threads: int | Literal["auto"] = "auto"
-    keep_last: int = 2  # number of step folders
-    keep_best: bool = True  # in best/: the model with the lowest validation loss
-    early_stopping_patience: int = 0  # validations without improvement before the run stops; 0: never
-    ema_decay: float = 0.0  # of an exponential moving average of the weights, per step, e.g. 0.999; 0: no average
-    loggers: tuple[LoggerKind | PluginLoggerConfig, ...] = ()  # besides log.jsonl
+    keep_last: int = 2  # Number of checkpoints that are kept.
+    keep_best: bool = True  # Whether the model with the lowest validation loss is kept in best/.
+    # [validations] Number of validations without improvement before the run stops; 0: never.
+    early_stopping_patience: int = 0
+    ema_decay: float = 0.0  # Decay per step of an exponential moving average of the weights, e.g. 0.999; 0: no average.
+    loggers: tuple[LoggerKind | PluginLoggerConfig, ...] = ()  # Loggers besides log.jsonl.
 
     def __post_init__(self) -> None:
         check_budget(self.budget, where="budget")
@@ -75,9 +78,9 @@ class TrainConfig:
 class PreviewConfig:
     """Prompts whose masked tokens are predicted at each validation; without prompts, the first held-out documents."""
 
-    prompts: tuple[str, ...] = ()
-    num_samples: int = 5
-    max_chars: int = 160  # of a held-out document used as a prompt
+    prompts: tuple[str, ...] = ()  # Texts with [MASK], as for `unmask fill`.
+    num_samples: int = 5  # Number of held-out documents used as prompts if `prompts` is empty.
+    max_chars: int = 160  # [characters] Maximum length of a held-out document used as a prompt.
 
     def __post_init__(self) -> None:
         require(self, "num_samples", min=0)
@@ -88,27 +91,30 @@ class PreviewConfig:
 class InitConfig:
     """Initial weights: random, or those of a model (`unmask pretrain --from`, which writes this section)."""
 
-    required: bool = False  # whether the recipe needs a model
-    model: str = ""  # folder of the model; "": random weights
-    vocab_size: int = 0  # size of its token embedding, which may exceed the tokenizer's vocabulary
+    required: bool = False  # Whether the recipe needs a model to start from.
+    model: str = ""  # Directory of the model; "": random weights.
+    vocab_size: int = 0  # [tokens] Size of the model's token embedding, which may exceed the tokenizer's vocabulary.
 
 
 @dataclass(frozen=True)
 class Recipe:
     """All settings of a run."""
 
-    name: str = "custom"
-    about: str = ""
-    seed: int = 17
-    data: DataConfig = field(default_factory=DataConfig)
-    model: EncoderConfig = field(default_factory=ModernBertConfig)
+    name: str = "custom"  # Name of the recipe; by default that of its file.
+    about: str = ""  # Description in one sentence, for `unmask recipe list`.
+    seed: int = 17  # Seed of initial weights, order of samples, masks and dropout.
+    data: DataConfig = field(default_factory=DataConfig)  # How text is read, split, tokenized and sampled.
+    model: EncoderConfig = field(default_factory=ModernBertConfig)  # Architecture of the encoder.
+    # What the model learns to predict (docs/objectives.md).
     objective: MaskedLMConfig | BertPretrainingConfig | PluginObjectiveConfig = field(default_factory=MaskedLMConfig)
-    stage: tuple[StageConfig, ...] = (StageConfig(),)
-    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
-    lr_schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    stage: tuple[StageConfig, ...] = (StageConfig(),)  # Stages of training, in order; the last one lasts until 100%.
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)  # Optimizer.
+    lr_schedule: ScheduleConfig = field(default_factory=ScheduleConfig)  # Schedule of the learning rates.
+    # Budget, intervals, hardware, and what is saved and logged.
     train: TrainConfig = field(default_factory=TrainConfig)
+    # Prompts whose masked tokens are predicted at each validation.
     preview: PreviewConfig = field(default_factory=PreviewConfig)
-    init: InitConfig = field(default_factory=InitConfig)
+    init: InitConfig = field(default_factory=InitConfig)  # Initial weights.
 
     def __post_init__(self) -> None:
         check_stages(self.stage)
@@ -159,6 +165,31 @@ def load_recipe(
         _check_not_set(tree, key, str(name_or_path))
     tree.setdefault("name", Path(name_or_path).stem)
     return build_config(Recipe, tree, str(name_or_path), settings, options)
+
+
+def explicit_keys(
+    name_or_path: str | Path, settings: Sequence[str] = (), overrides: Mapping[str, Any] | None = None
+) -> frozenset[str]:
+    """Returns the keys that the user set: in a recipe file of their own, by --set, or by an option."""
+    keys = set(_leaves(resolve_recipe(name_or_path, own=True)))
+    for text in settings:
+        key, _, value = text.partition("=")
+        with contextlib.suppress(tomllib.TOMLDecodeError):
+            keys |= set(_leaves(tomllib.loads(f"value = {value.strip()}")["value"], key.strip()))
+            continue
+        keys.add(key.strip())
+    for key, value in (overrides or {}).items():
+        keys |= set(_leaves(value.value if isinstance(value, Override) else value, key))
+    return frozenset(keys)
+
+
+def _leaves(value: Any, key: str = "") -> Iterator[str]:
+    """Yields the dotted keys of a tree."""
+    if not isinstance(value, dict):
+        yield key
+        return
+    for name, entry in cast("dict[str, Any]", value).items():
+        yield from _leaves(entry, f"{key}.{name}" if key else name)
 
 
 def _check_not_set(tree: Any, key: str, source: str) -> None:

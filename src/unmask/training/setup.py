@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from typing import cast
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from unmask.core import rng
 from unmask.core.distributed import DistributedContext
@@ -16,6 +18,19 @@ from unmask.core.files import default_cache
 from unmask.core.plugins import PluginObjectiveConfig, PluginSamplerConfig, describe, make
 from unmask.core.types import Objective, ObjectiveContext, ProgressCallback
 from unmask.core.version import __version__
+from unmask.data.advice import (
+    LONG_RUN,
+    MANY_UNKNOWN,
+    Choice,
+    adapt,
+    fitting_kind,
+    is_set,
+    may_shrink,
+    spelling_kind,
+    text_facts,
+    unknown_warning,
+    vocabulary_choice,
+)
 from unmask.data.loader import PairSampling, StageLoader, build_sampler
 from unmask.data.prepare import TokenizedCorpus, prepare
 from unmask.data.sentence_pairs import PairKind, require_pairs
@@ -28,6 +43,7 @@ from unmask.models.model import Model, ModelCard
 from unmask.objectives.mlm import MaskedLMObjective
 from unmask.objectives.sentence_pairs import BertPretrainingConfig, BertPretrainingObjective
 from unmask.objectives.word_boost import tokenize_boosted_words
+from unmask.tokenization.settings import ExtendedTokenizerConfig, SampledConfig
 from unmask.tokenization.tokenizer import Tokenizer
 from unmask.tokenization.words import WordsRule
 from unmask.training.loop import EMA, TrainLoopInputs, TrainModule, TrainState
@@ -37,6 +53,9 @@ from unmask.training.recipe import Recipe
 from unmask.training.warm_start import WarmStart
 
 _log = logging.getLogger("unmask")
+
+_FILLED = 0.99  # of the tokens
+_LENGTH_STEP = 8
 
 
 @dataclass(frozen=True)
@@ -73,21 +92,93 @@ def prepare_corpus(
     tokenizer: Tokenizer | None = None,
     *,
     verify: bool = False,
+    shrinks: bool = False,
 ) -> TokenizedCorpus:
     """Reads, splits and tokenizes the text of a run; trains a tokenizer if none is given.
 
     Raises:
         RecipeError: the objective trains on sentence pairs, but the model, the sampler or a stage doesn't fit.
-        TextError: the text can't be read or is too short.
+        TextError: the text can't be read or split.
     """
     check_pairs(recipe)
     for plugin in recipe.plugins:
         _log.info(describe(plugin))
-    corpus = prepare(source, recipe.data, default_cache(), on_progress, tokenizer, verify=verify)
+    corpus = prepare(source, recipe.data, default_cache(), on_progress, tokenizer, verify=verify, shrinks=shrinks)
     for note in corpus.notes:
         _log.info(note)
-    _require_one_sequence(corpus, source, recipe)
     return corpus
+
+
+def adapt_to_text(
+    recipe: Recipe, source: BaseSource, explicit: Collection[str] | None
+) -> tuple[Recipe, BaseSource, bool]:
+    """Returns recipe and source with the settings that fit the text, and whether the vocabulary may shrink.
+
+    Settings whose keys are in `explicit` are kept; None stands for all keys.
+    """
+    source, data, choices = adapt(source, recipe.data, explicit)
+    for choice in choices:
+        _log.info(str(choice))
+    return replace(recipe, data=data), source, may_shrink(data, explicit)
+
+
+def adapt_to_corpus(recipe: Recipe, corpus: TokenizedCorpus, explicit: Collection[str] | None) -> Recipe:
+    """Returns the recipe with the size of the trained vocabulary, and with stages that the documents fill.
+
+    A position beyond the longest document is never trained. A stage is shortened if it is more than twice as long as
+    the documents that have 99 % of the tokens.
+    """
+    if explicit is None:
+        return recipe
+    if choice := vocabulary_choice(recipe.data, corpus.tokenizer.size):
+        _log.info(str(choice))
+        sized = cast("SampledConfig", recipe.data.tokenizer)
+        tokenizer = replace(sized, vocab_size=corpus.tokenizer.size)
+        recipe = replace(recipe, data=replace(recipe.data, tokenizer=tokenizer))
+    if isinstance(recipe.objective, BertPretrainingConfig) or isinstance(recipe.data.sampler, PluginSamplerConfig):
+        return recipe
+    filled = _filled_length(corpus.train.lengths) + corpus.tokenizer.num_special_tokens()
+    length = max(MIN_SEQ_LEN, -(-filled // _LENGTH_STEP) * _LENGTH_STEP)
+    stages = list(recipe.stage)
+    for number, stage in enumerate(stages):
+        key = f"stage.{number}.max_seq_len"
+        if stage.max_seq_len > 2 * length and not is_set(explicit, key):
+            stages[number] = replace(stage, max_seq_len=length)
+            reason = f"documents of at most {filled} tokens have {_FILLED:.0%} of the text"
+            what = f"stage {number}: sequences of at most {length} tokens instead of {stage.max_seq_len}"
+            _log.info(str(Choice(what, reason, f"{key}={stage.max_seq_len}")))
+    return replace(recipe, stage=tuple(stages))
+
+
+def _filled_length(lengths: NDArray[np.int64]) -> int:
+    """Returns the length of the documents that have 99 % of the tokens: no longer document is needed for them."""
+    ordered = np.sort(np.asarray(lengths))
+    tokens = np.cumsum(ordered)
+    return int(ordered[np.searchsorted(tokens, _FILLED * tokens[-1])])
+
+
+def check_unknown(recipe: Recipe, source: BaseSource, corpus: TokenizedCorpus) -> None:
+    """Warns about characters that the tokenizer can't spell.
+
+    Raises:
+        TokenizerError: there are more of them than `data.max_unknown`.
+    """
+    share = int(corpus.facts["train_unknown_characters"]) / max(1, int(corpus.facts["train_characters"]))
+    if share <= MANY_UNKNOWN:
+        return
+    facts, kind = text_facts(source), recipe.data.tokenizer.kind
+    message = unknown_warning(share, kind, facts)
+    fitting = spelling_kind(facts, kind)
+    fix = f"use a tokenizer that spells this text: --set data.tokenizer.kind={fitting}"
+    if recipe.init.model:
+        # Words between spaces can be added to a vocabulary; runs without a space can't.
+        has_words = fitting_kind(facts, "bpe")[0] in ("bpe", "unigram") and facts.mean_run < LONG_RUN
+        is_extensible = has_words and not isinstance(recipe.data.tokenizer, ExtendedTokenizerConfig)
+        fix = f"train a new model without --from: --recipe tiny --set data.tokenizer.kind={fitting}"
+        fix += ", or add tokens to the model's: --extend-vocabulary 1000" if is_extensible else ""
+    if share > recipe.data.max_unknown.fraction:
+        raise TokenizerError(message, location=source.location, hint=f"{fix}; or train anyway: --allow-unknown")
+    _log.warning(f"{message}; {fix}")
 
 
 def build_components(
@@ -102,9 +193,11 @@ def build_components(
     """Builds model, objective, optimizer, data loaders and validator.
 
     Raises:
-        TextError: the text has too few sentence pairs, or a validation text can't be used.
+        TextError: the text is shorter than one sequence or has too few sentence pairs, or a validation text can't be
+            used.
         TokenizerError: the tokenizer lacks the special tokens that sentence pairs need.
     """
+    _require_one_sequence(corpus, source, recipe)
     module, objective = build_train_module(recipe, corpus, context, warm_start)
     pairs = pair_sampling(objective, recipe)
     if pairs:
@@ -256,13 +349,13 @@ def require_corpus_of_pairs(corpus: TokenizedCorpus, source: BaseSource, kind: P
 
     Raises:
         TextError: too few documents have two sentences.
-        TokenizerError: the tokenizer has no [CLS] and [SEP].
+        TokenizerError: the tokenizer adds no token between two texts.
     """
-    if corpus.tokenizer.cls_sep_ids is None:
+    if corpus.tokenizer.frame.pair is None:
         raise TokenizerError(
-            "the tokenizer has no [CLS] and [SEP] tokens, which sentence pairs need",
+            "the tokenizer adds no token between two texts, such as [SEP], which sentence pairs need",
             location="data.tokenizer",
-            hint="use a tokenizer that has them, or train on masks only: objective.kind=mlm",
+            hint="use a tokenizer that adds one, or train on masks only: objective.kind=mlm",
         )
     try:
         require_pairs(corpus.train, kind)
@@ -309,7 +402,7 @@ def attention_backend(recipe: Recipe, context: DistributedContext) -> str:
 
 def _require_one_sequence(corpus: TokenizedCorpus, source: BaseSource, recipe: Recipe) -> None:
     """Checks that the corpus fills one sequence of the shortest stage; less would be repeated all the time."""
-    num_special_tokens = 2 if corpus.tokenizer.cls_sep_ids else 0
+    num_special_tokens = corpus.tokenizer.num_special_tokens()
     number, shortest = min(enumerate(recipe.stage), key=lambda numbered: numbered[1].max_seq_len)
     longest = corpus.train.tokens + num_special_tokens
     if longest < shortest.max_seq_len:

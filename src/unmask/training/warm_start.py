@@ -16,6 +16,7 @@ from unmask.core.files import RunLayout
 from unmask.hub.from_hf import open_model
 from unmask.models import EncoderModule, HeadModule, build_model
 from unmask.models.model import Model
+from unmask.objectives.sentence_pairs import BertPretrainingConfig
 from unmask.tokenization.extend import origins
 from unmask.tokenization.settings import ExtendedTokenizerConfig, FileTokenizerConfig
 from unmask.tokenization.tokenizer import Tokenizer
@@ -77,6 +78,8 @@ class WarmStart:
                 self.model.tokenizer.save(temporary)
         for note in self.model.notes:
             _log.info(note)
+        if self.model.pair is not None and not isinstance(recipe.objective, BertPretrainingConfig):
+            _log.info("pooler and pair head are not trained and not saved: objective.kind is not mlm+pairs")
         for number, stage in enumerate(recipe.stage):
             if stage.max_seq_len > longest:
                 _log.info(

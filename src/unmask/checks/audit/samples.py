@@ -58,7 +58,7 @@ def make_samples(
         TextError: the texts are too short.
     """
     stream = _Stream(_encoded(texts, tokenizer, words, settings.samples * settings.length))
-    num_special_tokens = 2 if tokenizer.cls_sep_ids else 0
+    num_special_tokens = tokenizer.num_special_tokens()
     inside = settings.length - num_special_tokens
     if len(stream.ids) < _MIN_SAMPLES * inside:
         raise TextError(
@@ -108,7 +108,7 @@ class _Stream:
     def row(self, number: int, first: int, size: int, tokenizer: Tokenizer) -> Row:
         span = slice(first, first + size)
         ids, flags = tokenizer.add_special_tokens(self.ids[span], self.token_flags[span])
-        edge = (len(ids) - size) // 2
+        edge = len(tokenizer.frame.before)
         special_mask = np.ones(len(ids), dtype=bool)
         special_mask[edge : edge + size] = False
         offsets = np.zeros((len(ids), 2), dtype=np.int64)

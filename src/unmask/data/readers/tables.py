@@ -5,9 +5,13 @@ Errors name the file, the line or row, and a hint.
 
 from __future__ import annotations
 
+import codecs
 import csv
 import difflib
+import itertools
 import json
+import re
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -15,7 +19,16 @@ from typing import Any, Final
 
 from unmask.core.errors import TextError
 from unmask.core.format import join_names
-from unmask.data.readers.bytes import LONGEST_LINE, line_number, not_utf_8, packing, read_lines
+from unmask.data.readers.bytes import (
+    LONGEST_LINE,
+    convert,
+    decoded,
+    line_number,
+    not_utf_8,
+    packing,
+    read_chunks,
+    read_lines,
+)
 from unmask.data.settings import ErrorsRule, QuotingRule
 
 SKIP: Final = "or skip such rows: --errors skip"
@@ -31,19 +44,140 @@ def json_rows(path: Path, field: str, errors: ErrorsRule, first: int = 0, last: 
     Raises:
         TextError: a line is not JSON or has no such field; under "skip", only if the file can't be read.
     """
-    decode = json.JSONDecoder().decode
-    for number, line in enumerate(read_lines(path, first, last)):
+    decode, key = json.JSONDecoder().decode, json.dumps(field, ensure_ascii=False).encode()
+    for number, line in enumerate(read_lines(path, first, last, errors)):
         try:
             value = decode(line.decode())
             text = value[field]
-            if type(text) is str and b"\\u" not in line:  # the fast path; the slow one takes 1.5 times as long
+            # The fast path; the slow one takes 1.5 times as long.
+            if type(text) is str and b"\\u" not in line and line.count(key) == 1:
                 yield text
                 continue
         except (ValueError, TypeError, KeyError, RecursionError):
             if line.isspace():
                 continue
         where = partial(_line_location, path, first, number)
-        yield or_none(partial(_json_text, line, field, errors, path, where), errors)
+        yield or_none(partial(_json_text, line, field, errors, path, where, first, number), errors)
+
+
+def json_values(path: Path, field: str, errors: ErrorsRule) -> Rows:
+    """Yield the field of each object of a .json file: an array of objects, one object, or an object on each line.
+
+    Raises:
+        TextError: the file is not JSON, or a value has no such field.
+    """
+    if _has_lines(path, errors):
+        yield from json_rows(path, field, errors)
+        return
+    for number, value in enumerate(_values(path, errors), 1):
+        where = partial(_value_location, path, number)
+        yield or_none(partial(_field_of, value, field, errors, where), errors)
+
+
+_LONGEST_FIRST_LINE: Final = 1 << 24  # bytes
+_SPACE: Final = re.compile(r"[ \t\n\r]*")
+
+
+def _has_lines(path: Path, errors: ErrorsRule) -> bool:
+    """Return whether the first of several lines is an object."""
+    head = b""
+    for chunk in read_chunks(path, errors="replace" if errors == "strict" else errors):
+        head = (head + chunk).removeprefix(codecs.BOM_UTF8).lstrip()
+        line, _, rest = head.partition(b"\n")
+        if (head and not head.startswith(b"{")) or rest.strip() or len(head) > _LONGEST_FIRST_LINE:
+            break
+    else:
+        return False
+    try:
+        return isinstance(json.loads(line), dict) and bool(rest.strip())
+    except (ValueError, RecursionError):
+        return False
+
+
+def _value_location(path: Path, number: int) -> str:
+    return f"{path}, value {number:,}"
+
+
+class _Buffer:
+    """The decoded text of a file that was not parsed yet."""
+
+    def __init__(self, path: Path, errors: ErrorsRule) -> None:
+        # Lines of JSON in several lines can't be skipped one by one.
+        self._chunks = decoded(path, "replace" if errors == "replace" else "strict", lambda: None)
+        self.text, self.at, self.is_whole = "", 0, False
+
+    def grow(self) -> None:
+        """Read as much text again as is left, so that a long value is parsed a few times only."""
+        texts, wanted = [self.text[self.at :]], max(1, len(self.text) - self.at)
+        for chunk in self._chunks:
+            texts.append(chunk)
+            wanted -= len(chunk)
+            if wanted <= 0:
+                break
+        else:
+            self.is_whole = True
+        self.text, self.at = "".join(texts), 0
+
+    def next(self) -> str:
+        """Return the next character that is no white space; an empty text at the end."""
+        while True:
+            self.at = match.end() if (match := _SPACE.match(self.text, self.at)) else self.at
+            if self.at < len(self.text) or self.is_whole:
+                return self.text[self.at : self.at + 1]
+            self.grow()
+
+
+def _values(path: Path, errors: ErrorsRule) -> Iterator[Any]:
+    """Yield the elements of an array, or each value of a file."""
+    buffer, number = _Buffer(path, errors), 0
+    decoder = json.JSONDecoder(object_pairs_hook=_unique)
+    is_array = buffer.next() == "["
+    buffer.at += is_array
+    hint = "correct the file, or write one object on each line"
+    while (character := buffer.next()) and not (is_array and character == "]"):
+        if number and is_array:
+            if character != ",":
+                message = f"invalid JSON: expected a comma after value {number:,}"
+                raise TextError(message, location=str(path), hint=hint)
+            buffer.at += 1
+            buffer.next()
+        number += 1
+        while True:
+            try:
+                value, end = decoder.raw_decode(buffer.text, buffer.at)
+                break
+            except (ValueError, RecursionError) as error:
+                if not buffer.is_whole and len(buffer.text) - buffer.at <= LONGEST_LINE:
+                    buffer.grow()
+                    continue
+                reason = "it is nested too deeply" if isinstance(error, RecursionError) else error
+                message = f"this value is not JSON: {reason}"
+                raise TextError(message, location=_value_location(path, number), hint=hint) from error
+        buffer.at = end
+        yield value
+    if is_array:
+        if not character:
+            raise TextError("this array does not end: the file is cut short", location=str(path), hint=hint)
+        buffer.at += 1
+        if buffer.next():
+            raise TextError("the file goes on after the array", location=str(path), hint=hint)
+
+
+class _Repeated(dict[str, Any]):
+    """An object with a key that occurs twice."""
+
+    keys_twice: frozenset[str]
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Return the object; a _Repeated if a key occurs twice."""
+    value = dict(pairs)
+    if len(value) == len(pairs):
+        return value
+    counts = Counter(key for key, _ in pairs)
+    repeated = _Repeated(value)
+    repeated.keys_twice = frozenset(key for key, number in counts.items() if number > 1)
+    return repeated
 
 
 def _line_location(path: Path, first: int, number: int) -> str:
@@ -60,21 +194,42 @@ def or_none(read: Callable[[], str], errors: ErrorsRule) -> str | None:
         return None
 
 
-def _json_text(line: bytes, field: str, errors: ErrorsRule, path: Path, where: Where) -> str:
+def _json_text(line: bytes, field: str, errors: ErrorsRule, path: Path, where: Where, first: int, number: int) -> str:
     try:
-        value = json.loads(line.decode("utf-8", "replace" if errors == "replace" else "strict"))
+        text = line.decode("utf-8", "replace" if errors == "replace" else "strict")
+        value = json.loads(text, object_pairs_hook=_unique)
     except UnicodeDecodeError as error:
         message = f"not UTF-8: {error.reason} at byte {error.start:,} of this line (0x{line[error.start]:02x})"
-        hint = "convert the file with iconv -f CP1252 -t UTF-8, or replace such bytes by U+FFFD: --errors replace; "
-        raise TextError(message, location=where(), hint=hint + SKIP) from error
+        # Under "skip" the error is not shown.
+        byte = first + sum(len(before) for before in itertools.islice(read_lines(path, first), number))
+        advice = convert(path, byte + error.start) if errors == "strict" else "save the file as UTF-8"
+        hint = f"{advice}, or replace such bytes by U+FFFD: --errors replace; {SKIP}"
+        raise TextError(message, location=where(), hint=hint) from error
     except (ValueError, RecursionError) as error:
         message = f"this line is not JSON: {str(error) or 'it is nested too deeply'}"
         raise TextError(message, location=where(), hint="correct it, " + SKIP) from error
+    return _field_of(value, field, errors, where, "line")
+
+
+def _field_of(value: Any, field: str, errors: ErrorsRule, where: Where, what: str = "value") -> str:
+    """Return the field of a JSON object.
+
+    Raises:
+        TextError: the value is no object, or has no such field, or has it twice.
+    """
     if not isinstance(value, dict):
-        message = f"this line is {_kind(value)}, expected an object"
-        raise TextError(message, location=where(), hint=f'write each line as {{"{field}": "..."}}, ' + SKIP)
+        message = f"this {what} is {_kind(value)}, expected an object"
+        raise TextError(message, location=where(), hint=f'write each {what} as {{"{field}": "..."}}, ' + SKIP)
     node: Any = value
     for name in [field] if field in value else field.split("."):
+        if isinstance(node, _Repeated) and name in node.keys_twice:
+            raise TextError(f"the field `{name}` occurs twice", location=where(), hint=f"rename one of them, {SKIP}")
+        if what == "value" and isinstance(node, dict) and any(isinstance(one, list) for one in node.values()):
+            lists = [f"`{key}`" for key, one in node.items() if isinstance(one, list)]
+            if name not in node:
+                message = f"there is no field `{field}`; the rows may be in the list {join_names(lists)}"
+                hint = f"write one object on each line: jq -c '.{lists[0].strip('`')}[]' FILE > NEW.jsonl"
+                raise TextError(message, location=where(), hint=hint)
         if not isinstance(node, dict) or name not in node:
             raise no_field(field, list(value), where(), "field", may_skip=True)
         node = node[name]
@@ -188,6 +343,7 @@ def parquet_groups(path: Path, field: str) -> list[int]:
         schema, metadata = file.schema_arrow, file.metadata
         if field not in schema.names:
             raise no_field(field, schema.names, str(path), "column")
+        require_one(field, schema.names, str(path))
         require_text_type(field, schema.field(field).type, schema, str(path))
         starts: list[int] = []
         for number in range(metadata.num_row_groups):
@@ -196,6 +352,16 @@ def parquet_groups(path: Path, field: str) -> list[int]:
             pages = [page for at in columns for page in (at.dictionary_page_offset, at.data_page_offset) if page]
             starts.append(min(pages, default=0))
         return starts
+
+
+def require_one(field: str, names: Sequence[str], where: str) -> None:
+    """Check that only one column has this name.
+
+    Raises:
+        TextError: several columns have it.
+    """
+    if (number := list(names).count(field)) > 1:
+        raise TextError(f"{number} columns are named `{field}`", location=where, hint="rename all but one of them")
 
 
 def require_text_type(field: str, type_: Any, schema: Any, where: str) -> None:
@@ -244,19 +410,20 @@ def _row_location(where: str, number: int) -> str:
 
 
 _MALFORMED: Final = ["a malformed row"]  # compared by identity
-_DELIMITER_NAMES: Final = {",": "commas", "\t": "tabs"}
+_DELIMITER_NAMES: Final = {",": "commas", "\t": "tabs", ";": "semicolons", "|": "vertical bars"}
 
 
 class _Lines:
     """The decoded lines of a file; keeps the number of the last one that is not UTF-8, from 1."""
 
     def __init__(self, path: Path, errors: ErrorsRule) -> None:
-        self._path, self._errors = path, errors
+        self._path = path
+        self._errors: ErrorsRule = errors
         self.undecodable = 0
 
     def __iter__(self) -> Iterator[str]:
         byte = 0
-        for number, line in enumerate(read_lines(self._path), 1):
+        for number, line in enumerate(read_lines(self._path, errors=self._errors), 1):
             try:
                 text = line.decode("utf-8", "replace" if self._errors == "replace" else "strict")
             except UnicodeDecodeError as error:
@@ -282,13 +449,18 @@ def separated_rows(path: Path, delimiter: str, field: str, errors: ErrorsRule, q
     Raises:
         TextError: there is no such column, or a row is malformed; under "skip", only if the file can't be read.
     """
+    delimiter, skipped = _delimiter(path, delimiter, field, quoting)
     lines = _Lines(path, errors)
     rows = _parse(lines, path, delimiter, errors, quoting)
+    if skipped:
+        next(rows)
     _, names = next(rows, (0, None))
     if names is None:
         return
+    header = f"{path}, line {1 + skipped}, which names the columns"
     if field not in names:
-        raise no_field(field, names, f"{path}, line 1, which names the columns", "column")
+        raise no_field(field, names, header, "column")
+    require_one(field, names, header)
     column = names.index(field)
     for line, row in rows:
         if not row:  # a blank line
@@ -298,12 +470,33 @@ def separated_rows(path: Path, delimiter: str, field: str, errors: ErrorsRule, q
         elif errors == "skip":
             yield None
         else:
-            cells = f"quote cells with {_DELIMITER_NAMES[delimiter]} or line ends" if quoting == "csv" else "correct it"
+            cells = (
+                f"quote cells with {_DELIMITER_NAMES.get(delimiter, delimiter)} or line ends"
+                if quoting == "csv"
+                else "correct it"
+            )
             raise TextError(
                 f"this row has {len(row)} columns, expected {len(names)} as in the first line",
                 location=f"{path}, line {line:,}",
                 hint=f"{cells}, {SKIP}",
             )
+
+
+def _delimiter(path: Path, delimiter: str, field: str, quoting: QuotingRule) -> tuple[str, bool]:
+    """Return what separates the cells, and whether the first line only says so (`sep=;`, as spreadsheets write it).
+
+    If the header has no such column, another delimiter that gives it this column is used.
+    """
+    first = next(read_lines(path, errors="replace"), b"").decode("utf-8", "replace").rstrip("\r\n")
+    named = re.fullmatch(r'"?sep=(.)"?', first, re.IGNORECASE)
+    if named:
+        return named[1], True
+    quotes = csv.QUOTE_MINIMAL if quoting == "csv" else csv.QUOTE_NONE
+    for candidate in dict.fromkeys([delimiter, *_DELIMITER_NAMES]):
+        if field in next(csv.reader([first], delimiter=candidate, quoting=quotes), []):
+            return candidate, False
+    others = [candidate for candidate in _DELIMITER_NAMES if candidate in first and candidate != delimiter]
+    return (others[0] if others and delimiter not in first else delimiter), False
 
 
 def _parse(

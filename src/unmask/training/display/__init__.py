@@ -65,10 +65,9 @@ class Preview:
         samples: list[Sample] = []
         positions: list[np.ndarray] = []
         labels: list[np.ndarray] = []
-        num_special_tokens = 1 if tokenizer.cls_sep_ids else 0
         for number, prompt in enumerate(prompts):
             encoded = tokenizer.encode(prompt, words)
-            limit = length - 2 * num_special_tokens
+            limit = length - tokenizer.num_special_tokens()
             ids, flags = encoded.ids[:limit], encoded.marks[:limit]
             if not len(ids) or (flags & SPECIAL).all():
                 continue
@@ -77,7 +76,7 @@ class Preview:
             masked_ids = ids.copy()
             masked_ids[positions_M] = tokenizer.mask_id
             samples.append(Sample(*tokenizer.add_special_tokens(masked_ids, flags)))
-            positions.append(positions_M + num_special_tokens)
+            positions.append(positions_M + len(tokenizer.frame.before))
             labels.append(ids[positions_M])
             offsets = encoded.offsets[: len(ids)]
             self._prompts.append((prompt[: offsets[-1][1]], offsets[positions_M]))

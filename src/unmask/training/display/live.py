@@ -6,11 +6,12 @@ styles, brackets mark them, as in plain.py.
 
 from __future__ import annotations
 
+import importlib.util
 import math
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import final
+from typing import TextIO, final
 
 from rich.console import Console, Group
 from rich.live import Live
@@ -20,7 +21,7 @@ from rich.text import Text
 from unmask.core.format import duration, number, sparkline, visible
 from unmask.evaluation.validation import Validation
 from unmask.training.display import Display, PreviewLine, Summary, TokenView
-from unmask.training.display.plain import legend, preview_lines
+from unmask.training.display.plain import PlainDisplay, legend, preview_lines
 from unmask.training.display.text import (
     STAGE_COLUMNS,
     Pace,
@@ -253,3 +254,13 @@ class LiveDisplay(Display):
             self._live.transient = not keep
             self._live.stop()
             self._live = None
+
+
+def display_for(stream: TextIO, quiet: bool = False) -> Display:
+    """Return the display that fits a stream: live in a terminal or a notebook with ipywidgets, else plain lines."""
+    if quiet:
+        return Display()
+    console = Console(file=stream)
+    in_terminal = console.is_terminal and not console.is_dumb_terminal and not console.is_jupyter
+    in_notebook = console.is_jupyter and importlib.util.find_spec("ipywidgets") is not None
+    return LiveDisplay(console) if in_terminal or in_notebook else PlainDisplay(stream)
