@@ -81,7 +81,7 @@ def test_a_run_on_disk(unmask: Command) -> None:
     assert {"config.json", "model.safetensors", "tokenizer.json", "card.json"} <= {
         path.name for path in (run / "latest").iterdir()
     }
-    code, out, _ = unmask("recipe", "show", "small.toml", "--set", "seed=5")
+    code, out, _ = unmask("recipe", "show", "small.toml", "--plain", "--set", "seed=5")
     kept = (run / "recipe.toml").read_text()
     values = "".join(line for line in out.splitlines(keepends=True) if not line.startswith("#"))
     assert code == 0 and kept.startswith(values.partition("[")[0]), "every value, defaults filled in"

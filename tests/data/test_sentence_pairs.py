@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from unmask.core.errors import TextError
 from unmask.core.types import SENTENCE_START, SPECIAL, SampleSpec, TokenSpan
-from unmask.data.loader import SampleStream, num_special_tokens, read_sample
+from unmask.data.loader import SampleStream, read_sample
 from unmask.data.sentence_pairs import CONSECUTIVE, NOT_CONSECUTIVE, PairKind, PairSampler
 from unmask.data.shards import Shards, open_shards
 from unmask.tokenization.settings import CharacterConfig
@@ -224,7 +224,7 @@ def test_a_batch_of_pairs(shards: Shards, tokenizer: Tokenizer) -> None:
     specs, after = stream.take(0, 100)
     lengths = stream.lengths(specs)
     assert lengths == [spec.tokens + 3 for spec in specs] and sum(lengths) >= 100 and after == len(specs)
-    assert num_special_tokens(tokenizer, 2) == 3
+    assert tokenizer.num_special_tokens(2) == 3
     batch = stream.batch(specs)
     assert batch.pair_labels_B is not None and batch.pair_labels_B.tolist() == [spec.pair_label for spec in specs]
     assert batch.token_type_ids_T is not None and batch.token_type_ids_T.shape == batch.ids_T.shape

@@ -7,6 +7,7 @@ import random
 from pathlib import Path
 
 import pytest
+import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -126,3 +127,32 @@ def test_learning_ends_where_words_come_once(base: Path) -> None:
     once = " ".join("".join(letters.choices("abcdefgh", k=9)) for _ in range(50))
     with pytest.raises(TokenizerError, match="gives 0 new tokens"):
         train_tokenizer([once], ExtendedTokenizerConfig("extended", base, 10))
+
+
+def test_added_tokens_keep_their_ids(base: Path, tmp_path: Path) -> None:
+    """Tokens that are added after training, as by add_tokens of transformers, are not in the model's vocabulary."""
+    inner = tokenizers.Tokenizer.from_file(str(base / "tokenizer.json"))
+    inner.add_tokens([tokenizers.AddedToken("covid19", single_word=True), "newword"])
+    inner.add_special_tokens(["<entity>"])
+    Tokenizer(inner).save(tmp_path)
+    old, new = extended(tmp_path, DOMAIN, 8)
+    before, after = vocabulary(old), vocabulary(new)
+    assert before.items() <= after.items() and len(set(after.values())) == len(after) == len(before) + 8
+    new.save(tmp_path / "new")
+    from transformers import AutoTokenizer
+
+    auto = AutoTokenizer.from_pretrained(tmp_path / "new")
+    assert auto.get_vocab() == after
+    auto.save_pretrained(tmp_path / "again")
+    assert vocabulary(Tokenizer.load(tmp_path / "again")) == after
+    text = "the cat sat <entity> newword"
+    ids = [one.encode(text, specials_in_text=True).ids.tolist() for one in (old, new)]
+    assert ids[0] == ids[1] and old.token_to_id("<entity>") in ids[0]
+    parts = origins(old.to_json(), new.to_json())
+    assert len(parts) == 8 and max(id for ids in parts for id in ids) < new.size
+    twice = extended(tmp_path / "new", KOREAN, 3)[1]
+    assert after.items() <= vocabulary(twice).items()
+
+
+def vocabulary(tokenizer: Tokenizer) -> dict[str, int]:
+    return tokenizers.Tokenizer.from_str(tokenizer.to_json()).get_vocab(with_added_tokens=True)

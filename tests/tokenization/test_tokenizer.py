@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
+import re
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import models, normalizers, pre_tokenizers, processors
 
 from unmask.core.errors import TokenizerError
 from unmask.core.types import SENTENCE_START, SPECIAL, WORD_START
+from unmask.tokenization.analysis import TokenFormatter
+from unmask.tokenization.fast_encode import CachedEncoder
 from unmask.tokenization.settings import CharacterConfig, TokenizerConfig, WordPieceConfig
 from unmask.tokenization.tokenizer import Tokenizer, train_tokenizer
 
@@ -190,3 +198,114 @@ def test_lower_case_and_the_sample(tmp_path: Path) -> None:
     cut = train_tokenizer([SAMPLE[0][:1500]], short)
     assert train_tokenizer([SAMPLE[0][:1000], SAMPLE[0][1000:]], short).size == cut.size
     assert train_tokenizer(iter([SAMPLE[0][:1500], "zzz " * 500]), short).token_to_id("z") is None
+
+
+LETTERS = "abcdefghijklmnopqrstuvwxyz"
+AS_WORDS = {"[UNK]": 0, **{letter: number for number, letter in enumerate(LETTERS, start=1)}}
+
+
+def wordpiece_file(folder: Path, change: Callable[[dict[str, Any]], object], config: object = None) -> Path:
+    """Write a small WordPiece whose special tokens have ids after the model's, with a change of tokenizer.json."""
+    inner = tokenizers.Tokenizer(models.WordPiece(AS_WORDS, unk_token="[UNK]"))
+    inner.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    inner.add_special_tokens(["[PAD]", "[CLS]", "[SEP]", "[MASK]", "<bos>", "<eos>"])
+    spec = json.loads(inner.to_str())
+    change(spec)
+    folder.mkdir()
+    (folder / "tokenizer.json").write_text(json.dumps(spec))
+    if config is not None:
+        (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("change", "config", "words"),
+    [
+        (lambda spec: spec["model"]["vocab"].update(new=33), None, "has the id 27 in tokenizer.json, but"),
+        (lambda spec: spec["added_tokens"][0].update(id=99), None, "has the id 99 in tokenizer.json, but"),
+        (lambda spec: spec["model"]["vocab"].update(new=26), None, "'z' and 'new' have the same id 26"),
+        (lambda spec: None, {"cls_token": "<cls>"}, "the cls_token is '<cls>', which the vocabulary doesn't contain"),
+        (lambda spec: None, {"mask_token": "<m>"}, "'<m>' is not in the vocabulary"),
+        (lambda spec: spec["model"].update(unk_token="<gone>"), None, "fails at unknown characters"),
+        (lambda spec: spec.update(post_processor=template("<bos> $A", 5)), None, "'<bos>' with the id 5"),
+        (lambda spec: spec.update(post_processor=template("<bos> $A $A", 31)), None, "exactly once"),
+    ],
+)
+def test_contradictions_in_a_file_are_refused(
+    tmp_path: Path, change: Callable[[dict[str, Any]], object], config: object, words: str
+) -> None:
+    with pytest.raises(TokenizerError, match=re.escape(words)):
+        Tokenizer.load(wordpiece_file(tmp_path / "t", change, config))
+
+
+def template(single: str, id: int, pair: str = "$A $B:1") -> dict[str, Any]:
+    built = processors.TemplateProcessing(single=single, pair=pair, special_tokens=[("<bos>", id), ("<eos>", 32)])
+    return json.loads(built.__getstate__())
+
+
+@pytest.mark.parametrize("single", ["<bos> $A <eos>", "<bos> <bos> $A", "$A <eos> <eos>", "$A"])
+def test_frame_of_the_post_processor(tmp_path: Path, single: str) -> None:
+    pair = "<bos> $A <eos> <eos> $B:1 <eos>:1"
+    folder = wordpiece_file(tmp_path / "t", lambda spec: spec.update(post_processor=template(single, 31, pair)))
+    tokenizer, library = Tokenizer.load(folder), tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+    encoded = tokenizer.encode("a b c")
+    ids, flags = tokenizer.add_special_tokens(encoded.ids, encoded.marks)
+    expected = library.encode("a b c")
+    assert ids.tolist() == expected.ids and (flags & SPECIAL != 0).tolist() == [
+        mask == 1 for mask in expected.special_tokens_mask
+    ]
+    assert tokenizer.num_special_tokens() == len(ids) - 3 and tokenizer.frame.pair == ((31,), (32, 32), (32,))
+    assert not {*tokenizer.frame.before, *tokenizer.frame.after} & set(tokenizer.regular_token_ids.tolist())
+
+
+@pytest.mark.parametrize("kind", ["BertProcessing", "RobertaProcessing"])
+def test_frame_of_bert_and_roberta(tmp_path: Path, kind: str) -> None:
+    processor = getattr(processors, kind)(("<eos>", 32), ("<bos>", 31))
+    spec = json.loads(processor.__getstate__())
+    folder = wordpiece_file(tmp_path / "t", lambda file: file.update(post_processor=spec))
+    tokenizer, library = Tokenizer.load(folder), tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+    a, b = (library.encode(text, add_special_tokens=False).ids for text in ("a b", "c"))
+    assert tokenizer.frame.pair is not None
+    before, between, after = tokenizer.frame.pair
+    assert [*before, *a, *between, *b, *after] == library.encode("a b", "c").ids
+
+
+def test_fingerprint_covers_the_roles(tmp_path: Path) -> None:
+    configs = (None, {"cls_token": "[CLS]"}, {"cls_token": "<bos>"}, {"pad_token": "<eos>"})
+    loaded = [
+        Tokenizer.load(wordpiece_file(tmp_path / str(number), lambda spec: None, config))
+        for number, config in enumerate(configs)
+    ]
+    assert loaded[0].fingerprint == loaded[1].fingerprint
+    assert len({one.fingerprint for one in loaded}) == 3 and len({one.to_json() for one in loaded}) == 1
+
+
+def test_dropped_characters_are_unknown() -> None:
+    """A BPE without an unknown token gives no token for a letter that it lacks."""
+    inner = tokenizers.Tokenizer(models.BPE({letter: number for number, letter in enumerate(LETTERS)}, []))
+    inner.normalizer = normalizers.Sequence([normalizers.NFD(), normalizers.StripAccents()])
+    inner.pre_tokenizer = pre_tokenizers.Whitespace()
+    inner.add_special_tokens(["[MASK]"])
+    tokenizer = Tokenizer(inner)
+    texts, expected = ["abc กขค", "dé", "é ก7b", ""], [3, 0, 2, 0]
+    assert [tokenizer.encode(text).characters_unknown for text in texts] == expected
+    assert CachedEncoder(tokenizer, "spaces").encode(texts).num_unknown.tolist() == expected
+
+
+def test_an_id_without_a_token(tmp_path: Path) -> None:
+    def leave_holes(spec: dict[str, Any]) -> None:
+        added = {token["content"]: token["id"] for token in spec["added_tokens"]}
+        spec["model"]["vocab"] |= {**added, "zed": 40}
+
+    tokenizer = Tokenizer.load(wordpiece_file(tmp_path / "t", leave_holes))
+    assert tokenizer.size == 41 and not {*range(33, 40)} & set(tokenizer.regular_token_ids.tolist())
+    assert TokenFormatter(tokenizer).display(35) == "⟨no token 35⟩"
+
+
+def test_byte_tokens_are_displayed_as_text() -> None:
+    tokens = [*LETTERS, *(f"<0x{byte:02X}>" for byte in range(256))]
+    inner = tokenizers.Tokenizer(models.BPE({token: id for id, token in enumerate(tokens)}, [], byte_fallback=True))
+    inner.add_special_tokens(["[MASK]"])
+    tokenizer = Tokenizer(inner)
+    shown = [TokenFormatter(tokenizer).display(id) for id in tokenizer.encode('a"é').ids.tolist()]
+    assert shown == ["a", '"', "⟨C3⟩", "⟨A9⟩"] and tokenizer.encode("é").characters_unknown == 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -12,13 +13,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from unmask.core.types import SENTENCE_START, SPECIAL, WORD_START, Source
-from unmask.tokenization.normalization import continuing_prefix, is_byte_level, leading_space
+from unmask.tokenization.normalization import continuing_prefix, falls_back_to_bytes, is_byte_level, leading_space
 from unmask.tokenization.tokenizer import Tokenizer
 from unmask.tokenization.trainers import BYTE_OF
 from unmask.tokenization.words import WordsRule, is_letter, is_unspaced, word_starts
 
 SpacingRule = Literal["as-is", "joins", "after-space"]
 _SPACE: Final = "␣"
+_BYTE_TOKEN: Final = re.compile("<0x[0-9A-Fa-f]{2}>")
 
 
 @dataclass(frozen=True)
@@ -38,16 +40,23 @@ class TokenFormatter:
         self._space, self._is_bytes = leading_space(tokenizer_json), is_byte_level(tokenizer_json)
         self.prefix = continuing_prefix(tokenizer_json)
         self._special = frozenset(tokenizer.special_ids)
+        # The ids of a vocabulary may have holes, and a model can predict one.
+        self._holes = frozenset(range(tokenizer.size)) - {*self._special, *tokenizer.regular_token_ids.tolist()}
+        self._has_byte_tokens = falls_back_to_bytes(tokenizer_json)
 
     def read(self, id: int) -> TokenText:
-        """Return a token as text.
+        """Return a token as text, or ⟨no token 57⟩ for an id of the vocabulary without a token.
 
         Raises:
-            TokenizerError: no token has this id.
+            TokenizerError: the id is outside the vocabulary.
         """
+        if id in self._holes:
+            return TokenText(f"⟨no token {id}⟩", "as-is")
         token = self._tokenizer.id_to_token(id)
         if id in self._special:
             return TokenText(token, "as-is")
+        if self._has_byte_tokens and _BYTE_TOKEN.fullmatch(token):
+            return TokenText(_decode_utf8(bytes([int(token[3:5], 16)])), "joins" if self._space else "as-is")
         if self.prefix and token.startswith(self.prefix) and len(token) > len(self.prefix):
             return TokenText(token.removeprefix(self.prefix), "joins")
         has_space = bool(self._space) and token.startswith(self._space)
@@ -88,7 +97,11 @@ def _decode_bytes(letters: str) -> str:
     """Decode byte-level letters to text."""
     if not all(letter in BYTE_OF for letter in letters):
         return letters
-    data = bytes(BYTE_OF[letter] for letter in letters)
+    return _decode_utf8(bytes(BYTE_OF[letter] for letter in letters))
+
+
+def _decode_utf8(data: bytes) -> str:
+    """Decode bytes to text, or write them as ⟨E5 A4⟩."""
     try:
         return data.decode("utf-8")
     except UnicodeDecodeError:

@@ -158,6 +158,13 @@ def is_byte_level(tokenizer_json: str) -> bool:
     return any(step["type"] == "ByteLevel" for step in steps)
 
 
+def falls_back_to_bytes(tokenizer_json: str) -> bool:
+    """Return whether tokens such as "<0x22>" represent bytes."""
+    spec = cast("Node", json.loads(tokenizer_json))
+    decoders = _steps(spec.get("decoder"), "decoders")
+    return bool(spec["model"].get("byte_fallback")) or any(step["type"] == "ByteFallback" for step in decoders)
+
+
 def continuing_prefix(tokenizer_json: str) -> str:
     """Return the prefix of tokens that continue a word ("##"); empty for models other than WordPiece."""
     model = cast("Node", json.loads(tokenizer_json))["model"]
@@ -207,7 +214,12 @@ def frame_of(spec: Node, vocabulary: Mapping[str, int]) -> Frame | None:
             continue
         if frame != Frame((), (), None):
             raise _unsupported_frame("two post-processors add special tokens")
-        frame = _frame_of_step(step, vocabulary)
+        try:
+            frame = _frame_of_step(step, vocabulary)
+        except TokenizerError:
+            raise
+        except (KeyError, ValueError, TypeError, IndexError) as error:  # the library checks no templates
+            raise _unsupported_frame(f"the post-processor can't be read: {type(error).__name__} {error}") from error
     return frame
 
 

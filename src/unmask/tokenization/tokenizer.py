@@ -431,7 +431,9 @@ class Tokenizer:
         try:
             content = file.read_text(encoding="utf-8-sig")
             inner = tokenizers.Tokenizer.from_str(content)
-        except Exception as error:  # the library raises no more specific exception
+        except BaseException as error:  # a panic of the library is no Exception
+            if isinstance(error, (KeyboardInterrupt, SystemExit)):
+                raise
             raise TokenizerError(
                 f"can't read this tokenizer: {error}", location=str(file), hint="restore it from a copy"
             ) from error
