@@ -204,7 +204,10 @@ LETTERS = "abcdefghijklmnopqrstuvwxyz"
 AS_WORDS = {"[UNK]": 0, **{letter: number for number, letter in enumerate(LETTERS, start=1)}}
 
 
-def wordpiece_file(folder: Path, change: Callable[[dict[str, Any]], object], config: object = None) -> Path:
+Change = Callable[[dict[str, Any]], object]
+
+
+def wordpiece_file(folder: Path, change: Change, config: object = None) -> Path:
     """Write a small WordPiece whose special tokens have ids after the model's, with a change of tokenizer.json."""
     inner = tokenizers.Tokenizer(models.WordPiece(AS_WORDS, unk_token="[UNK]"))
     inner.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
@@ -218,22 +221,20 @@ def wordpiece_file(folder: Path, change: Callable[[dict[str, Any]], object], con
     return folder
 
 
-@pytest.mark.parametrize(
-    ("change", "config", "words"),
-    [
-        (lambda spec: spec["model"]["vocab"].update(new=33), None, "has the id 27 in tokenizer.json, but"),
-        (lambda spec: spec["added_tokens"][0].update(id=99), None, "has the id 99 in tokenizer.json, but"),
-        (lambda spec: spec["model"]["vocab"].update(new=26), None, "'z' and 'new' have the same id 26"),
-        (lambda spec: None, {"cls_token": "<cls>"}, "the cls_token is '<cls>', which the vocabulary doesn't contain"),
-        (lambda spec: None, {"mask_token": "<m>"}, "'<m>' is not in the vocabulary"),
-        (lambda spec: spec["model"].update(unk_token="<gone>"), None, "fails at unknown characters"),
-        (lambda spec: spec.update(post_processor=template("<bos> $A", 5)), None, "'<bos>' with the id 5"),
-        (lambda spec: spec.update(post_processor=template("<bos> $A $A", 31)), None, "exactly once"),
-    ],
-)
-def test_contradictions_in_a_file_are_refused(
-    tmp_path: Path, change: Callable[[dict[str, Any]], object], config: object, words: str
-) -> None:
+CONTRADICTIONS: list[tuple[Change, object, str]] = [
+    (lambda spec: spec["model"]["vocab"].update(new=33), None, "has the id 27 in tokenizer.json, but"),
+    (lambda spec: spec["added_tokens"][0].update(id=99), None, "has the id 99 in tokenizer.json, but"),
+    (lambda spec: spec["model"]["vocab"].update(new=26), None, "'z' and 'new' have the same id 26"),
+    (lambda spec: None, {"cls_token": "<cls>"}, "the cls_token is '<cls>', which the vocabulary doesn't contain"),
+    (lambda spec: None, {"mask_token": "<m>"}, "'<m>' is not in the vocabulary"),
+    (lambda spec: spec["model"].update(unk_token="<gone>"), None, "fails at unknown characters"),
+    (lambda spec: spec.update(post_processor=template("<bos> $A", 5)), None, "'<bos>' with the id 5"),
+    (lambda spec: spec.update(post_processor=template("<bos> $A $A", 31)), None, "exactly once"),
+]
+
+
+@pytest.mark.parametrize(("change", "config", "words"), CONTRADICTIONS)
+def test_contradictions_in_a_file_are_refused(tmp_path: Path, change: Change, config: object, words: str) -> None:
     with pytest.raises(TokenizerError, match=re.escape(words)):
         Tokenizer.load(wordpiece_file(tmp_path / "t", change, config))
 
