@@ -90,7 +90,7 @@ def test_such_bytes_can_be_replaced(unmask: Command, run: Path) -> None:
 
 def test_a_prompt_that_is_not_utf_8(refused: Refused, run: Path) -> None:
     Path("broken.txt").write_bytes(b"ab\xff[MASK]\n")
-    refused("fill", "run", "--file", "broken.txt", says=("broken.txt, byte 2", "UTF-8"))
+    refused("fill", "run", "--file", "broken.txt", says=("broken.txt, line 1, byte 2", "UTF-8"))
     refused("fill", "run", "ab\udcff[MASK]", says="UTF-8")
 
 
@@ -270,7 +270,9 @@ def test_a_text_without_a_mask(refused: Refused, run: Path) -> None:
     refused("fill", "run", "The cat sat.", says=("no [MASK]", "The cat sat."))
     refused("fill", "run", "", says="no [MASK]")
     Path("prompts.txt").write_text("a [MASK]\nnothing here\n")
-    refused("fill", "run", "--file", "prompts.txt", says=("no [MASK]", "text 2: 'nothing here'"))
+    refused(
+        "fill", "run", "--file", "prompts.txt", "--strict", says=("no [MASK]", "prompts.txt, line 2: 'nothing here'")
+    )
 
 
 @pytest.mark.parametrize("top", ["0", "-3", "1000"])

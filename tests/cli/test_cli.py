@@ -173,7 +173,7 @@ def test_from_text_to_a_filled_mask(unmask: Command, tmp_path: Path, monkeypatch
 
     (tmp_path / "batch.txt").write_text("The d[MASK]g\n\nth[MASK]\n")
     code, out, _ = unmask("fill", "runs/small-1", "--file", "batch.txt", "--top", "1", "--json")
-    assert code == 0 and [one["text"] for one in json.loads(out)] == ["The d[MASK]g", "th[MASK]"]
+    assert code == 0 and [one["text"] for one in json.loads(out)] == ["The d[MASK]g", "", "th[MASK]"]
     code, out, _ = unmask("fill", "runs/small-1", "a[MASK]", "--top", "2")
     assert code == 0 and out.startswith("a[MASK]\n") and out.count("%") == 2
     (tmp_path / "broken.txt").write_bytes(b"ab\xff[MASK]\n")
@@ -195,7 +195,7 @@ def test_standard_input_is_filled_line_by_line(unmask: Command, tmp_path: Path) 
     assert unmask("pretrain", "cat.txt", "--recipe", "small.toml", "--out", "run", "--quiet")[0] == 0
     result = process("fill", "run", "--json", stdin="The c[MASK]t\n\n[MASK]og\n", folder=tmp_path)
     assert result.returncode == 0
-    assert [one["text"] for one in json.loads(result.stdout)] == ["The c[MASK]t", "[MASK]og"]
+    assert [one["text"] for one in json.loads(result.stdout)] == ["The c[MASK]t", "", "[MASK]og"]
 
 
 @pytest.mark.parametrize(

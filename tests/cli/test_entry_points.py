@@ -132,13 +132,29 @@ def test_batch_files_and_standard_input(unmask: Command, run: Path) -> None:
     Path("prompts.txt").write_bytes((prompts + strange).encode("utf-8-sig"))
     code, out, _ = unmask("fill", "run", "first [MASK]", "--file", "prompts.txt", "--json")
     assert code == 0
-    assert [one["text"] for one in json.loads(out)] == ["first [MASK]", "The c[MASK]t", "[MASK]og", strange]
+    assert [one["text"] for one in json.loads(out)] == ["first [MASK]", "The c[MASK]t", "", "[MASK]og", strange]
     piped = subprocess.run(
         [sys.executable, "-m", "unmask", "fill", "run", "--json"],
         input=prompts, text=True, capture_output=True, timeout=120, check=False,
     )  # fmt: skip
     assert piped.returncode == 0, piped.stderr
-    assert [one["text"] for one in json.loads(piped.stdout)] == ["The c[MASK]t", "[MASK]og"]
+    assert [one["text"] for one in json.loads(piped.stdout)] == ["The c[MASK]t", "", "[MASK]og"]
+
+
+def test_a_line_that_can_not_be_filled_costs_no_other_answer(unmask: Command, run: Path) -> None:
+    Path("prompts.txt").write_bytes(b"The c[MASK]t\n\nno mask\nab\xff[MASK]\n" + b"a[MASK]\n" * 70)
+    code, out, err = unmask("fill", "run", "--file", "prompts.txt", "--json")
+    answers = json.loads(out)
+    assert (code, err, len(answers)) == (2, "", 74)
+    assert [len(answer["masks"]) for answer in answers] == [1, 0, 0, 0] + [1] * 70
+    errors = {number: answer["error"] for number, answer in enumerate(answers, start=1) if "error" in answer}
+    assert errors == {3: "there is no [MASK] in the text", 4: "text is not UTF-8"}
+    assert answers[2]["location"] == "prompts.txt, line 3: 'no mask'" and answers[2]["hint"]
+
+    code, out, err = unmask("fill", "run", "--file", "prompts.txt", "--top", "1")
+    assert code == 2 and out.count("%") == 71 and err.count("error: ") == 2
+    code, out, err = unmask("fill", "run", "--file", "prompts.txt", "--strict")
+    assert (code, out) == (2, "") and "line 3" in err
 
 
 def test_evaluation_as_json(unmask: Command, run: Path) -> None:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import codecs
 import sys
-from collections.abc import Sequence
-from dataclasses import asdict
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -30,6 +31,7 @@ unmask fill runs/demo --file sentences.txt             one text per line
 cat sentences.txt | unmask fill runs/demo
 """
 _BAR_WIDTH = 30
+_BATCH = 64  # texts that are filled together
 
 
 def fill(
@@ -40,29 +42,93 @@ def fill(
     ] = None,
     file: Annotated[Path | None, typer.Option(help="File of texts, one per line.")] = None,
     top: Annotated[int, typer.Option(help="Number of tokens to show for each mask.")] = 5,
+    strict: Annotated[
+        bool, typer.Option("--strict", help="Print nothing if one text can't be filled.", show_default=False)
+    ] = False,
     as_json: Json = False,
 ) -> None:
-    r"""Fill every \[MASK] of a text with the most probable tokens."""
-    prompts = [_check_utf8(text) for text in texts or [] if text != "-"]
+    r"""Fill every \[MASK] of a text with the most probable tokens.
+
+    Every text and every line gets one answer, in order. A text that can't be filled gets an error instead, and the
+    exit code is 2 at the end. A blank line gets an empty answer.
+    """
+    prompts = [_Prompt(_check_utf8(text)) for text in texts or [] if text != "-"]
     read_input = (not texts and file is None) or "-" in (texts or [])
     if file is not None:
-        prompts += _non_blank_lines(_read(file), str(file))
-
-    from unmask.models.fill_mask import fill as fill_mask
+        prompts += _lines(_read(file), str(file))
 
     loaded = open_model(model)
     if read_input and sys.stdin.isatty() and not as_json:
         _fill_interactively(loaded, top)
         return
     if read_input:
-        prompts += _non_blank_lines(sys.stdin.buffer.read(), "standard input")
-    if not prompts:
+        prompts += _lines(sys.stdin.buffer.read(), "standard input")
+    if not any(prompt.error or prompt.text.strip() or not prompt.location for prompt in prompts):
         raise TextError("no text was given", hint='give a text with [MASK]: "The cat sat on the [MASK]."')
-    results = fill_mask(loaded, prompts, top)
+    failed = 0
+    answers: list[dict[str, Any]] = []
+    for prompt, answer in _answers(loaded, prompts, top, strict=strict):
+        failed += isinstance(answer, UnmaskError)
+        if as_json:
+            answers.append(asdict(answer) if not isinstance(answer, UnmaskError) else _as_json(prompt, answer))
+        elif isinstance(answer, UnmaskError):
+            sys.stdout.flush()  # so that errors and answers keep their order in a file that receives both
+            print_error("error:", str(answer))
+        else:
+            print_predictions([answer])
     if as_json:
-        print_json([asdict(result) for result in results])
-    else:
-        print_predictions(results)
+        print_json(answers)
+    if failed:
+        raise typer.Exit(UnmaskError.exit_code)
+
+
+@dataclass(frozen=True)
+class _Prompt:
+    """A text to fill; `location` names the line of a file. A line that can't be decoded has an error."""
+
+    text: str
+    location: str = ""
+    error: UnmaskError | None = None
+
+
+def _answers(
+    model: Model, prompts: Sequence[_Prompt], top: int, *, strict: bool
+) -> Iterator[tuple[_Prompt, FillMaskResult | UnmaskError]]:
+    """Yield the answer or the error of each prompt.
+
+    Raises:
+        UnmaskError: with `strict`, the error of the first prompt that can't be filled, before any answer.
+    """
+    from unmask.models.fill_mask import FillMaskResult, check_top
+    from unmask.models.fill_mask import fill as fill_mask
+
+    check_top(model, top)
+
+    def answer(prompt: _Prompt) -> FillMaskResult | UnmaskError:
+        if prompt.error is not None:
+            return prompt.error
+        if prompt.location and not prompt.text.strip():
+            return FillMaskResult(prompt.text, ())
+        try:
+            return fill_mask(model, prompt.text, top)[0]
+        except UnmaskError as error:
+            return error.at(location=f"{prompt.location}: {error.location}") if prompt.location else error
+
+    for first in range(0, len(prompts), len(prompts) if strict else _BATCH):
+        batch = prompts[first : first + (len(prompts) if strict else _BATCH)]
+        try:
+            if any(prompt.error or not prompt.text.strip() for prompt in batch):
+                raise UnmaskError("one prompt has no text")
+            results: list[FillMaskResult | UnmaskError] = [*fill_mask(model, [one.text for one in batch], top)]
+        except UnmaskError:  # one by one, to see which of them
+            results = [answer(prompt) for prompt in batch]
+        if strict and (error := next((result for result in results if isinstance(result, UnmaskError)), None)):
+            raise error
+        yield from zip(batch, results, strict=True)
+
+
+def _as_json(prompt: _Prompt, error: UnmaskError) -> dict[str, Any]:
+    return {"text": prompt.text, "masks": [], "error": error.message, "location": error.location, "hint": error.hint}
 
 
 def _fill_interactively(model: Model, top: int) -> None:
@@ -85,16 +151,19 @@ def _read(file: Path) -> bytes:
         raise TextError(f"can't read this file: {error.strerror}", location=str(file), hint="check the path") from error
 
 
-def _non_blank_lines(content: bytes, source: str) -> list[str]:
-    """Return the lines that aren't blank."""
-    try:
-        # Not splitlines, which also splits at U+2028, U+0085 and form feeds.
-        lines = [line.removesuffix("\r") for line in content.decode("utf-8-sig").split("\n")]
-    except UnicodeDecodeError as error:
-        raise TextError(
-            "text is not UTF-8", location=f"{source}, byte {error.start}", hint="convert it: iconv -t UTF-8"
-        ) from error
-    return [line for line in lines if line.strip()]
+def _lines(content: bytes, source: str) -> list[_Prompt]:
+    """Return the lines; a line that is not UTF-8 has an error."""
+    prompts: list[_Prompt] = []
+    # Not splitlines, which also splits at U+2028, U+0085 and form feeds.
+    for number, line in enumerate(content.removeprefix(codecs.BOM_UTF8).removesuffix(b"\n").split(b"\n"), start=1):
+        location = f"{source}, line {number}"
+        try:
+            prompts.append(_Prompt(line.removesuffix(b"\r").decode("utf-8"), location))
+        except UnicodeDecodeError as error:
+            where = f"{location}, byte {error.start}"
+            problem = TextError("text is not UTF-8", location=where, hint="convert it: iconv -t UTF-8")
+            prompts.append(_Prompt(line.decode("utf-8", errors="replace"), location, problem))
+    return prompts
 
 
 def _check_utf8(text: str) -> str:

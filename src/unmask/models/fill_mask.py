@@ -64,11 +64,7 @@ def fill(model: Model, text: str | Sequence[str], top: int = 5) -> list[FillMask
         ModelError: a text has no [MASK], or `top` is below 1 or above the vocabulary size.
     """
     texts = [text] if isinstance(text, str) else list(text)
-    if not 1 <= top <= model.tokenizer.size:
-        raise ModelError(
-            f"invalid top: got {top}, expected 1 to {model.tokenizer.size}",
-            hint="choose at least 1 and at most the vocabulary size",
-        )
+    check_top(model, top)
     formatter = TokenFormatter(model.tokenizer)
     encoded: list[tuple[list[int], list[int]]] = []  # ids and positions of masks
     for number, prompt in enumerate(texts):
@@ -91,6 +87,19 @@ def fill(model: Model, text: str | Sequence[str], top: int = 5) -> list[FillMask
         ]
         results.append(FillMaskResult(prompt, tuple(masks)))
     return results
+
+
+def check_top(model: Model, top: int) -> None:
+    """Check a number of candidates.
+
+    Raises:
+        ModelError: it is below 1 or above the vocabulary size.
+    """
+    if not 1 <= top <= model.tokenizer.size:
+        raise ModelError(
+            f"invalid top: got {top}, expected 1 to {model.tokenizer.size}",
+            hint="choose at least 1 and at most the vocabulary size",
+        )
 
 
 def _candidates(
