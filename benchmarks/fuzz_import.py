@@ -179,7 +179,9 @@ def outcome(folder: Path, out: Path) -> tuple[str, str]:
         model = open_model(folder)
     except UnmaskError as error:
         return REFUSED, error.message
-    except Exception as error:
+    except BaseException as error:  # a panic of tokenizers is no Exception
+        if isinstance(error, KeyboardInterrupt):
+            raise
         return CRASHED, f"{type(error).__name__}: {error}"
     try:
         tokenizer: Any = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
@@ -193,7 +195,9 @@ def outcome(folder: Path, out: Path) -> tuple[str, str]:
         ]
         hf_output = hf_model.eval()(input_ids=torch.tensor([sample]), attention_mask=torch.ones(1, len(sample)).long())
         hf_logits = hf_output[0] if isinstance(hf_output, tuple) else hf_output.logits
-    except Exception as error:
+    except BaseException as error:
+        if isinstance(error, KeyboardInterrupt):
+            raise
         return OWN_READING, f"{type(error).__name__}: {error}"
     try:
         import_model(folder, out, force=True)
@@ -208,7 +212,9 @@ def outcome(folder: Path, out: Path) -> tuple[str, str]:
         logits = logits_at(model.encoder, model.head, batch, torch.arange(len(sample)))
     except UnmaskError as error:
         return REFUSED, error.message
-    except Exception as error:
+    except BaseException as error:  # a panic of tokenizers is no Exception
+        if isinstance(error, KeyboardInterrupt):
+            raise
         return CRASHED, f"{type(error).__name__}: {error}"
     difference = float((logits - hf_logits[0]).abs().max())
     if not difference <= 1e-4:

@@ -15,11 +15,10 @@ from tokenizers import processors
 from unmask.core.errors import TokenizerError
 from unmask.core.files import RunLayout
 from unmask.hub.parity import SENTENCES, quiet_transformers
-from unmask.tokenization.tokenizer import Tokenizer
+from unmask.tokenization.tokenizer import Tokenizer, library_errors
 
 # Files of a tokenizer without tokenizer.json. AutoTokenizer makes an empty tokenizer if none exists.
 _OLDER_FILES: Final = ("vocab.txt", "vocab.json", "*.model", "*.spm")
-_REASON_LENGTH: Final = 300  # characters of another library's message
 _VOCABULARY_TEXTS: Final = 200  # tokens of the vocabulary in the compared texts
 _MAX_FOREIGN: Final = 0.1  # share of tokens with the mark of another kind of vocabulary
 _UNUSUAL: Final = (
@@ -54,7 +53,10 @@ def load_tokenizer(folder: Path) -> tuple[Tokenizer, list[str]]:
         notes.append(f"{RunLayout.TOKENIZER} was made by transformers from older files of the tokenizer")
     tokenizer = Tokenizer.load(folder) if has_json else None
     if has_transformers:
-        tokenizer, difference = _as_auto_tokenizer(folder, tokenizer)
+        try:
+            tokenizer, difference = _as_auto_tokenizer(folder, tokenizer)
+        except TokenizerError as error:
+            raise error.at(location=error.location or str(folder)) from error.__cause__
         notes += [difference] if difference else []
     else:
         notes.append("the ids were not compared with AutoTokenizer, because transformers is not installed")
@@ -93,11 +95,11 @@ def _as_auto_tokenizer(folder: Path, own: Tokenizer | None) -> tuple[Tokenizer, 
         auto = _auto_tokenizer(folder)
         _check_class(auto, folder)
         texts = _texts(own, auto)
-        first_difference = "" if own is None else _difference(auto, own, texts, folder)
+        first_difference = "" if own is None else _difference(auto, own, texts)
         if own is not None and not first_difference:
             return own, ""
         backend = _backend(auto, folder)
-        difference = _difference(auto, backend, texts, folder)
+        difference = _difference(auto, backend, texts)
     if own is not None and not difference:
         old, new = (tokenizers.Tokenizer.from_str(one.to_json()).get_vocab() for one in (own, backend))
         if moved := [token for token, number in old.items() if new.get(token) != number]:
@@ -117,15 +119,9 @@ def _auto_tokenizer(folder: Path) -> Any:
     import transformers
 
     auto_class: Any = transformers.AutoTokenizer
-    try:
+    hint = f"check its files and tokenizer_class in tokenizer_config.json, or add a {RunLayout.TOKENIZER}"
+    with library_errors("transformers can't load this tokenizer", hint=hint):
         return auto_class.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except Exception as error:  # transformers and tokenizers raise many types
-        reason = " ".join(f"{type(error).__name__}: {error}".split())[:_REASON_LENGTH]
-        raise TokenizerError(
-            f"transformers can't load this tokenizer: {reason}",
-            location=str(folder),
-            hint=f"check its files and tokenizer_class in tokenizer_config.json, or add a {RunLayout.TOKENIZER}",
-        ) from error
 
 
 def _check_class(auto: Any, folder: Path) -> None:
@@ -150,12 +146,8 @@ def _check_class(auto: Any, folder: Path) -> None:
 def _backend(auto: Any, folder: Path) -> Tokenizer:
     """Return the tokenizer.json that AutoTokenizer saves, as a tokenizer."""
     with tempfile.TemporaryDirectory() as converted:
-        try:
+        with library_errors("transformers can't save this tokenizer", hint="check its files"):
             auto.save_pretrained(converted)
-        except Exception as error:  # transformers and tokenizers raise many types
-            raise TokenizerError(
-                f"transformers can't save this tokenizer: {error}", location=str(folder), hint="check its files"
-            ) from error
         try:
             tokenizer = Tokenizer.load(Path(converted))
         except TokenizerError as error:
@@ -203,7 +195,7 @@ def _texts(own: Tokenizer | None, auto: Any) -> list[str]:
     return [*cased, *_UNUSUAL, *around, " ".join(chosen), "".join(plain), " ".join(plain)]
 
 
-def _difference(auto: Any, tokenizer: Tokenizer, texts: Sequence[str], folder: Path) -> str:
+def _difference(auto: Any, tokenizer: Tokenizer, texts: Sequence[str]) -> str:
     """Return how the ids of AutoTokenizer first differ from those of a tokenizer; "" if they don't."""
     for role in ("mask_token", "unk_token", "pad_token", "cls_token", "sep_token"):
         token, own_id = getattr(auto, role, None), tokenizer.role_id(role)
@@ -213,16 +205,11 @@ def _difference(auto: Any, tokenizer: Tokenizer, texts: Sequence[str], folder: P
         own_id = tokenizer.token_to_id(token)
         if own_id is not None and own_id != number:
             return f"{token!r} has the id {number} instead of {own_id}"
-    try:
+    hint = f"restore {RunLayout.TOKENIZER} and tokenizer_config.json from a copy"
+    with library_errors("this tokenizer can't encode text", hint=hint):
         all_ids: list[list[int]] = auto(list(texts), add_special_tokens=False)["input_ids"]
         framed: list[list[int]] = auto(list(texts))["input_ids"]
         all_encoded = [tokenizer.encode(text, specials_in_text=True) for text in texts]
-    except Exception as error:  # transformers and tokenizers raise many types
-        raise TokenizerError(
-            f"this tokenizer can't encode text: {type(error).__name__}: {error}",
-            location=str(folder),
-            hint=f"restore {RunLayout.TOKENIZER} and tokenizer_config.json from a copy",
-        ) from error
     needs_frame = json.loads(tokenizer.to_json()).get("post_processor") is not None
     for text, encoded, auto_ids, auto_framed in zip(texts, all_encoded, all_ids, framed, strict=True):
         pairs = [(list(auto_ids), encoded.ids.tolist())]

@@ -13,7 +13,8 @@ from __future__ import annotations
 import itertools
 import json
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Generator, Iterable, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -25,7 +26,7 @@ from jaxtyping import Bool, Int, UInt8
 from numpy.typing import NDArray
 from tokenizers import AddedToken, decoders, models, processors
 
-from unmask.core.errors import TokenizerError
+from unmask.core.errors import TokenizerError, UnmaskError
 from unmask.core.files import RunLayout, digest, read_json, write_json, write_text
 from unmask.core.types import SENTENCE_START, SPECIAL, WORD_START, ProgressCallback
 from unmask.tokenization.extend import extend_vocabulary, require_ids
@@ -94,6 +95,7 @@ def token_marks(
 
 
 _CONFIG: Final = "tokenizer_config.json"
+_REASON_LENGTH: Final = 300  # characters of another library's message
 _ROLES: Final = {  # role of a special token -> its usual names
     "pad_token": ("[PAD]", "<pad>"),
     "unk_token": (UNKNOWN, "<unk>"),
@@ -350,14 +352,12 @@ class Tokenizer:
 
     def _check_unknown(self) -> None:
         """Raise TokenizerError if the model fails at a character that its vocabulary lacks."""
-        try:
+        with library_errors(
+            "the model of this tokenizer fails at unknown characters",
+            hint="add its unknown token to model.vocab in tokenizer.json, or use another tokenizer",
+        ):
             for character in _RARE:
                 self._plain.encode(character)
-        except Exception as error:  # the library raises no more specific exception
-            raise TokenizerError(
-                f"the model of this tokenizer fails at unknown characters: {error}",
-                hint="add its unknown token to model.vocab in tokenizer.json, or use another tokenizer",
-            ) from error
 
     def decode(self, ids: Sequence[int] | NDArray[np.integer[Any]], *, skip_specials: bool = True) -> str:
         """Decode ids to text."""
@@ -429,19 +429,28 @@ class Tokenizer:
                 "no tokenizer found", location=str(file), hint="name a directory that contains tokenizer.json"
             )
         try:
-            content = file.read_text(encoding="utf-8-sig")
-            inner = tokenizers.Tokenizer.from_str(content)
-        except BaseException as error:  # a panic of the library is no Exception
-            if isinstance(error, (KeyboardInterrupt, SystemExit)):
-                raise
-            raise TokenizerError(
-                f"can't read this tokenizer: {error}", location=str(file), hint="restore it from a copy"
-            ) from error
-        try:
-            require_ids(content, inner)
-            return cls(inner, roles_in(file.parent))
+            with library_errors("can't read this tokenizer", hint="restore it from a copy"):
+                content = file.read_text(encoding="utf-8-sig")
+                inner = tokenizers.Tokenizer.from_str(content)
+                require_ids(content, inner)
+                return cls(inner, roles_in(file.parent))
         except TokenizerError as error:
             raise error.at(location=error.location or str(file)) from None
+
+
+@contextmanager
+def library_errors(problem: str, *, hint: str) -> Generator[None]:
+    """Raise any exception of `tokenizers` or `transformers` as a TokenizerError; their types say little.
+
+    A panic of `tokenizers` is a BaseException.
+    """
+    try:
+        yield
+    except (UnmaskError, KeyboardInterrupt, SystemExit, MemoryError):
+        raise
+    except BaseException as error:
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:_REASON_LENGTH]
+        raise TokenizerError(f"{problem}: {reason}", hint=hint) from error
 
 
 def roles_in(folder: Path) -> dict[str, str]:
