@@ -490,7 +490,7 @@ def test_a_check_with_a_second_process(monkeypatch: pytest.MonkeyPatch, capsys: 
     with pytest.raises(SystemExit) as ended:
         main()
     report = json.loads(capsys.readouterr().out)
-    assert ended.value.code == 2 and not report["passed"]
+    assert ended.value.code == 3 and not report["passed"]
     assert (report["role"], report["settings"].splitlines()[1]) == ("source", "documents = 4")
     (failed,) = [result for result in report["results"] if not result["passed"]]
     assert failed["check"] == "results are the same in another process" and "hash()" in failed["detail"]

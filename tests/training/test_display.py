@@ -156,12 +156,12 @@ def test_brackets_mark_predictions_without_color() -> None:
     assert "The [cat] sat on {dog→the}" in bare
 
 
-def test_without_color_underline_and_reverse_remain(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_color_brackets_mark_the_predictions(monkeypatch: pytest.MonkeyPatch) -> None:
     styled = terminal(LETTERS)
     assert "\x1b[1;4;32mo\x1b[0m" in styled and "\x1b[7;31mx\x1b[0m" in styled
     monkeypatch.setenv("NO_COLOR", "1")
     colorless = terminal(LETTERS)
-    assert "\x1b[1;4mo\x1b[0m" in colorless and "\x1b[7mx\x1b[0m" in colorless
+    assert "[o]" in colorless and "{x}" in colorless and "[correct] {wrong}" in colorless
 
 
 @pytest.mark.parametrize("preview", [LETTERS, WORDS], ids=["letters", "words"])

@@ -183,7 +183,9 @@ def test_validation_leaves_most_of_a_budget_in_seconds_to_training(cost: float, 
     assert times == 1 or times * cost <= 60
     assert bool(note) == (every != wanted)
     if note:
-        assert (times + 1) * cost > 60 and f"{times} times" in note, "no fewer than the budget allows"
+        assert (times + 1) * cost > 60, "no fewer than the budget allows"
+        assert (f"{times} times instead of" if times > 1 else "once instead of") in note
+        assert ("at most a fifth of the budget" in note) == (times * cost <= 60)
 
 
 def test_validations_by_the_clock_are_kept_with_a_note() -> None:

@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 
 # audit --------------------------------------------------------------------------------------------------------------
 
-AUDIT_FAILED = 1  # exit code
+CHECK_FAILED = 3  # exit code: everything ran, and a check failed; 2 is an error of the user
 OWN_MASKER = "unmask"  # the masker of a recipe
 AUDIT_EXAMPLES = """\
 [bold]Examples[/bold]
@@ -50,7 +50,7 @@ unmask audit --recipe tiny --set objective.mask_unit=whole-word --text notes.txt
 unmask audit transformers:whole-word --text notes.txt --tokenizer my-tokenizer
 unmask audit mylab.masks:mask_tokens --text notes.txt --tokenizer my-tokenizer --rate 0.3 --split 100/0/0 --json
 
-Exit code 1 if a check fails, 0 if all pass.
+Exit code 0 if all checks pass, 3 if a check fails, 2 for an error in the command.
 """
 _ENGLISH_CHARACTERS = 1_000_000  # read within 2 s; enough for a vocabulary of 8,192
 _DETECT_CHARACTERS = 200_000  # enough to recognize the script
@@ -133,7 +133,7 @@ def audit_masker(
     else:
         _print_audit(report)
     if not report.passed:
-        raise typer.Exit(AUDIT_FAILED)
+        raise typer.Exit(CHECK_FAILED)
 
 
 def _audit_texts(names: Sequence[str], recipe: Recipe) -> list[str]:
@@ -252,7 +252,6 @@ def _print_audit(report: AuditReport) -> None:
 
 # check-plugin -------------------------------------------------------------------------------------------------------
 
-CHECK_FAILED = 2  # exit code
 CHECK_PLUGIN_EXAMPLES = """\
 [bold]Examples[/bold]
 
@@ -278,7 +277,8 @@ def check_plugin(
 ) -> None:
     """Check a plugin (objective, sampler, source or logger) against the rules that unmask's own classes follow.
 
-    The module of the plugin is imported. Exit code 2 if a check fails.
+    The module of the plugin is imported. Exit code 0 if all checks pass, 3 if a check
+    fails, 2 for an error in the command.
     """
     from unmask.checks import plugins
 

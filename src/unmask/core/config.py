@@ -538,8 +538,10 @@ def _convert_union(members: Sequence[Any], value: Any, at: _Location) -> Any:
     if isinstance(value, dict) and tables:
         return _build_table(tables, cast("Tree", value), at)
     plain = [member for member in members if member not in tables]
-    if Fraction in plain and Quantity in plain and isinstance(value, str):
-        plain.remove(Quantity if value.rstrip().endswith("%") else Fraction)
+    if Fraction in plain and isinstance(value, str) and value.rstrip().endswith("%"):
+        plain = [Fraction]
+    elif Fraction in plain and Quantity in plain and isinstance(value, str):
+        plain.remove(Fraction)
     errors: list[RecipeError] = []
     for member in plain:
         try:
@@ -548,7 +550,9 @@ def _convert_union(members: Sequence[Any], value: Any, at: _Location) -> Any:
             errors.append(error)
     if len(errors) == 1:
         raise errors[0]
-    raise _wrong_type(value, " or ".join(map(_type_name, members)), at, errors[-1].hint if errors else "")
+    kinds = [kind for member in tables for kind in _kinds(member)] if len(tables) > 1 else []
+    hint = f"set {at.key}.kind to one of {', '.join(map(_toml, kinds))}" if kinds else ""
+    raise _wrong_type(value, " or ".join(dict.fromkeys(map(_type_name, members))), at, hint)
 
 
 def _convert_list(hints: tuple[Any, ...], value: list[Any], at: _Location) -> tuple[Any, ...]:
@@ -582,7 +586,8 @@ _TYPE_NAMES: Final[Mapping[Any, str]] = {
 def _type_name(hint: Any) -> str:
     """Return the name of a type for error messages."""
     if get_origin(hint) is Literal:
-        return "one of " + ", ".join(_toml(choice) for choice in get_args(hint))
+        choices = [_toml(choice) for choice in get_args(hint)]
+        return "one of " + ", ".join(choices) if len(choices) > 1 else choices[0]
     origin = get_origin(hint) or hint
     names = [name for known, name in _TYPE_NAMES.items() if isinstance(origin, type) and issubclass(origin, known)]
     return "a table" if dataclasses.is_dataclass(hint) and origin not in _TYPE_NAMES else (names or ["a value"])[0]

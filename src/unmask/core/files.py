@@ -185,8 +185,10 @@ def atomic_directory(path: Path) -> Generator[Path]:
         path.parent.mkdir(parents=True, exist_ok=True)
         recover(path)
         old = set_aside(path)
-        for leftover in path.parent.glob(f".{path.name}.aside-*"):
-            shutil.rmtree(leftover, ignore_errors=True)
+        prefix = f".{path.name}.aside-"  # not a pattern: the name may have "*" or "["
+        for leftover in [entry for entry in path.parent.iterdir() if entry.name.startswith(prefix)]:
+            if not _is_of_other_process(leftover.name.removeprefix(prefix)):
+                shutil.rmtree(leftover, ignore_errors=True)
         temporary = path.parent / f".{path.name}.aside-{os.getpid()}"
         temporary.mkdir()
         try:
@@ -204,6 +206,19 @@ def atomic_directory(path: Path) -> Generator[Path]:
                 os.rename(old, path)
             shutil.rmtree(temporary, ignore_errors=True)
             raise
+
+
+def _is_of_other_process(suffix: str) -> bool:
+    """Return whether the suffix of a temporary directory is the number of another process that still runs."""
+    if not suffix.isdecimal() or int(suffix) == os.getpid() or os.name == "nt":
+        return False
+    try:
+        os.kill(int(suffix), 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:
+        pass
+    return True
 
 
 def set_aside(path: Path) -> Path:

@@ -40,6 +40,7 @@ class CostEstimate:
     optimizer: str
     patience: int = 0  # validations without gain after which the run ends; 0: never
     decay: str = ""  # description: when the learning rate decays
+    ranks: int = 1  # processes; `threads` are those of each
 
 
 @dataclass(frozen=True)
@@ -173,6 +174,7 @@ def estimate_cost(recipe: Recipe, plan: Plan, components: RunComponents) -> Cost
         optimizer=_describe_optimizer(recipe, components),
         patience=recipe.train.early_stopping_patience,
         decay=describe_decay(recipe.lr_schedule),
+        ranks=context.ranks,
     )
 
 

@@ -196,9 +196,14 @@ def limit_validation(every: EveryConfig, budget: Quantity, measured: Measured) -
         return every, ""
     fewer = max(1, math.floor(limit / cost))
     rounded = Fraction(math.ceil(10_000 / fewer) / 10_000)  # rounding down would add one validation
+    share = cost / budget.number
+    if fewer > 1 or cost <= limit:
+        reason = f"{'once' if fewer == 1 else f'{fewer} times'} instead of {times} times, to spend at most a fifth"
+    else:
+        reason = f"only once instead of {times} times, which still takes {share:.0%}"
     note = (
-        f"one validation takes {cost:.0f} s, so the run validates {fewer} times instead of {times}, to spend at most a "
-        "fifth of the budget on it; a smaller data.held_out.max_size makes it faster"
+        f"one validation takes {cost:.0f} s, so the run validates {reason} of the budget on it; "
+        "a smaller data.held_out.max_size makes it faster"
     )
     return replace(every, validate=rounded), note
 

@@ -1,7 +1,6 @@
 """A display for a terminal or a notebook: tables, and a preview and progress bar that are redrawn in place.
 
-Correct predictions are underlined and wrong ones reversed, because NO_COLOR keeps these styles. In a terminal without
-styles, brackets mark them, as in plain.py.
+Correct predictions are green and wrong ones red. Without colors (NO_COLOR), brackets mark them, as in plain.py.
 """
 
 from __future__ import annotations
@@ -57,7 +56,8 @@ class LiveDisplay(Display):
 
     def __init__(self, console: Console | None = None) -> None:
         self._console = Console(highlight=False) if console is None else console
-        self._styled = self._console.color_system is not None or self._console.is_jupyter
+        has_colors = self._console.color_system is not None and not self._console.no_color
+        self._styled = has_colors or self._console.is_jupyter
         self._live: Live | None = None
         self._next_update = 0.0
         self._task: tuple[str, float] | None = None  # a task before training, and when it started

@@ -68,6 +68,8 @@ class PlainDisplay(Display):
         self._plan: Plan | None = None
         self._pace: Pace | None = None
         self._train_state: TrainState | None = None
+        self._preview: Sequence[PreviewLine] = ()  # of the last validation, unless it is written
+        self._has_preview = False
 
     def message(self, message: str) -> None:
         """Writes a log message as one line."""
@@ -136,24 +138,33 @@ class PlainDisplay(Display):
         self._write("  ".join(filter(None, parts)))
 
     def validated(self, step: int, validation: Validation, preview: Sequence[PreviewLine]) -> None:
-        """Writes the results, the unigram baseline and the preview."""
+        """Writes the results, the unigram baseline and the first preview."""
         self._write(f"validation at step {step:,}: {validation_line(validation)}")
         self._write(f"  {unigram_line(validation)}")
         if validation.pair is not None:
             self._write(f"  {pair_line(validation.pair)}")
         for line in set_lines(validation):
             self._write(f"  {line}")
-        for line in preview_lines(preview):
+        is_first, self._preview = not self._has_preview, preview
+        if is_first or (self._plan is not None and step >= self._plan.steps):
+            self._write_preview()
+
+    def _write_preview(self) -> None:
+        """Writes the last preview. Lines can't be redrawn, so only the first and the last preview are written."""
+        for line in preview_lines(self._preview):
             self._write(f"  {line}")
-        if preview:
-            self._write(f"  ({legend(preview)})")
+        if self._preview:
+            self._write(f"  ({legend(self._preview)})")
+            self._has_preview = True
+        self._preview = ()
 
     def saved(self, folder: Path) -> None:
         """Writes the path of the step folder."""
         self._write(f"saved {folder}")
 
     def train_end(self, summary: Summary) -> None:
-        """Writes the results, each with its estimate."""
+        """Writes the last preview, if it isn't written yet, and the results, each with its estimate."""
+        self._write_preview()
         rows = comparison_rows(summary, self._plan)
         width = max(len(row.label) for row in rows)
         for row in rows:

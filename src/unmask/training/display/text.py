@@ -28,6 +28,7 @@ def estimate_rows(estimate: CostEstimate) -> list[tuple[str, str]]:
     """Returns size and cost of a run as (label, value)."""
     plan = estimate.plan
     threads = "thread" if estimate.threads == 1 else "threads"
+    processes = f"{estimate.ranks} processes of " if estimate.ranks > 1 else ""
     tokens = f"{count(estimate.documents)} documents, {count(estimate.corpus_tokens)} tokens"
     return [
         ("recipe", estimate.recipe),
@@ -38,7 +39,7 @@ def estimate_rows(estimate: CostEstimate) -> list[tuple[str, str]]:
         ("time", f"about {duration(plan.seconds)}" if plan.seconds else "not measured"),
         ("memory", f"about {size(estimate.memory_bytes)}"),
         ("disk", f"about {size(estimate.disk_bytes)}"),
-        ("machine", f"{estimate.device}, {estimate.threads} {threads}, {estimate.precision}"),
+        ("machine", f"{estimate.device}, {processes}{estimate.threads} {threads}, {estimate.precision}"),
         ("matmul rate", f"{rate(estimate.flops_per_second)} at this model's shapes"),
     ]
 
