@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,9 +18,10 @@ from unmask import load
 from unmask.core.errors import DamagedError, StoreError
 from unmask.models.model import follow
 from unmask.training.display import Display
+from unmask.training.estimate import check_free_space
 from unmask.training.loggers import JsonlLogger, read_log
 from unmask.training.loop import TrainState
-from unmask.training.pretrain import launch, resume
+from unmask.training.pretrain import LaunchOptions, launch, resume
 
 try:
     import resource
@@ -69,6 +71,7 @@ from pathlib import Path
 from unmask.cli.errors import handle_errors
 from unmask.training.pretrain import launch
 from unmask.training.display import Display
+from unmask.training.estimate import check_free_space
 run = Path({str(run)!r})
 class Fills(Display):
     def step(self, standing):
@@ -125,6 +128,27 @@ def test_a_full_disk_leaves_complete_log_lines(prose: Path, tmp_path: Path, unin
         launch([prose], recipe="tiny", out=run, settings=SMALL, display=display)
     assert str(run / "log.jsonl") in caught.value.location and f"--resume {run}" in caught.value.hint
     check_resume(run, uninterrupted)
+
+
+@pytest.mark.skipif(resource is None, reason="this system has no limits to set")
+def test_a_full_disk_before_the_first_checkpoint(prose: Path, tmp_path: Path, uninterrupted: Path) -> None:
+    run = tmp_path / "run"
+    display = Limits("step 2", lambda: (run / "log.jsonl").stat().st_size + 20)
+    with pytest.raises(StoreError, match="File too large") as caught:
+        launch([prose], recipe="tiny", out=run, settings=SMALL, display=display)
+    assert f"from step 0, because no checkpoint was saved): unmask pretrain --resume {run}" in caught.value.hint
+    resume(run)
+    assert same(run, uninterrupted)
+
+
+def test_free_space_is_compared_with_the_estimate(prose: Path, tmp_path: Path) -> None:
+    options = LaunchOptions(dry_run=True)
+    estimate = launch([prose], recipe="tiny", out=tmp_path / "a" / "run", settings=SMALL, options=options).forecast
+    assert estimate is not None and 0 < estimate.checkpoint_bytes < estimate.disk_bytes
+    assert check_free_space(tmp_path / "a" / "run", estimate) == ""
+    assert "train.keep_last" in check_free_space(tmp_path, replace(estimate, disk_bytes=10**18))
+    with pytest.raises(StoreError, match=r"one checkpoint needs about 1,000,000,000 GB, and .* are free"):
+        check_free_space(tmp_path, replace(estimate, checkpoint_bytes=10**18))
 
 
 @pytest.mark.skipif(resource is None, reason="this system has no limits to set")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import shlex
 import traceback
 from collections.abc import Generator, Mapping
@@ -222,8 +223,10 @@ def _resume_hint(run: Path) -> Generator[None]:
     try:
         yield
     except StoreError as error:
+        has_steps = os.path.lexists(run / RunLayout.LATEST)
+        kept = "saved checkpoints are intact" if has_steps else "from step 0, because no checkpoint was saved"
         raise error.at(
-            hint="free disk space or fix the permissions, then resume (saved checkpoints are intact): "
+            hint=f"free disk space or fix the permissions, then resume ({kept}): "
             f"unmask pretrain --resume {shlex.quote(str(run))}"
         ) from error
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import shutil
 import tempfile
 import time
 from collections.abc import Callable, Mapping
@@ -10,6 +11,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from unmask.core.distributed import matmul_rate
+from unmask.core.errors import StoreError
+from unmask.core.files import wrap_os_errors
+from unmask.core.format import size
 from unmask.models import EncoderConfig, flops_per_token, products
 from unmask.training import checkpoint
 from unmask.training.loop import EMA, Callback, StopReason, TrainLoopInputs, TrainState, train
@@ -41,6 +45,7 @@ class CostEstimate:
     patience: int = 0  # validations without gain after which the run ends; 0: never
     decay: str = ""  # description: when the learning rate decays
     ranks: int = 1  # processes; `threads` are those of each
+    checkpoint_bytes: int = 0  # disk space of one checkpoint
 
 
 @dataclass(frozen=True)
@@ -175,6 +180,7 @@ def estimate_cost(recipe: Recipe, plan: Plan, components: RunComponents) -> Cost
         patience=recipe.train.early_stopping_patience,
         decay=describe_decay(recipe.lr_schedule),
         ranks=context.ranks,
+        checkpoint_bytes=checkpoint_bytes(parameters, has_ema=has_ema),
     )
 
 
@@ -229,4 +235,34 @@ def disk_bytes(
     best model twice.
     """
     bytes_per_token = (2 if vocab_size <= 1 << 16 else 4) + 1  # id and flags
-    return ((keep_last + 1) * (4 + has_ema) + 2 * keeps_best) * parameters * 4 + corpus_tokens * bytes_per_token
+    best = 2 * keeps_best * parameters * 4
+    return (keep_last + 1) * checkpoint_bytes(parameters, has_ema=has_ema) + best + corpus_tokens * bytes_per_token
+
+
+def checkpoint_bytes(parameters: int, *, has_ema: bool) -> int:
+    """Returns the disk space of one checkpoint: model, weights, their average and optimizer state, in float32."""
+    return (4 + has_ema) * parameters * 4
+
+
+def check_free_space(folder: Path, estimate: CostEstimate) -> str:
+    """Returns a warning if the disk of a run has less space than the run needs, else an empty string.
+
+    Raises:
+        StoreError: there is no space for one checkpoint.
+    """
+    existing = next(parent for parent in (folder, *folder.absolute().parents) if parent.is_dir())
+    with wrap_os_errors(existing):
+        free = shutil.disk_usage(existing).free
+    if free < estimate.checkpoint_bytes:
+        raise StoreError(
+            f"not enough disk space: one checkpoint needs about {size(estimate.checkpoint_bytes)}, and "
+            f"{size(free)} are free",
+            location=str(folder),
+            hint="free disk space, choose another directory (--out), or train a smaller model",
+        )
+    if free < estimate.disk_bytes:
+        return (
+            f"the disk of {folder} has {size(free)} free, and the run needs about {size(estimate.disk_bytes)}: "
+            "free disk space, or lower train.keep_last"
+        )
+    return ""

@@ -42,7 +42,7 @@ from unmask.training.environment import (
     reopen_valid,
     write_environment,
 )
-from unmask.training.estimate import CostEstimate, estimate_cost, measure
+from unmask.training.estimate import CostEstimate, check_free_space, estimate_cost, measure
 from unmask.training.loggers import check_installed, discard_after
 from unmask.training.loop import Signals, TrainState
 from unmask.training.plan import Measured, Plan, check_budget, extend_plan, limit_validation, make_plan
@@ -141,6 +141,8 @@ def launch(
         if context.is_main_process:
             display.estimate(estimate)
             display.sample(*first_sample(recipe, components))
+            if warning := check_free_space(run, estimate):
+                _log.warning(warning)
         if options.dry_run:
             return Result(None, None, estimate, None)
         signals.start_deferring()  # before anything is written, so that the run can be resumed
