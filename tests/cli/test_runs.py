@@ -57,6 +57,35 @@ def test_runs_are_grouped_by_tokenizer_newest_first_with_the_differing_settings(
     assert not any("no run" in line for line in out)
 
 
+def test_two_kinds_of_model_take_one_line_a_run_at_eighty_columns(
+    unmask: Command, two_kinds: Path, small_run: Path, tmp_path: Path
+) -> None:
+    folder, given = tmp_path / "runs", small_run.parent
+    shutil.copytree(two_kinds / "a", folder / "modern", symlinks=True)
+    bert = ["model={kind = 'bert', num_hidden_layers = 1, hidden_size = 16, num_attention_heads = 2, "
+            "intermediate_size = 16}", "optimizer.lr=1e-4"]  # fmt: skip
+    launch([given / "cat.txt"], recipe=given / "small.toml", out=folder / "classic", settings=bert)
+    wide = listing(unmask, str(folder)).splitlines()
+    assert (
+        len(wide) == 6
+        and wide[4].startswith("  also different: model.")
+        and "model.kind" in wide[1]
+        and "optimizer.lr" in wide[1]
+    )
+    assert "mlp_bias" not in wide[1], "a setting that only one kind of model has"
+    chosen = listing(unmask, str(folder), "--columns", "run,optimizer.lr, loss").splitlines()
+    assert chosen[1].split() == ["run", "optimizer.lr", "loss"] and "0.0001" in "".join(chosen)
+    code, _, err = unmask("runs", str(folder), "--columns", "optimizer.lrr")
+    assert code == 2 and "did you mean 'optimizer.lr'?" in err
+    if pty := pytest.importorskip("pty", reason="this system has no pseudo-terminals"):
+        main, terminal = pty.openpty()
+        command = [sys.executable, "-m", "unmask", "runs", str(folder)]
+        subprocess.run(command, stdout=terminal, env={**os.environ, "COLUMNS": "80", "TERM": "xterm"}, check=True)
+        os.close(terminal)
+        lines = os.read(main, 100_000).decode().splitlines()
+        assert len(lines) == 6 and max(map(len, lines)) <= 80 and "kind" in lines[1]
+
+
 def test_json_has_the_numbers(unmask: Command, two_kinds: Path) -> None:
     found = json.loads(listing(unmask, str(two_kinds), "--json"))
     assert [run["state"] for run in found] == ["finished", "ended early", "finished"]
