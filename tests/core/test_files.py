@@ -28,6 +28,30 @@ def test_a_directory_appears_complete(tmp_path: Path) -> None:
     assert [entry.name for entry in tmp_path.iterdir()] == ["step-1"]
 
 
+def test_a_name_is_no_pattern(tmp_path: Path) -> None:
+    """A directory named "*" leaves the half-written directories of other names alone."""
+    foreign = tmp_path / ".other.aside-123"
+    foreign.mkdir()
+    for name in ("*", "[a]", "a?"):
+        with files.atomic_directory(tmp_path / name) as folder:
+            (folder / "file").write_text(name)
+        assert (tmp_path / name / "file").read_text() == name
+    assert foreign.is_dir()
+    running = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    try:
+        half, left = tmp_path / f".x.aside-{running.pid}", tmp_path / ".x.aside-old"
+        half.mkdir()
+        left.mkdir()
+        with files.atomic_directory(tmp_path / "x"):
+            pass
+        assert half.is_dir(), "its process still writes it"
+    finally:
+        running.communicate(b"\n")
+    with files.atomic_directory(tmp_path / "x"):
+        pass
+    assert not half.exists()
+
+
 def test_a_failed_write_keeps_the_old_file_and_leaves_nothing(tmp_path: Path) -> None:
     resource = pytest.importorskip("resource", reason="this system has no limits to set")
     files.write_text(tmp_path / "recipe.toml", "old")

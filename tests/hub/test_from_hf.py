@@ -17,6 +17,7 @@ import unmask
 from unmask.core.errors import DamagedError, ModelError, RunError, TokenizerError, UnmaskError
 from unmask.core.types import Sample, logits_at, pack
 from unmask.hub.from_hf import import_model, open_model
+from unmask.hub.parity import compare
 from unmask.models.model import Model, load
 from unmask.tokenization.settings import WordPieceConfig
 from unmask.tokenization.tokenizer import Tokenizer, train_tokenizer
@@ -574,6 +575,27 @@ def test_wrong_types_in_config_json_are_named(change: dict[str, Any], written: C
     change_config(folder, **change)
     with pytest.raises(ModelError, match=next(iter(change)) if "model_type" not in change else "type"):
         open_model(folder)
+
+
+def test_a_byte_order_mark_in_the_vocabulary(written: Callable[..., tuple[Path, Any]]) -> None:
+    folder, _ = written(MASKED)
+    tokens = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "the", "cat", "##s", "sat", "."]
+    plain_tokenizer(folder, tokenizer_class="BertTokenizer")
+    for encoding in ("utf-8", "utf-8-sig"):
+        for name, text in (("vocab.txt", "\n".join(tokens) + "\n"), ("tokenizer_config.json", "{}")):
+            (folder / name).write_text(text, encoding=encoding)
+        model = open_model(folder)
+        assert model.tokenizer.role_id("pad_token") == 0 and model.tokenizer.size == len(tokens)
+        assert model.tokenizer.encode("The cats sat.").ids.tolist() == [5, 6, 7, 8, 9]
+
+
+def test_parity_is_not_satisfied_by_nan(written: Callable[..., tuple[Path, Any]]) -> None:
+    folder, _ = written(MASKED)
+    model = open_model(folder)
+    with torch.no_grad():
+        next(model.head.parameters())[0] = float("nan")  # after the model was checked
+    with pytest.raises(ModelError, match="logits differ from those of transformers by nan"):
+        compare(folder, model, ["the cat sat on the mat ."], "a test")
 
 
 def test_a_byte_order_mark_and_no_padding_id_are_accepted(written: Callable[..., tuple[Path, Any]]) -> None:

@@ -205,6 +205,20 @@ def test_a_bert_of_transformers_keeps_its_pair_head(domain: Path, tmp_path: Path
     assert line["step"] == 0 and line["validation"]["pair"]["pairs"] > 0
 
 
+def test_a_pair_head_that_masks_alone_don_t_train_is_not_dropped_unsaid(
+    domain: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = saved_by_transformers("bert", tmp_path / "model")
+    with caplog.at_level("INFO", logger="unmask"):
+        unmask.pretrain(
+            domain, recipe="continue", out=tmp_path / "run", budget="1 steps", settings=QUICK, start=model,
+            allow_unknown=True,
+        )  # fmt: skip
+    assert "pooler and pair head are not trained and not saved: objective.kind is not mlm+pairs" in caplog.text
+    config = json.loads((tmp_path / "run" / "latest" / "config.json").read_text())
+    assert config["architectures"] == ["BertForMaskedLM"]
+
+
 def test_a_roberta_keeps_its_positions_and_class(domain: Path, tmp_path: Path) -> None:
     from transformers import AutoModelForMaskedLM
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import codecs
 import importlib.util
 import json
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final
 
@@ -19,6 +21,7 @@ from unmask.tokenization.tokenizer import Tokenizer, library_errors
 
 # Files of a tokenizer without tokenizer.json. AutoTokenizer makes an empty tokenizer if none exists.
 _OLDER_FILES: Final = ("vocab.txt", "vocab.json", "*.model", "*.spm")
+_TOKENIZER_SUFFIXES: Final = (".json", ".txt", ".model", ".spm")
 _VOCABULARY_TEXTS: Final = 200  # tokens of the vocabulary in the compared texts
 _MAX_FOREIGN: Final = 0.1  # share of tokens with the mark of another kind of vocabulary
 _UNUSUAL: Final = (
@@ -54,9 +57,10 @@ def load_tokenizer(folder: Path) -> tuple[Tokenizer, list[str]]:
     tokenizer = Tokenizer.load(folder) if has_json else None
     if has_transformers:
         try:
-            tokenizer, difference = _as_auto_tokenizer(folder, tokenizer)
+            with _without_byte_order_marks(folder) as clean:
+                tokenizer, difference = _as_auto_tokenizer(clean, tokenizer)
         except TokenizerError as error:
-            raise error.at(location=error.location or str(folder)) from error.__cause__
+            raise error.at(location=str(folder)) from error.__cause__
         notes += [difference] if difference else []
     else:
         notes.append("the ids were not compared with AutoTokenizer, because transformers is not installed")
@@ -82,6 +86,27 @@ def _require_older_files(folder: Path, has_transformers: bool) -> None:
             location=str(folder),
             hint='install it: pip install "unmask[hub]"',
         )
+
+
+@contextmanager
+def _without_byte_order_marks(folder: Path) -> Generator[Path]:
+    """Yield a folder; if one of its text files starts with a byte order mark, a copy of the tokenizer without them.
+
+    For transformers, the mark in vocab.txt is a part of the first token.
+    """
+    small = [file for file in sorted(folder.iterdir()) if file.suffix in _TOKENIZER_SUFFIXES and file.is_file()]
+    if not any(_starts_with_mark(file) for file in small):
+        yield folder
+        return
+    with tempfile.TemporaryDirectory() as copy:
+        for file in small:
+            (Path(copy) / file.name).write_bytes(file.read_bytes().removeprefix(codecs.BOM_UTF8))
+        yield Path(copy)
+
+
+def _starts_with_mark(file: Path) -> bool:
+    with file.open("rb") as stream:
+        return stream.read(len(codecs.BOM_UTF8)) == codecs.BOM_UTF8
 
 
 def _as_auto_tokenizer(folder: Path, own: Tokenizer | None) -> tuple[Tokenizer, str]:
