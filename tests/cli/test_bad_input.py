@@ -180,6 +180,7 @@ def test_cp1252_in_the_middle_of_utf_8(refused: Refused, unmask: Command) -> Non
 
 def test_a_field_of_plain_text(refused: Refused) -> None:
     refused(*PRETRAIN, "cat.txt", "--field", "body", says=("field `body` is not used", "remove --field"))
+    refused(*PRETRAIN, "cat.txt", "--field", "text", says="field `text` is not used")
     refused("data", "inspect", "cat.txt", "--field", "body", says="field `body` is not used")
 
 

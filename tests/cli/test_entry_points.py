@@ -164,6 +164,13 @@ def test_evaluation_as_json(unmask: Command, run: Path) -> None:
     assert 0 <= result["accuracy"] <= 1 and result["masked_tokens"] > 0
     repeated = json.loads(unmask("evaluate", "run", "--text", "cat.txt", "--json")[1])
     assert repeated == result, "the masks never change"
+    assert result["unknown_character_share"] == 0
+    Path("other.txt").write_text("the cat sat ☃☃ " * 40)
+    code, out, err = unmask("evaluate", "run", "--text", "other.txt", "--json")
+    assert code == 0 and json.loads(out)["unknown_character_share"] == pytest.approx(2 / 15, abs=0.01)
+    assert "warning: the tokenizer can't spell 13." in err
+    code, _, err = unmask("evaluate", "run", "--text", "cat.txt", "--field", "text")
+    assert code == 2 and "field `text` is not used" in err
     first = json.loads(unmask("evaluate", "run/step-0000002", "--text", "cat.txt", "--json")[1])
     assert first["masked_tokens"] == result["masked_tokens"] and first["loss"] != result["loss"]
 

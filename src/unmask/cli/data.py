@@ -77,7 +77,7 @@ def inspect_data(
     explicit = None if tokenizer else explicit_keys(recipe, settings or (), options.overrides())
     loaded = None if tokenizer is None else open_tokenizer(tokenizer)
     opened = open_text(texts, resolved.data)
-    require_field_used(resolved.data.field, [opened])
+    require_field_used(resolved.data.field, [opened], given=field is not None)
     source, config, choices = adapt(opened, resolved.data, explicit)
     with open_display(sys.stderr) as display:
         report = inspect_text(
@@ -236,7 +236,7 @@ def prepare_data(
     start = time.perf_counter()
     explicit = explicit_keys(recipe, settings or (), data.overrides())
     opened = open_text(texts, config)
-    require_field_used(config.field, [opened])
+    require_field_used(config.field, [opened], given=field is not None)
     source, config, choices = adapt(opened, config, explicit)
     tasks: set[str] = set()
     with open_display(sys.stderr) as display:

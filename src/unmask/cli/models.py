@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from unmask.cli.errors import print_error
-from unmask.cli.options import MODEL_HELP, Errors, Force, Json, ModelPath, OutputPath, open_model, print_json
+from unmask.cli.options import MODEL_HELP, Errors, Field, Force, Json, ModelPath, OutputPath, open_model, print_json
 from unmask.core.errors import TextError, UnmaskError
 
 if TYPE_CHECKING:
@@ -203,6 +203,7 @@ def print_predictions(results: Sequence[FillMaskResult]) -> None:
 
 # evaluate -----------------------------------------------------------------------------------------------------------
 
+_HIGH_UNKNOWN = 0.01  # share of unknown characters above which `evaluate` warns, as `pretrain` does
 EVALUATE_EXAMPLES = """\
 [bold]Examples[/bold]
 
@@ -225,7 +226,7 @@ def evaluate(
         typer.Option(help="Unit of plain text that is one document.", show_default="as in training, else blank-line"),
     ] = None,
     errors: Errors = None,
-    field: Annotated[str, typer.Option(help="Name of the JSON field or table column that contains the text.")] = "text",
+    field: Field = None,
     max_size: Annotated[
         str | None,
         typer.Option(metavar="AMOUNT", help='Amount of text to read, such as "2M characters".', show_default="all"),
@@ -248,6 +249,12 @@ def evaluate(
         field=field,
         max_size=max_size,
     )
+    if result.unknown_character_share > _HIGH_UNKNOWN:
+        print_error(
+            "warning:",
+            f"the tokenizer can't spell {result.unknown_character_share:.1%} of the characters; the results are about "
+            "the others",
+        )
     if as_json:
         print_json(asdict(result))
         return
@@ -255,7 +262,7 @@ def evaluate(
     print(f"unigram loss        {result.unigram_loss:.4f} (baseline: predicts the token frequencies of this text)")
     print(f"accuracy            {result.accuracy:.2%} of {result.masked_tokens:,} masked tokens")
     print(f"bits per character  {result.bits_per_character:.4f}")
-    print(f"unknown tokens      {result.unknown_share:.3%} (not masked)")
+    print(f"unknown             {result.unknown_share:.3%} of the tokens, not masked")
     print(f"sequence length     {result.length} tokens at most")
 
 

@@ -572,14 +572,14 @@ def open_valid(settings: DataConfig) -> dict[str, FileSource]:
     return opened
 
 
-def require_field_used(field: str, sources: Iterable[BaseSource]) -> None:
-    """Check that a field other than the default is the field of a table.
+def require_field_used(field: str, sources: Iterable[BaseSource], *, given: bool) -> None:
+    """Check that a field that was given, or is not the default, is the field of a table.
 
     Raises:
         TextError: all texts are plain text.
     """
     opened = list(sources)
-    if field == DataConfig().field or not all(isinstance(source, FileSource) for source in opened):
+    if not (given or field != DataConfig().field) or not all(isinstance(source, FileSource) for source in opened):
         return
     parts = [part.path for source in opened for part in source.parts()]
     if all(kind_of(path) == "text" for path in parts):

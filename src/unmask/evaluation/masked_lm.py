@@ -55,6 +55,7 @@ class EvalSet:
     characters: int  # without those of [UNK]
     unknown_share: float  # share of [UNK] among the tokens
     unigram_loss: float  # nats per masked token under the unigram distribution of the training text
+    unknown_character_share: float = 0.0  # of the characters, those that the tokenizer reads as [UNK] or drops
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,8 @@ class EvalResult:
     unigram_loss: float
     masked_tokens: int
     length: int
-    unknown_share: float
+    unknown_share: float  # share of [UNK] among the tokens
+    unknown_character_share: float = 0.0  # share of the characters that are [UNK] or dropped
 
 
 def build_eval_set(
@@ -119,15 +121,18 @@ def build_eval_set(
     unigram_V = np.zeros(len(counts_V))
     unigram_V[tokenizer.regular_token_ids] = -np.log(smoothed / smoothed.sum())
     tokens = sum(len(document.ids) for document in documents)
+    characters = sum(document.characters for document in documents)
+    unknown_characters = sum(document.unknown_characters for document in documents)
     unknown = sum(int((document.token_flags & SPECIAL).astype(bool).sum()) for document in documents)
     return EvalSet(
         batches=batches,
         length=length,
         masked_tokens=len(labels),
         tokens=tokens - unknown,
-        characters=sum(document.characters - document.unknown_characters for document in documents),
+        characters=characters - unknown_characters,
         unknown_share=unknown / tokens,
         unigram_loss=float(unigram_V[labels].mean()),
+        unknown_character_share=unknown_characters / max(1, characters),
     )
 
 
@@ -168,6 +173,7 @@ def evaluate(encoder: nn.Module, head: nn.Module, eval_set: EvalSet, context: Di
         masked_tokens=eval_set.masked_tokens,
         length=eval_set.length,
         unknown_share=eval_set.unknown_share,
+        unknown_character_share=eval_set.unknown_character_share,
     )
 
 

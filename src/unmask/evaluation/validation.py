@@ -18,7 +18,7 @@ from unmask.core.quantities import Quantity
 from unmask.data.prepare import TokenizedCorpus
 from unmask.data.sentence_pairs import PairKind
 from unmask.data.settings import DataConfig, DocumentRule, ErrorsRule
-from unmask.data.sources import BaseSource, open_text
+from unmask.data.sources import BaseSource, open_text, require_field_used
 from unmask.evaluation.masked_lm import (
     Document,
     EvalResult,
@@ -150,7 +150,7 @@ def evaluate_text(
     length: int | None = None,
     document: DocumentRule | None = None,
     errors: ErrorsRule = "strict",
-    field: str = "text",
+    field: str | None = None,
     max_size: str | float | None = None,
 ) -> EvalResult:
     """Return a model's result on text, with 15 % of the tokens masked and in float32.
@@ -166,7 +166,7 @@ def evaluate_text(
         length: Maximum sequence length in tokens; default: that of the model's training.
         document: Rule that splits the text into documents; default: that of the training text, or "blank-line".
         errors: What to do with undecodable bytes or malformed rows.
-        field: Name of the field or column with the text, for tables.
+        field: Name of the field or column with the text, for tables; default: "text".
         max_size: Amount of text to read, such as "2M characters"; default: all. Each token takes about
             30 bytes of memory.
 
@@ -183,7 +183,9 @@ def evaluate_text(
     limit = float("inf") if size is None else size
     context = context or init_distributed("float32")
     named = [texts] if isinstance(texts, str | Path) else texts
-    source = open_text(named, DataConfig(document=rule, errors=errors, field=field))
+    data = DataConfig(document=rule, errors=errors, field=field or "text")
+    source = open_text(named, data)
+    require_field_used(data.field, [source], given=field is not None)
     documents = documents_from_source(source, model.tokenizer, model.words, limit).documents
     counts_V = np.zeros(model.tokenizer.size, np.int64)
     for eval_document in documents:

@@ -124,7 +124,7 @@ def launch(
             recipe = load_recipe(recipe, settings, overrides, DECIDED if start else ())
         requested = recipe = with_start_and_paths(recipe, start)
         source, valid = open_text(texts, recipe.data), open_valid(recipe.data)
-        require_field_used(recipe.data.field, [source, *valid.values()])
+        require_field_used(recipe.data.field, [source, *valid.values()], given="data.field" in (overrides or {}))
         context = _init_context(recipe, run, dry_run=options.dry_run)
         verify = options.verify and context.is_main_process
         recipe, source, shrinks = adapt_to_text(recipe, source, explicit)
