@@ -173,6 +173,24 @@ def test_a_terminal_of_eighty_columns_holds_every_line(preview: list[PreviewLine
         assert part in text
 
 
+def test_a_narrower_terminal_keeps_no_ghost_of_the_bar() -> None:
+    """A terminal that wraps lines when it becomes narrower: every row of the region is erased before the next one."""
+    stream = io.StringIO()
+    console = Console(file=stream, width=80, height=30, force_terminal=True, color_system=None)
+    display = LiveDisplay(console)
+    display.train_start(PLAN, TrainState(), 9.2e6, 1.6e11)
+    stream.truncate(0)
+    console.width = 20
+    display.message("narrower")
+    # One row of 56 columns was drawn. In 20 columns it takes three: two are erased, then Rich erases the one it knows.
+    assert stream.getvalue().lstrip("\0").startswith("\x1b[2K\x1b[1A" * 2 + "\r\x1b[2K")
+    stream.truncate(0)
+    console.width = 120
+    display.message("wider")
+    assert stream.getvalue().lstrip("\0").startswith("\r\x1b[2K"), "nothing more to erase"
+    display.close()
+
+
 def test_the_cursor_is_restored() -> None:
     stream = io.StringIO()
     display = LiveDisplay(Console(file=stream, width=80, height=30, force_terminal=True, color_system="truecolor"))

@@ -13,7 +13,9 @@ from pathlib import Path
 from typing import TextIO, final
 
 from rich.console import Console, Group
+from rich.control import Control
 from rich.live import Live
+from rich.segment import ControlType, Segment
 from rich.table import Table
 from rich.text import Text
 
@@ -59,6 +61,7 @@ class LiveDisplay(Display):
         has_colors = self._console.color_system is not None and not self._console.no_color
         self._styled = has_colors or self._console.is_jupyter
         self._live: Live | None = None
+        self._drawn: tuple[Text | Group, int] | None = None  # what is on the screen, and the width it was drawn for
         self._next_update = 0.0
         self._task: tuple[str, float] | None = None  # a task before training, and when it started
         self._plan: Plan | None = None
@@ -233,14 +236,32 @@ class LiveDisplay(Display):
 
     def _draw(self, region: Text | Group, now: float) -> None:
         """Draws the region at the bottom, and sets the time of the next update."""
+        self._follow_resize()
         if self._live is None:
             self._live = Live(console=self._console, auto_refresh=False, vertical_overflow="crop")
             self._live.start()
         self._live.update(region, refresh=True)
+        self._drawn = (region, self._console.width)
         spent = time.monotonic() - now
         self._next_update = now + max(_UPDATE_SECONDS, _WAIT_FACTOR * spent)
 
+    def _follow_resize(self) -> None:
+        """Erases the rows that the region gained when a terminal became narrower and wrapped its lines.
+
+        Rich erases as many rows as it drew, so the others would remain on the screen.
+        """
+        width = self._console.width
+        if self._live is None or self._drawn is None or width >= self._drawn[1]:
+            return
+        region, drawn_width = self._drawn
+        options = self._console.options.update(width=drawn_width)
+        lines = self._console.render_lines(region, options, pad=False)
+        extra = sum(max(0, -(-Segment.get_line_length(line) // width) - 1) for line in lines)
+        self._console.control(Control(*[(ControlType.ERASE_IN_LINE, 2), (ControlType.CURSOR_UP, 1)] * extra))
+        self._drawn = (region, width)
+
     def _print(self, *renderables: Text | Table) -> None:
+        self._follow_resize()
         for renderable in renderables:
             self._console.print(renderable, highlight=False)
 
