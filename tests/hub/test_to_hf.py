@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import tokenizers
 import torch
 from safetensors.torch import load_file, save_file
 
@@ -23,7 +24,7 @@ from unmask.models.annotated import TutorialConfig
 from unmask.models.bert import BertConfig
 from unmask.models.model import Model, load, save_model
 from unmask.models.modernbert import ModernBertConfig
-from unmask.tokenization.settings import CharacterConfig
+from unmask.tokenization.settings import CharacterConfig, WordPieceConfig
 from unmask.tokenization.tokenizer import Tokenizer, train_tokenizer
 
 BERT = BertConfig(
@@ -42,6 +43,31 @@ def run(prose: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("runs") / "notes"
     unmask.pretrain(prose, recipe="tiny", budget="4 steps", settings=SMALL, out=out)
     return out
+
+
+def test_an_extended_vocabulary_is_compared_with_the_first_one(prose: Path, tmp_path: Path) -> None:
+    """Added tokens with accents, which are normalized, count as the same tokens; a moved id is refused."""
+    inner = tokenizers.Tokenizer.from_str(
+        train_tokenizer(prose.read_text().split("\n"), WordPieceConfig(vocab_size=120, lowercase=True)).to_json()
+    )
+    inner.add_tokens([tokenizers.AddedToken("\u00c5ngstr\u00f6m", normalized=True), "covid"])
+    folder_of(small(Tokenizer(inner)), tmp_path / "first")
+    run, settings = tmp_path / "run", ["train.threads=1", "stage.0.batch_size=256 tokens"]
+    unmask.pretrain(
+        prose, start=tmp_path / "first", extend_vocabulary=5, out=run, budget="1 steps", settings=settings, display=None
+    )
+    exported = unmask.export(run, tmp_path / "out")
+    assert exported.parity is not None and exported.parity.logits < 1e-5
+    assert load(tmp_path / "out").tokenizer.size == inner.get_vocab_size() + 5
+    file = run / "start" / "tokenizer.json"
+    spec = json.loads(file.read_text())
+    vocabulary = spec["model"]["vocab"]
+    one, other = list(vocabulary)[-2:]
+    vocabulary[one], vocabulary[other] = vocabulary[other], vocabulary[one]
+    file.write_text(json.dumps(spec))
+    with pytest.raises(ModelError, match="2 tokens of the first model have other ids"):
+        unmask.export(run, tmp_path / "other")
+    assert not (tmp_path / "other").exists()
 
 
 def folder_of(model: Model, folder: Path) -> Path:

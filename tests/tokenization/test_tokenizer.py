@@ -310,3 +310,19 @@ def test_byte_tokens_are_displayed_as_text() -> None:
     tokenizer = Tokenizer(inner)
     shown = [TokenFormatter(tokenizer).display(id) for id in tokenizer.encode('a"é').ids.tolist()]
     assert shown == ["a", '"', "⟨C3⟩", "⟨A9⟩"] and tokenizer.encode("é").characters_unknown == 0
+
+
+def test_the_end_of_a_word_is_no_text() -> None:
+    tokens = ["h", "a", "t", "hat", "hat</w>", "</w>"]
+    model = models.BPE({token: id for id, token in enumerate(tokens)}, [], end_of_word_suffix="</w>")
+    inner = tokenizers.Tokenizer(model)
+    inner.add_special_tokens(["[MASK]"])
+    formatter = TokenFormatter(Tokenizer(inner))
+    assert [formatter.display(id) for id in range(6)] == ["h", "a", "t", "hat", "hat", "</w>"]
+    assert formatter.read(4).letters == "hat"
+
+
+def test_an_id_far_above_the_vocabulary_is_refused() -> None:
+    inner = tokenizers.Tokenizer(models.WordLevel({"a": 0, "[MASK]": 1, "b": 2**31}, unk_token="a"))
+    with pytest.raises(TokenizerError, match="got 2,147,483,648"):
+        Tokenizer(inner)

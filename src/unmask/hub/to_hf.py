@@ -83,14 +83,13 @@ def _check_old_ids(run: Path, model: Model) -> None:
     start = run / RunLayout.START
     if not (start / RunLayout.TOKENIZER).is_file():
         return
-    old = Tokenizer.load(start)
-    names = [(number, old.id_to_token(number)) for number in (*old.regular_token_ids.tolist(), *old.special_ids)]
-    moved = [(number, name) for number, name in names if model.tokenizer.token_to_id(name) != number]
+    # By the vocabularies: for an added token that is normalized, id_to_token gives the normalized text.
+    old, new = Tokenizer.load(start).vocabulary(), model.tokenizer.vocabulary()
+    moved = [token for token, number in old.items() if new.get(token) != number]
     if moved:
-        number, name = moved[0]
         raise ModelError(
-            f"{len(moved):,} tokens of the first model have other ids: {name!r} had {number}, and has "
-            f"{model.tokenizer.token_to_id(name)}",
+            f"{len(moved):,} tokens of the first model have other ids: {moved[0]!r} had {old[moved[0]]}, and has "
+            f"{new.get(moved[0])}",
             location=str(run),
             hint="import the first model again, then train again from the imported folder",
         )

@@ -126,7 +126,7 @@ def _as_auto_tokenizer(folder: Path, own: Tokenizer | None) -> tuple[Tokenizer, 
         backend = _backend(auto, folder)
         difference = _difference(auto, backend, texts)
     if own is not None and not difference:
-        old, new = (tokenizers.Tokenizer.from_str(one.to_json()).get_vocab() for one in (own, backend))
+        old, new = own.vocabulary(), backend.vocabulary()
         if moved := [token for token, number in old.items() if new.get(token) != number]:
             difference = f"{len(moved):,} tokens of {RunLayout.TOKENIZER} have other ids, such as {moved[0]!r}"
     if difference:

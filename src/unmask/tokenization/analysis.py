@@ -13,7 +13,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from unmask.core.types import SENTENCE_START, SPECIAL, WORD_START, Source
-from unmask.tokenization.normalization import continuing_prefix, falls_back_to_bytes, is_byte_level, leading_space
+from unmask.tokenization.normalization import (
+    continuing_prefix,
+    falls_back_to_bytes,
+    is_byte_level,
+    leading_space,
+    word_end,
+)
 from unmask.tokenization.tokenizer import Tokenizer
 from unmask.tokenization.trainers import BYTE_OF
 from unmask.tokenization.words import WordsRule, is_letter, is_unspaced, word_starts
@@ -38,7 +44,7 @@ class TokenFormatter:
         tokenizer_json = tokenizer.to_json()
         self._tokenizer = tokenizer
         self._space, self._is_bytes = leading_space(tokenizer_json), is_byte_level(tokenizer_json)
-        self.prefix = continuing_prefix(tokenizer_json)
+        self.prefix, self._word_end = continuing_prefix(tokenizer_json), word_end(tokenizer_json)
         self._special = frozenset(tokenizer.special_ids)
         # The ids of a vocabulary may have holes, and a model can predict one.
         self._holes = frozenset(range(tokenizer.size)) - {*self._special, *tokenizer.regular_token_ids.tolist()}
@@ -55,6 +61,8 @@ class TokenFormatter:
         token = self._tokenizer.id_to_token(id)
         if id in self._special:
             return TokenText(token, "as-is")
+        if self._word_end and len(token) > len(self._word_end):
+            token = token.removesuffix(self._word_end)
         if self._has_byte_tokens and _BYTE_TOKEN.fullmatch(token):
             return TokenText(_decode_utf8(bytes([int(token[3:5], 16)])), "joins" if self._space else "as-is")
         if self.prefix and token.startswith(self.prefix) and len(token) > len(self.prefix):

@@ -166,9 +166,14 @@ def falls_back_to_bytes(tokenizer_json: str) -> bool:
 
 
 def continuing_prefix(tokenizer_json: str) -> str:
-    """Return the prefix of tokens that continue a word ("##"); empty for models other than WordPiece."""
+    """Return the prefix of tokens that continue a word ("##"); empty for models without one."""
     model = cast("Node", json.loads(tokenizer_json))["model"]
-    return str(model.get("continuing_subword_prefix") or "") if model.get("type") == "WordPiece" else ""
+    return str(model.get("continuing_subword_prefix") or "")
+
+
+def word_end(tokenizer_json: str) -> str:
+    """Return the suffix of tokens that end a word ("</w>"); empty for models without one."""
+    return str(cast("Node", json.loads(tokenizer_json))["model"].get("end_of_word_suffix") or "")
 
 
 def without_specials(tokenizer_json: str) -> str:

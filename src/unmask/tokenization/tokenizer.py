@@ -95,6 +95,7 @@ def token_marks(
 
 
 _CONFIG: Final = "tokenizer_config.json"
+_MAX_SIZE: Final = 1 << 24  # ids are rows of the embedding, so an id far above this is a mistake in the file
 _REASON_LENGTH: Final = 300  # characters of another library's message
 _ROLES: Final = {  # role of a special token -> its usual names
     "pad_token": ("[PAD]", "<pad>"),
@@ -224,7 +225,12 @@ class Tokenizer:
                 "save_pretrained(FOLDER)",
             )
         vocabulary = inner.get_vocab(with_added_tokens=True)
-        self.size = max(vocabulary.values()) + 1
+        self.size = max(vocabulary.values(), default=-1) + 1
+        if self.size > _MAX_SIZE:
+            raise TokenizerError(
+                f"invalid id in the vocabulary: got {self.size - 1:,}, expected less than {_MAX_SIZE:,}",
+                hint="correct the ids in tokenizer.json: they are the rows of the token embedding",
+            )
         added = cast("Mapping[int, AddedToken]", inner.get_added_tokens_decoder())
         special = {number for number, token in added.items() if token.special}
         special |= {vocabulary[name] for name in self._roles.values()}
@@ -294,6 +300,10 @@ class Tokenizer:
         space = leading_space(self._json)
         id = self.token_to_id(space) if space else None
         return -1 if id is None else id
+
+    def vocabulary(self) -> dict[str, int]:
+        """Return the id of each token, added tokens included."""
+        return self._marked.get_vocab(with_added_tokens=True)
 
     def token_to_id(self, token: str) -> int | None:
         """Return the id of a token; None if it isn't in the vocabulary."""
