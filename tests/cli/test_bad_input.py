@@ -189,11 +189,13 @@ def test_what_a_directory_leaves_out_is_said(unmask: Command) -> None:
     shutil.copy("cat.txt", "notes/cat.txt")
     Path("notes/paper.pdf").write_bytes(b"%PDF-1.7")
     Path("notes/dead.txt").symlink_to("nowhere")
+    Path("notes/loop").symlink_to("loop")
+    Path("notes/blank.txt").write_text(" \n\n")
     for command in ((*PRETRAIN, "--dry-run"), ("data", "inspect", "--recipe", "small.toml")):
         code, out, err = unmask(*command, "notes")
         assert code == 0, err
-        assert "left out of notes: 1 .pdf" in out + err
-        assert "links without a target: notes/dead.txt" in out + err
+        assert "left out of notes: 1 empty or blank, 1 .pdf" in out + err
+        assert "links without a target: notes/dead.txt and notes/loop" in out + err
 
 
 def test_invalid_names(refused: Refused, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -189,7 +189,7 @@ def test_what_a_directory_leaves_out(place: Path) -> None:
         "1 without an extension",
         "3 hidden or backup",
         "2 hidden directories",
-        "1 empty",
+        "1 empty or blank",
     ):
         assert count in warning
 

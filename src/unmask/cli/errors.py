@@ -39,6 +39,10 @@ def handle_errors(command: Callable[..., None]) -> Callable[..., None]:
         except BrokenPipeError as error:  # the reader has closed the pipe, as in `unmask recipe show tiny | head`
             _discard_output()
             raise typer.Exit(0) from error
+        except SystemExit as error:
+            if not isinstance(error.__context__, BrokenPipeError):
+                raise
+            raise typer.Exit(0) from error  # rich exits with 1 if the reader has closed the pipe
         except KeyboardInterrupt as error:
             raise typer.Exit(INTERRUPTED) from error
         except Exception as error:

@@ -28,6 +28,9 @@ _WEIGHT: Final = re.compile(r"(.+):([+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?)",
 _PATTERN: Final = re.compile(r"[*?\[]")
 
 
+_MAX_BLANK: Final = 4096  # bytes of a file that is read when a directory is listed, to see whether it is blank
+
+
 class TextInput(NamedTuple):
     """A named text and its files and datasets."""
 
@@ -202,15 +205,15 @@ class _Found:
             for entry in entries:
                 if _is_hidden(entry.name):
                     self._left_out["hidden or backup"] += 1
-                elif not entry.is_file():
+                elif not _is_file(entry):
                     if entry.is_symlink() and not os.path.exists(entry.path):
                         self.add_dead(entry.path)
                     else:
                         self._left_out["sockets, pipes or devices"] += 1
                 elif not (_has_known_ending(entry.name) or packing(Path(entry.name))):
                     self._left_out[Path(entry.name).suffix.lower() or "without an extension"] += 1
-                elif not entry.stat().st_size:
-                    self._left_out["empty"] += 1
+                elif _is_blank(entry):
+                    self._left_out["empty or blank"] += 1
                 else:
                     yield str(Path(entry.path))
 
@@ -230,12 +233,12 @@ class _Found:
                 message = f"can't read this directory: {error.strerror or error}"
                 hint = "make it readable, or name the other files by a pattern"
                 raise TextError(message, location=at, hint=hint) from error
-            for entry in [entry for entry in entries if entry.is_dir()]:
+            for entry in filter(_is_directory, entries):
                 if _is_hidden(entry.name):
                     self._left_out["hidden directories"] += 1
                 else:
                     (linked if entry.is_symlink() else waiting).append(entry.path)
-            yield at, [entry for entry in entries if not entry.is_dir()]
+            yield at, [entry for entry in entries if not _is_directory(entry)]
 
     def warnings(self, name: str) -> tuple[str, ...]:
         """Return what was left out, in words."""
@@ -249,6 +252,30 @@ class _Found:
         if self._repeated:
             warnings.append(f"left out{where}, named or linked twice: {join_names(self._repeated)}")
         return tuple(warnings)
+
+
+def _is_directory(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link to itself
+        return False
+
+
+def _is_file(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_file()
+    except OSError:
+        return False
+
+
+def _is_blank(entry: os.DirEntry[str]) -> bool:
+    """Return whether a file has no bytes, or is a small one of white space."""
+    if entry.stat().st_size > _MAX_BLANK:
+        return False
+    try:
+        return not Path(entry.path).read_bytes().strip()
+    except OSError:  # reading the text reports it
+        return False
 
 
 def _is_hidden(name: str) -> bool:
