@@ -173,8 +173,8 @@ def test_the_weights_decide_if_they_and_config_json_disagree_on_tying(
     assert_equal_outputs(imported, expected)
 
 
-def change_config(folder: Path, **more: Any) -> None:
-    file = folder / "config.json"
+def change_config(folder: Path, name: str = "config.json", **more: Any) -> None:
+    file = folder / name
     file.write_text(json.dumps({**json.loads(file.read_text()), **more}))
 
 
@@ -461,6 +461,9 @@ def test_weights_that_overflow_float32_and_quantized_weights_are_refused(
 def test_prefixes_of_wrappers_are_removed(prefix: str, name: str, written: Callable[..., tuple[Path, Any]]) -> None:
     folder, expected = written(KINDS[name])
     change_weights(folder, lambda tensors: {f"{prefix}{key}": tensor for key, tensor in tensors.items()})
+    if name != "ModernBertForMaskedLM":
+        wrapped = ".layer.0._checkpoint_wrapped_module."
+        change_weights(folder, lambda tensors: {key.replace(".layer.0.", wrapped): tensors[key] for key in tensors})
     imported = open_model(folder)
     assert any("removed the prefix" in note for note in imported.notes)
     assert not any("initialized" in note for note in imported.notes)
@@ -508,7 +511,10 @@ def test_files_of_sentence_transformers_survive(
     (source / "config_sentence_transformers.json").write_text('{"similarity_fn_name": "cosine"}')
     import_model(source, tmp_path / "mine")
     unmask.export(tmp_path / "mine", tmp_path / "out", only="encoder")
-    for one in (tmp_path / "mine", tmp_path / "out"):
+    unmask.export(source, tmp_path / "directly", only="encoder")
+    with pytest.raises(ModelError, match="no masked language modeling head"):
+        unmask.load(source)
+    for one in (tmp_path / "mine", tmp_path / "out", tmp_path / "directly"):
         assert [module["path"] for module in json.loads((one / "modules.json").read_text())] == [
             "", "1_Pooling", "2_Normalize",
         ]  # fmt: skip
@@ -587,6 +593,31 @@ def test_a_byte_order_mark_in_the_vocabulary(written: Callable[..., tuple[Path, 
         model = open_model(folder)
         assert model.tokenizer.role_id("pad_token") == 0 and model.tokenizer.size == len(tokens)
         assert model.tokenizer.encode("The cats sat.").ids.tolist() == [5, 6, 7, 8, 9]
+
+
+@pytest.mark.parametrize("keeps_json", [True, False])
+@pytest.mark.parametrize("file", ["added_tokens.json", "tokenizer_config.json"])
+def test_added_tokens_have_the_ids_of_their_file(
+    file: str, keeps_json: bool, written: Callable[..., tuple[Path, Any]]
+) -> None:
+    """Each file has added tokens above a hole of the ids, to which transformers gives other ids without a word."""
+    folder, _ = written(MASKED)
+    old = Tokenizer.load(folder)
+    tokens = [old.id_to_token(id) for id in range(old.size)]
+    if not keeps_json:
+        (folder / "tokenizer.json").unlink()
+        (folder / "vocab.txt").write_text("".join(f"{token}\n" for token in tokens))
+        change_config(folder, "tokenizer_config.json", tokenizer_class="BertTokenizer", do_lower_case=False)
+    for id, is_right in ((len(tokens), True), (len(tokens) + 7, False), (3, False)):
+        if file == "added_tokens.json":
+            (folder / file).write_text(json.dumps({"covid19": id}))
+        else:
+            change_config(folder, file, added_tokens_decoder={str(id): {"content": "covid19", "special": False}})
+        if is_right:
+            assert open_model(folder).tokenizer.token_to_id("covid19") == id
+        else:
+            with pytest.raises(TokenizerError, match=f"'covid19' has the id {id} in {file}, but the tokenizer"):
+                open_model(folder)
 
 
 def test_parity_is_not_satisfied_by_nan(written: Callable[..., tuple[Path, Any]]) -> None:

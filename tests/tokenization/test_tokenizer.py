@@ -224,6 +224,7 @@ def wordpiece_file(folder: Path, change: Change, config: object = None) -> Path:
 CONTRADICTIONS: list[tuple[Change, object, str]] = [
     (lambda spec: spec["model"]["vocab"].update(new=33), None, "has the id 27 in tokenizer.json, but"),
     (lambda spec: spec["added_tokens"][0].update(id=99), None, "has the id 99 in tokenizer.json, but"),
+    (lambda spec: spec["model"]["vocab"].update(new=2**31), None, "'new' has the id 2147483648, expected at most"),
     (lambda spec: spec["model"]["vocab"].update(new=26), None, "'z' and 'new' have the same id 26"),
     (lambda spec: None, {"cls_token": "<cls>"}, "the cls_token is '<cls>', which the vocabulary doesn't contain"),
     (lambda spec: None, {"mask_token": "<m>"}, "'<m>' is not in the vocabulary"),
@@ -293,6 +294,29 @@ def test_dropped_characters_are_unknown() -> None:
     assert CachedEncoder(tokenizer, "spaces").encode(texts).num_unknown.tolist() == expected
 
 
+@pytest.mark.parametrize(
+    ("affix", "texts", "expected"),
+    [
+        ({"end_of_word_suffix": "</w>"}, ["abc zzz", "zz the cat", "a b"], [1, 2, 0]),
+        ({"continuing_subword_prefix": "##"}, ["abc zzz", "zz the cat", "z t"], [2, 2, 0]),
+    ],
+)
+def test_a_letter_with_an_affix_is_another_letter(affix: dict[str, str], texts: list[str], expected: list[int]) -> None:
+    """The vocabulary has all letters, but only a to j with the prefix or suffix, so "z" is dropped at some places."""
+    (name, mark), *_ = affix.items()
+    affixed = [letter + mark if name.startswith("end") else mark + letter for letter in LETTERS[:10]]
+    vocabulary = {token: number for number, token in enumerate([*LETTERS, *affixed])}
+    inner = tokenizers.Tokenizer(models.BPE(vocabulary, [], **affix))
+    inner.pre_tokenizer = pre_tokenizers.Whitespace()
+    inner.add_special_tokens(["[MASK]"])
+    tokenizer = Tokenizer(inner)
+    encoded = [tokenizer.encode(text) for text in texts]
+    assert [one.characters_unknown for one in encoded] == expected
+    letters = [len(text.replace(" ", "")) for text in texts]
+    assert [count - len(one.ids) for count, one in zip(letters, encoded, strict=True)] == expected
+    assert CachedEncoder(tokenizer, "spaces").encode(texts).num_unknown.tolist() == expected
+
+
 def test_an_id_without_a_token(tmp_path: Path) -> None:
     def leave_holes(spec: dict[str, Any]) -> None:
         added = {token["content"]: token["id"] for token in spec["added_tokens"]}
@@ -320,9 +344,3 @@ def test_the_end_of_a_word_is_no_text() -> None:
     formatter = TokenFormatter(Tokenizer(inner))
     assert [formatter.display(id) for id in range(6)] == ["h", "a", "t", "hat", "hat", "</w>"]
     assert formatter.read(4).letters == "hat"
-
-
-def test_an_id_far_above_the_vocabulary_is_refused() -> None:
-    inner = tokenizers.Tokenizer(models.WordLevel({"a": 0, "[MASK]": 1, "b": 2**31}, unk_token="a"))
-    with pytest.raises(TokenizerError, match="got 2,147,483,648"):
-        Tokenizer(inner)

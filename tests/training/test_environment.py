@@ -146,8 +146,13 @@ def test_a_tokenizer_that_is_missing_or_changed(place: Path) -> None:
     (place / "run" / "tokenizer").mkdir()
     shutil.copy(place / "run" / "latest" / "tokenizer.json", place / "run" / "tokenizer")
     file = place / "run" / "tokenizer" / "tokenizer.json"
+    config = file.with_name("tokenizer_config.json")
+    config.write_text('{"pad_token": "the"}')
+    with pytest.raises(DamagedError, match=r"special tokens that tokenizer_config.json gives .* have changed"):
+        resume(place / "run", budget="+1 steps")
+    config.unlink()
     file.write_text(file.read_text().replace('"the"', '"eht"'))
-    with pytest.raises(DamagedError, match="tokenizer of the run has changed"):
+    with pytest.raises(DamagedError, match="files of the tokenizer of the run have changed"):
         resume(place / "run", budget="+1 steps")
 
 

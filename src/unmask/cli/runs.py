@@ -122,7 +122,9 @@ def _to_json(run: RunSummary, keys: Sequence[str]) -> dict[str, Any]:
 
 
 def _name(run: RunSummary, folder: Path) -> str:
-    return str(run.run.relative_to(folder)) if run.run != folder else str(run.run)
+    from unmask.core.format import visible
+
+    return visible(str(run.run.relative_to(folder)) if run.run != folder else str(run.run))
 
 
 def _cells(run: RunSummary, folder: Path) -> dict[str, str]:

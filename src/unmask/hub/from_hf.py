@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -49,7 +50,8 @@ _ENCODER_ONLY: Final = ("embeddings.", "encoder.", "pooler.", "layers.", "final_
 _TASK_HEADS: Final = ("classifier.", "qa_outputs.", "score.")
 _BUFFERS: Final = ("position_ids", "token_type_ids", "inv_freq")  # computed from the settings
 _NAMES_SHOWN: Final = 5
-_WRAPPERS: Final = ("_orig_mod", "module", "_fsdp_wrapped_module")  # torch.compile, DDP and DataParallel, FSDP
+# torch.compile, DDP and DataParallel, FSDP, activation checkpointing
+_WRAPPERS: Final = ("_orig_mod", "module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 _OUTER_PREFIXES: Final = ("model.", "auto_model.", "transformer.")
 _INNER_PREFIXES: Final = ("bert.", "roberta.", "model.", "cls.", "lm_head.", "embeddings.word_embeddings.")
 SENTENCE_MODULES: Final = "modules.json"
@@ -110,7 +112,7 @@ class SentenceFiles:
             DamagedError: modules.json is not a list of modules, or names a path outside the folder.
         """
         path = folder / SENTENCE_MODULES
-        if not path.is_file():
+        if not os.path.isfile(path):  # Path.is_file raises if a name is too long
             return cls(folder)
         entries: Any = files.read_json(path)
         is_valid = isinstance(entries, list) and all(
@@ -160,7 +162,7 @@ def load(path: str | Path) -> Model:
         TokenizerError: the tokenizer can't be read, or AutoTokenizer gives ids that no tokenizer.json gives.
         DamagedError: a file was truncated or changed; it is named.
     """
-    return models.load(path, read_tokenizer=load_tokenizer)
+    return models.load(Path(path) / _transformer_folder(Path(path)), read_tokenizer=load_tokenizer)
 
 
 def open_model(folder: str | Path) -> Model:
@@ -185,7 +187,7 @@ def open_model(folder: str | Path) -> Model:
 
 def _transformer_folder(folder: Path) -> str:
     """Return the subfolder of the transformer in a folder of sentence-transformers; "" if there is none."""
-    return "" if (folder / RunLayout.CONFIG).is_file() else SentenceFiles.of(folder).transformer
+    return "" if os.path.isfile(folder / RunLayout.CONFIG) else SentenceFiles.of(folder).transformer
 
 
 def _read_weights(folder: Path, settings: EncoderConfig, vocab_size: int) -> Weights:

@@ -72,7 +72,8 @@ def export(
     with files.atomic_directory(target) as folder:
         save_model(folder, opened, only_encoder=only == "encoder")
         architecture = str(files.read_json(folder / RunLayout.CONFIG)["architectures"][0])
-        SentenceFiles.of(Path(opened.path)).copy(folder)
+        for source in dict.fromkeys((Path(model), Path(opened.path))):  # the transformer may lie in a subfolder
+            SentenceFiles.of(source).copy(folder)
         parity = None if unverified else compare(folder, opened, *sample_texts(opened, run))
         files.write_text(folder / RunLayout.README, model_card(target.name, opened, run, architecture, parity))
     return Exported(str(target), architecture, parity, opened.notes)

@@ -9,18 +9,20 @@ import tempfile
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, cast
 
 import tokenizers
 from tokenizers import processors
 
 from unmask.core.errors import TokenizerError
-from unmask.core.files import RunLayout
+from unmask.core.files import RunLayout, read_json
 from unmask.hub.parity import SENTENCES, quiet_transformers
 from unmask.tokenization.tokenizer import Tokenizer, library_errors
 
 # Files of a tokenizer without tokenizer.json. AutoTokenizer makes an empty tokenizer if none exists.
 _OLDER_FILES: Final = ("vocab.txt", "vocab.json", "*.model", "*.spm")
+_ADDED: Final = "added_tokens.json"
+_CONFIG: Final = "tokenizer_config.json"
 _TOKENIZER_SUFFIXES: Final = (".json", ".txt", ".model", ".spm")
 _VOCABULARY_TEXTS: Final = 200  # tokens of the vocabulary in the compared texts
 _MAX_FOREIGN: Final = 0.1  # share of tokens with the mark of another kind of vocabulary
@@ -46,7 +48,7 @@ def load_tokenizer(folder: Path) -> tuple[Tokenizer, list[str]]:
 
     Raises:
         TokenizerError: there is no tokenizer, it can't be read or converted, it has no mask token, or AutoTokenizer
-            gives ids that no tokenizer.json gives.
+            gives ids that no tokenizer.json gives, or other ids to added tokens than the files of the folder.
     """
     notes: list[str] = []
     has_json = (folder / RunLayout.TOKENIZER).is_file()
@@ -66,6 +68,7 @@ def load_tokenizer(folder: Path) -> tuple[Tokenizer, list[str]]:
         notes.append("the ids were not compared with AutoTokenizer, because transformers is not installed")
     assert tokenizer is not None
     _check_kind(tokenizer, folder)
+    _check_added_ids(tokenizer, folder)
     if (with_template := _with_cls_and_sep(tokenizer)) is not None:
         notes.append(f"{RunLayout.TOKENIZER} added no special tokens: it now adds CLS and SEP")
         return with_template, notes
@@ -204,6 +207,41 @@ def _check_kind(tokenizer: Tokenizer, folder: Path) -> None:
                 location=str(folder),
                 hint=f"name the right tokenizer_class in tokenizer_config.json, or add a {RunLayout.TOKENIZER}",
             )
+
+
+def _check_added_ids(tokenizer: Tokenizer, folder: Path) -> None:
+    """Raise TokenizerError if an added token has another id than in the files of the folder.
+
+    transformers doesn't report that it gives these tokens other ids, while their embeddings stay.
+    """
+    for file, token, id in _added_ids(folder):
+        own_id = tokenizer.token_to_id(token)
+        if own_id != id or isinstance(id, bool):
+            raise TokenizerError(
+                f"the token {token!r} has the id {id!r} in {file}, but the tokenizer gives it "
+                f"{'none' if own_id is None else own_id}",
+                location=str(folder / file),
+                hint=f"correct {file}, or give the token this id in the vocabulary",
+            )
+
+
+def _added_ids(folder: Path) -> Generator[tuple[str, str, Any]]:
+    """Yield file name, token and id of the added tokens in added_tokens.json and tokenizer_config.json."""
+    for file in (_ADDED, _CONFIG):
+        content: Any = read_json(folder / file) if (folder / file).is_file() else {}
+        if not isinstance(content, dict):
+            raise TokenizerError(
+                "expected a JSON object", location=str(folder / file), hint="restore the file from a copy"
+            )
+        entries = cast("dict[str, Any]", content)
+        if file == _ADDED:
+            yield from ((file, token, id) for token, id in entries.items())
+            continue
+        decoder: Any = entries.get("added_tokens_decoder")
+        for id, token in cast("dict[str, Any]", decoder if isinstance(decoder, dict) else {}).items():
+            name: Any = cast("dict[str, Any]", token).get("content") if isinstance(token, dict) else token
+            if isinstance(name, str):
+                yield file, name, int(id) if id.isdecimal() else id
 
 
 def _texts(own: Tokenizer | None, auto: Any) -> list[str]:

@@ -30,6 +30,7 @@ _MERGE_FACTOR: Final = 3  # WordPiece merges this multiple of the wanted tokens:
 _REPORT_EVERY: Final = 64  # tokens
 _STAGE: Final = "extending the vocabulary"
 _LOCATION: Final = "data.tokenizer.num_new_tokens"
+_MAX_ID: Final = 2**22  # tables have an entry for each id up to the largest; known vocabularies have up to 2**20
 
 Node = dict[str, Any]
 
@@ -145,6 +146,11 @@ def require_ids(tokenizer_json: str, inner: tokenizers.Tokenizer) -> None:
     ids = dict(vocabulary) if isinstance(vocabulary, dict) else {entry[0]: n for n, entry in enumerate(vocabulary)}
     loaded = inner.get_vocab(with_added_tokens=True)
     tokens: dict[int, str] = {}
+    if (largest := max(loaded.items(), key=lambda item: item[1], default=("", 0)))[1] > _MAX_ID:
+        raise TokenizerError(
+            f"the token {largest[0]!r} has the id {largest[1]}, expected at most {_MAX_ID}",
+            hint="correct the id in tokenizer.json, or restore the file from a copy",
+        )
     for token, id in [*ids.items(), *((added["content"], added["id"]) for added in spec.get("added_tokens") or ())]:
         if loaded.get(token) != id:
             raise TokenizerError(

@@ -275,7 +275,24 @@ def model_unknown(spec: Node) -> str | None:
     return model.get("unk_token")
 
 
-def dropped_letters(spec: Node) -> frozenset[str] | None:
+class Letters(NamedTuple):
+    """The letters that a model represents; it drops all others."""
+
+    tokens: frozenset[str]  # with prefix and suffix
+    prefix: str  # of each letter but the first of a word
+    suffix: str  # of the last letter of a word
+
+    def count_dropped(self, word: str) -> int:
+        """Return how many letters of a word, as it comes from the pre-tokenizer, the model drops."""
+        last = len(word) - 1
+        return sum(
+            (self.prefix if at else "") + letter + (self.suffix if at == last else "") not in self.tokens
+            for at, letter in enumerate(word)
+            if letter != META and not letter.isspace()
+        )
+
+
+def kept_letters(spec: Node) -> Letters | None:
     """Return the letters that the model represents if it drops all others; None if it drops none."""
     model = spec["model"]
     if model.get("type") != "BPE" or model.get("unk_token") is not None:
@@ -289,5 +306,5 @@ def dropped_letters(spec: Node) -> frozenset[str] | None:
     if model.get("byte_fallback") and all(f"<0x{byte:02X}>" in vocabulary for byte in range(256)):
         return None
     prefix, suffix = model.get("continuing_subword_prefix") or "", model.get("end_of_word_suffix") or ""
-    stripped = (token.removeprefix(prefix).removesuffix(suffix) for token in vocabulary)
-    return frozenset(token for token in stripped if len(token) == 1)
+    longest = 1 + len(prefix) + len(suffix)
+    return Letters(frozenset(token for token in vocabulary if len(token) <= longest), prefix, suffix)

@@ -33,8 +33,8 @@ from unmask.tokenization.extend import extend_vocabulary, require_ids
 from unmask.tokenization.normalization import (
     META,
     Frame,
-    dropped_letters,
     frame_of,
+    kept_letters,
     leading_space,
     model_unknown,
     normalizer_of,
@@ -95,7 +95,6 @@ def token_marks(
 
 
 _CONFIG: Final = "tokenizer_config.json"
-_MAX_SIZE: Final = 1 << 24  # ids are rows of the embedding, so an id far above this is a mistake in the file
 _REASON_LENGTH: Final = 300  # characters of another library's message
 _ROLES: Final = {  # role of a special token -> its usual names
     "pad_token": ("[PAD]", "<pad>"),
@@ -226,11 +225,6 @@ class Tokenizer:
             )
         vocabulary = inner.get_vocab(with_added_tokens=True)
         self.size = max(vocabulary.values(), default=-1) + 1
-        if self.size > _MAX_SIZE:
-            raise TokenizerError(
-                f"invalid id in the vocabulary: got {self.size - 1:,}, expected less than {_MAX_SIZE:,}",
-                hint="correct the ids in tokenizer.json: they are the rows of the token embedding",
-            )
         added = cast("Mapping[int, AddedToken]", inner.get_added_tokens_decoder())
         special = {number for number, token in added.items() if token.special}
         special |= {vocabulary[name] for name in self._roles.values()}
@@ -238,7 +232,7 @@ class Tokenizer:
         self._unknown_token = model_unknown(spec)
         if self._unknown_token in vocabulary:
             special.add(vocabulary[self._unknown_token])
-        self._letters = dropped_letters(spec)
+        self._letters = kept_letters(spec)
         self._check_unknown()
         frame = frame_of(spec, vocabulary)
         if frame is None:
@@ -352,12 +346,15 @@ class Tokenizer:
         if self._letters is None:
             return 0
         normalizer, pre_tokenizer = self._marked.normalizer, self._marked.pre_tokenizer
+        normal = normalizer.normalize_str(text) if normalizer else text
+        is_affixed = bool(self._letters.prefix or self._letters.suffix)  # whether a letter's place in its word matters
         count = 0
-        for character, times in Counter(normalizer.normalize_str(text) if normalizer else text).items():
-            if not character.isspace():
-                parts = pre_tokenizer.pre_tokenize_str(character) if pre_tokenizer else [(character, (0, 0))]
-                letters = {letter for part, _ in parts for letter in part if letter != META}
-                count += times * (not letters <= self._letters)
+        for part, times in ({normal: 1} if is_affixed else Counter(normal)).items():
+            if part.isspace():
+                continue
+            words = pre_tokenizer.pre_tokenize_str(part) if pre_tokenizer else [(part, (0, 0))]
+            num_dropped = sum(self._letters.count_dropped(word) for word, _ in words)
+            count += times * (num_dropped if is_affixed else min(1, num_dropped))  # several letters: one character
         return count
 
     def _check_unknown(self) -> None:

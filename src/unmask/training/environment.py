@@ -310,11 +310,14 @@ def load_run_tokenizer(run: Path, environment: Mapping[str, Any]) -> Tokenizer:
     if not (folder / RunLayout.TOKENIZER).is_file():
         raise DamagedError("the tokenizer of the run is missing", location=str(folder), hint="restore the folder")
     tokenizer = Tokenizer.load(folder)
-    if tokenizer.fingerprint != environment["text"]["tokenizer"]:
+    if (stored := environment["text"]["tokenizer"]) != tokenizer.fingerprint:
+        # The digest of tokenizer.json alone stands for the usual special tokens.
+        is_same_file = files.digest(tokenizer.to_json()) == stored
+        changed = "the special tokens that tokenizer_config.json gives to" if is_same_file else "the files of"
         raise DamagedError(
-            "the tokenizer of the run has changed since it was written",
-            location=str(folder / RunLayout.TOKENIZER),
-            hint="restore the file from a copy, or from another checkpoint of the run",
+            f"{changed} the tokenizer of the run have changed since it was started",
+            location=str(folder),
+            hint="restore the folder from a copy, or copy the tokenizer's files of a checkpoint of the run into it",
         )
     return tokenizer
 
