@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import threading
@@ -139,6 +140,16 @@ def test_batch_files_and_standard_input(unmask: Command, run: Path) -> None:
     )  # fmt: skip
     assert piped.returncode == 0, piped.stderr
     assert [one["text"] for one in json.loads(piped.stdout)] == ["The c[MASK]t", "", "[MASK]og"]
+
+
+def test_text_in_a_locale_without_unicode(unmask: Command, run: Path) -> None:
+    locale = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    done = subprocess.run(
+        [sys.executable, "-m", "unmask", "fill", "run", "한국 [MASK]".encode(), "--json", "--top", "1"],
+        env={**os.environ, **locale}, capture_output=True, timeout=120, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout.decode("ascii"))[0]["text"] == "한국 [MASK]"
 
 
 def test_a_line_that_can_not_be_filled_costs_no_other_answer(unmask: Command, run: Path) -> None:

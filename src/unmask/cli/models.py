@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import codecs
+import os
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -167,11 +168,17 @@ def _lines(content: bytes, source: str) -> list[_Prompt]:
 
 
 def _check_utf8(text: str) -> str:
-    """Return a command-line argument that is valid UTF-8; Python decodes other bytes to lone surrogates."""
+    """Return a command-line argument that is valid UTF-8, also in a locale whose encoding is not UTF-8.
+
+    Python decodes bytes that don't fit the locale to lone surrogates.
+    """
     try:
         text.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise TextError("text is not UTF-8", location=ascii(text[:60]), hint="encode the text as UTF-8") from error
+    except UnicodeEncodeError:
+        try:
+            return os.fsencode(text).decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise TextError("text is not UTF-8", location=ascii(text[:60]), hint="encode the text as UTF-8") from error
     return text
 
 
