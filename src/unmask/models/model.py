@@ -79,13 +79,13 @@ class Model:
 
     def __repr__(self) -> str:
         """Return name, sizes, tokenizer and validation loss in three lines."""
-        encoder, settings = self.encoder, self.settings
-        modules = [module for module in (encoder, self.head, self.pair) if module is not None]
+        settings, tokenizer = self.settings, self.tokenizer
+        modules = [module for module in (self.encoder, self.head, self.pair) if module is not None]
         parameters = {id(tensor): tensor.numel() for module in modules for tensor in module.parameters()}
         lines = [
             f"Model({self.path!r}: {settings.kind}, {settings.num_hidden_layers} layers, "
             f"hidden size {settings.hidden_size}, {count(sum(parameters.values()))} parameters",
-            f"  tokenizer: {self.tokenizer.size:,} tokens; context: {self.context:,} tokens",
+            f"  tokenizer: {tokenizer.model_type}, {tokenizer.size:,} tokens; context: {self.context:,} tokens",
         ]
         loss = (self.card.get("validation") or {}).get("loss")
         if isinstance(loss, float):

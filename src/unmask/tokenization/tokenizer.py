@@ -249,6 +249,11 @@ class Tokenizer:
         self._special_V[list(self.special_ids)] = True
 
     @property
+    def model_type(self) -> str:
+        """Type of the model in the `tokenizers` library, such as "WordPiece"."""
+        return type(self._marked.model).__name__
+
+    @property
     def mask_id(self) -> int:
         """Id of the mask token."""
         return cast("int", self.role_id("mask_token"))

@@ -400,8 +400,8 @@ def _encodings(path: Path, byte: int) -> list[str]:
     if any(not line.isascii() and _is_utf_8(line) for line in (*before, *lines[:-1])):  # only some lines are not UTF-8
         return []
     sample = b"".join(lines[:-1] or lines)
-    # Several encodings may fit about equally well. Files in those of DOS and old Macs are rare, and of the others, those
-    # of Western and of Central European Windows are the most frequent.
+    # Several encodings may fit about equally well. Those of DOS and old Macs are rare. Of the others, those of Western
+    # and of Central European Windows are the most frequent.
     matches = sorted(from_bytes(sample, enable_fallback=False), key=lambda match: bool(_OLD.match(match.encoding)))
     names = [match.encoding for match in matches]
     likely = [match for match in matches if match.chaos < matches[0].chaos + _ABOUT_EQUAL]
