@@ -7,9 +7,9 @@ import math
 import os
 import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Final, Literal, NamedTuple
+from typing import Any, Final, Literal, NamedTuple
 
 from unmask.core.errors import TextError
 from unmask.core.format import join_names
@@ -17,6 +17,7 @@ from unmask.data.readers.bytes import packing
 from unmask.data.readers.hf_datasets import PREFIX, is_saved, parse
 
 Kind = Literal["text", "jsonl", "json", "csv", "tsv", "parquet", "dataset"]
+Texts = str | Path | Iterable[str | Path | Mapping[str, Any]]  # paths, or the texts themselves
 
 STANDARD_INPUT: Final = "-"
 SPOOL: Final = "standard-input"  # directory of the cache with copies of standard input
@@ -38,6 +39,29 @@ class TextInput(NamedTuple):
     weight: float  # 0.0: without a weight
     entries: tuple[str, ...]  # paths of files, and dataset:NAME
     warnings: tuple[str, ...] = ()  # what was left out, for display
+
+
+def list_texts(texts: Texts, field: str = "text") -> list[str | Path]:
+    """Return one or several paths or texts as a list; of rows (as of a dataset) the field with the text is taken.
+
+    Raises:
+        TextError: an element is neither a string nor a path, or a row lacks the field.
+    """
+    if isinstance(texts, str | Path):
+        return [texts]
+    listed: list[str | Path] = []
+    for number, text in enumerate(texts):
+        value: Any = text.get(field) if isinstance(text, Mapping) else text
+        if not isinstance(value, str | Path):
+            row = f" in the field `{field}`" if isinstance(text, Mapping) else ""
+            raise TextError(
+                f"invalid text{row}: got {value!r:.60} ({type(value).__name__}), expected a string or a path",
+                location=f"texts, element {number}",
+                hint="give strings or paths; of rows, name the field with the text: field=NAME" if row else
+                "give strings or paths",
+            )  # fmt: skip
+        listed.append(value)
+    return listed
 
 
 def resolve_inputs(texts: Sequence[str]) -> list[TextInput]:

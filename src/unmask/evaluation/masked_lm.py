@@ -71,6 +71,16 @@ class EvalResult:
     unknown_share: float  # share of [UNK] among the tokens
     unknown_character_share: float = 0.0  # share of the characters that are [UNK] or dropped
 
+    def __repr__(self) -> str:
+        """Return the results in three lines."""
+        return (
+            f"{type(self).__name__}(loss {self.loss:.3f} nats per masked token (unigram baseline "
+            f"{self.unigram_loss:.3f}), accuracy {self.accuracy:.1%}\n"
+            f"  bits per character: {self.bits_per_character:.3f}; unknown: {self.unknown_share:.1%} of the tokens, "
+            f"{self.unknown_character_share:.1%} of the characters\n"
+            f"  masked tokens: {self.masked_tokens:,}; sequences of at most {self.length:,} tokens)"
+        )
+
 
 def build_eval_set(
     documents: Sequence[Document], tokenizer: Tokenizer, length: int, counts_V: NDArray[np.integer[Any]]

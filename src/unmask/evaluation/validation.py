@@ -15,6 +15,7 @@ from torch import nn
 from unmask.core.distributed import DistributedContext, init_distributed
 from unmask.core.errors import ModelError, TextError
 from unmask.core.quantities import Quantity
+from unmask.data.inputs import Texts, list_texts
 from unmask.data.prepare import TokenizedCorpus
 from unmask.data.sentence_pairs import PairKind
 from unmask.data.settings import DataConfig, DocumentRule, ErrorsRule
@@ -144,7 +145,7 @@ class Validator:
 
 def evaluate_text(
     model: Model,
-    texts: str | Path | Sequence[str | Path],
+    texts: Texts,
     *,
     context: DistributedContext | None = None,
     length: int | None = None,
@@ -182,7 +183,7 @@ def evaluate_text(
     size = Quantity.parse(max_size).require("characters").number if isinstance(max_size, str) else max_size
     limit = float("inf") if size is None else size
     context = context or init_distributed("float32")
-    named = [texts] if isinstance(texts, str | Path) else texts
+    named = list_texts(texts, field or "text")
     data = DataConfig(document=rule, errors=errors, field=field or "text")
     source = open_text(named, data)
     require_field_used(data.field, [source], given=field is not None)

@@ -47,6 +47,14 @@ class FillMaskResult:
     text: str
     masks: tuple[MaskPrediction, ...]
 
+    def __repr__(self) -> str:
+        """Return the text, and a line with the candidates of each mask."""
+        lines = [
+            "  " + ", ".join(f"{candidate.shown} {candidate.score:.1%}" for candidate in mask.candidates)
+            for mask in self.masks
+        ]
+        return "\n".join([f"FillMaskResult({self.text!r}:", *lines]) + ")"
+
 
 def fill(model: Model, text: str | Sequence[str], top: int = 5) -> list[FillMaskResult]:
     """Predict every [MASK] of one or several texts. Masks of one text are predicted independently in one pass.

@@ -6,15 +6,16 @@ import itertools
 import os
 import sys
 import tomllib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypedDict, Unpack, cast
 
 from unmask.core.config import Override, dump_config
-from unmask.core.errors import RecipeError, RunError, TextError
+from unmask.core.errors import RecipeError, RunError
 from unmask.core.files import RunLayout
 from unmask.core.format import duration
 from unmask.core.keywords import setting_texts
+from unmask.data.inputs import Texts, list_texts
 from unmask.data.settings import DocumentRule, ErrorsRule
 from unmask.models.model import Model, load
 from unmask.training import pretrain as training
@@ -28,7 +29,6 @@ from unmask.training.recipe import Recipe, load_recipe, read_recipe
 from unmask.training.runs import RunSummary, State, flatten, read_run, require_run_format
 from unmask.training.warm_start import DECIDED, WarmStart
 
-Texts = str | Path | Iterable[str | Path | Mapping[str, Any]]
 Settings = Mapping[str, Any] | Sequence[str]
 Shown = Display | Literal["auto"] | None
 
@@ -179,29 +179,6 @@ def run_pretraining(texts: Texts, **options: Unpack[PretrainOptions]) -> Result:
         start=start,
         options=LaunchOptions(dry_run=dry_run, verify=verify),
     )
-
-
-def list_texts(texts: Texts, field: str = "text") -> list[str | Path]:
-    """Return one or several paths or texts as a list; of rows (as of a dataset) the field with the text is taken.
-
-    Raises:
-        TextError: an element is neither a string nor a path, or a row lacks the field.
-    """
-    if isinstance(texts, str | Path):
-        return [texts]
-    listed: list[str | Path] = []
-    for number, text in enumerate(texts):
-        value: Any = text.get(field) if isinstance(text, Mapping) else text
-        if not isinstance(value, str | Path):
-            row = f" in the field `{field}`" if isinstance(text, Mapping) else ""
-            raise TextError(
-                f"invalid text{row}: got {value!r:.60} ({type(value).__name__}), expected a string or a path",
-                location=f"texts, element {number}",
-                hint="give strings or paths; of rows, name the field with the text: field=NAME" if row else
-                "give strings or paths",
-            )  # fmt: skip
-        listed.append(value)
-    return listed
 
 
 def _warm_start(start: str | Path | WarmStart | None, extend_vocabulary: int | None) -> WarmStart | None:
