@@ -29,7 +29,7 @@ def test_the_masking_of_a_recipe_passes_in_plain_lines(unmask) -> None:
     assert lines[-1].startswith("all checks passed") and "[" not in lines[-1]
 
 
-def test_json_has_every_field_and_exit_code_1_if_a_check_fails(unmask) -> None:
+def test_json_has_every_field_and_exit_code_3_if_a_check_fails(unmask) -> None:
     code, out, _ = unmask("audit", "transformers:seeded", *SMALL, "--json")
     report = json.loads(out)
     assert code == 3 and not report["passed"]

@@ -164,6 +164,17 @@ def test_a_line_that_can_not_be_filled_costs_no_other_answer(unmask: Command, ru
 
     code, out, err = unmask("fill", "run", "--file", "prompts.txt", "--top", "1")
     assert code == 2 and out.count("%") == 71 and err.count("error: ") == 2
+    with subprocess.Popen(
+        [sys.executable, "-m", "unmask", "fill", "run", "--top", "1"], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as process:  # a line is answered before the next one is written
+        assert process.stdin is not None and process.stdout is not None
+        for text in (b"The c[MASK]t\n", b"a[MASK]\n"):
+            process.stdin.write(text)
+            process.stdin.flush()
+            assert process.stdout.readline() == text and b"%" in process.stdout.readline()
+            process.stdout.readline()
+        process.stdin.close()
+    assert process.returncode == 0
     code, out, err = unmask("fill", "run", "--file", "prompts.txt", "--strict")
     assert (code, out) == (2, "") and "line 3" in err
 

@@ -3,17 +3,30 @@
 from __future__ import annotations
 
 import codecs
+import contextlib
+import itertools
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, BinaryIO, Literal
 
 import typer
 
 from unmask.cli.errors import print_error
-from unmask.cli.options import MODEL_HELP, Errors, Field, Force, Json, ModelPath, OutputPath, open_model, print_json
+from unmask.cli.options import (
+    MODEL_HELP,
+    Errors,
+    Field,
+    Force,
+    Json,
+    JsonList,
+    ModelPath,
+    OutputPath,
+    open_model,
+    print_json,
+)
 from unmask.core.errors import TextError, UnmaskError
 
 if TYPE_CHECKING:
@@ -33,6 +46,8 @@ cat sentences.txt | unmask fill runs/demo
 """
 _BAR_WIDTH = 30
 _BATCH = 64  # texts that are filled together
+_READ_BYTES = 1 << 16
+_LONGEST_LINE = 1 << 24  # bytes
 
 
 def fill(
@@ -53,34 +68,52 @@ def fill(
     Every text and every line gets one answer, in order. A text that can't be filled gets an error instead, and the
     exit code is 2 at the end. A blank line gets an empty answer.
     """
-    prompts = [_Prompt(_check_utf8(text)) for text in texts or [] if text != "-"]
-    read_input = (not texts and file is None) or "-" in (texts or [])
-    if file is not None:
-        prompts += _lines(_read(file), str(file))
+    from unmask.models.fill_mask import check_top
 
-    loaded = open_model(model)
-    if read_input and sys.stdin.isatty() and not as_json:
-        _fill_interactively(loaded, top)
-        return
-    if read_input:
-        prompts += _lines(sys.stdin.buffer.read(), "standard input")
-    if not any(prompt.error or prompt.text.strip() or not prompt.location for prompt in prompts):
+    given = [_Prompt(_check_utf8(text)) for text in texts or [] if text != "-"]
+    read_input = (not texts and file is None) or "-" in (texts or [])
+    with contextlib.ExitStack() as stack:
+        opened = stack.enter_context(_open(file)) if file is not None else None
+        loaded = open_model(model)
+        check_top(loaded, top)
+        if read_input and sys.stdin.isatty() and not as_json:
+            _fill_interactively(loaded, top)
+            return
+        batches = itertools.chain(
+            [given],
+            _batches(opened, str(file)) if opened else (),
+            _batches(sys.stdin.buffer, "standard input") if read_input else (),
+        )
+        if strict:
+            batches = iter([list(itertools.chain.from_iterable(batches))])
+        count, failed = _print_answers(
+            (pair for batch in batches for pair in _answers(loaded, batch, top, strict=strict)), as_json=as_json
+        )
+    if not count:
         raise TextError("no text was given", hint='give a text with [MASK]: "The cat sat on the [MASK]."')
-    failed = 0
-    answers: list[dict[str, Any]] = []
-    for prompt, answer in _answers(loaded, prompts, top, strict=strict):
+    if failed:
+        raise typer.Exit(UnmaskError.exit_code)
+
+
+def _print_answers(
+    answers: Iterable[tuple[_Prompt, FillMaskResult | UnmaskError]], *, as_json: bool
+) -> tuple[int, int]:
+    """Print answers as they come; return the number of texts that aren't blank, and of errors."""
+    count = failed = 0
+    items = JsonList()
+    for prompt, answer in answers:
+        count += not prompt.is_blank
         failed += isinstance(answer, UnmaskError)
         if as_json:
-            answers.append(asdict(answer) if not isinstance(answer, UnmaskError) else _as_json(prompt, answer))
+            items.print(asdict(answer) if not isinstance(answer, UnmaskError) else _as_json(prompt, answer))
         elif isinstance(answer, UnmaskError):
             sys.stdout.flush()  # so that errors and answers keep their order in a file that receives both
             print_error("error:", str(answer))
         else:
             print_predictions([answer])
     if as_json:
-        print_json(answers)
-    if failed:
-        raise typer.Exit(UnmaskError.exit_code)
+        items.end()
+    return count, failed
 
 
 @dataclass(frozen=True)
@@ -91,6 +124,11 @@ class _Prompt:
     location: str = ""
     error: UnmaskError | None = None
 
+    @property
+    def is_blank(self) -> bool:
+        """Whether this is a blank line. A blank argument is an error instead."""
+        return bool(self.location) and not self.text.strip()
+
 
 def _answers(
     model: Model, prompts: Sequence[_Prompt], top: int, *, strict: bool
@@ -100,32 +138,27 @@ def _answers(
     Raises:
         UnmaskError: with `strict`, the error of the first prompt that can't be filled, before any answer.
     """
-    from unmask.models.fill_mask import FillMaskResult, check_top
+    from unmask.models.fill_mask import FillMaskResult
     from unmask.models.fill_mask import fill as fill_mask
 
-    check_top(model, top)
-
     def answer(prompt: _Prompt) -> FillMaskResult | UnmaskError:
-        if prompt.error is not None:
-            return prompt.error
-        if prompt.location and not prompt.text.strip():
-            return FillMaskResult(prompt.text, ())
         try:
             return fill_mask(model, prompt.text, top)[0]
         except UnmaskError as error:
             return error.at(location=f"{prompt.location}: {error.location}") if prompt.location else error
 
-    for first in range(0, len(prompts), len(prompts) if strict else _BATCH):
-        batch = prompts[first : first + (len(prompts) if strict else _BATCH)]
-        try:
-            if any(prompt.error or not prompt.text.strip() for prompt in batch):
-                raise UnmaskError("one prompt has no text")
-            results: list[FillMaskResult | UnmaskError] = [*fill_mask(model, [one.text for one in batch], top)]
-        except UnmaskError:  # one by one, to see which of them
-            results = [answer(prompt) for prompt in batch]
-        if strict and (error := next((result for result in results if isinstance(result, UnmaskError)), None)):
-            raise error
-        yield from zip(batch, results, strict=True)
+    results: list[FillMaskResult | UnmaskError | None] = [
+        prompt.error or (FillMaskResult(prompt.text, ()) if prompt.is_blank else None) for prompt in prompts
+    ]
+    rest = [prompt for prompt, result in zip(prompts, results, strict=True) if result is None]
+    try:
+        filled = iter([*fill_mask(model, [prompt.text for prompt in rest], top)] if rest else [])
+    except UnmaskError:  # one by one, to see which of them
+        filled = map(answer, rest)
+    found = [next(filled) if result is None else result for result in results]
+    if strict and (error := next((result for result in found if isinstance(result, UnmaskError)), None)):
+        raise error
+    yield from zip(prompts, found, strict=True)
 
 
 def _as_json(prompt: _Prompt, error: UnmaskError) -> dict[str, Any]:
@@ -145,26 +178,50 @@ def _fill_interactively(model: Model, top: int) -> None:
                 print_error("error:", str(error))
 
 
-def _read(file: Path) -> bytes:
+def _open(file: Path) -> BinaryIO:
     try:
-        return file.read_bytes()
+        return file.open("rb")
     except OSError as error:
         raise TextError(f"can't read this file: {error.strerror}", location=str(file), hint="check the path") from error
 
 
-def _lines(content: bytes, source: str) -> list[_Prompt]:
-    """Return the lines; a line that is not UTF-8 has an error."""
-    prompts: list[_Prompt] = []
-    # Not splitlines, which also splits at U+2028, U+0085 and form feeds.
-    for number, line in enumerate(content.removeprefix(codecs.BOM_UTF8).removesuffix(b"\n").split(b"\n"), start=1):
-        location = f"{source}, line {number}"
+def _batches(stream: BinaryIO, source: str) -> Iterator[list[_Prompt]]:
+    """Yield the lines of a stream as they come; a line that is not UTF-8 has an error.
+
+    Raises:
+        TextError: a line is too long, or the stream can't be read.
+    """
+    rest, number = b"", 0
+    while True:
         try:
-            prompts.append(_Prompt(line.removesuffix(b"\r").decode("utf-8"), location))
-        except UnicodeDecodeError as error:
-            where = f"{location}, byte {error.start}"
-            problem = TextError("text is not UTF-8", location=where, hint="convert it: iconv -t UTF-8")
-            prompts.append(_Prompt(line.decode("utf-8", errors="replace"), location, problem))
-    return prompts
+            chunk = stream.read1(_READ_BYTES)  # pyright: ignore[reportAttributeAccessIssue] (waits for one byte only)
+        except OSError as error:
+            raise TextError(f"can't read: {error.strerror}", location=source, hint="check the path") from error
+        # Not splitlines, which also splits at U+2028, U+0085 and form feeds.
+        *lines, rest = (rest + chunk).split(b"\n")
+        if len(rest) > _LONGEST_LINE:
+            where = f"{source}, line {number + len(lines) + 1}"
+            raise TextError(f"the line has more than {_LONGEST_LINE:,} bytes", location=where, hint="break the line")
+        if not chunk and rest:
+            lines, rest = [rest], b""
+        for first in range(0, len(lines), _BATCH):
+            batch = lines[first : first + _BATCH]
+            yield [_prompt(line, source, number + at) for at, line in enumerate(batch, start=1)]
+            number += len(batch)
+        if not chunk:
+            return
+
+
+def _prompt(line: bytes, source: str, number: int) -> _Prompt:
+    data, location = line.removesuffix(b"\r"), f"{source}, line {number}"
+    if number == 1:
+        data = data.removeprefix(codecs.BOM_UTF8)
+    try:
+        return _Prompt(data.decode("utf-8"), location)
+    except UnicodeDecodeError as error:
+        where = f"{location}, byte {error.start}"
+        problem = TextError("text is not UTF-8", location=where, hint="convert it: iconv -t UTF-8")
+        return _Prompt(data.decode("utf-8", errors="replace"), location, problem)
 
 
 def _check_utf8(text: str) -> str:

@@ -127,8 +127,8 @@ def load_recipe_with(recipe: str, settings: list[str] | None, data: DataOptions)
 
 def open_model(path: str | Path) -> Model:
     """Load a model; print notes to standard error on untrained heads, ids, and a best step that is not the last."""
+    from unmask.core.files import last_step
     from unmask.hub.from_hf import load
-    from unmask.models.model import last_step
 
     model = load(path)
     for note in model.notes:
@@ -170,8 +170,28 @@ _PROGRESS_DELAY_SECONDS = 2.0
 
 def print_json(value: Any) -> None:
     """Print a value as JSON; NaN and infinity are null, and non-ASCII is escaped if the output isn't Unicode."""
-    text = json.dumps(_finite(value), indent=2, ensure_ascii=not is_unicode_output(), default=str, allow_nan=False)
-    print(text)
+    print(_json(value))
+
+
+class JsonList:
+    """Prints a list as JSON, each item when it is known; the whole is what `print_json` prints of the list."""
+
+    def __init__(self) -> None:
+        self._is_empty = True
+
+    def print(self, value: Any) -> None:
+        """Print the next item."""
+        text = "  " + _json(value).replace("\n", "\n  ")
+        print(f"{'[' if self._is_empty else ','}\n{text}", end="", flush=True)
+        self._is_empty = False
+
+    def end(self) -> None:
+        """Print the end of the list."""
+        print("[]" if self._is_empty else "\n]")
+
+
+def _json(value: Any) -> str:
+    return json.dumps(_finite(value), indent=2, ensure_ascii=not is_unicode_output(), default=str, allow_nan=False)
 
 
 def _finite(value: Any) -> Any:

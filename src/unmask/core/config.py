@@ -539,7 +539,11 @@ def _convert_union(members: Sequence[Any], value: Any, at: _Location) -> Any:
         return _build_table(tables, cast("Tree", value), at)
     plain = [member for member in members if member not in tables]
     if Fraction in plain and isinstance(value, str) and value.rstrip().endswith("%"):
-        plain = [Fraction]
+        others = [_type_name(member) for member in plain if member not in (Fraction, Quantity)]
+        try:
+            return Fraction.parse(value)
+        except RecipeError as error:
+            raise at.error(error.message, " or ".join([error.hint, *others])) from error
     elif Fraction in plain and Quantity in plain and isinstance(value, str):
         plain.remove(Fraction)
     errors: list[RecipeError] = []

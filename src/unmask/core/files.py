@@ -267,6 +267,13 @@ def read_pointer(link: Path) -> Path | None:
     return None
 
 
+def last_step(run: Path) -> int | None:
+    """Return the step number that a run's `latest` points to, or None if it can't be read."""
+    directory = read_pointer(run / RunLayout.LATEST)
+    number = directory.name.removeprefix("step-") if directory else ""
+    return int(number) if number.isdecimal() else None
+
+
 def write_manifest(folder: Path) -> None:
     """Write sizes and digests of the files of a directory, for `verify_manifest`.
 

@@ -55,7 +55,8 @@ class Fraction:
     def __post_init__(self) -> None:
         if not 0 <= self.fraction <= 1:
             raise RecipeError(
-                f"invalid fraction: got {self.fraction:.6%}, expected 0% to 100%", hint="write a percentage: 60%"
+                f"invalid fraction: got {self.fraction:.6%}, expected 0% to 100%",
+                hint='write a percentage such as "10%"',
             )
 
     @classmethod
@@ -67,11 +68,11 @@ class Fraction:
         """
         match = _FRACTION.fullmatch(text)
         if not match:
-            raise RecipeError(f"`{text}` is not a percentage", hint='write a percentage: "60%"')
+            raise RecipeError(f"`{text}` is not a percentage", hint='write a percentage such as "10%"')
         number = Decimal(match[1])
         if number > 100:
             raise RecipeError(
-                f"invalid fraction: got {text.strip()}, expected 0% to 100%", hint='write a percentage: "60%"'
+                f"invalid fraction: got {text.strip()}, expected 0% to 100%", hint='write a percentage such as "10%"'
             )
         return cls(float(number / 100))
 

@@ -229,13 +229,6 @@ def follow(latest: Path) -> Path:
     return directory
 
 
-def last_step(run: Path) -> int | None:
-    """Return the step number that a run's `latest` points to, or None if it can't be read."""
-    directory = files.read_pointer(run / RunLayout.LATEST)
-    number = directory.name.removeprefix("step-") if directory else ""
-    return int(number) if number.isdecimal() else None
-
-
 def how_to_point(run: Path, step: str) -> str:
     """Return the shell command that points a run's `latest` to a step, for error messages."""
     return f"echo {step} > {run / RunLayout.LATEST}" if os.name == "nt" else f"ln -sfn {step} {run / RunLayout.LATEST}"

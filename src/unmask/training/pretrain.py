@@ -348,7 +348,7 @@ def _why_finished(run: Path, recipe: Recipe, plan: Plan) -> str:
         return ""
     state = checkpoint.read_state(checkpoint.latest(run))
     if state.step >= plan.steps:
-        return f'is finished: {plan.steps} steps. Extend it with --budget "+1 epoch".'
+        return f'is finished: {plan.steps} steps. A larger budget extends it, such as "+1 epoch".'
     if should_stop_early(recipe, state):
         early = f"ended early at step {state.step} of {plan.steps}: {describe_early_stop(recipe)}"
         return f"{early}. Continue it with --set train.early_stopping_patience=0."

@@ -202,7 +202,7 @@ def _read_run(run: Path, modified: float) -> RunSummary:
     finite_losses = [(loss, step) for loss, step in losses if loss is not None]
     last: Mapping[str, Any] = validations[-1]["validation"] if validations else {}
     steps = sum(int(stage["steps"]) for stage in plan["stages"]) if plan else None
-    step = int(last_line.get("step", 0))
+    step = max(int(last_line.get("step", 0)), files.last_step(run) or 0)  # a run may be saved between two log lines
     text: Mapping[str, Any] = environment["text"]
     names = ", ".join(Path(path).name for path in text["paths"]) or "in memory"
     machine = {f"machine.{name}": environment["determinism"].get(name) for name in _MACHINE}
