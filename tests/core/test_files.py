@@ -52,6 +52,17 @@ def test_a_name_is_no_pattern(tmp_path: Path) -> None:
     assert not half.exists()
 
 
+def test_the_longest_name(tmp_path: Path) -> None:
+    for name in ("x" * 255, "고" * 85):
+        with files.atomic_directory(tmp_path / name) as folder:
+            (folder / "a").write_text("old")
+        with files.atomic_directory(tmp_path / name) as folder:
+            (folder / "a").write_text("new")
+        assert (tmp_path / name / "a").read_text() == "new"
+        files.write_text(tmp_path / f"y{name[1:]}", "text")
+    assert len(list(tmp_path.iterdir())) == 4
+
+
 def test_a_failed_write_keeps_the_old_file_and_leaves_nothing(tmp_path: Path) -> None:
     resource = pytest.importorskip("resource", reason="this system has no limits to set")
     files.write_text(tmp_path / "recipe.toml", "old")

@@ -20,6 +20,7 @@ from safetensors import SafetensorError
 from unmask.core.errors import DamagedError, StoreError
 
 _CHUNK_BYTES = 1 << 22
+_LONGEST_NAME = 200  # bytes; file systems allow 255, and a temporary name has a suffix
 _MAX_NAME_BYTES = 1 << 10
 
 
@@ -129,7 +130,7 @@ def write_text(path: Path, text: str) -> None:
     """Replace a small file atomically: it is written under another name, synced and renamed."""
     with wrap_os_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}")
+        temporary = path.with_name(_hidden_name(path.name, str(os.getpid())))
         try:
             temporary.write_text(text, encoding="utf-8")
             _sync(temporary)
@@ -138,6 +139,14 @@ def write_text(path: Path, text: str) -> None:
             temporary.unlink(missing_ok=True)
             raise
         _sync(path.parent)
+
+
+def _hidden_name(name: str, suffix: str) -> str:
+    """Return the name of a temporary file beside a file; of a long name, a part and a digest."""
+    data = os.fsencode(name)
+    if len(data) > _LONGEST_NAME:
+        name = f"{data[: _LONGEST_NAME // 2].decode('utf-8', 'ignore')}-{hashlib.sha256(data).hexdigest()[:16]}"
+    return f".{name}.{suffix}"
 
 
 def save_tensors(tensors: Mapping[str, Any], path: Path, metadata: Mapping[str, str] | None = None) -> None:
@@ -185,11 +194,11 @@ def atomic_directory(path: Path) -> Generator[Path]:
         path.parent.mkdir(parents=True, exist_ok=True)
         recover(path)
         old = set_aside(path)
-        prefix = f".{path.name}.aside-"  # not a pattern: the name may have "*" or "["
+        prefix = _hidden_name(path.name, "aside-")  # not a pattern: the name may have "*" or "["
         for leftover in [entry for entry in path.parent.iterdir() if entry.name.startswith(prefix)]:
             if not _is_of_other_process(leftover.name.removeprefix(prefix)):
                 shutil.rmtree(leftover, ignore_errors=True)
-        temporary = path.parent / f".{path.name}.aside-{os.getpid()}"
+        temporary = path.parent / f"{prefix}{os.getpid()}"
         temporary.mkdir()
         try:
             yield temporary
@@ -223,7 +232,7 @@ def _is_of_other_process(suffix: str) -> bool:
 
 def set_aside(path: Path) -> Path:
     """Return the path of a replaced directory between the two renames of `atomic_directory`."""
-    return path.parent / f".{path.name}.aside-old"
+    return path.parent / _hidden_name(path.name, "aside-old")
 
 
 def recover(path: Path) -> None:
@@ -240,7 +249,7 @@ def write_pointer(link: Path, target: str) -> bool:
         the name; `read_pointer` reads both.
     """
     with wrap_os_errors(link):
-        temporary = link.with_name(f".{link.name}.{os.getpid()}")
+        temporary = link.with_name(_hidden_name(link.name, str(os.getpid())))
         temporary.unlink(missing_ok=True)
         is_link = os.name != "nt"
         if is_link:
