@@ -194,6 +194,20 @@ def test_what_a_directory_leaves_out(place: Path) -> None:
         assert count in warning
 
 
+def test_a_directory_of_code(place: Path) -> None:
+    """Files of code are read if there is no text beside them."""
+    (place / "code" / "below").mkdir(parents=True)
+    for name in ("code/a.py", "code/below/b.rs"):
+        (place / name).write_text(name)
+    (place / "code" / "logo.png").write_text("left out")
+    assert documents("code") == ["code/a.py", "code/below/b.rs"]
+    assert open_source(["code"], SETTINGS).warnings == ["left out of code: 1 .png"]
+    (place / "code" / "README.md").write_text("text")
+    assert documents("code") == ["text"]
+    (warning,) = open_source(["code"], SETTINGS).warnings
+    assert "1 .py" in warning and "1 .rs" in warning
+
+
 def test_a_name_that_is_not_utf_8(place: Path) -> None:
     Path(os.fsdecode(b"notes/caf\xe9.txt")).write_text("name")
     for name in ("notes", "notes/*.txt", os.fsdecode(b"notes/caf\xe9.txt")):

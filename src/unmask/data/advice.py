@@ -11,13 +11,12 @@ import unicodedata
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, fields, replace
-from pathlib import Path
 from typing import Any, Final, cast
 
 import numpy as np
 
 from unmask.core.types import ProgressCallback
-from unmask.data.readers.bytes import packing
+from unmask.data.inputs import has_code_ending
 from unmask.data.settings import DataConfig
 from unmask.data.sources import BaseSource, FileSource, kind_of, open_source
 from unmask.tokenization.settings import (
@@ -35,13 +34,6 @@ from unmask.tokenization.words import codes
 
 _SAMPLE_CHARACTERS: Final = 1_000_000
 _SAMPLE_PARTS: Final = 40
-_ENDINGS: Final = (
-    ".bash .bat .c .cc .clj .cljs .cmake .cpp .cs .css .cu .cuh .cxx .dart .el .erl .ex .exs .f .f90 .fs "
-    ".glsl .go .groovy .h .hh .hpp .hs .java .jl .js .jsx .kt .kts .less .lisp .lua .m .mjs .ml .mli .mm .nim "
-    ".pas .php .pl .pm .proto .ps1 .py .pyi .pyx .r .rb .rkt .rs .s .scala .scm .scss .sh .sol .sql .sv "
-    ".swift .tcl .tf .toml .ts .tsx .v .vb .vhdl .vue .yaml .yml .zig .zsh"
-)
-_CODE_ENDINGS: Final = frozenset(_ENDINGS.split())
 _CODE_LINE: Final = re.compile(r"[;{}():,\[\]>]\s*$")
 # A text of one kind has at least this fraction of it.
 _MOSTLY: Final = 0.5
@@ -106,7 +98,7 @@ def text_facts(source: BaseSource) -> TextFacts:
     for path, text in _sample(source):
         texts.append(text)
         total += len(text)
-        code += len(text) * (_has_code_ending(path) or _looks_like_code(text))
+        code += len(text) * (has_code_ending(path) or _looks_like_code(text))
     words = [len(word) for text in texts for word in text.split()]
     code_points = codes("".join(texts))
     counts = np.bincount(code_points, minlength=0x80) if len(code_points) else np.zeros(0x80, np.int64)
@@ -141,11 +133,6 @@ def _sample(source: BaseSource) -> Iterator[tuple[str, str]]:
             if left <= 0:
                 break
         yield parts[number].path, "\n".join(beginning)
-
-
-def _has_code_ending(path: str) -> bool:
-    name = Path(path)
-    return Path(path.removesuffix(packing(name))).suffix.lower() in _CODE_ENDINGS
 
 
 def _looks_like_code(text: str) -> bool:

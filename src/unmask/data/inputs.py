@@ -32,6 +32,15 @@ _PATTERN: Final = re.compile(r"[*?\[]")
 _MAX_BLANK: Final = 4096  # bytes of a file that is read when a directory is listed, to see whether it is blank
 
 
+_ENDINGS: Final = (
+    ".bash .bat .c .cc .clj .cljs .cmake .cpp .cs .css .cu .cuh .cxx .dart .el .erl .ex .exs .f .f90 .fs "
+    ".glsl .go .groovy .h .hh .hpp .hs .java .jl .js .jsx .kt .kts .less .lisp .lua .m .mjs .ml .mli .mm .nim "
+    ".pas .php .pl .pm .proto .ps1 .py .pyi .pyx .r .rb .rkt .rs .s .scala .scm .scss .sh .sol .sql .sv "
+    ".swift .tcl .tf .toml .ts .tsx .v .vb .vhdl .vue .yaml .yml .zig .zsh"
+)
+_CODE_ENDINGS: Final = frozenset(_ENDINGS.split())
+
+
 class TextInput(NamedTuple):
     """A named text and its files and datasets."""
 
@@ -135,6 +144,11 @@ def _ending(name: str) -> str:
     return Path(path.stem if packing(path) else path.name).suffix.lower()
 
 
+def has_code_ending(name: str) -> bool:
+    """Return whether the extension of a file is that of a programming or configuration language."""
+    return _ending(name) in _CODE_ENDINGS
+
+
 def kind_of(entry: str) -> Kind:
     """Return the kind of a file by its extension; unknown ones are plain text."""
     return "dataset" if entry.startswith(PREFIX) else _KINDS.get(_ending(entry), "text")
@@ -163,6 +177,9 @@ def _entries(name: str, found: _Found) -> list[str]:
     if is_saved(Path(name)):
         return [PREFIX + name]
     files = [_named_in_utf_8(file) for file in found.walk(name)]
+    if not files and found.has_code:  # beside text, files of code are scripts rather than text to train on
+        found.reads_code = True
+        files = [_named_in_utf_8(file) for file in found.walk(name)]
     if not files:
         left_out = "".join(f"; {warning}" for warning in found.warnings(""))
         raise TextError(
@@ -200,6 +217,8 @@ class _Found:
         self._dead: list[str] = []
         self._repeated: list[str] = []
         self._directories: set[tuple[int, int]] = set()
+        self.has_code = False  # a file of code was left out
+        self.reads_code = False
 
     def is_repeated(self, entry: str, seen: set[object]) -> bool:
         """Return whether this file was seen before, perhaps by another path; a link and its target are one file."""
@@ -224,7 +243,10 @@ class _Found:
             yield below
 
     def walk(self, folder: str) -> Iterator[str]:
-        """Yield the text files below a directory."""
+        """Yield the text files below a directory; with `reads_code`, also the files of code."""
+        self._left_out.clear()
+        self._dead.clear()
+        self._directories.clear()
         for _, entries in self._listed(folder):
             for entry in entries:
                 if _is_hidden(entry.name):
@@ -234,12 +256,18 @@ class _Found:
                         self.add_dead(entry.path)
                     else:
                         self._left_out["sockets, pipes or devices"] += 1
-                elif not (_has_known_ending(entry.name) or packing(Path(entry.name))):
+                elif not self._is_read(entry.name):
+                    self.has_code = self.has_code or has_code_ending(entry.name)
                     self._left_out[Path(entry.name).suffix.lower() or "without an extension"] += 1
                 elif _is_blank(entry):
                     self._left_out["empty or blank"] += 1
                 else:
                     yield str(Path(entry.path))
+
+    def _is_read(self, name: str) -> bool:
+        if _has_known_ending(name) or (self.reads_code and has_code_ending(name)):
+            return True
+        return bool(packing(Path(name)))
 
     def _listed(self, folder: str) -> Iterator[tuple[str, list[os.DirEntry[str]]]]:
         """Yield each directory with its entries that are no directories; linked directories come last."""
