@@ -296,6 +296,7 @@ def test_json_files(tmp_path: Path) -> None:
         ("d.json", "\n".join(json.dumps(row, indent=1) for row in rows)),
         ("e.ndjson", lines),
         ("f.JSON", json.dumps(rows)),
+        ("g.json", json.dumps(expected)),
     ):
         (tmp_path / name).write_text(data)
         assert texts(tmp_path / name) == expected
@@ -311,6 +312,7 @@ def test_json_files(tmp_path: Path) -> None:
         ('[{"text": "a"}] more', "goes on"),
         ('[{"text": "a"}, {"body": "b"}]', "no field `text`"),
         ("[]", "empty"),
+        ('[["a"], ["b"]]', "a list, expected an object"),
         ("plain words", "not JSON"),
         ('[{"text": "a", "text": "b"}]', "occurs twice"),
     ):

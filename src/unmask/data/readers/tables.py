@@ -212,11 +212,13 @@ def _json_text(line: bytes, field: str, errors: ErrorsRule, path: Path, where: W
 
 
 def _field_of(value: Any, field: str, errors: ErrorsRule, where: Where, what: str = "value") -> str:
-    """Return the field of a JSON object.
+    """Return the field of a JSON object. In a .json file, a string is a text itself.
 
     Raises:
         TextError: the value is no object, or has no such field, or has it twice.
     """
+    if isinstance(value, str) and what == "value":
+        return value
     if not isinstance(value, dict):
         message = f"this {what} is {_kind(value)}, expected an object"
         raise TextError(message, location=where(), hint=f'write each {what} as {{"{field}": "..."}}, ' + SKIP)
