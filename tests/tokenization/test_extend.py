@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from unmask.core.errors import RecipeError, TokenizerError
-from unmask.tokenization.extend import origins
+from unmask.tokenization.extend import extend_vocabulary, origins
 from unmask.tokenization.settings import (
     ByteBpeConfig,
     CharacterConfig,
@@ -156,3 +156,18 @@ def test_added_tokens_keep_their_ids(base: Path, tmp_path: Path) -> None:
 
 def vocabulary(tokenizer: Tokenizer) -> dict[str, int]:
     return tokenizers.Tokenizer.from_str(tokenizer.to_json()).get_vocab(with_added_tokens=True)
+
+
+def test_an_added_token_that_would_match_inside_a_word_is_refused() -> None:
+    """WordPiece has no tokens for whole words only: an extension would change how "foobarly" is encoded."""
+    letters = "foobarlyz"
+    vocabulary = ["[UNK]", "[MASK]", *dict.fromkeys(letters), *(f"##{letter}" for letter in dict.fromkeys(letters))]
+    model = tokenizers.models.WordPiece({token: id for id, token in enumerate(vocabulary)}, unk_token="[UNK]")
+    inner = tokenizers.Tokenizer(model)
+    inner.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    inner.add_tokens([tokenizers.AddedToken("foobar", single_word=True)])
+    assert "foobar" not in inner.encode("foobarly").tokens
+    spec = ExtendedTokenizerConfig("extended", path=Path("base"), num_new_tokens=1, min_frequency=2)
+    with pytest.raises(TokenizerError, match=r"'foobarly' would become \['foobar', '##l', '##y'\]"):
+        extend_vocabulary(inner.to_str(), ["foobarly foobarly " + "zz " * 20], spec, None)
+    assert extend_vocabulary(inner.to_str(), ["zz " * 20], spec, None)

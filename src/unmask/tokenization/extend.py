@@ -12,6 +12,7 @@ another script would remain [UNK].
 from __future__ import annotations
 
 import heapq
+import itertools
 import json
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -28,6 +29,7 @@ from unmask.tokenization.settings import ExtendedTokenizerConfig, blocks_of, rou
 _MAX_WORDS: Final = 300_000  # pairs are counted in this number of distinct words, the most frequent ones
 _MERGE_FACTOR: Final = 3  # WordPiece merges this multiple of the wanted tokens: longer tokens replace some
 _REPORT_EVERY: Final = 64  # tokens
+_MAX_COMPARED: Final = 5_000  # words that are encoded before and after
 _STAGE: Final = "extending the vocabulary"
 _LOCATION: Final = "data.tokenizer.num_new_tokens"
 _MAX_ID: Final = 2**22  # tables have an entry for each id up to the largest; known vocabularies have up to 2**20
@@ -134,8 +136,28 @@ def extend_vocabulary(
     if on_progress is not None:
         on_progress(_STAGE, 1.0)
     extended = json.dumps(spec, ensure_ascii=False)
-    require_ids(extended, tokenizers.Tokenizer.from_str(extended))
+    after = tokenizers.Tokenizer.from_str(extended)
+    require_ids(extended, after)
+    _require_equal_encoding(inner, after, counts, first)
     return extended
+
+
+def _require_equal_encoding(
+    before: tokenizers.Tokenizer, after: tokenizers.Tokenizer, counts: Mapping[str, int], first_new: int
+) -> None:
+    """Raise TokenizerError if a word of the text gets other tokens after an extension, and none of them is new.
+
+    An added token that matched whole words only has become a token of the model, which matches parts of words too.
+    """
+    words = list(itertools.islice(counts, _MAX_COMPARED))
+    encoded = (one.encode_batch(words, add_special_tokens=False) for one in (before, after))
+    for word, old, new in zip(words, *encoded, strict=True):
+        if old.ids != new.ids and max(new.ids, default=0) < first_new:
+            raise TokenizerError(
+                f"the vocabulary can't be extended: {word!r} would become {new.tokens}, and is {old.tokens} now",
+                location=_LOCATION,
+                hint="remove --extend-vocabulary to keep the vocabulary as it is",
+            )
 
 
 def require_ids(tokenizer_json: str, inner: tokenizers.Tokenizer) -> None:
