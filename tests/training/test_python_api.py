@@ -126,6 +126,20 @@ def test_rows_of_a_dataset_and_generators_are_texts(tmp_path: Path) -> None:
         train(rows, tmp_path / "c")  # pyright: ignore[reportArgumentType]
 
 
+def test_evaluate_takes_the_same_texts_as_pretrain(run: Path) -> None:
+    model, texts = unmask.load(run), ["the cat sat on the mat\nand slept", "until noon"]
+    expected = unmask.evaluate(model, texts)
+    assert unmask.evaluate(model, (text for text in texts)) == expected
+    assert unmask.evaluate(model, [{"body": text} for text in texts], field="body") == expected
+    with pytest.raises(TextError, match="invalid text in the field `text`"):
+        unmask.evaluate(model, [{"body": text} for text in texts])
+
+
+def test_a_dry_run_returns_nothing_and_writes_nothing(prose: Path, tmp_path: Path) -> None:
+    assert train(prose, tmp_path / "run", dry_run=True) is None
+    assert not (tmp_path / "run").exists()
+
+
 # Errors ---------------------------------------------------------------------------------------------------------------
 
 
@@ -265,13 +279,17 @@ def test_run_and_model_are_readable(run: Path) -> None:
     assert "1 layers, hidden size 32" in shown and "validation loss: " in shown and len(shown.splitlines()) == 3
     with pytest.raises(RunError, match="not a run"):
         unmask.Run(run.parent)
-    assert unmask.evaluate(opened.model(), ["the cat sat on the mat\nand slept"]).masked_tokens > 0
+    result = unmask.evaluate(opened.model(), ["the cat sat on the mat\nand slept"])
+    assert re.match(r"EvalResult\(loss \d\.\d{3} nats .* accuracy .*%\n  bits per character: ", repr(result))
+    filled = repr(unmask.fill(opened.model(), "the c[MASK]t", top=2)[0])
+    assert re.fullmatch(r"FillMaskResult\('the c\[MASK]t':\n  '.' \d+\.\d%, '.' \d+\.\d%\)", filled)
 
 
 def test_a_script_shows_its_progress_in_a_pipe(prose: Path, tmp_path: Path) -> None:
     script = f"""
 import unmask
 settings = {{"data.tokenizer.kind": "characters", "model.num_hidden_layers": 1, "train.threads": 1}}
+unmask.pretrain({str(prose)!r}, budget="2000 steps", out="notes", settings=settings, dry_run=True)
 unmask.pretrain({str(prose)!r}, budget="2 steps", out="shown", settings=settings)
 print("between")
 unmask.pretrain({str(prose)!r}, budget="2 steps", out="silent", settings=settings, display=None)
@@ -281,6 +299,7 @@ unmask.pretrain({str(prose)!r}, budget="2 steps", out="silent", settings=setting
     )
     shown, _, silent = result.stdout.partition("between\n")
     assert "validation at step 2" in shown and "\x1b" not in shown
+    assert 'settings={"train.early_stopping_patience": 3} stops' in shown and "--set" not in shown
     assert silent == ""
 
 

@@ -50,7 +50,7 @@ class FillMaskResult:
     def __repr__(self) -> str:
         """Return the text, and a line with the candidates of each mask."""
         lines = [
-            "  " + ", ".join(f"{candidate.shown} {candidate.score:.1%}" for candidate in mask.candidates)
+            "  " + ", ".join(f"{candidate.shown!r} {candidate.score:.1%}" for candidate in mask.candidates)
             for mask in self.masks
         ]
         return "\n".join([f"FillMaskResult({self.text!r}:", *lines]) + ")"

@@ -8,13 +8,13 @@ import sys
 import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, TypedDict, Unpack, cast
+from typing import Any, Literal, TypedDict, Unpack, cast, overload
 
 from unmask.core.config import Override, dump_config
 from unmask.core.errors import RecipeError, RunError
 from unmask.core.files import RunLayout
 from unmask.core.format import duration
-from unmask.core.keywords import setting_texts
+from unmask.core.keywords import python_words, setting_texts
 from unmask.data.inputs import Texts, list_texts
 from unmask.data.settings import DocumentRule, ErrorsRule
 from unmask.models.model import Model, load
@@ -50,7 +50,6 @@ class PretrainOptions(TypedDict, total=False):
     field: str | None
     valid: Mapping[str, str | Path] | None
     allow_unknown: bool
-    dry_run: bool
     verify: bool
     display: Shown
 
@@ -64,12 +63,21 @@ _KEYS = {
 # Functions ------------------------------------------------------------------------------------------------------------
 
 
-def pretrain(texts: Texts, **options: Unpack[PretrainOptions]) -> Model:
+@overload
+def pretrain(texts: Texts, *, dry_run: Literal[False] = False, **options: Unpack[PretrainOptions]) -> Model: ...
+
+
+@overload
+def pretrain(texts: Texts, *, dry_run: Literal[True], **options: Unpack[PretrainOptions]) -> None: ...
+
+
+def pretrain(texts: Texts, *, dry_run: bool = False, **options: Unpack[PretrainOptions]) -> Model | None:
     """Pretrain an encoder and return its best model; the keywords are the options of `unmask pretrain`.
 
     Args:
         texts: Paths of text files or directories, or the texts themselves, one document each. Strings are texts if at
             least one of them can't be a path: it has line breaks, or spaces and no file has that name.
+        dry_run: Estimate the cost, write nothing, and raise no error for an existing `out`; returns None.
         **options: Keywords, all optional.
             recipe: name of a shipped recipe, path of a TOML file, or a Recipe; default "tiny", or "continue" with
             `start`.
@@ -87,7 +95,6 @@ def pretrain(texts: Texts, **options: Unpack[PretrainOptions]) -> Model:
             field: name of the field or column that contains the text.
             valid: further texts to validate on, by name.
             allow_unknown: train even if the tokenizer can't spell much of the text.
-            dry_run: estimate the cost, write nothing, and raise no error for an existing `out`; returns nothing.
             verify: compare all bytes of the text and of the token cache.
             display: "auto" shows the progress in a terminal, a notebook or a pipe; None shows nothing.
 
@@ -95,7 +102,7 @@ def pretrain(texts: Texts, **options: Unpack[PretrainOptions]) -> Model:
         UnmaskError: the text, a setting, the disk or a file is not usable; the message has a hint.
         Stopped: Ctrl-C stopped the run after a checkpoint was saved.
     """
-    return cast("Model", run_pretraining(texts, **options).model)
+    return run_pretraining(texts, dry_run=dry_run, **options).model
 
 
 def resume(
@@ -139,7 +146,7 @@ def resume(
     return cast("Model", result.model)
 
 
-def run_pretraining(texts: Texts, **options: Unpack[PretrainOptions]) -> Result:
+def run_pretraining(texts: Texts, *, dry_run: bool = False, **options: Unpack[PretrainOptions]) -> Result:
     """Start a run, as `pretrain` does, and return its result."""
     start = _warm_start(options.get("start"), options.get("extend_vocabulary"))
     recipe = options.get("recipe") or ("continue" if start else "tiny")
@@ -158,7 +165,7 @@ def run_pretraining(texts: Texts, **options: Unpack[PretrainOptions]) -> Result:
         )
     named = list_texts(texts, options.get("field") or "text")
     display = _shown(options.get("display", "auto"))
-    dry_run, verify = options.get("dry_run", False), options.get("verify", False)
+    verify = options.get("verify", False)
     out = Path(options.get("out") or _unused_folder(recipe))
     exist_ok = options.get("exist_ok")
     if exist_ok is not None and os.path.lexists(out) and not dry_run:
@@ -192,7 +199,7 @@ def _warm_start(start: str | Path | WarmStart | None, extend_vocabulary: int | N
 
 def _shown(display: Shown) -> Display:
     if display == "auto":
-        return display_for(sys.stdout, quiet=os.environ.get("RANK", "0") != "0")
+        return display_for(sys.stdout, os.environ.get("RANK", "0") != "0", python_words)
     return display or Display()
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import importlib.util
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TextIO, final
 
@@ -56,8 +56,10 @@ _BAR_WIDTH = 30
 class LiveDisplay(Display):
     """Prints tables before and after training, and redraws a preview and a progress bar in between."""
 
-    def __init__(self, console: Console | None = None) -> None:
+    def __init__(self, console: Console | None = None, words: Callable[[str], str] = str) -> None:
+        """Prints to a console; `words` changes messages and notes, such as options to keywords."""
         self._console = Console(highlight=False) if console is None else console
+        self._words = words
         has_colors = self._console.color_system is not None and not self._console.no_color
         self._styled = has_colors or self._console.is_jupyter
         self._live: Live | None = None
@@ -75,7 +77,7 @@ class LiveDisplay(Display):
 
     def message(self, message: str) -> None:
         """Prints a log message above the bar."""
-        self._print(Text(message))
+        self._print(Text(self._words(message)))
 
     def progress(self, what: str, fraction: float) -> None:
         """Draws a bar while a task runs, and prints a line with its time at the end."""
@@ -107,7 +109,7 @@ class LiveDisplay(Display):
         self._print(Text("\nestimate", "bold"), grid, Text(""), stages)
         notes = estimate_notes(estimate)
         if notes:
-            self._print(Text(""), *(Text(f"note: {note}", "yellow") for note in notes))
+            self._print(Text(""), *(Text(f"note: {self._words(note)}", "yellow") for note in notes))
 
     def sample(self, text: str, tokens: Sequence[TokenView]) -> None:
         """Prints a sample: its tokens, the model input, and "^" below masked tokens."""
@@ -277,11 +279,14 @@ class LiveDisplay(Display):
             self._live = None
 
 
-def display_for(stream: TextIO, quiet: bool = False) -> Display:
-    """Return the display that fits a stream: live in a terminal or a notebook with ipywidgets, else plain lines."""
+def display_for(stream: TextIO, quiet: bool = False, words: Callable[[str], str] = str) -> Display:
+    """Return the display that fits a stream: live in a terminal or a notebook with ipywidgets, else plain lines.
+
+    `words` changes messages and notes, such as options of the command line to keywords.
+    """
     if quiet:
         return Display()
     console = Console(file=stream)
     in_terminal = console.is_terminal and not console.is_dumb_terminal and not console.is_jupyter
     in_notebook = console.is_jupyter and importlib.util.find_spec("ipywidgets") is not None
-    return LiveDisplay(console) if in_terminal or in_notebook else PlainDisplay(stream)
+    return LiveDisplay(console, words) if in_terminal or in_notebook else PlainDisplay(stream, words)

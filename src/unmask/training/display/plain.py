@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TextIO, final
 
@@ -61,8 +61,10 @@ def legend(preview: Sequence[PreviewLine]) -> str:
 class PlainDisplay(Display):
     """Writes one line per log interval and a few per validation."""
 
-    def __init__(self, stream: TextIO | None = None) -> None:
+    def __init__(self, stream: TextIO | None = None, words: Callable[[str], str] = str) -> None:
+        """Writes to a stream; `words` changes messages and notes, such as options to keywords."""
         self._stream = sys.stdout if stream is None else stream
+        self._words = words
         self._open = True
         self._progress = ("", 0.0)  # the task, and when its last line was written
         self._plan: Plan | None = None
@@ -73,7 +75,7 @@ class PlainDisplay(Display):
 
     def message(self, message: str) -> None:
         """Writes a log message as one line."""
-        self._write(message)
+        self._write(self._words(message))
 
     def progress(self, what: str, fraction: float) -> None:
         """Writes a line when a task starts or ends, and every few seconds in between."""
@@ -95,7 +97,7 @@ class PlainDisplay(Display):
             values = f"max length {length}, {batch} per step, {steps} steps, epochs {epochs}, {seconds}"
             self._write(f"{'stage ' + stage:<12} {values}")
         for note in estimate_notes(estimate):
-            self._write(f"note: {note}")
+            self._write(f"note: {self._words(note)}")
 
     def sample(self, text: str, tokens: Sequence[TokenView]) -> None:
         """Writes a sample in three lines per row: tokens, model input, and "^" below masked tokens."""
