@@ -260,6 +260,9 @@ class Counts:
 
 
 class AnyOrder(Counts):
+    def parts(self):  # with three texts a part, two readings would agree once in 36 times
+        return [SourceShard("only", 0, 50)]
+
     def texts(self, part):
         return random.sample(super().texts(part), len(super().texts(part)))
 
