@@ -19,7 +19,7 @@ import torch.distributed as distributed
 from torch import Tensor, nn
 
 from unmask.core.errors import RecipeError
-from unmask.core.hardware import cores, has_bfloat16, processor_name
+from unmask.core.hardware import cores, has_bfloat16, keep_freed_memory, processor_name
 
 Precision = Literal["auto", "bfloat16", "float32"]
 Device = Literal["auto", "cpu", "cuda", "mps"]
@@ -115,6 +115,7 @@ def init_distributed(
         )
     torch.set_num_threads(num_threads)
     if kind == "cpu":
+        keep_freed_memory()
         # Only the CPU guarantees bit-identical results. Filling uninitialized memory only costs time.
         torch.use_deterministic_algorithms(True)
         torch.utils.deterministic.fill_uninitialized_memory = False  # pyright: ignore[reportAttributeAccessIssue]

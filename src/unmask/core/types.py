@@ -158,12 +158,27 @@ class LossSums:
 def logits_at(encoder: nn.Module, head: nn.Module, batch: Batch, positions_M: Int[Tensor, "M"]) -> Float[Tensor, "M V"]:
     """Return float32 logits over the vocabulary at the given positions of a batch.
 
-    All logits of the package are computed here. The head gets the hidden states at these positions only, in training
-    and evaluation, so that a tensor of shape T × V never exists.
+    The head gets the hidden states at these positions only, in training and evaluation, so that a tensor of shape
+    T × V never exists.
     """
     hidden_TD: Tensor = encoder(batch)
     logits_MV: Tensor = head(hidden_TD.index_select(0, positions_M), encoder.token_embedding)
     return logits_MV.float()
+
+
+class VocabularyHead(Protocol):
+    """The last layers of a masked language model: some layers, then a linear decoder.
+
+    A head is called as `head(hidden_MD, token_embedding_VD)` and returns logits, (M, V).
+    """
+
+    def features(self, hidden_MD: Tensor) -> Tensor:
+        """Return what the decoder maps to logits, (M, D)."""
+        ...
+
+    def decoder_parameters(self, token_embedding_VD: Tensor) -> tuple[Tensor, Tensor]:
+        """Return weight (V, D) and bias (V) of the decoder. A tied decoder has the token embedding as its weight."""
+        ...
 
 
 def runs(first: NDArray[np.int64], count: NDArray[np.int64]) -> NDArray[np.int64]:

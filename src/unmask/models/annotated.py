@@ -172,9 +172,10 @@ class TutorialHead(HeadModule):
         super().__init__()
         self.decoder = nn.Linear(settings.hidden_size, vocab_size)
 
-    def forward(
-        self, hidden_MD: Float[Tensor, "M D"], token_embedding_VD: Float[Tensor, "V D"]
-    ) -> Float[Tensor, "M V"]:
-        """Return logits over the vocabulary."""
-        del token_embedding_VD
-        return self.decoder(hidden_MD)
+    def features(self, hidden_MD: Float[Tensor, "M D"]) -> Float[Tensor, "M D"]:
+        """Return the hidden states: nothing precedes the decoder."""
+        return hidden_MD
+
+    def decoder_parameters(self, token_embedding_VD: Float[Tensor, "V D"]) -> tuple[Tensor, Tensor]:
+        """Return weight and bias of the decoder."""
+        return self.decoder.weight, self.decoder.bias

@@ -205,12 +205,13 @@ class BertHead(HeadModule):
         """Yield the matrix of the dense layer."""
         yield self.dense.weight
 
-    def forward(
-        self, hidden_MD: Float[Tensor, "M D"], token_embedding_VD: Float[Tensor, "V D"]
-    ) -> Float[Tensor, "M V"]:
-        """Return logits over the vocabulary."""
-        decoder_VD = token_embedding_VD if self.decoder is None else self.decoder
-        return F.linear(self.norm(F.gelu(self.dense(hidden_MD))), decoder_VD, self.bias)
+    def features(self, hidden_MD: Float[Tensor, "M D"]) -> Float[Tensor, "M D"]:
+        """Return what the decoder maps to logits."""
+        return self.norm(F.gelu(self.dense(hidden_MD)))
+
+    def decoder_parameters(self, token_embedding_VD: Float[Tensor, "V D"]) -> tuple[Tensor, Tensor]:
+        """Return weight and bias of the decoder."""
+        return token_embedding_VD if self.decoder is None else self.decoder, self.bias
 
 
 class SentencePairHead(nn.Module):

@@ -1,4 +1,4 @@
-"""Building blocks of the encoders: base classes, initialized linear maps, LayerNorm, rotary embedding, GeGLU.
+"""Building blocks of the encoders: base classes, initialized linear maps, norms, rotary embedding, feed-forward.
 
 Q, K and V, and the two halves of a GeGLU, are separate matrices, because Muon orthogonalizes each of them separately.
 A fused product of the concatenated matrices would gain little. Time of forward and backward on one thread, separate
@@ -11,7 +11,7 @@ against fused, with the bfloat16 input cast once and not once per matrix:
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -54,6 +54,20 @@ class HeadModule(nn.Module):
             """Return logits, (M, vocab_size)."""
             ...
 
+    def features(self, hidden_MD: Float[Tensor, "M D"]) -> Float[Tensor, "M D"]:
+        """Return what the decoder maps to logits."""
+        raise NotImplementedError
+
+    def decoder_parameters(self, token_embedding_VD: Float[Tensor, "V D"]) -> tuple[Tensor, Tensor]:
+        """Return weight (V, D) and bias (V) of the decoder."""
+        raise NotImplementedError
+
+    def forward(
+        self, hidden_MD: Float[Tensor, "M D"], token_embedding_VD: Float[Tensor, "V D"]
+    ) -> Float[Tensor, "M V"]:
+        """Return logits over the vocabulary."""
+        return F.linear(self.features(hidden_MD), *self.decoder_parameters(token_embedding_VD))
+
     def matrix_parameters(self) -> Iterator[Tensor]:
         """Yield the weight matrices that Muon optimizes. The decoder is not one of them."""
         yield from ()
@@ -83,6 +97,19 @@ def initialized_linear(in_features: int, out_features: int, std: float, *, bias:
 def initialized_embedding(num_embeddings: int, width: int, std: float) -> nn.Parameter:
     """Return an embedding matrix (num_embeddings, width), drawn like the weights of a linear map."""
     return nn.Parameter(initialized_linear(width, num_embeddings, std).weight.detach())
+
+
+def normal_linear(in_features: int, out_features: int, std: float) -> nn.Linear:
+    """Return a linear map without bias and with weights drawn from torch's generator (normal); std 0 gives zeros."""
+    linear = nn.Linear(in_features, out_features, bias=False, device="meta")
+    linear = linear.to_empty(device=torch.get_default_device())
+    nn.init.normal_(linear.weight, std=std) if std else nn.init.zeros_(linear.weight)
+    return linear
+
+
+def rms_norm(x: Float[Tensor, "*T D"], eps: float) -> Float[Tensor, "*T D"]:
+    """Divide each vector by its root mean square (RMSNorm, arXiv 1910.07467, without scale), in float32."""
+    return F.rms_norm(x.float(), x.shape[-1:], eps=eps).to(x.dtype)
 
 
 class LayerNorm(nn.Module):
@@ -133,8 +160,33 @@ class RotaryEmbedding:
 
 def rotate(x_THK: Float[Tensor, "T H K"], cos_sin: tuple[Tensor, Tensor]) -> Float[Tensor, "T H K"]:
     """Rotate each pair of dimensions (k, k + K/2) by the angle of its token's position."""
-    cos_TK, sin_TK = cos_sin
-    return torch.addcmul(x_THK * cos_TK, x_THK.roll(x_THK.shape[-1] // 2, -1), sin_TK)
+    return cast("Tensor", _Rotation.apply(x_THK, *cos_sin))
+
+
+class _Rotation(torch.autograd.Function):
+    """Rotation whose gradient is the opposite rotation: 1.3 instead of 2.2 ms for 2,048 tokens and width 256."""
+
+    @staticmethod
+    def forward(ctx: Any, x_THK: Tensor, cos_T1K: Tensor, sin_T1K: Tensor) -> Tensor:
+        """Return the rotated vectors."""
+        ctx.save_for_backward(cos_T1K, sin_T1K)
+        return (x_THK * cos_T1K).addcmul_(x_THK.roll(x_THK.shape[-1] // 2, -1), sin_T1K)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None, None]:
+        """Return the gradient of the vectors."""
+        cos_T1K, sin_T1K = ctx.saved_tensors
+        gradient_THK = grad_outputs[0]
+        rolled_THK = gradient_THK.roll(gradient_THK.shape[-1] // 2, -1)
+        return (gradient_THK * cos_T1K).addcmul_(rolled_THK, sin_T1K, value=-1), None, None
+
+
+def rotate_part(x_THK: Float[Tensor, "T H K"], cos_sin: tuple[Tensor, Tensor]) -> Float[Tensor, "T H K"]:
+    """Rotate the first dimensions of each head, as many as the cosines have (partial rotary embedding)."""
+    rotated = cos_sin[0].shape[-1]
+    if rotated == x_THK.shape[-1]:
+        return rotate(x_THK, cos_sin)
+    return torch.cat((rotate(x_THK[..., :rotated], cos_sin), x_THK[..., rotated:]), -1)
 
 
 class GeGLU(nn.Module):
@@ -152,3 +204,16 @@ class GeGLU(nn.Module):
         hidden_TD = hidden_TD.to(compute_dtype(hidden_TD))  # cast once, not once per matrix
         inner_TF = F.gelu(self.input(hidden_TD)) * self.gate(hidden_TD)
         return self.output(F.dropout(inner_TF, self._dropout, self.training))
+
+
+class SquaredReLU(nn.Module):
+    """Feed-forward network output(relu(input(x)) ** 2) (Primer, arXiv 2109.08668); the output is 0 at first."""
+
+    def __init__(self, width: int, intermediate_size: int, std: float) -> None:
+        super().__init__()
+        self.input = normal_linear(width, intermediate_size, std)
+        self.output = normal_linear(intermediate_size, width, 0.0)
+
+    def forward(self, hidden_TD: Float[Tensor, "T D"]) -> Float[Tensor, "T D"]:
+        """Apply the network to each vector."""
+        return self.output(F.relu(self.input(hidden_TD)).square())

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
-import torch.nn.functional as F
 from numpy.typing import NDArray
-from torch import nn
+from torch import Tensor, nn
 
-from unmask.core.types import SPECIAL, Batch, LossSums, MaskedBatch, logits_at
+from unmask.core.types import SPECIAL, Batch, LossSums, MaskedBatch, VocabularyHead
+from unmask.objectives.cross_entropy import linear_cross_entropy
 from unmask.objectives.masking import Integers, MaskingConfig, PackedSequences, corrupt_tokens, select_positions
 from unmask.objectives.word_boost import WordMatcher
 
@@ -63,14 +63,16 @@ class MaskedLMObjective:
 
     def loss(self, encoder: nn.Module, head: nn.Module, masked: MaskedBatch) -> LossSums:
         """Return the summed cross-entropy over the masked tokens, in nats, and the metrics."""
-        logits_MV = logits_at(encoder, head, masked.batch, masked.positions_M)
-        nats_M = F.cross_entropy(logits_MV, masked.labels_M, reduction="none")
-        correct = (logits_MV.detach().argmax(-1) == masked.labels_M).sum()
+        vocabulary_head = cast("VocabularyHead", head)
+        hidden_TD: Tensor = encoder(masked.batch)
+        features_MD = vocabulary_head.features(hidden_TD.index_select(0, masked.positions_M))
+        weight_VD, bias_V = vocabulary_head.decoder_parameters(cast("Tensor", encoder.token_embedding))
+        nats, correct = linear_cross_entropy(features_MD, weight_VD, bias_V, masked.labels_M)
         count = masked.denominators["mlm"]
         return LossSums(
-            sums={"mlm": nats_M.sum()},
+            sums={"mlm": nats},
             metrics={
-                "loss": (nats_M.detach().sum(), count),
+                "loss": (nats.detach(), count),
                 "accuracy": (correct, count),
                 "mask_rate": (torch.tensor(float(count)), masked.num_maskable),
             },
