@@ -44,8 +44,8 @@ def keep_freed_memory() -> None:
     """Let glibc's malloc keep up to 1 GiB of freed memory, instead of returning it to the system each time.
 
     Otherwise, most intermediate tensors of a training step are mapped, cleared and unmapped in each step. For 4,096
-    tokens of recipe `tiny` on one thread, these were 20,800 page faults and 30 of 430 ms; with it, there is none. Other C
-    libraries are left as they are.
+    tokens of recipe `tiny` on one thread, these were 20,800 page faults and 30 of 430 ms; with it, there is none.
+    Other C libraries are left as they are.
     """
     if platform.libc_ver()[0] == "glibc":
         with contextlib.suppress(OSError, AttributeError):
