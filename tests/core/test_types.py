@@ -367,3 +367,18 @@ def test_the_tensorboard_logger_passes_the_checks(tmp_path: Path) -> None:
         return TensorBoardLogger(context)
 
     assert not failures(run_checks(LOGGER_CHECKS, LoggerFixture(create, tmp_path)))
+
+
+@pytest.mark.parametrize("lengths", [[1], [32], [33], [5] * 200, [7, 1, 64] * 30, [2] * 700])
+def test_a_rounded_batch_has_few_sizes_and_the_same_samples(lengths: list[int]) -> None:
+    batch = pack([Sample(np.arange(n), np.zeros(n, np.uint8), 0, i) for i, n in enumerate(lengths)])
+    rounded = batch.rounded()
+    assert batch.tokens <= rounded.tokens <= batch.tokens * 32 / 31
+    assert rounded.tokens % (1 << max(0, rounded.tokens.bit_length() - 6)) == 0
+    assert torch.equal(rounded.ids_T[: batch.tokens], batch.ids_T)
+    assert rounded.offsets[: batch.num_samples + 1] == batch.offsets
+    assert tuple(rounded.cu_seqlens.tolist()) == rounded.offsets
+    added = [last - first for first, last in itertools.pairwise(rounded.offsets)]
+    assert max(added) == max(lengths) == rounded.max_seqlen
+    assert len(rounded.sample_keys_B2) == rounded.num_samples
+    assert len(rounded.token_flags_T) == rounded.tokens

@@ -29,6 +29,7 @@ from unmask.models.hf_format import (
     encoder_prefix,
     has_pair_head,
     hf_tensor_names,
+    is_ignored,
     tied_hf_tensors,
     to_hf_tensors,
 )
@@ -42,12 +43,16 @@ from unmask.models.model import (
     save_model,
 )
 from unmask.models.modernbert import ModernBertConfig
+from unmask.models.neomme import NeoMMEConfig
 
 INDEX: Final = "model.safetensors.index.json"
 _OTHER_FORMATS: Final = ("pytorch_model*.bin", "*.pt", "*.pth", "*.ckpt*", "*.h5", "*.msgpack")
 _OLDER_SUFFIXES: Final = ((".gamma", ".weight"), (".beta", ".bias"))
-_ENCODER_ONLY: Final = ("embeddings.", "encoder.", "pooler.", "layers.", "final_norm.")  # names in a BertModel file
-_TASK_HEADS: Final = ("classifier.", "qa_outputs.", "score.")
+_ENCODER_ONLY: Final = (  # names in a BertModel file
+    "embeddings.", "encoder.", "pooler.", "layers.", "final_norm.", "embed_tokens.", "value_embeddings.",
+    "patch_embeddings.",
+)  # fmt: skip
+_TASK_HEADS: Final = ("classifier.", "qa_outputs.", "score.", "multi_vector_head.")
 _BUFFERS: Final = ("position_ids", "token_type_ids", "inv_freq")  # computed from the settings
 _NAMES_SHOWN: Final = 5
 # torch.compile, DDP and DataParallel, FSDP, activation checkpointing
@@ -57,10 +62,11 @@ _INNER_PREFIXES: Final = ("bert.", "roberta.", "model.", "cls.", "lm_head.", "em
 SENTENCE_MODULES: Final = "modules.json"
 _SENTENCE_FILES: Final = ("config_sentence_transformers.json", "sentence_bert_config.json")
 _MODEL_TYPES: Final = (
-    ("ModernBert", "modernbert"), ("XLMRoberta", "xlm-roberta"), ("Roberta", "roberta"), ("Bert", "bert"),
+    ("ModernBert", "modernbert"), ("NeoMME", "neomme"), ("XLMRoberta", "xlm-roberta"), ("Roberta", "roberta"),
+    ("Bert", "bert"),
 )  # fmt: skip
 
-Settings = ModernBertConfig | BertConfig
+Settings = ModernBertConfig | BertConfig | NeoMMEConfig
 Tensors = dict[str, Tensor]
 
 
@@ -68,7 +74,7 @@ def import_model(folder: str | Path, out: str | Path, *, force: bool = False, se
     """Convert a folder of transformers to a folder that unmask and transformers load.
 
     Args:
-        folder: BERT, RoBERTa, XLM-R or ModernBERT folder.
+        folder: BERT, RoBERTa, XLM-R, ModernBERT or NeoMME folder.
         out: Folder to write; it is not overwritten without `force`.
         force: Whether to replace an existing model folder.
         seed: Random seed for the weights of heads that the folder lacks.
@@ -199,7 +205,10 @@ def _read_weights(folder: Path, settings: EncoderConfig, vocab_size: int) -> Wei
             )
         tensors, notes = read_tensors(folder)
         tensors, rename_notes = rename_tensors(tensors, settings)
+        tied = tied_hf_tensors(settings)
         settings, tie_notes = untie_if_different(tensors, settings)
+        if tie_notes:  # the head of NeoMME has two matrices, and the file may have a copy of one alone
+            tensors = {name: tensors[other] for name, other in tied.items() if other in tensors} | tensors
         encoder, head = build_model(settings, vocab_size)
         tensors, pooler_notes = leave_out_pooler(tensors, settings, _architecture(_read_config(folder)))
         pair = build_pair(settings) if has_pair_head(tensors, settings) else None
@@ -371,7 +380,7 @@ def rename_tensors(tensors: Mapping[str, Tensor], settings: Settings) -> tuple[T
     is_encoder_only = not any(name.startswith(prefix) for name in tensors)
     renamed: Tensors = {}
     left_out: list[str] = []
-    has_older_names = False
+    has_older_names = has_image_weights = False
     for name, tensor in tensors.items():
         current = name
         for older, suffix in _OLDER_SUFFIXES:
@@ -379,11 +388,15 @@ def rename_tensors(tensors: Mapping[str, Tensor], settings: Settings) -> tuple[T
                 current, has_older_names = current.removesuffix(older) + suffix, True
         if is_encoder_only and current.startswith(_ENCODER_ONLY):
             current = prefix + current
-        if _is_of_task_head(current, settings):
+        if is_ignored(current, settings):
+            has_image_weights |= bool(tensor.any())  # unmask writes zeros
+        elif _is_of_task_head(current, settings):
             left_out.append(name)
         else:
             renamed[current] = tensor
     notes = ["renamed tensors from gamma and beta to weight and bias"] if has_older_names else []
+    if has_image_weights:
+        notes.append("left out the patch embedding, which only images use")
     if left_out:
         notes.append(f"left out, not needed for masked-language modeling: {join_names(left_out, _NAMES_SHOWN)}")
     return renamed, notes
@@ -437,7 +450,7 @@ def add_missing_heads(
     _check_none(
         "unknown tensors for this architecture:",
         sorted(set(complete) - set(own_names) - set(tied)),
-        "give a BERT, RoBERTa or ModernBERT folder written by transformers",
+        "give a BERT, RoBERTa, ModernBERT or NeoMME folder written by transformers",
     )
     for name in own_names:
         if name in complete and complete[name].shape != initial[name].shape:

@@ -16,6 +16,7 @@ from unmask.core.errors import UnmaskError
 from unmask.core.files import RunLayout
 from unmask.hub.parity import TOLERANCE, Parity
 from unmask.models.model import Model
+from unmask.models.neomme import NeoMMEConfig
 
 Table = Mapping[str, Any]
 _METRICS: Final = {
@@ -99,6 +100,8 @@ def _usage(model: Model, architecture: str) -> str:
         )
     else:
         code = f'from transformers import pipeline\n\nfill = pipeline("fill-mask", model="FOLDER")\nfill({prompt})'
+    if isinstance(model.settings, NeoMMEConfig):  # sentence-transformers needs an image processor for it
+        return f"```python\n{code}\n```"
     vectors = (
         "from sentence_transformers import SentenceTransformer\n\n"
         "# Mean pooling; the model has not been trained for sentence similarity.\n"

@@ -50,6 +50,12 @@ def compare(folder: Path, model: Model, texts: Sequence[str], source: str) -> Pa
     import transformers
 
     architecture = str(files.read_json(folder / RunLayout.CONFIG)["architectures"][0])
+    if not hasattr(transformers, architecture):
+        raise ModelError(
+            f"transformers {transformers.__version__} has no {architecture}",
+            hint="install a later version: pip install --upgrade transformers; or skip the comparison: --unverified "
+            "(unverified=True)",
+        )
     with quiet_transformers():
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
         _compare_ids(tokenizer, model, texts)

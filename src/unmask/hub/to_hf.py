@@ -38,8 +38,9 @@ def export(
 ) -> Exported:
     """Write a model in the Hugging Face format if transformers computes the same logits from it.
 
-    The classes are BertForMaskedLM, BertForPreTraining (with a pair head), RobertaForMaskedLM, XLMRobertaForMaskedLM
-    and ModernBertForMaskedLM; with `only="encoder"` BertModel, RobertaModel, XLMRobertaModel and ModernBertModel.
+    The classes are BertForMaskedLM, BertForPreTraining (with a pair head), RobertaForMaskedLM, XLMRobertaForMaskedLM,
+    ModernBertForMaskedLM and NeoMMEForMaskedLM; with `only="encoder"` BertModel, RobertaModel, XLMRobertaModel,
+    ModernBertModel and NeoMMEModel.
 
     Args:
         model: Run, step folder, or folder that transformers saved.

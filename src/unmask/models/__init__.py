@@ -10,9 +10,10 @@ from unmask.models.annotated import TutorialConfig, TutorialEncoder, TutorialHea
 from unmask.models.bert import BertConfig, BertEncoder, BertHead, SentencePairHead
 from unmask.models.layers import EncoderModule, HeadModule
 from unmask.models.modernbert import ModernBertConfig, ModernBertEncoder, ModernBertHead
+from unmask.models.neomme import NeoMMEConfig, NeoMMEEncoder, NeoMMEHead
 from unmask.models.structured_init import init_neighbor_attention, init_pair_matching
 
-EncoderConfig = ModernBertConfig | BertConfig | TutorialConfig
+EncoderConfig = ModernBertConfig | BertConfig | NeoMMEConfig | TutorialConfig
 
 
 def build_model(settings: EncoderConfig, vocab_size: int) -> tuple[EncoderModule, HeadModule]:
@@ -30,6 +31,9 @@ def build_model(settings: EncoderConfig, vocab_size: int) -> tuple[EncoderModule
             if settings.init == "pair-matching":
                 init_pair_matching(encoder)
         return encoder, BertHead(settings, vocab_size)
+    if isinstance(settings, NeoMMEConfig):
+        encoder = NeoMMEEncoder(settings, vocab_size)
+        return encoder, NeoMMEHead(settings, encoder)
     return TutorialEncoder(settings, vocab_size), TutorialHead(settings, vocab_size)
 
 
@@ -57,25 +61,40 @@ def num_parameters(settings: EncoderConfig, vocab_size: int) -> int:
 
 
 def non_embedding_parameters(settings: EncoderConfig, vocab_size: int) -> int:
-    """Count the parameters of encoder and head without the token embedding."""
-    return num_parameters(settings, vocab_size) - vocab_size * settings.hidden_size
+    """Count the parameters of encoder and head without the token embedding and, in NeoMME, the value embedding."""
+    width = settings.hidden_size
+    if isinstance(settings, NeoMMEConfig):
+        width = settings.embedding_rank + settings.num_key_value_heads * settings.head_dim
+    return num_parameters(settings, vocab_size) - vocab_size * width
 
 
-def _mlp_input_columns(settings: EncoderConfig) -> int:
-    """Return the total output width of the first linear maps of the feed-forward network. A GeGLU has two."""
-    return (2 if isinstance(settings, ModernBertConfig) else 1) * settings.intermediate_size
+Matrix = tuple[int, int]  # inner size and columns of a matrix product, whose rows are tokens
 
 
-def _matrix_weights_per_layer(settings: EncoderConfig) -> int:
-    """Return the number of weights in the matrices of one layer."""
-    return 4 * settings.hidden_size**2 + settings.hidden_size * (
-        _mlp_input_columns(settings) + settings.intermediate_size
-    )
+def _layer_matrices(settings: EncoderConfig) -> list[Matrix]:
+    """Return the matrices of one layer: attention and feed-forward network."""
+    width, inner = settings.hidden_size, settings.intermediate_size
+    if isinstance(settings, NeoMMEConfig):
+        heads, groups = (n * settings.head_dim for n in (settings.num_attention_heads, settings.num_key_value_heads))
+        attention = [(width, heads), (width, groups), (width, groups), (width, heads), (heads, width)]
+        return [*attention, (width, inner), (inner, width)]
+    # A GeGLU has two linear maps before its activation.
+    columns = (2 if isinstance(settings, ModernBertConfig) else 1) * inner
+    return [(width, width)] * 4 + [(width, columns), (inner, width)]
 
 
-def _has_dense_head(settings: EncoderConfig) -> bool:
-    """Whether the head has a square matrix before its decoder."""
-    return not isinstance(settings, TutorialConfig)
+def _embedding_matrices(settings: EncoderConfig) -> list[Matrix]:
+    """Return the matrix that projects the token embedding, if there is one."""
+    return [(settings.embedding_rank, settings.hidden_size)] if isinstance(settings, NeoMMEConfig) else []
+
+
+def _head_matrices(settings: EncoderConfig, vocab_size: int) -> list[Matrix]:
+    """Return the matrices of the head. The tutorial's head is a decoder alone."""
+    width = settings.hidden_size
+    if isinstance(settings, NeoMMEConfig):
+        return [(width, settings.embedding_rank), (settings.embedding_rank, vocab_size)]
+    dense = [] if isinstance(settings, TutorialConfig) else [(width, width)]
+    return [*dense, (width, vocab_size)]
 
 
 def products(settings: EncoderConfig, vocab_size: int, tokens: int, masked_tokens: int) -> list[tuple[int, int, int]]:
@@ -83,29 +102,39 @@ def products(settings: EncoderConfig, vocab_size: int, tokens: int, masked_token
 
     The products of queries, keys and values are left out, because their shapes depend on the sequence lengths.
     """
-    width, inner = settings.hidden_size, settings.intermediate_size
-    layer = [(tokens, width, width)] * 4 + [(tokens, width, _mlp_input_columns(settings)), (tokens, inner, width)]
-    dense = [(masked_tokens, width, width)] if _has_dense_head(settings) else []
-    return layer * settings.num_hidden_layers + dense + [(masked_tokens, width, vocab_size)]
+    encoder = _embedding_matrices(settings) + _layer_matrices(settings) * settings.num_hidden_layers
+    head = _head_matrices(settings, vocab_size)
+    return [(tokens, *matrix) for matrix in encoder] + [(masked_tokens, *matrix) for matrix in head]
+
+
+def _num_weights(matrices: list[Matrix]) -> int:
+    return sum(inner * columns for inner, columns in matrices)
+
+
+def _attended_tokens(settings: EncoderConfig, length: int) -> int:
+    """Return the number of tokens that a token attends to, summed over the layers."""
+    if isinstance(settings, ModernBertConfig):
+        return sum(
+            length if settings.has_global_attention(layer) else min(length, settings.local_attention)
+            for layer in range(settings.num_hidden_layers)
+        )
+    if isinstance(settings, NeoMMEConfig):
+        return sum(length if window is None else min(length, 2 * window) for window in settings.windows)
+    return settings.num_hidden_layers * length
 
 
 def flops_per_token(settings: EncoderConfig, vocab_size: int, length: int, mask_rate: float) -> float:
     """Return the FLOPs of the matrix products per training token. The backward pass costs twice the forward pass.
 
     A multiplication and an addition count as two FLOPs. Attention costs 4 x keys x width per layer, where keys is
-    `length` with global attention and min(length, window) with local attention. The head processes only the masked
-    tokens. Norms, softmax, activations and the optimizer are left out, as usual.
+    `length` with global attention and min(length, window) with local attention, and width is that of all heads. The
+    head processes only the masked tokens. Norms, softmax, activations and the optimizer are left out, as usual.
     """
-    width = settings.hidden_size
-    forward = 2.0 * settings.num_hidden_layers * _matrix_weights_per_layer(settings)
-    head = 2.0 * width * vocab_size + (2.0 * width**2 if _has_dense_head(settings) else 0.0)
-    keys = settings.num_hidden_layers * length
-    if isinstance(settings, ModernBertConfig):
-        keys = sum(
-            length if settings.has_global_attention(layer) else min(length, settings.local_attention)
-            for layer in range(settings.num_hidden_layers)
-        )
-    return 3.0 * (forward + 4.0 * keys * width + mask_rate * head)
+    encoder = _num_weights(_embedding_matrices(settings)) + settings.num_hidden_layers * _num_weights(
+        _layer_matrices(settings)
+    )
+    attention = 4.0 * _attended_tokens(settings, length) * settings.num_attention_heads * settings.head_width
+    return 3.0 * (2.0 * encoder + attention + mask_rate * 2.0 * _num_weights(_head_matrices(settings, vocab_size)))
 
 
 __all__ = [
@@ -114,6 +143,7 @@ __all__ = [
     "EncoderModule",
     "HeadModule",
     "ModernBertConfig",
+    "NeoMMEConfig",
     "TutorialConfig",
     "build_model",
     "build_pair",

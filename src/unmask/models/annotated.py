@@ -150,7 +150,7 @@ class TutorialEncoder(EncoderModule):
             "position_SD", sinusoids(settings.max_position_embeddings, settings.hidden_size), persistent=False
         )
 
-    def forward(self, batch: Batch) -> Float[Tensor, "T D"]:
+    def encode(self, batch: Batch) -> Float[Tensor, "T D"]:
         """Return one vector per token, in the order of the batch."""
         settings = self.settings
         assert batch.max_seqlen <= settings.max_position_embeddings, "a sequence exceeds max_position_embeddings"

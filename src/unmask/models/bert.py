@@ -165,7 +165,7 @@ class BertEncoder(EncoderModule):
         """Yield the position embedding."""
         yield self.position_embedding
 
-    def forward(self, batch: Batch) -> Float[Tensor, "T D"]:
+    def encode(self, batch: Batch) -> Float[Tensor, "T D"]:
         """Return one vector per token, in the order of the batch. Without token types, all are 0."""
         settings = self.settings
         assert batch.max_seqlen <= settings.max_position_embeddings, "a sequence exceeds max_position_embeddings"

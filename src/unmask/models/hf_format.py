@@ -1,9 +1,9 @@
 """Tensor names and config.json of `transformers`: conversion in both directions.
 
-ModernBERT is written as ModernBertForMaskedLM (modernbert.py). BERT is written as BertForMaskedLM, or as
-BertForPreTraining if it has a sentence pair head. RoBERTa and XLM-R are written as RobertaForMaskedLM and
-XLMRobertaForMaskedLM (bert.py). The tutorial's model has no class in `transformers`. It is written with this package's
-tensor names and with a model type that `transformers` rejects.
+ModernBERT is written as ModernBertForMaskedLM (modernbert.py), NeoMME as NeoMMEForMaskedLM (neomme.py). BERT is written
+as BertForMaskedLM, or as BertForPreTraining if it has a sentence pair head. RoBERTa and XLM-R are written as
+RobertaForMaskedLM and XLMRobertaForMaskedLM (bert.py). The tutorial's model has no class in `transformers`. It is
+written with this package's tensor names and with a model type that `transformers` rejects.
 """
 
 from __future__ import annotations
@@ -19,32 +19,36 @@ from torch import Tensor
 
 from unmask.core.errors import ModelError, RecipeError
 from unmask.core.format import join_names
-from unmask.models import EncoderConfig, bert, modernbert
+from unmask.models import EncoderConfig, bert, modernbert, neomme
 from unmask.models.annotated import TutorialConfig
 from unmask.models.bert import BertConfig
 from unmask.models.modernbert import ModernBertConfig
+from unmask.models.neomme import NeoMMEConfig
 
 TUTORIAL_TYPE: Final = "unmask-seed"
-HFModelConfig = ModernBertConfig | BertConfig
+HFModelConfig = ModernBertConfig | BertConfig | NeoMMEConfig
 
 MAX_SIZE: Final = 2**31 - 1  # of a dimension or a count in config.json
 _NULLABLE: Final = ("pad_token_id", "bos_token_id", "eos_token_id", "cls_token_id", "sep_token_id",
-                    "local_rope_theta", "layer_types", "rope_parameters", "rope_scaling",
+                    "local_rope_theta", "layer_types", "rope_parameters", "rope_scaling", "per_layer_config",
+                    "residual_multiplier",
                     "architectures", "quantization_config")  # fmt: skip
 # Types of the keys that are read.
 _TYPES: Final[Sequence[tuple[Sequence[str], tuple[type, ...], str]]] = (
     (("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "max_position_embeddings",
       "type_vocab_size", "vocab_size", "global_attn_every_n_layers", "local_attention", "pad_token_id", "bos_token_id",
-      "eos_token_id", "cls_token_id", "sep_token_id", "position_offset"), (int,), "an integer of 32 bits"),
+      "eos_token_id", "cls_token_id", "sep_token_id", "position_offset", "embedding_rank", "head_dim",
+      "num_key_value_heads", "patch_size", "sliding_window", "long_sliding_window"), (int,), "an integer of 32 bits"),
     (("layer_norm_eps", "norm_eps", "initializer_range", "hidden_dropout_prob", "attention_probs_dropout_prob",
-      "embedding_dropout", "attention_dropout", "mlp_dropout", "global_rope_theta", "local_rope_theta"),
+      "embedding_dropout", "attention_dropout", "mlp_dropout", "global_rope_theta", "local_rope_theta",
+      "residual_multiplier"),
      (int, float), "a finite number"),
     (("tie_word_embeddings", "is_decoder", "add_cross_attention", "norm_bias", "attention_bias", "mlp_bias",
       "classifier_bias", "decoder_bias"), (bool,), "true or false"),
     (("hidden_act", "hidden_activation", "classifier_activation", "position_embedding_type", "model_type"), (str,),
      "a string"),
     (("architectures", "layer_types"), (list,), "a list"),
-    (("rope_parameters", "rope_scaling"), (dict,), "an object"),
+    (("rope_parameters", "rope_scaling", "per_layer_config"), (dict,), "an object"),
 )  # fmt: skip
 
 
@@ -74,7 +78,7 @@ def to_hf_tensors(states: States, settings: EncoderConfig) -> dict[str, Tensor]:
         # safetensors can't save tensors that share memory.
         hf_tensors[hf_name] = tensor.clone() if saved_names & set(names) else tensor
         saved_names |= set(names)
-    return hf_tensors
+    return hf_tensors | (neomme.image_tensors(settings) if isinstance(settings, NeoMMEConfig) else {})
 
 
 def from_hf_tensors(hf_tensors: Mapping[str, Tensor], settings: EncoderConfig) -> States:
@@ -101,31 +105,47 @@ def encoder_only(
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Return tensors and config.json of the encoder alone, in the format of its class, such as BertModel."""
     assert not isinstance(settings, TutorialConfig)
-    prefix, name = encoder_prefix(settings), modernbert.ENCODER_CLASS
+    prefix = encoder_prefix(settings)
     if isinstance(settings, BertConfig):
         name = bert.HF_NAMES[settings.model_type].encoder_class
+    else:
+        name = _family(settings).ENCODER_CLASS
     encoder = {
         hf_name.removeprefix(prefix): tensor for hf_name, tensor in hf_tensors.items() if hf_name.startswith(prefix)
     }
     return encoder, {**hf_config, "architectures": [name]}
 
 
+def _family(settings: ModernBertConfig | NeoMMEConfig) -> Any:
+    """Return the module of a model family without a sentence pair head."""
+    return modernbert if isinstance(settings, ModernBertConfig) else neomme
+
+
 def encoder_prefix(settings: HFModelConfig) -> str:
     """Return the prefix of the encoder's tensor names in a model with a head."""
-    return bert.HF_NAMES[settings.model_type].prefix if isinstance(settings, BertConfig) else modernbert.PREFIX
+    return bert.HF_NAMES[settings.model_type].prefix if isinstance(settings, BertConfig) else _family(settings).PREFIX
 
 
 def hf_tensor_names(settings: HFModelConfig, *, pair: bool) -> dict[str, tuple[str, ...]]:
     """Map each tensor name of `transformers` to the names here whose tensors are concatenated to it."""
-    if isinstance(settings, ModernBertConfig):
-        assert not pair, "only BERT has a sentence pair head"
-        return modernbert.hf_tensor_names(settings)
-    return bert.hf_tensor_names(settings, pair=pair)
+    if isinstance(settings, BertConfig):
+        return bert.hf_tensor_names(settings, pair=pair)
+    assert not pair, "only BERT has a sentence pair head"
+    return _family(settings).hf_tensor_names(settings)
 
 
 def tied_hf_tensors(settings: HFModelConfig) -> Mapping[str, str]:
     """Map the name of each tied copy in `transformers` to the name of the tensor that it copies."""
-    return (modernbert if isinstance(settings, ModernBertConfig) else bert).tied_hf_tensors(settings)  # pyright: ignore[reportArgumentType]
+    if isinstance(settings, BertConfig):
+        return bert.tied_hf_tensors(settings)
+    return _family(settings).tied_hf_tensors(settings)
+
+
+def is_ignored(hf_name: str, settings: HFModelConfig) -> bool:
+    """Whether a tensor of `transformers` is left out: position ids of old versions, and weights for images."""
+    if isinstance(settings, BertConfig):
+        return hf_name in bert.ignored_hf_tensors(settings)
+    return isinstance(settings, NeoMMEConfig) and hf_name.startswith(neomme.IMAGE_PREFIX)
 
 
 def has_pair_head(hf_tensors: Mapping[str, object], settings: HFModelConfig) -> bool:
@@ -135,16 +155,17 @@ def has_pair_head(hf_tensors: Mapping[str, object], settings: HFModelConfig) -> 
 
 def _rename(hf_tensors: Mapping[str, Tensor], settings: HFModelConfig) -> dict[str, Tensor]:
     hf_names, tied = hf_tensor_names(settings, pair=has_pair_head(hf_tensors, settings)), tied_hf_tensors(settings)
-    ignored = bert.ignored_hf_tensors(settings) if isinstance(settings, BertConfig) else ()
-    expected = bert.hf_class_names(settings) if isinstance(settings, BertConfig) else modernbert.MASKED_LM_CLASS
+    is_bert = isinstance(settings, BertConfig)
+    expected = bert.hf_class_names(settings) if is_bert else _family(settings).MASKED_LM_CLASS
     missing = [name for name in hf_names if name not in hf_tensors]
     head = [hf_name for hf_name, names in hf_names.items() if names[0].startswith("head.")]
-    if set(head) <= set(missing):
+    if head and set(head) <= set(missing):  # a tied head of NeoMME has no tensors of its own
         raise ModelError(
             f"the file has no masked language modeling head: it lacks {', '.join(head)}",
             hint=f"use a {expected} with its head, or initialize a new head with `unmask import FOLDER OUT`",
         )
-    _check_tensor_names(missing, sorted(set(hf_tensors) - set(hf_names) - set(tied) - set(ignored)), expected)
+    unknown = sorted(set(hf_tensors) - set(hf_names) - set(tied))
+    _check_tensor_names(missing, [name for name in unknown if not is_ignored(name, settings)], expected)
     for name, other in tied.items():
         if name in hf_tensors and not torch.equal(hf_tensors[name], hf_tensors[other]):
             raise ModelError(
@@ -173,8 +194,8 @@ def to_hf_config(
 ) -> dict[str, Any]:
     """Return config.json. `special_ids` maps pad, unk, cls, sep and mask, if they exist, to their ids."""
     ids = {f"{name}_token_id": special_ids.get(name) for name in ("pad", "cls", "sep")}
-    if isinstance(settings, ModernBertConfig):
-        hf_config = modernbert.to_hf_config(settings, ids)
+    if isinstance(settings, ModernBertConfig | NeoMMEConfig):
+        hf_config = _family(settings).to_hf_config(settings, ids)
     elif isinstance(settings, BertConfig):
         hf_config = bert.to_hf_config(settings, ids, pair=pair)
     else:
@@ -200,18 +221,23 @@ def from_hf_config(hf_config: Mapping[str, Any]) -> EncoderConfig:
             return TutorialConfig(**{name: hf_config[name] for name in names})
         if model_type == modernbert.MODEL_TYPE:
             return modernbert.from_hf_config(hf_config)
+        if model_type == neomme.MODEL_TYPE:
+            return neomme.from_hf_config(hf_config)
         if isinstance(model_type, str) and model_type in bert.HF_NAMES:
             return bert.from_hf_config(hf_config)
     except RecipeError as error:
         hint = "correct config.json, or use a model of `unmask pretrain`"
         raise ModelError(error.message, location=f"config.json: {error.location}", hint=hint) from error
+    except ModelError:  # a ValueError too
+        raise
     except (KeyError, TypeError, AttributeError, ValueError, OverflowError) as error:
         message = f"config.json can't be read as a {model_type} model: {type(error).__name__} {error}"
         raise ModelError(message, location="config.json", hint="restore it from a copy") from error
+    supported = ", ".join([*bert.HF_NAMES, modernbert.MODEL_TYPE, neomme.MODEL_TYPE])
     raise ModelError(
         f"unsupported model type: {model_type!r}",
         location="config.json: model_type",
-        hint=f"use a model of one of these types: {', '.join([*bert.HF_NAMES, modernbert.MODEL_TYPE])}",
+        hint=f"use a model of one of these types: {supported}",
     )
 
 

@@ -27,7 +27,7 @@ class EncoderModule(nn.Module):
     settings: Any  # the encoder's config
     hidden_size: int
     vocab_size: int  # size of the token embedding, which may be larger than the tokenizer's vocabulary
-    token_embedding: nn.Parameter  # (vocab_size, hidden_size)
+    token_embedding: nn.Parameter  # (vocab_size, hidden_size); in NeoMME (vocab_size, embedding_rank)
     blocks: nn.ModuleList
 
     if TYPE_CHECKING:
@@ -35,6 +35,14 @@ class EncoderModule(nn.Module):
         def __call__(self, batch: Batch) -> Tensor:
             """Return one vector per token, (T, hidden_size), in the order of the batch."""
             ...
+
+    def forward(self, batch: Batch) -> Float[Tensor, "T D"]:
+        """Return one vector per token, in the order of the batch."""
+        return self.encode(batch.rounded())[: batch.tokens]
+
+    def encode(self, batch: Batch) -> Float[Tensor, "T D"]:
+        """Return one vector per token of a batch whose number of tokens is round."""
+        raise NotImplementedError
 
     def matrix_parameters(self) -> Iterator[Tensor]:
         """Yield the weight matrices that Muon optimizes: those of the blocks, without the embeddings."""

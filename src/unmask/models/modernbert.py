@@ -168,7 +168,7 @@ class ModernBertEncoder(EncoderModule):
         self.final_norm = LayerNorm(settings.hidden_size, settings.layer_norm_eps)
         self._rotary = RotaryEmbedding(settings.head_width, settings.max_position_embeddings)
 
-    def forward(self, batch: Batch) -> Float[Tensor, "T D"]:
+    def encode(self, batch: Batch) -> Float[Tensor, "T D"]:
         """Return one vector per token, in the order of the batch."""
         settings = self.settings
         dropout = settings.attention_dropout if self.training else 0.0

@@ -19,7 +19,7 @@ _GPU_BLOCK_LOGITS = 1 << 26  # few and large kernels
 
 
 def linear_cross_entropy(
-    features_MD: Float[Tensor, "M D"],
+    features_RD: Float[Tensor, "R D"],
     weight_VD: Float[Tensor, "V D"],
     bias_V: Float[Tensor, "V"],
     labels_M: Int[Tensor, "M"],
@@ -27,12 +27,13 @@ def linear_cross_entropy(
     """Return the summed cross-entropy in nats, and the number of labels with the highest logit.
 
     Matrix products are computed in autocast's dtype if it is enabled, everything else in float32. The gradient is that
-    of the sum, so the caller can scale it. A label that shares the highest logit counts as correct.
+    of the sum, so the caller can scale it. A label that shares the highest logit counts as correct. Rows of the
+    features beyond the labels have no loss; with them, R can be a round number (`round_size`).
     """
-    device_type = features_MD.device.type
-    dtype = torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else features_MD.dtype
+    device_type = features_RD.device.type
+    dtype = torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else features_RD.dtype
     with torch.autocast(device_type, enabled=False):
-        result = _LinearCrossEntropy.apply(features_MD.to(dtype), weight_VD.to(dtype), bias_V, labels_M)
+        result = _LinearCrossEntropy.apply(features_RD.to(dtype), weight_VD.to(dtype), bias_V, labels_M)
     return cast("tuple[Tensor, Tensor]", result)
 
 
@@ -41,25 +42,26 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, features_MD: Tensor, weight_VD: Tensor, bias_V: Tensor, labels_M: Tensor
+        ctx: Any, features_RD: Tensor, weight_VD: Tensor, bias_V: Tensor, labels_M: Tensor
     ) -> tuple[Tensor, Tensor]:
         """Return the summed cross-entropy and the number of correct predictions."""
-        logits_MV = features_MD @ weight_VD.T
-        nats = torch.zeros((), device=features_MD.device)
-        correct = torch.zeros((), dtype=torch.int64, device=features_MD.device)
-        block_logits = _GPU_BLOCK_LOGITS if features_MD.is_cuda else _BLOCK_LOGITS
+        logits_RV = features_RD @ weight_VD.T
+        nats = torch.zeros((), device=features_RD.device)
+        correct = torch.zeros((), dtype=torch.int64, device=features_RD.device)
+        block_logits = _GPU_BLOCK_LOGITS if features_RD.is_cuda else _BLOCK_LOGITS
         rows = max(1, block_logits // len(weight_VD))
-        for block_RV, labels_R in zip(logits_MV.split(rows), labels_M.split(rows), strict=True):
-            x_RV = block_RV.float().add_(bias_V)  # in float32 this is the block itself, otherwise a copy
-            label_R1 = x_RV.gather(1, labels_R[:, None])
-            highest_R1 = x_RV.amax(1, keepdim=True)
-            total_R1 = x_RV.sub_(highest_R1).exp_().sum(1, keepdim=True)
-            nats += (total_R1.log() + highest_R1 - label_R1).sum()
-            correct += (label_R1 == highest_R1).sum()
-            x_RV.div_(total_R1).scatter_add_(1, labels_R[:, None], torch.full_like(label_R1, -1.0))
-            if x_RV.dtype != block_RV.dtype:
-                block_RV.copy_(x_RV)
-        ctx.save_for_backward(features_MD, weight_VD, logits_MV)  # the logits are their gradient by now
+        logits_RV[len(labels_M) :] = 0
+        for block_BV, labels_B in zip(logits_RV[: len(labels_M)].split(rows), labels_M.split(rows), strict=True):
+            x_BV = block_BV.float().add_(bias_V)  # in float32 this is the block itself, otherwise a copy
+            label_B1 = x_BV.gather(1, labels_B[:, None])
+            highest_B1 = x_BV.amax(1, keepdim=True)
+            total_B1 = x_BV.sub_(highest_B1).exp_().sum(1, keepdim=True)
+            nats += (total_B1.log() + highest_B1 - label_B1).sum()
+            correct += (label_B1 == highest_B1).sum()
+            x_BV.div_(total_B1).scatter_add_(1, labels_B[:, None], torch.full_like(label_B1, -1.0))
+            if x_BV.dtype != block_BV.dtype:
+                block_BV.copy_(x_BV)
+        ctx.save_for_backward(features_RD, weight_VD, logits_RV)  # the logits are their gradient by now
         ctx.mark_non_differentiable(correct)
         return nats, correct
 
@@ -67,10 +69,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
         """Return the gradients of features, weight and bias."""
         scale = grad_outputs[0]
-        features_MD, weight_VD, gradient_MV = ctx.saved_tensors
+        features_RD, weight_VD, gradient_RV = ctx.saved_tensors
         return (
-            (gradient_MV @ weight_VD).mul_(scale),
-            gradient_MV.T @ (features_MD * scale).to(features_MD.dtype),
-            gradient_MV.sum(0, dtype=torch.float32) * scale,
+            (gradient_RV @ weight_VD).mul_(scale),
+            gradient_RV.T @ (features_RD * scale).to(features_RD.dtype),
+            gradient_RV.sum(0, dtype=torch.float32) * scale,
             None,
         )

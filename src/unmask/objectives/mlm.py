@@ -7,10 +7,11 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal, cast
 
 import torch
+import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from unmask.core.types import SPECIAL, Batch, LossSums, MaskedBatch, VocabularyHead
+from unmask.core.types import SPECIAL, Batch, LossSums, MaskedBatch, VocabularyHead, round_size
 from unmask.objectives.cross_entropy import linear_cross_entropy
 from unmask.objectives.masking import Integers, MaskingConfig, PackedSequences, corrupt_tokens, select_positions
 from unmask.objectives.word_boost import WordMatcher
@@ -65,10 +66,11 @@ class MaskedLMObjective:
         """Return the summed cross-entropy over the masked tokens, in nats, and the metrics."""
         vocabulary_head = cast("VocabularyHead", head)
         hidden_TD: Tensor = encoder(masked.batch)
-        features_MD = vocabulary_head.features(hidden_TD.index_select(0, masked.positions_M))
-        weight_VD, bias_V = vocabulary_head.decoder_parameters(cast("Tensor", encoder.token_embedding))
-        nats, correct = linear_cross_entropy(features_MD, weight_VD, bias_V, masked.labels_M)
         count = masked.denominators["mlm"]
+        positions_R = F.pad(masked.positions_M, (0, round_size(count) - count))
+        features_RD = vocabulary_head.features(hidden_TD.index_select(0, positions_R))
+        weight_VD, bias_V = vocabulary_head.decoder_parameters(cast("Tensor", encoder.token_embedding))
+        nats, correct = linear_cross_entropy(features_RD, weight_VD, bias_V, masked.labels_M)
         return LossSums(
             sums={"mlm": nats},
             metrics={
