@@ -73,6 +73,6 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return (
             (gradient_RV @ weight_VD).mul_(scale),
             gradient_RV.T @ (features_RD * scale).to(features_RD.dtype),
-            gradient_RV.sum(0, dtype=torch.float32) * scale,
+            gradient_RV.sum(0).float() * scale,
             None,
         )
