@@ -9,6 +9,7 @@ from typing import Annotated
 
 import typer
 
+from unmask.cli.bench import BENCH_EXAMPLES, run_bench
 from unmask.cli.checks import AUDIT_EXAMPLES, CHECK_PLUGIN_EXAMPLES, audit_masker, check_plugin
 from unmask.cli.data import INSPECT_EXAMPLES, PREPARE_EXAMPLES, inspect_data, prepare_data
 from unmask.cli.errors import Debug, handle_errors
@@ -83,6 +84,7 @@ _add(app, "export", export_model, EXPORT_EXAMPLES, _USE)
 _add(app, "import", import_model, IMPORT_EXAMPLES, _USE)
 _add(app, "audit", audit_masker, AUDIT_EXAMPLES, _CHECK)
 _add(app, "check-plugin", check_plugin, CHECK_PLUGIN_EXAMPLES, _CHECK)
+_add(app, "bench", run_bench, BENCH_EXAMPLES, _CHECK)
 
 _data = _add_group("data", "Inspect and prepare text before training.")
 _add(_data, "inspect", inspect_data, INSPECT_EXAMPLES)

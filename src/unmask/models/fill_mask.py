@@ -73,11 +73,11 @@ def fill(model: Model, text: str | Sequence[str], top: int = 5) -> list[FillMask
     """
     texts = [text] if isinstance(text, str) else list(text)
     check_top(model, top)
-    formatter = TokenFormatter(model.tokenizer)
+    formatter, mask_id = TokenFormatter.of(model.tokenizer), model.tokenizer.mask_id
     encoded: list[tuple[list[int], list[int]]] = []  # ids and positions of masks
     for number, prompt in enumerate(texts):
         ids = _encode(model, prompt, formatter)
-        positions = [position for position, id_ in enumerate(ids) if id_ == model.tokenizer.mask_id]
+        positions = [position for position, id_ in enumerate(ids) if id_ == mask_id]
         if not positions:
             raise ModelError(
                 "there is no [MASK] in the text",
@@ -137,8 +137,10 @@ def _encode(model: Model, text: str, formatter: TokenFormatter) -> list[int]:
     tokenizer = model.tokenizer
     text = text.replace(MASK, tokenizer.id_to_token(tokenizer.mask_id))
     # Ids don't depend on the word rule. Without it, the word segmenter's package need not be installed.
-    encoded = tokenizer.encode(text, specials_in_text=True)
-    ids = _encode_continuations(tokenizer, text) if formatter.prefix else encoded.ids
+    if formatter.prefix:
+        ids = _encode_continuations(tokenizer, text)
+    else:
+        ids = tokenizer.encode(text, specials_in_text=True).ids
     with_special, _ = tokenizer.add_special_tokens(ids, np.zeros(len(ids), dtype=np.uint8))
     return with_special.tolist()
 

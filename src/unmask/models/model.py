@@ -161,8 +161,9 @@ class Model:
 
     @torch.inference_mode()
     def _forward(self, ids: list[Sequence[int]], positions: list[Sequence[int]]) -> list[Tensor]:
-        self.encoder.eval()
-        self.head.eval()
+        for module in (self.encoder, self.head):
+            if module.training:
+                module.eval()
         samples = [
             Sample(np.asarray(sequence, np.int64), np.full(len(sequence), SPECIAL, np.uint8)) for sequence in ids
         ]

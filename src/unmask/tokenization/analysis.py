@@ -6,7 +6,7 @@ import re
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Final, Literal
 
 import numpy as np
@@ -49,6 +49,12 @@ class TokenFormatter:
         # The ids of a vocabulary may have holes, and a model can predict one.
         self._holes = frozenset(range(tokenizer.size)) - {*self._special, *tokenizer.regular_token_ids.tolist()}
         self._has_byte_tokens = falls_back_to_bytes(tokenizer_json)
+
+    @staticmethod
+    @lru_cache(maxsize=8)
+    def of(tokenizer: Tokenizer) -> TokenFormatter:
+        """Return the formatter of a tokenizer. It is made once: reading tokenizer.json takes milliseconds."""
+        return TokenFormatter(tokenizer)
 
     def read(self, id: int) -> TokenText:
         """Return a token as text, or ⟨no token 57⟩ for an id of the vocabulary without a token.
@@ -179,7 +185,7 @@ def measure_tokenizer(tokenizer: Tokenizer, texts: Iterable[str], rule: WordsRul
 
 def list_tokens(tokenizer: Tokenizer, text: str, rule: WordsRule, *, is_prompt: bool) -> list[TokenInfo]:
     """Return the tokens of a text; with `is_prompt`, "[MASK]" is the special token instead of plain text."""
-    encoded, formatter = tokenizer.encode(text, rule, specials_in_text=is_prompt), TokenFormatter(tokenizer)
+    encoded, formatter = tokenizer.encode(text, rule, specials_in_text=is_prompt), TokenFormatter.of(tokenizer)
     return [
         TokenInfo(
             id,
