@@ -26,7 +26,7 @@ import torch
 from unmask.core.distributed import init_distributed, load_warning
 from unmask.core.version import __version__
 from unmask.data.sources import open_source
-from unmask.training.estimate import measure
+from unmask.training.estimate.probe import measure
 from unmask.training.loop import Callback, TrainState, train
 from unmask.training.plan import due, make_plan
 from unmask.training.recipe import load_recipe

@@ -14,16 +14,13 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from unmask.checks.bench import BenchedModel, BenchReport, Row, bench, first_characters
 from unmask.checks.bench.peer import NOT_INSTALLED, blocks_of, rows_of
 from unmask.checks.bench.timing import ROUNDS, in_turns, repeated
-from unmask.checks.bench.work import BenchedRecipe, masked_sentences, muon_flops, open_recipe
+from unmask.checks.bench.work import BenchedRecipe, masked_sentences, open_recipe
 from unmask.cli import main
 from unmask.core.errors import RecipeError, TextError
-from unmask.training.optim import Optimizer, OptimizerConfig, orthogonalize
 
 SMALL = """\
 [data]
@@ -164,34 +161,6 @@ def test_a_text_that_is_too_short_is_named(
 
 
 # Counting -----------------------------------------------------------------------------------------------------------
-
-
-@given(st.integers(1, 24), st.integers(1, 24))
-def test_the_flops_of_muon_are_those_that_torch_counts(rows: int, columns: int) -> None:
-    with FlopCounterMode(display=False) as counter:
-        orthogonalize(torch.ones(1, rows, columns), bf16=False)
-    assert muon_flops_of(torch.ones(rows, columns), "muon") == counter.get_total_flops()
-    assert muon_flops_of(torch.ones(rows, columns), "adamw") == 0
-
-
-def muon_flops_of(matrix: torch.Tensor, kind: str) -> float:
-    """The FLOPs per step of an optimizer whose module has one matrix for Muon."""
-
-    class Part(nn.Module):
-        def __init__(self, *matrices: torch.Tensor) -> None:
-            super().__init__()
-            self.weights = nn.ParameterList(nn.Parameter(one) for one in matrices)
-            self.bias = nn.Parameter(torch.zeros(2))
-
-        def matrix_parameters(self) -> list[nn.Parameter]:
-            return list(self.weights)
-
-        def position_parameters(self) -> list[nn.Parameter]:
-            return []
-
-    module = nn.ModuleDict({"encoder": Part(matrix), "head": Part()})
-    module.encoder, module.head = module["encoder"], module["head"]
-    return muon_flops(Optimizer(module, OptimizerConfig(kind=kind)), module)  # type: ignore[arg-type]
 
 
 def test_flops_per_token_count_model_and_optimizer(small: BenchedRecipe) -> None:

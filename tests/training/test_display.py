@@ -69,6 +69,8 @@ def run(display: Display, preview: list[PreviewLine]) -> None:
     """Calls a display as pretrain does."""
     for fraction in (0.0, 0.4, 1.0):
         display.progress("reading the text", fraction)
+    for fraction in (0.0, 0.5, 1.0):
+        display.probe(fraction, 4.0)
     display.message("documents are separated by blank lines")
     display.estimate(ESTIMATE)
     display.sample("the cat sat down", TOKENS)
@@ -144,6 +146,7 @@ def test_a_pipe_gets_lines_without_escape_codes() -> None:
     for part in ("20%", "loss 3.500", "accuracy 30.0%", "8,000 tokens/s", "46% of matmul rate", "lr 1.00e-03"):
         assert part in line
     assert line.endswith("elapsed 4.0 s  ETA 19 s")
+    assert text.count("probe: timing steps, validation and saving, at most 4.0 s") == 1
     assert text.count("reading the text") == 2, "a short task has a line at its start and one at its end"
     assert "unigram baseline 3.31: the loss is 0.9 nats below it" in text
     assert "(estimate 14 s)" in text
@@ -171,6 +174,22 @@ def test_a_terminal_of_eighty_columns_holds_every_line(preview: list[PreviewLine
     assert all(len(line.replace("\x1b[?25h", "").replace("\x1b[?25l", "").lstrip("\r")) <= 80 for line in printed)
     for part in ("1,482,240 parameters", "63 epochs", "memorize", "500 steps, 2.05M tokens", "actual", "[MASK]"):
         assert part in text
+
+
+def test_a_terminal_shows_a_bar_and_then_a_line_of_the_probe() -> None:
+    stream = io.StringIO()
+    display = LiveDisplay(Console(file=stream, width=100, height=30, force_terminal=True, color_system=None))
+    display.probe(0.0, 4.0)
+    assert "━" not in stream.getvalue() and "─" * 30 in stream.getvalue()
+    display.probe(1.0, 4.0)
+    assert "at most 4.0 s  0.0 s" in stream.getvalue(), "the line with the time that it took"
+
+
+def test_a_step_larger_than_the_text_is_noted() -> None:
+    small = replace(ESTIMATE, epochs=(1000.0, 2.2))
+    (note,) = [note for note in estimate_notes(small) if "repeats" in note]
+    assert note.startswith("a step of stage 0 has 4,096 tokens, more than the text with 1,229")
+    assert note.endswith('--set "stage.0.batch_size=307 tokens"')
 
 
 def test_a_narrower_terminal_keeps_no_ghost_of_the_bar() -> None:

@@ -7,6 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load, save
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from unmask.core.config import shipped_recipes
 from unmask.core.errors import RecipeError, RunError
@@ -14,6 +15,7 @@ from unmask.models import EncoderConfig, build_model, build_pair
 from unmask.models.annotated import TutorialConfig
 from unmask.models.bert import BertConfig
 from unmask.models.modernbert import ModernBertConfig
+from unmask.models.neomme import NeoMMEConfig
 from unmask.objectives.sentence_pairs import BertPretrainingConfig
 from unmask.training.optim import Optimizer, OptimizerConfig, orthogonalize, update_scale
 from unmask.training.recipe import load_recipe
@@ -29,6 +31,7 @@ def _one_thread() -> Iterator[None]:
 
 
 MODERN = ModernBertConfig(num_hidden_layers=2, hidden_size=32, num_attention_heads=2, intermediate_size=48)
+NEOMME = NeoMMEConfig(num_hidden_layers=2, hidden_size=32, num_attention_heads=2, head_dim=16, intermediate_size=48)
 TUTORIAL = TutorialConfig(num_hidden_layers=2, hidden_size=32, num_attention_heads=2, intermediate_size=48)
 
 
@@ -63,13 +66,25 @@ def test_a_zero_gradient_gives_a_zero_step():
     assert not orthogonalize(torch.zeros(2, 8, 8), bf16=False).any()
 
 
-def test_muon_matches_torch():
+@pytest.mark.parametrize("per_head", [False, True])
+def test_muon_matches_torch(per_head: bool):
+    """Per head, torch optimizes views of the rows of each head, which share memory with the matrix."""
     module, reference_module = build_module(), build_module()
-    config = OptimizerConfig(weight_decay=0.1)
+    config = OptimizerConfig(weight_decay=0.1, muon_per_head=per_head)
     optimizer = Optimizer(module, config, bf16=True)
     names = [name for name, kind in optimizer.algorithms().items() if kind == "muon"]
+    matrices = {name: p for name, p in reference_module.named_parameters() if name in names}
+    heads = {
+        name: MODERN.num_attention_heads
+        if per_head and any(f"attention.{kind}." in name for kind in ("query", "key", "value"))
+        else 1
+        for name in matrices
+    }
+    parts = {
+        name: [nn.Parameter(rows) for rows in matrix.detach().chunk(heads[name])] for name, matrix in matrices.items()
+    }
     reference = torch.optim.Muon(
-        [p for name, p in reference_module.named_parameters() if name in names],
+        [part for rows in parts.values() for part in rows],
         lr=config.muon_lr * 0.5,
         weight_decay=0.1,
         momentum=config.momentum,
@@ -78,6 +93,10 @@ def test_muon_matches_torch():
     for seed in range(3):
         give_gradients(module, seed)
         give_gradients(reference_module, seed)
+        for name, matrix in matrices.items():
+            assert matrix.grad is not None
+            for part, rows in zip(parts[name], matrix.grad.chunk(heads[name]), strict=True):
+                part.grad = rows
         optimizer.step(0.5)
         reference.step()
     before, after, expected = weights(build_module()), weights(module), weights(reference_module)
@@ -86,6 +105,25 @@ def test_muon_matches_torch():
         # bfloat16, summed in another order
         assert (update - expected_update).norm() <= 0.02 * expected_update.norm(), name
         assert expected_update.norm() > 0.01
+
+
+@pytest.mark.parametrize("per_head", [False, True])
+@pytest.mark.parametrize("shape", [MODERN, TUTORIAL, NEOMME], ids=["modernbert", "tutorial", "neomme"])
+def test_flops_are_those_that_torch_counts(shape: EncoderConfig, per_head: bool):
+    module = build_module(shape)
+    give_gradients(module, 0)
+    optimizer = Optimizer(module, OptimizerConfig(muon_per_head=per_head))
+    with FlopCounterMode(display=False) as counter:
+        optimizer.step(1.0)
+    assert counter.get_total_flops() == optimizer.flops > 0
+    assert Optimizer(module, OptimizerConfig(kind="adamw")).flops == 0
+
+
+def test_orthogonalizing_per_head_costs_less():
+    def flops(per_head: bool) -> int:
+        return Optimizer(build_module(), OptimizerConfig(muon_per_head=per_head)).flops
+
+    assert flops(per_head=True) < 0.8 * flops(per_head=False)
 
 
 def test_one_rate_fits_all_shapes():

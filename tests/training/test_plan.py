@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from itertools import pairwise
 
@@ -11,7 +12,18 @@ from hypothesis import strategies as st
 
 from unmask.core.errors import RecipeError
 from unmask.core.quantities import Fraction, Quantity
-from unmask.training.plan import EveryConfig, Measured, Plan, StageConfig, due, extend_plan, limit_validation, make_plan
+from unmask.training.plan import (
+    EveryConfig,
+    Measured,
+    Plan,
+    StageConfig,
+    describe_deviation,
+    due,
+    extend_plan,
+    limit_validation,
+    make_plan,
+    tenth,
+)
 
 EVERY = EveryConfig()
 TWO = (
@@ -194,3 +206,58 @@ def test_validations_by_the_clock_are_kept_with_a_note() -> None:
     assert kept == every and "each validation takes 5 s" in note
     assert limit_validation(every, Quantity.parse("300 s"), Measured((0.1, 0.5), 1.0, 0.0)) == (every, "")
     assert limit_validation(EveryConfig(), Quantity.parse("300 steps"), Measured((0.1, 0.5), 50.0, 0.0))[1] == ""
+
+
+@given(st.integers(5, 60), st.floats(0.01, 0.4), st.floats(0.0, 0.5), st.floats(0.0, 0.3), st.booleans())
+def test_a_short_budget_is_used_up_also_with_one_stage(
+    seconds: int, step: float, validate_seconds: float, save_seconds: float, two: bool
+) -> None:
+    stages = TWO if two else (StageConfig(batch_size=Quantity(1000, "tokens")),)
+    measured = Measured((step, 2 * step)[: len(stages)], validate_seconds, save_seconds)
+    budget = Quantity(seconds, "seconds")
+    every, _ = limit_validation(EVERY, budget, measured)
+    made = make_plan(stages, budget, every, [100_000] * len(stages), measured)
+    longest = 4 * step + validate_seconds + save_seconds
+    assert seconds - longest <= made.seconds <= seconds + longest
+    assert made.training_seconds(made.steps) == pytest.approx(made.seconds - made.overhead_seconds)
+    assert made.training_seconds(0) == 0
+
+
+@pytest.mark.parametrize(
+    ("measured", "message", "hint"),
+    [
+        (Measured((0.5, 0.5), 30.0, 1.0), "too short for one validation, which takes about 30 s", "held_out.max_size"),
+        (Measured((20.0, 9.0), 1.0, 1.0), "too short for one step of each stage, which take about 37 s", "batch_size"),
+    ],
+)
+def test_a_budget_too_short_for_a_validation_or_a_step(measured: Measured, message: str, hint: str) -> None:
+    with pytest.raises(RecipeError, match=f"the budget of 20 s is {message}") as caught:
+        make_plan(TWO, Quantity.parse("20 s"), EVERY, [1, 1], measured)
+    assert hint in caught.value.hint
+    enough = re.search(r'at least "(.*?)"', caught.value.hint)
+    assert enough
+    budget = Quantity.parse(enough[1])
+    every, _ = limit_validation(EveryConfig(save=Fraction(1.0)), budget, measured)
+    assert make_plan(TWO, budget, every, [1, 1], measured).steps >= 2
+    assert make_plan(TWO, Quantity.parse("20 steps"), EVERY, [1, 1], measured).steps == 20, "only seconds can be short"
+
+
+@given(st.floats(0.1, 5.0))
+def test_a_wrong_plan_is_reported_with_the_command_that_prolongs_it(ratio: float) -> None:
+    made = plan("300 s")
+    step = tenth(made)
+    assert made.progress(step) == pytest.approx(0.1, abs=0.01)
+    training = made.training_seconds(made.steps)
+    message = describe_deviation(made, step, ratio * made.training_seconds(step), "runs/notes")
+    expected = ratio * training + made.overhead_seconds
+    assert bool(message) == (abs(expected - made.seconds) > 0.15 * made.seconds)
+    if not message:
+        return
+    if ratio > 1:
+        assert "slower than its plan" in message and "Ctrl-C" in message and "--budget" not in message
+        return
+    found = re.search(r'unmask pretrain --resume runs/notes --budget "(\+\d+ steps)"', message)
+    assert found and "faster than its plan" in message
+    longer = extend_plan(made, Quantity.parse(found[1], relative=True), every=EVERY, epoch_tokens=100_000)
+    actual = ratio * longer.training_seconds(longer.steps) + longer.overhead_seconds
+    assert actual == pytest.approx(made.seconds, rel=0.1), "the prolonged run takes the time of the first plan"

@@ -48,6 +48,12 @@ class EncoderModule(nn.Module):
         """Yield the weight matrices that Muon optimizes: those of the blocks, without the embeddings."""
         yield from _matrices(self.blocks)
 
+    def head_matrices(self) -> Iterator[Tensor]:
+        """Yield the matrices of queries, keys and values: their rows belong to heads of `settings.head_width` rows."""
+        for name, parameter in self.blocks.named_parameters():
+            if parameter.ndim == 2 and name.split(".")[-2] in ("query", "key", "value"):
+                yield parameter
+
     def position_parameters(self) -> Iterator[Tensor]:
         """Yield the learned position embeddings. Their learning rate can be scaled separately."""
         yield from ()

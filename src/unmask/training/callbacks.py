@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import shlex
 import traceback
@@ -20,11 +21,14 @@ from unmask.evaluation.validation import Validation
 from unmask.training import checkpoint
 from unmask.training.display import Display, Preview, Summary, build_preview
 from unmask.training.estimate import CostEstimate
+from unmask.training.estimate.memory import MemoryLimit
 from unmask.training.loggers import JsonlLogger, MetricLoggers, plain, read_log
 from unmask.training.loop import Callback, LogCallback, MetricAccumulator, Signals, StopReason, TrainState, train
-from unmask.training.plan import Plan, always, due
+from unmask.training.plan import Plan, always, describe_deviation, due, tenth
 from unmask.training.recipe import Recipe
 from unmask.training.setup import RunComponents, as_model, validate
+
+_log = logging.getLogger("unmask")
 
 
 @dataclass(frozen=True)
@@ -48,6 +52,7 @@ def run_training(run: PreparedRun, state: TrainState, display: Display, signals:
     recipe, plan, every = run.recipe, run.plan, run.recipe.train.every
     tokens_before, seconds_before, early = state.tokens, state.training_seconds, ""
     callbacks = RunCallbacks(run, display)
+    first_tenth, memory = tenth(plan), MemoryLimit(run.estimate.memory_bytes, run.components.context)
     display.train_start(plan, state, run.estimate.flops_per_token, run.estimate.flops_per_second)
     with _resume_hint(run.folder), _crash_file(run.folder):
         callbacks.open()
@@ -60,6 +65,8 @@ def run_training(run: PreparedRun, state: TrainState, display: Display, signals:
                 state,
                 [
                     Callback(always, display.step),
+                    Callback(always, memory.check),
+                    Callback(lambda step, seconds: step == first_tenth, callbacks.compare_with_plan),
                     Callback(due(every.validate, plan), callbacks.validate),
                     Callback(due(every.save, plan), callbacks.save),
                 ],
@@ -151,6 +158,13 @@ class RunCallbacks:
             line = _training_line(state, metrics)
             self._write(state.step, line)
             self._display.logged(state.step, line)
+
+    def compare_with_plan(self, state: TrainState) -> None:
+        """Warns if the time of the steps so far shows that a plan made of seconds is wrong."""
+        if self._run.recipe.train.budget.unit == "seconds":
+            run = shlex.quote(str(self._run.folder))
+            if message := describe_deviation(self._run.plan, state.step, state.training_seconds, run):
+                _log.warning(message)
 
     def validate(self, state: TrainState) -> None:
         """Validates the model and saves it if it is the best so far."""

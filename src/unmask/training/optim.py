@@ -41,6 +41,8 @@ class OptimizerConfig:
     # Factor on `lr` for learned position embeddings, whose gradients are noisy.
     position_embedding_lr_scale: float = 1.0
     muon_lr: float = 0.02  # Peak learning rate of Muon: the spectral norm of a square matrix's update.
+    # Whether Muon orthogonalizes the queries, keys and values of each head separately (arXiv 2602.15763).
+    muon_per_head: bool = True
     # Decoupled weight decay, multiplied by the learning rate. Not for norms and biases, and not with adam.
     weight_decay: float = 0.01
     momentum: float = 0.95  # Nesterov momentum of Muon.
@@ -145,18 +147,23 @@ def update_scale(rows: int, columns: int) -> float:
 class Muon:
     """Orthogonalized Nesterov momentum, kept in float32.
 
-    Matrices of the same shape are stacked and orthogonalized together by batched matrix products.
+    Matrices of the same shape are stacked and orthogonalized together by batched matrix products. A matrix whose rows
+    are divided into heads is orthogonalized head by head, which costs less: a product of K x D matrices of one head
+    has D / K times fewer operations.
     """
 
-    def __init__(self, parameters: Mapping[str, nn.Parameter], config: OptimizerConfig, *, bf16: bool) -> None:
+    def __init__(
+        self, parameters: Mapping[str, nn.Parameter], rows: Mapping[str, int], config: OptimizerConfig, *, bf16: bool
+    ) -> None:
+        """Creates the state of matrices by name; `rows` are the rows of each that are orthogonalized together."""
         self._config = config
         self._bf16 = bf16
-        self._stacks: dict[torch.Size, dict[str, nn.Parameter]] = {}
+        self._stacks: dict[tuple[int, int, int], dict[str, nn.Parameter]] = {}  # by shape and rows of a block
         for name, parameter in parameters.items():
-            self._stacks.setdefault(parameter.shape, {})[name] = parameter
+            self._stacks.setdefault((*parameter.shape, rows[name]), {})[name] = parameter
         self._momentum = {
-            shape: torch.stack([torch.zeros_like(parameter, dtype=torch.float32) for parameter in stack.values()])
-            for shape, stack in self._stacks.items()
+            key: torch.stack([torch.zeros_like(parameter, dtype=torch.float32) for parameter in stack.values()])
+            for key, stack in self._stacks.items()
         }
 
     @torch.no_grad()
@@ -164,21 +171,31 @@ class Muon:
         """Updates the matrices with the learning rate muon_lr * lr_factor. A missing gradient counts as zero."""
         config = self._config
         lr = config.muon_lr * lr_factor
-        for shape, stack in self._stacks.items():
+        for key, stack in self._stacks.items():
+            _, columns, rows = key
             parameters = list(stack.values())
             grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
             gradient_NRC = torch.stack(grads).float()
-            momentum_NRC = self._momentum[shape]
+            momentum_NRC = self._momentum[key]
             momentum_NRC.lerp_(gradient_NRC, 1 - config.momentum)
             nesterov_NRC = gradient_NRC.lerp_(momentum_NRC, config.momentum)
-            update_NRC = orthogonalize(nesterov_NRC, bf16=self._bf16)
+            update_NRC = orthogonalize(nesterov_NRC.view(-1, rows, columns), bf16=self._bf16).view_as(nesterov_NRC)
             for parameter, update_RC in zip(parameters, update_NRC, strict=True):
-                parameter.mul_(1 - lr * config.weight_decay).add_(update_RC, alpha=-lr * update_scale(*shape))
+                parameter.mul_(1 - lr * config.weight_decay).add_(update_RC, alpha=-lr * update_scale(rows, columns))
+
+    @property
+    def flops(self) -> int:
+        """FLOPs of the Newton-Schulz iterations in one step: products of r x c, r x r and r x r by r x c, r <= c."""
+        total = 0
+        for (all_rows, columns, rows), stack in self._stacks.items():
+            r, c = sorted((rows, columns))
+            total += len(stack) * (all_rows // rows) * ITERATIONS * (4 * r * r * c + 2 * r**3)
+        return total
 
     def state(self) -> Iterator[tuple[str, Tensor]]:
         """Yields name and momentum of each matrix; the tensors are views."""
-        for shape, stack in self._stacks.items():
-            for name, momentum in zip(stack, self._momentum[shape].unbind(), strict=True):
+        for key, stack in self._stacks.items():
+            for name, momentum in zip(stack, self._momentum[key].unbind(), strict=True):
                 yield f"{name}.momentum", momentum
 
 
@@ -202,7 +219,12 @@ class Optimizer:
         position_embeddings = {id(parameter) for parameter in encoder.position_parameters()}
         named = {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
         muon_parameters = {name: p for name, p in named.items() if config.kind == "muon" and id(p) in matrices}
-        self._muon = Muon(muon_parameters, config, bf16=bf16)
+        head_matrices = {id(parameter) for parameter in encoder.head_matrices()} if config.muon_per_head else set()
+        rows = {
+            name: encoder.settings.head_width if id(parameter) in head_matrices else len(parameter)
+            for name, parameter in muon_parameters.items()
+        }
+        self._muon = Muon(muon_parameters, rows, config, bf16=bf16)
         self._parameters = list(named.values())
         self._adam_parameters = {name: parameter for name, parameter in named.items() if name not in muon_parameters}
         assert self._adam_parameters, "a model has embeddings, norms or biases"
@@ -244,6 +266,11 @@ class Optimizer:
         """Deletes all gradients."""
         for parameter in self._parameters:
             parameter.grad = None
+
+    @property
+    def flops(self) -> int:
+        """FLOPs of the matrix products in one step: those of Muon."""
+        return self._muon.flops
 
     def algorithms(self) -> dict[str, Literal["muon", "adam"]]:
         """Returns the algorithm that optimizes each parameter, by parameter name."""

@@ -8,10 +8,12 @@ from dataclasses import dataclass, replace
 from itertools import accumulate, pairwise
 
 from unmask.core.errors import RecipeError
+from unmask.core.format import duration
 from unmask.core.quantities import Fraction, Quantity
 
 BUDGET_UNITS = ("seconds", "steps", "tokens", "epochs")
 _MAX_VALIDATION_FRACTION = 0.2  # of a budget in seconds
+_MAX_DEVIATION = 0.15  # of the planned seconds, without a message
 MIN_SEQ_LEN = 3  # [CLS], one token, [SEP]
 
 
@@ -85,6 +87,10 @@ class Plan:
         """Expected seconds, including validation and saving; 0 if nothing was measured."""
         return sum(stage.steps * stage.seconds_per_step for stage in self.stages) + self.overhead_seconds
 
+    def training_seconds(self, step: int) -> float:
+        """Returns the expected seconds of the first `step` steps, without validation and saving."""
+        return sum(min(max(step - stage.first_step, 0), stage.steps) * stage.seconds_per_step for stage in self.stages)
+
     def stage_at(self, step: int) -> int:
         """Returns the number of the stage that contains a step."""
         for number, stage in enumerate(self.stages):
@@ -100,12 +106,22 @@ class Plan:
 
 
 @dataclass(frozen=True)
+class MeasuredMemory:
+    """Memory that some steps of each stage needed."""
+
+    peak_bytes: int  # of the process, or of its tensors on CUDA; without the copies of the probe
+    steps: tuple[int, ...]  # of each stage
+    sizes_vary: bool  # whether steps have different numbers of tokens
+
+
+@dataclass(frozen=True)
 class Measured:
-    """Measured seconds per step of each stage, per validation and per save."""
+    """Measured seconds per step of each stage, per validation and per save, and the memory of the process."""
 
     step_seconds: tuple[float, ...]
-    validate_seconds: float = 0.0
+    validate_seconds: float = 0.0  # mean over the planned tokens
     save_seconds: float = 0.0
+    memory: MeasuredMemory | None = None  # None: not measured
 
 
 def make_plan(
@@ -125,7 +141,8 @@ def make_plan(
         measured: Measured times. They determine the plan if the budget is in seconds; else they only predict the time.
 
     Raises:
-        RecipeError: a stage is never reached, or the budget is too small for one step of each stage.
+        RecipeError: a stage is never reached, or the budget is too small for one step of each stage, or for one
+            validation.
     """
     check_stages(stages)
     check_budget(budget)
@@ -144,6 +161,7 @@ def make_plan(
                 rate * seconds for rate, seconds in zip(steps_per_token, measured.step_seconds, strict=True)
             )
             step_seconds = seconds_per_token / sum(steps_per_token)
+            _check_seconds(budget, len(stages) * step_seconds, measured)
             steps = _steps_within(budget.number, step_seconds, lambda n, s: _overhead(n, s, periodic))
         tokens = steps / sum(steps_per_token)
     exact_boundaries = [0.0, *accumulate(tokens * rate for rate in steps_per_token)]
@@ -243,6 +261,40 @@ def extend_plan(plan: Plan, budget: Quantity, *, every: EveryConfig, epoch_token
     )
 
 
+def tenth(plan: Plan) -> int:
+    """Returns the step after which a tenth of the planned tokens is processed."""
+    return _step_at(plan, 0.1)
+
+
+def describe_deviation(plan: Plan, step: int, training_seconds: float, run: str) -> str:
+    """Compares the training time of the first steps with the plan.
+
+    Args:
+        plan: Plan with measured times.
+        step: Number of steps so far.
+        training_seconds: Seconds that these steps took, without validation and saving.
+        run: Directory of the run, quoted for a shell.
+
+    Returns:
+        A message if the run would end more than 15 % earlier or later than planned, else "". If earlier, it names the
+        command that prolongs the run.
+    """
+    ratio = training_seconds / max(plan.training_seconds(step), 1e-9)
+    expected = plan.training_seconds(plan.steps) * ratio + plan.overhead_seconds
+    if abs(expected - plan.seconds) <= _MAX_DEVIATION * plan.seconds:
+        return ""
+    times = f"it will end after about {duration(expected)} instead of {duration(plan.seconds)}"
+    if expected > plan.seconds:
+        return f"the run is slower than its plan: {times}; Ctrl-C stops it earlier and saves a checkpoint"
+    left = plan.seconds - expected
+    share = 1 - plan.overhead_seconds / plan.seconds  # of training
+    steps = round(share * left / (ratio * plan.stages[-1].seconds_per_step))
+    return (
+        f"the run is faster than its plan: {times}; when it has ended, prolong it by {duration(left)}: "
+        f'unmask pretrain --resume {run} --budget "+{max(1, steps)} steps"'
+    )
+
+
 def check_budget(budget: Quantity, where: str = "") -> None:
     """Checks the unit of a budget.
 
@@ -255,6 +307,31 @@ def check_budget(budget: Quantity, where: str = "") -> None:
             location=where,
             hint='write for example "10 min", "500 steps", "2M tokens" or "3 epochs"',
         )
+
+
+def _check_seconds(budget: Quantity, steps: float, measured: Measured) -> None:
+    """Checks that a budget in seconds is enough for one step of each stage, one validation and one checkpoint.
+
+    `steps` are the seconds of as many steps as there are stages.
+
+    Raises:
+        RecipeError: it isn't; the error names a budget that is.
+    """
+    validation = measured.validate_seconds
+    least = steps + validation + measured.save_seconds
+    if budget.number >= least:
+        return
+    if validation >= steps:
+        what = f"one validation, which takes about {duration(validation)}"
+        hint = ", or validate on less text: --set data.held_out.max_size"
+    else:
+        what = f"one step of each stage, which take about {duration(steps)}"
+        hint = ", or choose a smaller batch_size or a smaller recipe: unmask recipe list"
+    raise RecipeError(
+        f"the budget of {budget} is too short for {what}",
+        location="train.budget",
+        hint=f'increase the budget to at least "{math.ceil(1.2 * least)} s"{hint}',
+    )
 
 
 def check_stages(stages: Sequence[StageConfig]) -> None:

@@ -42,7 +42,9 @@ from unmask.training.environment import (
     reopen_valid,
     write_environment,
 )
-from unmask.training.estimate import CostEstimate, check_free_space, estimate_cost, measure
+from unmask.training.estimate import CostEstimate, check_free_space, estimate_cost
+from unmask.training.estimate.memory import check_memory
+from unmask.training.estimate.probe import measure
 from unmask.training.loggers import check_installed, discard_after
 from unmask.training.loop import Signals, TrainState
 from unmask.training.plan import Measured, Plan, check_budget, extend_plan, limit_validation, make_plan
@@ -132,12 +134,9 @@ def launch(
         check_unknown(recipe, source, corpus)
         recipe = adapt_to_corpus(recipe, corpus, explicit)
         recipe = with_vocab_size(recipe, corpus.tokenizer, start)
+        check_memory(recipe, recipe.init.vocab_size or corpus.tokenizer.size, context)
         components = build_components(recipe, source, corpus, context, valid_sources=valid, warm_start=start)
-        measured = measure(recipe, components)
-        recipe = _with_affordable_validation(recipe, measured)
-        epoch_tokens = [loader.epoch_tokens for loader in components.loaders]
-        plan = make_plan(recipe.stage, recipe.train.budget, recipe.train.every, epoch_tokens, measured)
-        estimate = estimate_cost(recipe, plan, components)
+        recipe, plan, estimate = _make_plan(recipe, components, display, None if options.dry_run else run)
         if context.is_main_process:
             display.estimate(estimate)
             display.sample(*first_sample(recipe, components))
@@ -180,6 +179,21 @@ def _init_context(recipe: Recipe, run: Path, *, dry_run: bool) -> DistributedCon
     if context.is_main_process and not dry_run:
         files.check_writable(run)
     return context
+
+
+def _make_plan(
+    recipe: Recipe, components: RunComponents, display: Display, run: Path | None
+) -> tuple[Recipe, Plan, CostEstimate]:
+    """Measures a run; returns its recipe with affordable validations, its plan and its cost.
+
+    `run` is its directory, next to which a checkpoint is written and deleted again; None writes it elsewhere.
+    """
+    folder = None if run is None else next(parent for parent in run.absolute().parents if parent.is_dir())
+    measured = measure(recipe, components, on_probe=display.probe, folder=folder)
+    recipe = _with_affordable_validation(recipe, measured)
+    epoch_tokens = [loader.epoch_tokens for loader in components.loaders]
+    plan = make_plan(recipe.stage, recipe.train.budget, recipe.train.every, epoch_tokens, measured)
+    return recipe, plan, estimate_cost(recipe, plan, components, measured.memory)
 
 
 def _with_affordable_validation(recipe: Recipe, measured: Measured) -> Recipe:

@@ -10,8 +10,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
 
-from torch import nn
-
 from unmask.checks.bench.timing import Work, repeated
 from unmask.core.distributed import DistributedContext, init_distributed, matmul_rate
 from unmask.core.errors import RecipeError
@@ -23,7 +21,6 @@ from unmask.models.fill_mask import MASK, fill
 from unmask.models.model import Model
 from unmask.objectives.sentence_pairs import BertPretrainingConfig
 from unmask.training.loop import Callback, TrainState, train
-from unmask.training.optim import ITERATIONS, Optimizer
 from unmask.training.plan import Plan, StageConfig, StagePlan, always
 from unmask.training.pretrain import with_start_and_paths
 from unmask.training.recipe import Recipe, explicit_keys, load_recipe
@@ -81,7 +78,7 @@ class BenchedRecipe:
     @property
     def optimizer_flops(self) -> float:
         """FLOPs of the optimizer's matrix products per step."""
-        return muon_flops(self.components.training.optimizer, self.components.training.module)
+        return float(self.components.training.optimizer.flops)
 
     def batches(self, count: int) -> list[Batch]:
         """Return the batches of the first steps of the stage."""
@@ -155,19 +152,6 @@ def _longest(stages: Sequence[StageConfig]) -> int:
     ends = [0.0, *(stage.until.fraction for stage in stages)]
     shares = [end - begin for begin, end in itertools.pairwise(ends)]
     return shares.index(max(shares))
-
-
-def muon_flops(optimizer: Optimizer, module: nn.Module) -> float:
-    """Return the FLOPs of the Newton-Schulz iterations in one step; 0 without Muon.
-
-    Each iteration on an R × C matrix with R <= C multiplies R×C by C×R, R×R by R×R, and R×R by R×C.
-    """
-    algorithms, flops = optimizer.algorithms(), 0
-    for name, parameter in module.named_parameters():
-        if algorithms.get(name) == "muon":
-            rows, columns = sorted(parameter.shape)
-            flops += ITERATIONS * (4 * rows * rows * columns + 2 * rows**3)
-    return float(flops)
 
 
 # Work -----------------------------------------------------------------------------------------------------------------

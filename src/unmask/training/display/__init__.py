@@ -205,6 +205,9 @@ class Display:
     def progress(self, what: str, fraction: float) -> None:
         """Shows the progress, from 0 to 1, of a task before training: reading, training the tokenizer, ..."""
 
+    def probe(self, fraction: float, seconds: float) -> None:
+        """Shows the progress, from 0 to 1, of the probe, which takes at most `seconds`."""
+
     def estimate(self, estimate: CostEstimate) -> None:
         """Shows size and estimated cost of the run, before its first step."""
 

@@ -34,6 +34,7 @@ from unmask.training.display.text import (
     matmul_text,
     pair_line,
     pair_text,
+    probe_line,
     set_lines,
     stage_rows,
     unigram_line,
@@ -91,6 +92,10 @@ class LiveDisplay(Display):
             self._print(Text.assemble((what, "dim"), (f"  {duration(now - started)}", "dim")))
         elif now >= self._next_update:
             self._draw(Text.assemble(f"{what}  ", *self._bar(fraction), f"  {fraction:.0%}"), now)
+
+    def probe(self, fraction: float, seconds: float) -> None:
+        """Draws a bar while the probe runs, and prints a line with its time at the end."""
+        self.progress(probe_line(seconds), fraction)
 
     def estimate(self, estimate: CostEstimate) -> None:
         """Prints size and cost of the run, its stages, and notes."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -22,6 +23,7 @@ from unmask.training.display.text import (
     matmul_text,
     pair_line,
     pair_text,
+    probe_line,
     set_lines,
     stage_rows,
     unigram_line,
@@ -87,6 +89,12 @@ class PlainDisplay(Display):
             return
         self._progress = (what, now if fraction < 1.0 else float("inf"))
         self._write(f"{what}  {fraction:.0%}")
+
+    def probe(self, fraction: float, seconds: float) -> None:
+        """Writes one line when the probe starts."""
+        if self._progress[0] != probe_line(seconds):
+            self._progress = (probe_line(seconds), math.inf)
+            self._write(probe_line(seconds))
 
     def estimate(self, estimate: CostEstimate) -> None:
         """Writes labels and values, one per line, then the stages."""

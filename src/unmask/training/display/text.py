@@ -24,6 +24,11 @@ MASK = "[MASK]"
 # Before training ------------------------------------------------------------------------------------------------------
 
 
+def probe_line(seconds: float) -> str:
+    """Describes the probe, which takes at most `seconds`."""
+    return f"probe: timing steps, validation and saving, at most {duration(seconds)}"
+
+
 def estimate_rows(estimate: CostEstimate) -> list[tuple[str, str]]:
     """Returns size and cost of a run as (label, value)."""
     plan = estimate.plan
@@ -64,6 +69,14 @@ def estimate_notes(estimate: CostEstimate) -> list[str]:
         )
     if fewest < 1:
         notes.append("less than one epoch: part of the text is not used; increase the budget to use all of it")
+    for index, (stage, passes) in enumerate(zip(estimate.plan.stages, estimate.epochs, strict=True)):
+        text = stage.steps * stage.batch_tokens / passes
+        if stage.batch_tokens > text:
+            notes.append(
+                f"a step of stage {index} has {count(stage.batch_tokens)} tokens, more than the text with "
+                f"{count(text)}, so it repeats sequences: add text, or use smaller steps: "
+                f'--set "stage.{index}.batch_size={max(1, int(text) // 4)} tokens"'
+            )
     if estimate.patience:
         notes.append(
             f"the run stops after {estimate.patience} validations without improvement"
@@ -147,7 +160,7 @@ class Comparison(NamedTuple):
 
 def comparison_rows(summary: Summary, plan: Plan | None) -> list[Comparison]:
     """Returns the results of a run, compared with its plan."""
-    planned_training = sum(stage.steps * stage.seconds_per_step for stage in plan.stages) if plan else 0.0
+    planned_training = plan.training_seconds(plan.steps) if plan else 0.0
     planned_speed = f"{plan.tokens / planned_training:,.0f}" if plan and planned_training else ""
     rows = [
         Comparison("steps", f"{plan.steps:,}" if plan else "", f"{summary.steps:,}"),
@@ -218,10 +231,7 @@ class Pace:
         """Returns the planned seconds until a step; the fraction of the planned tokens if no time was measured."""
         if not self.plan.seconds:
             return self.plan.progress(step)
-        training = sum(
-            min(max(step - stage.first_step, 0), stage.steps) * stage.seconds_per_step for stage in self.plan.stages
-        )
-        return training + self.plan.overhead_seconds * step / self.plan.steps
+        return self.plan.training_seconds(step) + self.plan.overhead_seconds * step / self.plan.steps
 
 
 def matmul_text(fraction: float) -> str:

@@ -1,26 +1,22 @@
-"""Cost of a run, measured and computed before it starts: time, memory, disk, floating-point operations."""
+"""Cost of a run, known before it starts: time, memory, disk, floating-point operations."""
 
 from __future__ import annotations
 
-import copy
 import shutil
-import tempfile
-import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 from unmask.core.distributed import matmul_rate
 from unmask.core.errors import StoreError
 from unmask.core.files import wrap_os_errors
 from unmask.core.format import size
-from unmask.models import EncoderConfig, flops_per_token, products
-from unmask.training import checkpoint
-from unmask.training.loop import EMA, Callback, StopReason, TrainLoopInputs, TrainState, train
-from unmask.training.optim import Optimizer, describe_decay
-from unmask.training.plan import Measured, Plan, StageConfig, StagePlan, always
+from unmask.models import flops_per_token, products
+from unmask.training.estimate.memory import forecast_bytes
+from unmask.training.optim import describe_decay
+from unmask.training.plan import MeasuredMemory, Plan
 from unmask.training.recipe import Recipe
-from unmask.training.setup import RunComponents, as_model, validate
+from unmask.training.setup import RunComponents
 
 
 @dataclass(frozen=True)
@@ -48,93 +44,13 @@ class CostEstimate:
     checkpoint_bytes: int = 0  # disk space of one checkpoint
 
 
-@dataclass(frozen=True)
-class ProbeEffort:
-    """Number of steps to time per stage. Slow steps end the probe earlier."""
-
-    warm_up: int
-    steps: int
-
-
-FULL, QUICK = ProbeEffort(2, 24), ProbeEffort(1, 3)
-"""FULL if the number of steps depends on the result (a budget in seconds), else QUICK."""
-_PROBE_SECONDS = 2.5  # per stage
-
-
-# Measuring ------------------------------------------------------------------------------------------------------------
-
-
-def measure(recipe: Recipe, components: RunComponents) -> Measured:
-    """Measures seconds per step of each stage, per validation and per save.
-
-    Real steps are timed, on copies of the weights and with a fresh optimizer. The run itself is not changed: batches
-    are functions of the cursor, so reading them changes no state.
-    """
-    training = components.training
-    module = copy.deepcopy(training.module)
-    trial = replace(
-        training,
-        module=module,
-        optimizer=Optimizer(module, recipe.optimizer, bf16=training.context.precision == "bfloat16"),
-        ema=EMA(module, training.ema.decay) if training.ema else None,
-    )
-    effort = FULL if recipe.train.budget.unit == "seconds" else QUICK
-    step_seconds = [measure_step_time(trial, number, stage, effort) for number, stage in enumerate(recipe.stage)]
-    with tempfile.TemporaryDirectory() as folder:
-        validate_seconds = _seconds(lambda: _validate(recipe, components, trial, Path(folder)))
-        model = as_model(recipe, components, trial.eval_module, TrainState())
-        save_seconds = _seconds(
-            lambda: checkpoint.save(Path(folder), model, trial, TrainState(), recipe.train.keep_last)
-        )
-    # All ranks must make the same plan, so the times are averaged over ranks.
-    context = training.context
-    *steps, validation, save = [
-        seconds / context.ranks for seconds in context.sum([*step_seconds, validate_seconds, save_seconds])
-    ]
-    return Measured(tuple(steps), validation, save)
-
-
-def measure_step_time(trial: TrainLoopInputs, number: int, stage: StageConfig, effort: ProbeEffort) -> float:
-    """Returns the median seconds of a training step of a stage, after a warm-up."""
-    plan = Plan((StagePlan(stage.max_seq_len, stage.batch_tokens, 0, effort.warm_up + effort.steps, 0.0),))
-    times: list[float] = []
-    last = time.perf_counter()
-
-    def record(state: TrainState) -> None:
-        nonlocal last
-        now = time.perf_counter()
-        times.append(now - last)
-        last = now
-
-    def stop_requested() -> StopReason | None:
-        measured = times[effort.warm_up :]
-        return StopReason.TERMINATED if measured and sum(measured) > _PROBE_SECONDS else None
-
-    one_stage = replace(trial, loaders=[trial.loaders[number]])
-    train(one_stage, plan, TrainState(), [Callback(always, record)], stop_requested=stop_requested)
-    measured = sorted(times[effort.warm_up :] or times)
-    return measured[len(measured) // 2]
-
-
-def _validate(recipe: Recipe, components: RunComponents, trial: TrainLoopInputs, folder: Path) -> None:
-    """Validates once and saves the best model, as if every validation improved on all before it."""
-    validate(components, trial.eval_module, 0)
-    if recipe.train.keep_best and trial.context.is_main_process:
-        model = as_model(recipe, components, trial.eval_module, TrainState())
-        checkpoint.save_best(folder, model, trial.eval_module.parts)
-
-
-def _seconds(work: Callable[[], object]) -> float:
-    begin = time.perf_counter()
-    work()
-    return time.perf_counter() - begin
-
-
 # Computing ------------------------------------------------------------------------------------------------------------
 
 
-def estimate_cost(recipe: Recipe, plan: Plan, components: RunComponents) -> CostEstimate:
-    """Returns the expected cost of a plan on this device."""
+def estimate_cost(
+    recipe: Recipe, plan: Plan, components: RunComponents, measured: MeasuredMemory | None = None
+) -> CostEstimate:
+    """Returns the expected cost of a plan on this device. Without measured memory, the memory is computed."""
     train_corpus, context = components.corpus.train, components.context
     masked_fraction, parameters = recipe.objective.masked_fraction, components.num_parameters
     micro_tokens = round(recipe.train.micro_batch_size.number)
@@ -157,14 +73,7 @@ def estimate_cost(recipe: Recipe, plan: Plan, components: RunComponents) -> Cost
         epochs=tuple(n / loader.epoch_tokens for n, loader in zip(stage_tokens, components.loaders, strict=True)),
         texts_seen=_texts_seen(plan, components),
         flops_per_second=matmul_rate(shapes, context),
-        memory_bytes=memory_bytes(
-            recipe.model,
-            components.vocab_size,
-            parameters,
-            micro_tokens=min(micro_tokens, max(stage.batch_tokens for stage in plan.stages)),
-            masked_fraction=masked_fraction,
-            has_ema=has_ema,
-        ),
+        memory_bytes=forecast_bytes(recipe, plan, components.vocab_size, context, measured),
         disk_bytes=disk_bytes(
             parameters,
             recipe.train.keep_last,
@@ -199,25 +108,6 @@ def _describe_optimizer(recipe: Recipe, components: RunComponents) -> str:
     if not muon:
         return recipe.optimizer.kind
     return f"Muon for {muon} matrices, AdamW for the other {len(algorithms) - muon} tensors"
-
-
-def memory_bytes(
-    model: EncoderConfig,
-    vocab_size: int,
-    parameters: int,
-    *,
-    micro_tokens: int,
-    masked_fraction: float,
-    has_ema: bool = False,
-) -> int:
-    """Returns a rough estimate of the memory.
-
-    It counts weights, their average, gradients, optimizer state, and the activations and logits of one micro-batch.
-    """
-    # 34 float32 numbers per token, layer and hidden dimension.
-    activations = micro_tokens * model.num_hidden_layers * model.hidden_size * 34 * 4
-    logits = int(micro_tokens * masked_fraction) * vocab_size * 4 * 3
-    return parameters * 4 * (4 + has_ema) + activations + logits
 
 
 def disk_bytes(
