@@ -52,8 +52,8 @@ RecipeName = Annotated[str, typer.Option(help="Recipe with the settings: a shipp
 Budget = Annotated[
     str | None,
     typer.Option(
-        help='Length of training: "300 s", "120 steps", "2M tokens", "3 epochs". Seconds cover training, validation and '
-        "saving; reading the text, training the tokenizer and a probe of at most a tenth of them come on top.",
+        help='Length of training: "300 s", "120 steps", "2M tokens", "3 epochs". Seconds cover training, validation '
+        "and saving; reading the text, training the tokenizer and a probe of at most a tenth of them come on top.",
         show_default="the recipe's",
     ),
 ]

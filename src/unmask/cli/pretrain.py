@@ -57,7 +57,11 @@ unmask demo --budget "60 s" --out runs/short
 
 RecipeOption = Annotated[
     str | None,
-    typer.Option("--recipe", help="Recipe: a shipped name or a TOML file.", show_default="tiny; with --from: continue"),
+    typer.Option(
+        "--recipe",
+        help="Recipe: a shipped name or a TOML file.",
+        show_default="tiny; with a time as --budget: auto; with --from: continue",
+    ),
 ]
 RunFolder = Annotated[
     Path | None, typer.Option("--out", help="Folder of the run; it must not exist.", show_default="runs/RECIPE-N")

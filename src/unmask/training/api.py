@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import os
 import sys
@@ -15,6 +16,7 @@ from unmask.core.errors import RecipeError, RunError
 from unmask.core.files import RunLayout
 from unmask.core.format import duration
 from unmask.core.keywords import python_words, setting_texts
+from unmask.core.quantities import Quantity
 from unmask.data.inputs import Texts, list_texts
 from unmask.data.settings import DocumentRule, ErrorsRule
 from unmask.models.model import Model, load
@@ -79,8 +81,8 @@ def pretrain(texts: Texts, *, dry_run: bool = False, **options: Unpack[PretrainO
             least one of them can't be a path: it has line breaks, or spaces and no file has that name.
         dry_run: Estimate the cost, write nothing, and raise no error for an existing `out`; returns None.
         **options: Keywords, all optional.
-            recipe: name of a shipped recipe, path of a TOML file, or a Recipe; default "tiny", or "continue" with
-            `start`.
+            recipe: name of a shipped recipe, path of a TOML file, or a Recipe; default "tiny"; with a budget in
+            seconds "auto", which chooses the size of the model; with `start` "continue".
             budget: "300 s", "120 steps", "2M tokens" or "3 epochs"; default: the budget of the recipe.
             out: directory of the run; default: runs/RECIPE-N with an unused number.
             exist_ok: what to do if `out` exists: "resume" continues the same run and returns a finished one, "new"
@@ -149,7 +151,7 @@ def resume(
 def run_pretraining(texts: Texts, *, dry_run: bool = False, **options: Unpack[PretrainOptions]) -> Result:
     """Start a run, as `pretrain` does, and return its result."""
     start = _warm_start(options.get("start"), options.get("extend_vocabulary"))
-    recipe = options.get("recipe") or ("continue" if start else "tiny")
+    recipe = options.get("recipe") or _default_recipe(start, options.get("budget"))
     overrides = {key: options.get(name) for name, key in _KEYS.items()}
     if valid := options.get("valid"):
         overrides["data.valid"] = Override({name: str(path) for name, path in valid.items()}, "--valid")
@@ -186,6 +188,16 @@ def run_pretraining(texts: Texts, *, dry_run: bool = False, **options: Unpack[Pr
         start=start,
         options=LaunchOptions(dry_run=dry_run, verify=verify),
     )
+
+
+def _default_recipe(start: WarmStart | None, budget: str | None) -> str:
+    """Returns the recipe of a run that names none: for a time, one that chooses the size of the model."""
+    if start:
+        return "continue"
+    with contextlib.suppress(RecipeError):  # an invalid budget is reported when the recipe is loaded
+        if budget and Quantity.parse(budget).unit == "seconds":
+            return "auto"
+    return "tiny"
 
 
 def _warm_start(start: str | Path | WarmStart | None, extend_vocabulary: int | None) -> WarmStart | None:

@@ -40,7 +40,7 @@ class OptimizerConfig:
     lr: float = 3e-3  # Peak learning rate of AdamW and Adam.
     # Factor on `lr` for learned position embeddings, whose gradients are noisy.
     position_embedding_lr_scale: float = 1.0
-    muon_lr: float = 0.02  # Peak learning rate of Muon: the spectral norm of a square matrix's update.
+    muon_lr: float = 0.014  # Peak learning rate of Muon: the spectral norm of a square matrix's update.
     # Whether Muon orthogonalizes the queries, keys and values of each head separately (arXiv 2602.15763).
     muon_per_head: bool = True
     # Decoupled weight decay, multiplied by the learning rate. Not for norms and biases, and not with adam.
@@ -160,7 +160,8 @@ class Muon:
         self._bf16 = bf16
         self._stacks: dict[tuple[int, int, int], dict[str, nn.Parameter]] = {}  # by shape and rows of a block
         for name, parameter in parameters.items():
-            self._stacks.setdefault((*parameter.shape, rows[name]), {})[name] = parameter
+            key = (*cast("tuple[int, int]", tuple(parameter.shape)), rows[name])
+            self._stacks.setdefault(key, {})[name] = parameter
         self._momentum = {
             key: torch.stack([torch.zeros_like(parameter, dtype=torch.float32) for parameter in stack.values()])
             for key, stack in self._stacks.items()

@@ -44,6 +44,7 @@ from unmask.training.environment import (
 )
 from unmask.training.estimate import CostEstimate, check_free_space, estimate_cost
 from unmask.training.estimate.memory import check_memory
+from unmask.training.estimate.model_size import choose_model_size
 from unmask.training.estimate.probe import measure
 from unmask.training.loggers import check_installed, discard_after
 from unmask.training.loop import Signals, TrainState
@@ -133,6 +134,7 @@ def launch(
         corpus = prepare_corpus(recipe, source, display.progress, verify=verify, shrinks=shrinks)
         check_unknown(recipe, source, corpus)
         recipe = adapt_to_corpus(recipe, corpus, explicit)
+        recipe = choose_model_size(recipe, corpus, context, explicit)
         recipe = with_vocab_size(recipe, corpus.tokenizer, start)
         check_memory(recipe, recipe.init.vocab_size or corpus.tokenizer.size, context)
         components = build_components(recipe, source, corpus, context, valid_sources=valid, warm_start=start)

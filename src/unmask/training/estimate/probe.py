@@ -17,7 +17,9 @@ from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
 
-from unmask.core.quantities import Quantity
+from unmask.core.distributed import DistributedContext
+from unmask.core.quantities import Fraction, Quantity
+from unmask.data.prepare import TokenizedCorpus
 from unmask.evaluation.masked_lm import EvalSet, evaluate
 from unmask.training import checkpoint
 from unmask.training.estimate.memory import peak_bytes, training_bytes
@@ -25,7 +27,7 @@ from unmask.training.loop import EMA, Callback, StopReason, TrainLoopInputs, Tra
 from unmask.training.optim import Optimizer
 from unmask.training.plan import Measured, MeasuredMemory, Plan, StageConfig, StagePlan, always
 from unmask.training.recipe import Recipe
-from unmask.training.setup import RunComponents, as_model, validate
+from unmask.training.setup import RunComponents, as_model, build_loaders, build_train_module, validate
 
 ProbeCallback = Callable[[float, float], None]
 """Is called with the fraction of the probe that is done, from 0 to 1, and the seconds that the probe takes at most."""
@@ -53,6 +55,7 @@ _SWEEP = 16  # trial steps cover the progress of a run in so many parts, because
 _STRIDE = 5  # coprime to _SWEEP
 _CHUNK_SECONDS = 0.4  # of consecutive steps of one stage
 _TRIM = 0.2  # fraction of the fastest and of the slowest steps that is left out
+_SIZE_STEPS, _SIZE_FRACTION = (2, 8), 0.02  # steps of a model's warm-up and measurement; fraction of a budget
 _BYTES_PER_SECOND = 2e8  # of writing a checkpoint, if none is written by the probe
 
 
@@ -116,6 +119,26 @@ def measure(
         save_seconds,
         memory=probe.measure_memory(before),
     )
+
+
+def measure_token_seconds(recipe: Recipe, corpus: TokenizedCorpus, context: DistributedContext) -> float:
+    """Returns the median seconds per token of some steps of the first stage, after a warm-up of two steps."""
+    stage = replace(recipe.stage[0], until=Fraction(1.0))
+    recipe = replace(recipe, stage=(stage,))
+    module, objective = build_train_module(recipe, corpus, context, None)
+    trial = TrainLoopInputs(
+        module=module,
+        objective=objective,
+        loaders=build_loaders(recipe, corpus, None),
+        optimizer=Optimizer(module, recipe.optimizer, bf16=context.precision == "bfloat16"),
+        lr_factor=_zero,
+        context=context,
+        seed=recipe.seed,
+    )
+    timer, tokens = _StageTimer(stage, trial), stage.batch_tokens
+    timer.run(tokens, _SIZE_STEPS[0])
+    times = sorted(timer.run(tokens, _SIZE_STEPS[1], _SIZE_FRACTION * recipe.train.budget.number))
+    return times[len(times) // 2] / tokens
 
 
 def _fractions(recipe: Recipe) -> list[float]:
