@@ -40,7 +40,7 @@ SHAPES = [
     SMALL,
     NeoMMEConfig(  # a factor as wide as the hidden states, a key for each query, windows in all layers but the last
         num_hidden_layers=4, hidden_size=32, embedding_rank=32, num_attention_heads=2, num_key_value_heads=2,
-        head_dim=16, intermediate_size=40, sliding_window=20, tie_word_embeddings=False, global_rope_theta=5000.0,
+        head_dim=16, intermediate_size=40, sliding_window=20, global_rope_theta=5000.0,
     ),
     NeoMMEConfig(  # no windows, heads that are wider in total than the hidden states
         num_hidden_layers=2, hidden_size=24, embedding_rank=8, num_attention_heads=4, num_key_value_heads=2,
@@ -119,7 +119,7 @@ def test_transformers_loads_a_saved_model_with_equal_logits(shape: NeoMMEConfig,
     "settings",
     [
         {},
-        {"num_key_value_heads": 4, "tie_word_embeddings": False},
+        {"num_key_value_heads": 4},
         {"layer_types": ["full_attention", "sliding_attention", "full_attention", "sliding_attention"] * 3},
         {"num_hidden_layers": 3, "per_layer_config": {0: {"sliding_window": 2}, 2: {"sliding_window": None}}},
     ],
@@ -212,7 +212,7 @@ def test_the_head_of_a_copy_uses_the_projection_of_the_copy():
 
 
 def test_muon_optimizes_the_matrices_but_not_the_tables():
-    for shape, extra in ((SMALL, 1), (SHAPES[1], 2)):
+    for shape, extra in ((SMALL, 1), (SHAPES[1], 1)):
         encoder, head = build_model(shape, VOCABULARY)
         matrices = [*encoder.matrix_parameters(), *head.matrix_parameters()]
         assert len(matrices) == 7 * shape.num_hidden_layers + extra
@@ -284,11 +284,11 @@ def test_unsupported_keys_are_named(change: dict[str, Any], named: str):
     assert refused.value.hint
 
 
-def test_the_defaults_of_transformers_are_used_for_missing_keys():
-    shape = from_hf_config({"model_type": "neomme", "patch_size": 1})
-    assert isinstance(shape, NeoMMEConfig)
-    assert (shape.num_hidden_layers, shape.hidden_size, shape.embedding_rank, shape.head_dim) == (17, 1024, 256, 64)
-    assert shape.windows[:6] == [256, 1024, 256, 1024, 256, None] and shape.windows[-1] is None
+def test_a_missing_key_is_refused_by_name():
+    complete = to_hf_config(SMALL, VOCABULARY, {"pad_token_id": 0})
+    for key in ("hidden_size", "head_dim", "layer_types", "patch_size"):
+        with pytest.raises(ModelError, match=f"missing {key}"):
+            from_hf_config({name: value for name, value in complete.items() if name != key})
 
 
 @pytest.mark.parametrize(

@@ -149,16 +149,13 @@ def test_folders_of_transformers_are_imported(model_class: str, run: Path, tmp_p
     assert all(torch.equal(after[name], tensor) for name, tensor in kept.items())
 
 
-def test_one_untied_matrix_of_the_head_is_kept_as_in_transformers(run: Path, tmp_path: Path) -> None:
+def test_an_untied_matrix_of_the_head_is_refused(run: Path, tmp_path: Path) -> None:
     folder = hf_folder(run, tmp_path / "hf", "NeoMMEForMaskedLM")
     tensors = load_file(folder / "model.safetensors")
     decoder = tensors["model.embed_tokens.word_embeddings.weight"] + 1
     save_file(tensors | {"lm_head.weight": decoder}, folder / "model.safetensors", {"format": "pt"})
-    opened = open_model(folder)
-    assert not opened.settings.tie_word_embeddings  # pyright: ignore[reportAttributeAccessIssue]
-    head = opened.head.state_dict()
-    assert torch.equal(head["decoder"], decoder)
-    assert torch.equal(head["projection.weight"], tensors["model.embed_tokens.embedding_projection.weight"])
+    with pytest.raises(ModelError, match=r"lm_head\.weight differs from the embedding"):
+        open_model(folder)
 
 
 def test_a_model_for_images_is_refused(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -382,7 +382,9 @@ def export_model(
 
 
 def import_model(
-    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="BERT, RoBERTa, XLM-R or ModernBERT folder.")],
+    folder: Annotated[
+        Path, typer.Argument(metavar="FOLDER", help="BERT, RoBERTa, XLM-R, ModernBERT or NeoMME folder.")
+    ],
     out: OutputPath,
     force: Force = False,
     seed: Annotated[int, typer.Option(help="Random seed for the weights of heads that FOLDER lacks.")] = 0,

@@ -418,6 +418,12 @@ def untie_if_different(tensors: Mapping[str, Tensor], settings: Settings) -> tup
     ]
     if not different:
         return settings, []
+    if isinstance(settings, NeoMMEConfig):
+        raise ModelError(
+            f"{different[0]} differs from the embedding: NeoMME is supported with tied embeddings only",
+            location="model.safetensors",
+            hint="use a NeoMME model without it, or a model of `unmask pretrain`",
+        )
     note = f"kept the decoder untied: {different[0]} differs from the embedding, although config.json ties them"
     return replace(settings, tie_word_embeddings=False), [note]
 

@@ -33,7 +33,7 @@ def build_model(settings: EncoderConfig, vocab_size: int) -> tuple[EncoderModule
         return encoder, BertHead(settings, vocab_size)
     if isinstance(settings, NeoMMEConfig):
         encoder = NeoMMEEncoder(settings, vocab_size)
-        return encoder, NeoMMEHead(settings, encoder)
+        return encoder, NeoMMEHead(encoder)
     return TutorialEncoder(settings, vocab_size), TutorialHead(settings, vocab_size)
 
 

@@ -1,10 +1,8 @@
 """NeoMME for text, with the same weights as NeoMMEForMaskedLM of `transformers` (models/neomme/modeling_neomme.py).
 
 The token embedding is factorized (ALBERT, arXiv 1909.11942), and the head uses both of its factors again. No norm has a
-scale. A block mixes the embedding into the input of its attention. Attention has grouped keys and values, normalized
-queries and keys, partial rotary embedding and a sigmoid gate. It subtracts part of each token's own value from the
-output. The first and the last layer with global attention add an embedding of the token to its value. The
-feed-forward network has a squared ReLU. The patch embedding of NeoMME, for images, is not used.
+scale. A block mixes the embedding into the input of its attention, and the first and the last layer with global
+attention add an embedding of the token to its value. The patch embedding of NeoMME, for images, is not used.
 """
 
 from __future__ import annotations
@@ -12,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Final, Literal, cast
+from typing import Any, Final, Literal
 
 import torch
 import torch.nn.functional as F
@@ -57,24 +55,18 @@ class NeoMMEConfig:
     norm_eps: float = 1e-6  # Constant that is added to the mean square in each norm.
     initializer_range: float = 0.02  # Standard deviation of the initial weights of linear maps.
     attention_dropout: float = 0.0  # Dropout on attention weights; above 0, attention uses the padded backend.
-    tie_word_embeddings: bool = True  # Whether the head uses both matrices of the token embedding.
 
     def __post_init__(self) -> None:
         require(self, *_SIZES, *_PATTERN, min=1)
-        if self.num_attention_heads % self.num_key_value_heads:
-            raise RecipeError(
-                f"num_attention_heads = {self.num_attention_heads} is not divisible by num_key_value_heads = "
-                f"{self.num_key_value_heads}",
-                location="num_key_value_heads",
-                hint=f"set it to a divisor of {self.num_attention_heads}, such as 1",
-            )
+        heads = self.num_attention_heads
+        for name, is_valid, expected in (
+            ("num_key_value_heads", heads % self.num_key_value_heads == 0, f"a divisor of {heads} heads"),
+            ("head_dim", self.head_dim % 16 == 0, "a multiple of 16, such as 64"),
+        ):
+            if not is_valid:
+                got = f"invalid {name}: got {getattr(self, name)}, expected {expected}"
+                raise RecipeError(got, location=name, hint=f"set it to {expected}")
         require(self, "global_rope_theta", "local_rope_theta", above=0, below=math.inf)
-        if self.head_dim % 16:
-            raise RecipeError(
-                f"invalid head_dim: got {self.head_dim}, expected a multiple of 16",
-                location="head_dim",
-                hint="set it to a multiple of 16, such as 64",
-            )
         require(self, "norm_eps", "initializer_range", above=0, below=math.inf)
         require(self, "attention_dropout", min=0, below=1)
 
@@ -123,11 +115,7 @@ class NeoMMEAttention(nn.Module):
         self._window = None if window is None else 2 * window
 
     def forward(
-        self,
-        hidden_TD: Float[Tensor, "T D"],
-        plan: AttentionPlan,
-        cos_sin: tuple[Tensor, Tensor],
-        value_TE: Float[Tensor, "T E"] | None,
+        self, hidden_TD: Tensor, plan: AttentionPlan, cos_sin: tuple[Tensor, Tensor], value_TE: Tensor | None
     ) -> Float[Tensor, "T D"]:
         """Return the attention output. `value_TE` is the value embedding of each token, or None in other layers."""
         settings = self._settings
@@ -162,16 +150,11 @@ class NeoMMEBlock(nn.Module):
         self._eps, self._multiplier = settings.norm_eps, settings.residual_multiplier
 
     def forward(
-        self,
-        hidden_TD: Float[Tensor, "T D"],
-        embedding_TD: Float[Tensor, "T D"],
-        plan: AttentionPlan,
-        cos_sin: tuple[Tensor, Tensor],
-        value_TE: Float[Tensor, "T E"] | None,
+        self, hidden_TD: Float[Tensor, "T D"], embedding_TD: Float[Tensor, "T D"], *attention_inputs: Any
     ) -> Float[Tensor, "T D"]:
-        """Return the hidden states after the block."""
+        """Return the hidden states after the block; `attention_inputs` are those of NeoMMEAttention."""
         mixed_TD = self.lambdas[0] * hidden_TD + self.lambdas[1] * embedding_TD
-        attended_TD = self.attention(rms_norm(mixed_TD, self._eps), plan, cos_sin, value_TE)
+        attended_TD = self.attention(rms_norm(mixed_TD, self._eps), *attention_inputs)
         hidden_TD = hidden_TD + self._multiplier * attended_TD
         return hidden_TD + self._multiplier * self.mlp(rms_norm(hidden_TD, self._eps))
 
@@ -222,22 +205,12 @@ class NeoMMEEncoder(EncoderModule):
 
 
 class NeoMMEHead(HeadModule):
-    """Projection to `embedding_rank` and decoder, without biases. Both are those of the encoder if tied."""
+    """Projection to `embedding_rank` and decoder: both matrices of the encoder's token embedding, without biases."""
 
-    def __init__(self, settings: NeoMMEConfig, encoder: NeoMMEEncoder) -> None:
+    def __init__(self, encoder: NeoMMEEncoder) -> None:
         super().__init__()
-        rank, is_tied = settings.embedding_rank, settings.tie_word_embeddings
-        self.projection = None if is_tied else normal_linear(rank, settings.hidden_size, settings.initializer_range)
-        self.decoder = (
-            None if is_tied else nn.Parameter(normal_linear(rank, encoder.vocab_size, rank**-0.5).weight.detach())
-        )
         # The tuple prevents nn.Module from registering the encoder's matrix a second time.
-        self._projections = (encoder.embedding_projection if self.projection is None else self.projection,)
-
-    def matrix_parameters(self) -> Iterator[Tensor]:
-        """Yield the projection, unless it is the encoder's."""
-        if self.projection is not None:
-            yield self.projection.weight
+        self._projections = (encoder.embedding_projection,)
 
     def features(self, hidden_MD: Float[Tensor, "M D"]) -> Float[Tensor, "M R"]:
         """Return what the decoder maps to logits, of width `embedding_rank`."""
@@ -245,8 +218,7 @@ class NeoMMEHead(HeadModule):
 
     def decoder_parameters(self, token_embedding_VD: Float[Tensor, "V R"]) -> tuple[Tensor, Tensor]:
         """Return weight and bias of the decoder. The bias is 0."""
-        decoder_VR = token_embedding_VD if self.decoder is None else self.decoder
-        return decoder_VR, decoder_VR.new_zeros(len(decoder_VR))
+        return token_embedding_VD, token_embedding_VD.new_zeros(len(token_embedding_VD))
 
 
 # Hugging Face format
@@ -272,29 +244,19 @@ _ENCODER: Final[Mapping[str, str]] = {
     "layers.{layer}.mlp.up_proj.weight": "blocks.{layer}.mlp.input.weight",
     "layers.{layer}.mlp.down_proj.weight": "blocks.{layer}.mlp.output.weight",
 }
-_HEAD: Final = {"lm_head.weight": "decoder", "unembedding_projection.weight": "projection.weight"}
-_TIED: Final = dict(zip(_HEAD, (PREFIX + hf_name for hf_name in _ENCODER), strict=False))  # of the first two there
+_COPIES: Final = ("lm_head.weight", "unembedding_projection.weight")  # of the first two tensors above
 
 # Fields of NeoMMEConfig with the same value in config.json.
 _SIZES: Final = ("num_hidden_layers", "hidden_size", "embedding_rank", "num_attention_heads", "num_key_value_heads",
                  "head_dim", "intermediate_size", "max_position_embeddings")  # fmt: skip
-_FIELDS: Final = (*_SIZES, "norm_eps", "initializer_range", "attention_dropout", "tie_word_embeddings")
-# Fields with the pattern of the layers. transformers reads the first one alone, and layer_types and per_layer_config.
+_FIELDS: Final = (*_SIZES, "norm_eps", "initializer_range", "attention_dropout")
 _PATTERN: Final = ("sliding_window", "long_sliding_window", "global_attn_every_n_layers")
 # Keys of config.json with a single supported value.
 _REQUIRED: Final[Mapping[str, object]] = {
-    "patch_size": 1, "hidden_act": "relu2", "mlp_bias": False, "attention_bias": False, "rope_theta": None,
-    "rope_scaling": None,
+    "patch_size": 1, "hidden_act": "relu2", "mlp_bias": False, "attention_bias": False, "tie_word_embeddings": True,
+    "rope_theta": None, "rope_scaling": None,
 }  # fmt: skip
-# Defaults of keys that a config.json leaves out (configuration_neomme.py, version 5.23).
-_DEFAULTS: Final[Mapping[str, Any]] = {
-    **_REQUIRED, "patch_size": 32, "num_hidden_layers": 17, "hidden_size": 1024, "embedding_rank": 256,
-    "num_attention_heads": 16, "num_key_value_heads": 4, "head_dim": 64, "intermediate_size": 3584,
-    "max_position_embeddings": 16384, "norm_eps": 1e-6, "initializer_range": 0.02, "attention_dropout": 0.0,
-    "tie_word_embeddings": True, "sliding_window": 256, "long_sliding_window": 1024, "global_attn_every_n_layers": 6,
-    "residual_multiplier": None, "layer_types": None, "per_layer_config": None, "rope_parameters": None,
-    "global_rope_theta": 1_000_000.0, "local_rope_theta": 10_000.0,
-}  # fmt: skip
+_LAYERS: Final = ("residual_multiplier", "layer_types", "per_layer_config", "rope_parameters")
 # Layer type in transformers -> field of NeoMMEConfig with its rope_theta, and its partial_rotary_factor.
 _FULL, _SLIDING = "full_attention", "sliding_attention"
 _ROPE: Final = {_FULL: ("global_rope_theta", 0.25), _SLIDING: ("local_rope_theta", 1.0)}
@@ -302,17 +264,16 @@ _ROPE: Final = {_FULL: ("global_rope_theta", 0.25), _SLIDING: ("local_rope_theta
 
 def tied_hf_tensors(settings: NeoMMEConfig) -> Mapping[str, str]:
     """Map the name of each tied copy in `transformers` to the name of the tensor that it copies."""
-    return _TIED if settings.tie_word_embeddings else {}
+    return dict(zip(_COPIES, (PREFIX + hf_name for hf_name in _ENCODER), strict=False))
 
 
 def hf_tensor_names(settings: NeoMMEConfig) -> dict[str, tuple[str, ...]]:
     """Map each tensor name of `transformers` to the name here, which starts with "encoder." or "head."."""
-    head = {} if settings.tie_word_embeddings else _HEAD
     return {
         PREFIX + hf_name.format(layer=layer): (f"encoder.{name.format(layer=layer)}",)
         for hf_name, name in _ENCODER.items()
         for layer in range(settings.num_hidden_layers)
-    } | {hf_name: (f"head.{name}",) for hf_name, name in head.items()}
+    }
 
 
 def image_tensors(settings: NeoMMEConfig) -> dict[str, Tensor]:
@@ -327,10 +288,6 @@ def _layer_types(settings: NeoMMEConfig) -> list[str]:
     return [_FULL if window is None else _SLIDING for window in settings.windows]
 
 
-def _per_layer(settings: NeoMMEConfig) -> list[dict[str, int | None]]:
-    return [{"sliding_window": window} for window in settings.windows]
-
-
 def to_hf_config(settings: NeoMMEConfig, ids: Mapping[str, int | None]) -> dict[str, Any]:
     """Return config.json without vocab_size. `ids` has the key pad_token_id."""
     return {
@@ -339,7 +296,7 @@ def to_hf_config(settings: NeoMMEConfig, ids: Mapping[str, int | None]) -> dict[
         **{name: getattr(settings, name) for name in (*_FIELDS, *_PATTERN, "residual_multiplier")},
         **{key: value for key, value in _REQUIRED.items() if value is not None},
         "layer_types": _layer_types(settings),
-        "per_layer_config": {str(layer): changed for layer, changed in enumerate(_per_layer(settings))},
+        "per_layer_config": {str(layer): {"sliding_window": window} for layer, window in enumerate(settings.windows)},
         "rope_parameters": {
             kind: {"rope_type": "default", "rope_theta": getattr(settings, name), "partial_rotary_factor": part}
             for kind, (name, part) in _ROPE.items()
@@ -355,46 +312,38 @@ def from_hf_config(hf_config: Mapping[str, Any]) -> NeoMMEConfig:
     Raises:
         ModelError: a key has a value that is not supported.
     """
-    values = {**_DEFAULTS, **hf_config}
+    # transformers reads these two keys and doesn't write them.
+    values: dict[str, Any] = {"long_sliding_window": 1024, "global_attn_every_n_layers": 6, **hf_config}
 
     def unsupported(key: str) -> ModelError:
         without = "for text alone (patch_size = 1)" if key == "patch_size" else "without it"
         hint = f"use a NeoMME model {without}, or a model of `unmask pretrain`"
         return ModelError(f"unsupported {key}: {values[key]!r}", location=f"config.json: {key}", hint=hint)
 
-    for key, required in _REQUIRED.items():
-        if values[key] != required:
+    for key in (*_REQUIRED, *_FIELDS, *_PATTERN, *_LAYERS):
+        if values.get(key) is None and _REQUIRED.get(key, "") is not None:
+            raise ModelError(f"missing {key}", location="config.json", hint="save the model with transformers again")
+        if key in _REQUIRED and values.get(key) != _REQUIRED[key]:
             raise unsupported(key)
     thetas: dict[str, Any] = {}
-    for kind, rope in cast("dict[str, Any]", values["rope_parameters"] or {}).items():
-        if kind not in _ROPE or not isinstance(rope, dict):
-            raise unsupported("rope_parameters")
-        name, part = _ROPE[kind]
-        given = {"rope_type": "default", "rope_theta": _DEFAULTS[name], "partial_rotary_factor": part, **rope}
-        theta = given.pop("rope_theta")
-        if given != {"rope_type": "default", "partial_rotary_factor": part} or type(theta) not in (int, float):
+    for kind, (name, part) in _ROPE.items():
+        rope = dict((values["rope_parameters"] or {}).get(kind) or {})
+        theta = rope.pop("rope_theta", None)
+        if rope != {"rope_type": "default", "partial_rotary_factor": part} or type(theta) not in (int, float):
             raise unsupported("rope_parameters")
         thetas[name] = float(theta)
     config = NeoMMEConfig(**{name: values[name] for name in (*_FIELDS, *_PATTERN)}, **thetas)
-    residual = values["residual_multiplier"]
-    if residual is not None and not math.isclose(residual, config.residual_multiplier):
+    if not math.isclose(values["residual_multiplier"], config.residual_multiplier):
         raise unsupported("residual_multiplier")
-    types, layers = cast("list[str] | None", values["layer_types"]), config.num_hidden_layers
-    if types is None:  # the default of transformers
-        types = _layer_types(replace(config, global_attn_every_n_layers=_DEFAULTS["global_attn_every_n_layers"]))
-    intervals = (config.global_attn_every_n_layers, *range(1, layers + 1)) if len(types) == layers else ()
+    intervals = (config.global_attn_every_n_layers, *range(1, config.num_hidden_layers + 1))
     configs = (replace(config, global_attn_every_n_layers=interval) for interval in intervals)
-    matching = [config for config in configs if _layer_types(config) == types]
-    if not matching:
+    config = next((config for config in configs if _layer_types(config) == values["layer_types"]), None)
+    if config is None:
         raise unsupported("layer_types")
-    config = matching[0]
     given = {int(n): changed for n, changed in (values["per_layer_config"] or {}).items()}  # such as "03"
-    if "per_layer_config" not in hf_config:  # the default of transformers; with null, every layer has a window
-        default = replace(config, long_sliding_window=_DEFAULTS["long_sliding_window"])
-        given = dict(enumerate(_per_layer(default)))
-    per_layer = [{"sliding_window": config.sliding_window, **given.pop(n, {})} for n in range(layers)]
+    per_layer = [{"sliding_window": config.sliding_window, **given.pop(n, {})} for n in range(len(config.windows))]
     local = [changed["sliding_window"] for changed in per_layer if changed["sliding_window"] is not None]
     config = replace(config, **dict(zip(("sliding_window", "long_sliding_window"), local, strict=False)))
-    if given or per_layer != _per_layer(config):
+    if given or per_layer != [{"sliding_window": window} for window in config.windows]:
         raise unsupported("per_layer_config")
     return config

@@ -105,8 +105,8 @@ def _describe_owner(run: Path) -> str:
 
 # Formats --------------------------------------------------------------------------------------------------------------
 
-RUN_FORMAT = 2
-"""Number of the file formats of recipe.toml, env.json and state.json. The first format had no number."""
+RUN_FORMAT = 3
+"""Number of the file formats of recipe.toml, env.json and state.json, and of what a step computes."""
 
 
 def require_run_format(run: Path) -> None:

@@ -21,11 +21,11 @@ _log = logging.getLogger("unmask")
 _HEAD_WIDTH = 64
 _SIZES = ((2, 128), (3, 128), (3, 192), (4, 256), (4, 320), (6, 320), (6, 384), (8, 512), (12, 768))
 """Layers and width, in the order of their parameters."""
-_FIRST = (3, 192)  # is measured first
+_FIRST = (3, 128)  # is measured first
 
 # At equal seconds, smaller models have a lower loss until they see about this many tokens per parameter outside the
 # embedding (docs/diary.md, 2026-11-29).
-_TOKENS_PER_PARAMETER = 5.0
+_TOKENS_PER_PARAMETER = 25.0
 _TRAINING = 0.85  # fraction of a budget that is left for training steps
 _FIXED_FLOPS = 8e6  # a token costs as many seconds as so many FLOPs, for work that isn't a matrix product
 _MAX_MEASUREMENTS = 3
