@@ -212,13 +212,13 @@ def test_a_recipe_has_its_plugins() -> None:
     assert again["objective"] == {"kind": "outside_three:Half", "mask_rate": 0.3, "names": []}
     assert again["data"]["sampler"] == {"kind": "outside_three:Starts"}
     assert load_recipe("three.toml", ("objective.names=['a']",)).objective != recipe.objective
-    assert load_recipe("tiny").plugins == [] and load_recipe("tiny").objective.masked_fraction == 0.3
+    assert load_recipe("tiny").plugins == [] and load_recipe("tiny").objective.masked_fraction == 0.4
 
 
 def test_a_changed_kind_drops_settings_of_the_base_recipe(folder: Path) -> None:
     (folder / "above.toml").write_text('extends = "tiny"\n[objective]\nkind = "outside_three:Half"\n')
     objective = load_recipe("above.toml").objective
-    assert isinstance(objective, PluginObjectiveConfig) and objective.settings.mask_rate == 0.3, "what both know stays"
+    assert isinstance(objective, PluginObjectiveConfig) and objective.settings.mask_rate == 0.4, "what both know stays"
     (folder / "back.toml").write_text('extends = "three.toml"\n[objective]\nkind = "mlm"\nmask_unit = "whole-word"\n')
     back = load_recipe("back.toml", ("objective.keep_rate=0.1",)).objective
     assert not isinstance(back, PluginObjectiveConfig) and (back.mask_rate, back.mask_unit) == (0.3, "whole-word")

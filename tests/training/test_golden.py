@@ -31,7 +31,7 @@ RUNS = {
         "data.tokenizer.kind=characters", "data.document=file",
         "model={kind = 'bert', num_hidden_layers = 2, hidden_size = 32}", "model.num_attention_heads=2",
         "model.intermediate_size=64", "optimizer.kind=adamw", "train.precision=float32",
-        "stage=[{max_seq_len = 32, batch_size = '512 tokens'}]",
+        "stage=[{max_seq_len = 32, batch_size = '512 tokens'}]", "objective.mask_rate=0.3",
     ],
 }  # fmt: skip
 
