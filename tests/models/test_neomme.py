@@ -249,6 +249,12 @@ def test_flops_of_a_step_equal_those_that_torch_counts():
     assert 72 * flops_per_token(shape, 50, 24, 0.5) == counter.get_total_flops()
 
 
+def ropes(**change: Any) -> dict[str, Any]:
+    """The rotary settings of a valid config.json, with a change for global attention."""
+    valid = hf_config(SMALL)["rope_parameters"]
+    return valid | {"full_attention": valid["full_attention"] | change}
+
+
 @pytest.mark.parametrize(
     ("change", "named"),
     [
@@ -259,10 +265,11 @@ def test_flops_of_a_step_equal_those_that_torch_counts():
         ({"residual_multiplier": 0.5}, "residual_multiplier"),
         ({"rope_theta": 5.0}, "rope_theta"),
         ({"rope_scaling": {"type": "linear"}}, "rope_scaling"),
-        ({"rope_parameters": {"full_attention": {"rope_type": "yarn"}}}, "rope_parameters"),
-        ({"rope_parameters": {"full_attention": {"partial_rotary_factor": 0.5}}}, "rope_parameters"),
-        ({"rope_parameters": {"full_attention": {"rope_theta": "large"}}}, "rope_parameters"),
-        ({"rope_parameters": {"other": {}}}, "rope_parameters"),
+        ({"tie_word_embeddings": False}, "tie_word_embeddings"),
+        ({"rope_parameters": ropes(rope_type="yarn")}, "rope_parameters"),
+        ({"rope_parameters": ropes(partial_rotary_factor=0.5)}, "rope_parameters"),
+        ({"rope_parameters": ropes(rope_theta="large")}, "rope_parameters"),
+        ({"rope_parameters": {}}, "rope_parameters"),
         ({"layer_types": ["full_attention"] * 4 + ["sliding_attention"]}, "layer_types"),
         ({"layer_types": ["full_attention"]}, "layer_types"),
         ({"per_layer_config": {}}, "per_layer_config"),

@@ -171,7 +171,7 @@ def _rename(hf_tensors: Mapping[str, Tensor], settings: HFModelConfig) -> dict[s
             raise ModelError(
                 f"the decoder is not tied to the token embedding: `{name}` differs from `{other}`",
                 location=name,
-                hint="convert the model with `unmask import FOLDER OUT`, which keeps an untied decoder",
+                hint="convert the model with `unmask import FOLDER OUT`, which keeps an untied decoder (not of NeoMME)",
             )
     tensors: dict[str, Tensor] = {}
     for hf_name, names in hf_names.items():
