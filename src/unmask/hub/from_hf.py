@@ -205,10 +205,7 @@ def _read_weights(folder: Path, settings: EncoderConfig, vocab_size: int) -> Wei
             )
         tensors, notes = read_tensors(folder)
         tensors, rename_notes = rename_tensors(tensors, settings)
-        tied = tied_hf_tensors(settings)
         settings, tie_notes = untie_if_different(tensors, settings)
-        if tie_notes:  # the head of NeoMME has two matrices, and the file may have a copy of one alone
-            tensors = {name: tensors[other] for name, other in tied.items() if other in tensors} | tensors
         encoder, head = build_model(settings, vocab_size)
         tensors, pooler_notes = leave_out_pooler(tensors, settings, _architecture(_read_config(folder)))
         pair = build_pair(settings) if has_pair_head(tensors, settings) else None

@@ -76,7 +76,7 @@ def choose_model_size(
     reason = (
         f"{duration(recipe.train.budget.number)} are about {count(round(tokens[chosen]))} tokens here, "
         f"{tokens[chosen] / parameters:.1f} for each of its {count(parameters)} parameters outside the embedding; "
-        f"models learn most per second with about {_TOKENS_PER_PARAMETER:.0f}"
+        f"a larger one needs {_TOKENS_PER_PARAMETER:.0f} for each"
     )
     _log.info(str(Choice(f"{layers} layers of width {width}", reason, "model.hidden_size=256")))
     return sized
