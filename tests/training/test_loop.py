@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import threading
@@ -18,7 +19,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from unmask.core.distributed import DistributedContext, init_distributed
-from unmask.core.errors import TextError
+from unmask.core.errors import RecipeError, TextError
 from unmask.core.types import WORD_START, Batch, Sample, pack
 from unmask.data.loader import assign_microbatches
 from unmask.models import build_model, build_pair
@@ -74,13 +75,21 @@ class RandomLoader:
 
 
 def after_three_steps(
-    micro_tokens: int, context: DistributedContext, texts: int = 34, *, pairs: bool = False, prefetch: bool = True
+    micro_tokens: int,
+    context: DistributedContext,
+    texts: int = 34,
+    *,
+    pairs: bool = False,
+    prefetch: bool = True,
+    compiled: bool = False,
 ) -> tuple[dict[str, torch.Tensor], TrainState, RandomLoader]:
     torch.manual_seed(3)
     shape = (BertConfig if pairs else ModernBertConfig)(
         num_hidden_layers=2, hidden_size=32, num_attention_heads=2, intermediate_size=48
     )
     encoder, head = build_model(shape, VOCABULARY)
+    if compiled:
+        encoder.compile_blocks()
     objective = MaskedLMObjective(MaskedLMConfig(mask_rate=0.2), 4, np.arange(5, VOCABULARY))
     if pairs:
         objective = BertPretrainingObjective(BertPretrainingConfig(), objective, build_pair(shape))
@@ -113,6 +122,35 @@ def test_accumulation_is_one_step(whole, micro_tokens: int) -> None:
     assert state.metrics.counts == whole[1].metrics.counts
     for name, tensor in tensors.items():
         torch.testing.assert_close(tensor, whole[0][name], rtol=0, atol=2e-6)
+
+
+@pytest.mark.filterwarnings("ignore")  # torch.compile itself warns of deprecated functions of torch
+def test_compiled_blocks_compute_the_same_steps(whole) -> None:
+    try:
+        tensors, state, _ = after_three_steps(400, init_distributed("float32", 1), compiled=True)
+    except RecipeError as error:
+        pytest.skip(str(error))
+    assert state.metrics.sums["loss"] == pytest.approx(whole[1].metrics.sums["loss"], rel=1e-5)
+    assert tensors.keys() == whole[0].keys(), "compiled modules keep the names of their weights"
+    for name, tensor in tensors.items():
+        torch.testing.assert_close(tensor, whole[0][name], rtol=0, atol=2e-6)
+
+
+def test_compilation_without_a_compiler_is_refused(tmp_path: Path) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("the cat sat on the mat. " * 400)
+    command = [sys.executable, "-m", "unmask", "pretrain", str(text), "--out", str(tmp_path / "run"), "--budget",
+               "2 steps", "--set", "train.compile=true"]  # fmt: skip
+    environment = {
+        **os.environ,
+        "CXX": "/no/compiler",
+        "PATH": "",
+        "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "inductor"),
+    }
+    done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=120, env=environment)
+    assert done.returncode == RecipeError.exit_code, done.stderr
+    assert "torch.compile doesn't work here" in done.stderr and "train.compile=false" in done.stderr
+    assert "Traceback" not in done.stderr and not (tmp_path / "run").exists()
 
 
 def on_two_ranks(folder: Path, kind: str) -> list[dict[str, torch.Tensor]]:

@@ -112,6 +112,14 @@ class Batch:
             pair_labels_B=None if labels_B is None else F.pad(labels_B, (0, len(ends))),
         )
 
+    def pinned(self) -> Batch:
+        """Return a copy in page-locked memory."""
+        from torch import Tensor
+
+        return replace(
+            self, **{name: value.pin_memory() for name, value in vars(self).items() if isinstance(value, Tensor)}
+        )
+
     def to(self, device: torch.device | str) -> Batch:
         """Return a copy on another device; the copy is asynchronous if the memory is pinned."""
         if str(device) == "cpu":
@@ -168,6 +176,15 @@ class MaskedBatch:
     labels_M: Int[Tensor, "M"]  # int64: the original ids at these positions
     denominators: Mapping[str, int]  # loss term -> the number by which its sum is divided: {"mlm": M, "pair": B}
     num_maskable: int  # positions that could have been masked: the exact masking rate is M / num_maskable
+
+    def pinned(self) -> MaskedBatch:
+        """Return a copy in page-locked memory."""
+        return replace(
+            self,
+            batch=self.batch.pinned(),
+            positions_M=self.positions_M.pin_memory(),
+            labels_M=self.labels_M.pin_memory(),
+        )
 
     def to(self, device: torch.device | str) -> MaskedBatch:
         """Return a copy on another device."""

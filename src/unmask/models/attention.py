@@ -15,11 +15,11 @@ the sequences of a bucket are usually equally long. Building the bucket is then 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from itertools import accumulate, pairwise
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 import torch.nn.functional as F
@@ -187,6 +187,12 @@ def _half_window(window: int | None, padded: int) -> int | None:
     return None if window is None or padded <= window // 2 + 1 else window // 2
 
 
+def exclude_from_compilation() -> None:
+    """Make torch.compile leave attention out of its graphs, which would be compiled again for each batch layout."""
+    global _attend
+    _attend = cast("Callable[..., Tensor]", torch.compiler.disable(_attend_all))
+
+
 def attention(
     q_THK: Float[Tensor, "T H K"],
     k_THK: Float[Tensor, "T H K"],
@@ -200,6 +206,12 @@ def attention(
     With `window`, token i attends to token j if |i - j| <= window // 2. A window of 128, as in ModernBERT, covers 64
     tokens on each side. Scores are scaled by K ** -0.5.
     """
+    return _attend(q_THK, k_THK, v_THK, plan, window, dropout)
+
+
+def _attend_all(
+    q_THK: Tensor, k_THK: Tensor, v_THK: Tensor, plan: AttentionPlan, window: int | None, dropout: float
+) -> Tensor:
     if plan.backend == "variable-length":
         assert dropout == 0, "variable-length attention has no dropout: pass it to plan_attention()"
         reach = -1 if window is None else window // 2
@@ -212,6 +224,9 @@ def attention(
     parts = list(zip(*(x_THK.split(sizes) for x_THK in (q_THK, k_THK, v_THK)), strict=True))
     outs = [_attend_bucket(parts[number], plan, number, window, dropout) for number in range(len(plan.buckets))]
     return outs[0] if len(outs) == 1 else torch.cat(outs)
+
+
+_attend: Callable[..., Tensor] = _attend_all
 
 
 def _attend_bucket(

@@ -18,7 +18,9 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from unmask.core.errors import RecipeError
 from unmask.core.types import Batch
+from unmask.models.attention import exclude_from_compilation
 
 
 class EncoderModule(nn.Module):
@@ -38,11 +40,32 @@ class EncoderModule(nn.Module):
 
     def forward(self, batch: Batch) -> Float[Tensor, "T D"]:
         """Return one vector per token, in the order of the batch."""
+        if batch.ids_T.device.type != "cpu":  # only a CPU compiles matrix products for each shape
+            return self.encode(batch)
         return self.encode(batch.rounded())[: batch.tokens]
 
     def encode(self, batch: Batch) -> Float[Tensor, "T D"]:
         """Return one vector per token of a batch whose number of tokens is round."""
         raise NotImplementedError
+
+    def compile_blocks(self) -> None:
+        """Compile the blocks with torch.compile when they are first called, for batches of any size.
+
+        Raises:
+            RecipeError: torch finds no compiler.
+        """
+        try:
+            torch.compile(F.gelu)(torch.zeros(8, device=self.token_embedding.device))
+        except Exception as error:  # without a compiler, torch raises errors of several private classes
+            reason = str(error).strip().partition("\n")[0]
+            raise RecipeError(
+                f"torch.compile doesn't work here: {reason}",
+                location="train.compile",
+                hint="install a C++ compiler (on a GPU also triton), or set train.compile=false",
+            ) from error
+        exclude_from_compilation()
+        for block in self.blocks:
+            block.compile(dynamic=True)
 
     def matrix_parameters(self) -> Iterator[Tensor]:
         """Yield the weight matrices that Muon optimizes: those of the blocks, without the embeddings."""

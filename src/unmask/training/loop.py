@@ -302,6 +302,8 @@ def prepare_step(inputs: TrainLoopInputs, plan: Plan, step: int, cursor: int) ->
     batches, after = loader.step(cursor, stage.batch_tokens, inputs.context.rank, inputs.context.ranks)
     progress = plan.progress(step)
     masked = [inputs.objective.corrupt(replace(batch, progress=progress), inputs.seed) for batch in batches]
+    if inputs.context.device.type == "cuda":
+        masked = [batch.pinned() for batch in masked]  # copies to the GPU are asynchronous
     return PreparedStep(masked, after)
 
 
@@ -339,6 +341,15 @@ def _prepared_steps(
 # The loop -------------------------------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
+class StepResult:
+    """Numbers of a step that may still be on the device. Reading them waits until the device has computed them."""
+
+    step: int  # number of the step, counted from 1
+    metrics: Mapping[str, tuple[Tensor, int]]  # metric -> (sum, count)
+    grad_norm: Tensor
+
+
 def train(
     inputs: TrainLoopInputs,
     plan: Plan,
@@ -368,6 +379,7 @@ def train(
     """
     context, begin = inputs.context, time.perf_counter() - state.seconds
     last_run, last_log = [state.seconds] * len(callbacks), state.seconds
+    unread: list[StepResult] = []
     inputs.module.train()
     prefetch = has_free_core(context) if prefetch is None else prefetch
     with contextlib.closing(_prepared_steps(inputs, plan, state, prefetch=prefetch)) as prepared_steps:
@@ -379,24 +391,33 @@ def train(
                 stop, clock, tokens, counts = _agree(inputs, prepared.masked_batches, stop_requested(), clock)
             waited = time.perf_counter() - step_began
 
-            step_metrics = _accumulate_gradients(inputs, state, prepared.masked_batches, counts)
+            metrics = _accumulate_gradients(inputs, state, prepared.masked_batches, counts)
             with state.timed("optimizer"):
-                _optimizer_step(inputs, state, plan.progress(state.step))
+                result = StepResult(state.step + 1, metrics, _optimizer_step(inputs, state, plan.progress(state.step)))
+                # A GPU computes this step while the host reads the numbers of the step before.
+                _read_results(inputs, state, unread)
+                unread = [result]
 
             state.step += 1
             state.cursor = prepared.cursor
             state.tokens += tokens
-            state.metrics.add(_sum_metrics(context, step_metrics))
             state.metrics.tokens += tokens
             state.metrics.seconds += time.perf_counter() - step_began
             state.metrics.data_wait_seconds += waited
             state.seconds = time.perf_counter() - begin
 
-            if log and log.is_due(state.step, clock - last_log):
+            logs = log is not None and log.is_due(state.step, clock - last_log)
+            due = [
+                callback.is_due(state.step, clock - last) for callback, last in zip(callbacks, last_run, strict=True)
+            ]
+            if stop or logs or any(due) or state.step == plan.steps or inputs.context.device.type == "cpu":
+                _read_results(inputs, state, unread)
+                unread = []
+            if log and logs:
                 log.run(state, state.pop_metrics())
                 last_log = clock
             for number, callback in enumerate(callbacks):
-                if callback.is_due(state.step, clock - last_run[number]):
+                if due[number]:
                     callback.run(state)
                     inputs.module.train()
                     state.seconds = time.perf_counter() - begin
@@ -458,35 +479,39 @@ def _accumulate_gradients(
     return metrics
 
 
-def _optimizer_step(inputs: TrainLoopInputs, state: TrainState, progress: float) -> None:
-    """Sums and clips the gradients, updates the weights and their average.
-
-    Raises:
-        RunError: the gradient norm is not finite.
-    """
+def _optimizer_step(inputs: TrainLoopInputs, state: TrainState, progress: float) -> Tensor:
+    """Sums and clips the gradients, updates the weights and their average; returns the norm before clipping."""
     inputs.context.sum_gradients(inputs.module)
-    state.grad_norm = inputs.optimizer.clip()
-    if not math.isfinite(state.grad_norm):  # stop before the weights become NaN; the last checkpoint stays good
-        raise RunError(
-            f"gradient norm is {state.grad_norm} in step {state.step + 1}",
-            location="training",
-            hint="start a new run with lower learning rates, e.g. --set optimizer.lr=1e-3 --set optimizer.muon_lr=0.01",
-        )
+    grad_norm = inputs.optimizer.clip()
     factor = inputs.lr_factor(progress, state.step)
     state.lr = inputs.optimizer.config.lr * factor
     inputs.optimizer.step(factor)
     inputs.optimizer.zero_grad()
     if inputs.ema:
         inputs.ema.update(inputs.module, state.step)
+    return grad_norm
 
 
-def _sum_metrics(
-    context: DistributedContext, metrics: Mapping[str, tuple[Tensor, int]]
-) -> dict[str, tuple[float, int]]:
-    """Sums metrics over all ranks."""
-    names = sorted(metrics)
-    flat = context.sum([number for name in names for number in (float(metrics[name][0]), metrics[name][1])])
-    return {name: (flat[2 * i], int(flat[2 * i + 1])) for i, name in enumerate(names)}
+def _read_results(inputs: TrainLoopInputs, state: TrainState, results: Sequence[StepResult]) -> None:
+    """Adds the results of steps to the state, summed over all ranks.
+
+    Raises:
+        RunError: a gradient norm is not finite. The weights are not saved after it: the last checkpoint stays good.
+    """
+    for result in results:
+        state.grad_norm = float(result.grad_norm)
+        if not math.isfinite(state.grad_norm):
+            raise RunError(
+                f"gradient norm is {state.grad_norm} in step {result.step}",
+                location="training",
+                hint="start a new run with lower learning rates, e.g. --set optimizer.lr=1e-3 "
+                "--set optimizer.muon_lr=0.01",
+            )
+        names = sorted(result.metrics)
+        flat = inputs.context.sum(
+            [number for name in names for number in (float(result.metrics[name][0]), result.metrics[name][1])]
+        )
+        state.metrics.add({name: (flat[2 * i], int(flat[2 * i + 1])) for i, name in enumerate(names)})
 
 
 # Signals --------------------------------------------------------------------------------------------------------------

@@ -248,13 +248,13 @@ class Optimizer:
         for parameter in self._adam_parameters.values():
             self._adam.state[parameter] = _initial_adam_state(parameter)
 
-    def clip(self) -> float:
+    def clip(self) -> Tensor:
         """Scales all gradients so that their common norm is at most `max_grad_norm`; returns the original norm."""
         grads = [parameter.grad for parameter in self._parameters if parameter.grad is not None]
         norm = nn.utils.get_total_norm(grads)
         if math.isfinite(self.config.max_grad_norm):
             nn.utils.clip_grads_with_norm_(self._parameters, self.config.max_grad_norm, norm)
-        return float(norm)
+        return norm
 
     def step(self, lr_factor: float) -> None:
         """Updates the parameters with the peak learning rates times `lr_factor`."""

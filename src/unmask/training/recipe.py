@@ -54,6 +54,9 @@ class TrainConfig:
     device: Device = "auto"  # Device; auto: a CUDA device if there is one, else the CPU. mps is untested.
     # Data type of matrix products; auto: bfloat16 on CUDA and on CPUs with such instructions, else float32.
     precision: Precision = "auto"
+    # Whether the blocks of the encoder are compiled with torch.compile, for GPUs: it takes half a minute, and on a CPU
+    # nothing is gained (docs/diary.md). A resumed run may differ in the last bits.
+    compile: bool = False
     # Number of CPU threads; auto: all cores, divided among the processes of a machine.
     threads: int | Literal["auto"] = "auto"
     keep_last: int = 2  # Number of checkpoints that are kept.

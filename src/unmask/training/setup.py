@@ -244,7 +244,10 @@ def build_train_module(
     if warm_start and warm_start.model.pair is not None and isinstance(objective.modules, SentencePairHead):
         objective.modules.load_state_dict(warm_start.model.pair.state_dict())
     objective.modules.to(context.device)
-    return TrainModule(encoder.to(context.device), head.to(context.device), objective), objective
+    encoder = encoder.to(context.device)
+    if recipe.train.compile:
+        encoder.compile_blocks()
+    return TrainModule(encoder, head.to(context.device), objective), objective
 
 
 def build_objective(recipe: Recipe, tokenizer: Tokenizer, words: WordsRule) -> Objective:
