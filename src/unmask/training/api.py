@@ -82,7 +82,7 @@ def pretrain(texts: Texts, *, dry_run: bool = False, **options: Unpack[PretrainO
         dry_run: Estimate the cost, write nothing, and raise no error for an existing `out`; returns None.
         **options: Keywords, all optional.
             recipe: name of a shipped recipe, path of a TOML file, or a Recipe; default "tiny"; with a budget in
-            seconds "auto", which chooses the size of the model; with `start` "continue".
+            seconds "auto", which chooses model and batches; with `start` "continue".
             budget: "300 s", "120 steps", "2M tokens" or "3 epochs"; default: the budget of the recipe.
             out: directory of the run; default: runs/RECIPE-N with an unused number.
             exist_ok: what to do if `out` exists: "resume" continues the same run and returns a finished one, "new"
@@ -191,7 +191,7 @@ def run_pretraining(texts: Texts, *, dry_run: bool = False, **options: Unpack[Pr
 
 
 def _default_recipe(start: WarmStart | None, budget: str | None) -> str:
-    """Returns the recipe of a run that names none: for a time, one that chooses the size of the model."""
+    """Returns the recipe of a run that names none: for a time, one that fits the model to it."""
     if start:
         return "continue"
     with contextlib.suppress(RecipeError):  # an invalid budget is reported when the recipe is loaded

@@ -43,8 +43,8 @@ from unmask.training.environment import (
     write_environment,
 )
 from unmask.training.estimate import CostEstimate, check_free_space, estimate_cost
+from unmask.training.estimate.from_budget import choose_vocabulary, fit_to_budget
 from unmask.training.estimate.memory import check_memory
-from unmask.training.estimate.model_size import choose_model_size
 from unmask.training.estimate.probe import measure
 from unmask.training.loggers import check_installed, discard_after
 from unmask.training.loop import Signals, TrainState
@@ -131,10 +131,11 @@ def launch(
         context = _init_context(recipe, run, dry_run=options.dry_run)
         verify = options.verify and context.is_main_process
         recipe, source, shrinks = adapt_to_text(recipe, source, explicit)
+        recipe = choose_vocabulary(recipe, context, explicit)
         corpus = prepare_corpus(recipe, source, display.progress, verify=verify, shrinks=shrinks)
         check_unknown(recipe, source, corpus)
+        recipe = fit_to_budget(recipe, corpus, context, explicit)
         recipe = adapt_to_corpus(recipe, corpus, explicit)
-        recipe = choose_model_size(recipe, corpus, context, explicit)
         recipe = with_vocab_size(recipe, corpus.tokenizer, start)
         check_memory(recipe, recipe.init.vocab_size or corpus.tokenizer.size, context)
         components = build_components(recipe, source, corpus, context, valid_sources=valid, warm_start=start)
