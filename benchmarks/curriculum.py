@@ -167,7 +167,10 @@ def make_plans(study: Study, variants: Mapping[str, Variant], seconds: float) ->
 
 
 def train_once(study: Study, recipe: Recipe, plan: Plan) -> dict[str, Any]:
-    """Train one run and return its curve and its figures."""
+    """Train one run and return its figures and its curve, whose seconds are the planned ones.
+
+    They were measured in turns, so they stay comparable if the machine is busy during one of the runs.
+    """
     components = study.components(recipe)
     eval_set = components.validator.eval_set(recipe.stage[-1].max_seq_len)
     module, curve = components.training.eval_module, list[dict[str, float]]()
@@ -176,7 +179,7 @@ def train_once(study: Study, recipe: Recipe, plan: Plan) -> dict[str, Any]:
         result = evaluate(module.encoder, module.head, eval_set, study.context)
         curve.append({
             "step": state.step,
-            "training_seconds": round(state.training_seconds, 3),
+            "training_seconds": round(plan.training_seconds(state.step), 3),
             "loss": result.loss,
             "accuracy": result.accuracy,
             "bits_per_character": result.bits_per_character,

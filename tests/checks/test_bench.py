@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -16,7 +18,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from unmask.checks.bench import BenchedModel, BenchReport, Row, bench, first_characters
-from unmask.checks.bench.peer import NOT_INSTALLED, blocks_of, rows_of
+from unmask.checks.bench.peer import NOT_INSTALLED, Peer, PeerError, blocks_of, rows_of
 from unmask.checks.bench.timing import ROUNDS, in_turns, repeated
 from unmask.checks.bench.work import BenchedRecipe, masked_sentences, open_recipe
 from unmask.cli import main
@@ -129,6 +131,35 @@ def test_the_table_in_a_pipe(
     assert [line[0] for line in lines if line[0] == "seed"] == ["seed"] * len(MEASUREMENTS)
     assert "no such class" in out, "transformers has no class for the tutorial's model"
     assert f"torch {torch.__version__}" in out and "1 thread," in out and "seed: " in out
+
+
+# The process of transformers ------------------------------------------------------------------------------------------
+
+
+def test_a_process_that_fails_or_ends_says_why(small: BenchedRecipe, tmp_path: Path) -> None:
+    with Peer(small, tmp_path / "model") as peer:
+        work = peer.masking_work(small.batches(1))
+        assert work(0.0)[0] > 0
+        (tmp_path / "model" / "model.safetensors").unlink()
+        with pytest.raises(PeerError, match=r"failed: OSError: .*model\.safetensors"):
+            peer.fill_work(["A [MASK]."])
+        assert peer.masking_work(small.batches(1))(0.0)[0] > 0, "a failure doesn't end the process"
+        os.kill(peer.pid, signal.SIGKILL)
+        with pytest.raises(PeerError, match=f"killed by signal {int(signal.SIGKILL)}"):
+            work(0.0)
+
+
+def test_the_process_has_the_defaults_of_torch_and_ends_with_its_input() -> None:
+    script = (
+        "import sys, torch, unmask.checks.bench.peer_process as peer\n"
+        "print(torch.are_deterministic_algorithms_enabled(), flush=True)\n"
+        "peer.serve()"
+    )
+    with subprocess.Popen([sys.executable, "-c", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        assert process.stdin is not None and process.stdout is not None
+        assert process.stdout.readline() == b"False\n"
+        process.stdin.close()
+        assert process.wait(timeout=60) == 0
 
 
 # Errors -------------------------------------------------------------------------------------------------------------

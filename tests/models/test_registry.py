@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -54,10 +55,10 @@ def test_flops_count_matrices_attention_and_masked_tokens():
         global_attn_every_n_layers=2,
         local_attention=4,
     )
-    matrices = 2 * 2 * (4 * 64 + 3 * 80)
+    every_token = 2 * (4 * 64 + 3 * 80 + 3 * 64)
     attention = 4 * 8 * (16 + 4)
-    head = 2 * (64 + 8 * 100)
-    assert flops_per_token(shape, 100, 16, 0.25) == 3 * (matrices + attention + 0.25 * head)
+    masked = 2 * (64 + 3 * 80 + 64 + 8 * 100)  # output and feed-forward network of the last layer, and the head
+    assert flops_per_token(shape, 100, 16, 0.25) == 3 * (every_token + attention + 0.25 * masked)
 
 
 @pytest.mark.parametrize(
@@ -82,7 +83,7 @@ def test_flops_of_a_step_equal_those_that_torch_counts(shape: EncoderConfig):
     batch = pack([Sample(ids, ids.astype("uint8") * 0)] * 3)
     # torch doesn't count the FLOPs of the CPU's fused attention kernel
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
-        head(encoder(batch)[::2], encoder.token_embedding).sum().backward()
+        head(encoder(batch, torch.arange(0, 72, 2)), encoder.token_embedding).sum().backward()
     assert 72 * flops_per_token(shape, 50, 24, 0.5) == counter.get_total_flops()
 
 
@@ -90,3 +91,20 @@ def test_flops_of_a_step_equal_those_that_torch_counts(shape: EncoderConfig):
 def test_products_have_the_flops_of_a_forward_pass_without_attention(shape: EncoderConfig):
     operations = sum(2 * rows * inner * columns for rows, inner, columns in products(shape, 100, 1000, 150))
     assert 3 * operations == pytest.approx(1000 * flops_per_token(shape, 100, 0, 0.15))
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_vectors_at_positions_are_those_of_the_whole_batch(shape: EncoderConfig):
+    """Also if attention sorts the sequences by length; gradients too, and the order and repeats of positions."""
+    encoder = build_model(shape, 50)[0].eval()
+    generator = np.random.default_rng(0)
+    samples = [Sample(generator.integers(0, 50, n), np.zeros(n, np.uint8)) for n in (5, 9, 7, 3)]
+    batch, positions_M = pack(samples), torch.tensor([20, 3, 3, 23, 0])
+    gradients = []
+    for hidden_MD in (encoder(batch, positions_M), encoder(batch).index_select(0, positions_M)):
+        assert hidden_MD.shape == (5, encoder.hidden_size)
+        parameters = [parameter for parameter in encoder.parameters() if parameter.requires_grad]
+        weights_MD = torch.arange(hidden_MD.numel()).view_as(hidden_MD) / hidden_MD.numel()
+        gradients.append([hidden_MD, *torch.autograd.grad((hidden_MD * weights_MD).sum(), parameters)])
+    for some, whole in zip(*gradients, strict=True):
+        torch.testing.assert_close(some, whole, rtol=1e-4, atol=1e-5)

@@ -209,8 +209,8 @@ def logits_at(encoder: nn.Module, head: nn.Module, batch: Batch, positions_M: In
     The head gets the hidden states at these positions only, in training and evaluation, so that a tensor of shape
     T × V never exists.
     """
-    hidden_TD: Tensor = encoder(batch)
-    logits_MV: Tensor = head(hidden_TD.index_select(0, positions_M), encoder.token_embedding)
+    hidden_MD: Tensor = encoder(batch, positions_M)
+    logits_MV: Tensor = head(hidden_MD, encoder.token_embedding)
     return logits_MV.float()
 
 

@@ -72,15 +72,30 @@ Matrix = tuple[int, int]  # inner size and columns of a matrix product, whose ro
 
 
 def _layer_matrices(settings: EncoderConfig) -> list[Matrix]:
-    """Return the matrices of one layer: attention and feed-forward network."""
+    """Return the matrices of one layer: queries, keys and values first, then attention's output and the rest."""
     width, inner = settings.hidden_size, settings.intermediate_size
     if isinstance(settings, NeoMMEConfig):
         heads, groups = (n * settings.head_dim for n in (settings.num_attention_heads, settings.num_key_value_heads))
+        # the second one of width `heads` is the gate
         attention = [(width, heads), (width, groups), (width, groups), (width, heads), (heads, width)]
         return [*attention, (width, inner), (inner, width)]
     # A GeGLU has two linear maps before its activation.
     columns = (2 if isinstance(settings, ModernBertConfig) else 1) * inner
     return [(width, width)] * 4 + [(width, columns), (inner, width)]
+
+
+def _every_token(settings: EncoderConfig) -> list[Matrix]:
+    """Return the matrices of all layers that are applied to every token."""
+    layer = _layer_matrices(settings)
+    # In the last layer of BERT and ModernBERT, what follows attention is computed at masked tokens only.
+    last = layer[:3] if isinstance(settings, BertConfig | ModernBertConfig) else layer
+    return layer * (settings.num_hidden_layers - 1) + last
+
+
+def _masked_tokens_only(settings: EncoderConfig, vocab_size: int) -> list[Matrix]:
+    """Return the matrices that are applied to masked tokens only: the end of the last layer, and the head."""
+    last = _layer_matrices(settings)[3:] if isinstance(settings, BertConfig | ModernBertConfig) else []
+    return last + _head_matrices(settings, vocab_size)
 
 
 def _embedding_matrices(settings: EncoderConfig) -> list[Matrix]:
@@ -102,9 +117,9 @@ def products(settings: EncoderConfig, vocab_size: int, tokens: int, masked_token
 
     The products of queries, keys and values are left out, because their shapes depend on the sequence lengths.
     """
-    encoder = _embedding_matrices(settings) + _layer_matrices(settings) * settings.num_hidden_layers
-    head = _head_matrices(settings, vocab_size)
-    return [(tokens, *matrix) for matrix in encoder] + [(masked_tokens, *matrix) for matrix in head]
+    every_token = _embedding_matrices(settings) + _every_token(settings)
+    masked_only = _masked_tokens_only(settings, vocab_size)
+    return [(tokens, *matrix) for matrix in every_token] + [(masked_tokens, *matrix) for matrix in masked_only]
 
 
 def _num_weights(matrices: list[Matrix]) -> int:
@@ -127,14 +142,14 @@ def flops_per_token(settings: EncoderConfig, vocab_size: int, length: int, mask_
     """Return the FLOPs of the matrix products per training token. The backward pass costs twice the forward pass.
 
     A multiplication and an addition count as two FLOPs. Attention costs 4 x keys x width per layer, where keys is
-    `length` with global attention and min(length, window) with local attention, and width is that of all heads. The
-    head processes only the masked tokens. Norms, softmax, activations and the optimizer are left out, as usual.
+    `length` with global attention and min(length, window) with local attention, and width is that of all heads. The end
+    of the last layer and the head process only the masked tokens. Norms, softmax, activations and the optimizer are not
+    counted, as usual.
     """
-    encoder = _num_weights(_embedding_matrices(settings)) + settings.num_hidden_layers * _num_weights(
-        _layer_matrices(settings)
-    )
+    every_token = _num_weights(_embedding_matrices(settings) + _every_token(settings))
     attention = 4.0 * _attended_tokens(settings, length) * settings.num_attention_heads * settings.head_width
-    return 3.0 * (2.0 * encoder + attention + mask_rate * 2.0 * _num_weights(_head_matrices(settings, vocab_size)))
+    masked_only = mask_rate * _num_weights(_masked_tokens_only(settings, vocab_size))
+    return 3.0 * (2.0 * every_token + attention + 2.0 * masked_only)
 
 
 __all__ = [

@@ -18,7 +18,7 @@ from typing import Literal
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from unmask.core.config import require
@@ -150,8 +150,8 @@ class TutorialEncoder(EncoderModule):
             "position_SD", sinusoids(settings.max_position_embeddings, settings.hidden_size), persistent=False
         )
 
-    def encode(self, batch: Batch) -> Float[Tensor, "T D"]:
-        """Return one vector per token, in the order of the batch."""
+    def encode(self, batch: Batch, positions_M: Int[Tensor, "M"] | None = None) -> Float[Tensor, "N D"]:
+        """Return one vector per token, in the order of the batch, or those at positions."""
         settings = self.settings
         assert batch.max_seqlen <= settings.max_position_embeddings, "a sequence exceeds max_position_embeddings"
         dropout = settings.dropout if self.training else 0.0
@@ -162,7 +162,7 @@ class TutorialEncoder(EncoderModule):
         hidden_TD = token_TD * math.sqrt(settings.hidden_size) + position_TD
         for block in self.blocks:
             hidden_TD = block(hidden_TD, plan)
-        return plan.to_batch_order(self.final_norm(hidden_TD))
+        return plan.at(self.final_norm(hidden_TD), positions_M)
 
 
 class TutorialHead(HeadModule):

@@ -80,6 +80,14 @@ class AttentionPlan:
         """Return per-token values, given in plan order, in batch order."""
         return x_T if self.inverse_T is None else x_T.index_select(0, self.inverse_T)
 
+    def rows_of(self, positions_M: Int[Tensor, "M"]) -> Int[Tensor, "M"]:
+        """Return the plan indices of tokens that are given by their batch indices."""
+        return positions_M if self.inverse_T is None else self.inverse_T.index_select(0, positions_M)
+
+    def at(self, x_T: Tensor, positions_M: Int[Tensor, "M"] | None) -> Tensor:
+        """Return per-token values, given in plan order, at positions of the batch; None: all, in batch order."""
+        return self.to_batch_order(x_T) if positions_M is None else x_T.index_select(0, self.rows_of(positions_M))
+
 
 def backend_of(device: torch.device, dtype: torch.dtype, dropout: float = 0.0, head_width: int = 64) -> Backend:
     """Return the attention backend for a device, dtype of the queries, attention dropout and head width.

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any, Final, Literal
 
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from unmask.core.config import require
@@ -100,14 +100,17 @@ class BertAttention(nn.Module):
         self._heads = (settings.num_attention_heads, settings.head_width)
         self._dropout = settings.attention_dropout
 
-    def forward(self, hidden_TD: Float[Tensor, "T D"], plan: AttentionPlan) -> Float[Tensor, "T D"]:
-        """Return the attention output. Attention never crosses a sequence."""
+    def forward(
+        self, hidden_TD: Float[Tensor, "T D"], plan: AttentionPlan, rows_M: Int[Tensor, "M"] | None
+    ) -> Float[Tensor, "N D"]:
+        """Return the attention output, or these rows of it. Attention never crosses a sequence."""
         hidden_TD = hidden_TD.to(compute_dtype(hidden_TD))  # cast once, not once per matrix
         q_THK, k_THK, v_THK = (
             linear(hidden_TD).unflatten(-1, self._heads) for linear in (self.query, self.key, self.value)
         )
         dropout = self._dropout if self.training else 0.0
-        return self.output(attention(q_THK, k_THK, v_THK, plan, dropout=dropout).flatten(1))
+        attended_TD = attention(q_THK, k_THK, v_THK, plan, dropout=dropout).flatten(1)
+        return self.output(attended_TD if rows_M is None else attended_TD.index_select(0, rows_M))
 
 
 class BertFeedForward(nn.Module):
@@ -134,12 +137,15 @@ class BertBlock(nn.Module):
         self.mlp_norm = nn.LayerNorm(settings.hidden_size, settings.layer_norm_eps)
         self._dropout = settings.hidden_dropout
 
-    def forward(self, hidden_TD: Float[Tensor, "T D"], plan: AttentionPlan) -> Float[Tensor, "T D"]:
-        """Return the hidden states after the block."""
-        attended_TD = F.dropout(self.attention(hidden_TD, plan), self._dropout, self.training)
-        hidden_TD = self.attention_norm(hidden_TD + attended_TD)
-        inner_TD = F.dropout(self.mlp(hidden_TD), self._dropout, self.training)
-        return self.mlp_norm(hidden_TD + inner_TD)
+    def forward(
+        self, hidden_TD: Float[Tensor, "T D"], plan: AttentionPlan, rows_M: Int[Tensor, "M"] | None = None
+    ) -> Float[Tensor, "N D"]:
+        """Return the hidden states after the block, or these rows of them."""
+        attended_ND = F.dropout(self.attention(hidden_TD, plan, rows_M), self._dropout, self.training)
+        hidden_ND = hidden_TD if rows_M is None else hidden_TD.index_select(0, rows_M)
+        hidden_ND = self.attention_norm(hidden_ND + attended_ND)
+        inner_ND = F.dropout(self.mlp(hidden_ND), self._dropout, self.training)
+        return self.mlp_norm(hidden_ND + inner_ND)
 
 
 class BertEncoder(EncoderModule):
@@ -165,8 +171,8 @@ class BertEncoder(EncoderModule):
         """Yield the position embedding."""
         yield self.position_embedding
 
-    def encode(self, batch: Batch) -> Float[Tensor, "T D"]:
-        """Return one vector per token, in the order of the batch. Without token types, all are 0."""
+    def encode(self, batch: Batch, positions_M: Int[Tensor, "M"] | None = None) -> Float[Tensor, "N D"]:
+        """Return one vector per token, or those at positions. Without token types, all are 0."""
         settings = self.settings
         assert batch.max_seqlen <= settings.max_position_embeddings, "a sequence exceeds max_position_embeddings"
         dropout = settings.attention_dropout if self.training else 0.0
@@ -182,9 +188,12 @@ class BertEncoder(EncoderModule):
         hidden_TD = hidden_TD + F.embedding(plan.position_T + settings.position_offset, self.position_embedding)
         hidden_TD = self.embedding_norm(hidden_TD)
         hidden_TD = F.dropout(hidden_TD, settings.hidden_dropout, self.training)
-        for block in self.blocks:
+        *earlier, last = self.blocks
+        for block in earlier:
             hidden_TD = block(hidden_TD, plan)
-        return plan.to_batch_order(hidden_TD)
+        rows_M = None if positions_M is None else plan.rows_of(positions_M)
+        hidden_ND = last(hidden_TD, plan, rows_M)
+        return plan.to_batch_order(hidden_ND) if rows_M is None else hidden_ND
 
 
 class BertHead(HeadModule):

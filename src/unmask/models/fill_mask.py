@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from unmask.core.errors import ModelError
@@ -74,27 +73,55 @@ def fill(model: Model, text: str | Sequence[str], top: int = 5) -> list[FillMask
     texts = [text] if isinstance(text, str) else list(text)
     check_top(model, top)
     formatter, mask_id = TokenFormatter.of(model.tokenizer), model.tokenizer.mask_id
-    encoded: list[tuple[list[int], list[int]]] = []  # ids and positions of masks
-    for number, prompt in enumerate(texts):
-        ids = _encode(model, prompt, formatter)
-        positions = [position for position, id_ in enumerate(ids) if id_ == mask_id]
-        if not positions:
+    gaps: list[_Gap] = []  # of all texts
+    ids: list[list[int]] = []
+    positions: list[list[int]] = []
+    for number, (prompt, encoded) in enumerate(zip(texts, _encode(model, texts, formatter), strict=True)):
+        masks = [position for position, id_ in enumerate(encoded) if id_ == mask_id]
+        if not masks:
             raise ModelError(
                 "there is no [MASK] in the text",
                 location=f"text {number + 1}: {prompt[:60]!r}" if len(texts) > 1 else repr(prompt[:60]),
                 hint='write [MASK] where a token is to be predicted: "The cat sat on the [MASK]."',
             )
-        encoded.append((ids, positions))
-    windows = [_window(ids, position, model) for ids, positions in encoded for position in positions]
-    outputs = iter(model.log_probabilities([ids for ids, _ in windows], [[position] for _, position in windows]))
-    results: list[FillMaskResult] = []
-    for prompt, (_, positions) in zip(texts, encoded, strict=True):
-        masks = [
-            MaskPrediction(position, _candidates(model, prompt, index, next(outputs)[0], top, formatter))
-            for index, position in enumerate(positions)
-        ]
-        results.append(FillMaskResult(prompt, tuple(masks)))
-    return results
+        gaps += _gaps(model, number, prompt, masks)
+        for window, at in _windows(encoded, masks, model):
+            ids.append(window)
+            positions.append(at)
+    first = [0, *accumulate(map(len, positions))]  # gap of the first position of each sequence
+    found: list[list[MaskPrediction]] = [[] for _ in texts]
+    for sequences, rows_MV in model.log_probability_batches(ids, positions):
+        of_rows = [gap for sequence in sequences for gap in gaps[first[sequence] : first[sequence + 1]]]
+        for gap, best in zip(of_rows, _best(rows_MV, of_rows, top, formatter), strict=True):
+            found[gap.text].append(_prediction(model, gap, best, formatter))
+    return [
+        FillMaskResult(prompt, tuple(sorted(masks, key=lambda mask: mask.position)))
+        for prompt, masks in zip(texts, found, strict=True)
+    ]
+
+
+@dataclass(frozen=True)
+class _Gap:
+    """A mask in one of several texts, and the text around it."""
+
+    text: int
+    position: int  # counts special tokens
+    before: str
+    after: str
+
+    def is_attached(self, formatter: TokenFormatter) -> bool:
+        """Whether a token that begins a word can't follow: directly before the mask is a letter."""
+        if not self.before or self.before[-1].isspace() or self.before.endswith(MASK):
+            return False
+        return not formatter.prefix or is_letter(self.before[-1])
+
+
+def _gaps(model: Model, number: int, text: str, positions: Sequence[int]) -> list[_Gap]:
+    parts = text.replace(model.tokenizer.id_to_token(model.tokenizer.mask_id), MASK).split(MASK)
+    return [
+        _Gap(number, position, MASK.join(parts[: index + 1]), MASK.join(parts[index + 1 :]))
+        for index, position in enumerate(positions)
+    ]
 
 
 def check_top(model: Model, top: int) -> None:
@@ -110,84 +137,107 @@ def check_top(model: Model, top: int) -> None:
         )
 
 
-def _candidates(
-    model: Model, text: str, index: int, log_probabilities_V: Tensor, top: int, formatter: TokenFormatter
-) -> tuple[Candidate, ...]:
-    """Return the most probable tokens for mask number `index` of a text."""
+@torch.inference_mode()
+def _best(
+    log_probabilities_MV: Tensor, gaps: Sequence[_Gap], top: int, formatter: TokenFormatter
+) -> list[tuple[list[int], list[float]]]:
+    """Return the ids and the probabilities of the most probable tokens for each row. The rows are overwritten."""
+    is_attached = [gap.is_attached(formatter) for gap in gaps]
+    best: list[tuple[list[int], list[float]]] = [([], [])] * len(gaps)
+    for kind, unpredicted in enumerate(formatter.unpredicted_ids):
+        rows = [row for row, attached in enumerate(is_attached) if attached == kind]
+        if rows:
+            # The embedding may be larger than the vocabulary.
+            log_probabilities_RV = log_probabilities_MV[:, : formatter.size]
+            if len(rows) < len(gaps):
+                log_probabilities_RV = log_probabilities_RV[rows]
+            log_probabilities_RV.index_fill_(1, torch.from_numpy(unpredicted), -torch.inf)
+            highest = log_probabilities_RV.topk(min(top, formatter.size - len(unpredicted)))
+            for row, *entry in zip(rows, highest.indices.tolist(), highest.values.exp().tolist(), strict=True):
+                best[row] = (entry[0], entry[1])
+    return best
+
+
+def _prediction(
+    model: Model, gap: _Gap, best: tuple[list[int], list[float]], formatter: TokenFormatter
+) -> MaskPrediction:
     tokenizer = model.tokenizer
-    parts = text.replace(tokenizer.id_to_token(tokenizer.mask_id), MASK).split(MASK)
-    before, after = MASK.join(parts[: index + 1]), MASK.join(parts[index + 1 :])
-    allowed_V = torch.from_numpy(_allowed(model, before, formatter))
-    probabilities_V = log_probabilities_V[: tokenizer.size].exp()  # the embedding may be larger than the vocabulary
-    best = torch.where(allowed_V, probabilities_V, -1.0).topk(min(top, int(allowed_V.sum())))
-    return tuple(
-        Candidate(
-            tokenizer.id_to_token(id_),
-            id_,
-            probability,
-            _join(before, after, formatter.read(id_), tokenizer.mask_takes_space, formatter),
-            formatter.display(id_),
-        )
-        for id_, probability in zip(best.indices.tolist(), best.values.tolist(), strict=True)
+    takes_space = tokenizer.mask_takes_space
+    return MaskPrediction(
+        gap.position,
+        tuple(
+            Candidate(
+                tokenizer.id_to_token(id_),
+                id_,
+                probability,
+                _join(gap.before, gap.after, formatter.read(id_), takes_space, formatter),
+                formatter.display(id_),
+            )
+            for id_, probability in zip(*best, strict=True)
+        ),
     )
 
 
-def _encode(model: Model, text: str, formatter: TokenFormatter) -> list[int]:
-    # An imported model may have another mask token, e.g. <mask>. In the text, it is always [MASK].
+def _encode(model: Model, texts: Sequence[str], formatter: TokenFormatter) -> list[list[int]]:
+    """Return the ids of each text, special tokens included.
+
+    An imported model may have another mask token, e.g. <mask>. In the text, it is always [MASK].
+    """
     tokenizer = model.tokenizer
-    text = text.replace(MASK, tokenizer.id_to_token(tokenizer.mask_id))
-    # Ids don't depend on the word rule. Without it, the word segmenter's package need not be installed.
-    if formatter.prefix:
-        ids = _encode_continuations(tokenizer, text)
-    else:
-        ids = tokenizer.encode(text, specials_in_text=True).ids
-    with_special, _ = tokenizer.add_special_tokens(ids, np.zeros(len(ids), dtype=np.uint8))
-    return with_special.tolist()
+    mask = tokenizer.id_to_token(tokenizer.mask_id)
+    prompts = [text.replace(MASK, mask) for text in texts]
+    encoded = _encode_continuations(tokenizer, prompts) if formatter.prefix else tokenizer.encode_prompts(prompts)
+    before, after = tokenizer.frame.before, tokenizer.frame.after
+    return [[*before, *ids, *after] for ids in encoded]
 
 
-def _encode_continuations(tokenizer: Tokenizer, text: str) -> NDArray[np.int64]:
-    """Return the ids of a text. Letters directly after a mask are encoded as a continuation of its word.
+def _encode_continuations(tokenizer: Tokenizer, texts: Sequence[str]) -> list[list[int]]:
+    """Return the ids of each text. Letters directly after a mask are encoded as a continuation of its word.
 
     In "[MASK]에서", 에서 must be encoded as ##에서. The tokenizer would encode it as a new word, which never directly
     follows a mask in training. Therefore it is encoded after a letter, and the letter's token is removed.
     """
-    first, *others = text.split(tokenizer.id_to_token(tokenizer.mask_id))
-    parts = [tokenizer.encode(first, specials_in_text=True).ids]
-    for part in others:
-        ids = tokenizer.encode(part, specials_in_text=True).ids
-        if part and is_letter(part[0]) and not is_unspaced(part[0]):
-            for letter in _LETTERS:
-                encoded = tokenizer.encode(letter + part, specials_in_text=True)
-                starts_with_letter = len(encoded.ids) > 1 and encoded.offsets[0].tolist() == [0, 1]
-                if starts_with_letter and not encoded.marks[1] & WORD_START:
-                    ids = encoded.ids[1:]
-                    break
-        parts += [np.array([tokenizer.mask_id], dtype=np.int64), ids]
-    return np.concatenate(parts)
+    mask = tokenizer.id_to_token(tokenizer.mask_id)
+    split = [text.split(mask) for text in texts]
+    encoded = iter(tokenizer.encode_prompts([part for parts in split for part in parts]))
+    results: list[list[int]] = []
+    for _, *others in split:
+        ids = list(next(encoded))
+        for part in others:
+            part_ids = next(encoded)
+            if part and is_letter(part[0]) and not is_unspaced(part[0]):
+                part_ids = _continuation(tokenizer, part) or part_ids
+            ids += [tokenizer.mask_id, *part_ids]
+        results.append(ids)
+    return results
 
 
-def _window(ids: list[int], position: int, model: Model) -> tuple[list[int], int]:
-    """Return a window of ids around one mask, at most `model.context` long, and the position of the mask in it."""
+def _continuation(tokenizer: Tokenizer, part: str) -> list[int] | None:
+    """Return the ids of a text that continues a word; None if no token of a single letter comes before it."""
+    for letter in _LETTERS:
+        encoded = tokenizer.encode(letter + part, specials_in_text=True)
+        starts_with_letter = len(encoded.ids) > 1 and encoded.offsets[0].tolist() == [0, 1]
+        if starts_with_letter and not encoded.marks[1] & WORD_START:
+            return encoded.ids[1:].tolist()
+    return None
+
+
+def _windows(ids: list[int], positions: list[int], model: Model) -> list[tuple[list[int], list[int]]]:
+    """Return windows of ids, each with the positions of masks in it, which together are all masks in order.
+
+    A text within the context is one window. A longer one has a window around each mask.
+    """
     context = model.context
     if len(ids) <= context:
-        return ids, position
+        return [(ids, positions)]
     before, after = model.tokenizer.frame.before, model.tokenizer.frame.after
-    inner, center = ids[len(before) : len(ids) - len(after)], position - len(before)
-    length = context - len(before) - len(after)
-    first = min(max(0, center - length // 2), len(inner) - length)
-    window = inner[first : first + length]
-    return [*before, *window, *after], center - first + len(before)
-
-
-def _allowed(model: Model, before: str, formatter: TokenFormatter) -> NDArray[np.bool_]:
-    """Return which tokens can follow a text: regular tokens; directly after a letter, only those inside a word."""
-    allowed_V = np.zeros(model.tokenizer.size, dtype=bool)
-    allowed_V[model.tokenizer.regular_token_ids] = True
-    is_attached = bool(before) and not before[-1].isspace() and not before.endswith(MASK)
-    if is_attached and (not formatter.prefix or is_letter(before[-1])):
-        continuing_V = allowed_V & ~formatter.begins_word_V
-        return continuing_V if continuing_V.any() else allowed_V
-    return allowed_V
+    inner, length = ids[len(before) : len(ids) - len(after)], context - len(before) - len(after)
+    windows: list[tuple[list[int], list[int]]] = []
+    for position in positions:
+        center = position - len(before)
+        first = min(max(0, center - length // 2), len(inner) - length)
+        windows.append(([*before, *inner[first : first + length], *after], [center - first + len(before)]))
+    return windows
 
 
 def _join(before: str, after: str, token: TokenText, takes_space: bool, formatter: TokenFormatter) -> str:

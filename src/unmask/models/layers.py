@@ -34,18 +34,22 @@ class EncoderModule(nn.Module):
 
     if TYPE_CHECKING:
 
-        def __call__(self, batch: Batch) -> Tensor:
-            """Return one vector per token, (T, hidden_size), in the order of the batch."""
+        def __call__(self, batch: Batch, positions_M: Tensor | None = None) -> Tensor:
+            """Return one vector per token, (T, hidden_size), in the order of the batch, or those at positions."""
             ...
 
-    def forward(self, batch: Batch) -> Float[Tensor, "T D"]:
-        """Return one vector per token, in the order of the batch."""
-        if batch.ids_T.device.type != "cpu":  # only a CPU compiles matrix products for each shape
-            return self.encode(batch)
-        return self.encode(batch.rounded())[: batch.tokens]
+    def forward(self, batch: Batch, positions_M: Int[Tensor, "M"] | None = None) -> Float[Tensor, "N D"]:
+        """Return one vector per token, in the order of the batch, or only the vectors at positions, in their order.
 
-    def encode(self, batch: Batch) -> Float[Tensor, "T D"]:
-        """Return one vector per token of a batch whose number of tokens is round."""
+        For positions, BERT and ModernBERT compute what follows attention in the last layer at these positions alone.
+        """
+        if batch.ids_T.device.type == "cpu":  # only a CPU compiles matrix products for each shape
+            hidden_ND = self.encode(batch.rounded(), positions_M)
+            return hidden_ND if positions_M is not None else hidden_ND[: batch.tokens]
+        return self.encode(batch, positions_M)
+
+    def encode(self, batch: Batch, positions_M: Int[Tensor, "M"] | None) -> Float[Tensor, "N D"]:
+        """Return the vectors that `forward` returns, of a batch whose number of tokens is round."""
         raise NotImplementedError
 
     def compile_blocks(self) -> None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple, TypedDict, cast
@@ -113,6 +113,19 @@ class Model:
             ModelError: an id is not in the vocabulary, a position is outside its sequence, or a sequence is empty or
                 too long.
         """
+        results: list[Tensor] = [torch.empty(0)] * len(ids)
+        for numbers, rows_MV in self.log_probability_batches(ids, positions):
+            for number, rows_NV in zip(numbers, rows_MV.split([len(positions[i]) for i in numbers]), strict=True):
+                results[number] = rows_NV
+        return results
+
+    def log_probability_batches(
+        self, ids: Sequence[Sequence[int]], positions: Sequence[Sequence[int]]
+    ) -> Iterator[tuple[list[int], Tensor]]:
+        """Yield the log-probabilities of batches of sequences: numbers of the sequences, and the rows of all positions.
+
+        The arguments and errors are those of `log_probabilities`. Batches are sorted by sequence length.
+        """
         if len(ids) != len(positions):
             raise ModelError(
                 f"invalid positions: got {len(positions)} lists for {len(ids)} sequences",
@@ -120,18 +133,15 @@ class Model:
             )
         for number, (sequence, at) in enumerate(zip(ids, positions, strict=True)):
             self._check(number, sequence, at)
-        results: list[Tensor] = [torch.empty(0)] * len(ids)
-        order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
-        group: list[int] = []
-        for place, i in enumerate(order):
-            group.append(i)
-            is_last = place + 1 == len(order)
-            if is_last or sum(len(ids[j]) for j in group) + len(ids[order[place + 1]]) > _BATCH_TOKENS:
-                outputs = self._forward([ids[j] for j in group], [positions[j] for j in group])
-                for j, output in zip(group, outputs, strict=True):
-                    results[j] = output
-                group = []
-        return results
+        group, tokens = list[int](), 0
+        for number in sorted(range(len(ids)), key=lambda number: len(ids[number])):
+            if group and tokens + len(ids[number]) > _BATCH_TOKENS:
+                yield group, self._forward([ids[i] for i in group], [positions[i] for i in group])
+                group, tokens = [], 0
+            group.append(number)
+            tokens += len(ids[number])
+        if group:
+            yield group, self._forward([ids[i] for i in group], [positions[i] for i in group])
 
     def _check(self, number: int, ids: Sequence[int], positions: Sequence[int]) -> None:
         location, vocab_size = f"sequence {number}", self.encoder.vocab_size
@@ -160,7 +170,7 @@ class Model:
             )
 
     @torch.inference_mode()
-    def _forward(self, ids: list[Sequence[int]], positions: list[Sequence[int]]) -> list[Tensor]:
+    def _forward(self, ids: list[Sequence[int]], positions: list[Sequence[int]]) -> Tensor:
         for module in (self.encoder, self.head):
             if module.training:
                 module.eval()
@@ -173,7 +183,7 @@ class Model:
         )
         device = next(self.encoder.parameters()).device
         logits_MV = logits_at(self.encoder, self.head, batch.to(device), positions_M.to(device))
-        return list(logits_MV.log_softmax(-1).cpu().split([len(at) for at in positions]))
+        return logits_MV.log_softmax(-1).cpu()
 
 
 def save_model(directory: Path, model: Model, *, only_encoder: bool = False) -> None:

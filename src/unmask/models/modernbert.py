@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any, Final, Literal, cast
 
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from unmask.core.config import require
@@ -114,16 +114,21 @@ class ModernBertAttention(nn.Module):
         self._dropout = settings.attention_dropout
 
     def forward(
-        self, hidden_TD: Float[Tensor, "T D"], plan: AttentionPlan, cos_sin: tuple[Tensor, Tensor]
-    ) -> Float[Tensor, "T D"]:
-        """Return the attention output. Attention never crosses a sequence or the local window."""
+        self,
+        hidden_TD: Float[Tensor, "T D"],
+        plan: AttentionPlan,
+        cos_sin: tuple[Tensor, Tensor],
+        rows_M: Int[Tensor, "M"] | None,
+    ) -> Float[Tensor, "N D"]:
+        """Return the attention output, or these rows of it. Attention never crosses a sequence or the local window."""
         hidden_TD = hidden_TD.to(compute_dtype(hidden_TD))  # cast once, not once per matrix
         q_THK = rotate(self.query(hidden_TD).unflatten(-1, self._heads), cos_sin)
         k_THK = rotate(self.key(hidden_TD).unflatten(-1, self._heads), cos_sin)
         v_THK = self.value(hidden_TD).unflatten(-1, self._heads)
         dropout = self._dropout if self.training else 0.0
         attended_TD = attention(q_THK, k_THK, v_THK, plan, self._window, dropout).flatten(1)
-        return F.dropout(self.output(attended_TD), dropout)
+        attended_ND = attended_TD if rows_M is None else attended_TD.index_select(0, rows_M)
+        return F.dropout(self.output(attended_ND), dropout)
 
 
 class ModernBertBlock(nn.Module):
@@ -145,11 +150,16 @@ class ModernBertBlock(nn.Module):
         self.theta = settings.global_rope_theta if settings.has_global_attention(layer) else settings.local_rope_theta
 
     def forward(
-        self, hidden_TD: Float[Tensor, "T D"], plan: AttentionPlan, cos_sin: tuple[Tensor, Tensor]
-    ) -> Float[Tensor, "T D"]:
-        """Return the hidden states after the block."""
-        hidden_TD = hidden_TD + self.attention(self.attention_norm(hidden_TD), plan, cos_sin)
-        return hidden_TD + self.mlp(self.mlp_norm(hidden_TD))
+        self,
+        hidden_TD: Float[Tensor, "T D"],
+        plan: AttentionPlan,
+        cos_sin: tuple[Tensor, Tensor],
+        rows_M: Int[Tensor, "M"] | None = None,
+    ) -> Float[Tensor, "N D"]:
+        """Return the hidden states after the block, or these rows of them."""
+        attended_ND = self.attention(self.attention_norm(hidden_TD), plan, cos_sin, rows_M)
+        hidden_ND = (hidden_TD if rows_M is None else hidden_TD.index_select(0, rows_M)) + attended_ND
+        return hidden_ND + self.mlp(self.mlp_norm(hidden_ND))
 
 
 class ModernBertEncoder(EncoderModule):
@@ -168,8 +178,8 @@ class ModernBertEncoder(EncoderModule):
         self.final_norm = LayerNorm(settings.hidden_size, settings.layer_norm_eps)
         self._rotary = RotaryEmbedding(settings.head_width, settings.max_position_embeddings)
 
-    def encode(self, batch: Batch) -> Float[Tensor, "T D"]:
-        """Return one vector per token, in the order of the batch."""
+    def encode(self, batch: Batch, positions_M: Int[Tensor, "M"] | None = None) -> Float[Tensor, "N D"]:
+        """Return one vector per token, in the order of the batch, or those at positions."""
         settings = self.settings
         dropout = settings.attention_dropout if self.training else 0.0
         dtype = compute_dtype(self.token_embedding)
@@ -178,10 +188,12 @@ class ModernBertEncoder(EncoderModule):
         hidden_TD = F.dropout(hidden_TD, settings.embedding_dropout, self.training)
         thetas = {block.theta for block in self.blocks if isinstance(block, ModernBertBlock)}
         cos_sin = {theta: self._rotary.cos_sin(plan.position_T, theta, dtype) for theta in thetas}
-        for block in self.blocks:
-            assert isinstance(block, ModernBertBlock)
+        *earlier, last = cast("list[ModernBertBlock]", list(self.blocks))
+        for block in earlier:
             hidden_TD = block(hidden_TD, plan, cos_sin[block.theta])
-        return plan.to_batch_order(self.final_norm(hidden_TD))
+        rows_M = None if positions_M is None else plan.rows_of(positions_M)
+        hidden_ND = self.final_norm(last(hidden_TD, plan, cos_sin[last.theta], rows_M))
+        return plan.to_batch_order(hidden_ND) if rows_M is None else hidden_ND
 
 
 class ModernBertHead(HeadModule):

@@ -14,7 +14,7 @@ from typing import Any, Final, Literal
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from unmask.core.config import require
@@ -184,8 +184,8 @@ class NeoMMEEncoder(EncoderModule):
         yield from super().matrix_parameters()
         yield self.embedding_projection.weight
 
-    def encode(self, batch: Batch) -> Float[Tensor, "T D"]:
-        """Return one vector per token, in the order of the batch."""
+    def encode(self, batch: Batch, positions_M: Int[Tensor, "M"] | None = None) -> Float[Tensor, "N D"]:
+        """Return one vector per token, in the order of the batch, or those at positions."""
         settings = self.settings
         dropout = settings.attention_dropout if self.training else 0.0
         dtype = compute_dtype(self.token_embedding)
@@ -201,7 +201,7 @@ class NeoMMEEncoder(EncoderModule):
             assert isinstance(block, NeoMMEBlock)
             cos_sin = global_cos_sin if block.window is None else local_cos_sin
             hidden_TD = block(hidden_TD, embedding_TD, plan, cos_sin, value_TE if layer in adds_value else None)
-        return plan.to_batch_order(rms_norm(hidden_TD, settings.norm_eps))
+        return plan.at(rms_norm(hidden_TD, settings.norm_eps), positions_M)
 
 
 class NeoMMEHead(HeadModule):

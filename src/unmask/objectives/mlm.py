@@ -65,10 +65,10 @@ class MaskedLMObjective:
     def loss(self, encoder: nn.Module, head: nn.Module, masked: MaskedBatch) -> LossSums:
         """Return the summed cross-entropy over the masked tokens, in nats, and the metrics."""
         vocabulary_head = cast("VocabularyHead", head)
-        hidden_TD: Tensor = encoder(masked.batch)
         count = masked.denominators["mlm"]
         positions_R = F.pad(masked.positions_M, (0, round_size(count) - count))
-        features_RD = vocabulary_head.features(hidden_TD.index_select(0, positions_R))
+        hidden_RD: Tensor = encoder(masked.batch, positions_R)
+        features_RD = vocabulary_head.features(hidden_RD)
         weight_VD, bias_V = vocabulary_head.decoder_parameters(cast("Tensor", encoder.token_embedding))
         nats, correct = linear_cross_entropy(features_RD, weight_VD, bias_V, masked.labels_M)
         return LossSums(

@@ -103,6 +103,6 @@ class _PrecomputedEncoder(nn.Module):
         """The encoder's token embedding."""
         return self._token_embedding[0]
 
-    def forward(self, batch: Batch) -> Tensor:
-        """Return the precomputed hidden states."""
-        return self._hidden_TD
+    def forward(self, batch: Batch, positions_M: Tensor) -> Tensor:
+        """Return the precomputed hidden states at positions."""
+        return self._hidden_TD.index_select(0, positions_M)

@@ -42,13 +42,14 @@ class TokenFormatter:
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         tokenizer_json = tokenizer.to_json()
-        self._tokenizer = tokenizer
+        self._tokenizer, self.size = tokenizer, tokenizer.size
         self._space, self._is_bytes = leading_space(tokenizer_json), is_byte_level(tokenizer_json)
         self.prefix, self._word_end = continuing_prefix(tokenizer_json), word_end(tokenizer_json)
         self._special = frozenset(tokenizer.special_ids)
         # The ids of a vocabulary may have holes, and a model can predict one.
         self._holes = frozenset(range(tokenizer.size)) - {*self._special, *tokenizer.regular_token_ids.tolist()}
         self._has_byte_tokens = falls_back_to_bytes(tokenizer_json)
+        self._read: dict[int, TokenText] = {}  # tokens that were read before
 
     @staticmethod
     @lru_cache(maxsize=8)
@@ -62,6 +63,11 @@ class TokenFormatter:
         Raises:
             TokenizerError: the id is outside the vocabulary.
         """
+        if id not in self._read:
+            self._read[id] = self._read_token(id)
+        return self._read[id]
+
+    def _read_token(self, id: int) -> TokenText:
         if id in self._holes:
             return TokenText(f"⟨no token {id}⟩", "as-is")
         token = self._tokenizer.id_to_token(id)
@@ -99,6 +105,14 @@ class TokenFormatter:
             token = self.read(id)
             begins_V[id] = token.spacing == "after-space" or (bool(self.prefix) and self.needs_space("a", token))
         return begins_V
+
+    @cached_property
+    def unpredicted_ids(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Ids that are no predictions for a mask, and for a mask directly after a letter, unless all would be."""
+        is_regular_V = np.zeros(self._tokenizer.size, dtype=bool)
+        is_regular_V[self._tokenizer.regular_token_ids] = True
+        continues_V = is_regular_V & ~self.begins_word_V
+        return np.flatnonzero(~is_regular_V), np.flatnonzero(~(continues_V if continues_V.any() else is_regular_V))
 
     def needs_space(self, before: str, token: TokenText) -> bool:
         """Return whether a word that begins with this token would merge with the word before it."""

@@ -258,7 +258,7 @@ class Tokenizer:
         """Id of the mask token."""
         return cast("int", self.role_id("mask_token"))
 
-    @property
+    @cached_property
     def mask_takes_space(self) -> bool:
         """Whether [MASK] in a text absorbs the space before it, because it replaces a token with a space."""
         added = cast("Mapping[int, AddedToken]", self._marked.get_added_tokens_decoder())
@@ -326,6 +326,13 @@ class Tokenizer:
     def encode_batch(self, texts: Sequence[str], words: WordsRule = "spaces") -> list[Encoded]:
         """Encode several texts on all threads of the library."""
         return self._encode(list(texts), words, self._plain)
+
+    def encode_prompts(self, texts: Sequence[str]) -> list[list[int]]:
+        """Return the ids of texts in which "[MASK]" is the special token, without special tokens around them.
+
+        Words are not marked, so the package of a word segmenter need not be installed.
+        """
+        return [encoding.ids for encoding in self._marked.encode_batch_fast(list(texts), add_special_tokens=False)]
 
     def _encode(self, texts: list[str], words: WordsRule, inner: tokenizers.Tokenizer) -> list[Encoded]:
         encodings = inner.encode_batch(texts, add_special_tokens=False)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import platform
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
@@ -14,8 +15,15 @@ from typing import Final
 
 import torch
 
-from unmask.checks.bench.peer import NOT_INSTALLED, Peer, blocks_of, installed_version, missing_class
-from unmask.checks.bench.timing import OtherProcesses, Rounds, in_turns
+from unmask.checks.bench.peer import (
+    NOT_INSTALLED,
+    Peer,
+    PeerError,
+    blocks_of,
+    installed_version,
+    missing_class,
+)
+from unmask.checks.bench.timing import OtherProcesses, Rounds, Work, in_turns
 from unmask.checks.bench.work import (
     BenchedRecipe,
     ceiling_work,
@@ -204,6 +212,24 @@ def first_characters(texts: Sequence[str], limit: int) -> list[str]:
 
 
 @dataclass(frozen=True)
+class _Beside:
+    """Measures work beside that of `transformers`."""
+
+    peer: Peer | None
+    missing: str  # why there is no peer
+
+    def measure(self, work: Mapping[str, Work], seconds: float, of_peer: Callable[[Peer], Work]) -> tuple[Rounds, str]:
+        """Return the measurements, and why `transformers` has none. If it fails, the rest is measured alone."""
+        missing = self.missing
+        if self.peer:
+            try:
+                return in_turns({**work, _PEER: of_peer(self.peer)}, seconds), ""
+            except PeerError as error:
+                missing = str(error)
+        return in_turns(work, seconds), missing
+
+
+@dataclass(frozen=True)
 class _Bench:
     """The settings of a bench, and its measurements."""
 
@@ -223,30 +249,38 @@ class _Bench:
         """Measure everything of one recipe."""
         missing = NOT_INSTALLED if self.transformers == NOT_INSTALLED else missing_class(benched)
         no_trainer = missing or ("accelerate is missing" if self.accelerate == NOT_INSTALLED else "")
-        peer = None if missing else Peer(benched, folder / "model")
-        ceiling, training = {_CEILING: ceiling_work(benched)}, {_UNMASK: training_work(benched)}
-        trainer = {_PEER: peer.training_work(*blocks_of(benched))} if peer and not no_trainer else {}
-        rounds = in_turns(training | ceiling | trainer, self.seconds)
+        with contextlib.ExitStack() as stack:
+            peer = None if missing else stack.enter_context(Peer(benched, folder / "model"))
+            return [
+                self._training(name, benched, _Beside(None if no_trainer else peer, no_trainer)),
+                *self._data(name, benched, _Beside(peer, missing), folder / "cache"),
+                *self._filling(name, benched, _Beside(peer, missing)),
+            ]
+
+    def _training(self, name: str, benched: BenchedRecipe, beside: _Beside) -> Row:
+        work = {_UNMASK: training_work(benched), _CEILING: ceiling_work(benched)}
+        rounds, missing = beside.measure(work, self.seconds, lambda peer: peer.training_work(*blocks_of(benched)))
         flops = benched.flops_per_token
         share = median(flops * ratio for ratio in rounds.ratios(_UNMASK, _CEILING))
-        rows = [
-            self._row(
-                name, "training", "tokens/s", rounds, missing=no_trainer, share=share, ceiling=rounds.rate(_CEILING)
-            )
-        ]
-        del training, trainer
-        rounds = in_turns({_UNMASK: preparation_work(benched, folder / "cache")}, self.seconds)
-        rows.append(self._row(name, "data preparation", "tokens/s", rounds))
-        collator = {_PEER: peer.masking_work(benched.batches(_COLLATED))} if peer else {}
-        rounds = in_turns({_UNMASK: masking_work(benched)} | collator, self.seconds)
-        rows.append(self._row(name, "masking and packing", "rows/s", rounds, missing=missing))
-        model, sentences = benched.model(), masked_sentences(self.texts, _SENTENCES)
-        for measurement, unit, filled in (
-            ("filling one sentence", "ms", sentences[:1]),
-            (f"filling {_SENTENCES} sentences", "sentences/s", sentences),
+        ceiling = rounds.rate(_CEILING)
+        return self._row(name, "training", "tokens/s", rounds, missing=missing, share=share, ceiling=ceiling)
+
+    def _data(self, name: str, benched: BenchedRecipe, beside: _Beside, cache: Path) -> list[Row]:
+        rounds = in_turns({_UNMASK: preparation_work(benched, cache)}, self.seconds)
+        rows = [self._row(name, "data preparation", "tokens/s", rounds)]
+        work, batches = {_UNMASK: masking_work(benched)}, benched.batches(_COLLATED)
+        rounds, missing = beside.measure(work, self.seconds, lambda peer: peer.masking_work(batches))
+        return [*rows, self._row(name, "masking and packing", "rows/s", rounds, missing=missing)]
+
+    def _filling(self, name: str, benched: BenchedRecipe, beside: _Beside) -> list[Row]:
+        model, sentences, rows = benched.model(), masked_sentences(self.texts, _SENTENCES), list[Row]()
+        for measurement, unit, number in (
+            ("filling one sentence", "ms", 1),
+            (f"filling {_SENTENCES} sentences", "sentences/s", _SENTENCES),
         ):
-            pipeline = {_PEER: peer.fill_work(filled)} if peer else {}
-            rounds = in_turns({_UNMASK: fill_work(model, filled)} | pipeline, self.seconds)
+            filled = sentences[:number]
+            work = {_UNMASK: fill_work(model, filled)}
+            rounds, missing = beside.measure(work, self.seconds, lambda peer, filled=filled: peer.fill_work(filled))
             rows.append(self._row(name, measurement, unit, rounds, missing=missing))
         return rows
 

@@ -1,24 +1,31 @@
-"""The same work by `transformers`, if it is installed: Trainer, data collator, fill-mask pipeline."""
+"""The same work by `transformers`, if it is installed: Trainer, data collator, fill-mask pipeline.
+
+It runs in a process of its own, because settings of this process would change its speed: unmask lets malloc keep freed
+memory, which made the Trainer 1.4 times as fast (`bert-mini`), and uses deterministic algorithms.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import importlib
-import random
-import time
-import warnings
-from collections.abc import Generator, Sequence
-from contextlib import contextmanager
-from itertools import cycle, pairwise
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from itertools import pairwise
 from pathlib import Path
+from types import TracebackType
 from typing import Any, Final
 
 import numpy as np
-import torch
 
-from unmask.checks.bench.timing import Work, repeated
+import unmask
+from unmask.checks.bench.peer_process import PeerSetup, Rows
+from unmask.checks.bench.timing import Work
 from unmask.checks.bench.work import BenchedRecipe
 from unmask.core import files
-from unmask.core.distributed import DistributedContext
 from unmask.core.files import RunLayout
 from unmask.core.types import Batch
 from unmask.hub.parity import quiet_transformers
@@ -27,11 +34,12 @@ from unmask.models.hf_format import to_hf_config
 from unmask.models.model import save_model
 
 NOT_INSTALLED: Final = "not installed"
-_MANY_STEPS: Final = 10**9  # a callback stops the Trainer
-_LR: Final = 1e-5  # low, so that the weights stay finite however long the Trainer is timed
 _BATCHES: Final = 64  # of different text for the Trainer
+_REASON_LENGTH: Final = 100  # characters
 
-Rows = Sequence[Sequence[int]]
+
+class PeerError(Exception):
+    """`transformers` failed; the message says why."""
 
 
 def installed_version(name: str) -> str:
@@ -49,165 +57,107 @@ def missing_class(benched: BenchedRecipe) -> str:
     if benched.has_pairs:
         return "sentence pairs: not compared"
     hf_config = to_hf_config(benched.recipe.model, benched.components.vocab_size, {})
-    with quiet():
+    with quiet_transformers():
         known = any(hasattr(transformers, name) for name in hf_config.get("architectures", ()))
     return "" if known else "no such class"
 
 
-@contextmanager
-def quiet() -> Generator[None]:
-    """Turn off the output and warnings of transformers, and restore the global random numbers after it."""
-    states = random.getstate(), np.random.get_state(), torch.get_rng_state()
-    is_deterministic = torch.are_deterministic_algorithms_enabled()
-    torch.use_deterministic_algorithms(False)  # transformers doesn't need them, and they take time
-    try:
-        with quiet_transformers(), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        torch.use_deterministic_algorithms(is_deterministic)
-        random.setstate(states[0])
-        np.random.set_state(states[1])
-        torch.set_rng_state(states[2])
-
-
-def _quietly(work: Work) -> Work:
-    def run(seconds: float) -> list[float]:
-        with quiet():
-            return work(seconds)
-
-    return run
-
-
 class Peer:
-    """A model of `transformers` with the weights and the tokenizer of a recipe's model."""
+    """A process with a model of `transformers`; a context manager that ends it.
+
+    The model has the weights and the tokenizer of a recipe's model. Between its turns, the process waits for input.
+    """
 
     def __init__(self, benched: BenchedRecipe, folder: Path) -> None:
-        """Writes the model to a folder and opens its tokenizer with `transformers`."""
-        import transformers
-
+        """Writes the model to a folder and starts the process."""
         save_model(folder, benched.model())
-        self._folder = folder
-        self._context: DistributedContext = benched.context
-        self._mask_rate = benched.recipe.objective.masked_fraction
-        self._architecture = str(files.read_json(folder / RunLayout.CONFIG)["architectures"][0])
-        with quiet():
-            self._tokenizer: Any = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
-
-    def _model(self) -> Any:
-        import transformers
-
-        with quiet():
-            model = getattr(transformers, self._architecture).from_pretrained(
-                self._folder, local_files_only=True, dtype=torch.float32
+        context = benched.context
+        setup = PeerSetup(
+            folder=str(folder),
+            architecture=str(files.read_json(folder / RunLayout.CONFIG)["architectures"][0]),
+            device=str(context.device),
+            threads=context.threads,
+            precision=context.precision,
+            mask_rate=benched.recipe.objective.masked_fraction,
+        )
+        paths = [str(Path(unmask.__file__).parent.parent), *filter(None, [os.environ.get("PYTHONPATH")])]
+        self._messages = folder / "messages.txt"
+        with self._messages.open("w", encoding="utf-8") as messages:
+            self._process = subprocess.Popen(
+                [sys.executable, "-P", "-m", "unmask.checks.bench.peer_process"],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=messages,
+                text=True,
+                encoding="utf-8",
+                env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
             )
-        return model.to(self._context.device)
+        self._send(asdict(setup))
 
-    def _collator(self) -> Any:
-        import transformers
+    def __enter__(self) -> Peer:
+        return self
 
-        return transformers.DataCollatorForLanguageModeling(self._tokenizer, mlm_probability=self._mask_rate)
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._process.kill()
+        self._process.wait()
+        for pipe in (self._process.stdin, self._process.stdout):
+            if pipe is not None:
+                with contextlib.suppress(BrokenPipeError):
+                    pipe.close()
+
+    @property
+    def pid(self) -> int:
+        """Process id."""
+        return self._process.pid
 
     def training_work(self, blocks: Rows, batch_rows: int) -> Work:
-        """Return steps of the Trainer with AdamW; the unit is a token. The first step of a call is not timed.
-
-        Args:
-            blocks: token ids of the training rows, all of the same length.
-            batch_rows: rows of a step.
-        """
-        import transformers
-
-        context = self._context
-        with quiet():
-            arguments = transformers.TrainingArguments(
-                output_dir=str(self._folder / "trainer"),
-                max_steps=_MANY_STEPS,
-                per_device_train_batch_size=batch_rows,
-                learning_rate=_LR,
-                use_cpu=context.device.type == "cpu",
-                bf16=context.precision == "bfloat16",
-                save_strategy="no",
-                logging_strategy="no",
-                report_to=[],
-                disable_tqdm=True,
-                dataloader_drop_last=True,
-                dataloader_pin_memory=context.device.type == "cuda",
-            )
-            trainer = transformers.Trainer(
-                model=self._model(),
-                args=arguments,
-                train_dataset=[{"input_ids": list(block)} for block in blocks],  # pyright: ignore[reportArgumentType]
-                data_collator=self._collator(),
-            )
-            trainer.remove_callback(transformers.PrinterCallback)
-            clock = _clock(context.device, arguments.train_batch_size * len(blocks[0]))
-            trainer.add_callback(clock)
-
-        def run(seconds: float) -> list[float]:
-            clock.start(seconds)
-            trainer.train()
-            return clock.times
-
-        return _quietly(run)
+        """Return steps of the Trainer on rows of equal length, `batch_rows` per step; the unit is a token."""
+        return self._work("training", blocks=blocks, batch_rows=batch_rows)
 
     def masking_work(self, batches: Sequence[Batch]) -> Work:
         """Return padding and masking by the data collator, of the rows of these batches; the unit is a row."""
-        features = [[{"input_ids": ids} for ids in rows_of(batch)] for batch in batches]
-        collator, following = self._collator(), cycle(features)
-
-        def run(seconds: float) -> list[float]:
-            times: list[float] = []
-            begin = last = time.perf_counter()
-            while not times or last - begin < seconds:
-                rows = next(following)
-                collator(rows)
-                now = time.perf_counter()
-                times.append((now - last) / len(rows))
-                last = now
-            return times
-
-        return _quietly(run)
+        return self._work("masking", batches=[rows_of(batch) for batch in batches])
 
     def fill_work(self, sentences: Sequence[str]) -> Work:
         """Return predictions by the fill-mask pipeline, all sentences in one batch; the unit is a sentence."""
-        import transformers
+        return self._work("filling", sentences=list(sentences), mask=MASK)
 
-        with quiet():
-            pipeline = transformers.pipeline(
-                "fill-mask", model=self._model().eval(), tokenizer=self._tokenizer, device=self._context.device
-            )
-        texts = [sentence.replace(MASK, self._tokenizer.mask_token) for sentence in sentences]
-        return _quietly(repeated(lambda: pipeline(texts, top_k=5, batch_size=len(texts)), len(texts)))
+    def _work(self, name: str, **inputs: Any) -> Work:
+        """Prepare work, in place of the work that was prepared before.
 
+        Raises:
+            PeerError: it fails, as the returned function may.
+        """
+        self._ask({"work": name, "inputs": inputs})
+        return lambda seconds: self._ask({"seconds": seconds})["times"]
 
-def _clock(device: torch.device, step_tokens: int) -> Any:
-    """Return a callback of the Trainer that times its steps and stops it."""
-    import transformers
+    def _ask(self, request: dict[str, Any]) -> dict[str, Any]:
+        assert self._process.stdout is not None
+        self._send(request)
+        line = self._process.stdout.readline()
+        if not line:
+            raise PeerError(self._end())
+        answer = json.loads(line)
+        if "error" in answer:
+            raise PeerError(f"failed: {answer['error'][:_REASON_LENGTH]}")
+        return answer
 
-    class Clock(transformers.TrainerCallback):
-        """Times steps: `times` are seconds per token."""
+    def _send(self, message: dict[str, Any]) -> None:
+        """Send one line; a process that has ended is noticed when its answer is read."""
+        assert self._process.stdin is not None
+        with contextlib.suppress(BrokenPipeError):
+            self._process.stdin.write(json.dumps(message) + "\n")
+            self._process.stdin.flush()
 
-        def __init__(self) -> None:
-            self.times: list[float] = []
-
-        def start(self, seconds: float) -> None:
-            """Forget all steps, and stop the Trainer after these seconds, but after two steps at the earliest."""
-            self.times, self._seconds, self._first, self._last = [], seconds, None, 0.0
-
-        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
-            """Record a step."""
-            if device.type == "cuda":
-                torch.cuda.synchronize()
-            now = time.perf_counter()
-            if self._first is None:
-                self._first = now
-            else:
-                self.times.append((now - self._last) / step_tokens)
-            self._last = now
-            control.should_training_stop = bool(self.times) and now - self._first >= self._seconds
-            return control
-
-    return Clock()
+    def _end(self) -> str:
+        """Return how the process ended, and its last line on standard error."""
+        code = self._process.wait()
+        how = f"killed by signal {-code}" if code < 0 else f"ended with exit code {code}"
+        lines = self._messages.read_text(encoding="utf-8", errors="replace").split("\n")
+        last = next((line.strip() for line in reversed(lines) if line.strip()), "")
+        return f"{how}: {last[:_REASON_LENGTH]}" if last else how
 
 
 # Rows -----------------------------------------------------------------------------------------------------------------

@@ -55,11 +55,13 @@ def choose_vocabulary(recipe: Recipe, context: DistributedContext, explicit: Col
     """Returns the recipe with a vocabulary whose size fits the budget, and logs why; before a tokenizer is trained.
 
     Raises:
-        RecipeError: the budget is not in seconds, or the model is not a ModernBERT.
+        RecipeError: the user set no model, and the budget is not in seconds or the model is not a ModernBERT.
     """
     if not recipe.train.fit_to_budget:
         return recipe
     if recipe.train.budget.unit != "seconds" or not isinstance(recipe.model, ModernBertConfig):
+        if _sets_model(explicit or ()):
+            return recipe
         raise RecipeError(
             "settings are chosen for a budget in seconds and for model.kind=modernbert only",
             location="train.fit_to_budget",
@@ -93,11 +95,17 @@ def fit_to_budget(
         return recipe
     recipe = replace(recipe, train=replace(recipe.train, fit_to_budget=False))
     explicit = explicit or ()
-    if any(key == "model" or key.startswith("model.") for key in explicit):
+    if recipe.train.budget.unit != "seconds":
+        return recipe
+    if _sets_model(explicit):
         tokens = _TRAINING * recipe.train.budget.number / measure_token_seconds(recipe, corpus, context)
     else:
         recipe, tokens = _with_chosen_size(recipe, corpus, context)
     return _with_stages(recipe, tokens, explicit)
+
+
+def _sets_model(explicit: Collection[str]) -> bool:
+    return any(key == "model" or key.startswith("model.") for key in explicit)
 
 
 def _with_chosen_size(recipe: Recipe, corpus: TokenizedCorpus, context: DistributedContext) -> tuple[Recipe, float]:
