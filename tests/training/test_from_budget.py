@@ -51,7 +51,7 @@ def test_the_choice_is_logged_and_makes_an_ordinary_recipe(
 ) -> None:
     with caplog.at_level(logging.INFO, logger="unmask"):
         recipe = choose(corpus, context, "30 s")
-    assert not recipe.train.fit_to_budget
+    assert not recipe.train.choose_model_size
     assert recipe.model.hidden_size % recipe.model.num_attention_heads == 0
     assert (
         f"{recipe.model.num_hidden_layers} layers of width {recipe.model.hidden_size}, because 30 s are" in caplog.text
@@ -60,7 +60,7 @@ def test_the_choice_is_logged_and_makes_an_ordinary_recipe(
 
 def test_a_model_that_the_user_set_is_kept(corpus: TokenizedCorpus, context: DistributedContext) -> None:
     recipe = choose(corpus, context, "1 h", "model.hidden_size=96", "model.num_attention_heads=3")
-    assert recipe.model.hidden_size == 96 and not recipe.train.fit_to_budget
+    assert recipe.model.hidden_size == 96 and not recipe.train.choose_model_size
 
 
 def test_other_recipes_are_not_changed(corpus: TokenizedCorpus, context: DistributedContext) -> None:

@@ -46,9 +46,9 @@ class TrainConfig:
     """Budget, intervals, hardware, and what is saved and logged."""
 
     budget: Quantity = Quantity(600, "seconds")  # [seconds, steps, tokens or epochs] Total amount of training.
-    # Whether vocabulary, size of the model, batch sizes and sequence lengths are chosen for a budget in seconds, from a
-    # measured speed.
-    fit_to_budget: bool = False
+    # Whether the size of the model, and with it vocabulary, batch sizes and sequence lengths, is chosen for a budget in
+    # seconds, from a measured speed.
+    choose_model_size: bool = False
     every: EveryConfig = field(default_factory=EveryConfig)  # Intervals of logs, validations and checkpoints.
     # [tokens] Maximum size of a micro-batch; a step has as many as it needs.
     micro_batch_size: Quantity = Quantity(16_384, "tokens")

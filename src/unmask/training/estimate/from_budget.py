@@ -57,14 +57,14 @@ def choose_vocabulary(recipe: Recipe, context: DistributedContext, explicit: Col
     Raises:
         RecipeError: the user set no model, and the budget is not in seconds or the model is not a ModernBERT.
     """
-    if not recipe.train.fit_to_budget:
+    if not recipe.train.choose_model_size:
         return recipe
     if recipe.train.budget.unit != "seconds" or not isinstance(recipe.model, ModernBertConfig):
         if _sets_model(explicit or ()):
             return recipe
         raise RecipeError(
             "settings are chosen for a budget in seconds and for model.kind=modernbert only",
-            location="train.fit_to_budget",
+            location="train.choose_model_size",
             hint='set a budget such as --budget "30 min", or choose a recipe: unmask recipe list',
         )
     size = getattr(recipe.data.tokenizer, "vocab_size", 0)
@@ -91,9 +91,9 @@ def fit_to_budget(
 
     Settings whose keys are in `explicit` are kept.
     """
-    if not recipe.train.fit_to_budget:
+    if not recipe.train.choose_model_size:
         return recipe
-    recipe = replace(recipe, train=replace(recipe.train, fit_to_budget=False))
+    recipe = replace(recipe, train=replace(recipe.train, choose_model_size=False))
     explicit = explicit or ()
     if recipe.train.budget.unit != "seconds":
         return recipe
