@@ -48,7 +48,7 @@ from unmask.training.setup import RunComponents, as_model, build_components, pre
 ROWS, LENGTH, MASK_RATE = 32, 128, 0.15  # of the Trainer's steps
 WARM_UP_STEPS, TIMED_STEPS = 4, 12
 WARM_UP = 0.06  # fraction of the Trainer's steps with a rising rate, as in RoBERTa
-POINTS = 60  # validations of the recipe
+EARLY, EARLY_EVERY, EVERY = 0.25, 0.01, 0.15  # validations of the recipe, in fractions of its steps
 
 
 def clock(context: DistributedContext) -> float:
@@ -70,7 +70,8 @@ class Steps(transformers.TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
         """Record a step."""
         self.times.append(clock(self.context) - self.begin)
-        control.should_training_stop = self.times[-1] >= self.seconds
+        if self.times[-1] >= self.seconds:  # the Trainer itself has set it after the last step
+            control.should_training_stop = True
         return control
 
 
@@ -171,13 +172,11 @@ def recipe_run(recipe: Recipe, components: RunComponents, seconds: float, eval_s
         })  # fmt: skip
         evaluating += clock(context) - now
 
-    every = max(1, plan.steps // POINTS)
-    train(
-        components.training,
-        plan,
-        TrainState(),
-        [Callback(lambda step, since: step % every == 0 or step == plan.steps, record)],
-    )
+    def is_due(step: int, since: float) -> bool:
+        every = max(1, round(plan.steps * (EARLY_EVERY if step <= EARLY * plan.steps else EVERY)))
+        return step % every == 0 or step == plan.steps
+
+    train(components.training, plan, TrainState(), [Callback(is_due, record)])
     return {"recipe": recipe.name, "probe_seconds": probed, **curve[-1], "curve": curve}
 
 

@@ -207,7 +207,7 @@ def limit_validation(every: EveryConfig, budget: Quantity, measured: Measured) -
     interval = every.validate
     if isinstance(interval, Quantity):
         if interval.unit == "seconds" and cost > _MAX_VALIDATION_FRACTION * interval.number:
-            return every, f"each validation takes {cost:.0f} s, and one is due every {interval} (train.every.validate)"
+            return every, f"each validation takes {cost:.2g} s, and one is due every {interval} (train.every.validate)"
         return every, ""
     times = math.ceil(1 / interval.fraction - 1e-9) if interval.fraction else 1
     if times * cost <= limit or times == 1:
@@ -220,7 +220,7 @@ def limit_validation(every: EveryConfig, budget: Quantity, measured: Measured) -
     else:
         reason = f"only once instead of {times} times, which still takes {share:.0%}"
     note = (
-        f"one validation takes {cost:.0f} s, so the run validates {reason} of the budget on it; "
+        f"one validation takes {cost:.2g} s, so the run validates {reason} of the budget on it; "
         "a smaller data.held_out.max_size makes it faster"
     )
     return replace(every, validate=rounded), note
