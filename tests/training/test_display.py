@@ -97,6 +97,9 @@ def test_epochs_are_shown_in_total_by_stage_and_by_text() -> None:
     assert ("data", "312 documents, 1.2M tokens, 63 epochs") in estimate_rows(ESTIMATE)
     (warning,) = estimate_notes(ESTIMATE)
     assert "63 epochs over the same text" in warning and "early_stopping_patience" in warning
+    assert "dropout" not in warning, "the model has it already"
+    (warning,) = estimate_notes(replace(ESTIMATE, dropout_off=("model.hidden_dropout",)))
+    assert "or use dropout (--set model.hidden_dropout=0.1);" in warning
     fits = replace(ESTIMATE, epochs=(1.0, 2.2), texts_seen={"notes.txt": 3.2})
     assert estimate_notes(fits) == []
     two = replace(ESTIMATE, epochs=(1.0, 0.5), texts_seen={"notes.txt": 3.2, "wiki": 0.4})

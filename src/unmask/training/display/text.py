@@ -17,7 +17,8 @@ from unmask.training.estimate import CostEstimate
 from unmask.training.loop import TrainState
 from unmask.training.plan import Plan
 
-MANY_EPOCHS = 40  # more epochs over a text of any size mostly memorize it
+# More epochs over a text of any size mostly memorize it. With 60, dropout helped; with 10, it did harm (docs/diary.md).
+MANY_EPOCHS = 40
 MASK = "[MASK]"
 
 
@@ -63,9 +64,11 @@ def estimate_notes(estimate: CostEstimate) -> list[str]:
         notes.append("epochs by text: " + ", ".join(f"{name} {epochs_text(value)}" for name, value in by_name.items()))
     most, fewest = max([epochs, *by_name.values()]), min([epochs, *by_name.values()])
     if most > MANY_EPOCHS:
+        dropout = " ".join(f"--set {key}=0.1" for key in estimate.dropout_off)
         notes.append(
             f"{epochs_text(most)} over the same text mostly memorize it: watch the validation loss, add text or lower "
-            "the budget; --set train.early_stopping_patience=3 stops a run that no longer improves"
+            f"the budget{f', or use dropout ({dropout})' if dropout else ''}; "
+            "--set train.early_stopping_patience=3 stops a run that no longer improves"
         )
     if fewest < 1:
         notes.append("less than one epoch: part of the text is not used; increase the budget to use all of it")

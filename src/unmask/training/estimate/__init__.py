@@ -18,6 +18,8 @@ from unmask.training.plan import MeasuredMemory, Plan
 from unmask.training.recipe import Recipe
 from unmask.training.setup import RunComponents
 
+_DROPOUT = ("embedding_dropout", "mlp_dropout", "hidden_dropout")  # not attention's, which makes attention slower
+
 
 @dataclass(frozen=True)
 class CostEstimate:
@@ -42,6 +44,7 @@ class CostEstimate:
     decay: str = ""  # description: when the learning rate decays
     ranks: int = 1  # processes; `threads` are those of each
     checkpoint_bytes: int = 0  # disk space of one checkpoint
+    dropout_off: tuple[str, ...] = ()  # keys of dropout that are 0 and could be raised
 
 
 # Computing ------------------------------------------------------------------------------------------------------------
@@ -90,6 +93,7 @@ def estimate_cost(
         decay=describe_decay(recipe.lr_schedule),
         ranks=context.ranks,
         checkpoint_bytes=checkpoint_bytes(parameters, has_ema=has_ema),
+        dropout_off=tuple(f"model.{name}" for name in _DROPOUT if getattr(recipe.model, name, 1.0) == 0),
     )
 
 
