@@ -244,7 +244,8 @@ def main() -> int:
         whole = {
             "date": date.today().isoformat(),
             "command": f"python benchmarks/learning.py {given.text.name} --valid {given.valid.name} "
-            f"--recipe {given.recipe} --seconds {given.seconds:g} --threads {given.threads}",
+            f"--recipe {given.recipe} --seconds {given.seconds:g} --threads {given.threads} "
+            f"--rates {' '.join(f'{rate:g}' for rate in given.rates)} --characters {given.characters:g}",
             "unmask": __version__,
             "torch": torch.__version__,
             "transformers": transformers.__version__,
