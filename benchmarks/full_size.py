@@ -90,7 +90,7 @@ def two_steps(name: str, tokens: int, settings: list[str]) -> dict[str, Any]:
     torch.manual_seed(rng.integer(recipe.seed, "weights"))
     encoder, head = build_model(recipe.model, vocab_size)
     objective = MaskedLMObjective(recipe.objective, MASK, np.arange(SPECIALS, vocab_size))
-    module = TrainModule(encoder.to(context.device), head.to(context.device), objective)
+    module = TrainModule(encoder.to(context.device), head.to(context.device), objective.modules)
     optimizer = Optimizer(module, recipe.optimizer, bf16=context.precision == "bfloat16")
     plan = Plan((StagePlan(length, tokens, 0, STEPS, 0.0),))
     built = time.perf_counter() - start
@@ -105,7 +105,7 @@ def two_steps(name: str, tokens: int, settings: list[str]) -> dict[str, Any]:
         return lr_factor_at(recipe.lr_schedule, progress, step, recipe.model.hidden_size)
 
     loaders = [SyntheticLoader(vocab_size, length)]
-    training = TrainLoopInputs(module, objective, loaders, optimizer, factor, context, recipe.seed)
+    training = TrainLoopInputs(module, [objective], loaders, optimizer, factor, context, recipe.seed)
     state = TrainState()
     train(training, plan, state, log=LogCallback(always, log))
     assert len(losses) == STEPS and all(map(math.isfinite, losses))

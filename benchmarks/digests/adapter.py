@@ -301,8 +301,8 @@ def masked_batches(
 ) -> list[list[Any]]:
     """Returns the first batches of an epoch, each before and after masking."""
     recipe = load_recipe("tiny", [*settings])
-    objective = build_objective(recipe, corpus.handle.tokenizer, corpus.handle.words)
-    loader = _loader(corpus.handle, length, 4096, recipe.seed, pair_sampling(objective, recipe))
+    objective = build_objective(recipe.objective, recipe, corpus.handle.tokenizer, corpus.handle.words)
+    loader = _loader(corpus.handle, length, 4096, recipe.seed, pair_sampling(recipe, [objective])[0])
     batches, cursor = loader.step(epoch * loader.samples, tokens, 0, 1)
     result: list[list[Any]] = [[loader.samples, loader.epoch_tokens, loader.first_cursor(1), cursor]]
     for batch in batches:

@@ -19,13 +19,18 @@ from unmask.core.version import __version__
 
 if TYPE_CHECKING:
     from unmask.checks.audit import audit
+    from unmask.evaluation.details import evaluate_details
+    from unmask.evaluation.scoring import score
     from unmask.evaluation.validation import evaluate_text as evaluate
     from unmask.hub.from_hf import import_model, load
     from unmask.hub.to_hf import export
     from unmask.models.fill_mask import fill
+    from unmask.models.generate import generate
+    from unmask.models.joint_fill import fill_jointly
     from unmask.models.model import Model
     from unmask.tokenization.tokenizer import Tokenizer
     from unmask.training.api import Run, pretrain, resume
+    from unmask.training.finetuning.api import finetune
     from unmask.training.recipe import Recipe
 
 __all__ = [
@@ -37,12 +42,17 @@ __all__ = [
     "__version__",
     "audit",
     "evaluate",
+    "evaluate_details",
     "export",
     "fill",
+    "fill_jointly",
+    "finetune",
+    "generate",
     "import_model",
     "load",
     "pretrain",
     "resume",
+    "score",
 ]
 
 _OBJECTS = {
@@ -52,12 +62,17 @@ _OBJECTS = {
     "Tokenizer": "unmask.tokenization.tokenizer.Tokenizer",
     "audit": "unmask.checks.audit.audit",
     "evaluate": "unmask.evaluation.validation.evaluate_text",
+    "evaluate_details": "unmask.evaluation.details.evaluate_details",
     "export": "unmask.hub.to_hf.export",
     "fill": "unmask.models.fill_mask.fill",
+    "fill_jointly": "unmask.models.joint_fill.fill_jointly",
+    "finetune": "unmask.training.finetuning.api.finetune",
+    "generate": "unmask.models.generate.generate",
     "import_model": "unmask.hub.from_hf.import_model",
     "load": "unmask.hub.from_hf.load",
     "pretrain": "unmask.training.api.pretrain",
     "resume": "unmask.training.api.resume",
+    "score": "unmask.evaluation.scoring.score",
 }
 
 

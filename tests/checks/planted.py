@@ -148,6 +148,30 @@ class HalfWords(Honest):
         return torch.where(masked, self.mask_id, ids), torch.where(masked, ids, -100)
 
 
+class FitsQuota(Honest):
+    """Whole words in random order, each if it fits into the rest of ⌊r·n + u⌋ tokens: short words fit more often."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        super().__init__(tokenizer)
+        self.is_continuation = torch.tensor(
+            [tokenizer.id_to_token(number).startswith("##") for number in range(tokenizer.size)]
+        )
+
+    def __call__(self, ids: Tensor) -> tuple[Tensor, Tensor]:
+        maskable = ~torch.isin(ids, self.special)
+        follows = self.is_continuation[ids] & maskable
+        follows[:, 1:] &= maskable[:, :-1]
+        masked = torch.zeros_like(maskable)
+        for row, word_of_token in enumerate(torch.cumsum(~follows, dim=1)):
+            words, sizes = torch.unique(word_of_token[maskable[row]], return_counts=True)
+            remaining = int(self.rate * int(sizes.sum()) + float(torch.rand(1)))
+            for index in torch.randperm(len(words)).tolist():
+                if sizes[index] <= remaining:
+                    remaining -= int(sizes[index])
+                    masked[row] |= word_of_token == words[index]
+        return torch.where(masked, self.mask_id, ids), torch.where(masked, ids, -100)
+
+
 def without_labels(ids: Tensor) -> Tensor:
     """Return no labels: not a masker."""
     return ids

@@ -7,7 +7,7 @@ import json
 import math
 import sys
 import warnings
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 import unmask
 from unmask.checks.audit.maskers import ObjectiveMasker, claims_of_config, fast_tokenizer, transformers_collator
 from unmask.checks.audit.settings import AuditConfig, Claims
-from unmask.checks.audit.statistics import combinations, p_value, poisson_tail
+from unmask.checks.audit.statistics import chernoff_bound, combinations, p_value, poisson_tail
 from unmask.core.errors import RecipeError, TextError
 from unmask.objectives.masking import MaskUnit
 from unmask.objectives.mlm import MaskedLMConfig, MaskedLMObjective
@@ -94,6 +94,18 @@ def test_a_partial_word_is_found_and_no_other_fault(english: list[str], tokenize
         report = unmask.audit(masker, english, tokenizer, claims=claims, settings=ALONE)
         # A word cut by the edge of a sample begins with a continuation, which this masker masks alone: still whole.
         assert set(report.failed) == found, report.findings
+
+
+def test_words_that_must_fit_into_a_quota_are_found(english: list[str], tokenizer: Tokenizer) -> None:
+    """The rule of BERT's code: short words fit more often, so they are masked more often."""
+    claims = Claims(mask=1.0, random=0.0, keep=0.0, units="words")
+    report = unmask.audit(planted.FitsQuota(tokenizer), english, tokenizer, claims=claims, settings=ALONE)
+    assert set(report.failed) == {"rate by word"}
+    finding = report["rate by word"]
+    assert finding.p_value is not None and finding.p_value < 1e-12
+    boosted = replace(claims, uniform=False)
+    allowed = unmask.audit(planted.FitsQuota(tokenizer), english, tokenizer, claims=boosted, settings=ALONE)
+    assert allowed["rate by word"].verdict == "info", "words that are boosted may differ"
 
 
 def test_neighbors_masked_together_are_found_if_words_are_claimed(english: list[str], tokenizer: Tokenizer) -> None:
@@ -229,6 +241,18 @@ def test_other_objects_are_refused(english: list[str], tokenizer: Tokenizer) -> 
 def test_the_tail_of_the_poisson_distribution_is_not_underestimated(count: int, mean: float) -> None:
     exact = 1.0 - sum(math.exp(-mean + k * math.log(mean) - math.lgamma(k + 1)) for k in range(count))
     assert poisson_tail(count, mean) >= exact - 1e-9
+
+
+@given(st.integers(1, 80), st.floats(0.01, 0.99), st.data())
+@settings(max_examples=60, deadline=None)
+def test_the_bound_of_a_binomial_tail_is_not_exceeded(draws: int, rate: float, data: st.DataObject) -> None:
+    """Compared with the exact sum of the tail on the side of the count, of which the bound has two."""
+    count = data.draw(st.integers(0, draws))
+    side = range(count, draws + 1) if count >= rate * draws else range(count + 1)
+    exact = sum(math.comb(draws, k) * rate**k * (1 - rate) ** (draws - k) for k in side)
+    bound = chernoff_bound(count / draws, rate, draws)
+    assert bound == 1.0 or 2 * exact <= bound + 1e-9
+    assert chernoff_bound(rate, rate, draws) == 1.0
 
 
 def test_p_values_are_those_of_the_normal_distribution() -> None:

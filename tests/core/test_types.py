@@ -56,7 +56,10 @@ from unmask.models import EncoderConfig, EncoderModule, HeadModule, build_model,
 from unmask.models.annotated import TutorialConfig
 from unmask.models.bert import BertConfig
 from unmask.models.modernbert import ModernBertConfig
+from unmask.objectives.causal import CausalLMConfig, CausalLMObjective
+from unmask.objectives.diffusion import MaskedDiffusionConfig, MaskedDiffusionObjective
 from unmask.objectives.mlm import MaskedLMConfig, MaskedLMObjective
+from unmask.objectives.mntp import MaskedNextTokenConfig, MaskedNextTokenObjective
 from unmask.objectives.sentence_pairs import BertPretrainingConfig, BertPretrainingObjective
 from unmask.training.loggers import JsonlLogger, TensorBoardLogger, read_log
 
@@ -86,6 +89,11 @@ OBJECTIVES: list[Objective] = [
         ORDINARY,
         [(7,), (8, 9)],
     ),
+    CausalLMObjective(CausalLMConfig()),
+    CausalLMObjective(CausalLMConfig(predicted_fraction=0.3)),
+    MaskedNextTokenObjective(MaskedNextTokenConfig(mask_rate=0.3, causal_fraction=0.0), MASK, ORDINARY),
+    MaskedDiffusionObjective(MaskedDiffusionConfig(), MASK),
+    MaskedDiffusionObjective(MaskedDiffusionConfig(min_mask_rate=0.1, weighted=False), MASK),
 ]
 SOURCES: list[Callable[[Path, Sequence[str]], Source]] = [
     lambda folder, texts: MemorySource(texts),
@@ -99,7 +107,7 @@ SOURCES: list[Callable[[Path, Sequence[str]], Source]] = [
 LOGGERS: list[Callable[[Path], MetricLogger]] = [JsonlLogger]
 
 encoders = pytest.mark.parametrize("shape", ENCODERS, ids=lambda shape: shape.kind)
-objectives = pytest.mark.parametrize("objective", OBJECTIVES, ids=["token", "whole-word", "span", "ngram"])
+objectives = pytest.mark.parametrize("objective", OBJECTIVES, ids=lambda each: type(each).__name__)
 sources = pytest.mark.parametrize(
     "create", SOURCES, ids=["memory", "files", "folder", "jsonl", "jsonl.gz", "csv", "parquet"]
 )
@@ -200,7 +208,7 @@ def test_tokens_that_are_not_masked_are_unchanged(objective: Objective, lengths:
     masked = objective.corrupt(batch, seed)
     untouched = torch.ones(len(batch.ids_T), dtype=torch.bool).index_fill_(0, masked.positions_M, False)
     assert torch.equal(masked.batch.ids_T[untouched], batch.ids_T[untouched])
-    assert masked.denominators["mlm"] == len(masked.positions_M)
+    assert set(masked.denominators.values()) <= {len(masked.positions_M), masked.num_maskable}
 
 
 # Samplers -------------------------------------------------------------------------------------------------------------

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -24,12 +25,14 @@ def batch_of(lengths: list[int], vocabulary: int = 50) -> Batch:
 
 
 def reference(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, batch: Batch, window: int | None) -> torch.Tensor:
-    """Reference: attention of each sequence by itself."""
+    """Reference: attention of each sequence by itself, causal if the batch says so."""
     out = torch.zeros_like(v)
     for first, last in itertools.pairwise(batch.offsets[: batch.num_samples + 1]):
         position = torch.arange(last - first)
         distance = position[:, None] - position
         visible = torch.ones_like(distance, dtype=torch.bool) if window is None else distance.abs() <= window // 2
+        if batch.is_causal:
+            visible = visible & (distance >= 0)
         scores = torch.einsum("qhk,jhk->hqj", q[first:last], k[first:last]) * q.shape[-1] ** -0.5
         probabilities = scores.masked_fill(~visible, -torch.inf).softmax(-1)
         out[first:last] = torch.einsum("hqj,jhk->qhk", probabilities, v[first:last])
@@ -61,11 +64,14 @@ def attended(plan: AttentionPlan, qkv: list[torch.Tensor], window: int | None) -
 MIXES = [[64] * 8, [64] * 20 + [7, 3], [5, 400, 17, 64, 64, 200, 33], [700, 690, 12], [1], [321, 650, 650]]
 
 
+@pytest.mark.parametrize("is_causal", [False, True], ids=["bidirectional", "causal"])
 @pytest.mark.parametrize("lengths", MIXES, ids=str)
 @pytest.mark.parametrize("window", [None, 128, 16])
-def test_attention_in_a_batch_equals_attention_of_each_sequence(lengths: list[int], window: int | None):
+def test_attention_in_a_batch_equals_attention_of_each_sequence(
+    lengths: list[int], window: int | None, is_causal: bool
+):
     torch.manual_seed(0)
-    batch = batch_of(lengths)
+    batch = replace(batch_of(lengths), is_causal=is_causal)
     qkv = [torch.randn(batch.tokens, 2, 8, requires_grad=True) for _ in range(3)]
     weight = torch.randn(batch.tokens, 2, 8)
     result = attended(plan_attention(batch), qkv, window)
@@ -77,11 +83,12 @@ def test_attention_in_a_batch_equals_attention_of_each_sequence(lengths: list[in
         torch.testing.assert_close(grad, expected_grad, atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.parametrize("is_causal", [False, True], ids=["bidirectional", "causal"])
 @pytest.mark.parametrize("lengths", MIXES, ids=str)
 @pytest.mark.parametrize("window", [None, 128])
-def test_half_precision_on_a_cpu_equals_the_reference(lengths: list[int], window: int | None):
+def test_half_precision_on_a_cpu_equals_the_reference(lengths: list[int], window: int | None, is_causal: bool):
     torch.manual_seed(0)
-    batch = batch_of(lengths)
+    batch = replace(batch_of(lengths), is_causal=is_causal)
     qkv = [torch.randn(batch.offsets[-1], 2, 8, dtype=torch.bfloat16, requires_grad=True) for _ in range(3)]
     plan = plan_attention(batch, dtype=torch.bfloat16)
     assert plan.backend == "eager"

@@ -199,7 +199,7 @@ def test_config_of_version_4():
 @pytest.mark.parametrize(
     ("change", "named"),
     [
-        ({"model_type": "electra"}, "electra"),
+        ({"model_type": "deberta"}, "deberta"),
         ({"model_type": None}, "None"),
         ({"attention_bias": True}, "attention_bias"),
         ({"norm_bias": True}, "norm_bias"),

@@ -31,9 +31,10 @@ def test_equals_torch_in_float32(rows: int, vocab_size: int, scale: float) -> No
     exact = [tensor.double().requires_grad_() for tensor in (features, weight, bias)]
     expected, expected_correct = reference(*exact, labels)
     tensors = [tensor.requires_grad_() for tensor in (features, weight, bias)]
-    nats, correct = linear_cross_entropy(*tensors, labels)
+    nats, nats_M, correct_M = linear_cross_entropy(*tensors, labels)
     torch.testing.assert_close(nats.double(), expected, rtol=1e-5, atol=1e-5)
-    assert correct == expected_correct
+    torch.testing.assert_close(nats_M.sum(), nats.detach())
+    assert correct_M.sum() == expected_correct
     for own, right in zip(gradients(nats, tensors, scale), gradients(expected, exact, scale), strict=True):
         torch.testing.assert_close(own.double(), right, rtol=1e-4, atol=1e-5)
 
@@ -51,7 +52,7 @@ def test_is_more_exact_than_torch_in_bfloat16() -> None:
 
     tensors = [tensor.requires_grad_() for tensor in (features, weight, bias)]
     with torch.autocast("cpu", torch.bfloat16):
-        own_loss, _ = linear_cross_entropy(*tensors, labels)
+        own_loss, _, _ = linear_cross_entropy(*tensors, labels)
         torch_loss, _ = reference(*tensors, labels)
     own, theirs = error(own_loss, tensors), error(torch_loss, tensors)
     assert max(own) < 0.01
@@ -61,13 +62,27 @@ def test_is_more_exact_than_torch_in_bfloat16() -> None:
 
 def test_the_second_of_equal_logits_counts_as_correct() -> None:
     weight = torch.zeros(3, 4)
-    _, correct = linear_cross_entropy(torch.ones(2, 4), weight, torch.tensor([1.0, 1.0, 0.0]), torch.tensor([1, 2]))
-    assert correct == 1
+    _, _, correct = linear_cross_entropy(torch.ones(2, 4), weight, torch.tensor([1.0, 1.0, 0.0]), torch.tensor([1, 2]))
+    assert correct.tolist() == [True, False]
 
 
 def test_no_masked_token_has_no_gradient() -> None:
     features, weight, bias, labels = inputs(0, 5)
     weight.requires_grad_()
-    nats, correct = linear_cross_entropy(features, weight, bias, labels)
+    nats, nats_M, correct_M = linear_cross_entropy(features, weight, bias, labels)
     nats.backward()
-    assert nats == 0 and correct == 0 and weight.grad is not None and not weight.grad.any()
+    assert nats == 0 and len(nats_M) == len(correct_M) == 0 and weight.grad is not None and not weight.grad.any()
+
+
+@pytest.mark.parametrize(("rows", "vocab_size"), [(7, 2), (300, 5000)])
+def test_weights_scale_losses_and_gradients(rows: int, vocab_size: int) -> None:
+    features, weight, bias, labels = inputs(rows, vocab_size)
+    weights = torch.rand(rows, generator=torch.Generator().manual_seed(1)) * 3
+    exact = [tensor.double().requires_grad_() for tensor in (features, weight, bias)]
+    each = F.cross_entropy(F.linear(*exact), labels, reduction="none")
+    tensors = [tensor.requires_grad_() for tensor in (features, weight, bias)]
+    total, nats_M, _ = linear_cross_entropy(*tensors, labels, weights)
+    torch.testing.assert_close(nats_M.double(), each.detach(), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(total.double(), (each * weights).sum(), rtol=1e-5, atol=1e-5)
+    for own, right in zip(gradients(total, tensors, 1.0), gradients((each * weights).sum(), exact, 1.0), strict=True):
+        torch.testing.assert_close(own.double(), right, rtol=1e-4, atol=1e-5)

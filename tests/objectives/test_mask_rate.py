@@ -52,7 +52,9 @@ def test_the_masked_fraction_follows_the_rate(how: str) -> None:
     assert batch.progress == 0.0
     for progress, rate in ((0.0, 0.30), (0.5, 0.225), (0.9, 0.165), (1.0, 0.15)):
         masked = objective.corrupt(replace(batch, progress=progress), 5)
-        error = 4 * 0.5 * 1000**0.5 / masked.num_maskable  # of 1,000 draws u, each of which moves one token at most
+        longest = {"token": 1, "whole-word": 1, "ngram": 3, "span": 10}[how]
+        # Four standard errors of 1,000 samples, in each of which the count differs by at most the longest unit.
+        error = 4 * 0.5 * longest * 1000**0.5 / masked.num_maskable
         assert abs(len(masked.positions_M) / masked.num_maskable - rate) < error
         assert masked.batch.progress == progress, "the masked batch keeps it"
         repeated = objective.corrupt(replace(batch, progress=progress), 5)

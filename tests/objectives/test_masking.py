@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from unmask.core.errors import RecipeError
@@ -42,7 +42,7 @@ lengths = st.lists(st.integers(1, 90), min_size=1, max_size=12)
     st.booleans(),
 )
 def test_counts_specials_and_order(sizes: list[int], seed: int, rate: float, how: str, boosts: bool) -> None:
-    """The count is ⌊r·n + u⌋, with words at most one word short; boosted words don't change it."""
+    """The count is ⌊r·n + u⌋ tokens; words and spans differ from r·n by at most the longest, or one alone is masked."""
     rng = np.random.default_rng(seed)
     samples = [text(rng, n, i) for i, n in enumerate(sizes)]
     packed = packed_of(samples)
@@ -54,18 +54,17 @@ def test_counts_specials_and_order(sizes: list[int], seed: int, rate: float, how
         n = int(((one.token_flags & SPECIAL) == 0).sum())
         masked_count = int(((positions_M >= packed.cu_seqlens[b]) & (positions_M < packed.cu_seqlens[b + 1])).sum())
         assert (masked_count >= 1) == (n >= 1)
-        longest_word = max_word(one)
-        slack = 0 if how == "token" else longest_word - 1
-        assert (
-            max(1 if n else 0, np.floor(rate * n)) - slack
-            <= masked_count
-            <= max(min(np.floor(rate * n) + 1, n), longest_word)
-        )
         if how == "token":
             assert masked_count in {
                 max(min(n, 1), int(np.floor(rate * n))),
                 max(min(n, 1), min(n, int(np.floor(rate * n)) + 1)),
             }
+            continue
+        words = words_of(one)
+        longest = max((len(word) for word in words), default=0)
+        if how != "whole-word":
+            longest *= min(MAX_SPAN_WORDS, max(1, int(rate * len(words))))
+        assert abs(masked_count - rate * n) <= longest + 1e-6 or 1 <= masked_count <= longest
 
 
 def words_of(one: Sample) -> list[list[int]]:
@@ -82,8 +81,77 @@ def words_of(one: Sample) -> list[list[int]]:
     return words
 
 
-def max_word(one: Sample) -> int:
-    return max((len(word) for word in words_of(one)), default=1)
+def copies(sizes: list[int], special: set[int], count: int) -> tuple[PackedSequences, np.ndarray]:
+    """Return `count` samples of one text with words of these sizes, and the first token of each word in a sample.
+
+    A special token follows the words with the numbers in `special`.
+    """
+    flags: list[int] = []
+    firsts: list[int] = []
+    for number, size in enumerate(sizes):
+        firsts.append(len(flags))
+        flags += [WORD_START] + [0] * (size - 1) + [SPECIAL] * (number in special)
+    keys = np.stack([np.zeros(count, int), np.arange(count)], axis=1)
+    bounds = np.arange(count + 1) * len(flags)
+    return PackedSequences(np.tile(np.array(flags, np.uint8), count), bounds, keys), np.array(firsts)
+
+
+def frequencies(positions_M: np.ndarray, packed: PackedSequences, firsts: np.ndarray) -> np.ndarray:
+    """Return how often each word is masked, by its first token."""
+    is_masked = np.zeros(len(packed.token_flags_T), bool)
+    is_masked[positions_M] = True
+    return is_masked.reshape(len(packed.sample_keys_B2), -1)[:, firsts].mean(axis=0)
+
+
+COPIES = 1500
+SIX_ERRORS = 6 * 0.5 / COPIES**0.5  # six standard errors of a frequency of one half, which has the largest
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    st.lists(st.integers(1, 7), min_size=1, max_size=20),
+    st.sets(st.integers(0, 19), max_size=4),
+    st.sampled_from(["token", "whole-word", "span", "ngram"]),
+    st.floats(0.05, 1.0),
+    st.integers(0, 2**32),
+)
+@example([1, 3, 3, 7], set[int](), "whole-word", 0.05, 3)
+@example([2, 1, 6, 1, 1], {1}, "span", 0.1, 3)
+def test_every_word_of_a_text_has_the_same_chance(
+    sizes: list[int], special: set[int], how: str, rate: float, seed: int
+) -> None:
+    """It is r, or one in the number of units if that is more, whatever the words' sizes and places are."""
+    packed, firsts = copies(sizes, special, COPIES)
+    positions_M = select_positions(packed, MaskingConfig(mask_rate=rate, mask_unit=how), seed)
+    units = sum(sizes) if how == "token" else len(sizes)
+    chance = max(rate, 1 / units)
+    error = 6 * (chance * (1 - chance) / COPIES) ** 0.5 + 1e-9
+    # The chance of a false alarm in all examples is below 1e-4.
+    assert np.abs(frequencies(positions_M, packed, firsts) - chance).max() < error
+    masked = len(positions_M) / COPIES
+    longest = 1 if how == "token" else max(sizes) * (1 if how == "whole-word" else max(1, int(rate * len(sizes))))
+    assert abs(masked - chance * sum(sizes)) < 6 * longest / COPIES**0.5 + 1e-9, "the quota is met in the mean"
+
+
+@settings(max_examples=15, deadline=None)
+@given(st.sampled_from(["token", "whole-word"]), st.floats(1.0, 60.0), st.integers(0, 2**32))
+def test_boosted_words_have_exactly_the_factor(how: str, factor: float, seed: int) -> None:
+    """The chances are c and min(1, f·c) for words of every size, with a mean of r·n masked tokens."""
+    sizes = [1, 5, 2, 3, 1, 1, 4, 2, 7, 1, 3, 2, 1, 6, 1, 2]
+    packed, firsts = copies(sizes, {3}, COPIES)
+    number_T = np.repeat(np.arange(len(sizes)), [size + (i == 3) for i, size in enumerate(sizes)])
+    boosted = np.isin(np.arange(len(sizes)), [0, 6, 11])  # sizes 1, 4 and 2
+    rule = MaskingConfig(mask_rate=0.25, mask_unit=how, boost_factor=factor)
+    positions_M = select_positions(packed, rule, seed, boosted_T=np.tile(boosted[number_T], COPIES))
+    quota, tokens = 0.25 * sum(sizes), np.array(sizes)
+    chance = quota / (tokens[~boosted].sum() + factor * tokens[boosted].sum())
+    if factor * chance >= 1:
+        chance = (quota - tokens[boosted].sum()) / tokens[~boosted].sum()
+    expected = np.where(boosted, min(1.0, factor * chance), chance)
+    measured = frequencies(positions_M, packed, firsts)
+    assert np.abs(measured - expected).max() < SIX_ERRORS
+    assert (measured[boosted] == 1.0).all() == (factor * chance >= 1 or bool(expected[boosted].min() == 1.0))
+    assert abs(len(positions_M) / COPIES - quota) < 6 * 7 / COPIES**0.5
 
 
 @settings(max_examples=60, deadline=None)
@@ -125,8 +193,9 @@ def test_the_mean_rate(how: str) -> None:
     packed = packed_of(samples)
     maskable = int(((packed.token_flags_T & SPECIAL) == 0).sum())
     realised = len(select_positions(packed, MaskingConfig(mask_rate=0.15, mask_unit=how), 1)) / maskable
-    # Exact in the mean for tokens: four standard errors of 3,000 uniform draws of at most one token each.
-    assert abs(realised - 0.15) < (4 * 0.29 * 3000**0.5 / maskable if how == "token" else 0.012)
+    # Four standard errors of 3,000 draws: one token at most for tokens, else a scatter of a few tokens per sample.
+    scatter = {"token": 0.29, "whole-word": 3, "span": 8, "ngram": 5}[how]
+    assert abs(realised - 0.15) < 4 * scatter * 3000**0.5 / maskable
 
 
 def test_short_sequences_keep_the_mean_rate() -> None:
@@ -162,14 +231,35 @@ def test_epochs_and_seeds_mask_differently() -> None:
     assert set(first.tolist()) != set(second.tolist()) and set(first.tolist()) != set(other_seed.tolist())
 
 
-def test_spans_are_runs_of_words() -> None:
-    """With one-token words, runs are longer than by chance and about as long as SpanBERT's."""
-    samples = [Sample(np.full(400, 7), np.full(400, WORD_START, np.uint8), 0, i) for i in range(100)]
-    packed = packed_of(samples)
-    hit = np.zeros(40_000, bool)
-    hit[select_positions(packed, MaskingConfig(mask_unit="span"), 0)] = True
+def test_spans_have_the_lengths_of_spanbert() -> None:
+    """A geometric distribution up to 10 words with a mean of 3.8; at a low rate few of them are adjacent."""
+    packed, _ = copies([1] * 2000, set(), 500)
+    hit = np.zeros(1_000_000, bool)
+    hit[select_positions(packed, MaskingConfig(mask_unit="span", mask_rate=0.02), 0)] = True
     runs = np.diff(np.flatnonzero(np.diff(np.concatenate([[0], hit.view(np.int8), [0]]))))[::2]
-    assert 3.0 < runs.mean() < 6.0 and runs.max() <= 4 * MAX_SPAN_WORDS
+    expected = 0.8 ** np.arange(MAX_SPAN_WORDS)
+    expected /= expected.sum()
+    shares = np.array([(runs == n).mean() for n in range(1, MAX_SPAN_WORDS + 1)])
+    touching = 0.02  # spans beside each other look like one
+    assert np.abs(shares - expected).max() < touching + 5 * (0.25 / len(runs)) ** 0.5
+    assert 3.8 * 0.96 < runs.mean() < 3.8 * (1 + touching) * 1.04
+
+
+def test_spans_favor_no_place() -> None:
+    """Neighbors are masked together equally often at the edges and in the middle of a text."""
+    packed, _ = copies([1] * 30, set(), 20_000)
+    hit = np.zeros(600_000, bool)
+    hit[select_positions(packed, MaskingConfig(mask_unit="span", mask_rate=0.2), 4)] = True
+    together = (hit.reshape(20_000, 30)[:, 1:] & hit.reshape(20_000, 30)[:, :-1]).mean(axis=0)
+    assert np.abs(together - together.mean()).max() < 5 * (together.mean() / 20_000) ** 0.5
+    assert together.mean() > 0.1, "by chance it would be 0.04"
+
+
+def test_spans_of_a_short_text_leave_most_of_it() -> None:
+    """A span has at most r·n of the n words: of twelve words at 25 %, never more than two spans of three."""
+    packed, _ = copies([1] * 12, set(), 2000)
+    positions_M = select_positions(packed, MaskingConfig(mask_unit="span", mask_rate=0.25), 1)
+    assert np.bincount(positions_M // 12, minlength=2000).max() <= 6
 
 
 @pytest.mark.parametrize(("longest", "mean"), [(1, 1.0), (2, 4 / 3), (3, 18 / 11), (5, 300 / 137)])

@@ -35,7 +35,7 @@ def build_module() -> TrainModule:
     encoder, head = build_model(
         ModernBertConfig(num_hidden_layers=1, hidden_size=16, num_attention_heads=2, intermediate_size=16), 30
     )
-    return TrainModule(encoder, head, MaskedLMObjective(MaskedLMConfig(), 4, np.arange(5, 30)))
+    return TrainModule(encoder, head, MaskedLMObjective(MaskedLMConfig(), 4, np.arange(5, 30)).modules)
 
 
 def test_the_average_follows_its_formula() -> None:

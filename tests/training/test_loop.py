@@ -24,8 +24,10 @@ from unmask.core.types import WORD_START, Batch, Sample, pack
 from unmask.data.loader import assign_microbatches
 from unmask.models import build_model, build_pair
 from unmask.models.bert import BertConfig
+from unmask.models.electra import build_electra
 from unmask.models.modernbert import ModernBertConfig
 from unmask.objectives.mlm import MaskedLMConfig, MaskedLMObjective
+from unmask.objectives.rtd import ReplacedTokenConfig, ReplacedTokenObjective
 from unmask.objectives.sentence_pairs import BertPretrainingConfig, BertPretrainingObjective
 from unmask.training.loop import (
     PREFETCH_THREAD,
@@ -79,29 +81,34 @@ def after_three_steps(
     context: DistributedContext,
     texts: int = 34,
     *,
-    pairs: bool = False,
+    kind: str = "masks",
     prefetch: bool = True,
     compiled: bool = False,
 ) -> tuple[dict[str, torch.Tensor], TrainState, RandomLoader]:
     torch.manual_seed(3)
-    shape = (BertConfig if pairs else ModernBertConfig)(
+    shape = (ModernBertConfig if kind == "masks" else BertConfig)(
         num_hidden_layers=2, hidden_size=32, num_attention_heads=2, intermediate_size=48
     )
     encoder, head = build_model(shape, VOCABULARY)
     if compiled:
         encoder.compile_blocks()
     objective = MaskedLMObjective(MaskedLMConfig(mask_rate=0.2), 4, np.arange(5, VOCABULARY))
-    if pairs:
+    if kind == "pairs":
         objective = BertPretrainingObjective(BertPretrainingConfig(), objective, build_pair(shape))
-    module = TrainModule(encoder, head, objective)
+    elif kind == "rtd":
+        modules = build_electra(shape, VOCABULARY, 0.5, 1.0)
+        settings, regular_ids = ReplacedTokenConfig(mask_rate=0.2), np.arange(5, VOCABULARY)
+        masked_lm = MaskedLMObjective(settings, 4, regular_ids)
+        objective = ReplacedTokenObjective(settings, masked_lm, modules, regular_ids, VOCABULARY)
+    module = TrainModule(encoder, head, objective.modules)
     # AdamW divides by the root of the second moments: where they are tiny, rounding would become a full step. With a
     # large eps the differences of the weights are those of the gradients.
     optimizer = Optimizer(module, OptimizerConfig(kind="adam", lr=1e-3, eps=1e-2), bf16=False)
-    loader = RandomLoader(micro_tokens, texts, pairs)
+    loader = RandomLoader(micro_tokens, texts, pairs=kind == "pairs")
     plan = Plan((StagePlan(90, TOKENS, 0, 3, 0.0),))
     state = TrainState()
     train(
-        TrainLoopInputs(module, objective, [loader], optimizer, lambda p, s: 1.0, context, seed=5),
+        TrainLoopInputs(module, [objective], [loader], optimizer, lambda p, s: 1.0, context, seed=5),
         plan,
         state,
         prefetch=prefetch,
@@ -174,15 +181,22 @@ def test_two_ranks_are_one_step(whole, tmp_path: Path) -> None:
     assert sorted(map(tuple, samples[0] + samples[1])) == sorted(whole[2].used)
 
 
-def test_sentence_pairs_are_one_step(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("kind", "weights"),
+    [
+        ("pairs", {"parts.pooler.weight", "parts.classifier.weight"}),
+        ("rtd", {"parts.generator.projection.weight", "parts.discriminator.classifier.weight"}),
+    ],
+)
+def test_two_loss_terms_are_one_step(kind: str, weights: set[str], tmp_path: Path) -> None:
     """Two loss terms, each with its own count: in micro-batches and on two ranks."""
-    whole, state, _ = after_three_steps(10**6, init_distributed("float32", 1), pairs=True)
-    assert {"parts.pooler.weight", "parts.classifier.weight"} <= whole.keys()
-    split, other, _ = after_three_steps(200, init_distributed("float32", 1), pairs=True)
+    whole, state, _ = after_three_steps(10**6, init_distributed("float32", 1), kind=kind)
+    assert weights <= whole.keys()
+    split, other, _ = after_three_steps(200, init_distributed("float32", 1), kind=kind)
     assert state.metrics.counts == other.metrics.counts
     for name, sum_ in state.metrics.sums.items():
         assert other.metrics.sums[name] == pytest.approx(sum_, rel=1e-5), name
-    ranks = on_two_ranks(tmp_path, "pairs")
+    ranks = on_two_ranks(tmp_path, kind)
     for name, tensor in whole.items():
         torch.testing.assert_close(split[name], tensor, rtol=0, atol=2e-6)
         assert torch.equal(ranks[0][name], ranks[1][name]), "both ranks hold the same weights"
@@ -203,12 +217,12 @@ def small_inputs(loader: Any = None) -> tuple[TrainLoopInputs, Plan]:
         num_hidden_layers=1, hidden_size=16, num_attention_heads=2, intermediate_size=16, mlp_dropout=0.1
     )
     objective = MaskedLMObjective(MaskedLMConfig(mask_rate=0.2, final_mask_rate=0.1), 4, np.arange(5, VOCABULARY))
-    module = TrainModule(*build_model(settings, VOCABULARY), objective)
+    module = TrainModule(*build_model(settings, VOCABULARY), objective.modules)
     optimizer = Optimizer(module, OptimizerConfig(), bf16=False)
     loaders = [loader or RandomLoader(300, 8, pairs=False), RandomLoader(300, 12, pairs=False)]
     context = init_distributed("float32", 1)
     plan = Plan((StagePlan(90, 300, 0, 3, 0.0), StagePlan(90, 500, 3, 3, 0.0)))
-    return TrainLoopInputs(module, objective, loaders, optimizer, lambda p, s: 1.0, context, seed=5), plan
+    return TrainLoopInputs(module, [objective] * 2, loaders, optimizer, lambda p, s: 1.0, context, seed=5), plan
 
 
 def small_run(
@@ -315,7 +329,7 @@ def test_waiting_for_data_is_counted() -> None:
 if __name__ == "__main__":
     context = init_distributed("float32", 1)
     folder, kind = Path(sys.argv[1]), sys.argv[2]
-    final, _, loader = after_three_steps(800, context, pairs=kind == "pairs")
+    final, _, loader = after_three_steps(800, context, kind=kind)
     save_file({name: tensor.contiguous() for name, tensor in final.items()}, folder / f"{context.rank}.safetensors")
     np.savetxt(folder / f"{context.rank}.txt", loader.used, fmt="%d")
     if kind == "masks":

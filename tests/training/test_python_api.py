@@ -57,11 +57,12 @@ ONLY_PYTHON = {"display"}
     ("command", "functions", "apart"),
     [
         ("pretrain", ("pretrain", "resume"), {"resume", "moved_texts", "run"}),
-        ("evaluate", ("evaluate",), {"context"}),
+        # Minimal pairs are printed by the command and evaluated by the run (train.evaluate).
+        ("evaluate", ("evaluate",), {"context", "details", "pairs", "subset", "method", "predictions"}),
         ("export", ("export",), set()),
         ("import", ("import_model",), set()),
         # A command reads a file or standard input, and prints.
-        ("fill", ("fill",), {"file", "strict", "text", "texts"}),
+        ("fill", ("fill", "fill_jointly"), {"file", "strict", "text", "texts", "joint", "method", "on_progress"}),
     ],
 )
 def test_keywords_are_the_options_of_the_command(command: str, functions: tuple[str, ...], apart: set[str]) -> None:

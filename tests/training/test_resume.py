@@ -209,7 +209,7 @@ def test_the_state_file_has_these_keys(uninterrupted: Path) -> None:
         "best", "validations_without_gain",
     ]  # fmt: skip
     assert list(state["metrics"]) == ["sums", "counts", "tokens", "seconds", "data_wait_seconds"]
-    assert json.loads((uninterrupted / "env.json").read_text())["format"] == RUN_FORMAT == 3
+    assert json.loads((uninterrupted / "env.json").read_text())["format"] == RUN_FORMAT == 4
 
 
 def test_an_existing_output_path_is_refused(uninterrupted: Path, prose: Path) -> None:

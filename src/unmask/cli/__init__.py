@@ -13,12 +13,13 @@ from unmask.cli.bench import BENCH_EXAMPLES, run_bench
 from unmask.cli.checks import AUDIT_EXAMPLES, CHECK_PLUGIN_EXAMPLES, audit_masker, check_plugin
 from unmask.cli.data import INSPECT_EXAMPLES, PREPARE_EXAMPLES, inspect_data, prepare_data
 from unmask.cli.errors import Debug, handle_errors
+from unmask.cli.evaluation import EVALUATE_EXAMPLES, SCORE_EXAMPLES, evaluate, score
+from unmask.cli.finetune import FINETUNE_EXAMPLES, finetune_model
+from unmask.cli.generate import GENERATE_EXAMPLES, generate_text
 from unmask.cli.models import (
-    EVALUATE_EXAMPLES,
     EXPORT_EXAMPLES,
     FILL_EXAMPLES,
     IMPORT_EXAMPLES,
-    evaluate,
     export_model,
     fill,
     import_model,
@@ -33,6 +34,7 @@ from unmask.cli.recipe import (
     show_reference,
 )
 from unmask.cli.runs import RUNS_EXAMPLES, list_runs
+from unmask.cli.study import RUN_STUDY_EXAMPLES, SHOW_STUDY_EXAMPLES, list_studies, run_study, show_study
 from unmask.cli.tokenizer import (
     COMPARE_TOKENIZERS_EXAMPLES,
     SHOW_TOKENIZER_EXAMPLES,
@@ -79,7 +81,10 @@ _add(app, "pretrain", pretrain, PRETRAIN_EXAMPLES, _TRAIN)
 _add(app, "demo", demo, DEMO_EXAMPLES, _TRAIN)
 _add(app, "runs", list_runs, RUNS_EXAMPLES, _TRAIN)
 _add(app, "fill", fill, FILL_EXAMPLES, _USE)
+_add(app, "generate", generate_text, GENERATE_EXAMPLES, _USE)
 _add(app, "evaluate", evaluate, EVALUATE_EXAMPLES, _USE)
+_add(app, "score", score, SCORE_EXAMPLES, _USE)
+_add(app, "finetune", finetune_model, FINETUNE_EXAMPLES, _USE)
 _add(app, "export", export_model, EXPORT_EXAMPLES, _USE)
 _add(app, "import", import_model, IMPORT_EXAMPLES, _USE)
 _add(app, "audit", audit_masker, AUDIT_EXAMPLES, _CHECK)
@@ -100,6 +105,11 @@ _add(_recipes, "list", list_recipes)
 _add(_recipes, "show", show_recipe, SHOW_RECIPE_EXAMPLES)
 _add(_recipes, "check", check_recipe, CHECK_RECIPE_EXAMPLES)
 _add(_recipes, "reference", show_reference)
+
+_studies = _add_group("study", "List, show and run studies of objectives, mask rates and lengths.")
+_add(_studies, "list", list_studies)
+_add(_studies, "show", show_study, SHOW_STUDY_EXAMPLES)
+_add(_studies, "run", run_study, RUN_STUDY_EXAMPLES)
 
 
 def _print_version(value: bool) -> None:

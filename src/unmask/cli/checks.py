@@ -180,7 +180,7 @@ def _open_masker(
         masking = recipe.objective
         claims = claims_of_config(masking, train_fraction) if isinstance(masking, MaskingConfig) else Claims()
         recipe = replace(recipe, objective=resolve_word_list(recipe.objective))
-        objective = build_objective(recipe, tokenizer, words)
+        objective = build_objective(recipe.objective, recipe, tokenizer, words)
         return ObjectiveMasker(objective, recipe.seed, f"unmask, recipe {recipe.name}", claims, train_fraction)
     if name.partition(":")[0] == LIBRARY:
         return transformers_collator(name, tokenizer, seed)

@@ -1,4 +1,4 @@
-"""Commands on trained models: fill, evaluate, export and import."""
+"""Commands on trained models: fill, export and import."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import contextlib
 import itertools
 import os
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, BinaryIO, Literal
@@ -17,20 +17,21 @@ import typer
 from unmask.cli.errors import print_error
 from unmask.cli.options import (
     MODEL_HELP,
-    Errors,
-    Field,
     Force,
     Json,
     JsonList,
     ModelPath,
     OutputPath,
+    delayed_progress,
+    open_display,
     open_model,
     print_json,
 )
-from unmask.core.errors import TextError, UnmaskError
+from unmask.core.errors import ModelError, TextError, UnmaskError
 
 if TYPE_CHECKING:
     from unmask.models.fill_mask import FillMaskResult
+    from unmask.models.joint_fill import JointFillResult
     from unmask.models.model import Model
 
 
@@ -43,6 +44,8 @@ unmask fill runs/demo "Return the \\[MASK] of the list."
 unmask fill runs/demo "The \\[MASK] of the \\[MASK]." --top 3 --json
 unmask fill runs/demo --file sentences.txt             one text per line
 cat sentences.txt | unmask fill runs/demo
+unmask fill runs/demo "\\[MASK]*2 of the \\[MASK]." --joint beam
+unmask fill runs/demo "The \\[MASK] sat." --words 3
 """
 _BAR_WIDTH = 30
 _BATCH = 64  # texts that are filled together
@@ -61,6 +64,26 @@ def fill(
     strict: Annotated[
         bool, typer.Option("--strict", help="Print nothing if one text can't be filled.", show_default=False)
     ] = False,
+    joint: Annotated[
+        Literal["best-first", "beam"] | None,
+        typer.Option(
+            help="Fill all masks of a text jointly, ranked by joint log-probability: from left to right (beam), or the "
+            "most certain mask first (best-first). \\[MASK]*3 is three masks in a row.",
+            show_default="each mask by itself",
+        ),
+    ] = None,
+    beam_size: Annotated[
+        int | None, typer.Option(help="Number of fillings that a joint search keeps.", show_default="10")
+    ] = None,
+    words: Annotated[
+        int | None,
+        typer.Option(
+            metavar="K",
+            help="Fill each \\[MASK] with a whole word of 1 to K tokens, jointly; the order is beam unless --joint is "
+            "given. Numbers of tokens have equal weight: log-probabilities are not divided by length.",
+            show_default="one token",
+        ),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     r"""Fill every \[MASK] of a text with the most probable tokens.
@@ -68,16 +91,14 @@ def fill(
     Every text and every line gets one answer, in order. A text that can't be filled gets an error instead, and the
     exit code is 2 at the end. A blank line gets an empty answer.
     """
-    from unmask.models.fill_mask import check_top
-
     given = [_Prompt(_check_utf8(text)) for text in texts or [] if text != "-"]
     read_input = (not texts and file is None) or "-" in (texts or [])
     with contextlib.ExitStack() as stack:
         opened = stack.enter_context(_open(file)) if file is not None else None
         loaded = open_model(model)
-        check_top(loaded, top)
+        filler = _filler(loaded, top, joint, beam_size, words)
         if read_input and sys.stdin.isatty() and not as_json:
-            _fill_interactively(loaded, top)
+            _fill_interactively(filler)
             return
         batches = itertools.chain(
             [given],
@@ -87,7 +108,7 @@ def fill(
         if strict:
             batches = iter([list(itertools.chain.from_iterable(batches))])
         count, failed = _print_answers(
-            (pair for batch in batches for pair in _answers(loaded, batch, top, strict=strict)), as_json=as_json
+            (pair for batch in batches for pair in _answers(filler, batch, strict=strict)), filler, as_json=as_json
         )
     if not count:
         raise TextError("no text was given", hint='give a text with [MASK]: "The cat sat on the [MASK]."')
@@ -95,8 +116,54 @@ def fill(
         raise typer.Exit(UnmaskError.exit_code)
 
 
+@dataclass(frozen=True)
+class _Filler:
+    """The function that fills texts, and the one that returns the result of a blank text."""
+
+    fill: Callable[[Sequence[str]], Sequence[FillMaskResult | JointFillResult]]
+    blank: Callable[[str], FillMaskResult | JointFillResult]
+
+
+def _filler(
+    model: Model, top: int, joint: Literal["best-first", "beam"] | None, beam_size: int | None, words: int | None
+) -> _Filler:
+    """Return the filler for the options of `fill`.
+
+    Raises:
+        ModelError: an option is out of its range or needs another one, or the model makes no masked predictions.
+    """
+    from unmask.models import fill_mask, joint_fill
+    from unmask.models.model import require_masked_lm
+
+    require_masked_lm(model, "fill masks")
+    if joint is None and words is None:
+        fill_mask.check_top(model, top)
+        if beam_size is not None:
+            raise ModelError("--beam-size needs a joint search", hint="add --joint beam, or leave --beam-size out")
+        return _Filler(lambda texts: fill_mask.fill(model, texts, top), lambda text: fill_mask.FillMaskResult(text, ()))
+    size = joint_fill.BEAM_SIZE if beam_size is None else beam_size
+    joint_fill.check_search(top, size, words)
+
+    def fill_jointly(texts: Sequence[str]) -> Sequence[JointFillResult]:
+        with open_display(sys.stderr) as display:
+            return joint_fill.fill_jointly(
+                model,
+                texts,
+                top,
+                method=joint or "beam",
+                beam_size=size,
+                words=words,
+                on_progress=delayed_progress(display),
+            )
+
+    return _Filler(fill_jointly, lambda text: joint_fill.JointFillResult(text, ()))
+
+
 def _print_answers(
-    answers: Iterable[tuple[_Prompt, FillMaskResult | UnmaskError]], *, as_json: bool
+    answers: Iterable[tuple[_Prompt, FillMaskResult | JointFillResult | UnmaskError]],
+    filler: _Filler,
+    *,
+    as_json: bool,
 ) -> tuple[int, int]:
     """Print answers as they come; return the number of texts that aren't blank, and of errors."""
     count = failed = 0
@@ -105,12 +172,13 @@ def _print_answers(
         count += not prompt.is_blank
         failed += isinstance(answer, UnmaskError)
         if as_json:
-            items.print(asdict(answer) if not isinstance(answer, UnmaskError) else _as_json(prompt, answer))
+            is_error = isinstance(answer, UnmaskError)
+            items.print(_as_json(filler.blank(prompt.text), answer) if is_error else asdict(answer))
         elif isinstance(answer, UnmaskError):
             sys.stdout.flush()  # so that errors and answers keep their order in a file that receives both
             print_error("error:", str(answer))
         else:
-            print_predictions([answer])
+            _print_result(answer)
     if as_json:
         items.end()
     return count, failed
@@ -131,28 +199,26 @@ class _Prompt:
 
 
 def _answers(
-    model: Model, prompts: Sequence[_Prompt], top: int, *, strict: bool
-) -> Iterator[tuple[_Prompt, FillMaskResult | UnmaskError]]:
+    filler: _Filler, prompts: Sequence[_Prompt], *, strict: bool
+) -> Iterator[tuple[_Prompt, FillMaskResult | JointFillResult | UnmaskError]]:
     """Yield the answer or the error of each prompt.
 
     Raises:
         UnmaskError: with `strict`, the error of the first prompt that can't be filled, before any answer.
     """
-    from unmask.models.fill_mask import FillMaskResult
-    from unmask.models.fill_mask import fill as fill_mask
 
-    def answer(prompt: _Prompt) -> FillMaskResult | UnmaskError:
+    def answer(prompt: _Prompt) -> FillMaskResult | JointFillResult | UnmaskError:
         try:
-            return fill_mask(model, prompt.text, top)[0]
+            return filler.fill([prompt.text])[0]
         except UnmaskError as error:
             return error.at(location=f"{prompt.location}: {error.location}") if prompt.location else error
 
-    results: list[FillMaskResult | UnmaskError | None] = [
-        prompt.error or (FillMaskResult(prompt.text, ()) if prompt.is_blank else None) for prompt in prompts
+    results: list[FillMaskResult | JointFillResult | UnmaskError | None] = [
+        prompt.error or (filler.blank(prompt.text) if prompt.is_blank else None) for prompt in prompts
     ]
     rest = [prompt for prompt, result in zip(prompts, results, strict=True) if result is None]
     try:
-        filled = iter([*fill_mask(model, [prompt.text for prompt in rest], top)] if rest else [])
+        filled = iter([*filler.fill([prompt.text for prompt in rest])] if rest else [])
     except UnmaskError:  # one by one, to see which of them
         filled = map(answer, rest)
     found = [next(filled) if result is None else result for result in results]
@@ -161,19 +227,17 @@ def _answers(
     yield from zip(prompts, found, strict=True)
 
 
-def _as_json(prompt: _Prompt, error: UnmaskError) -> dict[str, Any]:
-    return {"text": prompt.text, "masks": [], "error": error.message, "location": error.location, "hint": error.hint}
+def _as_json(blank: FillMaskResult | JointFillResult, error: UnmaskError) -> dict[str, Any]:
+    return {**asdict(blank), "error": error.message, "location": error.location, "hint": error.hint}
 
 
-def _fill_interactively(model: Model, top: int) -> None:
+def _fill_interactively(filler: _Filler) -> None:
     """Fill the masks of each line that is typed; print errors instead of ending the session."""
-    from unmask.models.fill_mask import fill as fill_mask
-
     print("type one text with [MASK] per line; Ctrl-D ends", file=sys.stderr)
     for line in sys.stdin:
         if line.strip():
             try:
-                print_predictions(fill_mask(model, line.rstrip("\n"), top))
+                _print_result(filler.fill([line.rstrip("\n")])[0])
             except UnmaskError as error:
                 print_error("error:", str(error))
 
@@ -239,6 +303,36 @@ def _check_utf8(text: str) -> str:
     return text
 
 
+def _print_result(result: FillMaskResult | JointFillResult) -> None:
+    from unmask.models.fill_mask import FillMaskResult
+
+    if isinstance(result, FillMaskResult):
+        print_predictions([result])
+    else:
+        _print_fillings(result)
+
+
+def _print_fillings(result: JointFillResult) -> None:
+    """Print joint log-probabilities: with the filled tokens in a terminal, with the filled texts in a pipe."""
+    from rich.console import Console
+    from rich.text import Text
+
+    from unmask.core.format import visible
+
+    console = Console(highlight=False, soft_wrap=True)
+    console.print(Text(visible(result.text), "bold"))
+    if not result.fillings and result.text.strip():
+        console.print("    no filling was found")
+    for filling in result.fillings:
+        line = Text(f"  {filling.log_probability:>8.2f}  ")
+        if console.is_terminal:
+            line.append_text(Text(" … ").join(Text(visible(group), "green") for group in filling.groups))
+        else:
+            line.append(visible(filling.sequence))
+        console.print(line)
+    print()
+
+
 def print_predictions(results: Sequence[FillMaskResult]) -> None:
     """Print the predictions of each mask: with bars in a terminal, with the filled texts in a pipe."""
     from rich.cells import cell_len
@@ -263,71 +357,6 @@ def print_predictions(results: Sequence[FillMaskResult]) -> None:
                     line.append(visible(candidate.sequence))
                 console.print(line)
         print()
-
-
-# evaluate -----------------------------------------------------------------------------------------------------------
-
-_HIGH_UNKNOWN = 0.01  # share of unknown characters above which `evaluate` warns, as `pretrain` does
-EVALUATE_EXAMPLES = """\
-[bold]Examples[/bold]
-
-unmask evaluate runs/notes --text valid.txt
-unmask evaluate runs/notes --text a.txt --text b.txt --json
-"""
-
-
-def evaluate(
-    model: ModelPath,
-    texts: Annotated[list[Path], typer.Option("--text", metavar="FILE", help="Text to evaluate on; may be repeated.")],
-    length: Annotated[
-        int | None,
-        typer.Option(
-            help="Maximum sequence length in tokens, special tokens included.", show_default="the model's context"
-        ),
-    ] = None,
-    document: Annotated[
-        Literal["blank-line", "line", "file"] | None,
-        typer.Option(help="Unit of plain text that is one document.", show_default="as in training, else blank-line"),
-    ] = None,
-    errors: Errors = None,
-    field: Field = None,
-    max_size: Annotated[
-        str | None,
-        typer.Option(metavar="AMOUNT", help='Amount of text to read, such as "2M characters".', show_default="all"),
-    ] = None,
-    as_json: Json = False,
-) -> None:
-    """Evaluate a model on text that it was not trained on, with 15 % of the tokens masked.
-
-    The masks depend on the text only, not on the model's training. Bits per character compare only between models with
-    the same tokenizer.
-    """
-    from unmask.evaluation.validation import evaluate_text
-
-    result = evaluate_text(
-        open_model(model),
-        texts,
-        length=length,
-        document=document,
-        errors=errors or "strict",
-        field=field,
-        max_size=max_size,
-    )
-    if result.unknown_character_share > _HIGH_UNKNOWN:
-        print_error(
-            "warning:",
-            f"the tokenizer can't spell {result.unknown_character_share:.1%} of the characters; the results are about "
-            "the others",
-        )
-    if as_json:
-        print_json(asdict(result))
-        return
-    print(f"loss                {result.loss:.4f} nats per masked token")
-    print(f"unigram loss        {result.unigram_loss:.4f} (baseline: predicts the token frequencies of this text)")
-    print(f"accuracy            {result.accuracy:.2%} of {result.masked_tokens:,} masked tokens")
-    print(f"bits per character  {result.bits_per_character:.4f}")
-    print(f"unknown             {result.unknown_share:.3%} of the tokens, not masked")
-    print(f"sequence length     {result.length} tokens at most")
 
 
 # export and import --------------------------------------------------------------------------------------------------

@@ -295,12 +295,13 @@ def _print_result(result: Result, *, as_json: bool, quiet: bool) -> None:
     elif quiet:
         print(result.run)
     elif not result.finished_before:
+        from unmask.models.model import predicts_masked_tokens
+
         run = _quoted(result.run)
-        _print_next_commands([
-            f'unmask fill {run} "a sentence with a [MASK] in it"',
-            f"unmask evaluate {run} --text FILE",
-            f'unmask pretrain --resume {run} --budget "+1 epoch"',
-        ])  # fmt: skip
+        uses = [f'unmask fill {run} "a sentence with a [MASK] in it"', f"unmask evaluate {run} --text FILE"]
+        if result.model is not None and not predicts_masked_tokens(result.model):
+            uses = [f"unmask export {run} FOLDER"]
+        _print_next_commands([*uses, f'unmask pretrain --resume {run} --budget "+1 epoch"'])
 
 
 def _print_next_commands(commands: Sequence[str]) -> None:

@@ -125,9 +125,10 @@ def _vocab_size(recipe: Recipe) -> tuple[int, str]:
 
 def _model_size(recipe: Recipe) -> dict[str, Any]:
     """Return the number of parameters and of FLOPs per token of a recipe's model."""
-    from unmask.models import flops_per_token, non_embedding_parameters, num_parameters
+    from unmask.models import non_embedding_parameters, num_parameters
+    from unmask.training.estimate.work import stage_flops_per_token
 
-    (vocab_size, source), model, rate = _vocab_size(recipe), recipe.model, recipe.objective.masked_fraction
+    (vocab_size, source), model = _vocab_size(recipe), recipe.model
     return {
         "vocab_size": vocab_size,
         "vocab_size_from": source,
@@ -137,9 +138,9 @@ def _model_size(recipe: Recipe) -> dict[str, Any]:
         "stage": [
             {
                 "max_seq_len": stage.max_seq_len,
-                "flops_per_token": flops_per_token(model, vocab_size, stage.max_seq_len, rate),
+                "flops_per_token": stage_flops_per_token(recipe, number, vocab_size),
             }
-            for stage in recipe.stage
+            for number, stage in enumerate(recipe.stage)
         ],
     }
 

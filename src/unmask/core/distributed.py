@@ -54,6 +54,13 @@ class DistributedContext:
         distributed.all_reduce(total_N)
         return total_N.tolist()
 
+    def sum_tensors(self, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """Return each tensor summed over all ranks, which have the same names and shapes."""
+        if self.ranks > 1:
+            for name in sorted(tensors):
+                distributed.all_reduce(tensors[name])
+        return tensors
+
     def sum_gradients(self, module: nn.Module) -> None:
         """Sum the gradients over all ranks; every rank has already divided by the counts of all ranks."""
         if self.ranks == 1:

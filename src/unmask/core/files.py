@@ -30,12 +30,14 @@ class RunLayout:
     RECIPE: Final = "recipe.toml"
     ENVIRONMENT: Final = "env.json"
     TEXTS: Final = "texts.jsonl"  # the texts of a run that was given text in memory
+    PAIRS: Final = "pairs.jsonl"  # the minimal pairs that the model is evaluated on during training
     LOG: Final = "log.jsonl"
     DISCARDED: Final = "discarded.jsonl"  # log lines after the step from which the run was resumed
     CRASH: Final = "crash.txt"
     LOCK: Final = "lock"
     LATEST: Final = "latest"  # a link to the last step directory
     BEST: Final = "best"
+    KEPT: Final = "chck_"  # beginning of the names of models kept at a number of words, as BabyLM names them
     RUN_TOKENIZER: Final = "tokenizer"  # a copy of the tokenizer that the run was started with
     START: Final = "start"  # the model that the run was initialized from
 

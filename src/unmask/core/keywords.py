@@ -186,7 +186,8 @@ def _toml(value: Any, key: str) -> str:
 _SWITCHES = {"force", "unverified", "verify", "dry_run", "allow_different_environment", "allow_unknown", "strict"}
 _RENAMED = {"set": "settings", "from": "start", "text": "texts"}
 # A word after an option is its value if it is in capitals, quoted, a number or one of these.
-_VALUE = r"""(?P<value>"[^"]*"|[A-Z][A-Z_]*\b|\d[\w./]*|(?:strict|replace|skip|blank-line|line|file|resume|new)\b)"""
+_WORDS = "strict|replace|skip|blank-line|line|file|resume|new|encoder"
+_VALUE = rf"""(?P<value>"[^"]*"|[A-Z][A-Z_]*\b|\d[\w./]*|(?:{_WORDS})\b)"""
 _OPTION = re.compile(rf"(?<![\w-])--(?P<name>[a-z][a-z-]*[a-z])(?:[ =]{_VALUE})?(?:\s\((?P<python>\w+=True)\))?")
 _SET = re.compile(r"""(?<![\w-])--set (?P<key>[a-z_][\w.]*)=(?P<value>[^"'\s,;()]*[^"'\s,;().])""")
 _SET_QUOTED = re.compile(r"""(?<![\w-])--set (?P<quote>["'])(?P<key>[a-z_][\w.]*)=(?P<value>[^"']+)(?P=quote)""")

@@ -24,7 +24,7 @@ _SECONDS = {
     **dict.fromkeys(("min", "minute", "minutes"), 60),
     **dict.fromkeys(("h", "hour", "hours"), 3600),
 }
-_COUNTABLE_UNITS = ("steps", "tokens", "epochs", "texts", "characters")
+_COUNTABLE_UNITS = ("steps", "tokens", "epochs", "texts", "characters", "words")
 _UNITS = dict.fromkeys(_SECONDS, "seconds") | {
     form: unit for unit in _COUNTABLE_UNITS for form in (unit, unit.removesuffix("s"))
 }
@@ -85,7 +85,7 @@ class Quantity:
     """A number with a unit."""
 
     number: float
-    unit: str  # seconds, steps, tokens, epochs, texts or characters
+    unit: str  # seconds, steps, tokens, epochs, texts, characters or words
     relative: bool = False  # in addition to what a run has done: "+1 epoch"
 
     def __post_init__(self) -> None:

@@ -93,7 +93,10 @@ def _comments(config: Any, name: str = "") -> Iterator[tuple[str, str]]:
 
 def reference(config: type) -> str:
     """Return a Markdown page with all keys of a config class and of those inside it."""
-    return "\n".join(line for name, cls, of in _sections(config) for line in _section(name, cls, of))
+    sections: dict[type, tuple[str, str]] = {}
+    for name, cls, of in _sections(config):
+        sections.setdefault(cls, (name, of))  # a class with several places is described at the first
+    return "\n".join(line for cls, (name, of) in sections.items() for line in _section(name, cls, of))
 
 
 def _sections(config: type, name: str = "", of: str = "") -> Iterator[tuple[str, type, str]]:
@@ -143,7 +146,8 @@ def _type_text(hint: Any) -> str:
             names += [f"`{_toml_text(choice)}`" for choice in get_args(member)]
         elif get_origin(member) is tuple:
             entry = _type_text(get_args(member)[0])
-            names.append(f"list of {entry}{'s' * entry.isalpha()}")
+            plural = f"{entry[:-1]}ies" if entry.endswith("y") else f"{entry}s"
+            names.append(f"list of {plural if entry.isalpha() else entry}")
         elif isinstance(member, type) and issubclass(member, PluginConfig):
             names.append("a plugin")
         else:
@@ -160,6 +164,8 @@ def _default(field: dataclasses.Field[Any]) -> str:
         value = field.default
     else:
         return "required"
+    if value is None:
+        return "none"
     value = to_toml(value)
     if isinstance(value, dict):
         kind = cast("dict[str, Any]", value).get("kind")

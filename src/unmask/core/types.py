@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Float, Int, UInt8
@@ -80,6 +80,8 @@ class Batch:
     token_type_ids_T: Int[Tensor, "T"] | None = None
     pair_labels_B: Int[Tensor, "B"] | None = None
     progress: float = 0.0  # fraction of the planned tokens that were processed before this step, for schedules
+    step: int = 0  # number of steps before this one
+    is_causal: bool = False  # whether each token attends only to itself and to the tokens before it
 
     @property
     def num_samples(self) -> int:
@@ -176,23 +178,26 @@ class MaskedBatch:
     labels_M: Int[Tensor, "M"]  # int64: the original ids at these positions
     denominators: Mapping[str, int]  # loss term -> the number by which its sum is divided: {"mlm": M, "pair": B}
     num_maskable: int  # positions that could have been masked: the exact masking rate is M / num_maskable
+    weights_M: Float[Tensor, "M"] | None = None  # float32: factor on the loss of each position; None: 1
+    draws_M: Float[Tensor, "M"] | None = None  # float32: a uniform draw in [0, 1) for each position; None: not needed
 
     def pinned(self) -> MaskedBatch:
         """Return a copy in page-locked memory."""
         return replace(
-            self,
-            batch=self.batch.pinned(),
-            positions_M=self.positions_M.pin_memory(),
-            labels_M=self.labels_M.pin_memory(),
+            self, batch=self.batch.pinned(), **{name: value.pin_memory() for name, value in self._tensors().items()}
         )
 
     def to(self, device: torch.device | str) -> MaskedBatch:
         """Return a copy on another device."""
         if str(device) == "cpu":
             return self
-        names = ("positions_M", "labels_M")
-        moved = {name: getattr(self, name).to(device, non_blocking=True) for name in names}
+        moved = {name: value.to(device, non_blocking=True) for name, value in self._tensors().items()}
         return replace(self, batch=self.batch.to(device), **moved)
+
+    def _tensors(self) -> dict[str, Tensor]:
+        from torch import Tensor
+
+        return {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
 
 
 @dataclass(frozen=True)
@@ -201,15 +206,17 @@ class LossSums:
 
     sums: Mapping[str, Tensor]  # loss term -> scalar with gradient
     metrics: Mapping[str, tuple[Tensor, int]] = field(default_factory=dict)  # metric -> (sum, count)
+    statistics: Mapping[str, Tensor] = field(default_factory=dict)  # sums for `AdaptiveObjective.adapt`
 
 
 def logits_at(encoder: nn.Module, head: nn.Module, batch: Batch, positions_M: Int[Tensor, "M"]) -> Float[Tensor, "M V"]:
     """Return float32 logits over the vocabulary at the given positions of a batch.
 
     The head gets the hidden states at these positions only, in training and evaluation, so that a tensor of shape
-    T × V never exists.
+    T × V never exists. An encoder that was trained to predict the next token has `label_offset` 1: its hidden state
+    before a position predicts the token there.
     """
-    hidden_MD: Tensor = encoder(batch, positions_M)
+    hidden_MD: Tensor = encoder(batch, positions_M - getattr(encoder, "label_offset", 0))
     logits_MV: Tensor = head(hidden_MD, encoder.token_embedding)
     return logits_MV.float()
 
@@ -274,7 +281,11 @@ class ObjectiveContext:
 
 
 class Objective(Protocol):
-    """Corrupts batches and computes the loss."""
+    """Corrupts batches and computes the loss.
+
+    Two attributes are optional. `validates` says how a run is validated: "masked-lm" (default) on frozen masked tokens,
+    "own" by the metrics of the objective, or "both". `label_offset` is 1 if a hidden state predicts the token after it.
+    """
 
     loss_weights: Mapping[str, float]  # loss term -> its weight in the loss of a step
     metrics: Sequence[str]  # names of the metrics in LossSums; one is "loss", the cross-entropy in nats
@@ -290,6 +301,22 @@ class Objective(Protocol):
 
     def loss(self, encoder: nn.Module, head: nn.Module, masked: MaskedBatch) -> LossSums:
         """Return sums over the masked positions."""
+        ...
+
+
+@runtime_checkable
+class AdaptiveObjective(Protocol):
+    """An objective whose `corrupt` also depends on the results of earlier steps, kept in buffers of its `modules`."""
+
+    def no_statistics(self) -> dict[str, Tensor]:
+        """Return the statistics of a rank without samples: tensors of zeros."""
+        ...
+
+    def adapt(self, step: int, statistics: Mapping[str, Tensor]) -> None:
+        """Process the statistics of a step, counted from 0, summed over micro-batches and ranks.
+
+        The batch of the next step may be corrupted already: a step may only change that of the step after the next.
+        """
         ...
 
 

@@ -7,7 +7,7 @@ and their replacements are therefore the same at every sequence length, for ever
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -15,7 +15,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
-from torch import nn
+from torch import Tensor, nn
 
 from unmask.core.distributed import DistributedContext
 from unmask.core.errors import TextError
@@ -127,9 +127,6 @@ def build_eval_set(
             "no token of the evaluation text can be masked: the tokenizer encodes all of it as [UNK]",
             hint="give more text, or text that the tokenizer can encode",
         )
-    smoothed = (counts_V + 1)[tokenizer.regular_token_ids]
-    unigram_V = np.zeros(len(counts_V))
-    unigram_V[tokenizer.regular_token_ids] = -np.log(smoothed / smoothed.sum())
     tokens = sum(len(document.ids) for document in documents)
     characters = sum(document.characters for document in documents)
     unknown_characters = sum(document.unknown_characters for document in documents)
@@ -141,9 +138,20 @@ def build_eval_set(
         tokens=tokens - unknown,
         characters=characters - unknown_characters,
         unknown_share=unknown / tokens,
-        unigram_loss=float(unigram_V[labels].mean()),
+        unigram_loss=float(unigram_losses(counts_V, tokenizer)[labels].mean()),
         unknown_character_share=unknown_characters / max(1, characters),
     )
+
+
+def unigram_losses(counts_V: NDArray[np.integer[Any]], tokenizer: Tokenizer) -> NDArray[np.float64]:
+    """Return the nats of each token id under the unigram distribution of counts, with add-one smoothing.
+
+    Special tokens have 0: they are never masked.
+    """
+    smoothed = (counts_V + 1)[tokenizer.regular_token_ids]
+    unigram_V = np.zeros(len(counts_V))
+    unigram_V[tokenizer.regular_token_ids] = -np.log(smoothed / smoothed.sum())
+    return unigram_V
 
 
 def _masked_batches(samples: Sequence[Sample], targets: Sequence[tuple[Integers, Integers]]) -> Iterator[MaskedBatch]:
@@ -162,8 +170,17 @@ def _masked_batches(samples: Sequence[Sample], targets: Sequence[tuple[Integers,
 
 
 @torch.inference_mode()
-def evaluate(encoder: nn.Module, head: nn.Module, eval_set: EvalSet, context: DistributedContext) -> EvalResult:
-    """Return the result over all masked tokens. The batches are distributed over the ranks."""
+def evaluate(
+    encoder: nn.Module,
+    head: nn.Module,
+    eval_set: EvalSet,
+    context: DistributedContext,
+    on_batch: Callable[[MaskedBatch, Tensor], None] | None = None,
+) -> EvalResult:
+    """Return the result over all masked tokens. The batches are distributed over the ranks.
+
+    `on_batch` is called with each batch of this rank and its logits, (M, V) in float32.
+    """
     encoder.eval()
     head.eval()
     nats = correct = 0.0
@@ -173,6 +190,8 @@ def evaluate(encoder: nn.Module, head: nn.Module, eval_set: EvalSet, context: Di
             logits_MV = logits_at(encoder, head, on_device.batch, on_device.positions_M)
         nats += float(F.cross_entropy(logits_MV, on_device.labels_M, reduction="sum"))
         correct += float((logits_MV.argmax(-1) == on_device.labels_M).sum())
+        if on_batch:
+            on_batch(masked, logits_MV)
     nats, correct = context.sum([nats, correct])
     loss = nats / eval_set.masked_tokens
     return EvalResult(

@@ -9,11 +9,13 @@ from functools import cached_property
 from typing import cast
 
 import numpy as np
+from numpy.typing import NDArray
 from torch import nn
 
 from unmask.core.distributed import DistributedContext, init_distributed
 from unmask.core.errors import ModelError, TextError
 from unmask.core.quantities import Quantity
+from unmask.core.types import Objective
 from unmask.data.inputs import Texts, list_texts
 from unmask.data.prepare import TokenizedCorpus
 from unmask.data.sentence_pairs import PairKind
@@ -28,8 +30,9 @@ from unmask.evaluation.masked_lm import (
     documents_from_source,
     evaluate,
 )
+from unmask.evaluation.objectives import ModelModules, evaluate_objective, own_result, validates
 from unmask.evaluation.sentence_pairs import PairEvalResult, PairEvalSet, build_pair_eval_set, evaluate_pairs
-from unmask.models.model import Model
+from unmask.models.model import Model, require_masked_lm
 
 _log = logging.getLogger("unmask")
 
@@ -42,6 +45,8 @@ class Validation(EvalResult):
     earlier: Mapping[int, float] = field(default_factory=dict[int, float])
     sets: Mapping[str, EvalResult] = field(default_factory=dict[str, EvalResult])  # texts of data.valid, by name
     pair: PairEvalResult | None = None  # None if the objective has no sentence pairs
+    # metrics of the stage's objective on held-out text, if masked tokens alone don't judge it
+    objective: Mapping[str, float] = field(default_factory=dict[str, float])
 
 
 class Validator:
@@ -56,6 +61,7 @@ class Validator:
         corpus: TokenizedCorpus,
         stage_lengths: Sequence[int],
         context: DistributedContext,
+        objectives: Sequence[Objective],
         *,
         valid_sources: Mapping[str, BaseSource],
         max_size: Quantity,
@@ -67,6 +73,7 @@ class Validator:
             corpus: Tokenized corpus of the run, with its held-out documents.
             stage_lengths: Sequence length of each training stage.
             context: Device and ranks.
+            objectives: Objective of each stage.
             valid_sources: Sources of the texts of data.valid, by name.
             max_size: Number of characters to read from each of these texts.
             pair_kind: Kind of the sentence pairs; None if the objective has no pairs.
@@ -74,7 +81,7 @@ class Validator:
         Raises:
             TextError: too few held-out documents have two sentences, or a text of data.valid has no maskable token.
         """
-        self._corpus, self._context = corpus, context
+        self._corpus, self._context, self._objectives = corpus, context, objectives
         self._pair_kind: PairKind | None = pair_kind
         self._stage_lengths = list(stage_lengths)
         self._eval_sets: dict[int, EvalSet] = {}
@@ -98,24 +105,31 @@ class Validator:
             )
         return self._eval_sets[length]
 
-    def validate(
-        self, encoder: nn.Module, head: nn.Module, stage: int, pair_head: nn.Module | None = None
-    ) -> Validation:
-        """Return the results of a model on all sets. `pair_head` is required if the validator has a pair kind."""
-        lengths = {self._stage_lengths[-1], self._stage_lengths[stage]}
-        by_length = {length: evaluate(encoder, head, self.eval_set(length), self._context) for length in lengths}
-        last = by_length.pop(self._stage_lengths[-1])
+    def validate(self, encoder: nn.Module, head: nn.Module, stage: int, parts: nn.Module) -> Validation:
+        """Return the results of a model on all sets. `parts` are the modules of its objectives: a pair head, if any."""
+        modules, context = ModelModules(encoder, head, parts), self._context
+        current, final, longest = self._objectives[stage], self._objectives[-1], self._stage_lengths[-1]
+
+        def result_on(eval_set: EvalSet) -> tuple[EvalResult, Mapping[str, float]]:
+            if validates(final) != "own":
+                return evaluate(encoder, head, eval_set, context), {}
+            metrics = evaluate_objective(final, modules, eval_set, context)
+            return own_result(eval_set, metrics), metrics
+
+        lengths = {longest, self._stage_lengths[stage]}
+        by_length = {length: result_on(self.eval_set(length)) for length in lengths}
+        last, metrics = by_length.pop(longest)
+        if validates(current) != "masked-lm" and not (metrics and current is final):
+            metrics = evaluate_objective(current, modules, self.eval_set(longest), context)
         return Validation(
             **vars(last),
-            earlier={length: result.loss for length, result in by_length.items()},
-            sets={
-                name: evaluate(encoder, head, eval_set, self._context) for name, eval_set in self._valid_sets.items()
-            },
-            pair=None if self._pair_kind is None else self._validate_pairs(encoder, pair_head, lengths),
+            objective={} if validates(current) == "masked-lm" else metrics,
+            earlier={length: result.loss for length, (result, _) in by_length.items()},
+            sets={name: result_on(eval_set)[0] for name, eval_set in self._valid_sets.items()},
+            pair=None if self._pair_kind is None else self._validate_pairs(encoder, parts, lengths),
         )
 
-    def _validate_pairs(self, encoder: nn.Module, pair_head: nn.Module | None, lengths: set[int]) -> PairEvalResult:
-        assert pair_head is not None, "pairs are evaluated with a pair head"
+    def _validate_pairs(self, encoder: nn.Module, pair_head: nn.Module, lengths: set[int]) -> PairEvalResult:
         by_length = {
             length: evaluate_pairs(encoder, pair_head, self._pair_set(length), self._context) for length in lengths
         }
@@ -172,8 +186,33 @@ def evaluate_text(
 
     Raises:
         TextError: the text can't be read, or none of its tokens can be masked.
-        ModelError: `length` is below 3 or above the encoder's maximum.
+        ModelError: `length` is below 3 or above the encoder's maximum, or the model doesn't predict masked tokens.
     """
+    context = context or init_distributed("float32")
+    text = read_eval_text(model, texts, length=length, document=document, errors=errors, field=field, max_size=max_size)
+    return evaluate(model.encoder.to(context.device), model.head.to(context.device), text.eval_set, context)
+
+
+@dataclass(frozen=True)
+class EvalText:
+    """The evaluation set of a text, and the count of each token id in the text."""
+
+    eval_set: EvalSet
+    counts_V: NDArray[np.int64]
+
+
+def read_eval_text(
+    model: Model,
+    texts: Texts,
+    *,
+    length: int | None,
+    document: DocumentRule | None,
+    errors: ErrorsRule,
+    field: str | None,
+    max_size: str | float | None,
+) -> EvalText:
+    """Read, tokenize and mask a text. Arguments and errors are those of `evaluate_text`."""
+    require_masked_lm(model, "be evaluated on masked tokens")
     max_length = model.settings.max_position_embeddings
     length = model.context if length is None else length
     if not 3 <= length <= max_length:
@@ -181,7 +220,6 @@ def evaluate_text(
     rule = document or cast("DocumentRule", model.card.get("document", "blank-line"))
     size = Quantity.parse(max_size).require("characters").number if isinstance(max_size, str) else max_size
     limit = float("inf") if size is None else size
-    context = context or init_distributed("float32")
     named = list_texts(texts, field or "text")
     data = DataConfig(document=rule, errors=errors, field=field or "text")
     source = open_text(named, data)
@@ -190,5 +228,4 @@ def evaluate_text(
     counts_V = np.zeros(model.tokenizer.size, np.int64)
     for eval_document in documents:
         counts_V += np.bincount(eval_document.ids, minlength=len(counts_V))
-    eval_set = build_eval_set(documents, model.tokenizer, length, counts_V)
-    return evaluate(model.encoder.to(context.device), model.head.to(context.device), eval_set, context)
+    return EvalText(build_eval_set(documents, model.tokenizer, length, counts_V), counts_V)

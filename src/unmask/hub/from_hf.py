@@ -19,7 +19,7 @@ from unmask.core.errors import DamagedError, ModelError
 from unmask.core.files import RunLayout
 from unmask.core.format import join_names
 from unmask.hub.tokenizer import load_tokenizer
-from unmask.models import EncoderConfig, build_model, build_pair
+from unmask.models import EncoderConfig, build_model, build_pair, electra
 from unmask.models import model as models
 from unmask.models.annotated import TutorialConfig
 from unmask.models.bert import BertConfig
@@ -52,7 +52,7 @@ _ENCODER_ONLY: Final = (  # names in a BertModel file
     "embeddings.", "encoder.", "pooler.", "layers.", "final_norm.", "embed_tokens.", "value_embeddings.",
     "patch_embeddings.",
 )  # fmt: skip
-_TASK_HEADS: Final = ("classifier.", "qa_outputs.", "score.", "multi_vector_head.")
+_TASK_HEADS: Final = ("classifier.", "qa_outputs.", "score.", "multi_vector_head.", *electra.TASK_HEADS)
 _BUFFERS: Final = ("position_ids", "token_type_ids", "inv_freq")  # computed from the settings
 _NAMES_SHOWN: Final = 5
 # torch.compile, DDP and DataParallel, FSDP, activation checkpointing
@@ -63,7 +63,7 @@ SENTENCE_MODULES: Final = "modules.json"
 _SENTENCE_FILES: Final = ("config_sentence_transformers.json", "sentence_bert_config.json")
 _MODEL_TYPES: Final = (
     ("ModernBert", "modernbert"), ("NeoMME", "neomme"), ("XLMRoberta", "xlm-roberta"), ("Roberta", "roberta"),
-    ("Bert", "bert"),
+    ("Bert", "bert"), ("Electra", electra.MODEL_TYPE),
 )  # fmt: skip
 
 Settings = ModernBertConfig | BertConfig | NeoMMEConfig
@@ -74,7 +74,7 @@ def import_model(folder: str | Path, out: str | Path, *, force: bool = False, se
     """Convert a folder of transformers to a folder that unmask and transformers load.
 
     Args:
-        folder: BERT, RoBERTa, XLM-R, ModernBERT or NeoMME folder.
+        folder: BERT, RoBERTa, XLM-R, ELECTRA, ModernBERT or NeoMME folder.
         out: Folder to write; it is not overwritten without `force`.
         force: Whether to replace an existing model folder.
         seed: Random seed for the weights of heads that the folder lacks.
@@ -374,6 +374,11 @@ def _weight_files(folder: Path) -> list[Path]:
 def rename_tensors(tensors: Mapping[str, Tensor], settings: Settings) -> tuple[Tensors, list[str]]:
     """Return the tensors under the names of a model with heads, and notes; buffers and task heads are left out."""
     prefix = encoder_prefix(settings)
+    if isinstance(settings, BertConfig) and any(name.startswith(electra.PREFIX) for name in tensors):
+        tensors = {
+            prefix + name.removeprefix(electra.PREFIX) if name.startswith(electra.PREFIX) else name: tensor
+            for name, tensor in tensors.items()
+        }
     is_encoder_only = not any(name.startswith(prefix) for name in tensors)
     renamed: Tensors = {}
     left_out: list[str] = []
@@ -453,7 +458,7 @@ def add_missing_heads(
     _check_none(
         "unknown tensors for this architecture:",
         sorted(set(complete) - set(own_names) - set(tied)),
-        "give a BERT, RoBERTa, ModernBERT or NeoMME folder written by transformers",
+        "give a BERT, RoBERTa, ELECTRA, ModernBERT or NeoMME folder written by transformers",
     )
     for name in own_names:
         if name in complete and complete[name].shape != initial[name].shape:

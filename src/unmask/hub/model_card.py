@@ -64,11 +64,17 @@ def model_card(name: str, model: Model, run: Path | None, architecture: str, par
 
 
 def _front_matter(model: Model, architecture: str) -> str:
-    task = "feature-extraction" if architecture.endswith("Model") else "fill-mask"
+    is_filled = not architecture.endswith("Model") and model.discriminator is None
+    task = "fill-mask" if is_filled else "feature-extraction"
     lines = ["---", "library_name: transformers", f"pipeline_tag: {task}"]
     if task == "fill-mask":
         lines.append(f"mask_token: {json.dumps(_mask_token(model))}")
-    return "\n".join([*lines, "tags:", "- masked-language-modeling", "- unmask", "---"])
+    tag = "replaced-token-detection" if _detects_replaced(model) else "masked-language-modeling"
+    return "\n".join([*lines, "tags:", f"- {tag}", "- unmask", "---"])
+
+
+def _detects_replaced(model: Model) -> bool:
+    return model.card.get("objective") == "rtd"
 
 
 def _mask_token(model: Model) -> str:
@@ -77,7 +83,8 @@ def _mask_token(model: Model) -> str:
 
 def _description(model: Model, architecture: str) -> str:
     settings = model.settings
-    modules = [model.encoder, model.head, *([] if model.pair is None else [model.pair])]
+    heads = [model.head, model.pair] if not _detects_replaced(model) else [model.discriminator]
+    modules = [model.encoder, *(head for head in heads if head is not None)]
     parameters = sum(p.numel() for module in modules for p in module.parameters())
     facts = {
         "class": f"`{architecture}` of `transformers`, without remote code",
@@ -87,7 +94,8 @@ def _description(model: Model, architecture: str) -> str:
         "context": f"{model.context:,} tokens",
         "vocabulary": f"{model.tokenizer.size:,} tokens",
     }
-    return "An encoder pretrained by masked-language modeling with `unmask`.\n\n" + _table(facts)
+    objective = "replaced token detection (ELECTRA)" if _detects_replaced(model) else "masked-language modeling"
+    return f"An encoder pretrained by {objective} with `unmask`.\n\n" + _table(facts)
 
 
 def _usage(model: Model, architecture: str) -> str:
@@ -97,6 +105,12 @@ def _usage(model: Model, architecture: str) -> str:
             "from transformers import AutoModel, AutoTokenizer\n\n"
             'tokenizer, model = (kind.from_pretrained("FOLDER") for kind in (AutoTokenizer, AutoModel))\n'
             'hidden_states = model(**tokenizer("The cat sat on the mat.", return_tensors="pt")).last_hidden_state'
+        )
+    elif model.discriminator is not None:
+        code = (
+            "from transformers import AutoModelForPreTraining, AutoTokenizer\n\n"
+            'tokenizer, model = (kind.from_pretrained("FOLDER") for kind in (AutoTokenizer, AutoModelForPreTraining))\n'
+            'logits = model(**tokenizer("The cat sat on the mat.", return_tensors="pt")).logits  # positive: replaced'
         )
     else:
         code = f'from transformers import pipeline\n\nfill = pipeline("fill-mask", model="FOLDER")\nfill({prompt})'
@@ -145,6 +159,10 @@ def _evaluation(model: Model) -> str:
     }
     if not facts:
         return "None: the folder contains no validation results."
+    if _detects_replaced(model):
+        own: Table = validation.get("objective") or {}
+        facts |= {key.replace("_", " "): f"{value:.4f}" for key, value in own.items() if key.startswith("rtd_")}
+        return "On held-out text. Loss and accuracy of masked tokens are those of the generator.\n\n" + _table(facts)
     return "On held-out text, with 15 % of the tokens masked.\n\n" + _table(facts)
 
 

@@ -162,6 +162,8 @@ def _model_output(model: Model, sample: Sample, architecture: str) -> tuple[Tens
     pair: Any = model.pair
     if architecture.endswith("Model"):
         return hidden_TD, None if pair is None else pair.pooler(hidden_TD[:1]).tanh()
+    if model.discriminator is not None:
+        return model.discriminator(hidden_TD), None
     logits_TV = logits_at(model.encoder, model.head, batch, torch.arange(len(sample.ids)))
     return logits_TV, None if pair is None else pair(hidden_TD, batch)
 

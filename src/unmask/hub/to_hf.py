@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Final, Literal
 
 from unmask.core import files
 from unmask.core.errors import ModelError
@@ -28,6 +28,12 @@ class Exported:
     notes: tuple[str, ...]  # conversions and initializations when the model was read
 
 
+_NOT_MASKED_LM: Final = {  # no class of transformers predicts as these models do
+    "causal": "its attention is causal, and BERT and ModernBERT of transformers attend to both sides",
+    "mntp": "it predicts a masked token one position earlier than transformers",
+}
+
+
 def export(
     model: str | Path,
     out: str | Path,
@@ -40,7 +46,8 @@ def export(
 
     The classes are BertForMaskedLM, BertForPreTraining (with a pair head), RobertaForMaskedLM, XLMRobertaForMaskedLM,
     ModernBertForMaskedLM and NeoMMEForMaskedLM; with `only="encoder"` BertModel, RobertaModel, XLMRobertaModel,
-    ModernBertModel and NeoMMEModel.
+    ModernBertModel and NeoMMEModel. A BERT that was trained to detect replaced tokens is written as
+    ElectraForPreTraining or ElectraModel, a ModernBERT only as ModernBertModel.
 
     Args:
         model: Run, step folder, or folder that transformers saved.
@@ -67,11 +74,19 @@ def export(
             location=opened.path,
             hint="train another recipe: unmask pretrain TEXT --recipe tiny",
         )
+    objective = opened.card.get("objective", "mlm")
+    if objective in _NOT_MASKED_LM and only == "all":
+        raise ModelError(
+            f"the model was trained last on objective.kind={objective}: {_NOT_MASKED_LM[objective]}",
+            location=opened.path,
+            hint="export the encoder alone: --only encoder; or train it further on masked tokens",
+        )
+    only_encoder = only == "encoder" or (opened.card.get("objective") == "rtd" and opened.discriminator is None)
     run = _run_of(Path(model), Path(opened.path))
     if run is not None:
         _check_old_ids(run, opened)
     with files.atomic_directory(target) as folder:
-        save_model(folder, opened, only_encoder=only == "encoder")
+        save_model(folder, opened, only_encoder=only_encoder)
         architecture = str(files.read_json(folder / RunLayout.CONFIG)["architectures"][0])
         for source in dict.fromkeys((Path(model), Path(opened.path))):  # the transformer may lie in a subfolder
             SentenceFiles.of(source).copy(folder)

@@ -122,6 +122,27 @@ def products(settings: EncoderConfig, vocab_size: int, tokens: int, masked_token
     return [(tokens, *matrix) for matrix in every_token] + [(masked_tokens, *matrix) for matrix in masked_only]
 
 
+def electra_products(
+    settings: EncoderConfig, generator: EncoderConfig, vocab_size: int, tokens: int, masked_tokens: int
+) -> list[tuple[int, int, int]]:
+    """Return the matrix products of ELECTRA's forward pass, as `products` does: of the generator and of the encoder."""
+    every_token, masked_only = _electra_matrices(settings, generator, vocab_size)
+    return [(tokens, *matrix) for matrix in every_token] + [(masked_tokens, *matrix) for matrix in masked_only]
+
+
+def _electra_matrices(
+    settings: EncoderConfig, generator: EncoderConfig, vocab_size: int
+) -> tuple[list[Matrix], list[Matrix]]:
+    """Return the matrices of ELECTRA that are applied to every token, and those that are applied to masked tokens."""
+    width, narrow = settings.hidden_size, generator.hidden_size
+    discriminator = _layer_matrices(settings) * settings.num_hidden_layers + [(width, width), (width, 1)]
+    head = [(narrow, width), (width, vocab_size)]
+    return (
+        [*discriminator, (width, narrow), *_every_token(generator)],
+        _layer_matrices(generator)[3:] + head,
+    )
+
+
 def _num_weights(matrices: list[Matrix]) -> int:
     return sum(inner * columns for inner, columns in matrices)
 
@@ -147,9 +168,26 @@ def flops_per_token(settings: EncoderConfig, vocab_size: int, length: int, mask_
     counted, as usual.
     """
     every_token = _num_weights(_embedding_matrices(settings) + _every_token(settings))
-    attention = 4.0 * _attended_tokens(settings, length) * settings.num_attention_heads * settings.head_width
     masked_only = mask_rate * _num_weights(_masked_tokens_only(settings, vocab_size))
-    return 3.0 * (2.0 * every_token + attention + 2.0 * masked_only)
+    return 3.0 * (2.0 * every_token + _attention_flops(settings, length) + 2.0 * masked_only)
+
+
+def electra_flops_per_token(
+    settings: EncoderConfig, generator: EncoderConfig, vocab_size: int, length: int, mask_rate: float
+) -> float:
+    """Return the FLOPs per training token as `flops_per_token` does: of the generator, its samples and the encoder.
+
+    Sampling computes the generator's logits once more, without a backward pass.
+    """
+    every_token, masked_only = map(_num_weights, _electra_matrices(settings, generator, vocab_size))
+    attention = _attention_flops(settings, length) + _attention_flops(generator, length)
+    sampling = 2.0 * mask_rate * settings.hidden_size * vocab_size
+    return 3.0 * (2.0 * every_token + attention + 2.0 * mask_rate * masked_only) + sampling
+
+
+def _attention_flops(settings: EncoderConfig, length: int) -> float:
+    """Return the FLOPs per token of the products of queries, keys and values in a forward pass."""
+    return 4.0 * _attended_tokens(settings, length) * settings.num_attention_heads * settings.head_width
 
 
 __all__ = [
@@ -162,6 +200,8 @@ __all__ = [
     "TutorialConfig",
     "build_model",
     "build_pair",
+    "electra_flops_per_token",
+    "electra_products",
     "flops_per_token",
     "non_embedding_parameters",
     "num_parameters",

@@ -70,6 +70,7 @@ class AttentionPlan:
     order_T: Int[Tensor, "T"] | None  # batch index of each token in plan order; None: the orders are equal
     inverse_T: Int[Tensor, "T"] | None
     buckets: tuple[Bucket, ...]  # empty for "variable-length"
+    is_causal: bool = False
     masks: dict[MaskKey, Tensor | None] = field(default_factory=dict, repr=False, compare=False)
 
     def to_plan_order(self, x_T: Tensor) -> Tensor:
@@ -139,6 +140,7 @@ def plan_attention(
         order_T=order_T,
         inverse_T=inverse_T,
         buckets=() if backend == "variable-length" else _buckets(lengths, descending, device),
+        is_causal=batch.is_causal,
     )
 
 
@@ -212,7 +214,7 @@ def attention(
     """Return softmax attention of each token over the tokens of its sequence, in plan order.
 
     With `window`, token i attends to token j if |i - j| <= window // 2. A window of 128, as in ModernBERT, covers 64
-    tokens on each side. Scores are scaled by K ** -0.5.
+    tokens on each side. In a causal plan, it also needs j <= i. Scores are scaled by K ** -0.5.
     """
     return _attend(q_THK, k_THK, v_THK, plan, window, dropout)
 
@@ -225,7 +227,7 @@ def _attend_all(
         reach = -1 if window is None else window // 2
         # Rounded up to a power of two, so that there are few different kernel launches.
         max_seqlen = max(128, 1 << (plan.max_seqlen - 1).bit_length())
-        cu_seqlens, sides = plan.cu_seqlens, (reach, reach)
+        cu_seqlens, sides = plan.cu_seqlens, (reach, 0 if plan.is_causal else reach)
         return varlen_attn(q_THK, k_THK, v_THK, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, window_size=sides)  # pyright: ignore[reportReturnType]
     sizes = [bucket.tokens for bucket in plan.buckets]
     # split instead of slices: its gradient is one cat, while each slice would allocate T x H x K zeros
@@ -248,7 +250,7 @@ def _attend_bucket(
     block = _block_size(padded, half)
     key = (number, half, q_NSHK.dtype)
     if key not in plan.masks:
-        plan.masks[key] = _mask(bucket, half, block, q_NSHK)
+        plan.masks[key] = _mask(bucket, half, block, q_NSHK, is_causal=plan.is_causal)
     mask = plan.masks[key]
     if block is not None:
         # Queries are [sequences * blocks, block, H, K]; keys and values are three blocks wide.
@@ -289,9 +291,9 @@ def _with_neighbors(x_NSHK: Tensor, block: int, padding: int) -> Tensor:
     return torch.cat((wide[:, :-2], wide[:, 1:-1], wide[:, 2:]), 2).reshape(-1, 3 * block, heads, head_width)
 
 
-def _mask(bucket: Bucket, half: int | None, block: int | None, like: Tensor) -> Tensor | None:
+def _mask(bucket: Bucket, half: int | None, block: int | None, like: Tensor, *, is_causal: bool) -> Tensor | None:
     """Return the additive mask of a bucket, broadcast over [sequences (* blocks), H, queries, keys]; None: no mask."""
-    if bucket.length_N is None and half is None:
+    if bucket.length_N is None and half is None and not is_causal:
         return None
     device = like.device
     blocks = 1 if block is None else -(-bucket.padded // block)
@@ -303,6 +305,8 @@ def _mask(bucket: Bucket, half: int | None, block: int | None, like: Tensor) -> 
     visible = (j_C1K >= 0) & (j_C1K < length_N[:, None, None, None])
     if half is not None:
         visible = visible & ((i_CQ1 - j_C1K).abs() <= half)
+    if is_causal:
+        visible = visible & (j_C1K <= i_CQ1)
     if block is not None:
         visible = visible.expand(len(bucket.lengths), -1, -1, -1)
     visible = visible.reshape(-1, 1, *visible.shape[2:])

@@ -173,11 +173,19 @@ class BertEncoder(EncoderModule):
 
     def encode(self, batch: Batch, positions_M: Int[Tensor, "M"] | None = None) -> Float[Tensor, "N D"]:
         """Return one vector per token, or those at positions. Without token types, all are 0."""
-        settings = self.settings
-        assert batch.max_seqlen <= settings.max_position_embeddings, "a sequence exceeds max_position_embeddings"
-        dropout = settings.attention_dropout if self.training else 0.0
+        plan = self.plan(batch)
+        return run_blocks(self.blocks, self.embed(batch, plan), plan, positions_M)
+
+    def plan(self, batch: Batch) -> AttentionPlan:
+        """Return how attention is computed for a batch."""
+        assert batch.max_seqlen <= self.settings.max_position_embeddings, "a sequence exceeds max_position_embeddings"
+        dropout = self.settings.attention_dropout if self.training else 0.0
         dtype = compute_dtype(self.token_embedding)
-        plan = plan_attention(batch, dtype=dtype, dropout=dropout, head_width=settings.head_width)
+        return plan_attention(batch, dtype=dtype, dropout=dropout, head_width=self.settings.head_width)
+
+    def embed(self, batch: Batch, plan: AttentionPlan) -> Float[Tensor, "T D"]:
+        """Return the normalized sum of the embeddings of each token, in plan order."""
+        settings = self.settings
         # Added in the order of transformers' BERT, so that both have the same bits.
         hidden_TD = F.embedding(plan.to_plan_order(batch.ids_T), self.token_embedding)
         if batch.token_type_ids_T is None:
@@ -186,14 +194,19 @@ class BertEncoder(EncoderModule):
             token_type_ids_T = plan.to_plan_order(batch.token_type_ids_T)
             hidden_TD = hidden_TD + F.embedding(token_type_ids_T, self.token_type_embedding)
         hidden_TD = hidden_TD + F.embedding(plan.position_T + settings.position_offset, self.position_embedding)
-        hidden_TD = self.embedding_norm(hidden_TD)
-        hidden_TD = F.dropout(hidden_TD, settings.hidden_dropout, self.training)
-        *earlier, last = self.blocks
-        for block in earlier:
-            hidden_TD = block(hidden_TD, plan)
-        rows_M = None if positions_M is None else plan.rows_of(positions_M)
-        hidden_ND = last(hidden_TD, plan, rows_M)
-        return plan.to_batch_order(hidden_ND) if rows_M is None else hidden_ND
+        return F.dropout(self.embedding_norm(hidden_TD), settings.hidden_dropout, self.training)
+
+
+def run_blocks(
+    blocks: nn.ModuleList, hidden_TD: Float[Tensor, "T D"], plan: AttentionPlan, positions_M: Int[Tensor, "M"] | None
+) -> Float[Tensor, "N D"]:
+    """Return the output of all blocks in the order of the batch, or only at positions."""
+    *earlier, last = blocks
+    for block in earlier:
+        hidden_TD = block(hidden_TD, plan)
+    rows_M = None if positions_M is None else plan.rows_of(positions_M)
+    hidden_ND = last(hidden_TD, plan, rows_M)
+    return plan.to_batch_order(hidden_ND) if rows_M is None else hidden_ND
 
 
 class BertHead(HeadModule):

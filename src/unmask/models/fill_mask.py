@@ -11,7 +11,7 @@ from torch import Tensor
 
 from unmask.core.errors import ModelError
 from unmask.core.types import WORD_START
-from unmask.models.model import Model
+from unmask.models.model import Model, require_masked_lm
 from unmask.tokenization.analysis import TokenFormatter, TokenText
 from unmask.tokenization.tokenizer import Tokenizer
 from unmask.tokenization.words import is_letter, is_unspaced
@@ -68,23 +68,22 @@ def fill(model: Model, text: str | Sequence[str], top: int = 5) -> list[FillMask
         top: Number of candidates per mask.
 
     Raises:
-        ModelError: a text has no [MASK], or `top` is below 1 or above the vocabulary size.
+        ModelError: the model makes no masked predictions, a text has no [MASK], or `top` is below 1 or above the
+            vocabulary size.
     """
+    require_masked_lm(model, "fill masks")
     texts = [text] if isinstance(text, str) else list(text)
     check_top(model, top)
     formatter, mask_id = TokenFormatter.of(model.tokenizer), model.tokenizer.mask_id
-    gaps: list[_Gap] = []  # of all texts
+    gaps: list[Gap] = []  # of all texts
     ids: list[list[int]] = []
     positions: list[list[int]] = []
-    for number, (prompt, encoded) in enumerate(zip(texts, _encode(model, texts, formatter), strict=True)):
+    for number, (prompt, encoded) in enumerate(zip(texts, encode_texts(model, texts, formatter), strict=True)):
         masks = [position for position, id_ in enumerate(encoded) if id_ == mask_id]
         if not masks:
-            raise ModelError(
-                "there is no [MASK] in the text",
-                location=f"text {number + 1}: {prompt[:60]!r}" if len(texts) > 1 else repr(prompt[:60]),
-                hint='write [MASK] where a token is to be predicted: "The cat sat on the [MASK]."',
-            )
-        gaps += _gaps(model, number, prompt, masks)
+            shown = repr(prompt[:60])
+            raise no_mask_error(f"text {number + 1}: {shown}" if len(texts) > 1 else shown)
+        gaps += gaps_of(model, number, prompt, masks)
         for window, at in _windows(encoded, masks, model):
             ids.append(window)
             positions.append(at)
@@ -100,8 +99,17 @@ def fill(model: Model, text: str | Sequence[str], top: int = 5) -> list[FillMask
     ]
 
 
+def no_mask_error(location: str) -> ModelError:
+    """Return the error for a text without [MASK]."""
+    return ModelError(
+        "there is no [MASK] in the text",
+        location=location,
+        hint='write [MASK] where a token is to be predicted: "The cat sat on the [MASK]."',
+    )
+
+
 @dataclass(frozen=True)
-class _Gap:
+class Gap:
     """A mask in one of several texts, and the text around it."""
 
     text: int
@@ -116,10 +124,11 @@ class _Gap:
         return not formatter.prefix or is_letter(self.before[-1])
 
 
-def _gaps(model: Model, number: int, text: str, positions: Sequence[int]) -> list[_Gap]:
+def gaps_of(model: Model, number: int, text: str, positions: Sequence[int]) -> list[Gap]:
+    """Return the masks of a text, which is number `number` of several; `positions` count special tokens."""
     parts = text.replace(model.tokenizer.id_to_token(model.tokenizer.mask_id), MASK).split(MASK)
     return [
-        _Gap(number, position, MASK.join(parts[: index + 1]), MASK.join(parts[index + 1 :]))
+        Gap(number, position, MASK.join(parts[: index + 1]), MASK.join(parts[index + 1 :]))
         for index, position in enumerate(positions)
     ]
 
@@ -139,7 +148,7 @@ def check_top(model: Model, top: int) -> None:
 
 @torch.inference_mode()
 def _best(
-    log_probabilities_MV: Tensor, gaps: Sequence[_Gap], top: int, formatter: TokenFormatter
+    log_probabilities_MV: Tensor, gaps: Sequence[Gap], top: int, formatter: TokenFormatter
 ) -> list[tuple[list[int], list[float]]]:
     """Return the ids and the probabilities of the most probable tokens for each row. The rows are overwritten."""
     is_attached = [gap.is_attached(formatter) for gap in gaps]
@@ -159,7 +168,7 @@ def _best(
 
 
 def _prediction(
-    model: Model, gap: _Gap, best: tuple[list[int], list[float]], formatter: TokenFormatter
+    model: Model, gap: Gap, best: tuple[list[int], list[float]], formatter: TokenFormatter
 ) -> MaskPrediction:
     tokenizer = model.tokenizer
     takes_space = tokenizer.mask_takes_space
@@ -170,7 +179,7 @@ def _prediction(
                 tokenizer.id_to_token(id_),
                 id_,
                 probability,
-                _join(gap.before, gap.after, formatter.read(id_), takes_space, formatter),
+                join_token(gap.before, gap.after, formatter.read(id_), takes_space, formatter),
                 formatter.display(id_),
             )
             for id_, probability in zip(*best, strict=True)
@@ -178,7 +187,7 @@ def _prediction(
     )
 
 
-def _encode(model: Model, texts: Sequence[str], formatter: TokenFormatter) -> list[list[int]]:
+def encode_texts(model: Model, texts: Sequence[str], formatter: TokenFormatter) -> list[list[int]]:
     """Return the ids of each text, special tokens included.
 
     An imported model may have another mask token, e.g. <mask>. In the text, it is always [MASK].
@@ -240,7 +249,7 @@ def _windows(ids: list[int], positions: list[int], model: Model) -> list[tuple[l
     return windows
 
 
-def _join(before: str, after: str, token: TokenText, takes_space: bool, formatter: TokenFormatter) -> str:
+def join_token(before: str, after: str, token: TokenText, takes_space: bool, formatter: TokenFormatter) -> str:
     """Return the text with a token in place of a mask, with one space before the token if it needs one."""
     if token.spacing == "after-space":
         gap = "" if not before or before[-1].isspace() else " "

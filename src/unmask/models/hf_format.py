@@ -2,8 +2,9 @@
 
 ModernBERT is written as ModernBertForMaskedLM (modernbert.py), NeoMME as NeoMMEForMaskedLM (neomme.py). BERT is written
 as BertForMaskedLM, or as BertForPreTraining if it has a sentence pair head. RoBERTa and XLM-R are written as
-RobertaForMaskedLM and XLMRobertaForMaskedLM (bert.py). The tutorial's model has no class in `transformers`. It is
-written with this package's tensor names and with a model type that `transformers` rejects.
+RobertaForMaskedLM and XLMRobertaForMaskedLM (bert.py), a BERT with a discriminator head as ElectraForPreTraining
+(electra.py). The tutorial's model has no class in `transformers`. It is written with this package's tensor names and
+with a model type that `transformers` rejects.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from torch import Tensor
 
 from unmask.core.errors import ModelError, RecipeError
 from unmask.core.format import join_names
-from unmask.models import EncoderConfig, bert, modernbert, neomme
+from unmask.models import EncoderConfig, bert, electra, modernbert, neomme
 from unmask.models.annotated import TutorialConfig
 from unmask.models.bert import BertConfig
 from unmask.models.modernbert import ModernBertConfig
@@ -38,7 +39,8 @@ _TYPES: Final[Sequence[tuple[Sequence[str], tuple[type, ...], str]]] = (
     (("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "max_position_embeddings",
       "type_vocab_size", "vocab_size", "global_attn_every_n_layers", "local_attention", "pad_token_id", "bos_token_id",
       "eos_token_id", "cls_token_id", "sep_token_id", "position_offset", "embedding_rank", "head_dim",
-      "num_key_value_heads", "patch_size", "sliding_window", "long_sliding_window"), (int,), "an integer of 32 bits"),
+      "num_key_value_heads", "embedding_size", "patch_size", "sliding_window", "long_sliding_window"), (int,),
+     "an integer of 32 bits"),
     (("layer_norm_eps", "norm_eps", "initializer_range", "hidden_dropout_prob", "attention_probs_dropout_prob",
       "embedding_dropout", "attention_dropout", "mlp_dropout", "global_rope_theta", "local_rope_theta",
       "residual_multiplier"),
@@ -134,6 +136,12 @@ def hf_tensor_names(settings: HFModelConfig, *, pair: bool) -> dict[str, tuple[s
     return _family(settings).hf_tensor_names(settings)
 
 
+def hf_head_names(settings: HFModelConfig) -> set[str]:
+    """Return the names in `transformers` of the vocabulary head's tensors."""
+    names = hf_tensor_names(settings, pair=False)
+    return {hf_name for hf_name, own in names.items() if own[0].startswith("head.")}
+
+
 def tied_hf_tensors(settings: HFModelConfig) -> Mapping[str, str]:
     """Map the name of each tied copy in `transformers` to the name of the tensor that it copies."""
     if isinstance(settings, BertConfig):
@@ -223,6 +231,8 @@ def from_hf_config(hf_config: Mapping[str, Any]) -> EncoderConfig:
             return modernbert.from_hf_config(hf_config)
         if model_type == neomme.MODEL_TYPE:
             return neomme.from_hf_config(hf_config)
+        if model_type == electra.MODEL_TYPE:
+            return electra.from_hf_config(hf_config)
         if isinstance(model_type, str) and model_type in bert.HF_NAMES:
             return bert.from_hf_config(hf_config)
     except RecipeError as error:
@@ -233,7 +243,7 @@ def from_hf_config(hf_config: Mapping[str, Any]) -> EncoderConfig:
     except (KeyError, TypeError, AttributeError, ValueError, OverflowError) as error:
         message = f"config.json can't be read as a {model_type} model: {type(error).__name__} {error}"
         raise ModelError(message, location="config.json", hint="restore it from a copy") from error
-    supported = ", ".join([*bert.HF_NAMES, modernbert.MODEL_TYPE, neomme.MODEL_TYPE])
+    supported = ", ".join([*bert.HF_NAMES, electra.MODEL_TYPE, modernbert.MODEL_TYPE, neomme.MODEL_TYPE])
     raise ModelError(
         f"unsupported model type: {model_type!r}",
         location="config.json: model_type",

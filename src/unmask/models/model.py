@@ -23,21 +23,25 @@ from unmask.core.errors import DamagedError, ModelError, RunError, UnmaskError
 from unmask.core.files import RunLayout
 from unmask.core.format import count
 from unmask.core.types import SPECIAL, Sample, logits_at, pack
-from unmask.models import EncoderConfig, EncoderModule, HeadModule, build_model, build_pair
+from unmask.models import EncoderConfig, EncoderModule, HeadModule, build_model, build_pair, electra
 from unmask.models.bert import BertConfig
 from unmask.models.hf_format import (
     States,
     encoder_only,
+    encoder_prefix,
     from_hf_config,
     from_hf_tensors,
+    hf_head_names,
     to_hf_config,
     to_hf_tensors,
     vocab_size_of,
 )
+from unmask.models.modernbert import ModernBertConfig
 from unmask.tokenization.tokenizer import Tokenizer
 from unmask.tokenization.words import WordsRule
 
 _BATCH_TOKENS = 8192
+_WITHOUT_MASKS = ("causal", "rtd")  # objectives
 _MAX_RETRIES = 100  # a read is repeated if a training run replaced the directory meanwhile
 # Replacing the best model takes two renames. Between them, its path doesn't exist.
 _RENAME_RETRIES, _RENAME_SECONDS = 5, 0.005
@@ -55,8 +59,10 @@ class ModelCard(TypedDict, total=False):
     document: str  # rule that splits the training text into documents
     step: int
     tokens: int
+    words_seen: int  # words between spaces, counted again in each epoch; in the cards of train.keep_at only
     text_fingerprint: str
     validation: dict[str, Any] | None
+    objective: str  # kind of the objective that was trained last, e.g. "mlm"
     imported: dict[str, Any]
 
 
@@ -65,7 +71,9 @@ class Model:
     """An encoder with its vocabulary head and tokenizer, in float32.
 
     A BERT model may have a sentence pair head, which returns two logits for each sequence:
-    `model.pair(model.encoder(batch), batch)`.
+    `model.pair(model.encoder(batch), batch)`. A model that was trained to detect replaced tokens has an untrained
+    vocabulary head. If it is a BERT, it may have a discriminator head, which returns one logit for each token:
+    `model.discriminator(model.encoder(batch))`.
     """
 
     encoder: EncoderModule
@@ -76,11 +84,12 @@ class Model:
     path: str = ""
     pair: nn.Module | None = None
     notes: tuple[str, ...] = ()  # what was converted, left out or initialized when the model was read
+    discriminator: nn.Module | None = None
 
     def __repr__(self) -> str:
         """Return name, sizes, tokenizer and validation loss in three lines."""
         settings, tokenizer = self.settings, self.tokenizer
-        modules = [module for module in (self.encoder, self.head, self.pair) if module is not None]
+        modules = [module for module in (self.encoder, self.discriminator or self.head, self.pair) if module]
         parameters = {id(tensor): tensor.numel() for module in modules for tensor in module.parameters()}
         lines = [
             f"Model({self.path!r}: {settings.kind}, {settings.num_hidden_layers} layers, "
@@ -186,11 +195,32 @@ class Model:
         return logits_MV.log_softmax(-1).cpu()
 
 
+def predicts_masked_tokens(model: Model) -> bool:
+    """Return whether the last objective of a model's training was one that predicts masked tokens."""
+    return model.card.get("objective") not in _WITHOUT_MASKS
+
+
+def require_masked_lm(model: Model, what: str) -> None:
+    """Check that a model predicts masked tokens. `what` names what needs it, for the error: "fill masks".
+
+    Raises:
+        ModelError: the last objective of its training was "causal" or "rtd".
+    """
+    if not predicts_masked_tokens(model):
+        objective = model.card.get("objective")
+        raise ModelError(
+            f"this model can't {what}: the objective {objective!r} trains no predictions for masked tokens",
+            location=model.path,
+            hint="use a model that was trained last with objective.kind=mlm",
+        )
+
+
 def save_model(directory: Path, model: Model, *, only_encoder: bool = False) -> None:
     """Write a model in the format of `transformers`, and card.json.
 
     Tensors are sorted by name, so that equal models are saved as equal bytes. With `only_encoder`, only the encoder is
-    written, as BertModel or its counterpart.
+    written, as BertModel or its counterpart. A model with a discriminator is written without its vocabulary head, which
+    is not trained: a BERT as ElectraForPreTraining, a ModernBERT as the encoder alone.
     """
     with files.wrap_os_errors(directory):
         directory.mkdir(parents=True, exist_ok=True)
@@ -199,8 +229,12 @@ def save_model(directory: Path, model: Model, *, only_encoder: bool = False) -> 
         roles = {name: model.tokenizer.role_id(f"{name}_token") for name in _ROLES}
         ids = {name: role_id for name, role_id in roles.items() if role_id is not None}
         hf_config = to_hf_config(model.settings, model.encoder.vocab_size, ids, pair=pair is not None)
-        if only_encoder:
+        if only_encoder or (model.discriminator is not None and not isinstance(model.settings, BertConfig)):
             tensors, hf_config = encoder_only(tensors, hf_config, model.settings)
+        elif model.discriminator is not None:
+            tensors = electra.to_hf_tensors(tensors, model.discriminator.state_dict())
+        if isinstance(model.settings, BertConfig) and model.discriminator is not None:
+            hf_config = electra.to_hf_config(hf_config, only_encoder=only_encoder)
         cpu_tensors = {name: tensors[name].detach().cpu().contiguous() for name in sorted(tensors)}
         files.save_tensors(cpu_tensors, directory / RunLayout.WEIGHTS, metadata={"format": "pt"})
         files.write_json(directory / RunLayout.CONFIG, hf_config)
@@ -423,7 +457,6 @@ def open_checkpoint(
             hint="use the tokenizer that this model was trained with",
         )
     weights = read_weights(directory, settings, vocab_size)
-    encoder, head, pair = _build(weights, vocab_size, directory / RunLayout.WEIGHTS)
     card: Any = files.read_json(directory / RunLayout.CARD) if (directory / RunLayout.CARD).is_file() else {}
     if not isinstance(card, dict):
         raise DamagedError(
@@ -431,6 +464,11 @@ def open_checkpoint(
             location=str(directory / RunLayout.CARD),
             hint="restore it from a copy, or remove it",
         )
+    is_discriminator = cast("ModelCard", card).get("objective") == "rtd"
+    encoder, head, pair, discriminator = _build(
+        weights, vocab_size, directory / RunLayout.WEIGHTS, is_discriminator=is_discriminator
+    )
+    encoder.label_offset = int(card.get("objective") in ("mntp", "causal"))
     return Model(
         encoder,
         head,
@@ -440,6 +478,7 @@ def open_checkpoint(
         str(directory),
         pair,
         (*notes, *weights.notes, *untrained_heads(cast("ModelCard", card))),
+        discriminator,
     )
 
 
@@ -451,25 +490,47 @@ def untrained_heads(card: ModelCard) -> list[str]:
     return [note for note in known if isinstance(note, str) and note.startswith("initialized ")]
 
 
-def _build(weights: Weights, vocab_size: int, path: Path) -> tuple[EncoderModule, HeadModule, nn.Module | None]:
-    """Return encoder, head and sentence pair head (if any) with these weights. `path` is named in errors."""
+def _build(
+    weights: Weights, vocab_size: int, path: Path, *, is_discriminator: bool
+) -> tuple[EncoderModule, HeadModule, nn.Module | None, nn.Module | None]:
+    """Return encoder, vocabulary head, sentence pair head and discriminator head with these weights.
+
+    Args:
+        weights: The weights.
+        vocab_size: Size of the token embedding.
+        path: Path that is named in errors.
+        is_discriminator: Whether the vocabulary head may be missing, as after replaced token detection. It then has
+            initial weights from torch's generator.
+    """
     location = str(path if path.is_file() else path.parent)
+    settings, tensors, discriminator_state, has_head = weights.settings, weights.tensors, None, True
+    if is_discriminator and isinstance(settings, BertConfig | ModernBertConfig):
+        tensors, discriminator_state = electra.split_hf_tensors(tensors, encoder_prefix(settings))
+        head_names = hf_head_names(settings)
+        if not head_names & tensors.keys():
+            tensors, has_head = tensors | dict.fromkeys(head_names, torch.empty(0)), False
     try:
-        states = from_hf_tensors(weights.tensors, weights.settings)
+        states = from_hf_tensors(tensors, settings)
     except ModelError as error:
         raise error.at(location=location) from error
-    encoder, head = build_model(weights.settings, vocab_size)
-    pair = None if states.pair is None else build_pair(weights.settings)
+    encoder, head = build_model(settings, vocab_size)
+    pair = None if states.pair is None else build_pair(settings)
+    discriminator = None
+    if discriminator_state is not None:
+        discriminator = electra.DiscriminatorHead(electra.require_electra_encoder(settings))
     try:
-        for module, state in zip((encoder, head, pair), states, strict=True):
+        all_states = states.encoder, states.head if has_head else None, states.pair, discriminator_state
+        for module, state in zip((encoder, head, pair, discriminator), all_states, strict=True):
             if module is not None and state is not None:
                 module.load_state_dict(state)
-                module.eval()
     except RuntimeError as error:
         raise ModelError(
             f"the weights don't match config.json: {error}", location=location, hint=_MODEL_HINT
         ) from error
-    return encoder, head, pair
+    for module in (encoder, head, pair, discriminator):
+        if module is not None:
+            module.eval()
+    return encoder, head, pair, discriminator
 
 
 def check_output_directory(out: Path, source: Path, *, force: bool) -> Path:

@@ -8,7 +8,7 @@ blocks have a local window and `local_rope_theta`.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, Literal, cast
 
@@ -180,20 +180,39 @@ class ModernBertEncoder(EncoderModule):
 
     def encode(self, batch: Batch, positions_M: Int[Tensor, "M"] | None = None) -> Float[Tensor, "N D"]:
         """Return one vector per token, in the order of the batch, or those at positions."""
-        settings = self.settings
-        dropout = settings.attention_dropout if self.training else 0.0
+        plan = self.plan(batch)
+        blocks = cast("list[ModernBertBlock]", list(self.blocks))
+        return run_blocks(blocks, self.embed(batch, plan), plan, self._rotary, self.final_norm, positions_M)
+
+    def plan(self, batch: Batch) -> AttentionPlan:
+        """Return how attention is computed for a batch."""
+        dropout = self.settings.attention_dropout if self.training else 0.0
         dtype = compute_dtype(self.token_embedding)
-        plan = plan_attention(batch, dtype=dtype, dropout=dropout, head_width=settings.head_width)
+        return plan_attention(batch, dtype=dtype, dropout=dropout, head_width=self.settings.head_width)
+
+    def embed(self, batch: Batch, plan: AttentionPlan) -> Float[Tensor, "T D"]:
+        """Return the normalized embedding of each token, in plan order."""
         hidden_TD = self.embedding_norm(F.embedding(plan.to_plan_order(batch.ids_T), self.token_embedding))
-        hidden_TD = F.dropout(hidden_TD, settings.embedding_dropout, self.training)
-        thetas = {block.theta for block in self.blocks if isinstance(block, ModernBertBlock)}
-        cos_sin = {theta: self._rotary.cos_sin(plan.position_T, theta, dtype) for theta in thetas}
-        *earlier, last = cast("list[ModernBertBlock]", list(self.blocks))
-        for block in earlier:
-            hidden_TD = block(hidden_TD, plan, cos_sin[block.theta])
-        rows_M = None if positions_M is None else plan.rows_of(positions_M)
-        hidden_ND = self.final_norm(last(hidden_TD, plan, cos_sin[last.theta], rows_M))
-        return plan.to_batch_order(hidden_ND) if rows_M is None else hidden_ND
+        return F.dropout(hidden_TD, self.settings.embedding_dropout, self.training)
+
+
+def run_blocks(
+    blocks: Sequence[ModernBertBlock],
+    hidden_TD: Float[Tensor, "T D"],
+    plan: AttentionPlan,
+    rotary: RotaryEmbedding,
+    final_norm: nn.Module,
+    positions_M: Int[Tensor, "M"] | None,
+) -> Float[Tensor, "N D"]:
+    """Return the normalized output of all blocks in the order of the batch, or only at positions."""
+    dtype = compute_dtype(hidden_TD)
+    cos_sin = {theta: rotary.cos_sin(plan.position_T, theta, dtype) for theta in {block.theta for block in blocks}}
+    *earlier, last = blocks
+    for block in earlier:
+        hidden_TD = block(hidden_TD, plan, cos_sin[block.theta])
+    rows_M = None if positions_M is None else plan.rows_of(positions_M)
+    hidden_ND = final_norm(last(hidden_TD, plan, cos_sin[last.theta], rows_M))
+    return plan.to_batch_order(hidden_ND) if rows_M is None else hidden_ND
 
 
 class ModernBertHead(HeadModule):

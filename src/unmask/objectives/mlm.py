@@ -4,15 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from unmask.core.types import SPECIAL, Batch, LossSums, MaskedBatch, VocabularyHead, round_size
-from unmask.objectives.cross_entropy import linear_cross_entropy
+from unmask.core.types import SPECIAL, Batch, LossSums, MaskedBatch
+from unmask.objectives.cross_entropy import TokenLosses, token_losses
 from unmask.objectives.masking import Integers, MaskingConfig, PackedSequences, corrupt_tokens, select_positions
 from unmask.objectives.word_boost import WordMatcher
 
@@ -64,21 +63,18 @@ class MaskedLMObjective:
 
     def loss(self, encoder: nn.Module, head: nn.Module, masked: MaskedBatch) -> LossSums:
         """Return the summed cross-entropy over the masked tokens, in nats, and the metrics."""
-        vocabulary_head = cast("VocabularyHead", head)
-        count = masked.denominators["mlm"]
-        positions_R = F.pad(masked.positions_M, (0, round_size(count) - count))
-        hidden_RD: Tensor = encoder(masked.batch, positions_R)
-        features_RD = vocabulary_head.features(hidden_RD)
-        weight_VD, bias_V = vocabulary_head.decoder_parameters(cast("Tensor", encoder.token_embedding))
-        nats, correct = linear_cross_entropy(features_RD, weight_VD, bias_V, masked.labels_M)
-        return LossSums(
-            sums={"mlm": nats},
-            metrics={
-                "loss": (nats.detach(), count),
-                "accuracy": (correct, count),
-                "mask_rate": (torch.tensor(float(count)), masked.num_maskable),
-            },
-        )
+        losses = token_losses(encoder, head, masked.batch, masked.positions_M, masked.labels_M)
+        return LossSums(sums={"mlm": losses.total}, metrics=token_metrics(losses, masked))
+
+
+def token_metrics(losses: TokenLosses, masked: MaskedBatch) -> dict[str, tuple[Tensor, int]]:
+    """Return the metrics of all objectives that predict tokens: `loss`, `accuracy` and `mask_rate`."""
+    count = len(masked.positions_M)
+    return {
+        "loss": (losses.nats_M.sum() if masked.weights_M is not None else losses.total.detach(), count),
+        "accuracy": (losses.correct_M.sum(), count),
+        "mask_rate": (torch.tensor(float(count)), masked.num_maskable),
+    }
 
 
 def masked_batch(batch: Batch, ids_T: NDArray[Any], positions_M: NDArray[Any], labels_M: NDArray[Any]) -> MaskedBatch:

@@ -2,7 +2,7 @@
 
 A word is found where whole words of the text (see `data.words`) have its token ids, with or without a space before or
 after it. A list entry may have several words: "heart attack", or 医院 if each character is a word. It is found where
-its words follow each other with the same spacing as in the entry. Each of its words is selected independently.
+its words follow each other with the same spacing as in the entry. Each of its words is a unit of its own.
 """
 
 from __future__ import annotations

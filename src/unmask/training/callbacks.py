@@ -9,7 +9,7 @@ import shlex
 import traceback
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -17,11 +17,16 @@ from typing import Any
 from unmask.core.config import dump_config
 from unmask.core.errors import CRASH_NOTE, Interrupted, Stopped, StoreError, UnmaskError
 from unmask.core.files import RunLayout
+from unmask.data.word_count import count_train_words
+from unmask.evaluation.minimal_pairs import MinimalPair, evaluate_minimal_pairs
+from unmask.evaluation.objectives import validates
 from unmask.evaluation.validation import Validation
+from unmask.models.model import Model, ModelCard
 from unmask.training import checkpoint
 from unmask.training.display import Display, Preview, Summary, build_preview
 from unmask.training.estimate import CostEstimate
 from unmask.training.estimate.memory import MemoryLimit
+from unmask.training.kept_models import KeptModels
 from unmask.training.loggers import JsonlLogger, MetricLoggers, plain, read_log
 from unmask.training.loop import Callback, LogCallback, MetricAccumulator, Signals, StopReason, TrainState, train
 from unmask.training.plan import Plan, always, describe_deviation, due, tenth
@@ -40,6 +45,7 @@ class PreparedRun:
     plan: Plan
     components: RunComponents
     estimate: CostEstimate
+    pairs: tuple[MinimalPair, ...] = ()  # on which the model is evaluated during training
 
 
 def run_training(run: PreparedRun, state: TrainState, display: Display, signals: Signals) -> Summary:
@@ -51,7 +57,7 @@ def run_training(run: PreparedRun, state: TrainState, display: Display, signals:
     """
     recipe, plan, every = run.recipe, run.plan, run.recipe.train.every
     tokens_before, seconds_before, early = state.tokens, state.training_seconds, ""
-    callbacks = RunCallbacks(run, display)
+    callbacks = RunCallbacks(run, display, _kept_models(run, state, display))
     first_tenth, memory = tenth(plan), MemoryLimit(run.estimate.memory_bytes, run.components.context)
     display.train_start(plan, state, run.estimate.flops_per_token, run.estimate.flops_per_second)
     with _resume_hint(run.folder), _crash_file(run.folder):
@@ -59,15 +65,18 @@ def run_training(run: PreparedRun, state: TrainState, display: Display, signals:
         try:
             if recipe.init.model and not state.step:
                 callbacks.validate(state)
+                callbacks.evaluate_pairs(state)
             reason = train(
                 run.components.training,
                 plan,
                 state,
                 [
-                    Callback(always, display.step),
-                    Callback(always, memory.check),
+                    Callback(always, display.step, reads_results=False),
+                    Callback(always, memory.check, reads_results=False),
                     Callback(lambda step, seconds: step == first_tenth, callbacks.compare_with_plan),
                     Callback(due(every.validate, plan), callbacks.validate),
+                    Callback(due(recipe.train.evaluate.every, plan), callbacks.evaluate_pairs),
+                    *([Callback(always, callbacks.keep, reads_results=False)] if recipe.train.keep_at else []),
                     Callback(due(every.save, plan), callbacks.save),
                 ],
                 log=LogCallback(due(every.log, plan), callbacks.log),
@@ -102,6 +111,19 @@ def run_training(run: PreparedRun, state: TrainState, display: Display, signals:
     return summary
 
 
+def _kept_models(run: PreparedRun, state: TrainState, display: Display) -> KeptModels:
+    """Counts the words of the training text if the run needs their number; on the main process, which writes it."""
+    components, keep_at, words = run.components, run.recipe.train.keep_at, 0
+    counts = bool(keep_at or run.pairs) and components.context.is_main_process
+    if counts:
+        words = count_train_words(components.corpus, components.source, display.progress)
+    epoch_tokens = [loader.epoch_tokens for loader in components.loaders]
+    kept = KeptModels(keep_at, run.plan, epoch_tokens, words, state.tokens)
+    if counts:
+        _log.info(kept.describe())
+    return kept
+
+
 def _first_validation(run: Path) -> Mapping[str, Any] | None:
     """Returns the validation before the first step: the result of the model that the run started from."""
     first = next((line for line in read_log(run / RunLayout.LOG) if "validation" in line), None)
@@ -122,10 +144,10 @@ def describe_early_stop(recipe: Recipe) -> str:
 
 
 class RunCallbacks:
-    """The callbacks of a run: log, validate, save."""
+    """The callbacks of a run: log, validate, keep models, save."""
 
-    def __init__(self, run: PreparedRun, display: Display) -> None:
-        self._run, self._display = run, display
+    def __init__(self, run: PreparedRun, display: Display, kept: KeptModels) -> None:
+        self._run, self._display, self._kept = run, display, kept
         self._components, self._training = run.components, run.components.training
         self._context = run.components.context
         self._log: JsonlLogger | None = None
@@ -175,21 +197,51 @@ class RunCallbacks:
         improved = state.record_validation(result.loss)
         self._write(state.step, {"tokens": state.tokens, **_clock(state), "validation": measured})
         if self._context.is_main_process:
-            predictions = self._preview.predict(module.encoder, module.head, self._context)
+            own = validates(self._training.objectives[self._run.plan.stage_at(state.step - 1)]) == "own"
+            predictions = [] if own else self._preview.predict(module.encoder, module.head, self._context)
             self._display.validated(state.step, result, predictions)
             if improved and self._run.recipe.train.keep_best:
-                model = as_model(self._run.recipe, self._components, module, state)
+                model = self._as_model(state)
                 checkpoint.save_best(self._run.folder, model, module.parts)
+
+    def keep(self, state: TrainState) -> None:
+        """Keeps the model if this step has reached a number of words of `train.keep_at`."""
+        if not self._context.is_main_process:
+            return
+        for name in self._kept.reached(state.tokens, is_last=state.step == self._run.plan.steps):
+            model = self._as_model(state)
+            card: ModelCard = {**model.card, "words_seen": round(self._kept.words_seen(state.tokens))}
+            parts = self._training.eval_module.parts
+            self._display.saved(checkpoint.save_kept(self._run.folder, name, replace(model, card=card), parts))
+
+    def evaluate_pairs(self, state: TrainState) -> None:
+        """Evaluates the model on the run's minimal pairs, if any; logs the accuracies, and words and tokens seen."""
+        if not self._run.pairs:
+            return
+        result = evaluate_minimal_pairs(self._as_model(state), self._run.pairs, context=self._context)
+        words = round(self._kept.words_seen(state.tokens))
+        line = {"tokens": state.tokens, "words": words, **_clock(state), "pairs": result.summary()}
+        self._write(state.step, plain(line))
+        if self._context.is_main_process:
+            accuracies = ", ".join(
+                f"{each.overall.accuracy:.1%} ({each.overall.ties} ties, {name})"
+                for name, each in result.methods.items()
+            )
+            _log.info(f"step {state.step:,}: {accuracies} of {result.pairs:,} minimal pairs; {words:,} words seen")
 
     def save(self, state: TrainState) -> None:
         """Saves a checkpoint; all ranks wait until it is written."""
         if self._log:
             self._log.sync()  # the log lines of a saved step must be on the disk too
-            model = as_model(self._run.recipe, self._components, self._training.eval_module, state)
+            model = self._as_model(state)
             keep = self._run.recipe.train.keep_last
             self._display.saved(checkpoint.save(self._run.folder, model, self._training, state, keep))
         self._saved_step = state.step
         self._context.barrier()
+
+    def _as_model(self, state: TrainState) -> Model:
+        stage = self._run.plan.stage_at(max(state.step - 1, 0))
+        return as_model(self._run.recipe, self._components, self._training.eval_module, state, stage=stage)
 
     def save_once(self, state: TrainState) -> None:
         """Saves a checkpoint unless this step was saved already."""

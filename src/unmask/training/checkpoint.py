@@ -78,7 +78,12 @@ def _write_parts(folder: Path, parts: nn.Module | None) -> None:
 
 def save_best(run: Path, model: Model, parts: nn.Module | None = None) -> Path:
     """Replaces the best model: a model folder without `resume/`. `parts` are the modules of the objective."""
-    target = run / RunLayout.BEST
+    return save_kept(run, RunLayout.BEST, model, parts)
+
+
+def save_kept(run: Path, name: str, model: Model, parts: nn.Module | None = None) -> Path:
+    """Writes or replaces a model folder without `resume/`. `parts` are the modules of the objective."""
+    target = run / name
     with files.atomic_directory(target) as folder:
         save_model(folder, model)
         _write_parts(folder, parts)
@@ -115,8 +120,9 @@ def load(run: Path, training: TrainLoopInputs) -> TrainState:
     training.optimizer.load_state_tensors(_read_tensors(resume / _OPTIMIZER))
     files.recover(run / RunLayout.BEST)
     # A kill during a save leaves these folders.
-    for leftover in [*run.glob(".step-*.aside-*"), *run.glob(f".{RunLayout.BEST}.aside-*")]:
-        shutil.rmtree(leftover, ignore_errors=True)
+    for name in ("step-*", RunLayout.BEST, f"{RunLayout.KEPT}*"):
+        for leftover in run.glob(f".{name}.aside-*"):
+            shutil.rmtree(leftover, ignore_errors=True)
     return read_state(folder)
 
 

@@ -156,6 +156,9 @@ def scalars(line: Mapping[str, object]) -> dict[str, float]:
     validation = line.get("validation")
     if isinstance(validation, Mapping):  # seconds and tokens are in the training lines
         return dict(_scalars(cast("Mapping[str, object]", validation), "validation/"))
+    pairs = line.get("pairs")
+    if isinstance(pairs, Mapping):
+        return dict(_scalars(cast("Mapping[str, object]", pairs), "pairs/"))
     return dict(_scalars({name: value for name, value in line.items() if name != "step"}, "training/"))
 
 

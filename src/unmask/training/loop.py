@@ -27,7 +27,7 @@ from unmask.core import rng
 from unmask.core.distributed import DistributedContext
 from unmask.core.errors import Interrupted, RunError
 from unmask.core.hardware import cores
-from unmask.core.types import Batch, LossSums, MaskedBatch, Objective
+from unmask.core.types import AdaptiveObjective, Batch, LossSums, MaskedBatch, Objective
 from unmask.models import EncoderModule, HeadModule
 from unmask.training.optim import Optimizer
 from unmask.training.plan import Plan
@@ -40,20 +40,19 @@ PREFETCH_THREAD = "unmask-prefetch"
 
 
 class TrainModule(nn.Module):
-    """All trainable parameters of a run: encoder, head and the objective's own modules."""
+    """All trainable parameters of a run: encoder, head and the modules of its objectives."""
 
     # The attribute names are part of the checkpoint format: they begin the names of the saved tensors.
 
-    def __init__(self, encoder: EncoderModule, head: HeadModule, objective: Objective) -> None:
+    def __init__(self, encoder: EncoderModule, head: HeadModule, parts: nn.Module) -> None:
         super().__init__()
         self.encoder = encoder
         self.head = head
-        self.parts = objective.modules
-        self._objective = objective
+        self.parts = parts
 
-    def forward(self, masked: MaskedBatch) -> LossSums:
-        """Returns the objective's loss sums for one micro-batch."""
-        return self._objective.loss(self.encoder, self.head, masked)
+    def forward(self, objective: Objective, masked: MaskedBatch) -> LossSums:
+        """Returns an objective's loss sums for one micro-batch."""
+        return objective.loss(self.encoder, self.head, masked)
 
 
 class EMA:
@@ -109,7 +108,7 @@ class TrainLoopInputs:
     """The parts of a run that stay the same objects while it trains."""
 
     module: TrainModule
-    objective: Objective
+    objectives: Sequence[Objective]  # one per stage
     loaders: Sequence[StepLoader]  # one per stage
     optimizer: Optimizer
     lr_factor: Callable[[float, int], float]  # of progress and step
@@ -171,6 +170,15 @@ class TrainState:
     def training_seconds(self) -> float:
         """Seconds spent waiting for data, in forward, in backward and in the optimizer."""
         return sum(self.phase_seconds.values())
+
+    def record_step(self, cursor: int, tokens: int, seconds: float, waited: float) -> None:
+        """Counts a step that took some seconds, of which it waited some for data."""
+        self.step += 1
+        self.cursor = cursor
+        self.tokens += tokens
+        self.metrics.tokens += tokens
+        self.metrics.seconds += seconds
+        self.metrics.data_wait_seconds += waited
 
     def record_validation(self, loss: float) -> bool:
         """Records the validation loss of this step and returns whether it is the lowest so far."""
@@ -264,6 +272,7 @@ class Callback:
 
     is_due: IsDue
     run: Callable[[TrainState], None]
+    reads_results: bool = True  # whether it needs the metrics of its step, for which a GPU has to be waited
 
 
 @dataclass(frozen=True)
@@ -300,8 +309,8 @@ def prepare_step(inputs: TrainLoopInputs, plan: Plan, step: int, cursor: int) ->
     if step == stage.first_step:
         cursor = loader.first_cursor(number)
     batches, after = loader.step(cursor, stage.batch_tokens, inputs.context.rank, inputs.context.ranks)
-    progress = plan.progress(step)
-    masked = [inputs.objective.corrupt(replace(batch, progress=progress), inputs.seed) for batch in batches]
+    objective, progress = inputs.objectives[number], plan.progress(step)
+    masked = [objective.corrupt(replace(batch, progress=progress, step=step), inputs.seed) for batch in batches]
     if inputs.context.device.type == "cuda":
         masked = [batch.pinned() for batch in masked]  # copies to the GPU are asynchronous
     return PreparedStep(masked, after)
@@ -384,33 +393,34 @@ def train(
     prefetch = has_free_core(context) if prefetch is None else prefetch
     with contextlib.closing(_prepared_steps(inputs, plan, state, prefetch=prefetch)) as prepared_steps:
         while state.step < plan.steps:
+            objective = inputs.objectives[plan.stage_at(state.step)]
             step_began = time.perf_counter()
             with state.timed("data"):
                 prepared = next(prepared_steps)
                 clock = time.perf_counter() - begin
-                stop, clock, tokens, counts = _agree(inputs, prepared.masked_batches, stop_requested(), clock)
+                stop, clock, tokens, counts = _agree(
+                    inputs.context, objective, prepared.masked_batches, stop_requested(), clock
+                )
             waited = time.perf_counter() - step_began
 
-            metrics = _accumulate_gradients(inputs, state, prepared.masked_batches, counts)
+            metrics, statistics = _accumulate_gradients(inputs, objective, state, prepared.masked_batches, counts)
             with state.timed("optimizer"):
                 result = StepResult(state.step + 1, metrics, _optimizer_step(inputs, state, plan.progress(state.step)))
+                if isinstance(objective, AdaptiveObjective):
+                    objective.adapt(state.step, inputs.context.sum_tensors(statistics))
                 # A GPU computes this step while the host reads the numbers of the step before.
                 _read_results(inputs, state, unread)
                 unread = [result]
 
-            state.step += 1
-            state.cursor = prepared.cursor
-            state.tokens += tokens
-            state.metrics.tokens += tokens
-            state.metrics.seconds += time.perf_counter() - step_began
-            state.metrics.data_wait_seconds += waited
+            state.record_step(prepared.cursor, tokens, time.perf_counter() - step_began, waited)
             state.seconds = time.perf_counter() - begin
 
             logs = log is not None and log.is_due(state.step, clock - last_log)
             due = [
                 callback.is_due(state.step, clock - last) for callback, last in zip(callbacks, last_run, strict=True)
             ]
-            if stop or logs or any(due) or state.step == plan.steps or inputs.context.device.type == "cpu":
+            reads = any(is_due and each.reads_results for each, is_due in zip(callbacks, due, strict=True))
+            if stop or logs or reads or state.step == plan.steps or inputs.context.device.type == "cpu":
                 _read_results(inputs, state, unread)
                 unread = []
             if log and logs:
@@ -430,7 +440,11 @@ def train(
 
 
 def _agree(
-    inputs: TrainLoopInputs, masked_batches: Sequence[MaskedBatch], stop: StopReason | None, clock: float
+    context: DistributedContext,
+    objective: Objective,
+    masked_batches: Sequence[MaskedBatch],
+    stop: StopReason | None,
+    clock: float,
 ) -> tuple[StopReason | None, float, int, dict[str, int]]:
     """Sums the numbers over all ranks that they must share before the first forward pass.
 
@@ -438,45 +452,50 @@ def _agree(
         A stop request of any rank, the mean clock, the tokens of the step and the count of each loss term. With one
         clock, a callback that is due after some seconds is due on all ranks.
     """
-    terms = list(inputs.objective.loss_weights)
+    terms = list(objective.loss_weights)
     own = [sum(masked.denominators[term] for masked in masked_batches) for term in terms]
     tokens = sum(masked.batch.tokens for masked in masked_batches)
-    interrupted, stopped, clocks, all_tokens, *totals = inputs.context.sum(
+    interrupted, stopped, clocks, all_tokens, *totals = context.sum(
         [stop is StopReason.INTERRUPTED, stop is not None, clock, tokens, *own]
     )
     shared_stop = StopReason.INTERRUPTED if interrupted else StopReason.TERMINATED if stopped else None
     counts = {term: int(total) for term, total in zip(terms, totals, strict=True)}
-    return shared_stop, clocks / inputs.context.ranks, int(all_tokens), counts
+    return shared_stop, clocks / context.ranks, int(all_tokens), counts
 
 
 def _accumulate_gradients(
-    inputs: TrainLoopInputs, state: TrainState, masked_batches: Sequence[MaskedBatch], counts: Mapping[str, int]
-) -> dict[str, tuple[Tensor, int]]:
-    """Runs forward and backward over this rank's micro-batches; returns (sum, count) of each metric.
+    inputs: TrainLoopInputs,
+    objective: Objective,
+    state: TrainState,
+    masked_batches: Sequence[MaskedBatch],
+    counts: Mapping[str, int],
+) -> tuple[dict[str, tuple[Tensor, int]], dict[str, Tensor]]:
+    """Runs forward and backward over this rank's micro-batches.
 
-    Each loss sum is divided by its count in the whole step, over all micro-batches and ranks.
+    Returns (sum, count) of each metric, and the sums of the objective's statistics. Each loss sum is divided by its
+    count in the whole step, over all micro-batches and ranks.
     """
     # A rank without samples still returns every metric, because all ranks must sum the same numbers.
     zero = torch.zeros((), device=inputs.context.device)
-    metrics: dict[str, tuple[Tensor, int]] = dict.fromkeys(inputs.objective.metrics, (zero, 0))
+    metrics: dict[str, tuple[Tensor, int]] = dict.fromkeys(objective.metrics, (zero, 0))
+    statistics = objective.no_statistics() if isinstance(objective, AdaptiveObjective) else {}
     for micro, masked in enumerate(masked_batches):
         # Only dropout draws from torch's generator. Seeding it for each micro-batch makes a resumed run drop the same
         # units as an uninterrupted one.
         torch.manual_seed(rng.integer(inputs.seed, "dropout", state.step, micro, inputs.context.rank))
         with state.timed("forward"), inputs.context.autocast():
-            loss: LossSums = inputs.module(masked.to(inputs.context.device))
+            loss: LossSums = inputs.module(objective, masked.to(inputs.context.device))
             total = torch.stack(
-                [
-                    weight * loss.sums[term] / max(counts[term], 1)
-                    for term, weight in inputs.objective.loss_weights.items()
-                ]
+                [weight * loss.sums[term] / max(counts[term], 1) for term, weight in objective.loss_weights.items()]
             ).sum()
         with state.timed("backward"):
             total.backward()
         for name, (value, count) in loss.metrics.items():
             earlier_sum, earlier_count = metrics[name]
             metrics[name] = (earlier_sum + value, earlier_count + count)
-    return metrics
+        for name, value in loss.statistics.items():
+            statistics[name] = statistics[name] + value
+    return metrics, statistics
 
 
 def _optimizer_step(inputs: TrainLoopInputs, state: TrainState, progress: float) -> Tensor:

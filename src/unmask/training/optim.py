@@ -1,7 +1,8 @@
 """Optimizers and learning-rate schedules.
 
-Muon (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon/) optimizes the matrices of the encoder's blocks and
-of the head. AdamW optimizes everything else: embeddings, the decoder, norms, biases and the objective's own parameters.
+Muon (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon/) optimizes the matrices of the encoder's blocks, of
+the head and of a generator. AdamW optimizes everything else: embeddings, the decoder, norms, biases and all other
+parameters of the objective.
 """
 
 from __future__ import annotations
@@ -210,17 +211,22 @@ class Optimizer:
         """Creates the optimizer.
 
         Args:
-            module: Module with an `encoder` and a `head`. Muon optimizes their `matrix_parameters()`.
+            module: Module with an `encoder` and a `head`. Muon optimizes their `matrix_parameters()`, and those of
+                its `parts` if they have any.
             config: Optimizer settings.
             bf16: Whether Muon orthogonalizes in bfloat16.
         """
         self.config = config
         encoder, head = cast("Any", module).encoder, cast("Any", module).head
-        matrices = {id(parameter) for part in (encoder, head) for parameter in part.matrix_parameters()}
+        parts: list[Any] = [encoder, head]
+        if hasattr(own := getattr(module, "parts", None), "matrix_parameters"):  # of the objective: a generator's
+            parts.append(own)
+        matrices = {id(parameter) for part in parts for parameter in part.matrix_parameters()}
         position_embeddings = {id(parameter) for parameter in encoder.position_parameters()}
         named = {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
         muon_parameters = {name: p for name, p in named.items() if config.kind == "muon" and id(p) in matrices}
-        head_matrices = {id(parameter) for parameter in encoder.head_matrices()} if config.muon_per_head else set()
+        with_heads = [part for part in parts if part is not head] if config.muon_per_head else []
+        head_matrices = {id(parameter) for part in with_heads for parameter in part.head_matrices()}
         rows = {
             name: encoder.settings.head_width if id(parameter) in head_matrices else len(parameter)
             for name, parameter in muon_parameters.items()

@@ -9,12 +9,15 @@ from itertools import accumulate, pairwise
 
 from unmask.core.errors import RecipeError
 from unmask.core.format import duration
+from unmask.core.plugins import PluginObjectiveConfig
 from unmask.core.quantities import Fraction, Quantity
+from unmask.objectives import ObjectiveConfig
 
 BUDGET_UNITS = ("seconds", "steps", "tokens", "epochs")
 _MAX_VALIDATION_FRACTION = 0.2  # of a budget in seconds
 _MAX_DEVIATION = 0.15  # of the planned seconds, without a message
 MIN_SEQ_LEN = 3  # [CLS], one token, [SEP]
+_AT_END = Fraction(1.0)  # the interval of an action that happens after the last step only
 
 
 @dataclass(frozen=True)
@@ -25,6 +28,8 @@ class StageConfig:
     max_seq_len: int = 128  # [tokens] Maximum length of a sequence, special tokens included.
     # [tokens or texts] Minimum size of a step; texts count as `max_seq_len` tokens each.
     batch_size: Quantity = Quantity(16_384, "tokens")
+    # What the model learns to predict in this stage; by default, the recipe's objective.
+    objective: ObjectiveConfig | PluginObjectiveConfig | None = None
 
     @property
     def batch_tokens(self) -> int:
@@ -43,13 +48,21 @@ class EveryConfig:
 
     def __post_init__(self) -> None:
         for name in ("log", "validate", "save"):
-            every = getattr(self, name)
-            if isinstance(every, Quantity) and every.unit not in ("steps", "seconds"):
-                raise RecipeError(
-                    f"invalid interval: got {every}, expected a fraction, steps or seconds",
-                    location=name,
-                    hint='write for example "5%", "100 steps" or "10 min"',
-                )
+            check_interval(getattr(self, name), name)
+
+
+def check_interval(every: Fraction | Quantity, where: str) -> None:
+    """Checks the unit of an interval.
+
+    Raises:
+        RecipeError: it is neither a fraction of the plan nor a number of steps or seconds.
+    """
+    if isinstance(every, Quantity) and every.unit not in ("steps", "seconds"):
+        raise RecipeError(
+            f"invalid interval: got {every}, expected a fraction, steps or seconds",
+            location=where,
+            hint='write for example "5%", "100 steps" or "10 min"',
+        )
 
 
 @dataclass(frozen=True)
@@ -70,7 +83,8 @@ class Plan:
     stages: tuple[StagePlan, ...]
     validate_seconds: float = 0.0
     save_seconds: float = 0.0
-    overhead_seconds: float = 0.0  # all validations and saves
+    overhead_seconds: float = 0.0  # all validations, saves and evaluations of minimal pairs
+    pairs_seconds: float = 0.0  # of one evaluation of minimal pairs
 
     @property
     def steps(self) -> int:
@@ -86,6 +100,15 @@ class Plan:
     def seconds(self) -> float:
         """Expected seconds, including validation and saving; 0 if nothing was measured."""
         return sum(stage.steps * stage.seconds_per_step for stage in self.stages) + self.overhead_seconds
+
+    def epochs(self, tokens: int, epoch_tokens: Sequence[int]) -> float:
+        """Returns how many epochs the first `tokens` tokens of the run contain, of `epoch_tokens` in each stage."""
+        total, rest = 0.0, float(tokens)
+        for stage, epoch in zip(self.stages, epoch_tokens, strict=True):
+            part = rest if stage is self.stages[-1] else min(rest, stage.steps * stage.batch_tokens)
+            total += part / epoch
+            rest -= part
+        return total
 
     def training_seconds(self, step: int) -> float:
         """Returns the expected seconds of the first `step` steps, without validation and saving."""
@@ -122,6 +145,7 @@ class Measured:
     validate_seconds: float = 0.0  # mean over the planned tokens
     save_seconds: float = 0.0
     memory: MeasuredMemory | None = None  # None: not measured
+    pairs_seconds: float = 0.0  # per evaluation of minimal pairs
 
 
 def make_plan(
@@ -130,6 +154,7 @@ def make_plan(
     every: EveryConfig,
     epoch_tokens: Sequence[int],
     measured: Measured,
+    pairs_every: Fraction | Quantity = _AT_END,
 ) -> Plan:
     """Turns a budget into steps per stage.
 
@@ -139,6 +164,7 @@ def make_plan(
         every: Intervals of validating and saving; a budget in seconds includes their time.
         epoch_tokens: Tokens of one epoch at each stage's length.
         measured: Measured times. They determine the plan if the budget is in seconds; else they only predict the time.
+        pairs_every: Interval of evaluating minimal pairs.
 
     Raises:
         RecipeError: a stage is never reached, or the budget is too small for one step of each stage, or for one
@@ -149,7 +175,7 @@ def make_plan(
     fractions = [stage.until.fraction - start for stage, start in zip(stages, _stage_starts(stages), strict=True)]
     sizes = [stage.batch_tokens for stage in stages]
     steps_per_token = [fraction / size for fraction, size in zip(fractions, sizes, strict=True)]
-    periodic = ((every.validate, measured.validate_seconds), (every.save, measured.save_seconds))
+    periodic = _periodic(every, pairs_every, measured)
     if budget.unit == "tokens":
         tokens = budget.number
     elif budget.unit == "epochs":
@@ -190,7 +216,15 @@ def make_plan(
             )
     training = sum(stage.steps * stage.seconds_per_step for stage in plans)
     overhead = _overhead(num_steps, training, periodic)
-    return Plan(plans, measured.validate_seconds, measured.save_seconds, overhead)
+    return Plan(plans, measured.validate_seconds, measured.save_seconds, overhead, measured.pairs_seconds)
+
+
+def _periodic(
+    every: EveryConfig, pairs_every: Fraction | Quantity, costs: Measured | Plan
+) -> tuple[tuple[Fraction | Quantity, float], ...]:
+    """Returns interval and seconds of each periodic action that makes a run longer."""
+    actions = ((every.validate, costs.validate_seconds), (every.save, costs.save_seconds))
+    return (*actions, (pairs_every, costs.pairs_seconds)) if costs.pairs_seconds else actions
 
 
 def limit_validation(every: EveryConfig, budget: Quantity, measured: Measured) -> tuple[EveryConfig, str]:
@@ -226,7 +260,29 @@ def limit_validation(every: EveryConfig, budget: Quantity, measured: Measured) -
     return replace(every, validate=rounded), note
 
 
-def extend_plan(plan: Plan, budget: Quantity, *, every: EveryConfig, epoch_tokens: int) -> Plan:
+def limit_pairs(every: Fraction | Quantity, budget: Quantity, seconds: float) -> tuple[Fraction | Quantity, str]:
+    """Reduces the number of evaluations of minimal pairs if they would take more than a fifth of a budget in seconds.
+
+    Only those that are due every fraction of the plan are reduced.
+
+    Returns:
+        The interval to plan with, and a note for the log if it was reduced.
+    """
+    if budget.unit != "seconds" or not seconds or isinstance(every, Quantity):
+        return every, ""
+    times = math.ceil(1 / every.fraction - 1e-9) if every.fraction else 1
+    fewer = max(1, math.floor(_MAX_VALIDATION_FRACTION * budget.number / seconds))
+    if fewer >= times:
+        return every, ""
+    return Fraction(math.ceil(10_000 / fewer) / 10_000), (
+        f"evaluating the minimal pairs takes {seconds:.2g} s, so the run does it {fewer} instead of {times} times; "
+        "a smaller train.evaluate.subset makes it faster"
+    )
+
+
+def extend_plan(
+    plan: Plan, budget: Quantity, *, every: EveryConfig, epoch_tokens: int, pairs_every: Fraction | Quantity = _AT_END
+) -> Plan:
     """Returns the plan with a longer last stage. The budget is the new total or, if `relative`, the addition.
 
     Raises:
@@ -234,7 +290,7 @@ def extend_plan(plan: Plan, budget: Quantity, *, every: EveryConfig, epoch_token
     """
     check_budget(budget)
     last = plan.stages[-1]
-    periodic = ((every.validate, plan.validate_seconds), (every.save, plan.save_seconds))
+    periodic = _periodic(every, pairs_every, plan)
 
     def overhead(steps: int, seconds: float) -> float:
         tokens = steps * last.batch_tokens

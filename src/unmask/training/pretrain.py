@@ -27,6 +27,7 @@ from unmask.core.files import RunLayout, default_cache
 from unmask.core.hardware import cores
 from unmask.core.quantities import Quantity
 from unmask.data.sources import open_text, open_valid, require_field_used
+from unmask.evaluation.minimal_pairs import MinimalPair, read_pairs, to_jsonl
 from unmask.models.model import Model, load, save_model
 from unmask.objectives.word_boost import resolve_word_list
 from unmask.training import checkpoint
@@ -48,7 +49,7 @@ from unmask.training.estimate.memory import check_memory
 from unmask.training.estimate.probe import measure
 from unmask.training.loggers import check_installed, discard_after
 from unmask.training.loop import Signals, TrainState
-from unmask.training.plan import Measured, Plan, check_budget, extend_plan, limit_validation, make_plan
+from unmask.training.plan import Measured, Plan, check_budget, extend_plan, limit_pairs, limit_validation, make_plan
 from unmask.training.recipe import Recipe, change_recipe, explicit_keys, load_recipe, read_recipe, write_recipe
 from unmask.training.runs import require_run_format, run_lock
 from unmask.training.setup import (
@@ -128,6 +129,7 @@ def launch(
         requested = recipe = with_start_and_paths(recipe, start)
         source, valid = open_text(texts, recipe.data), open_valid(recipe.data)
         require_field_used(recipe.data.field, [source, *valid.values()], given="data.field" in (overrides or {}))
+        pairs = _open_pairs(recipe)
         context = _init_context(recipe, run, dry_run=options.dry_run)
         verify = options.verify and context.is_main_process
         recipe, source, shrinks = adapt_to_text(recipe, source, explicit)
@@ -139,7 +141,7 @@ def launch(
         recipe = with_vocab_size(recipe, corpus.tokenizer, start)
         check_memory(recipe, recipe.init.vocab_size or corpus.tokenizer.size, context)
         components = build_components(recipe, source, corpus, context, valid_sources=valid, warm_start=start)
-        recipe, plan, estimate = _make_plan(recipe, components, display, None if options.dry_run else run)
+        recipe, plan, estimate = _make_plan(recipe, components, pairs, display, None if options.dry_run else run)
         if context.is_main_process:
             display.estimate(estimate)
             display.sample(*first_sample(recipe, components))
@@ -148,7 +150,7 @@ def launch(
         if options.dry_run:
             return Result(None, None, estimate, None)
         signals.start_deferring()  # before anything is written, so that the run can be resumed
-        prepared = PreparedRun(run, recipe, plan, components, estimate)
+        prepared = PreparedRun(run, recipe, plan, components, estimate, pairs)
         if context.is_main_process:
             _create_folder(run)
         with _locked(run):
@@ -171,7 +173,8 @@ def with_start_and_paths(recipe: Recipe, start: WarmStart | None) -> Recipe:
             hint="name it: --from MODEL; or use another recipe: unmask recipe list",
         )
     check_installed(recipe.train.loggers)
-    return replace(recipe, data=recipe.data.absolute(), objective=resolve_word_list(recipe.objective))
+    stages = tuple(replace(stage, objective=resolve_word_list(stage.objective)) for stage in recipe.stage)
+    return replace(recipe, data=recipe.data.absolute(), objective=resolve_word_list(recipe.objective), stage=stages)
 
 
 def _init_context(recipe: Recipe, run: Path, *, dry_run: bool) -> DistributedContext:
@@ -184,27 +187,52 @@ def _init_context(recipe: Recipe, run: Path, *, dry_run: bool) -> DistributedCon
     return context
 
 
+def _open_pairs(recipe: Recipe) -> tuple[MinimalPair, ...]:
+    """Reads the minimal pairs of a recipe.
+
+    Raises:
+        TextError: there are no pairs, or one is malformed.
+        RecipeError: an objective makes no predictions of tokens.
+    """
+    settings = recipe.train.evaluate
+    if not settings.pairs:
+        return ()
+    if any(objective.kind == "rtd" for objective in recipe.objectives):
+        raise RecipeError(
+            "minimal pairs need predictions of tokens, which objective.kind = rtd doesn't train",
+            location="train.evaluate.pairs",
+            hint="remove train.evaluate, or train with objective.kind=mlm",
+        )
+    found = read_pairs(Path(settings.pairs), settings.subset or None, settings.errors)
+    left_out = f"; {found.left_out:,} lines are left out" if found.left_out else ""
+    _log.info(f"minimal pairs: {len(found.pairs):,} from {settings.pairs}{left_out}")
+    return found.pairs
+
+
 def _make_plan(
-    recipe: Recipe, components: RunComponents, display: Display, run: Path | None
+    recipe: Recipe, components: RunComponents, pairs: Sequence[MinimalPair], display: Display, run: Path | None
 ) -> tuple[Recipe, Plan, CostEstimate]:
     """Measures a run; returns its recipe with affordable validations, its plan and its cost.
 
     `run` is its directory, next to which a checkpoint is written and deleted again; None writes it elsewhere.
     """
     folder = None if run is None else next(parent for parent in run.absolute().parents if parent.is_dir())
-    measured = measure(recipe, components, on_probe=display.probe, folder=folder)
+    measured = measure(recipe, components, pairs=pairs, on_probe=display.probe, folder=folder)
     recipe = _with_affordable_validation(recipe, measured)
     epoch_tokens = [loader.epoch_tokens for loader in components.loaders]
-    plan = make_plan(recipe.stage, recipe.train.budget, recipe.train.every, epoch_tokens, measured)
+    train = recipe.train
+    plan = make_plan(recipe.stage, train.budget, train.every, epoch_tokens, measured, train.evaluate.every)
     return recipe, plan, estimate_cost(recipe, plan, components, measured.memory)
 
 
 def _with_affordable_validation(recipe: Recipe, measured: Measured) -> Recipe:
     """Returns the recipe with fewer validations if they would use too much of a budget in seconds."""
-    every, note = limit_validation(recipe.train.every, recipe.train.budget, measured)
-    if note:
-        _log.info(note)
-    return replace(recipe, train=replace(recipe.train, every=every))
+    train = recipe.train
+    every, note = limit_validation(train.every, train.budget, measured)
+    pairs_every, pairs_note = limit_pairs(train.evaluate.every, train.budget, measured.pairs_seconds)
+    for each in filter(None, (note, pairs_note)):
+        _log.info(each)
+    return replace(recipe, train=replace(train, every=every, evaluate=replace(train.evaluate, every=pairs_every)))
 
 
 def _create_folder(run: Path) -> None:
@@ -219,6 +247,8 @@ def _write_start(
     run, recipe = prepared.folder, prepared.recipe
     try:
         write_recipe(run, recipe, prepared.plan)
+        if prepared.pairs:
+            files.write_text(run / RunLayout.PAIRS, to_jsonl(prepared.pairs))
         if start:  # so that the run can restart, and be compared with its start, without the original
             save_model(run / RunLayout.START, start.model)
         write_environment(run, recipe, prepared.components, texts, prepared.estimate.flops_per_second)
@@ -249,8 +279,8 @@ def resume(
     Args:
         run: directory of the run.
         budget: a new total ("2 epochs") or an addition ("+1 epoch").
-        settings: `key=value` strings for `train.every`, `train.keep_last`, `train.early_stopping_patience`,
-            `train.loggers` and `preview`; nothing else may change.
+        settings: `key=value` strings for `train.every`, `train.keep_last`, `train.keep_at`,
+            `train.early_stopping_patience`, `train.loggers` and `preview`; nothing else may change.
         display: display of the progress.
         allow_different_environment: resume although machine or versions differ; the results will differ too.
         verify: read all bytes of the text and of the token cache, instead of comparing sizes and times.
@@ -283,10 +313,17 @@ def resume(
             components = _restore_components(folder, recipe, environment, context, display, verify=verify)
             if extension is not None:
                 epoch_tokens = components.loaders[-1].epoch_tokens
-                plan = extend_plan(plan, extension, every=recipe.train.every, epoch_tokens=epoch_tokens)
+                plan = extend_plan(
+                    plan,
+                    extension,
+                    every=recipe.train.every,
+                    epoch_tokens=epoch_tokens,
+                    pairs_every=recipe.train.evaluate.every,
+                )
             has_steps = os.path.lexists(folder / RunLayout.LATEST)
             state = checkpoint.load(folder, components.training) if has_steps else TrainState()
-            prepared = PreparedRun(folder, recipe, plan, components, estimate_cost(recipe, plan, components))
+            pairs = read_pairs(folder / RunLayout.PAIRS).pairs if recipe.train.evaluate.pairs else ()
+            prepared = PreparedRun(folder, recipe, plan, components, estimate_cost(recipe, plan, components), pairs)
             signals.start_deferring()  # before anything is written
             if context.is_main_process:
                 _write_resume(prepared, state, environment, changes)

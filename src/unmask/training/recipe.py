@@ -26,19 +26,44 @@ from unmask.core.distributed import Device, Precision
 from unmask.core.errors import RecipeError, RunError
 from unmask.core.files import RunLayout
 from unmask.core.plugins import PluginConfig, PluginLoggerConfig, PluginObjectiveConfig
-from unmask.core.quantities import Quantity
+from unmask.core.quantities import Fraction, Quantity
 from unmask.data.settings import DataConfig
 from unmask.models import EncoderConfig
 from unmask.models.modernbert import ModernBertConfig
+from unmask.objectives import ObjectiveConfig
 from unmask.objectives.mlm import MaskedLMConfig
-from unmask.objectives.sentence_pairs import BertPretrainingConfig
+from unmask.training.kept_models import check_keep_at
 from unmask.training.loggers import LoggerKind
 from unmask.training.optim import OptimizerConfig, ScheduleConfig
-from unmask.training.plan import EveryConfig, Plan, StageConfig, check_budget, check_stages
+from unmask.training.plan import EveryConfig, Plan, StageConfig, check_budget, check_interval, check_stages
 
 _PLAN = "plan"
-MAY_CHANGE = ("train.early_stopping_patience", "train.loggers", "train.every", "train.keep_last", "preview")
+MAY_CHANGE = (
+    "train.early_stopping_patience",
+    "train.loggers",
+    "train.keep_at",
+    "train.every",
+    "train.keep_last",
+    "preview",
+)
 """Settings that may change when a run resumes, besides the budget. None of them changes what a step computes."""
+
+
+@dataclass(frozen=True)
+class EvaluateConfig:
+    """Minimal pairs on which the model is evaluated during training: a learning curve of accuracy."""
+
+    # File or directory of minimal pairs, as for `unmask evaluate --pairs`; "": none. The run keeps a copy.
+    pairs: str = ""
+    # [fraction of the plan, steps or seconds] Interval between evaluations.
+    every: Fraction | Quantity = Fraction(0.1)
+    subset: int = 50  # Number of pairs of each paradigm; 0: all.
+    # Lines that are no pairs, or whose sentences are identical; strict: an error; skip: they are left out.
+    errors: Literal["strict", "skip"] = "strict"
+
+    def __post_init__(self) -> None:
+        check_interval(self.every, "every")
+        require(self, "subset", min=0)
 
 
 @dataclass(frozen=True)
@@ -50,6 +75,8 @@ class TrainConfig:
     # seconds, from a measured speed.
     choose_model_size: bool = False
     every: EveryConfig = field(default_factory=EveryConfig)  # Intervals of logs, validations and checkpoints.
+    # Minimal pairs on which the model is evaluated during training (docs/scores.md).
+    evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     # [tokens] Maximum size of a micro-batch; a step has as many as it needs.
     micro_batch_size: Quantity = Quantity(16_384, "tokens")
     device: Device = "auto"  # Device; auto: a CUDA device if there is one, else the CPU. mps is untested.
@@ -62,6 +89,10 @@ class TrainConfig:
     threads: int | Literal["auto"] = "auto"
     keep_last: int = 2  # Number of checkpoints that are kept.
     keep_best: bool = True  # Whether the model with the lowest validation loss is kept in best/.
+    # [words] Numbers of words seen, e.g. ["1M words", "2M words"]; the model of the first step that reaches one is kept
+    # in chck_1M/, chck_2M/, … (docs/babylm.md). Words are those of the training text between spaces, counted again in
+    # each epoch. The last step also reaches a number of which at most 2% are missing.
+    keep_at: tuple[Quantity, ...] = ()
     # [validations] Number of validations without improvement before the run stops; 0: never.
     early_stopping_patience: int = 0
     ema_decay: float = 0.0  # Decay per step of an exponential moving average of the weights, e.g. 0.999; 0: no average.
@@ -75,6 +106,7 @@ class TrainConfig:
                 location="micro_batch_size",
                 hint='write for example "16k tokens"',
             )
+        check_keep_at(self.keep_at)
         require(self, "early_stopping_patience", min=0)
         require(self, "ema_decay", min=0, below=1, hint="set it to a decay below 1, e.g. 0.999, or to 0 for no average")
         require(self, "keep_last", min=1)
@@ -112,7 +144,7 @@ class Recipe:
     data: DataConfig = field(default_factory=DataConfig)  # How text is read, split, tokenized and sampled.
     model: EncoderConfig = field(default_factory=ModernBertConfig)  # Architecture of the encoder.
     # What the model learns to predict (docs/objectives.md).
-    objective: MaskedLMConfig | BertPretrainingConfig | PluginObjectiveConfig = field(default_factory=MaskedLMConfig)
+    objective: ObjectiveConfig | PluginObjectiveConfig = field(default_factory=MaskedLMConfig)
     stage: tuple[StageConfig, ...] = (StageConfig(),)  # Stages of training, in order; the last one lasts until 100%.
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)  # Optimizer.
     lr_schedule: ScheduleConfig = field(default_factory=ScheduleConfig)  # Schedule of the learning rates.
@@ -133,9 +165,15 @@ class Recipe:
             )
 
     @property
+    def objectives(self) -> tuple[ObjectiveConfig | PluginObjectiveConfig, ...]:
+        """The objective of each stage."""
+        return tuple(stage.objective or self.objective for stage in self.stage)
+
+    @property
     def plugins(self) -> Sequence[PluginConfig]:
         """The plugins that this recipe names, whose code a run executes."""
-        candidates = (self.objective, self.data.source, self.data.sampler, *self.train.loggers)
+        stages = (stage.objective for stage in self.stage)
+        candidates = (self.objective, *stages, self.data.source, self.data.sampler, *self.train.loggers)
         return [config for config in candidates if isinstance(config, PluginConfig)]
 
 

@@ -105,7 +105,7 @@ def _describe_owner(run: Path) -> str:
 
 # Formats --------------------------------------------------------------------------------------------------------------
 
-RUN_FORMAT = 3
+RUN_FORMAT = 4
 """Number of the file formats of recipe.toml, env.json and state.json, and of what a step computes."""
 
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import cast
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import nn
 
 from unmask.core import rng
 from unmask.core.distributed import DistributedContext
@@ -35,12 +36,20 @@ from unmask.data.loader import PairSampling, StageLoader, build_sampler
 from unmask.data.prepare import TokenizedCorpus, prepare
 from unmask.data.sentence_pairs import PairKind, require_pairs
 from unmask.data.sources import BaseSource, FileSource
+from unmask.evaluation.objectives import label_offset
 from unmask.evaluation.validation import Validation, Validator
 from unmask.models import build_model, build_pair
 from unmask.models.attention import backend_of
 from unmask.models.bert import BertConfig, SentencePairHead
+from unmask.models.electra import ElectraModules, build_electra, require_electra_encoder
 from unmask.models.model import Model, ModelCard
+from unmask.objectives import ObjectiveConfig
+from unmask.objectives.adaptive import AdaptiveMaskingConfig, AdaptiveMaskingObjective
+from unmask.objectives.causal import CausalLMConfig, CausalLMObjective
+from unmask.objectives.diffusion import MaskedDiffusionConfig, MaskedDiffusionObjective
 from unmask.objectives.mlm import MaskedLMObjective
+from unmask.objectives.mntp import MaskedNextTokenConfig, MaskedNextTokenObjective
+from unmask.objectives.rtd import ReplacedTokenConfig, ReplacedTokenObjective
 from unmask.objectives.sentence_pairs import BertPretrainingConfig, BertPretrainingObjective
 from unmask.objectives.word_boost import tokenize_boosted_words
 from unmask.tokenization.settings import ExtendedTokenizerConfig, SampledConfig
@@ -77,7 +86,7 @@ class RunComponents:
     @property
     def num_parameters(self) -> int:
         """Trainable parameters; tied weights count once."""
-        return sum(parameter.numel() for parameter in self.training.module.parameters())
+        return sum(parameter.numel() for parameter in self.training.module.parameters() if parameter.requires_grad)
 
     @property
     def vocab_size(self) -> int:
@@ -97,10 +106,12 @@ def prepare_corpus(
     """Reads, splits and tokenizes the text of a run; trains a tokenizer if none is given.
 
     Raises:
-        RecipeError: the objective trains on sentence pairs, but the model, the sampler or a stage doesn't fit.
+        RecipeError: the model doesn't fit the objective or, for sentence pairs, the sampler or a stage doesn't.
         TextError: the text can't be read or split.
     """
     check_pairs(recipe)
+    if any(isinstance(objective, ReplacedTokenConfig) for objective in recipe.objectives):
+        require_electra_encoder(recipe.model)
     for plugin in recipe.plugins:
         _log.info(describe(plugin))
     corpus = prepare(source, recipe.data, default_cache(), on_progress, tokenizer, verify=verify, shrinks=shrinks)
@@ -135,7 +146,8 @@ def adapt_to_corpus(recipe: Recipe, corpus: TokenizedCorpus, explicit: Collectio
         sized = cast("SampledConfig", recipe.data.tokenizer)
         tokenizer = replace(sized, vocab_size=corpus.tokenizer.size)
         recipe = replace(recipe, data=replace(recipe.data, tokenizer=tokenizer))
-    if isinstance(recipe.objective, BertPretrainingConfig) or isinstance(recipe.data.sampler, PluginSamplerConfig):
+    has_pairs = any(isinstance(objective, BertPretrainingConfig) for objective in recipe.objectives)
+    if has_pairs or isinstance(recipe.data.sampler, PluginSamplerConfig):
         return recipe
     filled = _filled_length(corpus.train.lengths) + corpus.tokenizer.num_special_tokens()
     length = max(MIN_SEQ_LEN, -(-filled // _LENGTH_STEP) * _LENGTH_STEP)
@@ -198,19 +210,20 @@ def build_components(
         TokenizerError: the tokenizer lacks the special tokens that sentence pairs need.
     """
     _require_one_sequence(corpus, source, recipe)
-    module, objective = build_train_module(recipe, corpus, context, warm_start)
-    pairs = pair_sampling(objective, recipe)
-    if pairs:
-        _log.info(require_corpus_of_pairs(corpus, source, pairs.kind))
+    module, objectives = build_train_module(recipe, corpus, context, warm_start)
+    pairs = pair_sampling(recipe, objectives)
+    kinds: list[PairKind] = [each.kind for each in pairs if each]
+    for kind in dict.fromkeys(kinds):
+        _log.info(require_corpus_of_pairs(corpus, source, kind))
     loaders = build_loaders(recipe, corpus, pairs)
-    validates_pairs = pairs is not None and isinstance(objective, BertPretrainingObjective)
+    validated = [each.sampler for each in objectives if isinstance(each, BertPretrainingObjective)]
 
     def lr_factor(progress: float, step: int) -> float:
         return lr_factor_at(recipe.lr_schedule, progress, step, recipe.model.hidden_size)
 
     training = TrainLoopInputs(
         module=module,
-        objective=objective,
+        objectives=objectives,
         loaders=loaders,
         optimizer=Optimizer(module, recipe.optimizer, bf16=context.precision == "bfloat16"),
         lr_factor=lr_factor,
@@ -222,17 +235,22 @@ def build_components(
         corpus,
         [stage.max_seq_len for stage in recipe.stage],
         context,
+        objectives,
         valid_sources=valid_sources,
         max_size=recipe.data.held_out.max_size,
-        pair_kind=pairs.kind if pairs and validates_pairs else None,
+        pair_kind=cast("PairKind", validated[0]) if validated else None,
     )
     return RunComponents(source, valid_sources, corpus, training, loaders, validator)
 
 
 def build_train_module(
     recipe: Recipe, corpus: TokenizedCorpus, context: DistributedContext, warm_start: WarmStart | None
-) -> tuple[TrainModule, Objective]:
-    """Builds encoder, head and objective on the device, with random weights or those of the warm start."""
+) -> tuple[TrainModule, tuple[Objective, ...]]:
+    """Builds encoder, head and the objective of each stage on the device, with random weights or a warm start's.
+
+    Raises:
+        RecipeError: two objectives have modules of their own.
+    """
     tokenizer = corpus.tokenizer
     # Weights are drawn from torch's generator in the order of construction: the seed must directly precede it.
     torch.manual_seed(rng.integer(recipe.seed, "weights"))
@@ -240,24 +258,70 @@ def build_train_module(
         encoder, head = warm_start.modules(tokenizer)
     else:
         encoder, head = build_model(recipe.model, recipe.init.vocab_size or tokenizer.size)
-    objective = build_objective(recipe, tokenizer, corpus.words)
-    if warm_start and warm_start.model.pair is not None and isinstance(objective.modules, SentencePairHead):
-        objective.modules.load_state_dict(warm_start.model.pair.state_dict())
-    objective.modules.to(context.device)
+    distinct: list[ObjectiveConfig | PluginObjectiveConfig] = []
+    for settings in recipe.objectives:
+        if settings not in distinct:
+            distinct.append(settings)
+    built = [build_objective(settings, recipe, tokenizer, corpus.words) for settings in distinct]
+    parts = _own_modules(built)
+    if warm_start and warm_start.model.pair is not None and isinstance(parts, SentencePairHead):
+        parts.load_state_dict(warm_start.model.pair.state_dict())
+    parts.to(context.device)
+    if all(isinstance(settings, ReplacedTokenConfig) for settings in recipe.objectives):
+        head.requires_grad_(False)  # not trained: with weight decay, it would depend on the number of ranks
     encoder = encoder.to(context.device)
     if recipe.train.compile:
         encoder.compile_blocks()
-    return TrainModule(encoder, head.to(context.device), objective), objective
+    objectives = tuple(built[distinct.index(settings)] for settings in recipe.objectives)
+    return TrainModule(encoder, head.to(context.device), parts), objectives
 
 
-def build_objective(recipe: Recipe, tokenizer: Tokenizer, words: WordsRule) -> Objective:
-    """Builds the training objective: masked tokens, masked tokens and sentence pairs, or a plugin's."""
-    settings = recipe.objective
+def _own_modules(objectives: Sequence[Objective]) -> nn.Module:
+    """Returns the modules of the only objective that has some; an empty module if there is none."""
+    with_modules = [objective for objective in objectives if objective.modules.state_dict()]
+    if len(with_modules) > 1:
+        raise RecipeError(
+            f"{len(with_modules)} objectives have weights or statistics of their own, expected at most one",
+            location="stage",
+            hint="give the stages the same objective, or objectives without modules such as mlm and causal",
+        )
+    return with_modules[0].modules if with_modules else objectives[0].modules
+
+
+def build_objective(
+    settings: ObjectiveConfig | PluginObjectiveConfig, recipe: Recipe, tokenizer: Tokenizer, words: WordsRule
+) -> Objective:
+    """Builds an objective of a recipe.
+
+    Raises:
+        RecipeError: the tokenizer or the encoder doesn't fit the objective.
+    """
     if isinstance(settings, PluginObjectiveConfig):
         return make(settings, ObjectiveContext(tokenizer, recipe.model.hidden_size))
+    if isinstance(settings, CausalLMConfig):
+        return CausalLMObjective(settings)
+    if isinstance(settings, MaskedNextTokenConfig):
+        if not tokenizer.frame.before:
+            raise RecipeError(
+                "the tokenizer puts no token such as [CLS] before a text, so the first token can't be predicted",
+                location="objective.kind = mntp",
+                hint="use another tokenizer, or objective.kind=mlm",
+            )
+        return MaskedNextTokenObjective(settings, tokenizer.mask_id, tokenizer.regular_token_ids)
+    if isinstance(settings, AdaptiveMaskingConfig):
+        size = recipe.init.vocab_size or tokenizer.size
+        return AdaptiveMaskingObjective(settings, tokenizer.mask_id, tokenizer.regular_token_ids, size)
+    if isinstance(settings, MaskedDiffusionConfig):
+        return MaskedDiffusionObjective(settings, tokenizer.mask_id)
     mlm = MaskedLMObjective(
         settings, tokenizer.mask_id, tokenizer.regular_token_ids, tokenize_boosted_words(settings, tokenizer, words)
     )
+    if isinstance(settings, ReplacedTokenConfig):
+        # A separate seed: the encoder's weights are the same as without a generator.
+        torch.manual_seed(rng.integer(recipe.seed, "electra weights"))
+        vocab_size = recipe.init.vocab_size or tokenizer.size
+        modules = build_electra(recipe.model, vocab_size, settings.generator_width, settings.generator_depth)
+        return ReplacedTokenObjective(settings, mlm, modules, tokenizer.regular_token_ids, vocab_size)
     if not isinstance(settings, BertPretrainingConfig):
         return mlm
     # A separate seed: the other weights are the same with and without a pair head.
@@ -265,8 +329,10 @@ def build_objective(recipe: Recipe, tokenizer: Tokenizer, words: WordsRule) -> O
     return BertPretrainingObjective(settings, mlm, build_pair(recipe.model))
 
 
-def build_loaders(recipe: Recipe, corpus: TokenizedCorpus, pairs: PairSampling | None) -> tuple[StageLoader, ...]:
-    """Builds the data loader of each stage.
+def build_loaders(
+    recipe: Recipe, corpus: TokenizedCorpus, pairs: Sequence[PairSampling | None]
+) -> tuple[StageLoader, ...]:
+    """Builds the data loader of each stage, which returns sentence pairs or windows.
 
     Raises:
         RecipeError: texts have weights, but the samples are not windows.
@@ -283,12 +349,12 @@ def build_loaders(recipe: Recipe, corpus: TokenizedCorpus, pairs: PairSampling |
                 stage.max_seq_len,
                 recipe.seed,
                 groups=corpus.groups,
-                other=sampler if isinstance(sampler, PluginSamplerConfig) else pairs,
+                other=sampler if isinstance(sampler, PluginSamplerConfig) else stage_pairs,
             ),
             round(recipe.train.micro_batch_size.number),
             [group.name for group in corpus.groups],
         )
-        for stage in recipe.stage
+        for stage, stage_pairs in zip(recipe.stage, pairs, strict=True)
     )
 
 
@@ -308,8 +374,9 @@ def check_pairs(recipe: Recipe) -> None:
     Raises:
         RecipeError: one of them doesn't fit.
     """
-    settings, encoder = recipe.objective, recipe.model
-    if not isinstance(settings, BertPretrainingConfig):
+    encoder = recipe.model
+    settings = next((each for each in recipe.objectives if isinstance(each, BertPretrainingConfig)), None)
+    if settings is None:
         return
     if not isinstance(encoder, BertConfig) or encoder.type_vocab_size < 2 or encoder.model_type != "bert":
         kind = (
@@ -337,14 +404,18 @@ def check_pairs(recipe: Recipe) -> None:
             )
 
 
-def pair_sampling(objective: Objective, recipe: Recipe) -> PairSampling | None:
-    """Returns how sentence pairs are sampled, or None if the objective reads windows."""
-    if objective.sampler == "windows":
-        return None
-    kind, settings = cast("PairKind", objective.sampler), recipe.objective
-    if isinstance(settings, BertPretrainingConfig):
-        return PairSampling(kind, settings.short_seq_prob)
-    return PairSampling(kind)
+def pair_sampling(recipe: Recipe, objectives: Sequence[Objective]) -> tuple[PairSampling | None, ...]:
+    """Returns how each stage samples sentence pairs, or None if its objective reads windows."""
+
+    def of_stage(settings: ObjectiveConfig | PluginObjectiveConfig, objective: Objective) -> PairSampling | None:
+        if objective.sampler == "windows":
+            return None
+        kind = cast("PairKind", objective.sampler)
+        if isinstance(settings, BertPretrainingConfig):
+            return PairSampling(kind, settings.short_seq_prob)
+        return PairSampling(kind)
+
+    return tuple(map(of_stage, recipe.objectives, objectives))
 
 
 def require_corpus_of_pairs(corpus: TokenizedCorpus, source: BaseSource, kind: PairKind) -> str:
@@ -374,13 +445,21 @@ def require_corpus_of_pairs(corpus: TokenizedCorpus, source: BaseSource, kind: P
 
 def validate(components: RunComponents, module: TrainModule, stage: int) -> Validation:
     """Evaluates a module on all validation sets of the run."""
+    module.encoder.label_offset = label_offset(components.training.objectives[stage])
     return components.validator.validate(module.encoder, module.head, stage, module.parts)
 
 
 def as_model(
-    recipe: Recipe, components: RunComponents, module: TrainModule, state: TrainState, path: str = ""
+    recipe: Recipe,
+    components: RunComponents,
+    module: TrainModule,
+    state: TrainState,
+    path: str = "",
+    *,
+    stage: int = -1,
 ) -> Model:
-    """Returns a module as a `Model`, with the tokenizer and facts about its training."""
+    """Returns a module that was trained up to a stage as a `Model`, with the tokenizer and facts about its training."""
+    module.encoder.label_offset = label_offset(components.training.objectives[stage])
     card: ModelCard = {
         "unmask": __version__,
         "recipe": recipe.name,
@@ -392,9 +471,22 @@ def as_model(
         "tokens": state.tokens,
         "text_fingerprint": components.corpus.fingerprint,
         "validation": state.validation,
+        "objective": recipe.objectives[stage].kind,
     }
     pair = module.parts if isinstance(module.parts, SentencePairHead) else None
-    return Model(module.encoder, module.head, components.corpus.tokenizer, recipe.model, card, path, pair)
+    discriminator = None
+    if card.get("objective") == "rtd" and isinstance(module.parts, ElectraModules):
+        discriminator = module.parts.discriminator
+    return Model(
+        module.encoder,
+        module.head,
+        components.corpus.tokenizer,
+        recipe.model,
+        card,
+        path,
+        pair,
+        discriminator=discriminator,
+    )
 
 
 def attention_backend(recipe: Recipe, context: DistributedContext) -> str:

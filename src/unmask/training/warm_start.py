@@ -48,7 +48,11 @@ class WarmStart:
                 location="--extend-vocabulary",
                 hint="give 0 or more",
             )
-        return cls(open_model(folder), num_new_tokens)
+        model = open_model(folder)
+        if model.discriminator is not None:
+            note = "initialized the masked-language-modeling head; the discriminator head is not used"
+            model = replace(model, discriminator=None, notes=(*model.notes, note))
+        return cls(model, num_new_tokens)
 
     @classmethod
     def of_run(cls, run: Path, recipe: Recipe) -> WarmStart | None:
@@ -78,7 +82,8 @@ class WarmStart:
                 self.model.tokenizer.save(temporary)
         for note in self.model.notes:
             _log.info(note)
-        if self.model.pair is not None and not isinstance(recipe.objective, BertPretrainingConfig):
+        trains_pairs = any(isinstance(objective, BertPretrainingConfig) for objective in recipe.objectives)
+        if self.model.pair is not None and not trains_pairs:
             _log.info("pooler and pair head are not trained and not saved: objective.kind is not mlm+pairs")
         for number, stage in enumerate(recipe.stage):
             if stage.max_seq_len > longest:

@@ -16,7 +16,7 @@ from functools import cached_property
 from typing import Literal, NamedTuple
 
 import numpy as np
-from jaxtyping import Bool, Float, Int, Num
+from jaxtyping import Bool, Int, Num
 
 from unmask.checks.audit.replay import MaskingRecord
 from unmask.checks.audit.samples import AuditSamples
@@ -80,6 +80,18 @@ def poisson_tail(count: int, mean: float) -> float:
         term *= mean / k
         total += term
     return min(1.0, total)
+
+
+def chernoff_bound(measured: float, expected: float, draws: float) -> float:
+    """Return a bound of the probability that a fraction of independent draws is at least as far from its mean.
+
+    It is 2·exp(-draws · KL(measured ‖ expected)) and holds for any number of draws (Chernoff 1952, Hoeffding 1963).
+    """
+    divergence = 0.0
+    for part, mean in ((measured, expected), (1.0 - measured, 1.0 - expected)):
+        if part > 1e-12:
+            divergence += part * math.log(part / mean) if mean > 0.0 else math.inf
+    return min(1.0, 2.0 * math.exp(-draws * max(divergence, 0.0)))
 
 
 def combinations(of: int, choose: int) -> float:
@@ -152,20 +164,13 @@ class Observations:
 
     @cached_property
     def long_V(self) -> Bool[np.ndarray, "V"]:
-        """Whether the claimed rate masks at least one token of a sample: then a rule "at least one" has no effect."""
-        return self.maskable_V * self.claims.rate >= 1.0
+        """Whether the claimed rate masks at least one token or word of a sample: "at least one" then has no effect."""
+        return (self.maskable_V if self.claims.units == "tokens" else self.words_V) * self.claims.rate >= 1.0
 
     @cached_property
     def rate(self) -> Proportion:
         """The measured rate over samples that are long enough."""
         return self.rate_over(self.long_V)
-
-    @cached_property
-    def slack(self) -> float:
-        """Tokens of a sample by which whole words may miss their quota: half a word."""
-        if self.claims.units == "tokens":
-            return 0.0
-        return 0.5 * float(self.maskable_V.sum()) / max(1, int(self.words_V.sum()))
 
     def rate_over(self, selected_V: Bool[np.ndarray, "V"]) -> Proportion:
         """Return the measured rate over some occurrences."""
@@ -180,10 +185,3 @@ class Observations:
         size_VS = np.zeros(self.maskable_VS.shape, dtype=np.int64)
         size_VS[occurrences, positions] = np.bincount(key)[key]
         return size_VS
-
-    def rate_of_size(self, selected_V: Bool[np.ndarray, "V"]) -> Float[np.ndarray, "N"]:
-        """Return the measured rate for words of each size, over some occurrences; 0 if there is no such word."""
-        size_VS, most = self.size_VS[selected_V], int(self.size_VS.max(initial=0)) + 1
-        of = np.bincount(size_VS.ravel(), minlength=most)
-        hits = np.bincount(size_VS.ravel(), weights=self.counted_VS[selected_V].ravel(), minlength=most)
-        return np.where(of > 0, hits / np.maximum(of, 1), 0.0)

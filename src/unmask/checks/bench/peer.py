@@ -78,7 +78,7 @@ class Peer:
             device=str(context.device),
             threads=context.threads,
             precision=context.precision,
-            mask_rate=benched.recipe.objective.masked_fraction,
+            mask_rate=benched.masked_fraction,
         )
         paths = [str(Path(unmask.__file__).parent.parent), *filter(None, [os.environ.get("PYTHONPATH")])]
         self._messages = folder / "messages.txt"

@@ -16,10 +16,10 @@ from unmask.core.errors import RecipeError
 from unmask.core.types import Batch
 from unmask.data.prepare import TokenizedCorpus, prepare
 from unmask.data.sources import BaseSource, MemorySource
-from unmask.models import flops_per_token, products
 from unmask.models.fill_mask import MASK, fill
 from unmask.models.model import Model
 from unmask.objectives.sentence_pairs import BertPretrainingConfig
+from unmask.training.estimate.work import stage_flops_per_token, stage_products
 from unmask.training.loop import Callback, TrainState, train
 from unmask.training.plan import Plan, StageConfig, StagePlan, always
 from unmask.training.pretrain import with_start_and_paths
@@ -66,13 +66,17 @@ class BenchedRecipe:
     @property
     def has_pairs(self) -> bool:
         """Whether samples are sentence pairs."""
-        return isinstance(self.recipe.objective, BertPretrainingConfig)
+        return isinstance(self.recipe.objectives[self.stage], BertPretrainingConfig)
+
+    @property
+    def masked_fraction(self) -> float:
+        """Mean fraction of the tokens that the head predicts."""
+        return self.recipe.objectives[self.stage].masked_fraction
 
     @property
     def flops_per_token(self) -> float:
         """FLOPs of matrix products per token: forward, backward, and Muon's share of a step."""
-        fraction = self.recipe.objective.masked_fraction
-        model = flops_per_token(self.recipe.model, self.components.vocab_size, self.length, fraction)
+        model = stage_flops_per_token(self.recipe, self.stage, self.components.vocab_size)
         return model + self.optimizer_flops / self.batch_tokens
 
     @property
@@ -165,10 +169,8 @@ def matmul_work(shapes: Sequence[tuple[int, int, int]], context: DistributedCont
 def ceiling_work(benched: BenchedRecipe) -> Work:
     """Return the matrix products of a forward pass alone; the unit is a FLOP."""
     tokens = benched.batch_tokens
-    masked_tokens = max(1, round(tokens * benched.recipe.objective.masked_fraction))
-    return matmul_work(
-        products(benched.recipe.model, benched.components.vocab_size, tokens, masked_tokens), benched.context
-    )
+    shapes = stage_products(benched.recipe, benched.stage, benched.components.vocab_size, tokens)
+    return matmul_work(shapes, benched.context)
 
 
 def training_work(benched: BenchedRecipe) -> Work:
@@ -225,7 +227,8 @@ def preparation_work(benched: BenchedRecipe, folder: Path) -> Work:
 
 def masking_work(benched: BenchedRecipe) -> Work:
     """Return reading, packing and masking of batches; the unit is a row, which is a sequence."""
-    loader, objective = benched.components.loaders[benched.stage], benched.components.training.objective
+    loader = benched.components.loaders[benched.stage]
+    objective = benched.components.training.objectives[benched.stage]
     cursor = loader.first_cursor(benched.stage)
 
     def run(seconds: float) -> list[float]:

@@ -39,6 +39,7 @@ _USE_RNG: Final = "use unmask.core.rng, whose draws have no state"
 
 OBJECTIVE_CHECKS: Final[list[Check[ObjectiveFixture]]] = []
 _PER_POSITION: Final = ("positions_M", "labels_M")
+_OPTIONAL: Final = ("weights_M", "draws_M")  # also per position
 _TOLERANCE: Final = 1e-4  # relative: the last digits of a float32 sum depend on the batch
 
 
@@ -49,6 +50,10 @@ def _difference(one: MaskedBatch, other: MaskedBatch) -> str:
     for name in _PER_POSITION:
         if not torch.equal(getattr(one, name), getattr(other, name)):
             return name
+    for name in _OPTIONAL:
+        values = getattr(one, name), getattr(other, name)
+        if (values[0] is None) != (values[1] is None) or (values[0] is not None and not torch.equal(*values)):
+            return name
     is_equal = dict(one.denominators) == dict(other.denominators) and one.num_maskable == other.num_maskable
     return "" if is_equal else "denominators"
 
@@ -57,7 +62,8 @@ def _of_sample(masked: MaskedBatch, sample: int) -> dict[str, list[Any]]:
     """Return the part of a masked batch that belongs to one sample, with positions within the sample."""
     first, last = masked.batch.offsets[sample], masked.batch.offsets[sample + 1]
     inside_M = (masked.positions_M >= first) & (masked.positions_M < last)
-    fields = {name: getattr(masked, name)[inside_M].tolist() for name in _PER_POSITION}
+    names = (*_PER_POSITION, *(name for name in _OPTIONAL if getattr(masked, name) is not None))
+    fields = {name: getattr(masked, name)[inside_M].tolist() for name in names}
     fields["positions_M"] = [position - first for position in fields["positions_M"]]
     return {"ids_T": masked.batch.ids_T[first:last].tolist(), **fields}
 
@@ -181,7 +187,8 @@ def counts_match_the_positions(fixture: ObjectiveFixture) -> None:
         f"invalid `denominators`: got {masked.denominators}, expected non-negative integers",
     )
     num_masked = len(masked.positions_M)
-    sizes = {name: len(getattr(masked, name)) for name in _PER_POSITION}
+    given = (*_PER_POSITION, *(name for name in _OPTIONAL if getattr(masked, name) is not None))
+    sizes = {name: len(getattr(masked, name)) for name in given}
     require(set(sizes.values()) == {num_masked}, f"there is not one entry for each masked position: {sizes}")
     regular = int(((fixture.batch().token_flags_T & SPECIAL) == 0).sum())
     require(

@@ -173,7 +173,7 @@ def first_sample(recipe: Recipe, components: RunComponents) -> tuple[str, list[T
     """Returns the first training sample as text and as the masked tokens that the model sees."""
     batches, _ = components.loaders[0].step(0, 1, 0, 1)
     original_ids = batches[0].ids_T.tolist()
-    masked = components.training.objective.corrupt(batches[0], recipe.seed)
+    masked = components.training.objectives[0].corrupt(batches[0], recipe.seed)
     tokenizer = components.corpus.tokenizer
     return tokenizer.decode(original_ids[: masked.batch.offsets[1]]), token_views(masked, original_ids, tokenizer)
 

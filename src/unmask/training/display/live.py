@@ -32,6 +32,7 @@ from unmask.training.display.text import (
     estimate_notes,
     estimate_rows,
     matmul_text,
+    objective_line,
     pair_line,
     pair_text,
     probe_line,
@@ -158,6 +159,8 @@ class LiveDisplay(Display):
         self._print(Text.assemble((f"step {step:,}  ", "bold"), f"validation {validation_line(validation)}"))
         if validation.pair is not None:
             self._print(Text(f"  {pair_line(validation.pair)}"))
+        if line := objective_line(validation):
+            self._print(Text(f"  {line}"))
         self._print(*(Text(f"  {line}") for line in set_lines(validation)))
         self._preview = [Text(""), Text(unigram_line(validation), "cyan"), *self._preview_texts(preview), Text("")]
         self._redraw()

@@ -21,6 +21,7 @@ from unmask.training.display.text import (
     estimate_rows,
     is_by_character,
     matmul_text,
+    objective_line,
     pair_line,
     pair_text,
     probe_line,
@@ -153,6 +154,8 @@ class PlainDisplay(Display):
         self._write(f"  {unigram_line(validation)}")
         if validation.pair is not None:
             self._write(f"  {pair_line(validation.pair)}")
+        if line := objective_line(validation):
+            self._write(f"  {line}")
         for line in set_lines(validation):
             self._write(f"  {line}")
         is_first, self._preview = not self._has_preview, preview

@@ -127,6 +127,16 @@ def validation_line(validation: Validation) -> str:
     )
 
 
+def objective_line(validation: Validation) -> str:
+    """Returns the results of the stage's objective; an empty string if masked tokens alone judge it."""
+    values = {name: value for name, value in validation.objective.items() if name != "mask_rate"}
+    shown = [
+        f"{name} {value:.3f}" if name == "bound" or "loss" in name else f"{name} {value:.1%}"
+        for name, value in values.items()
+    ]
+    return f"objective: {'  '.join(shown)}" if shown else ""
+
+
 def pair_text(metrics: Mapping[str, object]) -> str:
     """Returns the accuracy on sentence pairs of a log line; an empty string if the objective has no pairs."""
     accuracy = number(metrics, "pair_accuracy")

@@ -11,8 +11,8 @@ from unmask.core.distributed import matmul_rate
 from unmask.core.errors import StoreError
 from unmask.core.files import wrap_os_errors
 from unmask.core.format import size
-from unmask.models import flops_per_token, products
 from unmask.training.estimate.memory import forecast_bytes
+from unmask.training.estimate.work import stage_flops_per_token, stage_products
 from unmask.training.optim import describe_decay
 from unmask.training.plan import MeasuredMemory, Plan
 from unmask.training.recipe import Recipe
@@ -55,16 +55,13 @@ def estimate_cost(
 ) -> CostEstimate:
     """Returns the expected cost of a plan on this device. Without measured memory, the memory is computed."""
     train_corpus, context = components.corpus.train, components.context
-    masked_fraction, parameters = recipe.objective.masked_fraction, components.num_parameters
+    parameters = components.num_parameters
     micro_tokens = round(recipe.train.micro_batch_size.number)
     stage_tokens = [stage.steps * stage.batch_tokens for stage in plan.stages]
-    flops = [
-        flops_per_token(recipe.model, components.vocab_size, stage.max_seq_len, masked_fraction)
-        for stage in recipe.stage
-    ]
+    flops = [stage_flops_per_token(recipe, stage, components.vocab_size) for stage in range(len(recipe.stage))]
     longest = stage_tokens.index(max(stage_tokens))  # the stage with the most tokens represents the run
     tokens = min(plan.stages[longest].batch_tokens, micro_tokens)
-    shapes = products(recipe.model, components.vocab_size, tokens, max(1, round(tokens * masked_fraction)))
+    shapes = stage_products(recipe, longest, components.vocab_size, tokens)
     has_ema = recipe.train.ema_decay > 0
     return CostEstimate(
         recipe=recipe.name,
@@ -84,6 +81,7 @@ def estimate_cost(
             components.vocab_size,
             has_ema=has_ema,
             keeps_best=recipe.train.keep_best,
+            num_kept=len(recipe.train.keep_at),
         ),
         device=context.describe()["device_name"],
         precision=context.precision,
@@ -122,15 +120,16 @@ def disk_bytes(
     *,
     has_ema: bool = False,
     keeps_best: bool = False,
+    num_kept: int = 0,
 ) -> int:
-    """Returns the disk space of checkpoints (model, weights, their average, optimizer state), best model and shards.
+    """Returns the disk space of checkpoints (model, weights, their average, optimizer state), other models and shards.
 
     A directory is written before an older one is removed, so the estimate has one checkpoint more than is kept and the
-    best model twice.
+    best model twice. `num_kept` further models are kept.
     """
     bytes_per_token = (2 if vocab_size <= 1 << 16 else 4) + 1  # id and flags
-    best = 2 * keeps_best * parameters * 4
-    return (keep_last + 1) * checkpoint_bytes(parameters, has_ema=has_ema) + best + corpus_tokens * bytes_per_token
+    models = (2 * keeps_best + num_kept) * parameters * 4
+    return (keep_last + 1) * checkpoint_bytes(parameters, has_ema=has_ema) + models + corpus_tokens * bytes_per_token
 
 
 def checkpoint_bytes(parameters: int, *, has_ema: bool) -> int:

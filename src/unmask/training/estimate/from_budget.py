@@ -18,9 +18,10 @@ from unmask.core.format import count, duration
 from unmask.core.quantities import Quantity
 from unmask.data.advice import Choice, is_set, may_shrink
 from unmask.data.prepare import TokenizedCorpus
-from unmask.models import flops_per_token, non_embedding_parameters, products
+from unmask.models import non_embedding_parameters
 from unmask.models.modernbert import ModernBertConfig
 from unmask.training.estimate.probe import measure_token_seconds
+from unmask.training.estimate.work import stage_flops_per_token, stage_products
 from unmask.training.plan import StageConfig
 from unmask.training.recipe import Recipe
 
@@ -70,8 +71,7 @@ def choose_vocabulary(recipe: Recipe, context: DistributedContext, explicit: Col
     size = getattr(recipe.data.tokenizer, "vocab_size", 0)
     if not size or not may_shrink(recipe.data, explicit):
         return recipe
-    stage, fraction = recipe.stage[0], recipe.objective.masked_fraction
-    shapes = products(recipe.model, size, stage.batch_tokens, max(1, round(stage.batch_tokens * fraction)))
+    shapes = stage_products(recipe, 0, size, recipe.stage[0].batch_tokens)
     rate = context.sum([matmul_rate(shapes, context)])[0]  # of all ranks
     tokens = _TRAINING * recipe.train.budget.number * _SHARE_OF_RATE * rate / _flops(recipe, size)
     chosen = _from(_VOCABULARIES, tokens)
@@ -194,4 +194,4 @@ def _parameters(recipe: Recipe, vocab_size: int) -> int:
 
 
 def _flops(recipe: Recipe, vocab_size: int) -> float:
-    return flops_per_token(recipe.model, vocab_size, recipe.stage[0].max_seq_len, recipe.objective.masked_fraction)
+    return stage_flops_per_token(recipe, 0, vocab_size)

@@ -14,8 +14,11 @@ from unmask.core.config import shipped_recipes
 from unmask.core.distributed import DistributedContext
 from unmask.core.errors import RecipeError
 from unmask.core.format import size
-from unmask.models import num_parameters
+from unmask.models import EncoderConfig, num_parameters
+from unmask.models.electra import build_electra
 from unmask.models.modernbert import ModernBertConfig
+from unmask.objectives.rtd import ReplacedTokenConfig
+from unmask.training.estimate.work import generator_of
 from unmask.training.loop import TrainState
 from unmask.training.plan import MeasuredMemory, Plan, StageConfig
 from unmask.training.recipe import Recipe, load_recipe
@@ -141,12 +144,23 @@ def required_bytes(recipe: Recipe, vocab_size: int, context: DistributedContext,
     It counts weights, gradients, optimizer state, and the activations and logits of one micro-batch of training or,
     without gradients, of validation. `micro_tokens` replaces the recipe's size of a micro-batch.
     """
-    parameters = num_parameters(recipe.model, vocab_size)
-    validated = max(_layer_bytes(recipe, stage.max_seq_len, context) for stage in recipe.stage)
+    parameters = num_parameters(recipe.model, vocab_size) + _generator_parameters(recipe, vocab_size)
+    validated = max(_layer_bytes(recipe.model, stage.max_seq_len, context) for stage in recipe.stage)
     validated += _EVAL_MASKED * vocab_size * (_width(context) + 8)
     trained = max(_activation_bytes(recipe, stage, vocab_size, context, micro_tokens) for stage in recipe.stage)
     has_ema = recipe.train.ema_decay > 0
     return training_bytes(parameters, has_ema=has_ema) + round(max(trained, _EVAL_TOKENS * validated))
+
+
+def _generator_parameters(recipe: Recipe, vocab_size: int) -> int:
+    """Returns the number of parameters of ELECTRA's generator and discriminator head; 0 without them."""
+    with torch.device("meta"):
+        modules = [
+            build_electra(recipe.model, vocab_size, objective.generator_width, objective.generator_depth)
+            for objective in recipe.objectives
+            if isinstance(objective, ReplacedTokenConfig)
+        ]
+    return max((sum(p.numel() for p in each.parameters()) for each in modules), default=0)
 
 
 def _width(context: DistributedContext) -> int:
@@ -160,14 +174,16 @@ def _activation_bytes(
     """Returns the bytes that a micro-batch of a stage keeps for the backward pass, logits included."""
     micro = micro_tokens or round(recipe.train.micro_batch_size.number)
     tokens = max(stage.max_seq_len, min(micro, stage.batch_tokens))
-    layers = recipe.model.num_hidden_layers * _layer_bytes(recipe, stage.max_seq_len, context)
+    models = [recipe.model, generator_of(recipe, recipe.stage.index(stage))]
+    layers = sum(model.num_hidden_layers * _layer_bytes(model, stage.max_seq_len, context) for model in models if model)
     # The logits become their gradients in place.
-    return tokens * (layers + recipe.objective.masked_fraction * vocab_size * _width(context))
+    masked_fraction = (stage.objective or recipe.objective).masked_fraction
+    return tokens * (layers + masked_fraction * vocab_size * _width(context))
 
 
-def _layer_bytes(recipe: Recipe, length: int, context: DistributedContext) -> float:
+def _layer_bytes(model: EncoderConfig, length: int, context: DistributedContext) -> float:
     """Returns the bytes per token that one layer keeps for the backward pass: its norms' inputs stay in float32."""
-    model, width = recipe.model, _width(context)
+    width = _width(context)
     columns = 4 if isinstance(model, ModernBertConfig) else 2  # a GeGLU keeps both halves, their product and the GELU
     is_eager = context.device.type == "cpu" and width == 2 and length <= _EAGER_KEYS
     probabilities = model.num_attention_heads * length if is_eager else 0

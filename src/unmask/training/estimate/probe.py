@@ -12,8 +12,9 @@ import copy
 import math
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from unmask.core.distributed import DistributedContext
 from unmask.core.quantities import Fraction, Quantity
 from unmask.data.prepare import TokenizedCorpus
 from unmask.evaluation.masked_lm import EvalSet, evaluate
+from unmask.evaluation.minimal_pairs import MinimalPair, evaluate_minimal_pairs
 from unmask.training import checkpoint
 from unmask.training.estimate.memory import peak_bytes, training_bytes
 from unmask.training.loop import EMA, Callback, StopReason, TrainLoopInputs, TrainState, has_free_core, train
@@ -55,6 +57,7 @@ _SWEEP = 16  # trial steps cover the progress of a run in so many parts, because
 _STRIDE = 5  # coprime to _SWEEP
 _CHUNK_SECONDS = 0.4  # of consecutive steps of one stage
 _TRIM = 0.2  # fraction of the fastest and of the slowest steps that is left out
+_FIRST_PAIRS = 8  # of the first sample of minimal pairs; the next ones are twice as large
 _SIZE_STEPS, _SIZE_FRACTION = (2, 8), 0.02  # steps of a model's warm-up and measurement; fraction of a budget
 _BYTES_PER_SECOND = 2e8  # of writing a checkpoint, if none is written by the probe
 
@@ -75,15 +78,21 @@ def _ignore(fraction: float, seconds: float) -> None:
 
 
 def measure(
-    recipe: Recipe, components: RunComponents, *, on_probe: ProbeCallback = _ignore, folder: Path | None = None
+    recipe: Recipe,
+    components: RunComponents,
+    *,
+    pairs: Sequence[MinimalPair] = (),
+    on_probe: ProbeCallback = _ignore,
+    folder: Path | None = None,
 ) -> Measured:
-    """Measures seconds per step of each stage, per validation and per checkpoint, and the memory.
+    """Measures seconds per step of each stage, per validation, per checkpoint and for minimal pairs, and the memory.
 
     The run itself is not changed: batches are functions of the cursor, so reading them changes no state.
 
     Args:
         recipe: Recipe of the run.
         components: Components of the run.
+        pairs: Minimal pairs that the run is evaluated on.
         on_probe: Callback for the progress.
         folder: Directory on the disk of the run, for one checkpoint that is deleted again; None: the system's
             directory for temporary files.
@@ -92,10 +101,11 @@ def measure(
     for length in {stage.max_seq_len for stage in recipe.stage}:
         components.validator.eval_set(length)  # built once for the run, so not part of a validation's time
     before = peak_bytes(context)
-    module = copy.deepcopy(training.module)
+    module, objectives = copy.deepcopy((training.module, training.objectives))  # together: they share modules
     trial = replace(
         training,
         module=module,
+        objectives=objectives,
         optimizer=Optimizer(module, recipe.optimizer, bf16=context.precision == "bfloat16"),
         ema=EMA(module, training.ema.decay) if training.ema else None,
         lr_factor=_zero,  # without the warm-up of a run, the weights could diverge
@@ -105,6 +115,7 @@ def measure(
     validations = probe.time_validation()
     with tempfile.TemporaryDirectory(prefix=".unmask-probe-", dir=folder) as temporary:
         save_best_seconds, save_seconds = probe.time_saving(Path(temporary))
+    pairs_seconds = probe.time_pairs(pairs) if pairs else 0.0
     probe.time_steps()
     steps = [timer.step_seconds for timer in probe.timers]
     # All ranks must make the same plan, so the times are averaged over ranks.
@@ -118,6 +129,7 @@ def measure(
         validation + save_best_seconds,
         save_seconds,
         memory=probe.measure_memory(before),
+        pairs_seconds=pairs_seconds,
     )
 
 
@@ -125,11 +137,11 @@ def measure_token_seconds(recipe: Recipe, corpus: TokenizedCorpus, context: Dist
     """Returns the median seconds per token of some steps of the first stage, after a warm-up of two steps."""
     stage = replace(recipe.stage[0], until=Fraction(1.0))
     recipe = replace(recipe, stage=(stage,))
-    module, objective = build_train_module(recipe, corpus, context, None)
+    module, objectives = build_train_module(recipe, corpus, context, None)
     trial = TrainLoopInputs(
         module=module,
-        objective=objective,
-        loaders=build_loaders(recipe, corpus, None),
+        objectives=objectives,
+        loaders=build_loaders(recipe, corpus, [None]),
         optimizer=Optimizer(module, recipe.optimizer, bf16=context.precision == "bfloat16"),
         lr_factor=_zero,
         context=context,
@@ -219,7 +231,7 @@ class _Probe:
         self.limits, self._on_probe = limits, on_probe
         self._recipe, self._components, self._trial = recipe, components, trial
         self.timers = [
-            _StageTimer(stage, replace(trial, loaders=[trial.loaders[number]]))
+            _StageTimer(stage, replace(trial, objectives=[trial.objectives[number]], loaders=[trial.loaders[number]]))
             for number, stage in enumerate(recipe.stage)
         ]
         self._began = time.perf_counter()
@@ -303,7 +315,9 @@ class _Probe:
         longest = stages[-1].max_seq_len
         last = seconds[longest]
         held_out = [sum(seconds[length] for length in {s.max_seq_len, longest}) for s in stages]
-        further = len(self._components.valid_sources) + (self._trial.objective.sampler != "windows")
+        further = len(self._components.valid_sources) + any(
+            each.sampler != "windows" for each in self._trial.objectives
+        )
         if not further:
             return held_out
         # Texts of data.valid and sentence pairs are about as large as the held-out text at the last stage's length.
@@ -339,6 +353,18 @@ class _Probe:
                 break
             batches = min(2 * batches, len(eval_set.batches))
         return token_seconds * tokens
+
+    def time_pairs(self, pairs: Sequence[MinimalPair]) -> float:
+        """Returns the seconds of an evaluation of minimal pairs, from those of a sample of them."""
+        trial, context, size = self._trial, self._trial.context, min(_FIRST_PAIRS, len(pairs))
+        model = as_model(self._recipe, self._components, trial.eval_module, TrainState())
+        limit = _VALIDATION * self.limits.seconds
+        while True:
+            sample = [pairs[number * len(pairs) // size] for number in range(size)]
+            seconds = self._agreed(partial(evaluate_minimal_pairs, model, sample, context=context))
+            if size == len(pairs) or 2 * seconds > limit:
+                return seconds * len(pairs) / size
+            size = min(2 * size, len(pairs))
 
     def time_saving(self, folder: Path) -> tuple[float, float]:
         """Returns the seconds of saving the best model and a checkpoint, which the main process does."""

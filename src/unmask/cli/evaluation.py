@@ -1,0 +1,384 @@
+"""Commands that judge a model: evaluate and score."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+from unmask.cli.details import Details, print_details
+from unmask.cli.errors import print_error
+from unmask.cli.options import (
+    Errors,
+    Field,
+    Json,
+    ModelPath,
+    delayed_progress,
+    open_display,
+    open_model,
+    print_json,
+)
+from unmask.core.errors import RecipeError, StoreError
+from unmask.core.files import check_writable, write_json
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from unmask.evaluation.masked_lm import EvalResult
+    from unmask.evaluation.minimal_pairs import MinimalPairs, MinimalPairsResult, PairAccuracy
+    from unmask.evaluation.scoring import ScoreTotal, TextScore
+    from unmask.models.model import Model
+
+_BAR_WIDTH = 20
+
+
+# evaluate -----------------------------------------------------------------------------------------------------------
+
+_HIGH_UNKNOWN = 0.01  # share of unknown characters above which `evaluate` warns, as `pretrain` does
+EVALUATE_EXAMPLES = """\
+[bold]Examples[/bold]
+
+unmask evaluate runs/notes --text valid.txt
+unmask evaluate runs/notes --text a.txt --text b.txt --json
+unmask evaluate runs/notes --text valid.txt --details       by frequency, position, …; and calibration
+unmask evaluate runs/notes --pairs blimp --errors skip      minimal pairs; three pairs of BLiMP are identical
+unmask evaluate runs/notes --pairs pairs.tsv --method within-word
+"""
+
+
+def evaluate(
+    model: ModelPath,
+    texts: Annotated[
+        list[Path] | None, typer.Option("--text", metavar="FILE", help="Text to evaluate on; may be repeated.")
+    ] = None,
+    pairs: Annotated[
+        Path | None,
+        typer.Option(metavar="PATH", help="Minimal pairs: a .jsonl file as of BLiMP, a .tsv file, or their folder."),
+    ] = None,
+    subset: Annotated[
+        int | None, typer.Option(help="Number of minimal pairs of each paradigm.", show_default="all")
+    ] = None,
+    method: Annotated[
+        Literal["both", "original", "within-word"],
+        typer.Option(help="Pseudo-log-likelihood that judges minimal pairs, as in unmask score."),
+    ] = "both",
+    predictions: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="JSON file to write: the preferred sentence of each pair, by --method, else original.",
+            show_default=False,
+        ),
+    ] = None,
+    details: Details = False,
+    length: Annotated[
+        int | None,
+        typer.Option(
+            help="Maximum sequence length in tokens, special tokens included.", show_default="the model's context"
+        ),
+    ] = None,
+    document: Annotated[
+        Literal["blank-line", "line", "file"] | None,
+        typer.Option(help="Unit of plain text that is one document.", show_default="as in training, else blank-line"),
+    ] = None,
+    errors: Errors = None,
+    field: Field = None,
+    max_size: Annotated[
+        str | None,
+        typer.Option(metavar="AMOUNT", help='Amount of text to read, such as "2M characters".', show_default="all"),
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Evaluate a model on text that it was not trained on, with 15 % of the tokens masked, or on minimal pairs.
+
+    The masks depend on the text only, not on the model's training. Bits per character compare only between models with
+    the same tokenizer. Of a minimal pair, a model should find the acceptable sentence more probable.
+    """
+    from unmask.evaluation.details import evaluate_details
+    from unmask.evaluation.validation import evaluate_text
+
+    _check_inputs(texts, pairs, predictions, details=details)
+    found = None if pairs is None else _read_pairs(pairs, subset, errors)
+    opened = open_model(model)
+    result = None
+    if texts:
+        result = (evaluate_details if details else evaluate_text)(
+            opened,
+            texts,
+            length=length,
+            document=document,
+            errors=errors or "strict",
+            field=field,
+            max_size=max_size,
+        )
+    judged = None if found is None else _evaluate_pairs(opened, found, method)
+    if judged is not None and predictions is not None:
+        _write_predictions(predictions, judged)
+    if result is not None and result.unknown_character_share > _HIGH_UNKNOWN:
+        print_error(
+            "warning:",
+            f"the tokenizer can't spell {result.unknown_character_share:.1%} of the characters; the results are about "
+            "the others",
+        )
+    if as_json:
+        tree: dict[str, Any] = {} if result is None else asdict(result)
+        if found is not None and judged is not None:
+            tree["pairs"] = judged.summary() | {"left_out": found.left_out}
+        print_json(tree)
+        return
+    if result is not None:
+        _print_text_result(result)
+    if found is not None and judged is not None:
+        _print_pairs_result(judged, found.left_out)
+
+
+def _check_inputs(texts: Sequence[Path] | None, pairs: Path | None, predictions: Path | None, *, details: bool) -> None:
+    if not texts and pairs is None:
+        raise RecipeError(
+            "there is nothing to evaluate on", location="unmask evaluate", hint="give --text FILE, --pairs PATH or both"
+        )
+    if details and not texts:
+        raise RecipeError("--details are those of a text", location="--details", hint="add --text FILE")
+    if predictions is not None and pairs is None:
+        raise RecipeError(
+            "--predictions are those of minimal pairs", location=f"--predictions {predictions}", hint="add --pairs PATH"
+        )
+    if predictions is not None:
+        if predictions.is_dir():
+            raise StoreError(
+                "the path is a directory", location=f"--predictions {predictions}", hint="name a file to write"
+            )
+        check_writable(predictions.absolute().parent)
+
+
+def _print_text_result(result: EvalResult) -> None:
+    from unmask.evaluation.details import DetailedEvalResult
+
+    print(f"loss                {result.loss:.4f} nats per masked token")
+    print(f"unigram loss        {result.unigram_loss:.4f} (baseline: predicts the token frequencies of this text)")
+    print(f"accuracy            {result.accuracy:.2%} of {result.masked_tokens:,} masked tokens")
+    print(f"bits per character  {result.bits_per_character:.4f}")
+    print(f"unknown             {result.unknown_share:.3%} of the tokens, not masked")
+    print(f"sequence length     {result.length} tokens at most")
+    if isinstance(result, DetailedEvalResult):
+        print_details(result.details)
+
+
+def _read_pairs(path: Path, subset: int | None, errors: Errors) -> MinimalPairs:
+    from unmask.evaluation.minimal_pairs import read_pairs
+
+    if errors == "replace":
+        raise RecipeError(
+            "minimal pairs have no bytes to replace", location="--errors replace", hint="use --errors skip or strict"
+        )
+    return read_pairs(path, subset, errors or "strict")
+
+
+def _evaluate_pairs(
+    model: Model, found: MinimalPairs, method: Literal["both", "original", "within-word"]
+) -> MinimalPairsResult:
+    from unmask.evaluation.minimal_pairs import evaluate_minimal_pairs
+    from unmask.evaluation.scoring import METHODS
+
+    methods = METHODS if method == "both" else (method,)
+    with open_display(sys.stderr) as display:
+        return evaluate_minimal_pairs(model, found.pairs, methods, on_progress=delayed_progress(display))
+
+
+def _write_predictions(file: Path, judged: MinimalPairsResult) -> None:
+    from unmask.evaluation.minimal_pairs import predictions
+
+    write_json(file, predictions(judged.methods.get("original") or judged.methods["within-word"]))
+
+
+def _print_pairs_result(judged: MinimalPairsResult, left_out: int) -> None:
+    """Print a table of accuracies by field and paradigm: with bars in a terminal, plain lines in a pipe."""
+    from rich.console import Console
+
+    console = Console(highlight=False, soft_wrap=True)
+    first = next(iter(judged.methods.values()))
+    groups = {"paradigm": first.paradigms, "field": first.fields, "": {"overall": first.overall}}
+    for title, names in groups.items():
+        if not names:
+            continue
+        rows: list[tuple[str, list[PairAccuracy]]] = []
+        for name in names:
+            columns = [
+                {"overall": each.overall} if not title else each.fields if title == "field" else each.paradigms
+                for each in judged.methods.values()
+            ]
+            rows.append((name, [column[name] for column in columns]))
+        _print_accuracies(console, title, list(judged.methods), rows)
+    print(f"pairs               {judged.pairs:,} of {judged.paradigms} paradigms; overall is the mean over paradigms")
+    if left_out:
+        print(f"left out            {left_out:,} line{'s' * (left_out != 1)} without a minimal pair")
+    if judged.unknown:
+        print(f"unknown             {judged.unknown:,} pairs with different numbers of [UNK], which count as ties")
+    print(f"fewer tokens        {judged.length_accuracy:.1%} (baseline: all tokens are equally probable)")
+
+
+def _print_accuracies(
+    console: Console, title: str, methods: Sequence[str], rows: Sequence[tuple[str, Sequence[PairAccuracy]]]
+) -> None:
+    from rich.table import Table
+
+    from unmask.core.format import bar
+
+    header = [title, *(column for method in methods for column in (method, "95 %")), "pairs", "ties"]
+    lines = [
+        [
+            name,
+            *(
+                text
+                for each in accuracies
+                for text in (f"{each.accuracy:.1%}", f"{each.interval[0]:.0%} to {each.interval[1]:.0%}")
+            ),
+            f"{accuracies[0].pairs:,}",
+            " ".join(f"{each.ties:,}" for each in accuracies),
+        ]
+        for name, accuracies in rows
+    ]
+    if not console.is_terminal:
+        widths = [max(map(len, column)) for column in zip(header, *lines, strict=True)]
+        for line in (header, *lines):
+            print("  ".join(f"{cell:<{width}}" for cell, width in zip(line, widths, strict=True)).rstrip())
+        print()
+        return
+    table = Table(box=None, pad_edge=False)
+    for name in (*header, ""):
+        table.add_column(name)
+    for line, (_, accuracies) in zip(lines, rows, strict=True):
+        last = accuracies[-1]
+        style = "green" if last.interval[0] > 0.5 else "red" if last.interval[1] < 0.5 else "dim"
+        table.add_row(*line, f"[{style}]{bar(last.accuracy, _BAR_WIDTH)}[/{style}]")
+    console.print(table)
+    print()
+
+
+# score --------------------------------------------------------------------------------------------------------------
+
+SCORE_EXAMPLES = """\
+[bold]Examples[/bold]
+
+unmask score runs/notes "The cat sat on the mat."
+unmask score runs/notes "The cat sat." "The cat sit." --by text
+unmask score runs/notes --file sentences.txt --json          one text per line
+unmask score runs/notes --file novel.txt --document file     one text, in windows around each word
+"""
+
+
+def score(
+    model: ModelPath,
+    texts: Annotated[list[str] | None, typer.Argument(metavar="TEXT", help="Texts to score.")] = None,
+    file: Annotated[Path | None, typer.Option(help="File of texts.")] = None,
+    method: Annotated[
+        Literal["original", "within-word"],
+        typer.Option(help="Masks: of a token alone, or also of the later tokens of its word."),
+    ] = "within-word",
+    words: Annotated[
+        Literal["spaces", "characters", "jieba", "sudachi", "tokenizer"] | None,
+        typer.Option(
+            help="What a word is; tokenizer: the units of its pre-tokenizer, as in minicons.",
+            show_default="as in training",
+        ),
+    ] = None,
+    by: Annotated[
+        Literal["text", "word", "token"] | None,
+        typer.Option(help="Units to print; JSON has all of them.", show_default="word, for --file text"),
+    ] = None,
+    document: Annotated[
+        Literal["blank-line", "line", "file"], typer.Option(help="Unit of --file that is one text.")
+    ] = "line",
+    errors: Errors = None,
+    as_json: Json = False,
+) -> None:
+    """Show how probable a model finds texts, their words and their tokens: the pseudo-log-likelihood.
+
+    Each token is masked and predicted from the rest of the text. Surprisal is in bits. With within-word scores,
+    pseudo-perplexity per word and bits per character compare between tokenizers, if nothing is [UNK].
+    """
+    from unmask.evaluation.scoring import score as score_texts
+    from unmask.evaluation.scoring import total
+
+    listed = [*(texts or []), *([] if file is None else _read_texts(file, document, errors))]
+    if not listed:
+        raise RecipeError("no text was given", location="unmask score", hint="give a TEXT, or --file FILE")
+    opened = open_model(model)
+    if opened.card.get("objective") == "causal":
+        print("note: the model is causal; the scores are log-likelihoods from left to right", file=sys.stderr)
+    with open_display(sys.stderr) as display:
+        scores = score_texts(opened, listed, method, words=words, on_progress=delayed_progress(display))
+    if as_json:
+        print_json({"method": method, "texts": [asdict(each) for each in scores], "total": asdict(total(scores))})
+        return
+    unit = by or ("text" if file is not None else "word")
+    for each in scores:
+        _print_score(each, unit)
+    if len(scores) > 1:
+        summed = total(scores)
+        print(f"{summed.texts:,} texts: {_figures(summed)}")
+
+
+def _read_texts(file: Path, document: Literal["blank-line", "line", "file"], errors: Errors) -> list[str]:
+    """Return the documents of a file."""
+    from unmask.cli.options import DataOptions
+    from unmask.data.sources import open_source
+
+    source = open_source([file], DataOptions(errors, document).config())
+    texts: list[str] = []
+    for part in source.parts():
+        chunks = list[str]()
+        for chunk in source.documents(part):
+            chunks.append(chunk.text)
+            if chunk.last:
+                texts.append("".join(chunks))
+                chunks = []
+    return [text for text in texts if text.strip()]
+
+
+def _figures(result: TextScore | ScoreTotal) -> str:
+    unknown = f", {result.unknown_tokens:,} tokens are [UNK]" if result.unknown_tokens else ""
+    return (
+        f"{result.log_probability:,.3f} nats, {result.surprisal:,.2f} bits, "
+        f"{result.bits_per_character:.4f} bits per character, "
+        f"pseudo-perplexity {result.pseudo_perplexity:,.1f} per word "
+        f"({result.num_words:,} words, {result.num_tokens:,} tokens{unknown})"
+    )
+
+
+def _print_score(result: TextScore, unit: Literal["text", "word", "token"]) -> None:
+    """Print a text and the surprisal of its words or tokens: with bars in a terminal."""
+    from rich.cells import cell_len
+    from rich.console import Console
+    from rich.text import Text
+
+    from unmask.core.format import bar, visible
+
+    console = Console(highlight=False, soft_wrap=True)
+    if unit == "text":
+        line = Text(f"{result.log_probability:>12,.3f}  {result.surprisal:>10,.2f}  ")
+        console.print(line.append(visible(result.text), "bold"))
+        return
+    console.print(Text(visible(result.text), "bold"))
+    entries = (
+        [(word.word, word.surprisal) for word in result.words]
+        if unit == "word"
+        else [(token.token, token.surprisal) for word in result.words for token in word.tokens]
+    )
+    shown = [(visible(name), bits) for name, bits in entries]
+    width, most = max(cell_len(name) for name, _ in shown), max((bits or 0.0) for _, bits in shown)
+    for name, bits in shown:
+        line = Text(f"  {name}{' ' * (width - cell_len(name))}  {'[UNK]' if bits is None else f'{bits:.2f}':>7}")
+        if console.is_terminal and bits is not None:
+            line.append("  ").append(bar(bits / max(most, 1e-9), _BAR_WIDTH), _style(bits))
+        console.print(line)
+    print(f"  {_figures(result)}\n")
+
+
+def _style(bits: float) -> str:
+    """Return a color for a surprisal: a word with less than 4 bits is among the 16 likeliest."""
+    return "green" if bits < 4 else "yellow" if bits < 10 else "red"

@@ -1,0 +1,1 @@
+"""Fine-tuning on labeled data: classification and regression of texts, text pairs and tokens."""
