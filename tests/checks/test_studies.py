@@ -18,7 +18,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from unmask.checks.studies import PLOT, RESULT, TABLE, load_study, run_study, shipped_studies
-from unmask.checks.studies.measures import CURVES, MEASURES, task_examples, tokens_until
+from unmask.checks.studies.measures import CURVES, MEASURES, task_examples, tokens_until, with_masks
 from unmask.checks.studies.results import by_variant, compared, judge, summarize, table, write_plot
 from unmask.checks.studies.run import read_text, steps_of_seconds
 from unmask.checks.studies.settings import ExpectedConfig, Study
@@ -26,6 +26,7 @@ from unmask.cli import main
 from unmask.core.config import dump_config
 from unmask.core.distributed import init_distributed
 from unmask.core.errors import ModelError, RecipeError, RunError, TextError
+from unmask.training.display import Display
 
 SMALL = [
     "data.tokenizer.kind=characters", "model.num_hidden_layers=1", "model.hidden_size=16",
@@ -142,12 +143,29 @@ def test_a_study_is_run_stored_and_continued(small: Path, prose: Path, tmp_path:
     assert fewer["runs"] == more["runs"], "runs of further seeds are kept"
 
 
+class Kept(Display):
+    def __init__(self) -> None:
+        self.messages: list[str] = []
+
+    def message(self, message: str) -> None:
+        self.messages.append(message)
+
+
 def test_a_changed_setting_repeats_the_runs(small: Path, prose: Path, tmp_path: Path) -> None:
     first = run_study(load_study(str(small), seeds=1, settings=SMALL), [prose], out=tmp_path / "out")
     changed = load_study(str(small), seeds=1, settings=[*SMALL, "optimizer.lr=1e-9"])
-    second = run_study(changed, [prose], out=tmp_path / "out")
+    display = Kept()
+    second = run_study(changed, [prose], out=tmp_path / "out", display=display)
+    assert any("2 earlier runs have another recipe, text or version" in message for message in display.messages)
     keys = [{run["key"] for run in result["runs"]} for result in (first, second)]
     assert not keys[0] & keys[1] and len(second["runs"]) == 2
+
+
+@pytest.mark.parametrize("quick", [False, True])
+def test_the_budget_of_the_user_replaces_that_of_the_study(small: Path, quick: bool) -> None:
+    study = load_study(str(small), quick=quick, budget="3 steps")
+    recipe = study.recipe(study.config.variant[0], 1)
+    assert str(study.budget) == str(recipe.train.budget) == "3 steps"
 
 
 def test_a_stopped_study_keeps_the_runs_that_are_done(small: Path, prose: Path, tmp_path: Path) -> None:
@@ -257,6 +275,8 @@ def test_a_missing_seed_or_figure_is_not_compared() -> None:
     [
         ({"at_least": 0.4, "at_most": 0.6}, "holds"),
         ({"at_least": 0.6}, "within noise"),  # the mean is 0.5, its noise 0.1
+        ({"at_least": 0.4}, "within noise"),
+        ({"at_least": 0.29}, "holds"),
         ({"at_least": 0.71}, "fails"),
         ({"at_most": 0.29}, "fails"),
     ],
@@ -332,6 +352,15 @@ def test_unseen_text_is_in_no_run(document: str, prose: Path, small: Path) -> No
         assert len(text.train) + len(text.test) == len(documents) and documents[19] in map(str.strip, text.test)
 
 
+def test_masks_hide_words_of_an_example() -> None:
+    rows = [{"text": " ".join(f"w{number}" for number in range(20)), "label": "kept"} for _ in range(200)]
+    masked = with_masks(rows, seed=1)
+    assert masked == with_masks(rows, seed=1) != with_masks(rows, seed=2)
+    words = [one for row in masked for one in zip(row["text"].split(), rows[0]["text"].split(), strict=True)]
+    assert {shown for shown, word in words if shown != word} == {"[MASK]"} and masked[0]["label"] == "kept"
+    assert sum(shown == "[MASK]" for shown, _ in words) / len(words) == pytest.approx(0.15, abs=0.03)
+
+
 @pytest.mark.parametrize("task", ["shift", "next", "order"])
 def test_task_examples_are_balanced_and_true(task: Any, prose: Path) -> None:
     documents = [" ".join(f"w{number}" for number in range(k, k + 100)) for k in range(0, 5000, 100)]
@@ -366,6 +395,7 @@ def test_task_examples_are_balanced_and_true(task: Any, prose: Path) -> None:
         ("at_least = -100.0", "at_least = 2.0\nat_most = 1.0", "invalid bounds"),
         ("at_least = -100.0", "", "invalid bounds"),
         ('budget = "4 steps"', 'budget = "4 texts"', "invalid budget"),
+        ('budget = "4 steps"', 'budget = "0 steps"', "invalid budget: got 0 steps"),
         ("objective.mask_rate=0.8", "objective.mask_rte=0.8", "mask_rte"),
         ('[prompt]\ntext = "the c[MASK]t"\nanswer = "a"\n', "", "needs a prompt"),
     ],

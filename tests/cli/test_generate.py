@@ -86,6 +86,7 @@ def test_new_tokens_are_colored_in_a_terminal(unmask: Command, run: Path) -> Non
         (("--length", "31"), ("31 tokens can't be generated", "context of the model is 32", "reduce --length to 30")),
         (("--length", "0"), "invalid --length: got 0"),
         (("--num", "0"), "invalid --num: got 0"),
+        (("--suffix", "\udcff"), "text is not UTF-8"),
         (("--temperature", "0"), "invalid --temperature: got 0.0, expected a number above 0"),
         (("--temperature", "nan"), "invalid --temperature: got nan"),
         (("--top-p", "0"), "invalid --top-p: got 0.0, expected above 0 and at most 1"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -87,6 +88,7 @@ def test_what_score_refuses(refused: Refused, run: Path, place: Path) -> None:
     refused("score", "run", says="no text was given")
     refused("score", "run", " ", says="the text is blank")
     refused("score", "run", TEXT, "漢字", says=("text 2", "[UNK]"))
+    refused("score", "run", "\udcff", says="not UTF-8")
     refused("score", "run", "--file", "missing.txt", says="missing.txt")
     refused("score", "run", "--file", "blank.txt", says="blank.txt")
     refused("score", "run", "--file", "bytes.txt", says="not UTF-8")
@@ -151,7 +153,10 @@ def test_what_evaluate_refuses(refused: Refused, run: Path, pairs: Path, place: 
     refused("evaluate", "run", "--pairs", "pairs", "--errors", "replace", says="no bytes to replace")
     refused("evaluate", "run", "--pairs", "pairs", "--errors", "skip", "--subset", "0", says="expected at least 1")
     refused("evaluate", "run", "--text", "cat.txt", "--predictions", "p.json", says="add --pairs")
+    refused("evaluate", "run", "--text", "cat.txt", "--subset", "3", says=("--subset 3", "add --pairs"))
     refused("evaluate", "run", "--pairs", "pairs", "--errors", "skip", "--predictions", "run", says="is a directory")
+    os.mkfifo("pipe")
+    refused("evaluate", "run", "--pairs", "pairs", "--errors", "skip", "--predictions", "pipe", says="or a device")
 
 
 def test_malformed_pairs_are_left_out_and_counted(unmask: Command, run: Path, pairs: Path) -> None:

@@ -125,6 +125,13 @@ def test_the_sentence_with_the_higher_score_is_preferred(tokenizer: Tokenizer) -
         assert [each["id"] for each in written] == ["order_0", "order_1", "order_2"]
 
 
+def test_a_sentence_without_a_token_is_not_preferred() -> None:
+    model = model_of(train_tokenizer(LINES * 20, WordPieceConfig(vocab_size=60)))
+    result = judge(model, [MinimalPair("\u200b", "the cat sat", "dropped"), MinimalPair("the", "\u200b", "dropped")])
+    assert result.unknown == 2 and result.length_accuracy == 0.5
+    assert {each.overall.accuracy for each in result.methods.values()} == {0.5}
+
+
 @given(st.permutations(range(len(PAIRS))), st.booleans())
 def test_swapping_the_sentences_mirrors_the_accuracy(order: list[int], swap: bool) -> None:
     tokenizer = train_tokenizer(LINES * 20, CharacterConfig(min_frequency=1))
@@ -197,6 +204,7 @@ MALFORMED = {
     "not a text": ("jsonl", '{"sentence_good": "A.", "sentence_bad": 3}', "got 3, expected a sentence"),
     "blank": ("jsonl", '{"sentence_good": " ", "sentence_bad": "A."}', "expected a sentence"),
     "not JSON": ("jsonl", "A.\tB.", "not JSON"),
+    "surrogate": ("jsonl", '{"sentence_good": "A.", "sentence_bad": "\\ud800"}', "invalid character"),
     "a list": ("jsonl", '["A.", "B."]', "not a JSON object"),
     "deep": ("jsonl", "[" * 100_000, "not JSON"),
     "three columns": ("tsv", "A.\tB.\tC.", "3 columns"),

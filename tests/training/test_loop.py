@@ -92,8 +92,8 @@ def after_three_steps(
     encoder, head = build_model(shape, VOCABULARY)
     if compiled:
         encoder.compile_blocks()
-    objective = MaskedLMObjective(MaskedLMConfig(mask_rate=0.2), 4, np.arange(5, VOCABULARY))
-    if kind == "pairs":
+    objective = masks = MaskedLMObjective(MaskedLMConfig(mask_rate=0.2), 4, np.arange(5, VOCABULARY))
+    if kind in ("pairs", "stages"):
         objective = BertPretrainingObjective(BertPretrainingConfig(), objective, build_pair(shape))
     elif kind == "rtd":
         modules = build_electra(shape, VOCABULARY, 0.5, 1.0)
@@ -104,11 +104,14 @@ def after_three_steps(
     # AdamW divides by the root of the second moments: where they are tiny, rounding would become a full step. With a
     # large eps the differences of the weights are those of the gradients.
     optimizer = Optimizer(module, OptimizerConfig(kind="adam", lr=1e-3, eps=1e-2), bf16=False)
-    loader = RandomLoader(micro_tokens, texts, pairs=kind == "pairs")
-    plan = Plan((StagePlan(90, TOKENS, 0, 3, 0.0),))
+    loader = RandomLoader(micro_tokens, texts, pairs=kind in ("pairs", "stages"))
+    plan, objectives = Plan((StagePlan(90, TOKENS, 0, 3, 0.0),)), [objective]
+    if kind == "stages":  # the second of three steps trains the pair head
+        plan = Plan(tuple(StagePlan(90, TOKENS, step, 1, 0.0) for step in range(3)))
+        objectives = [masks, objective, masks]
     state = TrainState()
     train(
-        TrainLoopInputs(module, [objective], [loader], optimizer, lambda p, s: 1.0, context, seed=5),
+        TrainLoopInputs(module, objectives, [loader] * len(objectives), optimizer, lambda p, s: 1.0, context, seed=5),
         plan,
         state,
         prefetch=prefetch,
@@ -186,10 +189,11 @@ def test_two_ranks_are_one_step(whole, tmp_path: Path) -> None:
     [
         ("pairs", {"parts.pooler.weight", "parts.classifier.weight"}),
         ("rtd", {"parts.generator.projection.weight", "parts.discriminator.classifier.weight"}),
+        ("stages", {"parts.pooler.weight"}),
     ],
 )
 def test_two_loss_terms_are_one_step(kind: str, weights: set[str], tmp_path: Path) -> None:
-    """Two loss terms, each with its own count: in micro-batches and on two ranks."""
+    """Two loss terms, each with its own count, or only in one stage: in micro-batches and on two ranks."""
     whole, state, _ = after_three_steps(10**6, init_distributed("float32", 1), kind=kind)
     assert weights <= whole.keys()
     split, other, _ = after_three_steps(200, init_distributed("float32", 1), kind=kind)

@@ -15,6 +15,7 @@ import unmask
 from unmask.core.errors import ModelError, RecipeError, Stopped
 from unmask.training.display import Display
 from unmask.training.pretrain import launch, resume
+from unmask.training.runs import read_run
 
 SMALL = [
     "data.tokenizer.kind=characters", "model.num_hidden_layers=2", "model.hidden_size=32",
@@ -68,9 +69,15 @@ class StopsAt(Display):
 
 
 @pytest.mark.parametrize(
-    "kinds", [("causal", "mlm"), ("mntp", "mlm"), ("diffusion",), ("adaptive",), ("causal", "adaptive")], ids="-".join
+    ("kinds", "stop"),
+    [
+        (("causal", "mlm"), 5),  # the second stage begins after step 6
+        (("mntp", "mlm"), 6),
+        (("diffusion",), 7),
+        (("adaptive",), 5),  # in an interval of two steps
+        (("causal", "adaptive"), 8),
+    ],
 )
-@pytest.mark.parametrize("stop", [5, 7])
 def test_a_stopped_and_resumed_run_is_bit_identical(
     kinds: tuple[str, ...], stop: int, prose: Path, tmp_path: Path
 ) -> None:
@@ -101,6 +108,11 @@ def test_a_model_says_what_it_was_trained_on_last(prose: Path, tmp_path: Path) -
         assert 'only="encoder"' in str(error.value) and not (tmp_path / "out").exists()
     unmask.export(run / "latest", tmp_path / "out")
     unmask.export(sorted(run.glob("step-*"))[0], tmp_path / "encoder", only="encoder")
+    card = (tmp_path / "encoder" / "README.md").read_text()
+    assert "pretrained by causal language modeling" in card and "- causal-language-modeling" in card
+    assert "15 % of the tokens" not in card and f"{causal['objective']['loss']:.4f}" in card  # type: ignore[index]
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "pretrained by masked-language modeling" in card and "| objective of stage 0 | kind causal" in card
 
 
 def test_a_run_that_ends_causal_is_validated_by_its_own_loss(prose: Path, tmp_path: Path) -> None:
@@ -134,3 +146,34 @@ def test_two_objectives_with_a_state_are_refused(prose: Path, tmp_path: Path) ->
 def test_mntp_needs_a_token_before_the_text(prose: Path, tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match=r"\[CLS\]"):
         launch([prose], recipe="seed", out=tmp_path / "run", settings=["objective={kind = 'mntp'}"])
+
+
+def test_best_model_and_patience_are_those_of_one_objective(prose: Path, tmp_path: Path) -> None:
+    """The masked loss of a causal stage neither stops the run nor chooses its best model."""
+    run = tmp_path / "run"
+    rates = ["optimizer.lr=1e-9", "optimizer.muon_lr=1e-9"]  # the first validation is about as good as the others
+    patience = ["train.early_stopping_patience=1", "train.every.validate=1 steps"]
+    launch([prose], recipe="tiny", out=run, settings=[*SMALL, *rates, *patience, stages("causal", "mlm")])
+    assert len(validations(run)) > 6, "the causal stage of 6 steps is complete"
+    best = unmask.load(run / "best").card
+    assert best["objective"] == "mlm" and best["step"] > 6
+    assert read_run(run).best_step == best["step"]
+
+
+def test_a_causal_stage_without_a_token_before_the_text_is_validated(tmp_path: Path) -> None:
+    """All documents of a validation text have one letter: the first token of a batch is masked."""
+    text, one, pairs = tmp_path / "letters.txt", tmp_path / "one.txt", tmp_path / "pairs.tsv"
+    letters = "abcdefghijklmnopqrstuvwxyz"
+    text.write_text("\n".join(letters[n:] + letters[:n] for n in range(26)) + "\n")
+    one.write_text("\n".join(letters) + "\n")
+    pairs.write_text("a b\tb a\n")
+    settings = [
+        *SMALL[6:], "data.document=line", "data.held_out={method = 'hash', fraction = '20%'}",
+        f"data.valid.one={one}", "model.num_hidden_layers=1",
+        "model.hidden_size=32", "model.num_attention_heads=2", "model.intermediate_size=48", stages("causal", "mlm"),
+    ]  # fmt: skip
+    launch([text], recipe="seed", out=tmp_path / "run", settings=settings)
+    assert all(isinstance(validation["loss"], float) for validation in validations(tmp_path / "run"))
+    with pytest.raises(RecipeError, match=r"minimal pairs need a token such as \[CLS\]"):
+        launch([text], recipe="seed", out=tmp_path / "other", settings=[*settings, f"train.evaluate.pairs={pairs}"])
+    assert not (tmp_path / "other").exists()

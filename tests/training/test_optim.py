@@ -284,6 +284,23 @@ def test_clipping_limits_the_common_norm():
     assert all(parameter.grad is None for parameter in module.parameters())
 
 
+def test_a_parameter_without_a_gradient_stays_as_it_is():
+    """A stage may not train all parameters: momentum and weight decay must not move the others."""
+    module = build_module()
+    optimizer = Optimizer(module, OptimizerConfig(weight_decay=0.1))
+    give_gradients(module, 0)
+    optimizer.step(1.0)
+    before, state = weights(module), {name: t.clone() for name, t in optimizer.state_tensors().items()}
+    give_gradients(module, 1)
+    untrained = {name for name, _ in module.named_parameters() if name.startswith(("head.", "encoder.blocks.0."))}
+    for name, parameter in module.named_parameters():
+        parameter.grad = None if name in untrained else parameter.grad
+    optimizer.step(1.0)
+    assert {name for name, tensor in weights(module).items() if torch.equal(tensor, before[name])} == untrained
+    unchanged = {name for name, tensor in optimizer.state_tensors().items() if torch.equal(tensor, state[name])}
+    assert unchanged == {name for name in state if name.rpartition(".")[0] in untrained}
+
+
 @pytest.mark.parametrize(
     "wrong",
     [

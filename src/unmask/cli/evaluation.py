@@ -17,6 +17,7 @@ from unmask.cli.options import (
     Field,
     Json,
     ModelPath,
+    check_utf8,
     delayed_progress,
     open_display,
     open_model,
@@ -101,7 +102,7 @@ def evaluate(
     from unmask.evaluation.details import evaluate_details
     from unmask.evaluation.validation import evaluate_text
 
-    _check_inputs(texts, pairs, predictions, details=details)
+    _check_inputs(texts, pairs, predictions, subset, details=details)
     found = None if pairs is None else _read_pairs(pairs, subset, errors)
     opened = open_model(model)
     result = None
@@ -115,15 +116,10 @@ def evaluate(
             field=field,
             max_size=max_size,
         )
+        _warn_unknown(result.unknown_character_share)
     judged = None if found is None else _evaluate_pairs(opened, found, method)
     if judged is not None and predictions is not None:
         _write_predictions(predictions, judged)
-    if result is not None and result.unknown_character_share > _HIGH_UNKNOWN:
-        print_error(
-            "warning:",
-            f"the tokenizer can't spell {result.unknown_character_share:.1%} of the characters; the results are about "
-            "the others",
-        )
     if as_json:
         tree: dict[str, Any] = {} if result is None else asdict(result)
         if found is not None and judged is not None:
@@ -136,21 +132,32 @@ def evaluate(
         _print_pairs_result(judged, found.left_out)
 
 
-def _check_inputs(texts: Sequence[Path] | None, pairs: Path | None, predictions: Path | None, *, details: bool) -> None:
+def _warn_unknown(share: float) -> None:
+    if share > _HIGH_UNKNOWN:
+        about_others = "the results are about the others"
+        print_error("warning:", f"the tokenizer can't spell {share:.1%} of the characters; {about_others}")
+
+
+def _check_inputs(
+    texts: Sequence[Path] | None, pairs: Path | None, predictions: Path | None, subset: int | None, *, details: bool
+) -> None:
     if not texts and pairs is None:
         raise RecipeError(
             "there is nothing to evaluate on", location="unmask evaluate", hint="give --text FILE, --pairs PATH or both"
         )
     if details and not texts:
         raise RecipeError("--details are those of a text", location="--details", hint="add --text FILE")
-    if predictions is not None and pairs is None:
-        raise RecipeError(
-            "--predictions are those of minimal pairs", location=f"--predictions {predictions}", hint="add --pairs PATH"
-        )
+    for option, value in (("--predictions", predictions), ("--subset", subset)):
+        if value is not None and pairs is None:
+            raise RecipeError(
+                f"{option} is an option of minimal pairs", location=f"{option} {value}", hint="add --pairs PATH"
+            )
     if predictions is not None:
-        if predictions.is_dir():
+        if predictions.exists() and not predictions.is_file():  # a device would be replaced by a file
             raise StoreError(
-                "the path is a directory", location=f"--predictions {predictions}", hint="name a file to write"
+                "the path is a directory or a device",
+                location=f"--predictions {predictions}",
+                hint="name a file to write",
             )
         check_writable(predictions.absolute().parent)
 
@@ -217,7 +224,9 @@ def _print_pairs_result(judged: MinimalPairsResult, left_out: int) -> None:
     if left_out:
         print(f"left out            {left_out:,} line{'s' * (left_out != 1)} without a minimal pair")
     if judged.unknown:
-        print(f"unknown             {judged.unknown:,} pairs with different numbers of [UNK], which count as ties")
+        print(
+            f"unknown             {judged.unknown:,} pairs that can't be compared (by [UNK], or without a token): ties"
+        )
     print(f"fewer tokens        {judged.length_accuracy:.1%} (baseline: all tokens are equally probable)")
 
 
@@ -304,7 +313,7 @@ def score(
     from unmask.evaluation.scoring import score as score_texts
     from unmask.evaluation.scoring import total
 
-    listed = [*(texts or []), *([] if file is None else _read_texts(file, document, errors))]
+    listed = [*map(check_utf8, texts or []), *([] if file is None else _read_texts(file, document, errors))]
     if not listed:
         raise RecipeError("no text was given", location="unmask score", hint="give a TEXT, or --file FILE")
     opened = open_model(model)

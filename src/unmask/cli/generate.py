@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from unmask.cli.options import Json, ModelPath, delayed_progress, open_display, open_model, print_json
+from unmask.cli.options import Json, ModelPath, check_utf8, delayed_progress, open_display, open_model, print_json
 
 if TYPE_CHECKING:
     from unmask.models.generate import Generation
@@ -75,8 +75,8 @@ def generate_text(
     with open_display(sys.stderr) as display:
         generations = generate(
             loaded,
-            prefix,
-            suffix,
+            check_utf8(prefix),
+            check_utf8(suffix),
             length=length,
             num=num,
             seed=seed,

@@ -5,7 +5,6 @@ from __future__ import annotations
 import codecs
 import contextlib
 import itertools
-import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -22,6 +21,7 @@ from unmask.cli.options import (
     JsonList,
     ModelPath,
     OutputPath,
+    check_utf8,
     delayed_progress,
     open_display,
     open_model,
@@ -91,7 +91,7 @@ def fill(
     Every text and every line gets one answer, in order. A text that can't be filled gets an error instead, and the
     exit code is 2 at the end. A blank line gets an empty answer.
     """
-    given = [_Prompt(_check_utf8(text)) for text in texts or [] if text != "-"]
+    given = [_Prompt(check_utf8(text)) for text in texts or [] if text != "-"]
     read_input = (not texts and file is None) or "-" in (texts or [])
     with contextlib.ExitStack() as stack:
         opened = stack.enter_context(_open(file)) if file is not None else None
@@ -286,21 +286,6 @@ def _prompt(line: bytes, source: str, number: int) -> _Prompt:
         where = f"{location}, byte {error.start}"
         problem = TextError("text is not UTF-8", location=where, hint="convert it: iconv -t UTF-8")
         return _Prompt(data.decode("utf-8", errors="replace"), location, problem)
-
-
-def _check_utf8(text: str) -> str:
-    """Return a command-line argument that is valid UTF-8, also in a locale whose encoding is not UTF-8.
-
-    Python decodes bytes that don't fit the locale to lone surrogates.
-    """
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError:
-        try:
-            return os.fsencode(text).decode("utf-8")
-        except UnicodeDecodeError as error:
-            raise TextError("text is not UTF-8", location=ascii(text[:60]), hint="encode the text as UTF-8") from error
-    return text
 
 
 def _print_result(result: FillMaskResult | JointFillResult) -> None:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TextIO, cast
 import typer
 
 from unmask.core.config import Override
-from unmask.core.errors import TokenizerError
+from unmask.core.errors import TextError, TokenizerError
 from unmask.core.files import RunLayout
 
 if TYPE_CHECKING:
@@ -163,6 +163,24 @@ def open_tokenizer(path: Path) -> Tokenizer:
     from unmask.tokenization.tokenizer import Tokenizer
 
     return Tokenizer.load(find_tokenizer(path))
+
+
+# Text ----------------------------------------------------------------------------------------------------------------
+
+
+def check_utf8(text: str) -> str:
+    """Return a command-line argument that is valid UTF-8, also in a locale whose encoding is not UTF-8.
+
+    Python decodes bytes that don't fit the locale to lone surrogates.
+    """
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        try:
+            return os.fsencode(text).decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise TextError("text is not UTF-8", location=ascii(text[:60]), hint="encode the text as UTF-8") from error
+    return text
 
 
 # Output -------------------------------------------------------------------------------------------------------------

@@ -62,18 +62,23 @@ class DistributedContext:
         return tensors
 
     def sum_gradients(self, module: nn.Module) -> None:
-        """Sum the gradients over all ranks; every rank has already divided by the counts of all ranks."""
+        """Sum the gradients over all ranks; every rank has already divided by the counts of all ranks.
+
+        A parameter that has a gradient on no rank, because the objective of a stage doesn't train it, gets none.
+        """
         if self.ranks == 1:
             return
-        gradients: list[Tensor] = []
-        for parameter in module.parameters():
-            if parameter.grad is None:  # every rank must reduce the same tensors
-                parameter.grad = torch.zeros_like(parameter)
-            gradients.append(parameter.grad)
-        flat_N = torch.cat([gradient.reshape(-1) for gradient in gradients])
+        parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
+        is_missing = [parameter.grad is None for parameter in parameters]
+        # Every rank must reduce the same tensors. The last one counts the ranks that have a gradient.
+        gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+        ranks_P = torch.tensor([not missing for missing in is_missing]).to(gradients[0])
+        flat_N = torch.cat([*(gradient.reshape(-1) for gradient in gradients), ranks_P])
         distributed.all_reduce(flat_N)
-        for gradient, summed in zip(gradients, flat_N.split([g.numel() for g in gradients]), strict=True):
-            gradient.copy_(summed.view_as(gradient))
+        *summed, ranks_P = flat_N.split([*(gradient.numel() for gradient in gradients), len(parameters)])
+        ranks = ranks_P.tolist() if any(is_missing) else [1.0] * len(parameters)  # reading them waits for a GPU
+        for parameter, gradient, total, count in zip(parameters, gradients, summed, ranks, strict=True):
+            parameter.grad = gradient.copy_(total.view_as(gradient)) if count else None
 
     def barrier(self) -> None:
         """Wait for all ranks."""

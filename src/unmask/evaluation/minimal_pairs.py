@@ -58,7 +58,8 @@ class PairScores:
     pair: MinimalPair
     good: float
     bad: float
-    is_unknown: bool = False  # whether the sentences have different numbers of [UNK], so that they can't be compared
+    # whether they can't be compared: they have different numbers of [UNK], or one has no token to score
+    is_unknown: bool = False
 
     @property
     def difference(self) -> float:
@@ -83,7 +84,7 @@ class MinimalPairsResult:
 
     pairs: int
     paradigms: int
-    unknown: int  # pairs whose members have different numbers of [UNK]: they can't be compared and count as ties
+    unknown: int  # pairs that can't be compared, as in `PairScores.is_unknown`; they count as ties
     length_accuracy: float  # accuracy of a model for which all tokens are equally probable: fewer tokens win
     methods: Mapping[Method, MethodResult]
 
@@ -250,6 +251,10 @@ def _parse_json(line: str, stem: str, location: str) -> MinimalPair:
             raise TextError(
                 f"invalid {key}: got {fields[key]!r:.60}, expected a sentence", location=location, hint="write a text"
             )
+    try:
+        "".join(value for value in fields.values() if isinstance(value, str)).encode()
+    except UnicodeEncodeError as error:
+        raise TextError(f"invalid character: {error}", location=location, hint="correct it") from error
     paradigm, name = fields.get("UID"), fields.get("field")
     return MinimalPair(
         fields[_GOOD],
@@ -308,7 +313,8 @@ def evaluate_minimal_pairs(
     tokens = np.array([int(each.is_scored.sum()) for each in encoded])
     good = np.array([number_of[pair.good] for pair in pairs])
     bad = np.array([number_of[pair.bad] for pair in pairs])
-    is_unknown = (unknown[good] != unknown[bad]).tolist()
+    # A sentence without a token, of characters that the tokenizer drops, would win with a probability of 1.
+    is_unknown = ((unknown[good] != unknown[bad]) | ((tokens[good] == 0) != (tokens[bad] == 0))).tolist()
 
     def result_of(nats: NDArray[np.float64]) -> MethodResult:
         columns = zip(pairs, nats[good].tolist(), nats[bad].tolist(), is_unknown, strict=True)

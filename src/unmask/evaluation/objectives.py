@@ -83,7 +83,7 @@ def own_result(eval_set: EvalSet, metrics: Mapping[str, float]) -> EvalResult:
     """
     return EvalResult(
         loss=metrics["loss"],
-        accuracy=metrics["accuracy"],
+        accuracy=metrics.get("accuracy", math.nan),
         bits_per_character=metrics["loss"] * eval_set.tokens / eval_set.characters / math.log(2),
         unigram_loss=eval_set.unigram_loss,
         masked_tokens=eval_set.masked_tokens,

@@ -141,7 +141,9 @@ def score(
     for number, (text, each) in enumerate(zip(listed, encoded, strict=True)):
         if not text.strip() or not each.is_scored.any():
             raise TextError(
-                "the text is blank" if not text.strip() else "no token of the text can be scored: all of it is [UNK]",
+                "the text is blank"
+                if not text.strip()
+                else "no token of the text can be scored: all of it is [UNK], or dropped by the tokenizer",
                 location=f"text {number + 1}: {text[:60]!r}" if len(listed) > 1 else repr(text[:60]),
                 hint="give text that the tokenizer can encode",
             )

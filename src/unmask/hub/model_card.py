@@ -25,6 +25,13 @@ _METRICS: Final = {
     "bits_per_character": "bits per character (comparable within one tokenizer only)",
     "unknown_share": "share of unknown tokens",
 }
+_OBJECTIVES: Final = {  # those that are not masked-language modeling
+    "rtd": "replaced token detection (ELECTRA)",
+    "causal": "causal language modeling",
+    "mntp": "masked next token prediction and causal language modeling (GPT-BERT)",
+    "diffusion": "masked diffusion",
+}
+_TAGS: Final = {"rtd": "replaced-token-detection", "causal": "causal-language-modeling"}
 _TEXT_FACTS: Final = {"train_documents": "documents", "train_characters": "characters", "train_tokens": "tokens"}
 
 
@@ -69,12 +76,16 @@ def _front_matter(model: Model, architecture: str) -> str:
     lines = ["---", "library_name: transformers", f"pipeline_tag: {task}"]
     if task == "fill-mask":
         lines.append(f"mask_token: {json.dumps(_mask_token(model))}")
-    tag = "replaced-token-detection" if _detects_replaced(model) else "masked-language-modeling"
+    tag = _TAGS.get(_objective(model), "masked-language-modeling")
     return "\n".join([*lines, "tags:", f"- {tag}", "- unmask", "---"])
 
 
+def _objective(model: Model) -> str:
+    return model.card.get("objective", "mlm")
+
+
 def _detects_replaced(model: Model) -> bool:
-    return model.card.get("objective") == "rtd"
+    return _objective(model) == "rtd"
 
 
 def _mask_token(model: Model) -> str:
@@ -94,7 +105,9 @@ def _description(model: Model, architecture: str) -> str:
         "context": f"{model.context:,} tokens",
         "vocabulary": f"{model.tokenizer.size:,} tokens",
     }
-    objective = "replaced token detection (ELECTRA)" if _detects_replaced(model) else "masked-language modeling"
+    objective = _OBJECTIVES.get(_objective(model), "masked-language modeling")
+    if _objective(model) == "causal":
+        facts["attention"] = f"causal in training; `{architecture}` attends to both sides"
     return f"An encoder pretrained by {objective} with `unmask`.\n\n" + _table(facts)
 
 
@@ -141,8 +154,13 @@ def _training(model: Model, recipe: Table, environment: Table) -> dict[str, str]
             facts[f"training text, {unit}"] = f"{text_facts[key]:,}"
     if recipe:
         facts["budget"] = str(recipe.get("train", {}).get("budget", "unknown"))
-        settings = recipe.get("objective", {}).items()
-        facts["objective"] = ", ".join(f"{key} {value}" for key, value in settings if not isinstance(value, dict))
+        stages = [stage.get("objective") or recipe.get("objective", {}) for stage in recipe.get("stage", [{}])]
+        for number, settings in enumerate(stages):
+            described = ", ".join(f"{key} {value}" for key, value in settings.items() if not isinstance(value, dict))
+            if all(settings == stages[0] for settings in stages):
+                facts["objective"] = described
+            else:
+                facts[f"objective of stage {number}"] = described
     if "step" in card and "tokens" in card:
         facts["trained for"] = f"{card['step']:,} steps, {card['tokens']:,} tokens"
     return facts or {"origin": "unknown: the folder contains no facts about a run"}
@@ -159,8 +177,11 @@ def _evaluation(model: Model) -> str:
     }
     if not facts:
         return "None: the folder contains no validation results."
+    own: Table = validation.get("objective") or {}
+    if _objective(model) == "causal":
+        facts = {"loss (nats per token)": f"{own['loss']:.4f}", "accuracy": f"{own['accuracy']:.4f}"} if own else {}
+        return "On held-out text. Each token is predicted from the tokens before it.\n\n" + _table(facts)
     if _detects_replaced(model):
-        own: Table = validation.get("objective") or {}
         facts |= {key.replace("_", " "): f"{value:.4f}" for key, value in own.items() if key.startswith("rtd_")}
         return "On held-out text. Loss and accuracy of masked tokens are those of the generator.\n\n" + _table(facts)
     return "On held-out text, with 15 % of the tokens masked.\n\n" + _table(facts)

@@ -190,14 +190,19 @@ class RunCallbacks:
 
     def validate(self, state: TrainState) -> None:
         """Validates the model and saves it if it is the best so far."""
-        module = self._training.eval_module
-        result = self.last_validation = validate(self._components, module, self._run.plan.stage_at(state.step - 1))
+        module, stage = self._training.eval_module, self._stage(state.step)
+        result = self.last_validation = validate(self._components, module, stage)
         measured = plain(asdict(result))
         state.validation = {"step": state.step, **measured}
+        objectives = self._training.objectives
+        if state.best and objectives[self._stage(state.best["step"])] is not objectives[stage]:
+            state.best = None  # another objective's model may predict nothing that this one is trained for
         improved = state.record_validation(result.loss)
+        if objectives[stage] is not objectives[-1]:
+            state.without_gain = 0  # the run must not stop before the objective that the loss is about
         self._write(state.step, {"tokens": state.tokens, **_clock(state), "validation": measured})
         if self._context.is_main_process:
-            own = validates(self._training.objectives[self._run.plan.stage_at(state.step - 1)]) == "own"
+            own = validates(objectives[stage]) == "own"
             predictions = [] if own else self._preview.predict(module.encoder, module.head, self._context)
             self._display.validated(state.step, result, predictions)
             if improved and self._run.recipe.train.keep_best:
@@ -240,8 +245,12 @@ class RunCallbacks:
         self._context.barrier()
 
     def _as_model(self, state: TrainState) -> Model:
-        stage = self._run.plan.stage_at(max(state.step - 1, 0))
-        return as_model(self._run.recipe, self._components, self._training.eval_module, state, stage=stage)
+        module = self._training.eval_module
+        return as_model(self._run.recipe, self._components, module, state, stage=self._stage(state.step))
+
+    def _stage(self, step: int) -> int:
+        """Returns the number of the stage that the last of `step` steps belongs to."""
+        return self._run.plan.stage_at(max(step - 1, 0))
 
     def save_once(self, state: TrainState) -> None:
         """Saves a checkpoint unless this step was saved already."""

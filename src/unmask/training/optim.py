@@ -170,16 +170,23 @@ class Muon:
 
     @torch.no_grad()
     def step(self, lr_factor: float) -> None:
-        """Updates the matrices with the learning rate muon_lr * lr_factor. A missing gradient counts as zero."""
+        """Updates the matrices that have a gradient with the learning rate muon_lr * lr_factor."""
         config = self._config
         lr = config.muon_lr * lr_factor
         for key, stack in self._stacks.items():
             _, columns, rows = key
-            parameters = list(stack.values())
-            grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+            # Without a gradient, the momentum alone would move a matrix: orthogonalized, it never becomes small.
+            trained = [(n, p, p.grad) for n, p in enumerate(stack.values()) if p.grad is not None]
+            if not trained:
+                continue
+            numbers, parameters, grads = zip(*trained, strict=True)
             gradient_NRC = torch.stack(grads).float()
             momentum_NRC = self._momentum[key]
+            if len(numbers) < len(stack):
+                momentum_NRC = momentum_NRC[list(numbers)]  # a copy
             momentum_NRC.lerp_(gradient_NRC, 1 - config.momentum)
+            if len(numbers) < len(stack):
+                self._momentum[key][list(numbers)] = momentum_NRC
             nesterov_NRC = gradient_NRC.lerp_(momentum_NRC, config.momentum)
             update_NRC = orthogonalize(nesterov_NRC.view(-1, rows, columns), bf16=self._bf16).view_as(nesterov_NRC)
             for parameter, update_RC in zip(parameters, update_NRC, strict=True):

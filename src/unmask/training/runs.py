@@ -9,6 +9,7 @@ import tempfile
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import accumulate, takewhile
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -198,7 +199,10 @@ def _read_run(run: Path, modified: float) -> RunSummary:
     lines = list(read_log(run / RunLayout.LOG))
     last_line: Mapping[str, Any] = lines[-1] if lines else {}
     validations = [line for line in lines if "validation" in line]
-    losses = [(_number(line["validation"].get("loss")), int(line["step"])) for line in validations]
+    # The losses of different objectives can't be compared: the best model is one of the last objective.
+    last_objective = _objective_at(tree, int(validations[-1]["step"])) if validations else None
+    comparable = takewhile(lambda line: _objective_at(tree, int(line["step"])) == last_objective, reversed(validations))
+    losses = [(_number(line["validation"].get("loss")), int(line["step"])) for line in comparable]
     finite_losses = [(loss, step) for loss, step in losses if loss is not None]
     last: Mapping[str, Any] = validations[-1]["validation"] if validations else {}
     steps = sum(int(stage["steps"]) for stage in plan["stages"]) if plan else None
@@ -226,6 +230,14 @@ def _read_run(run: Path, modified: float) -> RunSummary:
         modified=modified,
         settings={"text": names, **settings, **machine},
     )
+
+
+def _objective_at(tree: Mapping[str, Any], step: int) -> Any:
+    """Returns the settings of the objective that the last of `step` steps trained."""
+    ends = accumulate(int(stage["steps"]) for stage in tree.get("plan", {}).get("stages", []))
+    number = next((number for number, end in enumerate(ends) if step <= end), -1)
+    stages = tree.get("stage", [])
+    return (stages[number].get("objective") if stages else None) or tree.get("objective")
 
 
 def _state(run: Path, last_line: Mapping[str, Any], step: int, steps: int | None) -> State:

@@ -208,9 +208,17 @@ def build_components(
         TextError: the text is shorter than one sequence or has too few sentence pairs, or a validation text can't be
             used.
         TokenizerError: the tokenizer lacks the special tokens that sentence pairs need.
+        RecipeError: an objective doesn't fit the model, the tokenizer, the other objectives or minimal pairs.
     """
     _require_one_sequence(corpus, source, recipe)
     module, objectives = build_train_module(recipe, corpus, context, warm_start)
+    if recipe.train.evaluate.pairs and any(map(label_offset, objectives)) and not corpus.tokenizer.frame.before:
+        raise RecipeError(
+            "minimal pairs need a token such as [CLS] before a text to score its first word in a stage that predicts "
+            "the next token, and the tokenizer puts none there",
+            location="train.evaluate.pairs",
+            hint="remove train.evaluate, use another tokenizer, or train with objective.kind=mlm",
+        )
     pairs = pair_sampling(recipe, objectives)
     kinds: list[PairKind] = [each.kind for each in pairs if each]
     for kind in dict.fromkeys(kinds):
@@ -445,7 +453,9 @@ def require_corpus_of_pairs(corpus: TokenizedCorpus, source: BaseSource, kind: P
 
 def validate(components: RunComponents, module: TrainModule, stage: int) -> Validation:
     """Evaluates a module on all validation sets of the run."""
-    module.encoder.label_offset = label_offset(components.training.objectives[stage])
+    offset = label_offset(components.training.objectives[stage])
+    # A tokenizer may put no token before a text. Then no hidden state comes before the first token.
+    module.encoder.label_offset = offset if components.corpus.tokenizer.frame.before else 0
     return components.validator.validate(module.encoder, module.head, stage, module.parts)
 
 

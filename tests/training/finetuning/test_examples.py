@@ -146,6 +146,7 @@ def examples(*labels: str) -> list[Example]:
 def test_labels_are_sorted_and_whole_numbers_by_value() -> None:
     assert labels_of(examples("10", "9", "-1", "9"), {}) == ("-1", "9", "10")
     assert labels_of(examples("pos", "neg", "10"), {}) == ("10", "neg", "pos")
+    assert labels_of(examples("1", "01", "0", "-0", "001"), {}) == ("-0", "0", "001", "01", "1")
 
 
 def test_one_label_and_an_unseen_label_are_errors() -> None:
@@ -158,7 +159,7 @@ def test_one_label_and_an_unseen_label_are_errors() -> None:
         labels_of(examples(*map(str, range(1001))), {})
 
 
-@pytest.mark.parametrize("label", ["a", "nan", "inf", ""])
+@pytest.mark.parametrize("label", ["a", "nan", "inf", "", "1e31", "-1e300"])
 def test_numbers_are_finite(label: str) -> None:
     with pytest.raises(TextError, match="is not a number"):
         numbers_of(examples("1", label), is_train=True)
@@ -168,6 +169,17 @@ def test_equal_numbers_are_an_error_in_training_only() -> None:
     assert numbers_of(examples("1.5", "1.5"), is_train=False) == [1.5, 1.5]
     with pytest.raises(TextError, match=r"same label: 1\.5"):
         numbers_of(examples("1.5", "1.5"), is_train=True)
+    with pytest.raises(TextError, match=r"same label: 1\.67772e\+07"):
+        numbers_of(examples("16777216", "16777217"), is_train=True)
+
+
+@pytest.mark.parametrize("field", ["text", "label"])
+def test_half_of_a_surrogate_pair_is_an_error(field: str, tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text(json.dumps({"text": "a", "label": "b"} | {field: "\ud800"}) + "\n")
+    with pytest.raises(TextError, match=f"`{field}` contains an invalid character") as caught:
+        read_examples(path, "classify", FieldsConfig())
+    assert caught.value.location == f"{path}, line 1" and caught.value.hint
 
 
 def test_texts_that_occur_in_training_are_noted() -> None:

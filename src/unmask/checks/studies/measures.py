@@ -16,6 +16,8 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, Final, Literal
 
+import numpy as np
+
 from unmask.core import rng
 from unmask.core.config import require
 from unmask.core.distributed import DistributedContext
@@ -24,7 +26,7 @@ from unmask.core.files import write_text
 from unmask.core.types import MaskedBatch
 from unmask.evaluation.masked_lm import EvalSet, evaluate
 from unmask.evaluation.validation import read_eval_text
-from unmask.models.fill_mask import fill
+from unmask.models.fill_mask import MASK, fill
 from unmask.models.model import Model, load, require_masked_lm
 from unmask.training.finetuning.api import finetune
 
@@ -35,6 +37,7 @@ _WORDS: Final = 12  # of a text of a task
 _FEWEST: Final = 20  # examples of a task
 _BELOW_UNIGRAM: Final = 0.1  # nats; a loss that much below the unigram line has left the plateau
 _LARGEST_TOP: Final = 1000
+_MASKED: Final = 0.15  # of the words of a task that shows [MASK]
 
 
 @dataclass(frozen=True)
@@ -243,7 +246,18 @@ def _spans(documents: Sequence[str]) -> Iterator[tuple[list[str], list[str]]]:
         yield from zip(spans, [*spans[1:], []], strict=True)
 
 
-def _fine_tuned(task: Task) -> Callable[[FinishedRun], float]:
+def with_masks(rows: Sequence[Mapping[str, str]], seed: int) -> list[dict[str, str]]:
+    """Return examples whose texts show [MASK] in place of 15 % of the words, so that fine-tuning sees it too."""
+    changed: list[dict[str, str]] = []
+    for number, row in enumerate(rows):
+        words = row["text"].split(" ")
+        draws = rng.uniform(seed, "study mask", number, np.arange(len(words))).tolist()
+        shown = [MASK if draw < _MASKED else word for word, draw in zip(words, draws, strict=True)]
+        changed.append({**row, "text": " ".join(shown)})
+    return changed
+
+
+def _fine_tuned(task: Task, *, is_masked: bool = False) -> Callable[[FinishedRun], float]:
     """Return the accuracy of the model on a task after fine-tuning, on examples of unseen text."""
 
     def compute(run: FinishedRun) -> float:
@@ -251,6 +265,8 @@ def _fine_tuned(task: Task) -> Callable[[FinishedRun], float]:
         valid = max(_FEWEST, run.probe.train_examples // 4)
         train = task_examples(task, run.text.train, run.probe.train_examples + valid, seed=1)
         test = task_examples(task, run.text.test, run.probe.test_examples, seed=2)
+        if is_masked:
+            train, test = with_masks(train, seed=1), with_masks(test, seed=2)
         # Validation examples are every fifth: neighbors in the text are in both, but no example is.
         parts = {"train": [row for n, row in enumerate(train) if n % 5], "valid": train[::5], "test": test}
         for name, rows in parts.items():
@@ -287,6 +303,10 @@ MEASURES: Final[Mapping[str, Measure]] = {
     "mask_accuracy": Measure("accuracy on unseen text; all masked positions show [MASK]", _unseen("mask", "accuracy")),
     "kept_accuracy": Measure("accuracy on unseen text; the predicted tokens are shown", _unseen("kept", "accuracy")),
     "shift_accuracy": Measure("accuracy on bigram shift after fine-tuning", _fine_tuned("shift")),
+    "masked_shift_accuracy": Measure(
+        "accuracy on bigram shift after fine-tuning; 15 % of the words show [MASK]",
+        _fine_tuned("shift", is_masked=True),
+    ),
     "next_accuracy": Measure("accuracy on next texts after fine-tuning", _fine_tuned("next")),
     "order_accuracy": Measure("accuracy on the order of texts after fine-tuning", _fine_tuned("order")),
 }

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import io
+import math
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -76,8 +77,11 @@ def _judged(expected: ExpectedConfig, runs: Runs, study: Study) -> dict[str, Any
     noise = statistics.stdev(values) if len(values) > 1 else None
     verdict: Verdict = "not judged"  # of a quick study, or without noise
     if mean is not None and noise is not None and not study.quick:
-        outside = max(expected.at_least - mean, mean - expected.at_most)
-        verdict = "holds" if outside <= 0 else "within noise" if outside <= NOISE_FACTOR * noise else "fails"
+        outside, doubt = max(expected.at_least - mean, mean - expected.at_most), NOISE_FACTOR * noise
+        # A direction holds beyond the noise only; a figure holds within its tolerance.
+        is_direction = math.isinf(expected.at_least) or math.isinf(expected.at_most)
+        holds = outside <= (-doubt if is_direction else 0)
+        verdict = "holds" if holds else "within noise" if outside <= doubt else "fails"
     facts = {name: getattr(expected, name) for name in ("measure", "variant", "against", "kind", "basis", "bounds")}
     return {**facts, "mean": mean, "noise": noise, "verdict": verdict}
 

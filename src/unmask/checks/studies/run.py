@@ -101,6 +101,10 @@ def _run_missing(session: _Session, result: dict[str, Any], earlier: Sequence[Ma
         for run in earlier
         if run["variant"] in variants and run["key"] == session.key(variants[run["variant"]], run["seed"])
     }
+    if replaced := len(earlier) - len(done):
+        session.display.message(
+            f"warning: {replaced} earlier runs have another recipe, text or version; they are replaced"
+        )
     jobs = [(variant, seed) for seed in study.seeds for variant in _rotated(study.config.variant, seed - 1)]
     missing = {key: job for job in jobs if (key := session.key(*job)) not in done}
     for number, key in enumerate([None, *missing]):

@@ -128,13 +128,19 @@ class StudyConfig:
                 "the measure `prompt` needs a prompt", location="prompt", hint="add [prompt] with text and answer"
             )
         for budget in (self.budget, self.quick.budget, *(each.budget for each in self.variant if each.budget)):
-            check_budget(budget, where="budget")
+            _check_budget(budget, "budget")
         if any(each.budget and each.budget.unit != self.budget.unit for each in self.variant):
             raise RecipeError(
                 f"a variant's budget has another unit than the study's {self.budget}",
                 location="variant.budget",
                 hint=f"give it in {self.budget.unit}",
             )
+
+
+def _check_budget(budget: Quantity, place: str) -> None:
+    check_budget(budget, where=place)
+    if budget.number <= 0:
+        raise RecipeError(f"invalid budget: got {budget}, expected more than 0", location=place, hint="increase it")
 
 
 def _require_name(name: str, known: Iterable[str], place: str) -> None:
@@ -162,7 +168,7 @@ class Study:
     @property
     def budget(self) -> Quantity:
         """Budget of a run whose variant has none of its own."""
-        return self.given_budget or self.config.quick.budget if self.quick else self.config.budget
+        return self.given_budget or (self.config.quick.budget if self.quick else self.config.budget)
 
     @property
     def probe(self) -> ProbeConfig:
@@ -244,7 +250,7 @@ def load_study(
         )
     given = None if budget is None else Quantity.parse(budget)
     if given is not None:
-        check_budget(given, where=f"--budget {budget}")
+        _check_budget(given, f"--budget {budget}")
     study = Study(name, config, quick, tuple(range(1, count + 1)), tuple(settings), given)
     for variant in config.variant:
         study.recipe(variant, 1)

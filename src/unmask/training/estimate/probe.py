@@ -23,6 +23,7 @@ from unmask.core.quantities import Fraction, Quantity
 from unmask.data.prepare import TokenizedCorpus
 from unmask.evaluation.masked_lm import EvalSet, evaluate
 from unmask.evaluation.minimal_pairs import MinimalPair, evaluate_minimal_pairs
+from unmask.evaluation.objectives import validates
 from unmask.training import checkpoint
 from unmask.training.estimate.memory import peak_bytes, training_bytes
 from unmask.training.loop import EMA, Callback, StopReason, TrainLoopInputs, TrainState, has_free_core, train
@@ -315,16 +316,19 @@ class _Probe:
         longest = stages[-1].max_seq_len
         last = seconds[longest]
         held_out = [sum(seconds[length] for length in {s.max_seq_len, longest}) for s in stages]
-        further = len(self._components.valid_sources) + any(
-            each.sampler != "windows" for each in self._trial.objectives
-        )
-        if not further:
-            return held_out
-        # Texts of data.valid and sentence pairs are about as large as the held-out text at the last stage's length.
-        extra = last * further
-        if last + extra <= self._left() / 3:
-            extra = max(self._agreed(lambda: self._validate(len(stages) - 1)) - last, 0.0)
-        return [seconds + extra for seconds in held_out]
+        objectives = self._trial.objectives
+        texts = len(self._components.valid_sources) + any(each.sampler != "windows" for each in objectives)
+        # Texts of data.valid, sentence pairs and the metrics of an objective take about as long as the held-out text at
+        # the last stage's length. Stages with the same objective take equally long for them.
+        extra: dict[int, float] = {}
+        for number, each in reversed(list(enumerate(objectives))):
+            further = texts + (validates(each) != "masked-lm")
+            if id(each) in extra or not further:
+                continue
+            extra[id(each)] = last * further
+            if held_out[number] + last * further <= self._left() / 3:
+                extra[id(each)] = max(self._agreed(partial(self._validate, number)) - held_out[number], 0.0)
+        return [seconds + extra.get(id(each), 0.0) for seconds, each in zip(held_out, objectives, strict=True)]
 
     def _validate(self, stage: int) -> None:
         validate(self._components, self._trial.eval_module, stage)

@@ -15,6 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
+import numpy as np
+
 from unmask.core.errors import TextError
 from unmask.core.format import join_names
 from unmask.data.readers.bytes import LONGEST_LINE, not_utf_8, packing, read_lines
@@ -23,6 +25,7 @@ from unmask.training.finetuning.settings import FieldsConfig, Task
 
 MAX_EXAMPLES: Final = 2_000_000
 MAX_LABELS: Final = 1_000
+_LARGEST_NUMBER: Final = 1e30  # float32 has no more than 3e38
 _BATCH_ROWS: Final = 1_024
 _NAMES_SHOWN: Final = 20
 # Names that are tried in this order if no column is named.
@@ -202,6 +205,12 @@ def _cell(cells: Mapping[str, Any], column: str, location: str, *, is_text: bool
         raise TextError(
             f"`{column}` has the type {type(value).__name__}, expected text", location=location, hint="correct it"
         )
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise TextError(
+            f"`{column}` contains an invalid character: {error}", location=location, hint="correct it"
+        ) from error
     return value if is_text else value.strip()
 
 
@@ -274,7 +283,7 @@ def labels_of(train: Sequence[Example], others: Mapping[str, Sequence[Example]])
                     hint=f"use one of {shown}, or add examples of it to --train",
                 )
     is_numeric = all(re.fullmatch(r"-?\d{1,9}", label) for label in found)
-    return tuple(sorted(found, key=int) if is_numeric else sorted(found))
+    return tuple(sorted(found, key=lambda label: (int(label), label)) if is_numeric else sorted(found))
 
 
 def numbers_of(examples: Sequence[Example], *, is_train: bool) -> list[float]:
@@ -289,18 +298,18 @@ def numbers_of(examples: Sequence[Example], *, is_train: bool) -> list[float]:
             number = float(example.labels[0])
         except ValueError:
             number = math.nan
-        if not math.isfinite(number):
+        if not abs(number) <= _LARGEST_NUMBER:  # also NaN
             raise TextError(
-                f"the label {example.labels[0]!r} is not a number",
+                f"the label {example.labels[0]!r} is not a number from {-_LARGEST_NUMBER:g} to {_LARGEST_NUMBER:g}",
                 location=example.location,
                 hint="correct it, name the column with --label-field, or use --task classify",
             )
         numbers.append(number)
-    if is_train and len(set(numbers)) == 1:
+    if is_train and len(set(np.array(numbers, np.float32).tolist())) == 1:
         raise TextError(
             f"all training examples have the same label: {numbers[0]:g}",
             location=examples[0].location,
-            hint="give examples with several numbers",
+            hint="give examples with several numbers, which differ in float32",
         )
     return numbers
 

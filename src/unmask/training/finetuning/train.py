@@ -55,7 +55,8 @@ class Splits:
     @property
     def scale(self) -> tuple[float, float]:
         """Mean and standard deviation of the training labels of a regression, whose network predicts scores."""
-        return float(self.train.labels.mean()), float(self.train.labels.std())
+        labels = self.train.labels.astype(np.float64)  # squares of large or small numbers exceed float32
+        return float(labels.mean()), float(labels.std())
 
     def metrics(self, data: LabeledData, predictions: NDArray[Any]) -> dict[str, float]:
         """Return the metrics of predictions, one for each row of the data."""
