@@ -129,7 +129,8 @@ def init_distributed(
     if kind == "cpu":
         keep_freed_memory()
         # Only the CPU guarantees bit-identical results. Filling uninitialized memory only costs time.
-        torch.use_deterministic_algorithms(True)
+        # Equal to use_deterministic_algorithms(True), which also loads the compiler to configure it and takes a second.
+        torch.set_deterministic_debug_mode("error")
         torch.utils.deterministic.fill_uninitialized_memory = False  # pyright: ignore[reportAttributeAccessIssue]
     fast = cuda or (kind == "cpu" and has_bfloat16())
     if precision == "bfloat16" and not fast:

@@ -26,7 +26,6 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.attention.varlen import varlen_attn
 
 from unmask.core.types import Batch
 
@@ -223,6 +222,8 @@ def _attend_all(
     q_THK: Tensor, k_THK: Tensor, v_THK: Tensor, plan: AttentionPlan, window: int | None, dropout: float
 ) -> Tensor:
     if plan.backend == "variable-length":
+        from torch.nn.attention.varlen import varlen_attn  # loads the compiler, which takes a second
+
         assert dropout == 0, "variable-length attention has no dropout: pass it to plan_attention()"
         reach = -1 if window is None else window // 2
         # Rounded up to a power of two, so that there are few different kernel launches.
