@@ -91,7 +91,9 @@ OBJECTIVES: list[Objective] = [
     ),
     CausalLMObjective(CausalLMConfig()),
     CausalLMObjective(CausalLMConfig(predicted_fraction=0.3)),
-    MaskedNextTokenObjective(MaskedNextTokenConfig(mask_rate=0.3, causal_fraction=0.0), MASK, ORDINARY),
+    MaskedNextTokenObjective(
+        MaskedNextTokenConfig(causal_fraction=0.0), MaskedLMObjective(MaskedLMConfig(mask_rate=0.3), MASK, ORDINARY)
+    ),
     MaskedDiffusionObjective(MaskedDiffusionConfig(), MASK),
     MaskedDiffusionObjective(MaskedDiffusionConfig(min_mask_rate=0.1, weighted=False), MASK),
 ]

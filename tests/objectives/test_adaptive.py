@@ -13,13 +13,15 @@ from unmask.core.types import SPECIAL, Batch, Sample, pack
 from unmask.models import build_model
 from unmask.models.modernbert import ModernBertConfig
 from unmask.objectives.adaptive import AdaptiveMaskingConfig, AdaptiveMaskingObjective
+from unmask.objectives.mlm import MaskedLMObjective
 
 VOCABULARY, MASK = 30, 4
 ORDINARY = np.arange(5, VOCABULARY)
 
 
 def objective_of(**options: float) -> AdaptiveMaskingObjective:
-    return AdaptiveMaskingObjective(AdaptiveMaskingConfig(**options), MASK, ORDINARY, VOCABULARY)  # type: ignore[arg-type]
+    settings = AdaptiveMaskingConfig(**options)  # type: ignore[arg-type]
+    return AdaptiveMaskingObjective(settings, MaskedLMObjective(settings, MASK, ORDINARY), VOCABULARY)
 
 
 def batch_of(texts: int, length: int, step: int = 0) -> Batch:

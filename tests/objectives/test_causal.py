@@ -18,6 +18,7 @@ from unmask.models.hf_format import States, to_hf_tensors
 from unmask.models.modernbert import ModernBertConfig
 from unmask.models.neomme import NeoMMEConfig
 from unmask.objectives.causal import CausalLMConfig, CausalLMObjective
+from unmask.objectives.mlm import MaskedLMObjective
 from unmask.objectives.mntp import MaskedNextTokenConfig, MaskedNextTokenObjective
 
 VOCABULARY, MASK = 40, 4
@@ -39,6 +40,11 @@ def batch_of(lengths: list[int], seed: int = 0) -> Batch:
         flags[[0, -1]] = SPECIAL
         samples.append(Sample(draw.integers(5, VOCABULARY, length), flags, number=number))
     return pack(samples)
+
+
+def mntp(**rates: float) -> MaskedNextTokenObjective:
+    settings = MaskedNextTokenConfig(**rates)  # type: ignore[arg-type]
+    return MaskedNextTokenObjective(settings, MaskedLMObjective(settings, MASK, np.arange(5, VOCABULARY)))
 
 
 @shapes
@@ -104,7 +110,7 @@ def test_a_fraction_of_the_tokens_can_be_predicted(fraction: float) -> None:
 
 
 def test_causal_steps_are_a_function_of_the_step() -> None:
-    objective = MaskedNextTokenObjective(MaskedNextTokenConfig(causal_fraction=0.25), MASK, np.arange(5, VOCABULARY))
+    objective = mntp(causal_fraction=0.25)
     batch = batch_of([40, 40])
     causal = [objective.corrupt(replace(batch, step=step), 7).batch.is_causal for step in range(2000)]
     assert sum(causal) / 2000 == pytest.approx(0.25, abs=0.03)
@@ -116,9 +122,7 @@ def test_causal_steps_are_a_function_of_the_step() -> None:
 def test_a_masked_token_is_predicted_one_position_earlier(shape: EncoderConfig) -> None:
     torch.manual_seed(1)
     encoder, head = build_model(shape, VOCABULARY)
-    objective = MaskedNextTokenObjective(
-        MaskedNextTokenConfig(mask_rate=0.3, causal_fraction=0.0), MASK, np.arange(5, VOCABULARY)
-    )
+    objective = mntp(mask_rate=0.3, causal_fraction=0.0)
     masked = objective.corrupt(batch_of([20, 33]), seed=2)
     encoder.eval(), head.eval()
     with torch.no_grad():
@@ -129,3 +133,14 @@ def test_a_masked_token_is_predicted_one_position_earlier(shape: EncoderConfig) 
     expected = F.cross_entropy(shifted, masked.labels_M, reduction="sum")
     torch.testing.assert_close(loss.sums["mntp"], expected)
     assert loss.metrics["masked_loss"][1] == len(masked.positions_M) and loss.metrics["causal_loss"][1] == 0
+
+
+def test_boosted_words_are_masked_more_often() -> None:
+    settings = MaskedNextTokenConfig(mask_rate=0.1, causal_fraction=0.0, boosted_words=("a",), boost_factor=5)
+    objective = MaskedNextTokenObjective(settings, MaskedLMObjective(settings, MASK, np.arange(5, VOCABULARY), [(7,)]))
+    batch = batch_of([202] * 40)
+    words = replace(batch, token_flags_T=batch.token_flags_T | 1)  # each token is a word
+    masked = objective.corrupt(words, seed=2)
+    share = float((masked.labels_M == 7).double().mean())
+    assert share > 3 * float((batch.ids_T == 7).double().mean())
+    assert torch.equal(masked.batch.token_flags_T, words.token_flags_T)

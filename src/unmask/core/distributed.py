@@ -129,7 +129,7 @@ def init_distributed(
     if kind == "cpu":
         keep_freed_memory()
         # Only the CPU guarantees bit-identical results. Filling uninitialized memory only costs time.
-        # Equal to use_deterministic_algorithms(True), which also loads the compiler to configure it and takes a second.
+        # use_deterministic_algorithms(True) would also load torch's compiler, to configure it, and take a second.
         torch.set_deterministic_debug_mode("error")
         torch.utils.deterministic.fill_uninitialized_memory = False  # pyright: ignore[reportAttributeAccessIssue]
     fast = cuda or (kind == "cpu" and has_bfloat16())

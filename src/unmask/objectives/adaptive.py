@@ -18,8 +18,8 @@ from unmask.core.config import require
 from unmask.core.errors import RecipeError
 from unmask.core.types import Batch, LossSums, MaskedBatch
 from unmask.objectives.cross_entropy import token_losses
-from unmask.objectives.masking import Integers, MaskingConfig, PackedSequences, corrupt_tokens, select_positions
-from unmask.objectives.mlm import masked_batch, token_metrics
+from unmask.objectives.masking import MaskingConfig
+from unmask.objectives.mlm import MaskedLMObjective, token_metrics
 
 _PRIOR = 2.0  # predictions with the mean accuracy of all tokens, which rare tokens start from
 
@@ -54,12 +54,10 @@ class AdaptiveMaskingObjective:
     metrics: Sequence[str] = ("loss", "accuracy", "mask_rate")
     sampler = "windows"
 
-    def __init__(
-        self, settings: AdaptiveMaskingConfig, mask_id: int, regular_token_ids: Integers, vocab_size: int
-    ) -> None:
+    def __init__(self, settings: AdaptiveMaskingConfig, mlm: MaskedLMObjective, vocab_size: int) -> None:
+        """`mlm` masks the tokens, by the weights of this objective."""
         self._settings = settings
-        self._mask_id = mask_id
-        self._regular_token_ids = regular_token_ids
+        self._mlm = mlm
         # The batch of the next step may be masked before a step has ended. So the results of an interval of steps
         # change the masks of the interval after the next, and two rows are needed: for even and for odd intervals.
         self.modules = nn.Module()
@@ -70,18 +68,7 @@ class AdaptiveMaskingObjective:
         """Return the masked batch: a function of seed, keys, progress and of the weights of the step's interval."""
         interval = batch.step // self._settings.update_every
         weights_V = self._buffer("weights_2V")[interval % 2].cpu().numpy()
-        packed, ids_T = PackedSequences.from_batch(batch), batch.ids_T.numpy()
-        positions_M = select_positions(packed, self._settings, seed, batch.progress, weights_T=weights_V[ids_T])
-        corrupted_T = corrupt_tokens(
-            ids_T,
-            positions_M,
-            packed,
-            self._settings,
-            seed,
-            mask_id=self._mask_id,
-            regular_token_ids=self._regular_token_ids,
-        )
-        return masked_batch(batch, corrupted_T, positions_M, ids_T[positions_M])
+        return self._mlm.mask(batch, seed, weights_V[batch.ids_T.numpy()])
 
     def loss(self, encoder: nn.Module, head: nn.Module, masked: MaskedBatch) -> LossSums:
         """Return the summed cross-entropy in nats, the metrics, and counts of masked and correct tokens by id."""

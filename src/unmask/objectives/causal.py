@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
-import numpy as np
+import torch
 from torch import nn
 
 from unmask.core.config import require
@@ -52,14 +52,11 @@ class CausalLMObjective:
 
     def corrupt(self, batch: Batch, seed: int) -> MaskedBatch:
         """Return the batch with unchanged ids; the labels are the regular tokens that have a token before them."""
-        packed = with_context_only(PackedSequences.from_batch(batch))
-        ids_T, positions_M = batch.ids_T.numpy(), select_positions(packed, self._rate, seed)
-        masked = masked_batch(replace(batch, is_causal=True), ids_T, positions_M, ids_T[positions_M])
-        return replace(
-            masked,
-            denominators={"causal": len(positions_M)},
-            num_maskable=int(((packed.token_flags_T & SPECIAL) == 0).sum()),
-        )
+        selectable = without_first_tokens(batch)
+        ids_T = batch.ids_T.numpy()
+        positions_M = select_positions(PackedSequences.from_batch(selectable), self._rate, seed)
+        masked = masked_batch(selectable, ids_T, positions_M, ids_T[positions_M])
+        return replace(masked, batch=replace(batch, is_causal=True), denominators={"causal": len(positions_M)})
 
     def loss(self, encoder: nn.Module, head: nn.Module, masked: MaskedBatch) -> LossSums:
         """Return the summed cross-entropy of the labels in nats, each predicted one position earlier."""
@@ -67,8 +64,7 @@ class CausalLMObjective:
         return LossSums(sums={"causal": losses.total}, metrics=token_metrics(losses, masked))
 
 
-def with_context_only(packed: PackedSequences) -> PackedSequences:
-    """Return sequences whose first token can't be selected, because no token precedes it."""
-    token_flags_T = packed.token_flags_T.copy()
-    token_flags_T[np.asarray(packed.cu_seqlens[:-1])] |= SPECIAL
-    return replace(packed, token_flags_T=token_flags_T)
+def without_first_tokens(batch: Batch) -> Batch:
+    """Return a batch whose sequences have a first token that can't be selected, because no token precedes it."""
+    first_B = torch.tensor(batch.offsets[:-1], dtype=torch.int64)
+    return replace(batch, token_flags_T=batch.token_flags_T.index_fill(0, first_B, SPECIAL))

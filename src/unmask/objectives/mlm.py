@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
@@ -46,10 +47,14 @@ class MaskedLMObjective:
 
     def corrupt(self, batch: Batch, seed: int) -> MaskedBatch:
         """Return the masked batch: a pure function of the seed, the progress and each sample's (epoch, number)."""
+        return self.mask(batch, seed)
+
+    def mask(self, batch: Batch, seed: int, weights_T: NDArray[np.floating[Any]] | None = None) -> MaskedBatch:
+        """Return the masked batch; with `weights_T`, tokens are selected by these weights (`select_positions`)."""
         packed = PackedSequences.from_batch(batch)
         ids_T = batch.ids_T.numpy()
         boosted_T = self._boosted_words.find(ids_T, packed) if self._boosted_words else None
-        positions_M = select_positions(packed, self._settings, seed, batch.progress, boosted_T)
+        positions_M = select_positions(packed, self._settings, seed, batch.progress, boosted_T, weights_T)
         corrupted_T = corrupt_tokens(
             ids_T,
             positions_M,

@@ -15,11 +15,11 @@ from torch import nn
 
 from unmask.core import rng
 from unmask.core.config import require
-from unmask.core.types import SPECIAL, Batch, LossSums, MaskedBatch
-from unmask.objectives.causal import CausalLMConfig, CausalLMObjective, with_context_only
+from unmask.core.types import Batch, LossSums, MaskedBatch
+from unmask.objectives.causal import CausalLMConfig, CausalLMObjective, without_first_tokens
 from unmask.objectives.cross_entropy import token_losses
-from unmask.objectives.masking import Integers, MaskingConfig, PackedSequences, corrupt_tokens, select_positions
-from unmask.objectives.mlm import masked_batch, token_metrics
+from unmask.objectives.masking import MaskingConfig
+from unmask.objectives.mlm import MaskedLMObjective, token_metrics
 
 
 @dataclass(frozen=True)
@@ -50,10 +50,10 @@ class MaskedNextTokenObjective:
     sampler = "windows"
     label_offset = 1
 
-    def __init__(self, settings: MaskedNextTokenConfig, mask_id: int, regular_token_ids: Integers) -> None:
+    def __init__(self, settings: MaskedNextTokenConfig, mlm: MaskedLMObjective) -> None:
+        """`mlm` masks the tokens of the steps that aren't causal."""
         self._settings = settings
-        self._mask_id = mask_id
-        self._regular_token_ids = regular_token_ids
+        self._mlm = mlm
         self._causal = CausalLMObjective(CausalLMConfig())
         self.modules = nn.Module()
 
@@ -62,22 +62,8 @@ class MaskedNextTokenObjective:
         if rng.uniform(seed, "causal step", batch.step)[0] < self._settings.causal_fraction:
             masked = self._causal.corrupt(batch, seed)
         else:
-            packed = with_context_only(PackedSequences.from_batch(batch))
-            ids_T = batch.ids_T.numpy()
-            positions_M = select_positions(packed, self._settings, seed, batch.progress)
-            corrupted_T = corrupt_tokens(
-                ids_T,
-                positions_M,
-                packed,
-                self._settings,
-                seed,
-                mask_id=self._mask_id,
-                regular_token_ids=self._regular_token_ids,
-            )
-            masked = replace(
-                masked_batch(batch, corrupted_T, positions_M, ids_T[positions_M]),
-                num_maskable=int(((packed.token_flags_T & SPECIAL) == 0).sum()),
-            )
+            masked = self._mlm.corrupt(without_first_tokens(batch), seed)
+            masked = replace(masked, batch=replace(masked.batch, token_flags_T=batch.token_flags_T))
         return replace(masked, denominators={"mntp": len(masked.positions_M)})
 
     def loss(self, encoder: nn.Module, head: nn.Module, masked: MaskedBatch) -> LossSums:

@@ -308,22 +308,21 @@ def build_objective(
         return make(settings, ObjectiveContext(tokenizer, recipe.model.hidden_size))
     if isinstance(settings, CausalLMConfig):
         return CausalLMObjective(settings)
-    if isinstance(settings, MaskedNextTokenConfig):
-        if not tokenizer.frame.before:
-            raise RecipeError(
-                "the tokenizer puts no token such as [CLS] before a text, so the first token can't be predicted",
-                location="objective.kind = mntp",
-                hint="use another tokenizer, or objective.kind=mlm",
-            )
-        return MaskedNextTokenObjective(settings, tokenizer.mask_id, tokenizer.regular_token_ids)
-    if isinstance(settings, AdaptiveMaskingConfig):
-        size = recipe.init.vocab_size or tokenizer.size
-        return AdaptiveMaskingObjective(settings, tokenizer.mask_id, tokenizer.regular_token_ids, size)
     if isinstance(settings, MaskedDiffusionConfig):
         return MaskedDiffusionObjective(settings, tokenizer.mask_id)
+    if isinstance(settings, MaskedNextTokenConfig) and not tokenizer.frame.before:
+        raise RecipeError(
+            "the tokenizer puts no token such as [CLS] before a text, so the first token can't be predicted",
+            location="objective.kind = mntp",
+            hint="use another tokenizer, or objective.kind=mlm",
+        )
     mlm = MaskedLMObjective(
         settings, tokenizer.mask_id, tokenizer.regular_token_ids, tokenize_boosted_words(settings, tokenizer, words)
     )
+    if isinstance(settings, MaskedNextTokenConfig):
+        return MaskedNextTokenObjective(settings, mlm)
+    if isinstance(settings, AdaptiveMaskingConfig):
+        return AdaptiveMaskingObjective(settings, mlm, recipe.init.vocab_size or tokenizer.size)
     if isinstance(settings, ReplacedTokenConfig):
         # A separate seed: the encoder's weights are the same as without a generator.
         torch.manual_seed(rng.integer(recipe.seed, "electra weights"))
