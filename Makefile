@@ -5,7 +5,7 @@ BIN := .venv/bin
 STAMP := .venv/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test check bench fuzz-import
+.PHONY: help install demo test check bench docs fuzz-import
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 19
@@ -32,6 +32,9 @@ check: install ## run ruff, basedpyright and import-linter
 	$(BIN)/ruff format --check .
 	$(BIN)/basedpyright
 	$(BIN)/lint-imports --no-cache
+
+docs: install ## build the site of the documentation into site/
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build
 
 bench: ## time to loss, recipe seed against char, 15 minutes: make bench TEXT=tinyshakespeare.txt
 	@test -n "$(TEXT)" || { echo "TEXT is not set; hint: make bench TEXT=path/to/tinyshakespeare.txt" >&2; exit 2; }

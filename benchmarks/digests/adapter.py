@@ -31,8 +31,7 @@ from unmask.data import workers as data_workers
 from unmask.data.loader import PairSampling, StageLoader, build_sampler
 from unmask.data.prepare import META, prepare
 from unmask.data.sources import open_source
-from unmask.evaluation.masked_lm import build_eval_set, documents_from_shards
-from unmask.evaluation.sentence_pairs import build_pair_eval_set
+from unmask.evaluation.masked_lm import build_eval_set, build_pair_eval_set, documents_from_shards
 from unmask.evaluation.validation import evaluate_text
 from unmask.hub.from_hf import import_model as import_hf_model
 from unmask.hub.to_hf import export as export_hf_model

@@ -20,14 +20,17 @@ from unmask.core.version import __version__
 if TYPE_CHECKING:
     from unmask.checks.audit import audit
     from unmask.evaluation.details import evaluate_details
+    from unmask.evaluation.minimal_pairs import evaluate_minimal_pairs
     from unmask.evaluation.scoring import score
     from unmask.evaluation.validation import evaluate_text as evaluate
     from unmask.hub.from_hf import import_model, load
     from unmask.hub.to_hf import export
+    from unmask.models.embed import embed
     from unmask.models.fill_mask import fill
     from unmask.models.generate import generate
     from unmask.models.joint_fill import fill_jointly
     from unmask.models.model import Model
+    from unmask.report.write import write_report
     from unmask.tokenization.tokenizer import Tokenizer
     from unmask.training.api import Run, pretrain, resume
     from unmask.training.finetuning.api import finetune
@@ -41,8 +44,10 @@ __all__ = [
     "UnmaskError",
     "__version__",
     "audit",
+    "embed",
     "evaluate",
     "evaluate_details",
+    "evaluate_minimal_pairs",
     "export",
     "fill",
     "fill_jointly",
@@ -53,6 +58,7 @@ __all__ = [
     "pretrain",
     "resume",
     "score",
+    "write_report",
 ]
 
 _OBJECTS = {
@@ -61,8 +67,10 @@ _OBJECTS = {
     "Run": "unmask.training.api.Run",
     "Tokenizer": "unmask.tokenization.tokenizer.Tokenizer",
     "audit": "unmask.checks.audit.audit",
+    "embed": "unmask.models.embed.embed",
     "evaluate": "unmask.evaluation.validation.evaluate_text",
     "evaluate_details": "unmask.evaluation.details.evaluate_details",
+    "evaluate_minimal_pairs": "unmask.evaluation.minimal_pairs.evaluate_minimal_pairs",
     "export": "unmask.hub.to_hf.export",
     "fill": "unmask.models.fill_mask.fill",
     "fill_jointly": "unmask.models.joint_fill.fill_jointly",
@@ -70,9 +78,10 @@ _OBJECTS = {
     "generate": "unmask.models.generate.generate",
     "import_model": "unmask.hub.from_hf.import_model",
     "load": "unmask.hub.from_hf.load",
-    "pretrain": "unmask.training.api.pretrain",
-    "resume": "unmask.training.api.resume",
+    "pretrain": "unmask.report.write.pretrain",  # those of unmask.training.api, followed by a report
+    "resume": "unmask.report.write.resume",
     "score": "unmask.evaluation.scoring.score",
+    "write_report": "unmask.report.write.write_report",
 }
 
 

@@ -12,14 +12,15 @@ import torch
 
 from unmask.checks.plugins import check_plugin
 from unmask.checks.plugins.fixtures import (
+    CheckResult,
     LoggerFixture,
     SamplerFixture,
     SourceFixture,
     objective_fixture,
+    run_checks,
     sample_tokenizer,
     sampler_contexts,
 )
-from unmask.checks.plugins.runner import CheckResult, run_checks
 from unmask.checks.plugins.suites import LOGGER_CHECKS, OBJECTIVE_CHECKS, SAMPLER_CHECKS, SOURCE_CHECKS
 from unmask.cli import main
 from unmask.core.config import build_plugin

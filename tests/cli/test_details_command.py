@@ -47,7 +47,7 @@ def test_details_as_json_are_those_of_the_library(unmask: Command, run: Path) ->
 
 def test_details_need_a_text(refused: Refused, run: Path, place: Path) -> None:
     (place / "pairs.tsv").write_text("The cat sat.\tThe cat sit.\n")
-    refused("evaluate", "run", "--pairs", "pairs.tsv", "--details", says=("--details are those of a text", "--text"))
+    refused("evaluate", "run", "--pairs", "pairs.tsv", "--details", says=("--details is an option of text", "--text"))
 
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no pty")

@@ -6,18 +6,21 @@ import json
 import os
 import platform
 import shutil
+import statistics
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from scipy import stats
 
 from unmask.core import files
 from unmask.training.pretrain import launch
-from unmask.training.runs import run_lock
+from unmask.training.runs import run_lock, t_quantile
 
 Command = Callable[..., tuple[int, str, str]]
+Refused = Callable[..., str]
 
 
 @pytest.fixture(scope="session")
@@ -148,3 +151,83 @@ def test_the_step_is_printed_if_it_is_not_the_last(unmask: Command, run: Path) -
     assert unmask("fill", "run", "the cat sat on the [MASK]at")[2] == note
     assert unmask("evaluate", "run", "--text", "cat.txt", "--json")[2] == note
     assert not unmask("fill", "run/latest", "the cat sat on the [MASK]at")[2]
+
+
+# Comparing groups -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="session")
+def seeds(small_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Runs base-1, base-2 and low-1, low-2, low-3: two learning rates, seeds by number; and one with another text."""
+    folder, given = tmp_path_factory.mktemp("seeds"), small_run.parent
+    for name, seed, lr in [("base", 1, 1e-2), ("base", 2, 1e-2), ("low", 1, 1e-4), ("low", 2, 1e-4), ("low", 3, 1e-4)]:
+        settings = [f"seed={seed}", f"optimizer.lr={lr}"]
+        launch([given / "cat.txt"], recipe=given / "small.toml", out=folder / f"{name}-{seed}", settings=settings)
+    (folder / "dog.txt").write_text("The dog sat on the mat and the cat sat on the log. " * 60)
+    launch([folder / "dog.txt"], recipe=given / "small.toml", out=folder / "dog")
+    return folder
+
+
+def test_groups_are_compared_over_their_seeds(unmask: Command, seeds: Path) -> None:
+    code, out, err = unmask("runs", str(seeds), "--compare", "base-1", "low-3", "--json")
+    assert code == 0 and not err
+    found = json.loads(out)
+    assert [[run["seed"] for run in group] for group in found["groups"].values()] == [[1, 2], [1, 2, 3]]
+    assert found["settings"] == {"optimizer.lr": {"A": 0.01, "B": 0.0001}} and not found["is_paired"]
+    loss = next(row for row in found["differences"] if row["measure"] == "loss")
+    runs = {run["run"]: run["loss"] for run in json.loads(listing(unmask, str(seeds), "--json"))}
+    assert loss["first"] == [runs[str(seeds / f"base-{seed}")] for seed in (1, 2)]
+    assert loss["difference"] == pytest.approx(statistics.fmean(loss["second"]) - statistics.fmean(loss["first"]))
+    expected = stats.ttest_ind(loss["second"], loss["first"], equal_var=False)
+    # Degrees of freedom are rounded down, so the interval is at least as long as Welch's.
+    low, high = expected.confidence_interval()
+    assert loss["interval"][0] <= low + 1e-6 and loss["interval"][1] >= high - 1e-6
+    assert loss["differs"] == (abs(loss["difference"]) > 2 * loss["noise"])
+
+
+def test_groups_with_the_same_seeds_are_compared_seed_by_seed(unmask: Command, seeds: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "paired"
+    shutil.copytree(seeds, folder, symlinks=True, ignore=shutil.ignore_patterns("low-3"))
+    found = json.loads(unmask("runs", str(folder), "--compare", "base-*", "low-*", "--json")[1])
+    loss = next(row for row in found["differences"] if row["measure"] == "loss")
+    differences = [two - one for one, two in zip(loss["first"], loss["second"], strict=True)]
+    assert found["is_paired"] and loss["noise"] == pytest.approx(statistics.stdev(differences))
+    interval = stats.ttest_rel(loss["second"], loss["first"]).confidence_interval()
+    assert loss["interval"] == pytest.approx(list(interval), abs=1e-3)
+    out = listing(unmask, str(folder), "--compare", "base-*", "low-*")
+    assert out.startswith("A  base-1 and base-2  (2 runs, seeds 1, 2)\nB  low-1")
+    assert "optimizer.lr: 0.01 in A, 0.0001 in B" in out and "seed by seed" in out
+    row = next(line for line in out.splitlines() if line.startswith("loss "))
+    assert f"{loss['difference']:+.4f}" in row and ("differs" in row) == loss["differs"]
+    single = tmp_path / "single"
+    for name in ("base-1", "low-1"):
+        shutil.copytree(seeds / name, single / name, symlinks=True)
+    assert "one seed: no noise known" in listing(unmask, str(single), "--compare", "base-1", "low-1")
+
+
+@pytest.mark.parametrize(
+    ("names", "says"),
+    [
+        (("base-1", "base-2"), "name the same run"),
+        (("base-1", "lo"), "no run matches `lo`"),
+        (("*-1", "low-3"), "differ in more than their seed: optimizer.lr"),
+        (("base-1", "dog"), "losses of different"),
+    ],
+)
+def test_groups_that_don_t_compare_are_refused(
+    refused: Refused, seeds: Path, names: tuple[str, str], says: str
+) -> None:
+    refused("runs", str(seeds), "--compare", *names, says=says)
+
+
+def test_a_run_that_has_not_ended_is_left_out(unmask: Command, seeds: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "runs"
+    shutil.copytree(seeds, folder, symlinks=True)
+    (folder / "low-3" / "crash.txt").write_text("Traceback")
+    found = json.loads(unmask("runs", str(folder), "--compare", "base-1", "low-1", "--json")[1])
+    assert [run["state"] for run in found["left_out"]] == ["crashed"] and len(found["groups"]["B"]) == 2
+
+
+def test_quantiles_are_those_of_student() -> None:
+    for degrees in (1, 2, 7, 30, 31, 60, 400):
+        assert t_quantile(degrees + 0.5) == pytest.approx(stats.t.ppf(0.975, degrees), abs=2e-3)

@@ -95,6 +95,26 @@ def test_what_score_refuses(refused: Refused, run: Path, place: Path) -> None:
     refused("score", "nowhere", TEXT, says="doesn't exist")
 
 
+def test_a_line_that_can_not_be_scored_is_refused_or_left_out(
+    unmask: Command, refused: Refused, run: Path, place: Path
+) -> None:
+    (place / "lines.txt").write_bytes(f"{TEXT}\n\n漢字\n".encode() + b"caf\xe9\nThe dog sat.\n")
+    (place / "letters.txt").write_text(f"{TEXT}\n\n漢字\n", encoding="utf-8")
+    rows = [{"text": TEXT}, {"text": "漢字"}, {"text": "The dog."}]
+    (place / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    refused("score", "run", "--file", "letters.txt", says=("[UNK]", "line 3: '漢字'", "--errors skip"))
+    code, out, err = unmask("score", "run", "--file", "lines.txt", "--errors", "skip", "--json")
+    tree = json.loads(out)
+    assert code == 0 and "left out 2 of 4 texts, which can't be scored: line 3, line 4" in " ".join(err.split())
+    assert [(text["line"], text["text"]) for text in tree["texts"]] == [(1, TEXT), (5, "The dog sat.")]
+    assert [each["line"] for each in tree["left_out"]] == [3, 4] and tree["total"]["texts"] == 2
+    assert "[UNK]" in tree["left_out"][0]["problem"] and "UTF-8" in tree["left_out"][1]["problem"]
+    code, out, err = unmask("score", "run", "漢字", "--file", "rows.jsonl", "--errors", "skip")
+    assert code == 0 and "left out 2 of 4 texts" in err and "text 1, document 2" in " ".join(err.split())
+    assert out.splitlines()[-1].startswith("2 texts:")
+    refused("score", "run", "漢字", "--errors", "skip", says="no text is left: 1 of 1")
+
+
 def test_a_model_without_a_mask_token_is_refused(refused: Refused, run: Path, place: Path, pairs: Path) -> None:
     path = Path(shutil.copytree(run / "best", place / "model")) / "tokenizer.json"
     path.write_text(path.read_text().replace('"[MASK]"', '"[GAP]"'))
@@ -151,9 +171,16 @@ def test_what_evaluate_refuses(refused: Refused, run: Path, pairs: Path, place: 
     refused("evaluate", "run", "--pairs", "pairs", says=("order.jsonl, line 3", "identical", "--errors skip"))
     refused("evaluate", "run", "--pairs", "missing", says="doesn't exist")
     refused("evaluate", "run", "--pairs", "pairs", "--errors", "replace", says="no bytes to replace")
-    refused("evaluate", "run", "--pairs", "pairs", "--errors", "skip", "--subset", "0", says="expected at least 1")
+    refused(
+        "evaluate", "run", "--pairs", "pairs", "--errors", "skip", "--subset", "0", says=("--subset 0", "at least 1")
+    )
     refused("evaluate", "run", "--text", "cat.txt", "--predictions", "p.json", says="add --pairs")
     refused("evaluate", "run", "--text", "cat.txt", "--subset", "3", says=("--subset 3", "add --pairs"))
+    refused("evaluate", "run", "--text", "cat.txt", "--method", "original", says=("--method original", "add --pairs"))
+    for option, value in (("--length", "16"), ("--document", "line"), ("--field", "x"), ("--max-size", "9 characters")):
+        refused("evaluate", "run", "--pairs", "pairs", option, value, says=(f"{option} {value}", "add --text FILE"))
+    for amount in ("3 tokens", "0 characters", "many"):
+        refused("evaluate", "run", "--text", "cat.txt", "--max-size", amount, says=f"--max-size {amount}")
     refused("evaluate", "run", "--pairs", "pairs", "--errors", "skip", "--predictions", "run", says="is a directory")
     os.mkfifo("pipe")
     refused("evaluate", "run", "--pairs", "pairs", "--errors", "skip", "--predictions", "pipe", says="or a device")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import platform
@@ -121,3 +122,60 @@ def test_control_c_before_training(place: Path, tmp_path_factory: pytest.TempPat
     assert sorted(place.iterdir()) == before
     # Digests of input files are valid on their own; nothing else may remain.
     assert all(path.name.endswith(".lock") or path.name == "digests" for path in cache.iterdir())
+
+
+# Other commands -------------------------------------------------------------------------------------------------------
+
+STUDY = """\
+question = "Is a mask rate of 80 % too high?"
+source = "a test"
+recipe = "small.toml"
+budget = "3 steps"
+seeds = 50
+measures = ["loss"]
+[plot]
+y = "loss"
+[quick]
+budget = "2 steps"
+[[variant]]
+name = "15 %"
+[[variant]]
+name = "80 %"
+settings = ["objective.mask_rate=0.8"]
+"""
+
+
+def test_commands_that_a_signal_stops_leave_nothing_half_written(place: Path, run: Path) -> None:
+    """All of them run at the same time, and each gets its signal in the middle of its work."""
+    step = json.loads((run / "best" / "card.json").read_text())["step"]
+    (run / "latest").unlink()
+    (run / "latest").symlink_to(f"step-{5 - step:07d}")  # not the best step, which the commands note when they begin
+    (place / "study.toml").write_text(STUDY)
+    (place / "many.txt").write_text("The cat sat on the log.\n" * 20_000)
+    (place / "many.tsv").write_text("".join(f"The cat {n}.\tcat The {n}.\n" for n in range(20_000)))
+    (place / "labels.tsv").write_text("text\tlabel\n" + "The cat sat.\tcat\nThe dog sat.\tdog\n" * 100)
+    before = set(place.rglob("*"))
+    labels = ("--task", "classify", "--train", "labels.tsv", "--valid", "labels.tsv", "--seeds", "100")
+    begun = "the best by validation"
+    cases = {
+        ("score", "run", "--file", "many.txt"): (signal.SIGINT, begun),
+        ("evaluate", "run", "--pairs", "many.tsv", "--predictions", "out.json"): (signal.SIGTERM, begun),
+        ("generate", "run", "The", "--order", "gibbs", "--sweeps", "1000", "--num", "100"): (signal.SIGTERM, begun),
+        ("finetune", "run", *labels, "--out", "tuned"): (signal.SIGUSR1, "seed 0: "),
+        ("study", "run", "study.toml", "--text", "cat.txt", "--out", "study"): (signal.SIGINT, ": loss "),
+    }
+    with contextlib.ExitStack() as stack:
+        started = {each: stack.enter_context(start(place, *each, OMP_NUM_THREADS="1")) for each in cases}
+        stack.callback(lambda: [process.kill() for process in started.values()])
+        for arguments, (number, says) in cases.items():
+            process = started[arguments]
+            assert process.stderr and any(says in line for line in process.stderr), arguments
+            process.send_signal(number)
+            out, err = process.communicate(timeout=PATIENCE)
+            assert process.returncode == (130 if number == signal.SIGINT else 75), (arguments, err)
+            assert "stopped: " in err and "Traceback" not in err and not out, (arguments, err)
+    assert "the same command continues the study" in err
+    written = {path for path in place.rglob("*") if path not in before}
+    assert {path.relative_to(place).parts[0] for path in written} == {"study"}
+    result = json.loads((place / "study" / "result.json").read_text())
+    assert result["runs"] and all(one["measures"]["loss"] > 0 for one in result["runs"])

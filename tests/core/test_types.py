@@ -26,13 +26,14 @@ from pyarrow import parquet
 from torch import nn
 
 from unmask.checks.plugins.fixtures import (
+    CheckResult,
     LoggerFixture,
     SamplerFixture,
     SourceFixture,
     objective_fixture,
+    run_checks,
     sampler_contexts,
 )
-from unmask.checks.plugins.runner import CheckResult, run_checks
 from unmask.checks.plugins.suites import LOGGER_CHECKS, OBJECTIVE_CHECKS, SAMPLER_CHECKS, SOURCE_CHECKS
 from unmask.core.types import (
     SENTENCE_START,
@@ -56,10 +57,9 @@ from unmask.models import EncoderConfig, EncoderModule, HeadModule, build_model,
 from unmask.models.annotated import TutorialConfig
 from unmask.models.bert import BertConfig
 from unmask.models.modernbert import ModernBertConfig
-from unmask.objectives.causal import CausalLMConfig, CausalLMObjective
+from unmask.objectives.causal import CausalLMConfig, CausalLMObjective, MaskedNextTokenConfig, MaskedNextTokenObjective
 from unmask.objectives.diffusion import MaskedDiffusionConfig, MaskedDiffusionObjective
 from unmask.objectives.mlm import MaskedLMConfig, MaskedLMObjective
-from unmask.objectives.mntp import MaskedNextTokenConfig, MaskedNextTokenObjective
 from unmask.objectives.sentence_pairs import BertPretrainingConfig, BertPretrainingObjective
 from unmask.training.loggers import JsonlLogger, TensorBoardLogger, read_log
 

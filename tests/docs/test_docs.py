@@ -1,4 +1,4 @@
-"""The commands and the Python in README.md and docs/*.md run as they stand there, with their budgets cut.
+"""The commands and the Python in README.md, docs and docs/tutorials run as they stand there, with their budgets cut.
 
 What runs: every command of a ```sh block, every line after `$ ` in a ```console block, every ```python block, page by
 page, top to bottom, in a folder of the page's own. What a page speaks of is there: notes.txt and other text files, runs
@@ -34,11 +34,12 @@ from unmask.core.config import resolve_recipe
 from unmask.core.keywords import setting_texts
 
 ROOT = Path(__file__).parents[2]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", *sorted([*(ROOT / "docs").glob("*.md"), *(ROOT / "docs" / "tutorials").glob("*.md")])]
 NOT_RUN = re.compile(r"#\s*not run:\s*\S")
 OPERATORS = {"|", "||", "&&", ";", "&"}
 QUESTIONS = "The [MASK] sat on the mat.\nA dog ran over the [MASK].\n"
 BUDGET, MORE = "4 steps", "+2 steps"
+QUICK = {"--samples": "128", "--seconds": "0.01"}  # of an audit and a measurement
 PIECES = {"wordpiece": 120, "unigram": 120, "bpe": 280}  # of a vocabulary; the text on the desk gives some more
 SMALL = [
     "model.num_hidden_layers=1",
@@ -153,6 +154,8 @@ def cut_numbers(arguments: Sequence[str], kind: str) -> list[str]:
             cut[place + 1] = str(PIECES.get(kind, 120))
         if word == "--extend-vocabulary" and place + 1 < len(cut):
             cut[place + 1] = "4"
+        if word in QUICK and place + 1 < len(cut):
+            cut[place + 1] = QUICK[word]
         if word == "--budget" and place + 1 < len(cut):
             cut[place + 1] = MORE if cut[place + 1].startswith("+") else BUDGET
         elif word.startswith("--budget="):
@@ -174,6 +177,8 @@ def cut_down(arguments: Sequence[str]) -> list[str]:
     verb, *rest = arguments
     if verb == "tokenizer":
         return [verb, *cut_numbers(rest, kind_of_tokenizer(rest, "wordpiece"))]
+    if verb in ("audit", "bench"):
+        return [verb, *cut_numbers(rest, "wordpiece")]
     if verb not in ("pretrain", "demo") or "--help" in rest:
         return list(arguments)
     if "--from" in rest:  # the model decides all but the stages
@@ -265,7 +270,8 @@ class Desk:
         for part in parts:
             self._make_runs(" ".join(part), option(part, "--out", "runs/demo" if "demo" in part else ""))
         begins = arguments_of(parts[0])
-        if len(parts) == 1 and begins is not None and not {"<", ">", ">>"} & set(parts[0]):
+        is_launched = parts[0][0] == "torchrun"  # in processes of its own
+        if len(parts) == 1 and begins is not None and not is_launched and not {"<", ">", ">>"} & set(parts[0]):
             self._unmask(parts[0][begins:])
             return
         line: list[str] = []

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from unmask.core.distributed import DistributedContext, init_distributed
@@ -171,6 +171,7 @@ def test_a_constant_model_has_the_unigram_loss_and_one_bin(context: DistributedC
     assert details.calibration.error == pytest.approx(abs(accuracy - confidence), abs=1e-5)
 
 
+@settings(max_examples=40)
 @given(seed=st.integers(0, 1 << 32), sharpness=st.sampled_from([0.1, 1.0, 3.0, 30.0]), overconfidence=st.booleans())
 def test_calibration_is_that_of_the_probabilities(seed: int, sharpness: float, overconfidence: bool) -> None:
     """Labels that are drawn from a model's own probabilities leave an error of sampling noise only."""

@@ -76,7 +76,7 @@ def model_of(tokenizer: Tokenizer, *, constant: bool = False) -> Model:
     return Model(encoder.eval(), head.eval(), tokenizer, shape, {"context": 64})
 
 
-def judge(model: Model, pairs: list[MinimalPair], **options: Any) -> MinimalPairsResult:
+def judge(model: Model, pairs: Any, **options: Any) -> MinimalPairsResult:
     return evaluate_minimal_pairs(model, pairs, context=ONE_THREAD, **options)
 
 
@@ -91,6 +91,19 @@ def test_a_constant_model_gets_exactly_one_half(tokenizer: Tokenizer) -> None:
         for each in (method.overall, *method.fields.values(), *method.paradigms.values()):
             assert each.accuracy == 0.5 and each.ties == each.pairs
         assert all(not entry["pred"] for entry in predictions(method)["order"]["predictions"])
+
+
+def test_pairs_may_be_a_path_or_a_list_of_sentences(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    model = model_of(tokenizer)
+    (tmp_path / "pairs.tsv").write_text("".join(f"{pair.good}\t{pair.bad}\n" for pair in PAIRS) + "a\ta\n")
+    by_list = judge(model, [(pair.good, pair.bad) for pair in PAIRS])
+    by_path = judge(model, tmp_path / "pairs.tsv", errors="skip")
+    assert by_list.pairs == by_path.pairs == len(PAIRS) and (by_list.left_out, by_path.left_out) == (0, 1)
+    for method, result in judge(model, [replace(pair, paradigm="pairs") for pair in PAIRS]).methods.items():
+        assert result.overall == by_list.methods[method].overall == by_path.methods[method].overall
+    few = judge(model, str(tmp_path / "pairs.tsv"), method="original", subset=2, errors="skip")
+    assert few.pairs == 2 and list(few.methods) == ["original"]
+    assert repr(few).startswith("MinimalPairsResult(2 pairs of 1 paradigms\n  original: ")
 
 
 def test_a_constant_model_prefers_fewer_tokens_and_the_baseline_says_so(tokenizer: Tokenizer) -> None:
@@ -138,7 +151,7 @@ def test_swapping_the_sentences_mirrors_the_accuracy(order: list[int], swap: boo
     model = model_of(tokenizer)
     pairs = [PAIRS[number] for number in order]
     swapped = [replace(pair, good=pair.bad, bad=pair.good) for pair in pairs] if swap else pairs
-    first, second = judge(model, PAIRS, methods=["original"]), judge(model, swapped, methods=["original"])
+    first, second = judge(model, PAIRS, method="original"), judge(model, swapped, method="original")
     for name, accuracy in first.methods["original"].paradigms.items():
         other = second.methods["original"].paradigms[name].accuracy
         assert other == pytest.approx(1 - accuracy.accuracy if swap else accuracy.accuracy)

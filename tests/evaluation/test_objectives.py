@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 from unmask.evaluation.masked_lm import EvalSet
-from unmask.evaluation.objectives import own_result
+from unmask.evaluation.validation import own_result
 
 
 def test_an_objective_needs_no_accuracy() -> None:

@@ -14,7 +14,7 @@ from unmask.core.distributed import DistributedContext
 from unmask.core.errors import TextError
 from unmask.core.types import SPECIAL, Batch
 from unmask.data.shards import Shards, open_shards
-from unmask.evaluation.sentence_pairs import MAX_PAIRS, build_pair_eval_set, evaluate_pairs
+from unmask.evaluation.masked_lm import MAX_PAIRS, build_pair_eval_set, evaluate_pairs
 from unmask.tokenization.settings import CharacterConfig
 from unmask.tokenization.tokenizer import Tokenizer, train_tokenizer
 

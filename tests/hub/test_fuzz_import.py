@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 PROGRAM = Path(__file__).parents[2] / "benchmarks" / "fuzz_import.py"
-CASES = 240
+CASES = 120
 
 
 @pytest.fixture(scope="module")

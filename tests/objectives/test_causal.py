@@ -17,9 +17,8 @@ from unmask.models.bert import BertConfig
 from unmask.models.hf_format import States, to_hf_tensors
 from unmask.models.modernbert import ModernBertConfig
 from unmask.models.neomme import NeoMMEConfig
-from unmask.objectives.causal import CausalLMConfig, CausalLMObjective
+from unmask.objectives.causal import CausalLMConfig, CausalLMObjective, MaskedNextTokenConfig, MaskedNextTokenObjective
 from unmask.objectives.mlm import MaskedLMObjective
-from unmask.objectives.mntp import MaskedNextTokenConfig, MaskedNextTokenObjective
 
 VOCABULARY, MASK = 40, 4
 SHAPES: list[EncoderConfig] = [

@@ -17,8 +17,7 @@ from hypothesis import strategies as st
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from unmask.checks.plugins.fixtures import ENCODER, objective_fixture, sample_tokenizer, text_samples
-from unmask.checks.plugins.runner import run_checks
+from unmask.checks.plugins.fixtures import ENCODER, objective_fixture, run_checks, sample_tokenizer, text_samples
 from unmask.checks.plugins.suites import OBJECTIVE_CHECKS
 from unmask.core.errors import RecipeError
 from unmask.core.types import SPECIAL, WORD_START, MaskedBatch, Sample, pack

@@ -64,6 +64,8 @@ def test_every_direct_dependency_is_constrained_and_open_upwards() -> None:
     }
     wanted = [*project["dependencies"], *(one for extra in project["optional-dependencies"].values() for one in extra)]
     for requirement in wanted:
+        if requirement.startswith("unmask["):  # the extras that the tests need
+            continue
         name, bound = re.split(r"(?=>=)", requirement)
         assert name in constrained, f"{name} has no tested version in constraints.txt"
         assert "<" not in bound and "==" not in bound, f"{name}: a cap belongs in constraints.txt"

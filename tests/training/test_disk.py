@@ -33,7 +33,7 @@ SMALL = [
     "model.num_attention_heads=2", "model.intermediate_size=16", "train.every.log=1 steps",
     "train.every.validate=4 steps", "train.every.save=4 steps",
     "train.threads=1", "stage=[{max_seq_len = 32, batch_size = '256 tokens'}]", "train.budget=10 steps",
-    "train.ema_decay=0.9",
+    "train.ema_decay=0.9", "preview.num_samples=0",
 ]  # fmt: skip
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import logging
+import re
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +14,7 @@ from rich.console import Console
 
 from unmask.core.format import count, duration, visible
 from unmask.evaluation.validation import Validation
+from unmask.objectives.mlm import MaskedLMConfig
 from unmask.training.display import Display, PreviewLine, PreviewSpan, Summary, TokenView, show_log
 from unmask.training.display.live import LiveDisplay, display_for
 from unmask.training.display.plain import PlainDisplay
@@ -23,12 +25,14 @@ from unmask.training.display.text import (
     estimate_notes,
     estimate_rows,
     matmul_text,
+    stage_columns,
     stage_rows,
     unigram_line,
 )
-from unmask.training.estimate import CostEstimate
+from unmask.training.estimate import CostEstimate, describe_objectives
 from unmask.training.loop import TrainState
 from unmask.training.plan import Plan, StagePlan
+from unmask.training.recipe import load_recipe
 
 PLAN = Plan((StagePlan(64, 4096, 0, 300, 0.02), StagePlan(128, 4096, 300, 200, 0.03)), 0.1, 0.1, 2.0)
 ESTIMATE = CostEstimate(
@@ -90,6 +94,19 @@ def run(display: Display, preview: list[PreviewLine]) -> None:
     display.saved(Path("runs/x/step-0000500"))
     display.train_end(Summary(Path("runs/x"), 500, 2_048_000, 20.0, 14.0, 18.0, 8000.0, validation(2.4)))
     display.close()
+
+
+def test_objectives_are_a_column_where_stages_differ() -> None:
+    recipe = load_recipe("tiny-causal-first")
+    first, *_, last = recipe.stage
+    same_kind = replace(recipe, stage=(replace(first, objective=MaskedLMConfig(mask_rate=0.2)), last))
+    assert describe_objectives(same_kind) == ("mlm, mask_rate 0.2", f"mlm, mask_rate {recipe.objective.mask_rate}")
+    assert describe_objectives(load_recipe("tiny")) == ()
+    out = io.StringIO()
+    LiveDisplay(Console(file=out, width=100)).estimate(replace(ESTIMATE, objectives=describe_objectives(recipe)[:2]))
+    rows = [line.split() for line in out.getvalue().splitlines()]
+    assert [row[-1] for row in rows if row[:1] in (["stage"], ["1"], ["2"])] == ["objective", "causal", "mlm"]
+    assert "objective" not in stage_columns(ESTIMATE)
 
 
 def test_epochs_are_shown_in_total_by_stage_and_by_text() -> None:
@@ -355,3 +372,40 @@ def test_a_terminal_gets_the_live_display(monkeypatch: pytest.MonkeyPatch) -> No
     assert isinstance(display_for(Terminal()), LiveDisplay)
     monkeypatch.setenv("TERM", "dumb")
     assert isinstance(display_for(Terminal()), PlainDisplay)
+
+
+NOTEBOOK = """
+import unmask
+model = unmask.pretrain(
+    "prose.txt", recipe="tiny", out="run", threads=1, budget="6 steps",
+    settings={"data.tokenizer.kind": "characters", "model.num_hidden_layers": 1, "model.hidden_size": 16,
+              "model.num_attention_heads": 2, "model.intermediate_size": 16, "train.every.log": "1 steps",
+              "train.every.validate": "2 steps", "stage": [{"max_seq_len": 32, "batch_size": "256 tokens"}]},
+)
+"""
+
+
+def test_a_notebook_shows_a_table_that_is_updated(prose: Path, tmp_path: Path) -> None:
+    nbclient = pytest.importorskip("nbclient", reason="nbclient is not installed")
+    nbformat = pytest.importorskip("nbformat", reason="nbformat is not installed")
+    pytest.importorskip("ipykernel", reason="ipykernel is not installed")
+    (tmp_path / "prose.txt").write_text(prose.read_text().replace("the cat", "<b>the cat</b>"))
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(NOTEBOOK)])
+    messages: list[str] = []
+
+    class Client(nbclient.NotebookClient):
+        def process_message(self, msg, cell, cell_index):
+            messages.append(msg["msg_type"])
+            return super().process_message(msg, cell, cell_index)
+
+    Client(notebook, timeout=120, kernel_name="python3", resources={"metadata": {"path": str(tmp_path)}}).execute()
+    outputs = notebook.cells[0].outputs
+    tables = [output["data"]["text/html"] for output in outputs if "text/html" in output.get("data", {})]
+    (table,) = (html for html in tables if "validation loss</th>" in html)
+    rows = re.findall(r"<tr><td>(.*?)</td>", table)
+    assert rows == ["2", "4", "6"] and 'value="1.000"' in table and "unigram baseline" in table
+    assert messages.count("update_display_data") >= 3, "one output is updated in place"
+    assert any("<td>parameters" in html or "parameters," in html for html in tables), "the estimate is a table"
+    assert "<b>the" not in "".join(tables), "text is escaped"
+    assert not any(output.get("name") == "stderr" for output in outputs)
+    assert (tmp_path / "run" / "log.jsonl").exists()

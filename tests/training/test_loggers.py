@@ -7,6 +7,8 @@ import logging
 import os
 import signal
 import sys
+import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -52,14 +54,16 @@ def test_the_numbers_of_a_line_have_grouped_names() -> None:
     assert scalars(LINES[2]) == {"validation/loss": 3.0, "validation/earlier/32": 3.1}
 
 
+@pytest.mark.parametrize("package", ["tensorboard", "wandb", "trackio"])
 def test_a_missing_package_is_named_before_any_work(
-    prose: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    prose: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, package: str
 ) -> None:
+    (tmp_path / package).mkdir()  # as loggers leave it in a working folder: no package
     monkeypatch.setattr(sys, "path", [str(tmp_path)])
-    monkeypatch.setattr(sys, "modules", {k: v for k, v in sys.modules.items() if k.split(".")[0] != "tensorboard"})
-    with pytest.raises(RunError, match="tensorboard is not installed") as caught:
-        launch([prose], recipe="tiny", out=tmp_path / "run", settings=[*SMALL, 'train.loggers=["tensorboard"]'])
-    assert 'pip install "unmask[tensorboard]"' in caught.value.hint and not list(tmp_path.iterdir())
+    monkeypatch.setattr(sys, "modules", {k: v for k, v in sys.modules.items() if k.split(".")[0] != package})
+    with pytest.raises(RunError, match=f"{package} is not installed") as caught:
+        launch([prose], recipe="tiny", out=tmp_path / "run", settings=[*SMALL, f'train.loggers=["{package}"]'])
+    assert f'pip install "unmask[{package}]"' in caught.value.hint and not (tmp_path / "run").exists()
 
 
 def test_tensorboard_has_each_point_of_the_log_once_after_a_stop(prose: Path, tmp_path: Path) -> None:
@@ -76,6 +80,77 @@ def test_tensorboard_has_each_point_of_the_log_once_after_a_stop(prose: Path, tm
     assert points["training/loss"] == [(step, pytest.approx(loss)) for step, loss in expected]
     held = [(line["step"], pytest.approx(line["validation"]["loss"])) for line in log if "validation" in line]
     assert points["validation/loss"] == held
+
+
+def wandb_records(data: bytes) -> Iterator[bytes]:
+    """The records of a file of W&B: those of a LevelDB log (blocks of 32 KiB), after a header of seven bytes."""
+    position, record = 7, b""
+    while position + 7 <= len(data):
+        left = 32768 - position % 32768
+        if left < 7:
+            position += left
+            continue
+        length, kind = int.from_bytes(data[position + 4 : position + 6], "little"), data[position + 6]
+        record += data[position + 7 : position + 7 + length]
+        position += 7 + length
+        if kind in (1, 4):  # whole, or the last part
+            yield record
+            record = b""
+
+
+def read_wandb(run: Path) -> list[tuple[int, dict[str, float]]]:
+    """The points of an offline run of W&B: step and values."""
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    (path,) = (run / "wandb").glob("offline-run-*/*.wandb")
+    points: list[tuple[int, dict[str, float]]] = []
+    for data in wandb_records(path.read_bytes()):
+        record = Record()
+        record.ParseFromString(data)
+        items = {".".join(item.nested_key) or item.key: json.loads(item.value_json) for item in record.history.item}
+        if items:
+            points.append((items["_step"], {name: value for name, value in items.items() if name[0] != "_"}))
+    return points
+
+
+def read_trackio(run: Path) -> list[tuple[int, dict[str, float]]]:
+    """The points of a run in trackio's database: step and values."""
+    import trackio
+    from trackio.sqlite_storage import SQLiteStorage
+
+    (found,) = (each for each in trackio.Api().runs("unmask") if each.config["folder"] == str(run.absolute()))
+    assert found.config["model"]["hidden_size"] == 16
+    logs = SQLiteStorage.get_logs("unmask", found.name, run_id=found.id)
+    return [(log["step"], {name: value for name, value in log.items() if "/" in name}) for log in logs]
+
+
+def test_wandb_and_trackio_have_each_point_of_the_log_once_after_a_stop(
+    prose: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("wandb", reason='wandb is not installed: pip install "unmask[wandb]"')
+    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))  # read when trackio is imported
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    pytest.importorskip("trackio", reason='trackio is not installed: pip install "unmask[trackio]"')
+    for name in ("WANDB_MODE", "TRACKIO_SPACE_ID", "TRACKIO_SERVER_URL"):
+        monkeypatch.delenv(name, raising=False)
+    run = tmp_path / "run"
+    with pytest.raises(Stopped):
+        launch([prose], recipe="tiny", out=run, settings=[*SMALL, 'train.loggers=["wandb", "trackio"]'],
+               display=StopsAt())  # fmt: skip
+    identifier = (run / "wandb" / "unmask-id").read_text()
+    resume(run)
+    assert (run / "wandb" / "unmask-id").read_text() == identifier
+    log = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    losses = [(line["step"], line["loss"]) for line in log if "loss" in line]
+    held = [(line["step"], line["validation"]["loss"]) for line in log if "validation" in line]
+    assert [step for step, _ in losses] == [1, 2, 3, 4, 5, 6]
+    end = time.monotonic() + 30
+    while len(read_wandb(run)) < len(losses) and time.monotonic() < end:  # W&B's own process may write a little later
+        time.sleep(0.1)
+    for points in (read_wandb(run), read_trackio(run)):
+        for name, expected in (("training/loss", losses), ("validation/loss", held)):
+            assert [(step, values[name]) for step, values in points if name in values] == expected
+    assert not capfd.readouterr().out, "standard output is for results"
 
 
 def test_a_logger_that_fails_does_not_stop_the_run(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -163,5 +238,5 @@ def test_a_class_that_is_not_a_logger_is_refused_by_name(prose: Path, tmp_path: 
     with pytest.raises(RecipeError, match=r"NoLogger.*lacks .*write"):
         launch([prose], recipe="tiny", out=tmp_path / "run", settings=[*SMALL, f'train.loggers=["{plugin}:NoLogger"]'])
     with pytest.raises(RecipeError, match="tensorboard") as caught:
-        launch([prose], recipe="tiny", out=tmp_path / "run", settings=[*SMALL, 'train.loggers=["trackio"]'])
+        launch([prose], recipe="tiny", out=tmp_path / "run", settings=[*SMALL, 'train.loggers=["mlflow"]'])
     assert "train.loggers" in caught.value.location and not (tmp_path / "run").exists()

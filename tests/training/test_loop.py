@@ -163,24 +163,30 @@ def test_compilation_without_a_compiler_is_refused(tmp_path: Path) -> None:
     assert "Traceback" not in done.stderr and not (tmp_path / "run").exists()
 
 
-def on_two_ranks(folder: Path, kind: str) -> list[dict[str, torch.Tensor]]:
-    """Returns the weights of two real processes over gloo, started by torchrun."""
+@pytest.fixture(scope="module")
+def on_two_ranks(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder with the weights of two real processes over gloo, started by torchrun, for each kind of objective."""
+    folder = tmp_path_factory.mktemp("ranks")
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=0",
-               "--rdzv_backend=c10d", "--rdzv_endpoint=localhost:0", __file__, str(folder), kind]  # fmt: skip
+               "--rdzv_backend=c10d", "--rdzv_endpoint=localhost:0", __file__, str(folder)]  # fmt: skip
     done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr[-3000:]
-    return [load_file(folder / f"{rank}.safetensors") for rank in (0, 1)]
+    return folder
 
 
-def test_two_ranks_are_one_step(whole, tmp_path: Path) -> None:
-    ranks = on_two_ranks(tmp_path, "masks")
+def weights_of(folder: Path, kind: str) -> list[dict[str, torch.Tensor]]:
+    return [load_file(folder / f"{kind}-{rank}.safetensors") for rank in (0, 1)]
+
+
+def test_two_ranks_are_one_step(whole, on_two_ranks: Path) -> None:
+    ranks = weights_of(on_two_ranks, "masks")
     for name, tensor in whole[0].items():
         assert torch.equal(ranks[0][name], ranks[1][name]), "both ranks hold the same weights"
         torch.testing.assert_close(ranks[0][name], tensor, rtol=0, atol=2e-6)
     single, _, _ = after_three_steps(10**6, init_distributed("float32", 1), texts=1)
     for name, tensor in single.items():  # steps of one sample: one rank has none
-        torch.testing.assert_close(load_file(tmp_path / "1-single.safetensors")[name], tensor, rtol=0, atol=2e-6)
-    samples = [np.loadtxt(tmp_path / f"{rank}.txt", dtype=int).tolist() for rank in (0, 1)]
+        torch.testing.assert_close(weights_of(on_two_ranks, "single")[1][name], tensor, rtol=0, atol=2e-6)
+    samples = [np.loadtxt(on_two_ranks / f"masks-{rank}.txt", dtype=int).tolist() for rank in (0, 1)]
     assert sorted(map(tuple, samples[0] + samples[1])) == sorted(whole[2].used)
 
 
@@ -192,7 +198,7 @@ def test_two_ranks_are_one_step(whole, tmp_path: Path) -> None:
         ("stages", {"parts.pooler.weight"}),
     ],
 )
-def test_two_loss_terms_are_one_step(kind: str, weights: set[str], tmp_path: Path) -> None:
+def test_two_loss_terms_are_one_step(kind: str, weights: set[str], on_two_ranks: Path) -> None:
     """Two loss terms, each with its own count, or only in one stage: in micro-batches and on two ranks."""
     whole, state, _ = after_three_steps(10**6, init_distributed("float32", 1), kind=kind)
     assert weights <= whole.keys()
@@ -200,7 +206,7 @@ def test_two_loss_terms_are_one_step(kind: str, weights: set[str], tmp_path: Pat
     assert state.metrics.counts == other.metrics.counts
     for name, sum_ in state.metrics.sums.items():
         assert other.metrics.sums[name] == pytest.approx(sum_, rel=1e-5), name
-    ranks = on_two_ranks(tmp_path, kind)
+    ranks = weights_of(on_two_ranks, kind)
     for name, tensor in whole.items():
         torch.testing.assert_close(split[name], tensor, rtol=0, atol=2e-6)
         assert torch.equal(ranks[0][name], ranks[1][name]), "both ranks hold the same weights"
@@ -332,12 +338,10 @@ def test_waiting_for_data_is_counted() -> None:
 
 if __name__ == "__main__":
     context = init_distributed("float32", 1)
-    folder, kind = Path(sys.argv[1]), sys.argv[2]
-    final, _, loader = after_three_steps(800, context, kind=kind)
-    save_file({name: tensor.contiguous() for name, tensor in final.items()}, folder / f"{context.rank}.safetensors")
-    np.savetxt(folder / f"{context.rank}.txt", loader.used, fmt="%d")
-    if kind == "masks":
-        final, _, _ = after_three_steps(800, context, texts=1)
-        save_file(
-            {name: tensor.contiguous() for name, tensor in final.items()}, folder / f"{context.rank}-single.safetensors"
-        )
+    folder = Path(sys.argv[1])
+    for kind in ("masks", "single", "pairs", "rtd", "stages"):
+        is_single = kind == "single"
+        final, _, loader = after_three_steps(800, context, 1 if is_single else 34, kind="masks" if is_single else kind)
+        tensors = {name: tensor.contiguous() for name, tensor in final.items()}
+        save_file(tensors, folder / f"{kind}-{context.rank}.safetensors")
+        np.savetxt(folder / f"{kind}-{context.rank}.txt", loader.used, fmt="%d")

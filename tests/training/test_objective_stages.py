@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
+import re
 import signal
 from pathlib import Path
 
@@ -14,6 +16,7 @@ from safetensors.torch import load_file
 import unmask
 from unmask.core.errors import ModelError, RecipeError, Stopped
 from unmask.training.display import Display
+from unmask.training.display.plain import PlainDisplay
 from unmask.training.pretrain import launch, resume
 from unmask.training.runs import read_run
 
@@ -93,8 +96,17 @@ def test_a_stopped_and_resumed_run_is_bit_identical(
 
 
 def test_a_model_says_what_it_was_trained_on_last(prose: Path, tmp_path: Path) -> None:
-    run = tmp_path / "run"
-    launch([prose], recipe="tiny", out=run, settings=[*SMALL, stages("causal", "mntp", "mlm")])
+    run, shown = tmp_path / "run", io.StringIO()
+    settings = [*SMALL, "train.every.log=3 steps", stages("causal", "mntp", "mlm")]
+    launch([prose], recipe="tiny", out=run, settings=settings, display=PlainDisplay(shown))
+    assert re.findall(r"^stage (\d) .*, objective (\w+)$", shown.getvalue(), re.M) == [
+        ("1", "causal"), ("2", "mntp"), ("3", "mlm"),
+    ]  # fmt: skip
+    assert "objective of this stage, with its own attention: loss" in shown.getvalue()
+    lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    logged = [line for line in lines if "loss" in line]
+    assert [line["step"] for line in logged] == [3, 4, 6, 8, 9, 12], "no line has steps of two objectives"
+    assert [line["mask_rate"] > 0.8 for line in logged if line["step"] not in (6, 8)] == [True, True, False, False]
     kinds = [unmask.load(step).card["objective"] for step in sorted(run.glob("step-*"))]
     assert kinds == ["causal", "mntp", "mlm"]
     assert [unmask.load(step).encoder.label_offset for step in sorted(run.glob("step-*"))] == [1, 1, 0]

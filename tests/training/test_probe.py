@@ -25,7 +25,7 @@ from unmask.training.estimate.memory import MemoryLimit, available_bytes, check_
 from unmask.training.estimate.probe import measure, probe_limits
 from unmask.training.loop import Signals, TrainState
 from unmask.training.plan import Measured, make_plan, tenth
-from unmask.training.recipe import Recipe, load_recipe
+from unmask.training.recipe import Recipe, load_recipe, read_recipe
 from unmask.training.setup import RunComponents, build_components, prepare_corpus
 
 SMALL = (
@@ -178,12 +178,59 @@ def test_a_run_that_is_faster_than_its_plan_names_the_command_that_prolongs_it(t
     assert lines.index(first) < lines.index(message) <= lines.index(first) + 2, "after a tenth of the steps"
 
 
-def test_a_pipe_gets_one_line_of_the_probe_and_a_note_if_a_step_exceeds_the_text(text: Path, tmp_path: Path) -> None:
-    stream = io.StringIO()
+def test_a_pipe_gets_one_line_of_the_probe_and_a_note_if_a_step_exceeds_the_text(prose: Path, tmp_path: Path) -> None:
+    short, stream = tmp_path / "short.txt", io.StringIO()
+    short.write_text("\n\n".join(prose.read_text(encoding="utf-8").split("\n\n")[:20]), encoding="utf-8")
+    settings = [
+        *SMALL,
+        "data.tokenizer.vocab_size=120",
+        "stage.0.batch_size=2k tokens",
+        "stage.1.batch_size=2k tokens",
+    ]
     unmask.pretrain(
-        str(text), recipe="tiny", out=tmp_path / "run", budget="2 steps", display=PlainDisplay(stream),
-        settings=[*SMALL, "stage.0.batch_size=64k tokens", "stage.1.batch_size=64k tokens"],
+        str(short), recipe="tiny", out=tmp_path / "run", budget="10 steps", display=PlainDisplay(stream),
+        settings=settings, dry_run=True,
     )  # fmt: skip
     shown = stream.getvalue()
     assert shown.count("probe: ") == 1 and "at most 5.0 s" in shown
-    assert re.search(r"note: a step of stage 0 has 64k tokens, more than the text with [\d.k]+, so it repeats", shown)
+    assert re.search(
+        r"note: a step of stage 0 has 2,000 tokens, more than the text with [\d.,k]+, so it repeats", shown
+    )
+
+
+FAILING = """
+from unmask.objectives.mlm import MaskedLMConfig, MaskedLMObjective
+
+
+class Failing(MaskedLMObjective):
+    def __init__(self, settings, tools):
+        super().__init__(MaskedLMConfig(), tools.vocabulary.mask_id, tools.vocabulary.regular_token_ids)
+
+    def loss(self, encoder, head, masked):
+        raise ZeroDivisionError
+"""
+
+
+def test_a_run_of_few_steps_is_tried_and_not_probed(
+    prose: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "failing_objective.py").write_text(FAILING)
+    monkeypatch.syspath_prepend(tmp_path)
+    settings, stream = [*SMALL, "data.tokenizer.vocab_size=120"], io.StringIO()
+    unmask.pretrain(
+        str(prose),
+        recipe="tiny",
+        out=tmp_path / "run",
+        budget="9 steps",
+        display=PlainDisplay(stream),
+        settings=settings,
+    )
+    assert "probe: " not in stream.getvalue()
+    assert re.search(r"^time +not measured$", stream.getvalue(), re.MULTILINE)
+    unmask.resume(tmp_path / "run", budget="+0.5 s", display=None)
+    _, plan = read_recipe(tmp_path / "run")
+    assert plan.steps > 9 and plan.seconds > 0.3, "the probe that was left out precedes a budget in seconds"
+    failing = [*settings, "objective.kind=failing_objective:Failing"]
+    with pytest.raises(ZeroDivisionError):
+        unmask.pretrain(str(prose), out=tmp_path / "other", budget="9 steps", display=None, settings=failing)
+    assert not (tmp_path / "other").exists(), "the step that is tried comes before anything is written"

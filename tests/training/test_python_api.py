@@ -19,7 +19,7 @@ import pytest
 import typer.main
 
 import unmask
-from unmask.cli import app
+from unmask.cli import app, main
 from unmask.core.errors import RecipeError, RunError, Stopped, TextError, UnmaskError
 from unmask.core.keywords import python_words, setting_texts
 from unmask.training.display import Display
@@ -57,9 +57,9 @@ ONLY_PYTHON = {"display"}
     ("command", "functions", "apart"),
     [
         ("pretrain", ("pretrain", "resume"), {"resume", "moved_texts", "run"}),
-        # Minimal pairs are printed by the command and evaluated by the run (train.evaluate).
-        ("evaluate", ("evaluate",), {"context", "details", "pairs", "subset", "method", "predictions"}),
-        ("export", ("export",), set()),
+        ("evaluate", ("evaluate", "evaluate_minimal_pairs"), {"context", "on_progress", "details", "predictions"}),
+        ("export", ("export",), {"on_progress"}),
+        ("embed", ("embed",), {"file", "out", "force", "document", "field", "errors", "on_progress"}),
         ("import", ("import_model",), set()),
         # A command reads a file or standard input, and prints.
         ("fill", ("fill", "fill_jointly"), {"file", "strict", "text", "texts", "joint", "method", "on_progress"}),
@@ -107,6 +107,11 @@ def test_settings_may_be_nested_dotted_or_texts() -> None:
         (lambda run: unmask.fill(unmask.load(run), 123), "invalid text"),
         (lambda run: unmask.fill(str(run), "a [MASK]"), 'unmask.load("runs/notes")'),
         (lambda run: unmask.evaluate(unmask.load(run), 7), "invalid texts: got 7"),
+        (lambda run: unmask.evaluate(unmask.load(run), "a", max_size="3 tokens"), 'max_size="3 tokens"'),
+        (lambda run: unmask.evaluate_minimal_pairs(unmask.load(run), 3), "give a path, or a list of pairs"),
+        (lambda run: unmask.evaluate_minimal_pairs(unmask.load(run), []), "there are no minimal pairs"),
+        (lambda run: unmask.evaluate_minimal_pairs(unmask.load(run), [("a", "b"), ("a", "a")]), "location: pair 2"),
+        (lambda run: unmask.evaluate_minimal_pairs(unmask.load(run), [("a", "b")], subset=0), "subset=0"),
         (lambda run: unmask.export(None, "a"), "invalid model"),
         (lambda run: unmask.import_model(3, "a"), "invalid folder"),
         (lambda run: unmask.audit(len, 3, "a"), "invalid texts"),
@@ -290,7 +295,8 @@ def test_a_script_shows_its_progress_in_a_pipe(prose: Path, tmp_path: Path) -> N
     script = f"""
 import unmask
 settings = {{"data.tokenizer.kind": "characters", "model.num_hidden_layers": 1, "train.threads": 1}}
-unmask.pretrain({str(prose)!r}, budget="2000 steps", out="notes", settings=settings, dry_run=True)
+settings |= {{"stage.0.batch_size": "300 tokens", "stage.1.batch_size": "300 tokens"}}
+unmask.pretrain({str(prose)!r}, budget="9000 steps", out="notes", settings=settings, dry_run=True)
 unmask.pretrain({str(prose)!r}, budget="2 steps", out="shown", settings=settings)
 print("between")
 unmask.pretrain({str(prose)!r}, budget="2 steps", out="silent", settings=settings, display=None)
@@ -304,23 +310,23 @@ unmask.pretrain({str(prose)!r}, budget="2 steps", out="silent", settings=setting
     assert silent == ""
 
 
-def test_the_command_continues_or_takes_a_new_folder(prose: Path, tmp_path: Path) -> None:
-    def command(*options: str) -> subprocess.CompletedProcess[str]:
-        settings = [f"--set={text}" for text in setting_texts(SMALL)]
-        words = [sys.executable, "-m", "unmask", "pretrain", str(prose), "--budget", "2 steps", "--out", "run"]
-        return subprocess.run(
-            [*words, *settings, *options, "--quiet"],
-            capture_output=True,
-            text=True,
-            timeout=300,
-            cwd=tmp_path,
-            check=False,
-        )
+def test_the_command_continues_or_takes_a_new_folder(
+    prose: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
 
-    assert command().returncode == 0
-    refused = command()
-    assert refused.returncode == 2 and "--exist-ok new" in refused.stderr
-    assert command("--exist-ok", "resume").stdout == "run\n"
-    refused = command("--exist-ok", "resume", "--seed", "5")
-    assert refused.returncode == 2 and "`seed` is 17 there and 5 here" in refused.stderr
-    assert command("--exist-ok", "new").stdout == "run-2\n"
+    def command(*options: str) -> tuple[object, str, str]:
+        settings = [f"--set={text}" for text in setting_texts(SMALL)]
+        words = ["unmask", "pretrain", str(prose), "--budget", "2 steps", "--out", "run"]
+        monkeypatch.setattr(sys, "argv", [*words, *settings, *options, "--quiet"])
+        with pytest.raises(SystemExit) as ended:
+            main()
+        return (ended.value.code, *capfd.readouterr())
+
+    assert command()[0] == 0
+    code, _, err = command()
+    assert code == 2 and "--exist-ok new" in err
+    assert command("--exist-ok", "resume")[1] == "run\n"
+    code, _, err = command("--exist-ok", "resume", "--seed", "5")
+    assert code == 2 and "`seed` is 17 there and 5 here" in err
+    assert command("--exist-ok", "new")[1] == "run-2\n"

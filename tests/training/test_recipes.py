@@ -26,6 +26,7 @@ SMALL = [
     "train.every.log=1 steps", "train.threads=1", "train.micro_batch_size=100 tokens",
 ]  # fmt: skip
 
+FEW_TOKENS = ["stage.0.batch_size=200 tokens", "stage.1.batch_size=200 tokens"]  # of recipe tiny
 
 WIDER = {"bert-mini-pairs": ["model.hidden_size=64"]}  # its initialization needs larger attention heads
 WITHOUT_MASKS = {"electra-mini"}  # the encoder is a discriminator
@@ -110,7 +111,7 @@ def test_only_what_a_user_set_is_explicit(tmp_path: Path) -> None:
 def test_a_vocabulary_that_nobody_set_shrinks_to_the_text(
     kind: str, prose: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    settings = [*SMALL, "train.budget=2 steps", f"data.tokenizer.kind={kind}"]
+    settings = [*SMALL, *FEW_TOKENS, "train.budget=2 steps", f"data.tokenizer.kind={kind}"]
     with caplog.at_level("INFO"):
         launch([prose], out=tmp_path / "run", settings=settings)
     size = unmask.load(tmp_path / "run").tokenizer.size
@@ -126,7 +127,7 @@ def test_a_vocabulary_that_nobody_set_shrinks_to_the_text(
 def test_short_rows_get_stages_that_they_fill(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     path = tmp_path / "rows.txt"
     path.write_text("".join(f"the cat {n % 7} sat on mat {n % 11}\n" for n in range(400)))
-    settings = [*SMALL, "train.budget=2 steps", "data.document=line", "stage.0.max_seq_len=64"]
+    settings = [*SMALL, *FEW_TOKENS, "train.budget=2 steps", "data.document=line", "stage.0.max_seq_len=64"]
     with caplog.at_level("INFO"):
         launch([path], out=tmp_path / "run", settings=settings)
     recipe, _ = read_recipe(tmp_path / "run")
@@ -139,7 +140,8 @@ def test_text_that_the_tokenizer_can_not_spell_is_refused(tmp_path: Path, caplog
     path.write_text(
         "\n\n".join("ประเทศไทยเป็นรัฐชาติอันตั้งอยู่" * (3 + n % 4) + " และ มี ลาว" * 3 for n in range(80)), encoding="utf-8"
     )
-    settings = [*SMALL, "train.budget=2 steps", "data.tokenizer.kind=wordpiece", "data.tokenizer.vocab_size=60"]
+    small = [*SMALL, *FEW_TOKENS, "train.budget=2 steps"]
+    settings = [*small, "data.tokenizer.kind=wordpiece", "data.tokenizer.vocab_size=60"]
     with pytest.raises(TokenizerError, match="are unknown to the tokenizer") as caught:
         launch([path], out=tmp_path / "run", settings=settings)
     assert "more than 100 characters without a space" in caught.value.message
@@ -148,5 +150,5 @@ def test_text_that_the_tokenizer_can_not_spell_is_refused(tmp_path: Path, caplog
         launch([path], out=tmp_path / "run", settings=[*settings, "data.max_unknown=100%"])
     assert "are unknown to the tokenizer" in caplog.text
     resume(tmp_path / "run", budget="+1 steps")
-    launch([path], out=tmp_path / "spelled", settings=[*SMALL, "train.budget=2 steps"])
+    launch([path], out=tmp_path / "spelled", settings=small)
     assert read_recipe(tmp_path / "spelled")[0].data.tokenizer.kind == "unigram"

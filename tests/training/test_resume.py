@@ -124,7 +124,7 @@ def test_a_finished_run_can_be_extended(uninterrupted: Path, prose: Path, tmp_pa
 
 
 def test_a_setting_that_may_not_change_is_refused(uninterrupted: Path) -> None:
-    with pytest.raises(RunError, match=r"train\.every, train\.keep_last, preview"):
+    with pytest.raises(RunError, match=r"train\.every, train\.keep_last, train\.report, preview"):
         resume(uninterrupted, settings=["objective.mask_rate=0.3"], budget="+1 steps")
 
 

@@ -9,9 +9,17 @@ from typing import Annotated
 
 import typer
 
-from unmask.cli.bench import BENCH_EXAMPLES, run_bench
-from unmask.cli.checks import AUDIT_EXAMPLES, CHECK_PLUGIN_EXAMPLES, audit_masker, check_plugin
+from unmask.cli.checks import (
+    AUDIT_EXAMPLES,
+    BENCH_EXAMPLES,
+    CHECK_PLUGIN_EXAMPLES,
+    audit_masker,
+    check_plugin,
+    run_bench,
+)
 from unmask.cli.data import INSPECT_EXAMPLES, PREPARE_EXAMPLES, inspect_data, prepare_data
+from unmask.cli.doctor import DOCTOR_EXAMPLES, doctor
+from unmask.cli.embed import EMBED_EXAMPLES, SEARCH_EXAMPLES, embed_texts, search_texts
 from unmask.cli.errors import Debug, handle_errors
 from unmask.cli.evaluation import EVALUATE_EXAMPLES, SCORE_EXAMPLES, evaluate, score
 from unmask.cli.finetune import FINETUNE_EXAMPLES, finetune_model
@@ -20,9 +28,11 @@ from unmask.cli.models import (
     EXPORT_EXAMPLES,
     FILL_EXAMPLES,
     IMPORT_EXAMPLES,
+    SERVE_EXAMPLES,
     export_model,
     fill,
     import_model,
+    serve_models,
 )
 from unmask.cli.pretrain import DEMO_EXAMPLES, PRETRAIN_EXAMPLES, demo, pretrain
 from unmask.cli.recipe import (
@@ -33,7 +43,7 @@ from unmask.cli.recipe import (
     show_recipe,
     show_reference,
 )
-from unmask.cli.runs import RUNS_EXAMPLES, list_runs
+from unmask.cli.runs import REPORT_EXAMPLES, RUNS_EXAMPLES, list_runs, report_runs
 from unmask.cli.study import RUN_STUDY_EXAMPLES, SHOW_STUDY_EXAMPLES, list_studies, run_study, show_study
 from unmask.cli.tokenizer import (
     COMPARE_TOKENIZERS_EXAMPLES,
@@ -50,6 +60,7 @@ _EPILOG = """\
 unmask demo                                   train a model within a few minutes
 unmask pretrain notes.txt --budget "10 min"   train a model on your text
 unmask fill runs/demo "Return the \\[MASK] of the list."
+unmask --install-completion                   complete commands, runs and recipes in your shell (Tab)
 
 Help for one command: unmask pretrain --help
 """
@@ -60,7 +71,6 @@ app = typer.Typer(
     help="Pretrain BERT and ModernBERT encoders from raw text.",
     epilog=_EPILOG,
     no_args_is_help=True,
-    add_completion=False,
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["--help", "-h"]},
@@ -80,13 +90,18 @@ def _add_group(name: str, description: str) -> typer.Typer:
 _add(app, "pretrain", pretrain, PRETRAIN_EXAMPLES, _TRAIN)
 _add(app, "demo", demo, DEMO_EXAMPLES, _TRAIN)
 _add(app, "runs", list_runs, RUNS_EXAMPLES, _TRAIN)
+_add(app, "report", report_runs, REPORT_EXAMPLES, _TRAIN)
 _add(app, "fill", fill, FILL_EXAMPLES, _USE)
 _add(app, "generate", generate_text, GENERATE_EXAMPLES, _USE)
 _add(app, "evaluate", evaluate, EVALUATE_EXAMPLES, _USE)
 _add(app, "score", score, SCORE_EXAMPLES, _USE)
 _add(app, "finetune", finetune_model, FINETUNE_EXAMPLES, _USE)
+_add(app, "embed", embed_texts, EMBED_EXAMPLES, _USE)
+_add(app, "search", search_texts, SEARCH_EXAMPLES, _USE)
 _add(app, "export", export_model, EXPORT_EXAMPLES, _USE)
 _add(app, "import", import_model, IMPORT_EXAMPLES, _USE)
+_add(app, "serve", serve_models, SERVE_EXAMPLES, _USE)
+_add(app, "doctor", doctor, DOCTOR_EXAMPLES, _CHECK)
 _add(app, "audit", audit_masker, AUDIT_EXAMPLES, _CHECK)
 _add(app, "check-plugin", check_plugin, CHECK_PLUGIN_EXAMPLES, _CHECK)
 _add(app, "bench", run_bench, BENCH_EXAMPLES, _CHECK)

@@ -7,18 +7,51 @@ import functools
 import inspect
 import os
 import shlex
+import signal
 import sys
+import threading
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
+from types import FrameType
 from typing import Annotated, Any
 
 import typer
 
 from unmask.core.errors import CRASH_NOTE, Interrupted, Stopped, UnmaskError
 
-INTERRUPTED, INTERNAL_ERROR = 130, 1  # exit codes
+INTERRUPTED, TERMINATED, INTERNAL_ERROR = 130, 75, 1  # exit codes
 
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.", show_default=False)]
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM or SIGUSR1. It is raised where Ctrl-C would be, so that temporary files are removed."""
+
+    exit_code = TERMINATED
+
+
+@contextmanager
+def _signals() -> Generator[None]:
+    """Raise Terminated on SIGTERM and SIGUSR1, which would end the process at once. Training handles them itself."""
+    handlers: dict[int, Any] = {}
+    if threading.current_thread() is threading.main_thread():
+        numbers = [getattr(signal, name) for name in ("SIGTERM", "SIGUSR1") if hasattr(signal, name)]
+        handlers = {number: signal.signal(number, _terminate) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+
+def _terminate(number: int, frame: FrameType | None) -> None:
+    raise Terminated
+
+
+def exit_code_of(stop: BaseException) -> int:
+    """Return the exit code of a command that a signal stopped: 130 after Ctrl-C, else 75."""
+    return getattr(stop, "exit_code", INTERRUPTED)
 
 
 def handle_errors(command: Callable[..., None]) -> Callable[..., None]:
@@ -32,8 +65,9 @@ def handle_errors(command: Callable[..., None]) -> Callable[..., None]:
         if context is not None:
             debug = debug or bool(context.find_root().params.get("debug"))
         try:
-            command(*args, **kwargs)
-            sys.stdout.flush()
+            with _signals():
+                command(*args, **kwargs)
+                sys.stdout.flush()
         except (typer.Exit, typer.Abort, typer.BadParameter):
             raise
         except BrokenPipeError as error:  # the reader has closed the pipe, as in `unmask recipe show tiny | head`
@@ -44,7 +78,9 @@ def handle_errors(command: Callable[..., None]) -> Callable[..., None]:
                 raise
             raise typer.Exit(0) from error  # rich exits with 1 if the reader has closed the pipe
         except KeyboardInterrupt as error:
-            raise typer.Exit(INTERRUPTED) from error
+            how = "SIGTERM or SIGUSR1" if isinstance(error, Terminated) else "Ctrl-C"
+            print_error("stopped:", f"by {how}, before the command was done")
+            raise typer.Exit(exit_code_of(error)) from error
         except Exception as error:
             if debug:
                 traceback.print_exc()

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
-from dataclasses import asdict
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 
 import typer
 
-from unmask.cli.details import Details, print_details
 from unmask.cli.errors import print_error
 from unmask.cli.options import (
     Errors,
@@ -23,15 +23,16 @@ from unmask.cli.options import (
     open_model,
     print_json,
 )
-from unmask.core.errors import RecipeError, StoreError
+from unmask.core.errors import RecipeError, StoreError, TextError
 from unmask.core.files import check_writable, write_json
 
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from unmask.evaluation.details import Calibration, EvalDetails, GroupResult
     from unmask.evaluation.masked_lm import EvalResult
     from unmask.evaluation.minimal_pairs import MinimalPairs, MinimalPairsResult, PairAccuracy
-    from unmask.evaluation.scoring import ScoreTotal, TextScore
+    from unmask.evaluation.scoring import Score, TextScore, WordUnits
     from unmask.models.model import Model
 
 _BAR_WIDTH = 20
@@ -51,6 +52,28 @@ unmask evaluate runs/notes --pairs pairs.tsv --method within-word
 """
 
 
+Details = Annotated[
+    bool,
+    typer.Option(
+        "--details",
+        help="Results by frequency, place in the word, position, characters and input, and calibration.",
+        show_default=False,
+    ),
+]
+Predictions = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="FILE",
+        help="JSON file to write: the preferred sentence of each pair, by --method, else original.",
+        show_default=False,
+    ),
+]
+MaxSize = Annotated[
+    str | None,
+    typer.Option(metavar="AMOUNT", help='Amount of text to read, such as "2M characters".', show_default="all"),
+]
+
+
 def evaluate(
     model: ModelPath,
     texts: Annotated[
@@ -67,14 +90,7 @@ def evaluate(
         Literal["both", "original", "within-word"],
         typer.Option(help="Pseudo-log-likelihood that judges minimal pairs, as in unmask score."),
     ] = "both",
-    predictions: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="FILE",
-            help="JSON file to write: the preferred sentence of each pair, by --method, else original.",
-            show_default=False,
-        ),
-    ] = None,
+    predictions: Predictions = None,
     details: Details = False,
     length: Annotated[
         int | None,
@@ -88,10 +104,7 @@ def evaluate(
     ] = None,
     errors: Errors = None,
     field: Field = None,
-    max_size: Annotated[
-        str | None,
-        typer.Option(metavar="AMOUNT", help='Amount of text to read, such as "2M characters".', show_default="all"),
-    ] = None,
+    max_size: MaxSize = None,
     as_json: Json = False,
 ) -> None:
     """Evaluate a model on text that it was not trained on, with 15 % of the tokens masked, or on minimal pairs.
@@ -102,7 +115,16 @@ def evaluate(
     from unmask.evaluation.details import evaluate_details
     from unmask.evaluation.validation import evaluate_text
 
-    _check_inputs(texts, pairs, predictions, subset, details=details)
+    _check_inputs(
+        texts,
+        pairs,
+        predictions,
+        of_text={
+            "--details": details or None, "--length": length, "--document": document, "--field": field,
+            "--max-size": max_size,
+        },
+        of_pairs={"--subset": subset, "--method": None if method == "both" else method},
+    )  # fmt: skip
     found = None if pairs is None else _read_pairs(pairs, subset, errors)
     opened = open_model(model)
     result = None
@@ -122,14 +144,14 @@ def evaluate(
         _write_predictions(predictions, judged)
     if as_json:
         tree: dict[str, Any] = {} if result is None else asdict(result)
-        if found is not None and judged is not None:
-            tree["pairs"] = judged.summary() | {"left_out": found.left_out}
+        if judged is not None:
+            tree["pairs"] = judged.summary()
         print_json(tree)
         return
     if result is not None:
         _print_text_result(result)
-    if found is not None and judged is not None:
-        _print_pairs_result(judged, found.left_out)
+    if judged is not None:
+        _print_pairs_result(judged)
 
 
 def _warn_unknown(share: float) -> None:
@@ -139,19 +161,29 @@ def _warn_unknown(share: float) -> None:
 
 
 def _check_inputs(
-    texts: Sequence[Path] | None, pairs: Path | None, predictions: Path | None, subset: int | None, *, details: bool
+    texts: Sequence[Path] | None,
+    pairs: Path | None,
+    predictions: Path | None,
+    *,
+    of_text: Mapping[str, object],
+    of_pairs: Mapping[str, object],
 ) -> None:
     if not texts and pairs is None:
         raise RecipeError(
             "there is nothing to evaluate on", location="unmask evaluate", hint="give --text FILE, --pairs PATH or both"
         )
-    if details and not texts:
-        raise RecipeError("--details are those of a text", location="--details", hint="add --text FILE")
-    for option, value in (("--predictions", predictions), ("--subset", subset)):
-        if value is not None and pairs is None:
-            raise RecipeError(
-                f"{option} is an option of minimal pairs", location=f"{option} {value}", hint="add --pairs PATH"
-            )
+    groups = (
+        (of_text, not texts, "text", "--text FILE"),
+        ({"--predictions": predictions, **of_pairs}, pairs is None, "minimal pairs", "--pairs PATH"),
+    )
+    for options, is_missing, what, needed in groups:
+        for option, value in options.items():
+            if is_missing and value is not None:
+                raise RecipeError(
+                    f"{option} is an option of {what}, of which there is none",
+                    location=option if value is True else f"{option} {value}",
+                    hint=f"remove it, or add {needed}",
+                )
     if predictions is not None:
         if predictions.exists() and not predictions.is_file():  # a device would be replaced by a file
             raise StoreError(
@@ -189,11 +221,9 @@ def _evaluate_pairs(
     model: Model, found: MinimalPairs, method: Literal["both", "original", "within-word"]
 ) -> MinimalPairsResult:
     from unmask.evaluation.minimal_pairs import evaluate_minimal_pairs
-    from unmask.evaluation.scoring import METHODS
 
-    methods = METHODS if method == "both" else (method,)
     with open_display(sys.stderr) as display:
-        return evaluate_minimal_pairs(model, found.pairs, methods, on_progress=delayed_progress(display))
+        return evaluate_minimal_pairs(model, found, method, on_progress=delayed_progress(display))
 
 
 def _write_predictions(file: Path, judged: MinimalPairsResult) -> None:
@@ -202,7 +232,7 @@ def _write_predictions(file: Path, judged: MinimalPairsResult) -> None:
     write_json(file, predictions(judged.methods.get("original") or judged.methods["within-word"]))
 
 
-def _print_pairs_result(judged: MinimalPairsResult, left_out: int) -> None:
+def _print_pairs_result(judged: MinimalPairsResult) -> None:
     """Print a table of accuracies by field and paradigm: with bars in a terminal, plain lines in a pipe."""
     from rich.console import Console
 
@@ -221,8 +251,8 @@ def _print_pairs_result(judged: MinimalPairsResult, left_out: int) -> None:
             rows.append((name, [column[name] for column in columns]))
         _print_accuracies(console, title, list(judged.methods), rows)
     print(f"pairs               {judged.pairs:,} of {judged.paradigms} paradigms; overall is the mean over paradigms")
-    if left_out:
-        print(f"left out            {left_out:,} line{'s' * (left_out != 1)} without a minimal pair")
+    if judged.left_out:
+        print(f"left out            {judged.left_out:,} line{'s' * (judged.left_out != 1)} without a minimal pair")
     if judged.unknown:
         print(
             f"unknown             {judged.unknown:,} pairs that can't be compared (by [UNK], or without a token): ties"
@@ -276,6 +306,7 @@ SCORE_EXAMPLES = """\
 unmask score runs/notes "The cat sat on the mat."
 unmask score runs/notes "The cat sat." "The cat sit." --by text
 unmask score runs/notes --file sentences.txt --json          one text per line
+unmask score runs/notes --file sentences.txt --errors skip   leaves out lines that can't be scored
 unmask score runs/notes --file novel.txt --document file     one text, in windows around each word
 """
 
@@ -302,7 +333,14 @@ def score(
     document: Annotated[
         Literal["blank-line", "line", "file"], typer.Option(help="Unit of --file that is one text.")
     ] = "line",
-    errors: Errors = None,
+    errors: Annotated[
+        Literal["strict", "replace", "skip"] | None,
+        typer.Option(
+            help="Handling of texts that can't be scored and of undecodable bytes: strict stops, replace inserts "
+            "U+FFFD for bytes, skip leaves out and counts.",
+            show_default="strict",
+        ),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Show how probable a model finds texts, their words and their tokens: the pseudo-log-likelihood.
@@ -313,43 +351,117 @@ def score(
     from unmask.evaluation.scoring import score as score_texts
     from unmask.evaluation.scoring import total
 
-    listed = [*map(check_utf8, texts or []), *([] if file is None else _read_texts(file, document, errors))]
+    listed = [_GivenText(check_utf8(text), f"text {number}") for number, text in enumerate(texts or [], start=1)]
+    if file is not None:
+        listed += _read_texts(file, document, errors)
     if not listed:
         raise RecipeError("no text was given", location="unmask score", hint="give a TEXT, or --file FILE")
     opened = open_model(model)
+    listed, left_out = _scorable(opened, listed, words, errors)
     if opened.card.get("objective") == "causal":
         print("note: the model is causal; the scores are log-likelihoods from left to right", file=sys.stderr)
     with open_display(sys.stderr) as display:
-        scores = score_texts(opened, listed, method, words=words, on_progress=delayed_progress(display))
+        scores = score_texts(
+            opened, [each.text for each in listed], method, words=words, on_progress=delayed_progress(display)
+        )
     if as_json:
-        print_json({"method": method, "texts": [asdict(each) for each in scores], "total": asdict(total(scores))})
+        print_json({
+            "method": method,
+            "texts": [
+                {"text": each.text, "line": each.line, **asdict(scored)}
+                for each, scored in zip(listed, scores, strict=True)
+            ],
+            "total": {"texts": len(scores), **asdict(total(scores))},
+            "left_out": [{"place": each.place, "line": each.line, "problem": each.problem} for each in left_out],
+        })  # fmt: skip
         return
     unit = by or ("text" if file is not None else "word")
     for each in scores:
         _print_score(each, unit)
     if len(scores) > 1:
-        summed = total(scores)
-        print(f"{summed.texts:,} texts: {_figures(summed)}")
+        print(f"{len(scores):,} texts: {_figures(total(scores))}")
 
 
-def _read_texts(file: Path, document: Literal["blank-line", "line", "file"], errors: Errors) -> list[str]:
-    """Return the documents of a file."""
+class _GivenText(NamedTuple):
+    """A text, where it is given, and why it can't be scored, if it can't."""
+
+    text: str
+    place: str
+    line: int | None = None  # of its file; None if it is an argument, or a document of several lines
+    problem: str = ""
+
+
+def _read_texts(file: Path, document: Literal["blank-line", "line", "file"], errors: Errors) -> list[_GivenText]:
+    """Return the documents of a file; lines of plain text with their numbers."""
     from unmask.cli.options import DataOptions
+    from unmask.data.inputs import kind_of
     from unmask.data.sources import open_source
 
-    source = open_source([file], DataOptions(errors, document).config())
-    texts: list[str] = []
+    config = DataOptions(errors, document).config()
+    source = open_source([file], config)
+    paths = list(dict.fromkeys(part.path for part in source.parts()))
+    by_line = document == "line" and all(kind_of(path) == "text" for path in paths)
+    if by_line:  # whole files, because a reader of lines doesn't count blank lines and those that it leaves out
+        rule = "replace" if errors == "skip" else config.errors
+        source = open_source(paths, replace(config, document="file", errors=rule))
+    texts: list[_GivenText] = []
+    counts = Counter[str]()  # documents of each file
     for part in source.parts():
-        chunks = list[str]()
+        chunks, prefix = list[str](), f"{part.path}, " if len(paths) > 1 else ""
         for chunk in source.documents(part):
             chunks.append(chunk.text)
-            if chunk.last:
-                texts.append("".join(chunks))
-                chunks = []
-    return [text for text in texts if text.strip()]
+            if not chunk.last:
+                continue
+            whole, chunks = "".join(chunks), []
+            counts[part.path] += 1
+            if not by_line:
+                texts.append(_GivenText(whole, f"{prefix}document {counts[part.path]}"))
+                continue
+            for number, line in enumerate(whole.split("\n"), start=1):
+                problem = "the line is not UTF-8" if errors == "skip" and "\ufffd" in line else ""
+                texts.append(_GivenText(line, f"{prefix}line {number}", number, problem))
+    if unread := sum(source.left_out.values()):
+        print_error("warning:", f"left out {unread:,} lines or rows that can't be read")
+    return [each for each in texts if each.text.strip()]
 
 
-def _figures(result: TextScore | ScoreTotal) -> str:
+_SHOWN = 10  # texts that are left out
+
+
+def _scorable(
+    model: Model, texts: Sequence[_GivenText], words: WordUnits | None, errors: Errors
+) -> tuple[list[_GivenText], list[_GivenText]]:
+    """Return the texts that can be scored, and those that are left out, which are named on standard error.
+
+    Raises:
+        TextError: a text can't be scored and `errors` is not "skip", or none can be scored.
+    """
+    from unmask.evaluation.scoring import unscorable
+
+    problems = unscorable(model, [each.text for each in texts], words)
+    judged = [each._replace(problem=each.problem or problems.get(number, "")) for number, each in enumerate(texts)]
+    left_out = [each for each in judged if each.problem]
+    if not left_out:
+        return judged, []
+    first = left_out[0]
+    if errors != "skip":
+        raise TextError(
+            first.problem,
+            location=f"{first.place}: {first.text[:60]!r}",
+            hint="give text that the tokenizer can encode, or leave out such texts: --errors skip",
+        )
+    if len(left_out) == len(judged):
+        raise TextError(
+            f"no text is left: {len(left_out):,} of {len(judged):,} can't be scored",
+            location=f"{first.place}: {first.text[:60]!r}",
+            hint="give text that the tokenizer can encode",
+        )
+    names = ", ".join(each.place for each in left_out[:_SHOWN]) + ", …" * (len(left_out) > _SHOWN)
+    print_error("warning:", f"left out {len(left_out):,} of {len(judged):,} texts, which can't be scored: {names}")
+    return [each for each in judged if not each.problem], left_out
+
+
+def _figures(result: Score) -> str:
     unknown = f", {result.unknown_tokens:,} tokens are [UNK]" if result.unknown_tokens else ""
     return (
         f"{result.log_probability:,.3f} nats, {result.surprisal:,.2f} bits, "
@@ -391,3 +503,86 @@ def _print_score(result: TextScore, unit: Literal["text", "word", "token"]) -> N
 def _style(bits: float) -> str:
     """Return a color for a surprisal: a word with less than 4 bits is among the 16 likeliest."""
     return "green" if bits < 4 else "yellow" if bits < 10 else "red"
+
+
+# evaluate --details ---------------------------------------------------------------------------------------------------
+
+_CALIBRATION_BAR = 10
+_GROUP_COLUMNS = ("tokens", "share", "accuracy", "loss", "unigram")
+_BIN_COLUMNS = ("tokens", "share", "mean", "accuracy", "difference")
+
+
+def print_details(details: EvalDetails) -> None:
+    """Print a table for each kind of group, and the reliability table: with colors in a terminal, plain in a pipe."""
+    from rich.console import Console
+
+    console = Console(highlight=False, soft_wrap=True)
+    tables = {
+        "frequency rank": details.by_frequency,
+        "place in word": details.by_place_in_word,
+        "position": details.by_position,
+        "characters": details.by_characters,
+        "input": details.by_input,
+    }
+    for title, groups in tables.items():
+        total = sum(group.masked_tokens for group in groups)
+        rows = [_group_row(group, total) for group in groups]
+        _print_table(console, title, _GROUP_COLUMNS, rows, [group.accuracy for group in groups])
+    _print_calibration(console, details.calibration)
+
+
+def _group_row(group: GroupResult, total: int) -> tuple[str, ...]:
+    return (
+        group.name,
+        f"{group.masked_tokens:,}",
+        f"{group.masked_tokens / total:.1%}",
+        f"{group.accuracy:.2%}",
+        f"{group.loss:.4f}",
+        f"{group.unigram_loss:.4f}",
+    )
+
+
+def _print_calibration(console: Console, calibration: Calibration) -> None:
+    total = sum(one.masked_tokens for one in calibration.bins)
+    rows = [
+        (
+            f"{one.lower:.1%} to {one.upper:.1%}",
+            f"{one.masked_tokens:,}",
+            f"{one.masked_tokens / total:.1%}",
+            f"{one.confidence:.2%}",
+            f"{one.accuracy:.2%}",
+            f"{100 * (one.accuracy - one.confidence):+.2f}",
+        )
+        for one in calibration.bins
+    ]
+    accuracies = [one.accuracy for one in calibration.bins]
+    _print_table(console, "confidence", _BIN_COLUMNS, rows, accuracies)
+    print(f"\nexpected calibration error  {calibration.error:.2%}")
+    print(f"mean confidence             {calibration.confidence:.2%} (probability of the most probable token)")
+
+
+def _print_table(
+    console: Console, title: str, columns: Sequence[str], rows: Sequence[tuple[str, ...]], accuracies: Sequence[float]
+) -> None:
+    """Print a table whose first column names the rows. A terminal also shows the accuracies as bars."""
+    from rich.table import Table
+    from rich.text import Text
+
+    from unmask.core.format import bar
+
+    print()
+    if not console.is_terminal:
+        lines = [(title, *columns), *rows]
+        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+        for name, *cells in lines:
+            padded = [f"{cell:>{width}}" for cell, width in zip(cells, widths[1:], strict=True)]
+            print(f"{name:<{widths[0]}}  {'  '.join(padded)}")
+        return
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    table.add_column(title, header_style="bold", no_wrap=True)
+    for column in columns:
+        table.add_column(column, justify="right", header_style="dim")
+    table.add_column("")
+    for (name, *cells), accuracy in zip(rows, accuracies, strict=True):
+        table.add_row(name, *cells, Text(bar(accuracy, _CALIBRATION_BAR), "green"))
+    console.print(table)

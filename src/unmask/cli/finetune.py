@@ -14,8 +14,8 @@ from unmask.cli.options import Force, Json, ModelPath, Threads, open_display, pr
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from unmask.training.finetuning.metrics import Estimate
     from unmask.training.finetuning.report import Confusion, FinetuneReport
+    from unmask.training.finetuning.train import Estimate
 
 FINETUNE_EXAMPLES = """\
 [bold]Examples[/bold]

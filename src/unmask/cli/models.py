@@ -1,4 +1,4 @@
-"""Commands on trained models: fill, export and import."""
+"""Commands on trained models: fill, export, import and serve."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ from unmask.cli.options import (
     ModelPath,
     OutputPath,
     check_utf8,
+    complete_model,
     delayed_progress,
     open_display,
     open_model,
@@ -30,10 +31,10 @@ from unmask.cli.options import (
 from unmask.core.errors import ModelError, TextError, UnmaskError
 
 if TYPE_CHECKING:
+    from unmask.hub.to_hf import Exported
     from unmask.models.fill_mask import FillMaskResult
     from unmask.models.joint_fill import JointFillResult
     from unmask.models.model import Model
-
 
 # fill ---------------------------------------------------------------------------------------------------------------
 
@@ -352,6 +353,8 @@ EXPORT_EXAMPLES = """\
 unmask export runs/notes notes-bert
 unmask export runs/notes notes-bert --force          replace an existing model
 unmask export runs/notes notes-encoder --only encoder
+unmask export runs/notes notes-onnx --format onnx --int8
+unmask export runs/notes notes-vectors --format sentence-transformers
 """
 IMPORT_EXAMPLES = """\
 [bold]Examples[/bold]
@@ -364,6 +367,16 @@ unmask fill models/bert "The cat sat on the \\[MASK]."
 def export_model(
     model: Annotated[Path, typer.Argument(metavar="RUN", help=MODEL_HELP)],
     out: OutputPath,
+    format: Annotated[
+        Literal["hf", "onnx", "sentence-transformers"],
+        typer.Option(
+            help="hf: for transformers; onnx adds a graph for onnxruntime and transformers.js; sentence-transformers "
+            "adds mean pooling."
+        ),
+    ] = "hf",
+    int8: Annotated[
+        bool, typer.Option("--int8", help="Add a graph with weights of 8 bits to onnx.", show_default=False)
+    ] = False,
     force: Force = False,
     unverified: Annotated[
         bool,
@@ -372,14 +385,25 @@ def export_model(
         ),
     ] = False,
     only: Annotated[
-        Literal["all", "encoder"], typer.Option(help="Part to write: the whole model, or the encoder without heads.")
+        Literal["all", "encoder"],
+        typer.Option(help="Part to write: the whole model, or the encoder without heads, for vectors."),
     ] = "all",
     as_json: Json = False,
 ) -> None:
     """Write a model in the Hugging Face format, with a model card, after comparing its logits with transformers."""
     from unmask.hub.to_hf import export
 
-    result = export(model, out, force=force, unverified=unverified, only=only)
+    with open_display(sys.stderr) as display:
+        result = export(
+            model,
+            out,
+            format=format,
+            force=force,
+            unverified=unverified,
+            only=only,
+            int8=int8,
+            on_progress=delayed_progress(display),
+        )
     if as_json:
         print_json(asdict(result))
         return
@@ -392,7 +416,22 @@ def export_model(
         pair = "" if parity.pair is None else f", pair head {parity.pair:.1e}"
         print(f"compared    {parity.texts} texts, {parity.tokens:,} tokens ({parity.source})")
         print(f"difference  at most {parity.logits:.1e}{pair} (transformers {parity.transformers}, float32)")
+    _print_format(result)
     print(f"written     {result.path}: {result.architecture}, with a model card in README.md")
+
+
+def _print_format(result: Exported) -> None:
+    """Print what was written beside the format of transformers, and how it was compared."""
+    from unmask.core.format import size
+    from unmask.hub.onnx import GRAPH, QUANTIZED, describe_int8
+
+    if (graph := result.graph) is not None:
+        print(f"{GRAPH}: {size(graph.bytes)}; {', '.join(graph.inputs)} -> {graph.output}")
+        print(f"difference  at most {graph.difference:.1e} (onnxruntime {graph.onnxruntime} and PyTorch, float32)")
+        if graph.int8 is not None:
+            print(f"{QUANTIZED}: {size(graph.int8.bytes)}; {describe_int8(graph.int8)}")
+    if (vectors := result.vectors) is not None:
+        print(f"vectors     differ by at most {vectors.difference:.1e} from sentence-transformers")
 
 
 def import_model(
@@ -416,3 +455,67 @@ def import_model(
         print(note)
     shape = f"{settings.num_hidden_layers} layers, hidden size {settings.hidden_size}, {vocab_size:,} tokens"
     print(f"written     {model.path}: {settings.kind}, {shape}")
+
+
+# serve ----------------------------------------------------------------------------------------------------------------
+
+SERVE_EXAMPLES = """\
+[bold]Examples[/bold]
+
+unmask serve runs/demo --open
+unmask serve runs/demo runs/notes                two models side by side
+unmask serve runs/demo --port 8766
+"""
+
+
+def serve_models(
+    model: ModelPath,
+    other: Annotated[
+        Path | None,
+        typer.Argument(
+            metavar="OTHER", help=f"Second model. {MODEL_HELP}", show_default="none", autocompletion=complete_model
+        ),
+    ] = None,
+    port: Annotated[
+        int, typer.Option(min=0, max=65535, help="Port on the loopback address 127.0.0.1; 0 for any free one.")
+    ] = 8765,
+    open_page: Annotated[bool, typer.Option("--open", help="Open the page in a browser.", show_default=False)] = False,
+) -> None:
+    """Serve a page to try models in a browser, and a JSON API, on this machine only. Ctrl-C ends it.
+
+    The page fills masks, shows surprisal and attention, generates text, and compares models and the steps of a run. The
+    API is described at /openapi.json.
+    """
+    from unmask.serve import bind_port
+
+    paths = [path for path in (model, other) if path is not None]
+    with bind_port(port) as listener:
+        serve, open_browser = _import_server()
+
+        def on_start(address: str) -> None:
+            print(address, flush=True)
+            if sys.stdout.isatty():
+                print("Ctrl-C ends the server", file=sys.stderr)
+            if open_page:
+                open_browser(address)
+
+        if sys.stderr.isatty():
+            print(f"opening {' and '.join(map(str, paths))}", file=sys.stderr)
+        serve(paths, listener, on_start)
+
+
+def _import_server() -> tuple[Callable[..., None], Callable[[str], None]]:
+    """Return the functions that serve models and open a browser.
+
+    Raises:
+        RecipeError: a package is not installed.
+    """
+    from unmask.core.errors import RecipeError
+
+    try:
+        from unmask.serve.app import open_browser, serve
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] not in ("starlette", "uvicorn"):
+            raise
+        raise RecipeError(f"{error.name} is not installed", hint='install it: pip install "unmask[serve]"') from error
+    return serve, open_browser

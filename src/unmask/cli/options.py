@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import json
 import math
 import os
@@ -28,6 +30,39 @@ if TYPE_CHECKING:
     from unmask.training.recipe import Recipe
 
 
+# Completion in a shell ----------------------------------------------------------------------------------------------
+
+RUNS = "runs"  # the folder of runs
+_MODEL_FILES = (RunLayout.RECIPE, "config.json")
+_MAX_FOLDERS = 1000  # looked at for one completion
+
+
+def complete_model(incomplete: str) -> list[str]:
+    """Return the runs and models that begin so, in runs/ and in the folder of the word.
+
+    If there are none, the shell offers files.
+    """
+    folders = [Path(RUNS), Path(incomplete) if incomplete.endswith("/") else Path(incomplete).parent]
+    names: dict[str, None] = {}
+    for folder in folders:
+        with contextlib.suppress(OSError):
+            for path in itertools.islice(folder.iterdir(), _MAX_FOLDERS):
+                if str(path).startswith(incomplete) and any((path / name).is_file() for name in _MODEL_FILES):
+                    names[str(path)] = None
+    return sorted(names)
+
+
+def complete_recipe(incomplete: str) -> list[str]:
+    """Return the shipped recipes and the TOML files that begin so."""
+    from unmask.core.config import shipped_recipes
+
+    folder = Path(incomplete) if incomplete.endswith("/") else Path(incomplete).parent
+    with contextlib.suppress(OSError):
+        files = sorted(str(path) for path in itertools.islice(folder.glob("*.toml"), _MAX_FOLDERS))
+        return [name for name in (*shipped_recipes(), *files) if name.startswith(incomplete)]
+    return []
+
+
 # Arguments and options ----------------------------------------------------------------------------------------------
 
 TEXT = typer.Argument(
@@ -36,19 +71,23 @@ TEXT = typer.Argument(
 Texts = Annotated[list[Path], TEXT]
 OptionalTexts = Annotated[list[Path] | None, TEXT]
 MODEL_HELP = "Run, step folder, or folder saved by transformers."
-ModelPath = Annotated[Path, typer.Argument(metavar="MODEL", help=MODEL_HELP)]
+ModelPath = Annotated[Path, typer.Argument(metavar="MODEL", help=MODEL_HELP, autocompletion=complete_model)]
 OutputPath = Annotated[Path, typer.Argument(metavar="OUT", help="Folder to write.")]
 Force = Annotated[bool, typer.Option("--force", help="Replace an existing model at OUT.", show_default=False)]
 TOKENIZER_HELP = "Run, model, tokenizer.json, or folder with one."
 TokenizerPath = Annotated[
-    Path | None, typer.Option(help=TOKENIZER_HELP, show_default="the recipe's, trained on the text")
+    Path | None,
+    typer.Option(help=TOKENIZER_HELP, show_default="the recipe's, trained on the text", autocompletion=complete_model),
 ]
 
 Settings = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="KEY=VALUE", help="Override one setting of the recipe; may be repeated."),
 ]
-RecipeName = Annotated[str, typer.Option(help="Recipe with the settings: a shipped name or a TOML file.")]
+RecipeName = Annotated[
+    str,
+    typer.Option(help="Recipe with the settings: a shipped name or a TOML file.", autocompletion=complete_recipe),
+]
 Budget = Annotated[
     str | None,
     typer.Option(

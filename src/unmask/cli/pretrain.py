@@ -22,6 +22,8 @@ from unmask.cli.options import (
     OptionalTexts,
     Settings,
     Threads,
+    complete_model,
+    complete_recipe,
     print_json,
 )
 from unmask.core.errors import RecipeError, RunError
@@ -60,6 +62,7 @@ RecipeOption = Annotated[
     typer.Option(
         "--recipe",
         help="Recipe: a shipped name or a TOML file.",
+        autocompletion=complete_recipe,
         show_default="tiny; with a time as --budget: auto; with --from: continue",
     ),
 ]
@@ -76,14 +79,19 @@ Seed = Annotated[int | None, typer.Option(help="Random seed.", show_default="the
 FromModel = Annotated[
     Path | None,
     typer.Option(
-        "--from", metavar="MODEL", help="Model whose weights, architecture and tokenizer the run starts from."
+        "--from",
+        metavar="MODEL",
+        help="Model whose weights, architecture and tokenizer the run starts from.",
+        autocompletion=complete_model,
     ),
 ]
 ExtendVocabulary = Annotated[
     int | None,
     typer.Option(min=1, metavar="N", help="Number of tokens to learn from the text and add; needs --from."),
 ]
-Resume = Annotated[Path | None, typer.Option(metavar="RUN", help="Run to resume or to prolong.")]
+Resume = Annotated[
+    Path | None, typer.Option(metavar="RUN", help="Run to resume or to prolong.", autocompletion=complete_model)
+]
 MovedTexts = Annotated[
     list[str] | None,
     typer.Option("--text", metavar="TEXT", help="New path of a text that was moved; needs --resume; may be repeated."),
@@ -148,46 +156,48 @@ def pretrain(
         _check_not_with_resume({
             "TEXT": texts, "--recipe": recipe, "--out": out, "--exist-ok": exist_ok,
             "--seed": seed, "--threads": threads, "--errors": errors, "--document": document,
-            "--field": field, "--dry-run": dry_run or None,
-            "--allow-unknown": allow_unknown or None,
+            "--field": field, "--dry-run": dry_run or None, "--allow-unknown": allow_unknown or None,
             "--from": start, "--extend-vocabulary": extend_vocabulary,
         })  # fmt: skip
+    from unmask.report.write import report_at_end
     from unmask.training import api
     from unmask.training import pretrain as training
 
     display = _display(as_json=as_json, quiet=quiet)
-    if resume is not None:
-        result = training.resume(
-            resume,
-            budget=budget,
-            settings=settings or (),
-            display=display,
-            allow_different_environment=allow_different_environment,
-            verify=verify,
-            texts=moved_texts or (),
-            valid=_parse_valid(valid or ()),
-        )
-    else:
-        result = api.run_pretraining(
-            texts or [],
-            recipe=recipe,
-            budget=budget,
-            out=out,
-            exist_ok=exist_ok,
-            seed=seed,
-            settings=settings,
-            start=start,
-            extend_vocabulary=extend_vocabulary,
-            threads=threads,
-            errors=errors,
-            document=document,
-            field=field,
-            valid=_parse_valid(valid or ()),
-            allow_unknown=allow_unknown,
-            dry_run=dry_run,
-            verify=verify,
-            display=display,
-        )
+    with report_at_end(display.message) as ended:
+        if resume is not None:
+            result = training.resume(
+                resume,
+                budget=budget,
+                settings=settings or (),
+                display=display,
+                allow_different_environment=allow_different_environment,
+                verify=verify,
+                texts=moved_texts or (),
+                valid=_parse_valid(valid or ()),
+            )
+        else:
+            result = api.run_pretraining(
+                texts or [],
+                recipe=recipe,
+                budget=budget,
+                out=out,
+                exist_ok=exist_ok,
+                seed=seed,
+                settings=settings,
+                start=start,
+                extend_vocabulary=extend_vocabulary,
+                threads=threads,
+                errors=errors,
+                document=document,
+                field=field,
+                valid=_parse_valid(valid or ()),
+                allow_unknown=allow_unknown,
+                dry_run=dry_run,
+                verify=verify,
+                display=display,
+            )
+        ended(None if result.finished_before else result.run)
     if _is_main_process():
         _print_result(result, as_json=as_json, quiet=quiet)
 
@@ -198,10 +208,14 @@ def demo(
     threads: Threads = None,
 ) -> None:
     """Pretrain on the documentation of Python for a few minutes, then fill masks."""
+    from unmask.report.write import report_at_end
     from unmask.training.demo import demo as run_demo
 
     overrides = _without_none({"train.budget": budget, "train.threads": threads})
-    result = run_demo(out, display=_display(as_json=False, quiet=False), overrides=overrides)
+    display = _display(as_json=False, quiet=False)
+    with report_at_end(display.message) as ended:
+        result = run_demo(out, display=display, overrides=overrides)
+        ended(result.result.run)
     print()
     print_predictions(result.filled)
     print(f"\nthe correct word is among the first five in {result.num_correct} of {len(result.filled)} sentences")

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from unmask.cli.options import Json, Settings, print_json
+from unmask.cli.options import Json, Settings, complete_recipe, print_json
 
 if TYPE_CHECKING:
     from unmask.training.recipe import Recipe
@@ -46,7 +46,13 @@ This page is generated from the config classes: `unmask recipe reference > docs/
 
 Plain = Annotated[bool, typer.Option("--plain", help="Print the values without comments.")]
 RecipeArgument = Annotated[
-    str, typer.Argument(metavar="NAME|FILE", help="Recipe: a shipped name or a TOML file.", show_default=False)
+    str,
+    typer.Argument(
+        metavar="NAME|FILE",
+        help="Recipe: a shipped name or a TOML file.",
+        show_default=False,
+        autocompletion=complete_recipe,
+    ),
 ]
 
 
@@ -126,7 +132,7 @@ def _vocab_size(recipe: Recipe) -> tuple[int, str]:
 def _model_size(recipe: Recipe) -> dict[str, Any]:
     """Return the number of parameters and of FLOPs per token of a recipe's model."""
     from unmask.models import non_embedding_parameters, num_parameters
-    from unmask.training.estimate.work import stage_flops_per_token
+    from unmask.training.estimate.memory import stage_flops_per_token
 
     (vocab_size, source), model = _vocab_size(recipe), recipe.model
     return {

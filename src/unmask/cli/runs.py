@@ -1,9 +1,12 @@
-"""Command on runs: a table of their states, results and differing settings."""
+"""Commands on runs: a table of states, results and differing settings; a comparison of two groups; a report."""
 
 from __future__ import annotations
 
+import math
 import shutil
+import statistics
 import sys
+import time
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -11,11 +14,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from unmask.cli.options import Json, print_json
+from unmask.cli.options import RUNS, Json, complete_model, delayed_progress, open_display, print_json
 
 if TYPE_CHECKING:
-    from unmask.training.runs import RunSummary
-
+    from unmask.training.runs import GroupComparison, GroupDifference, RunSummary
 
 RUNS_EXAMPLES = """\
 [bold]Examples[/bold]
@@ -24,6 +26,8 @@ unmask runs
 unmask runs experiments --json
 unmask runs --columns run,loss,optimizer.lr,seed
 unmask runs runs/notes          one run only
+unmask runs --compare base-1 wide-1               groups: all runs that differ from these in the seed only
+unmask runs --compare "base-*" "wide-*" --json    patterns of names
 """
 _COLUMNS = ("run", "recipe", "state", "step", "tokens", "loss", "accuracy", "bits/char", "best", "time")
 _LEFT_ALIGNED = ("run", "recipe", "state")
@@ -39,7 +43,9 @@ _MAX_VALUE = 24  # characters of a setting's value
 
 
 def list_runs(
-    folder: Annotated[Path, typer.Argument(help="Folder of runs, or one run.")] = Path("runs"),
+    folder: Annotated[Path, typer.Argument(help="Folder of runs, or one run.", autocompletion=complete_model)] = Path(
+        RUNS
+    ),
     columns: Annotated[
         str | None,
         typer.Option(
@@ -48,13 +54,31 @@ def list_runs(
             show_default="those that fit",
         ),
     ] = None,
+    compare: Annotated[
+        tuple[str, str] | None,
+        typer.Option(
+            metavar="A B",
+            help="Compare two groups of runs in FOLDER, each named by a run (all that differ from it in the seed only) "
+            "or a pattern.",
+            show_default="list the runs",
+        ),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """List runs, newest first: state, last and best validation, time, and the settings that differ.
 
     There is one table per tokenizer, because losses and bits per character don't compare across tokenizers.
+    With --compare, a difference counts if it exceeds twice its standard deviation over the seeds.
     """
-    from unmask.training.runs import find_runs
+    from unmask.training.runs import compare_runs, find_runs
+
+    if compare is not None:
+        comparison = compare_runs(folder, *compare)
+        if as_json:
+            print_json(_comparison_json(comparison))
+        else:
+            _print_comparison(comparison)
+        return
 
     runs = find_runs(folder)
     chosen = _parse_columns(columns, runs) if columns is not None else None
@@ -188,3 +212,125 @@ def _print_table(group: Sequence[RunSummary], folder: Path, chosen: Sequence[str
     if chosen is None and (hidden := [key for key in keys if key not in names]):
         more = f" and {len(hidden) - 2} more" if len(hidden) > 2 else ""
         print(f"  also different: {', '.join(hidden[:2])}{more}")
+
+
+# Comparison -----------------------------------------------------------------------------------------------------------
+
+_COMPARED_COLUMNS = ("measure", "A", "B", "B − A", "95 % interval", "2 × noise", "")
+
+
+def _comparison_json(comparison: GroupComparison) -> dict[str, Any]:
+    groups = {"A": comparison.first, "B": comparison.second}
+    return {
+        "groups": {
+            name: [{"run": str(run.run), "seed": run.settings.get("seed")} for run in group]
+            for name, group in groups.items()
+        },
+        "is_paired": comparison.is_paired,
+        "settings": {
+            key: {name: group[0].settings.get(key) for name, group in groups.items()} for key in comparison.settings
+        },
+        "differences": [{**asdict(each), "differs": each.differs} for each in comparison.differences],
+        "left_out": [{"run": str(run.run), "state": run.state} for run in comparison.left_out],
+    }
+
+
+def _print_comparison(comparison: GroupComparison) -> None:
+    """Print the groups and one row per measure: a table in a terminal, plain columns in a pipe."""
+    from rich.cells import cell_len
+    from rich.console import Console
+    from rich.table import Table
+
+    from unmask.core.format import join_names
+
+    for name, group in (("A", comparison.first), ("B", comparison.second)):
+        seeds = ", ".join(str(run.settings.get("seed")) for run in group)
+        runs = f"{len(group)} run{'s' * (len(group) != 1)}"
+        print(f"{name}  {join_names([run.run.name for run in group])}  ({runs}, seed{'s' * (len(group) != 1)} {seeds})")
+    for key in comparison.settings:
+        print(f"{key}: {_setting(comparison.first[0], key)} in A, {_setting(comparison.second[0], key)} in B")
+    for run in comparison.left_out:
+        print(f"left out: {run.run.name} is {run.state}")
+    print()
+    rows = [_compared_cells(each) for each in comparison.differences]
+    console = Console(highlight=False, soft_wrap=True)
+    if console.is_terminal:
+        table = Table(box=None, pad_edge=False)
+        for number, title in enumerate(_COMPARED_COLUMNS):
+            table.add_column(title, justify="right" if 0 < number < len(_COMPARED_COLUMNS) - 1 else "left")
+        for row in rows:
+            table.add_row(*row)
+        console.print(table)
+    else:
+        lines = [_COMPARED_COLUMNS, *rows]
+        widths = [max(map(cell_len, column)) for column in zip(*lines, strict=True)]
+        for line in lines:
+            cells = (cell + " " * (width - cell_len(cell)) for cell, width in zip(line, widths, strict=True))
+            print("  ".join(cells).rstrip())
+    print()
+    method = "seed by seed" if comparison.is_paired else "of independent runs"
+    print(f"± is a standard error; noise is the standard deviation of the difference of two runs, {method}")
+
+
+def _compared_cells(row: GroupDifference) -> tuple[str, ...]:
+    decimals = 1 if row.measure == "seconds" else 4
+    means = tuple(_mean(values, decimals) for values in (row.first, row.second))
+    interval = noise = verdict = ""
+    if row.interval is not None and row.noise is not None:
+        interval = f"{row.interval[0]:+.{decimals}f} to {row.interval[1]:+.{decimals}f}"
+        noise = f"{2 * row.noise:.{decimals}f}"
+        verdict = "differs" if row.differs else "within noise"
+    else:
+        verdict = "one seed: no noise known"
+    return row.measure.replace("_", " "), *means, f"{row.difference:+.{decimals}f}", interval, noise, verdict
+
+
+def _mean(values: Sequence[float], decimals: int) -> str:
+    """Return the mean and its standard error."""
+    error = f" ± {statistics.stdev(values) / math.sqrt(len(values)):.{decimals}f}" if len(values) > 1 else ""
+    return f"{statistics.fmean(values):.{decimals}f}{error}"
+
+
+# report ---------------------------------------------------------------------------------------------------------------
+
+REPORT_EXAMPLES = """\
+[bold]Examples[/bold]
+
+unmask report runs/notes                             writes runs/notes/report.html
+unmask report runs/a runs/b --out compare.html       overlays the curves of several runs
+unmask report runs/notes --finetuned results/reviews adds the scores of `unmask finetune`
+"""
+
+
+def report_runs(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN", help="Folders of runs; they may still be training.")],
+    out: Annotated[
+        Path | None,
+        typer.Option(help="HTML file to write.", show_default="RUN/report.html; for several runs report.html"),
+    ] = None,
+    finetuned: Annotated[
+        list[Path] | None,
+        typer.Option(
+            metavar="FOLDER",
+            help="Folder with results of unmask finetune; may be repeated.",
+            show_default="those in or beside the run, and in models/",
+        ),
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Write a report of runs: one HTML page with curves, sentences over time, details, settings and versions.
+
+    The page needs no server and no network. Curves of several runs are overlaid, with the settings that differ.
+    """
+    from unmask.report.write import write_report
+
+    start = time.monotonic()
+    with open_display(sys.stderr) as display:
+        path = write_report(runs, out, finetuned=finetuned or (), on_progress=delayed_progress(display))
+    if as_json:
+        seconds = round(time.monotonic() - start, 3)
+        print_json({"report": path, "runs": runs, "bytes": path.stat().st_size, "seconds": seconds})
+        return
+    from unmask.core.format import size
+
+    print(f"report: {path} ({size(path.stat().st_size)})")

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from unmask.cli.errors import print_error
+from unmask.cli.errors import exit_code_of, print_error
 from unmask.cli.options import Json, Settings, print_json
 
 if TYPE_CHECKING:
@@ -108,7 +108,7 @@ def run_study(
     """
     from unmask.checks.studies import load_study
     from unmask.checks.studies import run_study as run
-    from unmask.core.errors import Stopped
+    from unmask.core.errors import Interrupted, Stopped
     from unmask.training.display.live import display_for
 
     study = load_study(name, quick=quick, seeds=seeds, budget=budget, settings=settings or ())
@@ -116,10 +116,10 @@ def run_study(
     display = display_for(sys.stderr)
     try:
         result = run(study, texts or (), out=folder, command=_command(), display=display)
-    except Stopped as stopped:
+    except (Stopped, Interrupted, KeyboardInterrupt) as stopped:
         display.close()
         print_error("stopped:", "the runs so far are kept\n  hint: the same command continues the study")
-        raise typer.Exit(stopped.exit_code) from stopped
+        raise typer.Exit(exit_code_of(stopped)) from stopped
     finally:
         display.close()
     if as_json:

@@ -8,7 +8,8 @@
     ├── DamagedError            a file that was changed or cut short after it was written
     ├── RunError                a run that exists already or can't be resumed
     ├── WorkerError             a worker process that failed
-    └── StoreError              a directory that can't be written
+    ├── StoreError              a directory that can't be written
+    └── RequestError            a request to `unmask serve` that is not valid
     Interrupted                 a signal stopped the run before its first step: exit code 130 or 75
     Stopped                     a signal stopped the run after a checkpoint was saved: exit code 130 or 75
 
@@ -75,6 +76,10 @@ class WorkerError(UnmaskError):
 
 class StoreError(UnmaskError):
     """A file or directory that can't be written."""
+
+
+class RequestError(UnmaskError):
+    """A request to the server that is not valid, or larger than allowed."""
 
 
 class Interrupted(Exception):

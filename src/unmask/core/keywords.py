@@ -20,6 +20,7 @@ R = TypeVar("R")
 
 _HINTS = {
     "budget": 'give a number with its unit: budget="10 min", "200 steps", "2M tokens" or "3 epochs"',
+    "pairs": 'give a path, or a list of pairs: [("The cat sits.", "The cat sit.")]',
     "max_size": 'give an amount with its unit: max_size="2M characters"',
     "model": 'load it: unmask.load("runs/notes")',
     "texts": "give paths of text files or folders, or the texts as strings",
@@ -183,12 +184,14 @@ def _toml(value: Any, key: str) -> str:
 
 # Errors ---------------------------------------------------------------------------------------------------------------
 
-_SWITCHES = {"force", "unverified", "verify", "dry_run", "allow_different_environment", "allow_unknown", "strict"}
+_SWITCHES = {
+    "force", "unverified", "verify", "dry_run", "allow_different_environment", "allow_unknown", "strict", "int8",
+}  # fmt: skip
 _RENAMED = {"set": "settings", "from": "start", "text": "texts"}
 # A word after an option is its value if it is in capitals, quoted, a number or one of these.
-_WORDS = "strict|replace|skip|blank-line|line|file|resume|new|encoder"
+_WORDS = "strict|replace|skip|blank-line|line|file|resume|new|encoder|hf|onnx"
 _VALUE = rf"""(?P<value>"[^"]*"|[A-Z][A-Z_]*\b|\d[\w./]*|(?:{_WORDS})\b)"""
-_OPTION = re.compile(rf"(?<![\w-])--(?P<name>[a-z][a-z-]*[a-z])(?:[ =]{_VALUE})?(?:\s\((?P<python>\w+=True)\))?")
+_OPTION = re.compile(rf"(?<![\w-])--(?P<name>[a-z][a-z-]*[a-z0-9])(?:[ =]{_VALUE})?(?:\s\((?P<python>\w+=True)\))?")
 _SET = re.compile(r"""(?<![\w-])--set (?P<key>[a-z_][\w.]*)=(?P<value>[^"'\s,;()]*[^"'\s,;().])""")
 _SET_QUOTED = re.compile(r"""(?<![\w-])--set (?P<quote>["'])(?P<key>[a-z_][\w.]*)=(?P<value>[^"']+)(?P=quote)""")
 _VALID = re.compile(r"(?<![\w-])--valid (?P<name>[\w-]+)=(?P<text>[\w./-]+)")

@@ -87,6 +87,15 @@ class MinimalPairsResult:
     unknown: int  # pairs that can't be compared, as in `PairScores.is_unknown`; they count as ties
     length_accuracy: float  # accuracy of a model for which all tokens are equally probable: fewer tokens win
     methods: Mapping[Method, MethodResult]
+    left_out: int = 0  # lines of the files that aren't pairs
+
+    def __repr__(self) -> str:
+        """Return the overall accuracy by each method, one per line."""
+        lines = [
+            f"  {name}: {one.accuracy:.1%} ({one.interval[0]:.0%} to {one.interval[1]:.0%}), {one.ties:,} ties"
+            for name, one in ((name, each.overall) for name, each in self.methods.items())
+        ]
+        return "\n".join([f"MinimalPairsResult({self.pairs:,} pairs of {self.paradigms:,} paradigms", *lines]) + ")"
 
     def summary(self) -> dict[str, Any]:
         """Return the accuracies without the scores of single pairs, as plain values."""
@@ -95,6 +104,7 @@ class MinimalPairsResult:
             "paradigms": self.paradigms,
             "unknown": self.unknown,
             "length_accuracy": self.length_accuracy,
+            "left_out": self.left_out,
             "methods": {
                 name: {
                     "overall": vars(result.overall),
@@ -133,8 +143,7 @@ def read_pairs(path: Path, subset: int | None = None, errors: PairErrors = "stri
         TextError: there are no pairs, or a line is malformed or has two equal sentences; file and line are named.
         RecipeError: `subset` is below 1.
     """
-    if subset is not None and subset < 1:
-        raise RecipeError(f"invalid subset: got {subset}, expected at least 1", hint="choose a number such as 50")
+    _check_subset(subset)
     pairs, left_out = list[MinimalPair](), 0
     for file in _files(path):
         before = len(pairs)
@@ -152,6 +161,15 @@ def read_pairs(path: Path, subset: int | None = None, errors: PairErrors = "stri
         if len(pairs) == before:
             raise TextError("the file has no minimal pairs", location=str(file), hint="remove it, or add pairs")
     return MinimalPairs(tuple(pairs if subset is None else take_subset(pairs, subset)), left_out)
+
+
+def _check_subset(subset: int | None) -> None:
+    if subset is not None and subset < 1:
+        raise RecipeError(
+            f"invalid number of pairs of each paradigm: got {subset}, expected at least 1",
+            location=f"--subset {subset}",
+            hint="choose a number such as 50",
+        )
 
 
 def take_subset(pairs: Sequence[MinimalPair], subset: int) -> list[MinimalPair]:
@@ -288,9 +306,11 @@ def to_jsonl(pairs: Sequence[MinimalPair]) -> str:
 
 def evaluate_minimal_pairs(
     model: Model,
-    pairs: Sequence[MinimalPair],
-    methods: Sequence[Method] = METHODS,
+    pairs: str | Path | MinimalPairs | Sequence[MinimalPair | Sequence[str]],
+    method: Method | Literal["both"] = "both",
     *,
+    subset: int | None = None,
+    errors: PairErrors = "strict",
     context: DistributedContext | None = None,
     on_progress: ProgressCallback | None = None,
 ) -> MinimalPairsResult:
@@ -300,10 +320,66 @@ def evaluate_minimal_pairs(
     two methods have in common is computed once. The sentences are distributed over the ranks. The overall accuracy is
     the mean over paradigms, as in BLiMP.
 
+    Args:
+        model: Model to use, as returned by `unmask.load`.
+        pairs: Path of a .jsonl or .tsv file or of a directory of them, or a list of pairs: the acceptable sentence and
+            the other one.
+        method: Pseudo-log-likelihood that judges the pairs, as in `unmask.score`.
+        subset: Number of pairs of each paradigm, evenly spaced; None: all.
+        errors: "strict" refuses malformed lines and equal sentences of a file, "skip" leaves them out and counts them.
+        context: Device to compute on; default: as chosen for training.
+        on_progress: Called with a name and the fraction that is done.
+
     Raises:
+        TextError: there are no pairs, or one is malformed or has two equal sentences.
+        RecipeError: `subset` is below 1.
         ModelError: as for `unmask.score`.
     """
-    context = context or init_distributed("float32")
+    found = _as_pairs(pairs, subset, errors)
+    methods: tuple[Method, ...] = METHODS if method == "both" else (method,)
+    return _evaluate(model, found, methods, context or init_distributed("float32"), on_progress)
+
+
+def _as_pairs(
+    pairs: str | Path | MinimalPairs | Sequence[MinimalPair | Sequence[str]], subset: int | None, errors: PairErrors
+) -> MinimalPairs:
+    """Return pairs that are given as a path, or as a list.
+
+    Raises:
+        TextError: as for `evaluate_minimal_pairs`.
+        RecipeError: `subset` is below 1.
+    """
+    if isinstance(pairs, MinimalPairs):
+        return pairs
+    if isinstance(pairs, str | Path):
+        return read_pairs(Path(pairs), subset, errors)
+    _check_subset(subset)
+    listed = [
+        pair if isinstance(pair, MinimalPair) else _pair_of(pair, number) for number, pair in enumerate(pairs, start=1)
+    ]
+    if not listed:
+        raise TextError("there are no minimal pairs", location="pairs", hint="give at least one pair")
+    return MinimalPairs(tuple(listed if subset is None else take_subset(listed, subset)))
+
+
+def _pair_of(sentences: Sequence[str], number: int) -> MinimalPair:
+    if len(sentences) != 2 or not all(each.strip() for each in sentences) or sentences[0] == sentences[1]:
+        raise TextError(
+            f"invalid pair: got {list(sentences)!r:.120}, expected two sentences that differ",
+            location=f"pair {number}",
+            hint="give the acceptable sentence, then the other one",
+        )
+    return MinimalPair(*sentences, paradigm="pairs")
+
+
+def _evaluate(
+    model: Model,
+    given: MinimalPairs,
+    methods: Sequence[Method],
+    context: DistributedContext,
+    on_progress: ProgressCallback | None,
+) -> MinimalPairsResult:
+    pairs = given.pairs
     sentences = list(dict.fromkeys(sentence for pair in pairs for sentence in (pair.good, pair.bad)))
     number_of = {sentence: number for number, sentence in enumerate(sentences)}
     encoded = [*encode(model, sentences)]
@@ -331,6 +407,7 @@ def evaluate_minimal_pairs(
         unknown=sum(is_unknown),
         length_accuracy=result_of(-tokens.astype(np.float64)).overall.accuracy,
         methods=results,
+        left_out=given.left_out,
     )
 
 

@@ -56,10 +56,9 @@ class WordScore:
 
 
 @dataclass(frozen=True)
-class TextScore:
-    """A text and the sums over its tokens, without [UNK]."""
+class Score:
+    """Sums over the tokens of one or several texts, without [UNK]."""
 
-    text: str
     log_probability: float  # nats
     surprisal: float  # bits
     pseudo_perplexity: float  # per word
@@ -68,6 +67,13 @@ class TextScore:
     num_tokens: int
     characters: int  # without those of [UNK]
     unknown_tokens: int
+
+
+@dataclass(frozen=True)
+class TextScore(Score):
+    """A text, its score and its words."""
+
+    text: str
     words: tuple[WordScore, ...]
 
     def __repr__(self) -> str:
@@ -80,21 +86,6 @@ class TextScore:
             f"  {self.bits_per_character:.3f} bits per character, pseudo-perplexity {self.pseudo_perplexity:,.1f} per "
             f"word\n  bits: {words})"
         )
-
-
-@dataclass(frozen=True)
-class ScoreTotal:
-    """Sums over several texts."""
-
-    texts: int
-    log_probability: float  # nats
-    surprisal: float  # bits
-    pseudo_perplexity: float  # per word
-    bits_per_character: float
-    num_words: int
-    num_tokens: int
-    characters: int  # without those of [UNK]
-    unknown_tokens: int
 
 
 def score(
@@ -139,11 +130,9 @@ def score(
     rule = model.words if words is None or words == "tokenizer" else words
     encoded = [*encode(model, listed, words)]
     for number, (text, each) in enumerate(zip(listed, encoded, strict=True)):
-        if not text.strip() or not each.is_scored.any():
+        if problem := _problem(text, each):
             raise TextError(
-                "the text is blank"
-                if not text.strip()
-                else "no token of the text can be scored: all of it is [UNK], or dropped by the tokenizer",
+                problem,
                 location=f"text {number + 1}: {text[:60]!r}" if len(listed) > 1 else repr(text[:60]),
                 hint="give text that the tokenizer can encode",
             )
@@ -154,20 +143,42 @@ def score(
     ]
 
 
-def total(scores: Sequence[TextScore]) -> ScoreTotal:
+def unscorable(model: Model, texts: Sequence[str], words: WordUnits | None = None) -> dict[int, str]:
+    """Return the texts that can't be scored, by their number from 0, with the reason."""
+    problems = (_problem(text, each) for text, each in zip(texts, encode(model, texts, words), strict=True))
+    return {number: problem for number, problem in enumerate(problems) if problem}
+
+
+def _problem(text: str, encoded: EncodedText) -> str:
+    """Return why a text can't be scored; an empty string if it can."""
+    if not text.strip():
+        return "the text is blank"
+    if not encoded.is_scored.any():
+        return "no token of the text can be scored: all of it is [UNK], or dropped by the tokenizer"
+    return ""
+
+
+def total(scores: Sequence[TextScore]) -> Score:
     """Return the sums over several texts."""
-    nats, words = sum(score.log_probability for score in scores), sum(score.num_words for score in scores)
-    characters = sum(score.characters for score in scores)
-    return ScoreTotal(
-        texts=len(scores),
+    return _score(
+        sum(score.log_probability for score in scores),
+        num_words=sum(score.num_words for score in scores),
+        num_tokens=sum(score.num_tokens for score in scores),
+        characters=sum(score.characters for score in scores),
+        unknown_tokens=sum(score.unknown_tokens for score in scores),
+    )
+
+
+def _score(nats: float, *, num_words: int, num_tokens: int, characters: int, unknown_tokens: int) -> Score:
+    return Score(
         log_probability=nats,
         surprisal=_bits(nats),
-        pseudo_perplexity=_perplexity(nats, words),
+        pseudo_perplexity=_perplexity(nats, num_words),
         bits_per_character=_bits(nats) / max(1, characters),
-        num_words=words,
-        num_tokens=sum(score.num_tokens for score in scores),
+        num_words=num_words,
+        num_tokens=num_tokens,
         characters=characters,
-        unknown_tokens=sum(score.unknown_tokens for score in scores),
+        unknown_tokens=unknown_tokens,
     )
 
 
@@ -254,20 +265,14 @@ def _text_score(
         num_words += int(starts[end] - starts[begin]) if is_scored.any() else 0
         bits = None if sum_nats is None else _bits(sum_nats)
         words.append(WordScore(text[begin:end].strip() or text[begin:end], sum_nats, bits, tokens))
-    log_probability = float(nats[encoded.is_scored].sum())
-    characters = len(text) - encoded.characters_unknown
-    return TextScore(
-        text=text,
-        log_probability=log_probability,
-        surprisal=_bits(log_probability),
-        pseudo_perplexity=_perplexity(log_probability, num_words),
-        bits_per_character=_bits(log_probability) / max(1, characters),
+    sums = _score(
+        float(nats[encoded.is_scored].sum()),
         num_words=num_words,
         num_tokens=int(encoded.is_scored.sum()),
-        characters=characters,
+        characters=len(text) - encoded.characters_unknown,
         unknown_tokens=int((~encoded.is_scored).sum()),
-        words=tuple(words),
     )
+    return TextScore(**vars(sums), text=text, words=tuple(words))
 
 
 # Log-probabilities ----------------------------------------------------------------------------------------------------

@@ -2,36 +2,42 @@
 
 from __future__ import annotations
 
+import copy
 import logging
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import cast
+from typing import NamedTuple, cast
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import nn
 
 from unmask.core.distributed import DistributedContext, init_distributed
-from unmask.core.errors import ModelError, TextError
+from unmask.core.errors import ModelError, RecipeError, TextError
 from unmask.core.quantities import Quantity
-from unmask.core.types import Objective
+from unmask.core.types import MaskedBatch, Objective
 from unmask.data.inputs import Texts, list_texts
 from unmask.data.prepare import TokenizedCorpus
 from unmask.data.sentence_pairs import PairKind
 from unmask.data.settings import DataConfig, DocumentRule, ErrorsRule
 from unmask.data.sources import BaseSource, open_text, require_field_used
 from unmask.evaluation.masked_lm import (
+    EVAL_SEED,
     Document,
     EvalResult,
     EvalSet,
+    PairEvalResult,
+    PairEvalSet,
     build_eval_set,
+    build_pair_eval_set,
     documents_from_shards,
     documents_from_source,
     evaluate,
+    evaluate_pairs,
 )
-from unmask.evaluation.objectives import ModelModules, evaluate_objective, own_result, validates
-from unmask.evaluation.sentence_pairs import PairEvalResult, PairEvalSet, build_pair_eval_set, evaluate_pairs
 from unmask.models.model import Model, require_masked_lm
 
 _log = logging.getLogger("unmask")
@@ -218,8 +224,7 @@ def read_eval_text(
     if not 3 <= length <= max_length:
         raise ModelError(f"invalid length: got {length}, expected 3 to {max_length}", hint="choose another length")
     rule = document or cast("DocumentRule", model.card.get("document", "blank-line"))
-    size = Quantity.parse(max_size).require("characters").number if isinstance(max_size, str) else max_size
-    limit = float("inf") if size is None else size
+    limit = _character_limit(max_size)
     named = list_texts(texts, field or "text")
     data = DataConfig(document=rule, errors=errors, field=field or "text")
     source = open_text(named, data)
@@ -229,3 +234,105 @@ def read_eval_text(
     for eval_document in documents:
         counts_V += np.bincount(eval_document.ids, minlength=len(counts_V))
     return EvalText(build_eval_set(documents, model.tokenizer, length, counts_V), counts_V)
+
+
+def _character_limit(max_size: str | float | None) -> float:
+    """Return a number of characters; infinity for None.
+
+    Raises:
+        RecipeError: it is not a number of characters, or below 1.
+    """
+    if max_size is None:
+        return math.inf
+    location = f"--max-size {max_size}"
+    try:
+        limit = Quantity.parse(max_size).require("characters").number if isinstance(max_size, str) else max_size
+    except RecipeError as error:
+        raise error.at(location=location) from error
+    if not limit >= 1:
+        raise RecipeError(
+            f"invalid amount of text: got {max_size}, expected at least 1 character",
+            location=location,
+            hint='write for example "2M characters"',
+        )
+    return limit
+
+
+# Own objectives -------------------------------------------------------------------------------------------------------
+
+
+class ModelModules(NamedTuple):
+    """The modules of a run: encoder, vocabulary head, and those of its objectives."""
+
+    encoder: nn.Module
+    head: nn.Module
+    parts: nn.Module
+
+
+def validates(objective: Objective) -> str:
+    """Return how an objective is validated: "masked-lm", which is the default, "own" or "both"."""
+    return getattr(objective, "validates", "masked-lm")
+
+
+def label_offset(objective: Objective) -> int:
+    """Return how many tokens after its hidden state a predicted token is: 0, or 1 for the next token."""
+    return getattr(objective, "label_offset", 0)
+
+
+@torch.inference_mode()
+def evaluate_objective(
+    objective: Objective, modules: ModelModules, eval_set: EvalSet, context: DistributedContext
+) -> Mapping[str, float]:
+    """Return the mean of each metric of an objective on the text of an evaluation set, before it was masked.
+
+    The objective corrupts the text with a fixed seed, as at the end of a run. The batches are distributed over the
+    ranks.
+    """
+    encoder, head, parts = modules
+    objective = copy.copy(objective)
+    objective.modules = parts  # those of a moving average, if there is one
+    for module in modules:
+        module.eval()
+    sums = dict.fromkeys(objective.metrics, 0.0)
+    counts = dict.fromkeys(objective.metrics, 0)
+    first = 0
+    for number, masked in enumerate(eval_set.batches):
+        original = _unmasked(masked, first)
+        first += masked.batch.num_samples
+        if number % context.ranks != context.rank:
+            continue
+        corrupted = objective.corrupt(original.batch, EVAL_SEED).to(context.device)
+        with context.autocast():
+            metrics = objective.loss(encoder, head, corrupted).metrics
+        for name, (value, count) in metrics.items():
+            sums[name] += float(value)
+            counts[name] += count
+    totals = context.sum([*sums.values(), *counts.values()])
+    means = zip(sums, totals[: len(sums)], totals[len(sums) :], strict=True)
+    return {name: total / count for name, total, count in means if count}
+
+
+def _unmasked(masked: MaskedBatch, first: int) -> MaskedBatch:
+    """Return a masked batch with its original ids and with the sample numbers `first`, `first` + 1, …"""
+    ids_T = masked.batch.ids_T.clone()
+    ids_T[masked.positions_M] = masked.labels_M
+    number_B = torch.arange(first, first + masked.batch.num_samples)
+    keys_B2 = torch.stack((torch.zeros_like(number_B), number_B), 1)
+    return replace(masked, batch=replace(masked.batch, ids_T=ids_T, sample_keys_B2=keys_B2, progress=1.0))
+
+
+def own_result(eval_set: EvalSet, metrics: Mapping[str, float]) -> EvalResult:
+    """Return the result of a model without masked predictions: loss and accuracy are those of its objective.
+
+    If it predicts all tokens, as a causal model does, its bits per character are those of the text, not of masks.
+    """
+    return EvalResult(
+        loss=metrics["loss"],
+        accuracy=metrics.get("accuracy", math.nan),
+        bits_per_character=metrics["loss"] * eval_set.tokens / eval_set.characters / math.log(2),
+        unigram_loss=eval_set.unigram_loss,
+        masked_tokens=eval_set.masked_tokens,
+        length=eval_set.length,
+        unknown_share=eval_set.unknown_share,
+        unknown_character_share=eval_set.unknown_character_share,
+    )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import tomllib
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, cast
 
@@ -35,7 +36,23 @@ _TAGS: Final = {"rtd": "replaced-token-detection", "causal": "causal-language-mo
 _TEXT_FACTS: Final = {"train_documents": "documents", "train_characters": "characters", "train_tokens": "tokens"}
 
 
-def model_card(name: str, model: Model, run: Path | None, architecture: str, parity: Parity | None) -> str:
+@dataclass(frozen=True)
+class FormatCard:
+    """What the model card says about a format that is added to that of transformers."""
+
+    library: str  # library_name of the card
+    usage: str  # Markdown
+    facts: Table  # rows on its comparison
+
+
+def model_card(
+    name: str,
+    model: Model,
+    run: Path | None,
+    architecture: str,
+    parity: Parity | None,
+    format_card: FormatCard | None = None,
+) -> str:
     """Return the text of README.md.
 
     Args:
@@ -44,20 +61,21 @@ def model_card(name: str, model: Model, run: Path | None, architecture: str, par
         run: Folder of its run, if it exists.
         architecture: Class of transformers that loads the folder.
         parity: Result of the comparison with transformers; None without a comparison.
+        format_card: Facts on a format that is added to that of transformers.
     """
     recipe, environment = _read_recipe(run), _read_environment(run)
     parts = [
-        _front_matter(model, architecture),
+        _front_matter(model, architecture, format_card),
         f"# {name}",
         _description(model, architecture),
         "## Usage",
-        _usage(model, architecture),
+        _usage(model, architecture) if format_card is None else format_card.usage,
         "## Training",
         _table(_training(model, recipe, environment)),
         "## Evaluation",
         _evaluation(model),
         "## Verification",
-        _verification(parity, environment),
+        _verification(parity, environment, {} if format_card is None else format_card.facts),
         "## License",
         "Not stated. The publisher of this model has to name a license that the training text allows.",
     ]
@@ -70,10 +88,11 @@ def model_card(name: str, model: Model, run: Path | None, architecture: str, par
     return "\n\n".join(parts) + "\n"
 
 
-def _front_matter(model: Model, architecture: str) -> str:
+def _front_matter(model: Model, architecture: str, format_card: FormatCard | None) -> str:
     is_filled = not architecture.endswith("Model") and model.discriminator is None
     task = "fill-mask" if is_filled else "feature-extraction"
-    lines = ["---", "library_name: transformers", f"pipeline_tag: {task}"]
+    library = "transformers" if format_card is None else format_card.library
+    lines = ["---", f"library_name: {library}", f"pipeline_tag: {task}"]
     if task == "fill-mask":
         lines.append(f"mask_token: {json.dumps(_mask_token(model))}")
     tag = _TAGS.get(_objective(model), "masked-language-modeling")
@@ -187,12 +206,12 @@ def _evaluation(model: Model) -> str:
     return "On held-out text, with 15 % of the tokens masked.\n\n" + _table(facts)
 
 
-def _verification(parity: Parity | None, environment: Table) -> str:
+def _verification(parity: Parity | None, environment: Table, more: Table) -> str:
     recorded = cast("Table", environment.get("determinism", {}))
     versions = {name: str(recorded[name]) for name in ("unmask", "torch", "tokenizers", "python") if name in recorded}
     versions["torch, at export"] = torch.__version__
     if parity is None:
-        return "**Unverified**: this folder was not compared with `transformers`.\n\n" + _table(versions)
+        return "**Unverified**: this folder was not compared with `transformers`.\n\n" + _table({**more, **versions})
     outputs = "hidden states" if parity.architecture.endswith("Model") else "logits"
     facts = {
         "compared with": f"`transformers` {parity.transformers}, float32",
@@ -201,7 +220,7 @@ def _verification(parity: Parity | None, environment: Table) -> str:
     }
     if parity.pair is not None:
         facts["largest difference of the pair head"] = f"{parity.pair:.1e}"
-    return _table({**facts, **versions})
+    return _table({**facts, **more, **versions})
 
 
 def _table(facts: Table) -> str:

@@ -17,17 +17,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from contextvars import ContextVar
+from dataclasses import dataclass, field, replace
 from itertools import accumulate, pairwise
 from typing import Literal, cast
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from unmask.core.types import Batch
+from unmask.core.types import SPECIAL, Batch, Sample, pack
 
 Backend = Literal["variable-length", "padded", "eager"]
 MaskKey = tuple[int, int | None, torch.dtype]  # bucket number, half of the local window, dtype
@@ -221,6 +223,9 @@ def attention(
 def _attend_all(
     q_THK: Tensor, k_THK: Tensor, v_THK: Tensor, plan: AttentionPlan, window: int | None, dropout: float
 ) -> Tensor:
+    weights = _recorded.get()
+    if weights is not None:
+        weights.append(_weights(q_THK, k_THK, plan, window))
     if plan.backend == "variable-length":
         from torch.nn.attention.varlen import varlen_attn  # loads the compiler, which takes a second
 
@@ -322,3 +327,45 @@ def _eager(q_NHSK: Tensor, k_NHSK: Tensor, v_NHSK: Tensor, mask: Tensor | None) 
     if mask is not None:
         scores = (scores.view(sequences, heads, queries, -1) + mask).view(sequences * heads, queries, -1)
     return torch.bmm(scores.softmax(-1), v_NHSK.reshape(flat)).view(sequences, heads, queries, head_width)
+
+
+# Weights of one sequence --------------------------------------------------------------------------------------------
+
+# The weights of each layer, while `attention_weights` computes them. The encoders don't return them, because no other
+# caller needs them and a packed batch has none of one shape.
+_recorded: ContextVar[list[Tensor] | None] = ContextVar("attention weights", default=None)
+
+
+@torch.inference_mode()
+def attention_weights(encoder: nn.Module, ids: Sequence[int], *, is_causal: bool = False) -> Float[Tensor, "L H S S"]:
+    """Return the attention weights of each layer and head for one sequence, in float32 and without dropout.
+
+    The weight [l, h, i, j] is the fraction of attention that token i pays to token j in head h of layer l. Each row
+    adds up to 1. Memory grows with the square of the sequence length.
+
+    Args:
+        encoder: Encoder in evaluation mode.
+        ids: Token ids with special tokens; at most as many as the encoder has positions.
+        is_causal: Whether each token attends only to itself and to the tokens before it.
+    """
+    batch = pack([Sample(np.asarray(ids, np.int64), np.full(len(ids), SPECIAL, np.uint8))])
+    weights: list[Tensor] = []
+    token = _recorded.set(weights)
+    try:
+        encoder(replace(batch, is_causal=is_causal).to(next(encoder.parameters()).device))
+    finally:
+        _recorded.reset(token)
+    return torch.stack(weights).cpu()
+
+
+def _weights(q_THK: Tensor, k_THK: Tensor, plan: AttentionPlan, window: int | None) -> Float[Tensor, "H S S"]:
+    """Return the softmax weights of the first sequence; after it, the batch has samples that only round its size."""
+    length = plan.lengths[0]
+    q_HSK, k_HSK = (x_THK[:length].float().transpose(0, 1) for x_THK in (q_THK, k_THK))
+    scores_HSS = (q_HSK * q_HSK.shape[-1] ** -0.5) @ k_HSK.transpose(1, 2)
+    distance_SS = torch.arange(length)[:, None] - torch.arange(length)  # of query and key
+    half = _half_window(window, length)
+    hidden_SS = torch.zeros_like(distance_SS, dtype=torch.bool) if half is None else distance_SS.abs() > half
+    if plan.is_causal:
+        hidden_SS |= distance_SS < 0
+    return scores_HSS.masked_fill(hidden_SS.to(scores_HSS.device), -torch.inf).softmax(-1)

@@ -165,6 +165,57 @@ def generate(
         ModelError: the model makes no masked predictions, the text is longer than its context, or an option is out of
             its range.
     """
+    state: GenerationState | None = None
+    for state in generate_steps(model, prefix, suffix, length=length, num=num, seed=seed, **options):
+        if on_progress is not None:
+            on_progress("generating", len(state.steps[0]) / state.num_steps)
+    assert state is not None, "there is at least one step"
+    return state.generations()
+
+
+@dataclass(frozen=True, eq=False)
+class GenerationState:
+    """The texts that are being generated, after a step. The next step changes it, so read it before."""
+
+    model: Model
+    prompt: _Prompt
+    num_steps: int  # of the whole generation
+    ids_SN: NDArray[np.int64]  # of S texts of N tokens
+    log_probabilities_SN: NDArray[np.float64]
+    steps: list[list[GenerationStep]]  # of each text, so far
+
+    def generations(self) -> list[Generation]:
+        """Return the texts."""
+        return [
+            Generation(
+                _text(self.model, self.prompt, ids),
+                self.prompt.prefix,
+                self.prompt.suffix,
+                tuple(ids),
+                _tokens(self.model, ids),
+                float(self.log_probabilities_SN[sample].sum()),
+                tuple(self.steps[sample]),
+            )
+            for sample, ids in enumerate(self.ids_SN.tolist())
+        ]
+
+    def segments(self, sample: int = 0) -> list[Segment]:
+        """Return a text in segments. Each mask is shown as "_"."""
+        new = set(self.steps[sample][-1].positions)
+        return _segments(self.model, self.prompt, self.ids_SN[sample].tolist(), new, mask="_")
+
+
+def generate_steps(
+    model: Model,
+    prefix: str = "",
+    suffix: str = "",
+    *,
+    length: int = 20,
+    num: int = 1,
+    seed: int = 0,
+    **options: Unpack[GenerateOptions],
+) -> Iterator[GenerationState]:
+    """Yield the texts that `generate` returns after each of its steps. Arguments and errors are those of `generate`."""
     require_masked_lm(model, "generate text")
     settings = GenerateConfig(**options)
     if not 1 <= num <= MAX_SAMPLES:
@@ -188,20 +239,7 @@ def generate(
         np.put_along_axis(log_probabilities_SN, positions_SK, logs_SK, axis=1)
         for sample, (positions, tokens) in enumerate(zip(positions_SK.tolist(), tokens_SK.tolist(), strict=True)):
             steps[sample].append(GenerationStep(tuple(positions), tuple(tokens), _tokens(model, tokens)))
-        if on_progress is not None:
-            on_progress("generating", (number + 1) / len(moves))
-    return [
-        Generation(
-            _text(model, prompt, ids),
-            prefix,
-            suffix,
-            tuple(ids),
-            _tokens(model, ids),
-            float(log_probabilities_SN[sample].sum()),
-            tuple(steps[sample]),
-        )
-        for sample, ids in enumerate(ids_SN.tolist())
-    ]
+        yield GenerationState(model, prompt, len(moves), ids_SN, log_probabilities_SN, steps)
 
 
 def _tokens(model: Model, ids: Sequence[int]) -> tuple[str, ...]:
@@ -343,27 +381,39 @@ class Segment:
 def segments(model: Model, generation: Generation) -> Iterator[list[Segment]]:
     """Yield the text after each step in segments. Masks of a tokenizer of single characters are shown as "_"."""
     prompt = _encode_prompt(model, generation.prefix, generation.suffix, len(generation.ids))
-    mask_id = model.tokenizer.mask_id
-    ids = [mask_id] * len(generation.ids)
-    is_by_character = all(len(token) == 1 for token in generation.tokens)
+    ids = [model.tokenizer.mask_id] * len(generation.ids)
+    mask = "_" if all(len(token) == 1 for token in generation.tokens) else None
     for step in generation.steps:
         for position, id_ in zip(step.positions, step.ids, strict=True):
             ids[position] = id_
-        new = set(step.positions)
-        states: list[SegmentState] = [
-            "mask" if id_ == mask_id else "new" if position in new else "set" for position, id_ in enumerate(ids)
-        ]
-        found: list[Segment] = []
-        first, text = 0, _continuation(model, prompt, [])
-        for state, group in groupby(states):
-            last = first + len(list(group))
-            longer = _continuation(model, prompt, ids[:last])
-            # A last character of which bytes were missing may be complete now.
-            shown = longer.removeprefix(text if longer.startswith(text) else text.rstrip("\ufffd"))
-            found.append(Segment("_" * (last - first) if state == "mask" and is_by_character else shown, state))
-            first, text = last, longer
-        before, after = _around(model, prompt, ids)
-        yield [segment for segment in (Segment(before, "given"), *found, Segment(after, "given")) if segment.text]
+        yield _segments(model, prompt, ids, set(step.positions), mask)
+
+
+def _segments(model: Model, prompt: _Prompt, ids: Sequence[int], new: set[int], mask: str | None) -> list[Segment]:
+    """Return a text in segments.
+
+    Args:
+        model: the model.
+        prompt: the text around the generated tokens.
+        ids: the generated tokens and masks.
+        new: positions that the last step set.
+        mask: what is shown for each mask; None: the mask token.
+    """
+    mask_id = model.tokenizer.mask_id
+    states: list[SegmentState] = [
+        "mask" if id_ == mask_id else "new" if position in new else "set" for position, id_ in enumerate(ids)
+    ]
+    found: list[Segment] = []
+    first, text = 0, _continuation(model, prompt, [])
+    for state, group in groupby(states):
+        last = first + len(list(group))
+        longer = _continuation(model, prompt, ids[:last])
+        # A last character of which bytes were missing may be complete now.
+        shown = longer.removeprefix(text if longer.startswith(text) else text.rstrip("\ufffd"))
+        found.append(Segment(mask * (last - first) if state == "mask" and mask is not None else shown, state))
+        first, text = last, longer
+    before, after = _around(model, prompt, ids)
+    return [segment for segment in (Segment(before, "given"), *found, Segment(after, "given")) if segment.text]
 
 
 def _text(model: Model, prompt: _Prompt, ids: Sequence[int]) -> str:

@@ -128,6 +128,18 @@ def check_search(top: int, beam_size: int, words: int | None) -> None:
             )
 
 
+def search_tokens(model: Model, text: str, beam_size: int, words: int | None = None) -> int:
+    """Return the maximum number of tokens that the encoder processes in a search; arguments are those of the search.
+
+    Raises:
+        ModelError: as for `fill_jointly`.
+    """
+    check_search(1, beam_size, words)
+    return sum(
+        len(prompt.ids) * (1 + beam_size * (len(prompt.positions) - 1)) for prompt in _prompts(model, text, words)
+    )
+
+
 # Prompts ------------------------------------------------------------------------------------------------------------
 
 

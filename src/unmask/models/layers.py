@@ -31,7 +31,7 @@ class EncoderModule(nn.Module):
     vocab_size: int  # size of the token embedding, which may be larger than the tokenizer's vocabulary
     token_embedding: nn.Parameter  # (vocab_size, hidden_size); in NeoMME (vocab_size, embedding_rank)
     blocks: nn.ModuleList
-    label_offset: int = 0  # 1 if a hidden state predicts the token after it (objectives/mntp.py)
+    label_offset: int = 0  # 1 if a hidden state predicts the token after it (objectives/causal.py)
 
     if TYPE_CHECKING:
 

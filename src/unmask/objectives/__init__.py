@@ -1,10 +1,9 @@
 """Pretraining objectives, each in its own file: what is masked, and which predictions the loss scores."""
 
 from unmask.objectives.adaptive import AdaptiveMaskingConfig
-from unmask.objectives.causal import CausalLMConfig
+from unmask.objectives.causal import CausalLMConfig, MaskedNextTokenConfig
 from unmask.objectives.diffusion import MaskedDiffusionConfig
 from unmask.objectives.mlm import MaskedLMConfig
-from unmask.objectives.mntp import MaskedNextTokenConfig
 from unmask.objectives.rtd import ReplacedTokenConfig
 from unmask.objectives.sentence_pairs import BertPretrainingConfig
 

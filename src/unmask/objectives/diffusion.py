@@ -51,7 +51,7 @@ class MaskedDiffusionObjective:
     loss_weights: Mapping[str, float] = {"diffusion": 1.0}
     metrics: Sequence[str] = ("loss", "accuracy", "mask_rate", "bound")
     sampler = "windows"
-    validates = "both"  # evaluation/objectives.py
+    validates = "both"  # evaluation/validation.py
 
     def __init__(self, settings: MaskedDiffusionConfig, mask_id: int) -> None:
         self._settings = settings

@@ -124,7 +124,7 @@ def resume(
         run: Directory of the run.
         budget: A new total ("2 epochs") or an addition ("+1 epoch").
         settings: Changes of `train.every`, `train.keep_last`, `train.keep_at`, `train.early_stopping_patience`,
-            `train.loggers` and `preview`; nothing else may change.
+            `train.loggers`, `train.report` and `preview`; nothing else may change.
         texts: New paths of a text that was moved; its content must be equal.
         valid: New paths of validation texts that were moved, by name.
         allow_different_environment: Resume although machine or versions differ; the results will differ too.

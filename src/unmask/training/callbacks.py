@@ -17,18 +17,25 @@ from typing import Any
 from unmask.core.config import dump_config
 from unmask.core.errors import CRASH_NOTE, Interrupted, Stopped, StoreError, UnmaskError
 from unmask.core.files import RunLayout
-from unmask.data.word_count import count_train_words
 from unmask.evaluation.minimal_pairs import MinimalPair, evaluate_minimal_pairs
-from unmask.evaluation.objectives import validates
-from unmask.evaluation.validation import Validation
+from unmask.evaluation.validation import Validation, validates
 from unmask.models.model import Model, ModelCard
 from unmask.training import checkpoint
 from unmask.training.display import Display, Preview, Summary, build_preview
 from unmask.training.estimate import CostEstimate
 from unmask.training.estimate.memory import MemoryLimit
-from unmask.training.kept_models import KeptModels
+from unmask.training.kept_models import KeptModels, count_train_words
 from unmask.training.loggers import JsonlLogger, MetricLoggers, plain, read_log
-from unmask.training.loop import Callback, LogCallback, MetricAccumulator, Signals, StopReason, TrainState, train
+from unmask.training.loop import (
+    Callback,
+    IsDue,
+    LogCallback,
+    MetricAccumulator,
+    Signals,
+    StopReason,
+    TrainState,
+    train,
+)
 from unmask.training.plan import Plan, always, describe_deviation, due, tenth
 from unmask.training.recipe import Recipe
 from unmask.training.setup import RunComponents, as_model, validate
@@ -79,7 +86,7 @@ def run_training(run: PreparedRun, state: TrainState, display: Display, signals:
                     *([Callback(always, callbacks.keep, reads_results=False)] if recipe.train.keep_at else []),
                     Callback(due(every.save, plan), callbacks.save),
                 ],
-                log=LogCallback(due(every.log, plan), callbacks.log),
+                log=LogCallback(_log_is_due(run), callbacks.log),
                 stop_requested=signals.stop_requested,
                 has_enough=lambda state: should_stop_early(recipe, state),
             )
@@ -109,6 +116,21 @@ def run_training(run: PreparedRun, state: TrainState, display: Display, signals:
     if run.components.context.is_main_process:
         display.train_end(summary)
     return summary
+
+
+def _log_is_due(run: PreparedRun) -> IsDue:
+    """Returns when a log line is due: at its interval, and after the last step of an objective.
+
+    Without the latter, a line would average the losses of two objectives.
+    """
+    plan, objectives = run.plan, run.components.training.objectives
+    at_interval = due(run.recipe.train.every.log, plan)
+    changes = {
+        stage.first_step
+        for stage, before, after in zip(plan.stages[1:], objectives, objectives[1:], strict=False)
+        if before is not after
+    }
+    return lambda step, seconds: step in changes or at_interval(step, seconds)
 
 
 def _kept_models(run: PreparedRun, state: TrainState, display: Display) -> KeptModels:
@@ -200,10 +222,13 @@ class RunCallbacks:
         improved = state.record_validation(result.loss)
         if objectives[stage] is not objectives[-1]:
             state.without_gain = 0  # the run must not stop before the objective that the loss is about
-        self._write(state.step, {"tokens": state.tokens, **_clock(state), "validation": measured})
+        line: dict[str, Any] = {"tokens": state.tokens, **_clock(state), "validation": measured}
         if self._context.is_main_process:
             own = validates(objectives[stage]) == "own"
             predictions = [] if own else self._preview.predict(module.encoder, module.head, self._context)
+            if predictions:
+                line["preview"] = [[asdict(span) for span in spans] for spans in predictions]
+            self._write(state.step, line)
             self._display.validated(state.step, result, predictions)
             if improved and self._run.recipe.train.keep_best:
                 model = self._as_model(state)

@@ -1,4 +1,7 @@
-"""Models that a run keeps when it has seen certain numbers of words (`train.keep_at`), as in the BabyLM challenge."""
+"""Models that a run keeps when it has seen certain numbers of words (`train.keep_at`), as in the BabyLM challenge.
+
+Words are runs of characters between white space, whatever the tokenizer.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,9 @@ from collections.abc import Sequence
 from unmask.core.errors import RecipeError
 from unmask.core.files import RunLayout
 from unmask.core.quantities import Quantity
+from unmask.core.types import ProgressCallback
+from unmask.data.prepare import TokenizedCorpus
+from unmask.data.sources import BaseSource
 from unmask.training.plan import Plan
 
 _MAX_KEPT = 1_000
@@ -89,3 +95,32 @@ class KeptModels:
         beyond = [kept_name(number) for number in self._numbers if number * (1 - _MAX_MISSING) > planned]
         missing = f"; the plan doesn't reach {', '.join(beyond)} (train.keep_at)" if beyond else ""
         return f"words: {self._words:,} in the training text, {planned:,.0f} with repeats in the plan{missing}"
+
+
+# Words of a text ------------------------------------------------------------------------------------------------------
+
+
+_REPORT_CHARACTERS = 4_000_000
+
+
+def count_train_words(corpus: TokenizedCorpus, source: BaseSource, on_progress: ProgressCallback) -> int:
+    """Return the number of words of the documents that are trained on.
+
+    The words of the whole text are counted. The share of the training documents is their share of the characters,
+    because held-out documents are chosen by a hash. A word is a run of characters between white space, as `wc -w` and
+    BabyLM count (arXiv 2301.11796).
+
+    Raises:
+        TextError: the text can't be read.
+    """
+    total = max(1, int(corpus.facts["characters"]))
+    words = characters = reported = 0
+    for part in source.parts():
+        for chunk in source.documents(part):
+            words += len(chunk.text.split())
+            characters += chunk.characters
+            if characters - reported >= _REPORT_CHARACTERS:
+                reported = characters
+                on_progress("counting words", min(characters / total, 0.99))
+    on_progress("counting words", 1.0)
+    return round(words * int(corpus.facts["train_characters"]) / total)

@@ -1,18 +1,24 @@
 """Loggers of a run: log.jsonl, which contains everything, and optional loggers that copy it for dashboards.
 
 An optional logger is rebuilt from log.jsonl whenever a run starts or resumes. Therefore no point is missing or
-duplicated after a kill, and its files may be deleted at any time. This module does not use the network.
+duplicated after a kill, and its files may be deleted at any time. Nothing is sent to a server unless a variable of the
+environment says so: WANDB_MODE=online for W&B, TRACKIO_SPACE_ID or TRACKIO_SERVER_URL for trackio.
 """
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
+import io
 import json
 import logging
 import math
 import os
+import secrets
+import shlex
 import shutil
 import time
+import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, cast, final
@@ -23,8 +29,9 @@ from unmask.core.files import RunLayout
 from unmask.core.plugins import PluginLoggerConfig, make
 from unmask.core.types import LoggerContext, MetricLogger
 
-LoggerKind = Literal["tensorboard"]
-TENSORBOARD = "tensorboard"  # name of the package, of the setting and of the folder in a run
+LoggerKind = Literal["tensorboard", "wandb", "trackio"]  # also the names of the packages, and of the extras
+TENSORBOARD, WANDB = "tensorboard", "wandb"  # also the names of the folders in a run
+PROJECT = "unmask"  # of the runs in W&B, unless WANDB_PROJECT names another one, and in trackio
 
 _logger = logging.getLogger("unmask")
 
@@ -143,12 +150,18 @@ def check_installed(loggers: Sequence[LoggerKind | PluginLoggerConfig]) -> None:
     Raises:
         RunError: a package is missing; the hint says how to install it.
     """
-    if TENSORBOARD in loggers and importlib.util.find_spec(TENSORBOARD) is None:
-        raise RunError(
-            f"{TENSORBOARD} is not installed",
-            location="train.loggers",
-            hint=f'run pip install "unmask[{TENSORBOARD}]", or remove it from train.loggers (log.jsonl has everything)',
-        )
+    for kind in loggers:
+        if isinstance(kind, str) and not _is_installed(kind):
+            raise RunError(
+                f"{kind} is not installed",
+                location="train.loggers",
+                hint=f'run pip install "unmask[{kind}]", or remove it from train.loggers (log.jsonl has everything)',
+            )
+
+
+def _is_installed(package: str) -> bool:
+    spec = importlib.util.find_spec(package)
+    return spec is not None and spec.origin is not None  # a folder of this name alone is found too, without an origin
 
 
 def scalars(line: Mapping[str, object]) -> dict[str, float]:
@@ -204,6 +217,102 @@ def _seconds(line: Mapping[str, object]) -> float:
     return float(value) if isinstance(value, int | float) else 0.0
 
 
+@final
+class WandbLogger:
+    """Writes to RUN/wandb what `wandb sync` uploads; with WANDB_MODE=online, uploads it meanwhile."""
+
+    def __init__(self, context: LoggerContext) -> None:
+        """Replaces the files of offline runs, and writes the recipe as config and the lines of the log so far."""
+        import wandb
+
+        folder, mode = context.run / WANDB, os.environ.get("WANDB_MODE", "offline")
+        for earlier in folder.glob("offline-run-*"):
+            shutil.rmtree(earlier, ignore_errors=True)
+        self._run = wandb.init(
+            project=os.environ.get("WANDB_PROJECT", PROJECT),
+            name=context.run.name,
+            id=self._id(folder),
+            dir=str(context.run),
+            mode=cast("Any", mode),
+            reinit="create_new",  # a run of the user's own in this process stays as it is
+            # Online, W&B ignores points of steps that it has: a resumed run repeats them bit for bit.
+            resume="allow" if mode == "online" else None,
+            config=tomllib.loads(context.recipe),
+            settings=wandb.Settings(console="off", silent=True, disable_git=True, disable_code=True),
+        )
+        for line in context.lines:
+            self.write(line["step"], line)
+
+    @staticmethod
+    def _id(folder: Path) -> str:
+        """Returns the run's identifier in W&B, which a resumed run keeps."""
+        path = folder / "unmask-id"
+        if not path.is_file():
+            files.write_text(path, secrets.token_hex(4))
+        return path.read_text(encoding="utf-8").strip()
+
+    def write(self, step: int, metrics: Mapping[str, object]) -> None:
+        """Writes one point per number."""
+        self._run.log(scalars(metrics), step=step)
+
+    def close(self) -> None:
+        """Completes the files."""
+        self._run.finish()
+
+
+@final
+class TrackioLogger:
+    """Writes to the local database of trackio, or to the Space or server that its environment variables name."""
+
+    def __init__(self, context: LoggerContext) -> None:
+        """Replaces the points of this run, and writes the recipe as config and the lines of the log so far."""
+        with contextlib.redirect_stdout(io.StringIO()):  # where --json prints
+            import trackio
+
+            folder = str(context.run.absolute())
+            with contextlib.suppress(ValueError):  # there is no project yet
+                for run in list(trackio.Api().runs(PROJECT)):
+                    if run.name == context.run.name and (run.config or {}).get("folder") == folder:
+                        run.delete()
+            self._finish = trackio.finish
+            self._run = trackio.init(
+                PROJECT,
+                name=context.run.name,
+                config={**tomllib.loads(context.recipe), "folder": folder},
+                embed=False,
+                auto_log_cpu=False,
+                auto_log_gpu=False,
+            )
+        for line in context.lines:
+            self.write(line["step"], line)
+
+    def write(self, step: int, metrics: Mapping[str, object]) -> None:
+        """Writes one point per number."""
+        if numbers := scalars(metrics):
+            self._run.log(dict(numbers), step=step)
+
+    def close(self) -> None:
+        """Waits until all points are written."""
+        with contextlib.redirect_stdout(io.StringIO()):
+            self._finish()  # also forgets the run, which trackio would else finish again when the process ends
+
+
+_LOGGERS: Mapping[LoggerKind, type[TensorBoardLogger | WandbLogger | TrackioLogger]] = {
+    "tensorboard": TensorBoardLogger,
+    "wandb": WandbLogger,
+    "trackio": TrackioLogger,
+}
+
+
+def _viewer(kind: LoggerKind, run: Path) -> str:
+    """Returns the command that shows the curves."""
+    if kind == "tensorboard":
+        return f"tensorboard --logdir {shlex.quote(str(run / TENSORBOARD))}"
+    if kind == "trackio":
+        return f"trackio show --project {PROJECT}"
+    return f"wandb sync {shlex.quote(str(run / WANDB))}/offline-run-*"
+
+
 class MetricLoggers:
     """The optional loggers of a run. One that fails is disabled with a warning, because log.jsonl has everything."""
 
@@ -225,8 +334,8 @@ class MetricLoggers:
                 if isinstance(config, PluginLoggerConfig):
                     self._loggers[name] = make(config, context)
                 else:
-                    self._loggers[name] = TensorBoardLogger(context)
-                    _logger.info("show the curves with: tensorboard --logdir %s", run / TENSORBOARD)
+                    self._loggers[name] = _LOGGERS[config](context)
+                    _logger.info("show the curves with: %s", _viewer(config, run))
             except Exception as error:
                 self._disable(name, error)
 

@@ -317,6 +317,18 @@ def extend_plan(
     )
 
 
+def with_times(plan: Plan, measured: Measured) -> Plan:
+    """Returns a plan that was not measured, with the times of its steps, validations and checkpoints."""
+    stages = zip(plan.stages, measured.step_seconds, strict=True)
+    return replace(
+        plan,
+        stages=tuple(replace(stage, seconds_per_step=seconds) for stage, seconds in stages),
+        validate_seconds=measured.validate_seconds,
+        save_seconds=measured.save_seconds,
+        pairs_seconds=measured.pairs_seconds,
+    )
+
+
 def tenth(plan: Plan) -> int:
     """Returns the step after which a tenth of the planned tokens is processed."""
     return _step_at(plan, 0.1)

@@ -46,10 +46,19 @@ from unmask.training.environment import (
 from unmask.training.estimate import CostEstimate, check_free_space, estimate_cost
 from unmask.training.estimate.from_budget import choose_vocabulary, fit_to_budget
 from unmask.training.estimate.memory import check_memory
-from unmask.training.estimate.probe import measure
+from unmask.training.estimate.probe import measure, try_steps
 from unmask.training.loggers import check_installed, discard_after
-from unmask.training.loop import Signals, TrainState
-from unmask.training.plan import Measured, Plan, check_budget, extend_plan, limit_pairs, limit_validation, make_plan
+from unmask.training.loop import Signals, StopReason, TrainState
+from unmask.training.plan import (
+    Measured,
+    Plan,
+    check_budget,
+    extend_plan,
+    limit_pairs,
+    limit_validation,
+    make_plan,
+    with_times,
+)
 from unmask.training.recipe import Recipe, change_recipe, explicit_keys, load_recipe, read_recipe, write_recipe
 from unmask.training.runs import require_run_format, run_lock
 from unmask.training.setup import (
@@ -65,6 +74,7 @@ from unmask.training.setup import (
 from unmask.training.warm_start import DECIDED, WarmStart
 
 _log = logging.getLogger("unmask")
+_FEW_STEPS = 10  # a probe would take longer than a run of fewer steps
 
 
 @dataclass(frozen=True)
@@ -84,6 +94,7 @@ class Result:
     forecast: CostEstimate | None
     summary: Summary | None
     finished_before: bool = False
+    stop: StopReason | None = None  # requested during the last step or after it, so that the run is finished
 
 
 # Starting -------------------------------------------------------------------------------------------------------------
@@ -216,8 +227,13 @@ def _make_plan(
 
     `run` is its directory, next to which a checkpoint is written and deleted again; None writes it elsewhere.
     """
-    folder = None if run is None else next(parent for parent in run.absolute().parents if parent.is_dir())
-    measured = measure(recipe, components, pairs=pairs, on_probe=display.probe, folder=folder)
+    folder, budget = None, recipe.train.budget
+    if run is not None:
+        folder = next(parent for parent in run.absolute().parents if parent.is_dir())
+    if folder and budget.unit == "steps" and budget.number < _FEW_STEPS:
+        measured = try_steps(recipe, components)
+    else:
+        measured = measure(recipe, components, pairs=pairs, on_probe=display.probe, folder=folder)
     recipe = _with_affordable_validation(recipe, measured)
     epoch_tokens = [loader.epoch_tokens for loader in components.loaders]
     train = recipe.train
@@ -280,7 +296,7 @@ def resume(
         run: directory of the run.
         budget: a new total ("2 epochs") or an addition ("+1 epoch").
         settings: `key=value` strings for `train.every`, `train.keep_last`, `train.keep_at`,
-            `train.early_stopping_patience`, `train.loggers` and `preview`; nothing else may change.
+            `train.early_stopping_patience`, `train.loggers`, `train.report` and `preview`; nothing else may change.
         display: display of the progress.
         allow_different_environment: resume although machine or versions differ; the results will differ too.
         verify: read all bytes of the text and of the token cache, instead of comparing sizes and times.
@@ -311,18 +327,20 @@ def resume(
             environment = moved or read_environment(folder)
             context, changes = _restore_context(folder, recipe, environment, allow_changes=allow_different_environment)
             components = _restore_components(folder, recipe, environment, context, display, verify=verify)
+            pairs = read_pairs(folder / RunLayout.PAIRS).pairs if recipe.train.evaluate.pairs else ()
             if extension is not None:
-                epoch_tokens = components.loaders[-1].epoch_tokens
+                if extension.unit == "seconds" and not plan.seconds:  # a run of few steps, which was not probed
+                    times = measure(recipe, components, pairs=pairs, on_probe=display.probe, folder=folder)
+                    plan = with_times(plan, times)
                 plan = extend_plan(
                     plan,
                     extension,
                     every=recipe.train.every,
-                    epoch_tokens=epoch_tokens,
+                    epoch_tokens=components.loaders[-1].epoch_tokens,
                     pairs_every=recipe.train.evaluate.every,
                 )
             has_steps = os.path.lexists(folder / RunLayout.LATEST)
             state = checkpoint.load(folder, components.training) if has_steps else TrainState()
-            pairs = read_pairs(folder / RunLayout.PAIRS).pairs if recipe.train.evaluate.pairs else ()
             prepared = PreparedRun(folder, recipe, plan, components, estimate_cost(recipe, plan, components), pairs)
             signals.start_deferring()  # before anything is written
             if context.is_main_process:
@@ -414,7 +432,8 @@ def _why_finished(run: Path, recipe: Recipe, plan: Plan) -> str:
 
 def _train(prepared: PreparedRun, state: TrainState, display: Display, signals: Signals) -> Result:
     summary = run_training(prepared, state, display, signals)
-    return Result(prepared.folder, _final_model(prepared, state), prepared.estimate, summary)
+    model = _final_model(prepared, state)
+    return Result(prepared.folder, model, prepared.estimate, summary, stop=signals.stop_requested())
 
 
 def _final_model(prepared: PreparedRun, state: TrainState) -> Model:

@@ -44,6 +44,7 @@ MAY_CHANGE = (
     "train.keep_at",
     "train.every",
     "train.keep_last",
+    "train.report",
     "preview",
 )
 """Settings that may change when a run resumes, besides the budget. None of them changes what a step computes."""
@@ -97,6 +98,7 @@ class TrainConfig:
     early_stopping_patience: int = 0
     ema_decay: float = 0.0  # Decay per step of an exponential moving average of the weights, e.g. 0.999; 0: no average.
     loggers: tuple[LoggerKind | PluginLoggerConfig, ...] = ()  # Loggers besides log.jsonl.
+    report: bool = True  # Whether the run's report.html is written when the run ends or is stopped (docs/report.md).
 
     def __post_init__(self) -> None:
         check_budget(self.budget, where="budget")

@@ -1,10 +1,13 @@
-"""The state of runs on disk: a lock, so that one process works on a run at a time, and a summary of each run."""
+"""The state of runs on disk: a lock, so that one process works on a run at a time, summaries, comparisons of groups."""
 
 from __future__ import annotations
 
 import datetime
+import fnmatch
 import logging
+import math
 import shutil
+import statistics
 import tempfile
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -19,7 +22,9 @@ from unmask.core import files
 from unmask.core.config import load_toml
 from unmask.core.errors import RunError, UnmaskError
 from unmask.core.files import RunLayout
+from unmask.core.format import join_names
 from unmask.training.loggers import read_log
+from unmask.training.recipe import MAY_CHANGE
 
 # Time for a second attempt: the first may only remove the lock of a dead process, and a new lock may still be empty.
 _LOCK_SECONDS = 0.3
@@ -148,6 +153,7 @@ class RunSummary:
     text: str = ""
     tokenizer: str = ""  # first characters of its fingerprint
     tokenizer_kind: str = ""
+    held_out: str = ""  # digest of text and split: losses of runs with the same one are on the same text
     step: int | None = None
     steps: int | None = None
     tokens: int | None = None
@@ -218,6 +224,7 @@ def _read_run(run: Path, modified: float) -> RunSummary:
         text=names,
         tokenizer=str(text["tokenizer"])[:8],
         tokenizer_kind=str(settings.get("data.tokenizer.kind", "")),
+        held_out=files.digest(str(text.get("fingerprint")), str(text.get("facts", {}).get("held_out_digest")))[:8],
         step=step,
         steps=steps,
         tokens=next((int(line["tokens"]) for line in reversed(lines) if "tokens" in line), None),
@@ -278,3 +285,151 @@ def differing_settings(runs: Sequence[RunSummary]) -> list[str]:
     settings = [summary.settings for summary in runs if summary.settings]
     keys = dict.fromkeys(key for each in settings for key in each)
     return [key for key in keys if any(each.get(key) != settings[0].get(key) for each in settings)]
+
+
+# Comparing groups -----------------------------------------------------------------------------------------------------
+
+COMPARED = ("loss", "best_loss", "accuracy", "bits_per_character", "seconds")
+NOISE_FACTOR = 2  # a difference counts from twice its standard deviation over the seeds, as in studies
+_ENDED = ("finished", "ended early")
+# 97.5 % quantiles of Student's t for 1, 2, … degrees of freedom; beyond, an approximation that is off by 0.001.
+_T_QUANTILES = (
+    12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131, 2.120,
+    2.110, 2.101, 2.093, 2.086, 2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042,
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class GroupDifference:
+    """One measure of two groups of runs, and the difference of their means: second − first."""
+
+    measure: str
+    first: tuple[float, ...]  # of each run
+    second: tuple[float, ...]
+    difference: float
+    noise: float | None  # standard deviation of the difference of two runs; None with one run in a group
+    interval: tuple[float, float] | None  # 95 %, of the difference of the means
+
+    @property
+    def differs(self) -> bool | None:
+        """Whether the difference exceeds twice its noise; None if the noise is unknown."""
+        return None if self.noise is None else abs(self.difference) > NOISE_FACTOR * self.noise
+
+
+@dataclass(frozen=True)
+class GroupComparison:
+    """Two groups of runs, each with runs that differ in their seed only."""
+
+    first: tuple[RunSummary, ...]
+    second: tuple[RunSummary, ...]
+    is_paired: bool  # whether both groups have the same seeds: differences are then taken seed by seed
+    settings: tuple[str, ...]  # that differ between the groups
+    differences: tuple[GroupDifference, ...]
+    left_out: tuple[RunSummary, ...]  # runs of the groups that have not ended
+
+
+def compare_runs(folder: Path, first: str, second: str) -> GroupComparison:
+    """Compares two groups of runs in a folder.
+
+    Args:
+        folder: Folder of the runs.
+        first: Name of a run, which stands for all runs that differ from it in the seed only, or a pattern of names.
+        second: The other group.
+
+    Raises:
+        RunError: no run has this name, the runs of a group differ in more than their seed, or the groups have no
+            common measure: another tokenizer, or other held-out text.
+    """
+    runs = find_runs(folder)
+    groups = [_group(runs, folder, name) for name in (first, second)]
+    left_out = [run for group in groups for run in group if run.state not in _ENDED]
+    ended = [sorted((run for run in group if run.state in _ENDED), key=_seed) for group in groups]
+    for name, group in zip((first, second), ended, strict=True):
+        if not group:
+            raise RunError(f"no run of `{name}` has ended", location=str(folder), hint="wait, or resume one of them")
+    one, other = ended
+    if {run.run for run in one} & {run.run for run in other}:
+        raise RunError(
+            f"`{first}` and `{second}` name the same run: {one[0].run.name}",
+            location="--compare",
+            hint="name two runs that differ in more than their seed",
+        )
+    for name, what in (("tokenizer", "tokenizers"), ("held_out", "held-out texts")):
+        if len(values := {getattr(run, name) for run in (*one, *other)}) > 1:
+            raise RunError(
+                f"losses of different {what} don't compare: {' and '.join(sorted(values))}",
+                location="--compare",
+                hint="compare runs that `unmask runs` lists under one tokenizer, on one text",
+            )
+    seeds = [[_seed(run) for run in group] for group in ended]
+    is_paired = seeds[0] == seeds[1] and len(set(seeds[0])) == len(seeds[0])
+    differing = tuple(key for key in differing_settings([*one, *other]) if not _may_differ(key))
+    values = ((measure, *(_values(group, measure) for group in ended)) for measure in COMPARED)
+    differences = tuple(_difference(*row, is_paired=is_paired) for row in values if row[1] and row[2])
+    return GroupComparison(tuple(one), tuple(other), is_paired, differing, differences, tuple(left_out))
+
+
+def _group(runs: Sequence[RunSummary], folder: Path, name: str) -> list[RunSummary]:
+    """Returns the undamaged runs that a name or a pattern stands for."""
+    known = [run for run in runs if run.state != "damaged"]
+    matched = [run for run in known if fnmatch.fnmatch(run.run.name, name.removeprefix(f"{folder}/").rstrip("/"))]
+    if not matched:
+        names = join_names([run.run.name for run in known], 5)
+        hint = f"use one of {names}" if names else "name a folder that contains runs"
+        raise RunError(f"no run matches `{name}`", location=str(folder), hint=hint)
+    if len(matched) == 1:
+        return [run for run in known if not _unlike([run, matched[0]])]
+    if different := _unlike(matched):
+        raise RunError(
+            f"the runs of `{name}` differ in more than their seed: {join_names(different)}",
+            location=str(folder),
+            hint="name one run of the group: those that differ from it in the seed only are found",
+        )
+    return matched
+
+
+def _unlike(runs: Sequence[RunSummary]) -> list[str]:
+    return [key for key in differing_settings(runs) if not _may_differ(key)]
+
+
+def _may_differ(key: str) -> bool:
+    """Returns whether runs of one group may differ in a setting: it changes no result, or only as a seed does."""
+    ignored = ("seed", "machine", *MAY_CHANGE)
+    return any(key == name or key.startswith(f"{name}.") for name in ignored)
+
+
+def _seed(run: RunSummary) -> int:
+    return int(run.settings.get("seed", 0))
+
+
+def _values(group: Sequence[RunSummary], measure: str) -> tuple[float, ...]:
+    """Returns a measure of each run; empty if a run lacks it."""
+    values = [getattr(run, measure) for run in group]
+    return () if None in values else tuple(values)
+
+
+def _difference(
+    measure: str, first: tuple[float, ...], second: tuple[float, ...], *, is_paired: bool
+) -> GroupDifference:
+    """Returns the difference of the means, paired by seed or after Welch (1947)."""
+    difference = statistics.fmean(second) - statistics.fmean(first)
+    if min(len(first), len(second)) < 2:
+        return GroupDifference(measure, first, second, difference, None, None)
+    if is_paired:
+        noise = statistics.stdev(two - one for one, two in zip(first, second, strict=True))
+        error, degrees = noise / math.sqrt(len(first)), float(len(first) - 1)
+    else:
+        variances = statistics.variance(first), statistics.variance(second)
+        noise = math.sqrt(sum(variances))
+        parts = variances[0] / len(first), variances[1] / len(second)
+        error = math.sqrt(sum(parts))
+        weights = parts[0] ** 2 / (len(first) - 1) + parts[1] ** 2 / (len(second) - 1)
+        degrees = error**4 / weights if weights else float(len(first) + len(second) - 2)
+    half = t_quantile(degrees) * error
+    return GroupDifference(measure, first, second, difference, noise, (difference - half, difference + half))
+
+
+def t_quantile(degrees: float) -> float:
+    """Returns the 97.5 % quantile of Student's t; fractional degrees of freedom are rounded down."""
+    whole = max(1, math.floor(degrees))
+    return _T_QUANTILES[whole - 1] if whole <= len(_T_QUANTILES) else 1.95996 + 2.46 / whole

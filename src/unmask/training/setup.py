@@ -36,8 +36,7 @@ from unmask.data.loader import PairSampling, StageLoader, build_sampler
 from unmask.data.prepare import TokenizedCorpus, prepare
 from unmask.data.sentence_pairs import PairKind, require_pairs
 from unmask.data.sources import BaseSource, FileSource
-from unmask.evaluation.objectives import label_offset
-from unmask.evaluation.validation import Validation, Validator
+from unmask.evaluation.validation import Validation, Validator, label_offset
 from unmask.models import build_model, build_pair
 from unmask.models.attention import backend_of
 from unmask.models.bert import BertConfig, SentencePairHead
@@ -45,10 +44,9 @@ from unmask.models.electra import ElectraModules, build_electra, require_electra
 from unmask.models.model import Model, ModelCard
 from unmask.objectives import ObjectiveConfig
 from unmask.objectives.adaptive import AdaptiveMaskingConfig, AdaptiveMaskingObjective
-from unmask.objectives.causal import CausalLMConfig, CausalLMObjective
+from unmask.objectives.causal import CausalLMConfig, CausalLMObjective, MaskedNextTokenConfig, MaskedNextTokenObjective
 from unmask.objectives.diffusion import MaskedDiffusionConfig, MaskedDiffusionObjective
 from unmask.objectives.mlm import MaskedLMObjective
-from unmask.objectives.mntp import MaskedNextTokenConfig, MaskedNextTokenObjective
 from unmask.objectives.rtd import ReplacedTokenConfig, ReplacedTokenObjective
 from unmask.objectives.sentence_pairs import BertPretrainingConfig, BertPretrainingObjective
 from unmask.objectives.word_boost import tokenize_boosted_words

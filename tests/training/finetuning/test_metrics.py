@@ -11,7 +11,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from sklearn import metrics as sk
 
-from unmask.training.finetuning.metrics import (
+from unmask.training.finetuning.train import (
     Estimate,
     classification_metrics,
     confusion_matrix,

@@ -15,11 +15,9 @@ from typing import Any
 import numpy as np
 
 from unmask.checks.audit.findings import rate_findings, repeat_findings, replacement_findings, word_findings
-from unmask.checks.audit.maskers import open_masker
-from unmask.checks.audit.replay import replay
-from unmask.checks.audit.samples import make_samples
+from unmask.checks.audit.maskers import make_samples, open_masker
 from unmask.checks.audit.settings import AuditConfig, AuditReport, Claims
-from unmask.checks.audit.statistics import Observations
+from unmask.checks.audit.statistics import Observations, replay
 from unmask.core.types import ProgressCallback
 from unmask.core.version import __version__
 from unmask.tokenization.tokenizer import Tokenizer

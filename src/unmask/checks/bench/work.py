@@ -19,7 +19,7 @@ from unmask.data.sources import BaseSource, MemorySource
 from unmask.models.fill_mask import MASK, fill
 from unmask.models.model import Model
 from unmask.objectives.sentence_pairs import BertPretrainingConfig
-from unmask.training.estimate.work import stage_flops_per_token, stage_products
+from unmask.training.estimate.memory import stage_flops_per_token, stage_products
 from unmask.training.loop import Callback, TrainState, train
 from unmask.training.plan import Plan, StageConfig, StagePlan, always
 from unmask.training.pretrain import with_start_and_paths

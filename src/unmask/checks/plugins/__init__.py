@@ -17,14 +17,17 @@ from typing import Any, Final
 import torch
 
 from unmask.checks.plugins.fixtures import (
+    Check,
+    CheckResult,
     LoggerFixture,
     SamplerFixture,
     SourceFixture,
     objective_context,
     objective_fixture,
+    require,
+    run_checks,
     sampler_contexts,
 )
-from unmask.checks.plugins.runner import Check, CheckResult, require, run_checks
 from unmask.checks.plugins.second_process import result_digest
 from unmask.checks.plugins.suites import LOGGER_CHECKS, OBJECTIVE_CHECKS, SAMPLER_CHECKS, SOURCE_CHECKS
 from unmask.core.config import Tree, apply_set, build_plugin, dump_config

@@ -16,14 +16,12 @@ from unmask.checks.plugins.fixtures import (
     EPOCHS,
     LOG_LINES,
     MAX_SAMPLES,
+    Check,
+    CheckFailed,
     LoggerFixture,
     ObjectiveFixture,
     SamplerFixture,
     SourceFixture,
-)
-from unmask.checks.plugins.runner import (
-    Check,
-    CheckFailed,
     check,
     generator_states,
     is_a,

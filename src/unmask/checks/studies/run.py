@@ -23,7 +23,7 @@ from unmask.checks.studies.settings import Study, VariantConfig
 from unmask.core import files
 from unmask.core.config import dump_config
 from unmask.core.distributed import DistributedContext, init_distributed, load_warning
-from unmask.core.errors import RecipeError, RunError, TextError, UnmaskError
+from unmask.core.errors import RecipeError, RunError, Stopped, TextError, UnmaskError
 from unmask.core.files import RunLayout
 from unmask.core.hardware import cores, processor_name
 from unmask.core.quantities import Quantity
@@ -307,6 +307,8 @@ class _Session:
             exist_ok="resume",
             display=display,
         )
+        if trained.stop and trained.summary:  # the run is finished, the study is not
+            raise Stopped(trained.stop.exit_code, str(folder), trained.summary.steps)
         seconds, processor = time.perf_counter() - began, time.process_time() - processor
         assert isinstance(trained.model, Model)
         curve = self._curve(folder, variant)

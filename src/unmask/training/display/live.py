@@ -1,20 +1,21 @@
-"""A display for a terminal or a notebook: tables, and a preview and progress bar that are redrawn in place.
+"""A display for a terminal: tables, and a preview and progress bar that are redrawn in place.
 
 Correct predictions are green and wrong ones red. Without colors (NO_COLOR), brackets mark them, as in plain.py.
 """
 
 from __future__ import annotations
 
-import importlib.util
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TextIO, final
 
+from rich.cells import cell_len
 from rich.console import Console, Group
 from rich.control import Control
 from rich.live import Live
+from rich.measure import Measurement
 from rich.segment import ControlType, Segment
 from rich.table import Table
 from rich.text import Text
@@ -22,9 +23,9 @@ from rich.text import Text
 from unmask.core.format import duration, number, sparkline, visible
 from unmask.evaluation.validation import Validation
 from unmask.training.display import Display, PreviewLine, Summary, TokenView
+from unmask.training.display.notebook import NotebookDisplay
 from unmask.training.display.plain import PlainDisplay, legend, preview_lines
 from unmask.training.display.text import (
-    STAGE_COLUMNS,
     Pace,
     cell_gap,
     cell_rows,
@@ -37,6 +38,8 @@ from unmask.training.display.text import (
     pair_text,
     probe_line,
     set_lines,
+    stage_columns,
+    stage_line,
     stage_rows,
     unigram_line,
     validation_line,
@@ -51,7 +54,7 @@ _CELL_STYLES = {"plain": "", "mask": "bold yellow reverse", "random": "bold mage
 _UPDATE_SECONDS = 0.125
 # A redraw takes 1 to 3 ms. The next one waits at least 300 times as long, so drawing takes less than 0.35 % of a run.
 _WAIT_FACTOR = 300
-_BAR_WIDTH = 30
+_BAR_WIDTH, _SHORTEST_BAR = 30, 4
 
 
 @final
@@ -63,7 +66,7 @@ class LiveDisplay(Display):
         self._console = Console(highlight=False) if console is None else console
         self._words = words
         has_colors = self._console.color_system is not None and not self._console.no_color
-        self._styled = has_colors or self._console.is_jupyter
+        self._styled = has_colors
         self._live: Live | None = None
         self._drawn: tuple[Text | Group, int] | None = None  # what is on the screen, and the width it was drawn for
         self._next_update = 0.0
@@ -92,7 +95,8 @@ class LiveDisplay(Display):
             self._end_task()
             self._print(Text.assemble((what, "dim"), (f"  {duration(now - started)}", "dim")))
         elif now >= self._next_update:
-            self._draw(Text.assemble(f"{what}  ", *self._bar(fraction), f"  {fraction:.0%}"), now)
+            columns = self._console.width - cell_len(what) - 8  # spaces and percentage
+            self._draw(Text.assemble(f"{what}  ", *self._bar(fraction, columns), f"  {fraction:.0%}"), now)
 
     def probe(self, fraction: float, seconds: float) -> None:
         """Draws a bar while the probe runs, and prints a line with its time at the end."""
@@ -107,15 +111,23 @@ class LiveDisplay(Display):
         grid.add_column(overflow="fold")
         for label, value in estimate_rows(estimate):
             grid.add_row(label, Text(value))
-        stages = Table(box=None, padding=(0, 2), header_style="dim")
-        for column in STAGE_COLUMNS:
-            stages.add_column(column, justify="right")
-        for row in stage_rows(estimate):
-            stages.add_row(*row)
-        self._print(Text("\nestimate", "bold"), grid, Text(""), stages)
+        self._print(Text("\nestimate", "bold"), grid, Text(""), self._stages(estimate))
         notes = estimate_notes(estimate)
         if notes:
             self._print(Text(""), *(Text(f"note: {self._words(note)}", "yellow") for note in notes))
+
+    def _stages(self, estimate: CostEstimate) -> Table | Text:
+        """Returns the stages as a table or, if it is wider than the terminal, in words."""
+        rows = stage_rows(estimate)
+        table = Table(box=None, padding=(0, 2), header_style="dim")
+        for column in stage_columns(estimate):
+            table.add_column(column, justify="right", no_wrap=True)
+        for row in rows:
+            table.add_row(*row)
+        unlimited = self._console.options.update(max_width=1000)
+        if Measurement.get(self._console, unlimited, table).maximum <= self._console.width:
+            return table
+        return Text("\n".join(map(stage_line, rows)))
 
     def sample(self, text: str, tokens: Sequence[TokenView]) -> None:
         """Prints a sample: its tokens, the model input, and "^" below masked tokens."""
@@ -190,10 +202,12 @@ class LiveDisplay(Display):
     def _bars(self, state: TrainState, plan: Plan, pace: Pace) -> list[Text]:
         """Returns the line of the bar and the line of metrics."""
         fraction = state.step / plan.steps
-        eta = duration(pace.seconds_left(state))
-        bar = Text.assemble(
-            f"{fraction:>4.0%} ", *self._bar(fraction), f" step {state.step:,}/{plan.steps:,}  ETA {eta}", no_wrap=True
-        )
+        texts = [f"{fraction:>4.0%} ", f" step {state.step:,}/{plan.steps:,}"]
+        eta = f"  ETA {duration(pace.seconds_left(state))}"
+        columns = self._console.width - cell_len("".join((*texts, eta)))
+        texts[1] += eta if columns >= _SHORTEST_BAR else ""  # in a terminal of less than about 40 columns
+        columns = self._console.width - cell_len("".join(texts))
+        bar = Text.assemble(texts[0], *self._bar(fraction, columns), texts[1], no_wrap=True)
         window, line = state.metrics, self._last_line
         # Just after a log line, the window has few tokens and noisy means: show the log line until it has more.
         filled = not line or window.tokens * 20 >= number(line, "tokens") / max(len(self._losses), 1)
@@ -205,15 +219,22 @@ class LiveDisplay(Display):
             return [bar]
         parts = [f"loss {loss:.3f}", f"accuracy {accuracy:.1%}", pair_text(line), f"{speed:,.0f} tokens/s"]
         parts.append(matmul_text(pace.matmul_fraction(speed)))
-        metrics = "     " + "  ".join(filter(None, parts)) + "  "
+        metrics = "     "
+        for part in filter(None, parts):  # those that fit
+            if cell_len(metrics + part) <= self._console.width:
+                metrics += f"{part}  "
         columns = min(20, self._console.width - len(metrics))
         curve = "" if self._ascii or columns < 2 else sparkline(self._losses, columns)
         return [bar, Text.assemble(metrics, (curve, "cyan"), no_wrap=True, overflow="crop")]
 
-    def _bar(self, fraction: float) -> list[tuple[str, str]]:
+    def _bar(self, fraction: float, columns: int = _BAR_WIDTH) -> list[tuple[str, str]]:
+        """Returns a bar of at most `columns` columns; none if they are too few."""
         done, rest = ("=", "-") if self._ascii else ("━", "─")
-        columns = min(_BAR_WIDTH, int(fraction * _BAR_WIDTH + 1e-9))
-        return [(done * columns, "green"), (rest * (_BAR_WIDTH - columns), "dim")]
+        width = min(_BAR_WIDTH, columns)
+        if width < _SHORTEST_BAR:
+            return []
+        filled = min(width, int(fraction * width + 1e-9))
+        return [(done * filled, "green"), (rest * (width - filled), "dim")]
 
     @property
     def _ascii(self) -> bool:
@@ -288,13 +309,14 @@ class LiveDisplay(Display):
 
 
 def display_for(stream: TextIO, quiet: bool = False, words: Callable[[str], str] = str) -> Display:
-    """Return the display that fits a stream: live in a terminal or a notebook with ipywidgets, else plain lines.
+    """Return the display that fits a stream: live in a terminal, a table in a notebook, else plain lines.
 
     `words` changes messages and notes, such as options of the command line to keywords.
     """
     if quiet:
         return Display()
     console = Console(file=stream)
-    in_terminal = console.is_terminal and not console.is_dumb_terminal and not console.is_jupyter
-    in_notebook = console.is_jupyter and importlib.util.find_spec("ipywidgets") is not None
-    return LiveDisplay(console, words) if in_terminal or in_notebook else PlainDisplay(stream, words)
+    if console.is_jupyter:
+        return NotebookDisplay(words)
+    in_terminal = console.is_terminal and not console.is_dumb_terminal
+    return LiveDisplay(console, words) if in_terminal else PlainDisplay(stream, words)

@@ -26,6 +26,7 @@ from unmask.training.display.text import (
     pair_text,
     probe_line,
     set_lines,
+    stage_line,
     stage_rows,
     unigram_line,
     validation_line,
@@ -102,9 +103,8 @@ class PlainDisplay(Display):
         self._plan = estimate.plan
         for label, value in estimate_rows(estimate):
             self._write(f"{label:<12} {value}")
-        for stage, length, batch, steps, epochs, seconds in stage_rows(estimate):
-            values = f"max length {length}, {batch} per step, {steps} steps, epochs {epochs}, {seconds}"
-            self._write(f"{'stage ' + stage:<12} {values}")
+        for row in stage_rows(estimate):
+            self._write(stage_line(row))
         for note in estimate_notes(estimate):
             self._write(f"note: {self._words(note)}")
 

@@ -10,7 +10,7 @@ from typing import Literal, NamedTuple
 from rich.cells import cell_len
 
 from unmask.core.format import count, duration, number, rate, size, visible
-from unmask.evaluation.sentence_pairs import PairEvalResult
+from unmask.evaluation.masked_lm import PairEvalResult
 from unmask.evaluation.validation import Validation
 from unmask.training.display import PreviewLine, Summary, TokenView
 from unmask.training.estimate import CostEstimate
@@ -88,11 +88,13 @@ def estimate_notes(estimate: CostEstimate) -> list[str]:
     return notes
 
 
-STAGE_COLUMNS = ("stage", "max length", "batch", "steps", "epochs", "time")
+def stage_columns(estimate: CostEstimate) -> tuple[str, ...]:
+    """Returns the names of the columns of `stage_rows`: with the objectives, if they differ."""
+    return ("stage", "max length", "batch", "steps", "epochs", "time", *(["objective"] if estimate.objectives else []))
 
 
 def stage_rows(estimate: CostEstimate) -> list[tuple[str, ...]]:
-    """Returns one row of STAGE_COLUMNS per stage."""
+    """Returns one row per stage."""
     return [
         (
             str(number),
@@ -101,9 +103,17 @@ def stage_rows(estimate: CostEstimate) -> list[tuple[str, ...]]:
             f"{stage.steps:,}",
             epochs_text(epochs).partition(" ")[0],
             duration(stage.steps * stage.seconds_per_step) if stage.seconds_per_step else "not measured",
+            *estimate.objectives[number - 1 : number],
         )
         for number, (stage, epochs) in enumerate(zip(estimate.plan.stages, estimate.epochs, strict=True), start=1)
     ]
+
+
+def stage_line(row: Sequence[str]) -> str:
+    """Returns a row of `stage_rows` as a line of text."""
+    stage, length, batch, steps, epochs, seconds, *objective = row
+    values = [f"max length {length}", f"{batch} per step", f"{steps} steps", f"epochs {epochs}", seconds]
+    return f"{'stage ' + stage:<12} {', '.join([*values, *(f'objective {each}' for each in objective)])}"
 
 
 # Validation -----------------------------------------------------------------------------------------------------------
@@ -134,7 +144,7 @@ def objective_line(validation: Validation) -> str:
         f"{name} {value:.3f}" if name == "bound" or "loss" in name else f"{name} {value:.1%}"
         for name, value in values.items()
     ]
-    return f"objective: {'  '.join(shown)}" if shown else ""
+    return f"objective of this stage, with its own attention: {'  '.join(shown)}" if shown else ""
 
 
 def pair_text(metrics: Mapping[str, object]) -> str:

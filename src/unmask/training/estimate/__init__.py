@@ -7,12 +7,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from unmask.core.config import to_toml
 from unmask.core.distributed import matmul_rate
 from unmask.core.errors import StoreError
 from unmask.core.files import wrap_os_errors
 from unmask.core.format import size
-from unmask.training.estimate.memory import forecast_bytes
-from unmask.training.estimate.work import stage_flops_per_token, stage_products
+from unmask.training.estimate.memory import forecast_bytes, stage_flops_per_token, stage_products
 from unmask.training.optim import describe_decay
 from unmask.training.plan import MeasuredMemory, Plan
 from unmask.training.recipe import Recipe
@@ -45,6 +45,7 @@ class CostEstimate:
     ranks: int = 1  # processes; `threads` are those of each
     checkpoint_bytes: int = 0  # disk space of one checkpoint
     dropout_off: tuple[str, ...] = ()  # keys of dropout that are 0 and could be raised
+    objectives: tuple[str, ...] = ()  # objective of each stage; empty if all stages have the same
 
 
 # Computing ------------------------------------------------------------------------------------------------------------
@@ -72,7 +73,7 @@ def estimate_cost(
         plan=plan,
         epochs=tuple(n / loader.epoch_tokens for n, loader in zip(stage_tokens, components.loaders, strict=True)),
         texts_seen=_texts_seen(plan, components),
-        flops_per_second=matmul_rate(shapes, context),
+        flops_per_second=matmul_rate(shapes, context, 0.05),
         memory_bytes=forecast_bytes(recipe, plan, components.vocab_size, context, measured),
         disk_bytes=disk_bytes(
             parameters,
@@ -92,6 +93,7 @@ def estimate_cost(
         ranks=context.ranks,
         checkpoint_bytes=checkpoint_bytes(parameters, has_ema=has_ema),
         dropout_off=tuple(f"model.{name}" for name in _DROPOUT if getattr(recipe.model, name, 1.0) == 0),
+        objectives=describe_objectives(recipe),
     )
 
 
@@ -102,6 +104,19 @@ def _texts_seen(plan: Plan, components: RunComponents) -> dict[str, float]:
         for name, count in loader.epochs_by_text(stage.steps * stage.batch_tokens).items():
             epochs[name] = epochs.get(name, 0.0) + count
     return epochs
+
+
+def describe_objectives(recipe: Recipe) -> tuple[str, ...]:
+    """Returns the kind of each stage's objective, and the settings in which those of a kind differ; () if all agree."""
+    settings = [to_toml(objective) for objective in recipe.objectives]
+    if all(each == settings[0] for each in settings):
+        return ()
+    described: list[str] = []
+    for each in settings:
+        alike = [other for other in settings if other["kind"] == each["kind"]]
+        names = [name for name in each if any(other.get(name) != each[name] for other in alike)]
+        described.append(", ".join([each["kind"], *(f"{name} {each[name]}" for name in names)]))
+    return tuple(described)
 
 
 def _describe_optimizer(recipe: Recipe, components: RunComponents) -> str:

@@ -20,8 +20,8 @@ from unmask.data.advice import Choice, is_set, may_shrink
 from unmask.data.prepare import TokenizedCorpus
 from unmask.models import non_embedding_parameters
 from unmask.models.modernbert import ModernBertConfig
+from unmask.training.estimate.memory import stage_flops_per_token, stage_products
 from unmask.training.estimate.probe import measure_token_seconds
-from unmask.training.estimate.work import stage_flops_per_token, stage_products
 from unmask.training.plan import StageConfig
 from unmask.training.recipe import Recipe
 

@@ -1,4 +1,4 @@
-"""Memory of a run: what a model and a micro-batch need, what the process has used, and what is available."""
+"""Memory of a run, and matrix products of a training step: what a recipe needs, and what is available."""
 
 from __future__ import annotations
 
@@ -14,11 +14,17 @@ from unmask.core.config import shipped_recipes
 from unmask.core.distributed import DistributedContext
 from unmask.core.errors import RecipeError
 from unmask.core.format import size
-from unmask.models import EncoderConfig, num_parameters
-from unmask.models.electra import build_electra
+from unmask.models import (
+    EncoderConfig,
+    electra_flops_per_token,
+    electra_products,
+    flops_per_token,
+    num_parameters,
+    products,
+)
+from unmask.models.electra import build_electra, generator_config, require_electra_encoder
 from unmask.models.modernbert import ModernBertConfig
 from unmask.objectives.rtd import ReplacedTokenConfig
-from unmask.training.estimate.work import generator_of
 from unmask.training.loop import TrainState
 from unmask.training.plan import MeasuredMemory, Plan, StageConfig
 from unmask.training.recipe import Recipe, load_recipe
@@ -228,3 +234,35 @@ def _what_fits(recipe: Recipe, vocab_size: int, context: DistributedContext, ava
     if fitting and not recipe.init.model:
         return f"choose a smaller model; the largest shipped recipe that fits is --recipe {max(fitting)[1]}"
     return "free memory, or use a machine with more"
+
+
+# Matrix products ------------------------------------------------------------------------------------------------------
+
+
+def generator_of(recipe: Recipe, stage: int) -> EncoderConfig | None:
+    """Returns the architecture of the generator that a stage trains besides the model; None if it trains none.
+
+    Raises:
+        RecipeError: replaced token detection can't train this model.
+    """
+    objective = recipe.objectives[stage]
+    if not isinstance(objective, ReplacedTokenConfig):
+        return None
+    encoder = require_electra_encoder(recipe.model)
+    return generator_config(encoder, objective.generator_width, objective.generator_depth)
+
+
+def stage_flops_per_token(recipe: Recipe, stage: int, vocab_size: int) -> float:
+    """Returns the FLOPs per token of the matrix products in the steps of a stage, forward and backward."""
+    length, fraction = recipe.stage[stage].max_seq_len, recipe.objectives[stage].masked_fraction
+    if generator := generator_of(recipe, stage):
+        return electra_flops_per_token(recipe.model, generator, vocab_size, length, fraction)
+    return flops_per_token(recipe.model, vocab_size, length, fraction)
+
+
+def stage_products(recipe: Recipe, stage: int, vocab_size: int, tokens: int) -> list[tuple[int, int, int]]:
+    """Returns the matrix products of a forward pass of a stage over `tokens` tokens, as (rows, inner, columns)."""
+    masked_tokens = max(1, round(tokens * recipe.objectives[stage].masked_fraction))
+    if generator := generator_of(recipe, stage):
+        return electra_products(recipe.model, generator, vocab_size, tokens, masked_tokens)
+    return products(recipe.model, vocab_size, tokens, masked_tokens)

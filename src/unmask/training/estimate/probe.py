@@ -23,7 +23,7 @@ from unmask.core.quantities import Fraction, Quantity
 from unmask.data.prepare import TokenizedCorpus
 from unmask.evaluation.masked_lm import EvalSet, evaluate
 from unmask.evaluation.minimal_pairs import MinimalPair, evaluate_minimal_pairs
-from unmask.evaluation.objectives import validates
+from unmask.evaluation.validation import validates
 from unmask.training import checkpoint
 from unmask.training.estimate.memory import peak_bytes, training_bytes
 from unmask.training.loop import EMA, Callback, StopReason, TrainLoopInputs, TrainState, has_free_core, train
@@ -98,19 +98,10 @@ def measure(
         folder: Directory on the disk of the run, for one checkpoint that is deleted again; None: the system's
             directory for temporary files.
     """
-    training, context = components.training, components.context
-    for length in {stage.max_seq_len for stage in recipe.stage}:
-        components.validator.eval_set(length)  # built once for the run, so not part of a validation's time
+    context = components.context
+    _build_eval_sets(recipe, components)
     before = peak_bytes(context)
-    module, objectives = copy.deepcopy((training.module, training.objectives))  # together: they share modules
-    trial = replace(
-        training,
-        module=module,
-        objectives=objectives,
-        optimizer=Optimizer(module, recipe.optimizer, bf16=context.precision == "bfloat16"),
-        ema=EMA(module, training.ema.decay) if training.ema else None,
-        lr_factor=_zero,  # without the warm-up of a run, the weights could diverge
-    )
+    trial = _trial(recipe, components)
     probe = _Probe(recipe, components, trial, probe_limits(recipe.train.budget), on_probe)
     probe.warm_up()
     validations = probe.time_validation()
@@ -132,6 +123,41 @@ def measure(
         memory=probe.measure_memory(before),
         pairs_seconds=pairs_seconds,
     )
+
+
+def try_steps(recipe: Recipe, components: RunComponents) -> Measured:
+    """Runs one small step of each stage, so that errors come before anything is written; measures nothing."""
+    _build_eval_sets(recipe, components)
+    for timer in _timers(recipe, _trial(recipe, components)):
+        timer.run(min(timer.stage.batch_tokens, timer.stage.max_seq_len))
+    return Measured((0.0,) * len(recipe.stage))
+
+
+def _build_eval_sets(recipe: Recipe, components: RunComponents) -> None:
+    """Builds the evaluation sets: once for the run, so that this is not part of a validation's time."""
+    for length in {stage.max_seq_len for stage in recipe.stage}:
+        components.validator.eval_set(length)
+
+
+def _trial(recipe: Recipe, components: RunComponents) -> TrainLoopInputs:
+    """Returns a copy of the run's model and objectives, with a fresh optimizer."""
+    training = components.training
+    module, objectives = copy.deepcopy((training.module, training.objectives))  # together: they share modules
+    return replace(
+        training,
+        module=module,
+        objectives=objectives,
+        optimizer=Optimizer(module, recipe.optimizer, bf16=components.context.precision == "bfloat16"),
+        ema=EMA(module, training.ema.decay) if training.ema else None,
+        lr_factor=_zero,  # without the warm-up of a run, the weights could diverge
+    )
+
+
+def _timers(recipe: Recipe, trial: TrainLoopInputs) -> list[_StageTimer]:
+    return [
+        _StageTimer(stage, replace(trial, objectives=[trial.objectives[number]], loaders=[trial.loaders[number]]))
+        for number, stage in enumerate(recipe.stage)
+    ]
 
 
 def measure_token_seconds(recipe: Recipe, corpus: TokenizedCorpus, context: DistributedContext) -> float:
@@ -231,10 +257,7 @@ class _Probe:
     ) -> None:
         self.limits, self._on_probe = limits, on_probe
         self._recipe, self._components, self._trial = recipe, components, trial
-        self.timers = [
-            _StageTimer(stage, replace(trial, objectives=[trial.objectives[number]], loaders=[trial.loaders[number]]))
-            for number, stage in enumerate(recipe.stage)
-        ]
+        self.timers = _timers(recipe, trial)
         self._began = time.perf_counter()
 
     def _left(self) -> float:

@@ -29,7 +29,6 @@ from unmask.models.model import Model, check_output_directory
 from unmask.training.display import Display
 from unmask.training.display.live import display_for
 from unmask.training.display.plain import PlainDisplay
-from unmask.training.finetuning.baselines import Predictions, bag_of_words, majority, most_frequent_tags
 from unmask.training.finetuning.encode import LabeledData, encode_texts, encode_words, packed
 from unmask.training.finetuning.examples import Example, labels_of, numbers_of, overlap_notes, read_examples
 from unmask.training.finetuning.heads import (
@@ -41,7 +40,18 @@ from unmask.training.finetuning.heads import (
     supported,
     with_pooler,
 )
-from unmask.training.finetuning.report import FinetuneReport, Row, Saved, SeedScore, confusion_of, row_of
+from unmask.training.finetuning.report import (
+    FinetuneReport,
+    Predictions,
+    Row,
+    Saved,
+    SeedScore,
+    bag_of_words,
+    confusion_of,
+    majority,
+    most_frequent_tags,
+    row_of,
+)
 from unmask.training.finetuning.settings import FieldsConfig, FinetuneConfig, Pooling, Task
 from unmask.training.finetuning.train import SeedResult, Splits, TrainProgress, fit, fold_scale, planned_steps
 

@@ -1,15 +1,24 @@
-"""The result of a fine-tuning: scores over seeds, baselines, and the confusion of labels."""
+"""The result of a fine-tuning: scores over seeds, the confusion of labels, and baselines without a pretrained model."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+import re
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Final
 
-from unmask.training.finetuning.metrics import Estimate, confusion_matrix
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor
+
+from unmask.training.finetuning.encode import LabeledData
+from unmask.training.finetuning.examples import Example
 from unmask.training.finetuning.settings import Task
-from unmask.training.finetuning.train import SeedResult, Splits
+from unmask.training.finetuning.train import Estimate, SeedResult, Splits, confusion_matrix
 
 
 @dataclass(frozen=True)
@@ -119,3 +128,138 @@ def confusion_of(splits: Splits, result: SeedResult) -> Confusion | None:
         name, data, predictions = "test", splits.test, result.test_predictions
     counts = confusion_matrix(data.labels, predictions, len(splits.labels))
     return Confusion(name, splits.labels, counts.tolist())
+
+
+# Baselines ------------------------------------------------------------------------------------------------------------
+
+
+Predictions = list[NDArray[Any]]  # of each split
+
+_WORD: Final = re.compile(r"\w+|[^\w\s]")
+_NGRAMS: Final = (2, 3, 4)  # characters
+_MIN_COUNT: Final = 2  # texts that contain a feature
+_MAX_FEATURES: Final = 200_000
+_MAX_CHARACTERS: Final = 2_000  # of a text
+_DECAYS: Final = (1e-6, 1e-5, 1e-4, 1e-3)  # factors on the squared weights; the best in validation is taken
+_ITERATIONS: Final = 60
+
+
+def majority(splits: Splits, evaluated: Sequence[LabeledData]) -> Predictions:
+    """Return the most frequent training label, or the mean of a regression, for each row."""
+    if splits.task == "regress":
+        return [np.full(len(data.labels), splits.scale[0], np.float32) for data in evaluated]
+    most = int(np.bincount(splits.train.labels.astype(np.int64)).argmax())
+    return [np.full(len(data.labels), most, np.int64) for data in evaluated]
+
+
+def most_frequent_tags(splits: Splits, examples: Sequence[Sequence[Example]]) -> Predictions:
+    """Return the tag that each word has most often in training; for an unknown word, the most frequent tag.
+
+    Args:
+        splits: the encoded data.
+        examples: the sentences of training, then those of the splits to predict.
+    """
+    number = {label: index for index, label in enumerate(splits.labels)}
+    counts: dict[str, Counter[str]] = {}
+    for example in examples[0]:
+        for word, tag in zip(example.texts, example.labels, strict=True):
+            counts.setdefault(word, Counter())[tag] += 1
+    usual = {word: number[max(sorted(tags), key=tags.__getitem__)] for word, tags in counts.items()}
+    default = int(np.bincount(splits.train.labels.astype(np.int64)).argmax())
+    return [
+        np.array([usual.get(word, default) for example in part for word in example.texts], np.int64)
+        for part in examples[1:]
+    ]
+
+
+def bag_of_words(
+    splits: Splits, examples: Sequence[Sequence[Example]], on_progress: Callable[[float], None]
+) -> Predictions:
+    """Return the predictions of a linear model over words and character n-grams with tf-idf weights.
+
+    It is a logistic regression, for numbers a linear one, whose weight decay is chosen in validation.
+
+    Args:
+        splits: the encoded data.
+        examples: the examples of training, validation and, if there is one, test.
+        on_progress: called with the fraction that is done.
+    """
+    counted = [[Counter(_features(example)) for example in part] for part in examples]
+    texts = Counter(feature for counts in counted[0] for feature in counts)
+    common = sorted(((-count, name) for name, count in texts.items() if count >= _MIN_COUNT))[:_MAX_FEATURES]
+    if not common:
+        return majority(splits, [data for data in (splits.valid, splits.test) if data is not None])
+    columns = {name: column for column, (_, name) in enumerate(common)}
+    idf = np.log(len(counted[0]) / -np.array([count for count, _ in common], np.float64)) + 1
+    matrices = [_matrix(part, columns, idf) for part in counted]
+    best: tuple[float, Predictions] | None = None
+    for number, decay in enumerate(_DECAYS, 1):
+        on_progress(number / (len(_DECAYS) + 1))
+        weights = _linear_model(matrices[0], splits, decay)
+        predictions = [_predicted(matrix, weights, splits) for matrix in matrices[1:]]
+        rank = splits.rank(splits.metrics(splits.valid, predictions[0]))
+        if best is None or rank > best[0]:
+            best = rank, predictions
+    on_progress(1.0)
+    assert best is not None
+    return best[1]
+
+
+def _features(example: Example) -> Iterator[str]:
+    """Yield the words and character n-grams of a text; those of a second text are features of their own."""
+    for number, text in enumerate(example.texts):
+        words = _WORD.findall(text[:_MAX_CHARACTERS].casefold())
+        yield from (f"{number} {word}" for word in words)
+        joined = f" {' '.join(words)} "
+        for size in _NGRAMS:
+            yield from (f"{number}{size}{joined[at : at + size]}" for at in range(len(joined) - size + 1))
+
+
+def _matrix(texts: Sequence[Counter[str]], columns: dict[str, int], idf: NDArray[np.float64]) -> Tensor:
+    """Return a sparse matrix with a row of length 1 for each text, (1 + log count) times the idf of each feature."""
+    ends, indices, values = [0], list[NDArray[np.int64]](), list[NDArray[np.float32]]()
+    for counts in texts:
+        known = [(columns[name], count) for name, count in counts.items() if name in columns]
+        index = np.array([column for column, _ in known], np.int64)
+        value = (1 + np.log(np.array([count for _, count in known], np.float64))) * idf[index]
+        indices.append(index)
+        values.append((value / max(float(np.linalg.norm(value)), 1e-12)).astype(np.float32))
+        ends.append(ends[-1] + len(known))
+    rows = np.repeat(np.arange(len(texts)), np.diff(ends))
+    places = torch.from_numpy(np.stack([rows, np.concatenate(indices)]))
+    numbers = torch.from_numpy(np.concatenate(values))
+    return torch.sparse_coo_tensor(places, numbers, (len(texts), len(columns)), check_invariants=True).coalesce()
+
+
+def _linear_model(matrix_NF: Tensor, splits: Splits, decay: float) -> tuple[Tensor, Tensor]:
+    """Return weights (F, C) and bias (C) that minimize the mean loss plus the decayed squares of the weights."""
+    is_regression = splits.task == "regress"
+    outputs = 1 if is_regression else len(splits.labels)
+    labels_N = torch.from_numpy(splits.train.labels)
+    mean, deviation = splits.scale if is_regression else (0.0, 1.0)
+    transposed_FN = matrix_NF.t().coalesce()
+    weight_FC = torch.zeros(matrix_NF.shape[1], outputs, requires_grad=True)
+    bias_C = torch.zeros(outputs, requires_grad=True)
+    optimizer = torch.optim.LBFGS([weight_FC, bias_C], max_iter=_ITERATIONS, line_search_fn="strong_wolfe")
+
+    def closure() -> Tensor:
+        scores_NC = (torch.sparse.mm(matrix_NF, weight_FC.detach()) + bias_C.detach()).requires_grad_()
+        if is_regression:
+            loss = F.mse_loss(scores_NC[:, 0], (labels_N - mean) / deviation)
+        else:
+            loss = F.cross_entropy(scores_NC, labels_N)
+        (gradient_NC,) = torch.autograd.grad(loss, scores_NC)
+        weight_FC.grad = torch.sparse.mm(transposed_FN, gradient_NC) + 2 * decay * weight_FC.detach()
+        bias_C.grad = gradient_NC.sum(0)
+        return loss.detach() + decay * weight_FC.detach().square().sum()
+
+    optimizer.step(closure)  # pyright: ignore[reportArgumentType] (a loss without a graph)
+    return weight_FC.detach(), bias_C.detach()
+
+
+def _predicted(matrix_NF: Tensor, weights: tuple[Tensor, Tensor], splits: Splits) -> NDArray[Any]:
+    scores_NC = torch.sparse.mm(matrix_NF, weights[0]) + weights[1]
+    if splits.task == "regress":
+        mean, deviation = splits.scale
+        return (scores_NC[:, 0] * deviation + mean).numpy()
+    return scores_NC.argmax(-1).numpy()

@@ -1,0 +1,303 @@
+"""Findings about a run: its curve, its plan, its text and its masks."""
+
+from __future__ import annotations
+
+import math
+import shlex
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from unmask.checks.audit import audit
+from unmask.checks.audit.maskers import ObjectiveMasker, claims_of_config
+from unmask.checks.audit.settings import AuditConfig, AuditReport
+from unmask.checks.doctor import Finding, Severity, finding, named, severity
+from unmask.core.errors import UnmaskError
+from unmask.core.files import RunLayout
+from unmask.core.format import count, duration
+from unmask.core.types import ProgressCallback
+from unmask.data.advice import MANY_UNKNOWN
+from unmask.models import non_embedding_parameters
+from unmask.objectives.masking import MaskingConfig
+from unmask.objectives.word_boost import resolve_word_list
+from unmask.tokenization.analysis import first_texts
+from unmask.tokenization.words import detect_words
+from unmask.training.display.text import MANY_EPOCHS, epochs_text
+from unmask.training.environment import load_run_tokenizer, read_environment, reopen_text
+from unmask.training.loggers import read_log
+from unmask.training.plan import Plan
+from unmask.training.recipe import Recipe, read_recipe
+from unmask.training.runs import RunSummary, read_run, require_run_format
+from unmask.training.setup import build_objective
+
+_BELOW_UNIGRAM: Final = 0.1  # nats below the unigram line, from which context is learned (checks/studies/measures.py)
+_FEW_TOKENS: Final = 5_000_000  # the slowest shipped recipe left the line at 2.4M tokens (docs/diary.md)
+_JUMP: Final = 0.5  # nats; between two log lines, the loss of a healthy run moves by hundredths
+_DEVIATION: Final = 0.15  # of the planned time, as in training/plan.py
+_UNKNOWN: Final = (0.001, MANY_UNKNOWN)
+_LOSS_SPREAD: Final = 2.5  # nats; standard deviation of the loss of single tokens
+_CHANGE_SPREAD: Final = 1.0  # nats; of its change between two validations of one run, on the same tokens
+_AUDIT_CHARACTERS: Final = 300_000
+_AUDIT: Final = AuditConfig(samples=512, length=64, batch=8, workers=0, ranks=1)
+
+Line = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class _Examined:
+    """A run as its files describe it."""
+
+    folder: Path
+    summary: RunSummary
+    recipe: Recipe
+    plan: Plan
+    environment: Mapping[str, Any]
+    lines: Sequence[Line]  # of training
+    validations: Sequence[Line]  # with the objective of the last stage
+
+    @property
+    def tokens(self) -> int:
+        """Tokens that the run has seen."""
+        return self.summary.tokens or 0
+
+    def resume(self, budget: str = "") -> str:
+        """Return the command that resumes or prolongs the run."""
+        return f"unmask pretrain --resume {shlex.quote(str(self.folder))}" + (f' --budget "{budget}"' if budget else "")
+
+    def again(self, *settings: str) -> str:
+        """Return the command that starts a run with the same recipe and other settings."""
+        options = " ".join(f"--set {setting}" for setting in settings)
+        recipe = shlex.quote(str(self.folder / RunLayout.RECIPE))
+        return f"unmask pretrain {named(self.environment['text']['paths'])} --recipe {recipe} {options}"
+
+    def slower(self) -> str:
+        """Return the command that starts a run with half of the learning rates."""
+        optimizer = self.recipe.optimizer
+        names = ["lr", *(["muon_lr"] if optimizer.kind == "muon" else [])]
+        return self.again(*(f"optimizer.{name}={getattr(optimizer, name) / 2:g}" for name in names))
+
+
+def examine_run(folder: Path, progress: ProgressCallback) -> list[Finding]:
+    """Return the findings about a run, in a fixed order. A run that is still training may be examined.
+
+    Raises:
+        RunError: the folder is not a run, or an earlier version wrote it.
+        DamagedError: a file of the run is damaged.
+    """
+    require_run_format(folder)
+    recipe, plan = read_recipe(folder)
+    environment, log = read_environment(folder), list(read_log(folder / RunLayout.LOG))
+    last_stage = recipe.objectives.index(recipe.objectives[-1])  # the first stage with the last objective
+    first_step = plan.stages[last_stage].first_step
+    validations = [line for line in log if "validation" in line and line["step"] > first_step]
+    lines = [line for line in log if "masked_tokens" in line]
+    run = _Examined(folder, read_run(folder), recipe, plan, environment, lines, validations)
+    found = [_state(run), _log(run)]
+    if lines:
+        found.append(_divergence(run))
+    if validations and recipe.objectives[-1].kind != "rtd":  # whose loss is not that of tokens
+        found += [_unigram_line(run), _overfitting(run)]
+    found.append(_unknown(run))
+    if lines:
+        found += [_repetition(run), _plan(run)]
+    return [*found, _masking(run, progress)]
+
+
+# State and log --------------------------------------------------------------------------------------------------------
+
+
+def _state(run: _Examined) -> Finding:
+    summary = run.summary
+    figure = f"{summary.state} at step {summary.step or 0:,} of {run.plan.steps:,}"
+    crash = run.folder / RunLayout.CRASH
+    if summary.state == "crashed" and crash.is_file():
+        text = crash.read_text(encoding="utf-8", errors="replace").strip()
+        figure += f": {text.splitlines()[-1] if text else 'crash.txt is empty'}"
+    levels: dict[str, Severity] = {"crashed": "problem", "damaged": "problem", "killed": "note", "stopped": "note"}
+    why = "the learning rate falls at the end of the plan: a run that stopped earlier is worse than it could be"
+    return finding("state", levels.get(summary.state, "ok"), figure, why, run.resume())
+
+
+def _log(run: _Examined) -> Finding:
+    path = run.folder / RunLayout.LOG
+    why = "the curve, and all findings on it, come from log.jsonl"
+    if not path.is_file():
+        return Finding("log", "problem", "log.jsonl is missing", why, run.resume())
+    is_whole = not (data := path.read_bytes()[-1:]) or data == b"\n"
+    figure = f"{len(run.lines):,} lines of training, {len(run.validations):,} validations"
+    if not is_whole:
+        figure += "; the last line is half-written"
+    if not run.lines:
+        figure = "no step is logged yet"
+    is_running = run.summary.state == "running"
+    level: Severity = "ok" if is_running or (run.lines and is_whole) else "note" if run.lines else "problem"
+    return finding("log", level, figure, why, run.resume())
+
+
+# Curve ----------------------------------------------------------------------------------------------------------------
+
+
+def _unigram_line(run: _Examined) -> Finding:
+    """Return whether the loss has left the plateau at the unigram loss."""
+    last = run.validations[-1]["validation"]
+    loss, unigram = _loss(last), float(last["unigram_loss"])
+    below = unigram - loss
+    figure = f"validation loss {loss:.3f}, {abs(below):.2f} nats {'below' if below >= 0 else 'above'} the unigram line"
+    figure += f" of {unigram:.3f}, after {count(run.tokens)} tokens"
+    values = {"loss": loss, "unigram_loss": unigram, "tokens": run.tokens}
+    if below >= _BELOW_UNIGRAM:
+        return Finding("unigram line", "ok", figure, "below it, predictions use the context", values=values)
+    why = (
+        "still at the unigram line, where only frequencies are predicted; the usual causes: too few steps, a learning "
+        "rate that is too high or far too low, a mask rate that leaves no context, documents of a few tokens"
+    )
+    command = run.resume(f"+{run.plan.steps} steps") if run.tokens < _FEW_TOKENS else run.slower()
+    return Finding("unigram line", "problem", figure, why, command, values)
+
+
+def _divergence(run: _Examined) -> Finding:
+    """Return losses that are not finite, jumps of the training loss, and whether it came back."""
+    why = "after a jump of the loss, the steps before it are partly lost; a lower learning rate avoids it"
+    undefined = [line["step"] for line in run.lines if line["masked_tokens"] and not math.isfinite(_loss(line))]
+    if undefined:
+        figure = f"the loss of step {undefined[0]:,} is not a number"
+        return Finding("divergence", "problem", figure, why, run.slower(), {"step": undefined[0]})
+    jumps: list[tuple[float, int]] = []
+    end_rise, last_step = 0.0, 0
+    for stage in run.plan.stages:
+        end = stage.first_step + stage.steps
+        lines = [line for line in run.lines if stage.first_step < line["step"] <= end and line["masked_tokens"]]
+        lowest = math.inf
+        for line in lines:
+            noise = max(_JUMP, 6 * _LOSS_SPREAD / math.sqrt(line["masked_tokens"]))
+            if _loss(line) > lowest + noise:
+                jumps.append((_loss(line) - lowest, line["step"]))
+            lowest = min(lowest, _loss(line))
+        if lines:
+            end_rise, last_step = _loss(lines[-1]) - lowest, lines[-1]["step"]
+    if not jumps:
+        largest = max(float(line["grad_norm"] or 0) for line in run.lines)
+        figure = f"no jump of the training loss; largest logged gradient norm {largest:.3g}"
+        return Finding("divergence", "ok", figure, why)
+    rise, step = max(jumps)
+    has_diverged = jumps[-1][1] == last_step and end_rise > _JUMP
+    figure = f"the training loss was {rise:.2f} nats above its lowest value at step {step:,}, and " + (
+        f"is {end_rise:.2f} above it at the end" if has_diverged else "came back"
+    )
+    level = "problem" if has_diverged else "note"
+    return Finding("divergence", level, figure, why, run.slower(), {"step": step, "rise": rise})
+
+
+def _overfitting(run: _Examined) -> Finding:
+    """Return whether the validation loss rises while the training loss falls."""
+    losses = [(_loss(line["validation"]), int(line["step"])) for line in run.validations]
+    losses = [each for each in losses if math.isfinite(each[0])] or losses
+    (best, best_step), (last, last_step) = min(losses), losses[-1]
+    masked = int(run.validations[-1]["validation"]["masked_tokens"])
+    noise = max(0.02, 2 * _CHANGE_SPREAD / math.sqrt(max(1, masked)))
+    before, after = _training_loss(run.lines, best_step), _training_loss(run.lines, last_step)
+    values = {"best": best, "best_step": best_step, "last": last}
+    why = "the model memorizes the training text; unmask.load opens the best model, and later steps are lost time"
+    if last - best <= noise or not after < before:
+        figure = f"best validation loss {best:.3f} at step {best_step:,}, last {last:.3f}"
+        return Finding("overfitting", "ok", figure, why, values=values)
+    figure = (
+        f"since step {best_step:,} the validation loss rose from {best:.3f} to {last:.3f}, and the training loss fell "
+        f"from {before:.3f} to {after:.3f}"
+    )
+    return Finding("overfitting", "problem", figure, why, run.again("train.early_stopping_patience=3"), values)
+
+
+def _training_loss(lines: Sequence[Line], step: int) -> float:
+    """Return the training loss of the log line nearest to a step; NaN without lines."""
+    nearest = min(lines, key=lambda line: abs(line["step"] - step), default=None)
+    return math.nan if nearest is None else _loss(nearest)
+
+
+def _loss(line: Line) -> float:
+    """Return the loss of a line; NaN if the log has null in its place."""
+    return math.nan if line.get("loss") is None else float(line["loss"])
+
+
+# Text, plan and masks -------------------------------------------------------------------------------------------------
+
+
+def _unknown(run: _Examined) -> Finding:
+    facts = run.environment["text"]["facts"]
+    share = int(facts["train_unknown_characters"]) / max(1, int(facts["train_characters"]))
+    figure = f"{share:.2%} of the characters of the training text are [UNK]"
+    why = "unknown characters are never predicted and give no context"
+    command = run.again("data.tokenizer.kind=bpe")
+    return finding("unknown characters", severity(share, *_UNKNOWN), figure, why, command, {"share": share})
+
+
+def _repetition(run: _Examined) -> Finding:
+    epochs = run.tokens / max(1, int(run.environment["text"]["facts"]["train_tokens"]))
+    weights = non_embedding_parameters(run.recipe.model, int(run.environment["text"]["facts"]["vocabulary"]))
+    figure = (
+        f"{count(run.tokens)} tokens are {epochs_text(epochs)}, and {run.tokens / max(1, weights):.1f} for each of "
+        f"{count(weights)} parameters outside the embedding"
+    )
+    why = "dozens of epochs over one text mostly memorize it"
+    command = run.again("train.early_stopping_patience=3")
+    return finding("repetition", severity(epochs, MANY_EPOCHS, math.inf), figure, why, command, {"epochs": epochs})
+
+
+def _plan(run: _Examined) -> Finding:
+    """Compare the time of the steps so far with the plan."""
+    step, last = run.lines[-1]["step"], run.lines[-1]
+    seconds, planned = float(last["training_seconds"]), run.plan.training_seconds(step)
+    waited = [float(line["data_wait_fraction"]) for line in run.lines]
+    figure = f"step {step:,} of {run.plan.steps:,} after {duration(seconds)} of training"
+    why = "a plan that is wrong by more than 15 % uses another budget than you gave"
+    if not planned:
+        return Finding("plan", "ok", f"{figure}; no time was planned", why)
+    deviation = seconds / planned - 1
+    figure += f", planned {duration(planned)} ({deviation:+.0%}); {sum(waited) / len(waited):.1%} spent on waiting"
+    spare = max(1, round(run.plan.steps * (planned / max(seconds, 1e-9) - 1)))
+    command = run.resume(f"+{spare} steps") if deviation < 0 else f"unmask bench --recipe {run.folder / 'recipe.toml'}"
+    is_budget = run.recipe.train.budget.unit == "seconds"  # otherwise the time was a forecast only
+    level = severity(abs(deviation), _DEVIATION, math.inf) if is_budget else "ok"
+    return finding("plan", level, figure, why, command, {"seconds": seconds, "planned_seconds": planned})
+
+
+def _masking(run: _Examined, progress: ProgressCallback) -> Finding:
+    """Audit the objective of the last stage with the tokenizer and the text of the run."""
+    why = "a masker that breaks its claims trains another task than the recipe says"
+    objective = resolve_word_list(run.recipe.objectives[-1])
+    if not isinstance(objective, MaskingConfig):
+        return Finding("masking", "ok", f"objective {objective.kind} has no mask rate to audit", why)
+    tokenizer = load_run_tokenizer(run.folder, run.environment)
+    try:
+        source = reopen_text(run.folder, run.environment, run.recipe.data)
+        texts = list(first_texts(source, _AUDIT_CHARACTERS))
+    except UnmaskError as error:
+        command = run.resume() + " --text NEW"
+        return Finding(
+            "masking", "note", f"not audited: {error.message}", "the audit masks the run's own text", command
+        )
+    rule = run.recipe.data.words
+    words = detect_words("".join(texts)) if rule == "auto" else rule
+    masker = ObjectiveMasker(
+        build_objective(objective, run.recipe, tokenizer, words),
+        run.recipe.seed,
+        str(run.folder),
+        claims_of_config(objective, 0.0),
+    )
+    try:
+        report = audit(masker, texts, tokenizer, settings=_AUDIT, words=words, progress=progress)
+    except UnmaskError as error:  # the text is too short
+        return Finding("masking", "ok", f"not audited: {error.message}", why)
+    return _audited(run, report, why)
+
+
+def _audited(run: _Examined, report: AuditReport, why: str) -> Finding:
+    command = f"unmask audit --recipe {shlex.quote(str(run.folder / RunLayout.RECIPE))} --tokenizer "
+    command += f"{shlex.quote(str(run.folder))}"
+    checks = sum(found.verdict in ("pass", "fail") for found in report.findings)
+    if report.passed:
+        figure = f"{checks} checks passed: {report['rate'].detail}"
+        return Finding("masking", "ok", figure, why, values={"checks": checks})
+    failed = ", ".join(report.failed)
+    return Finding("masking", "problem", f"{len(report.failed)} of {checks} checks failed: {failed}", why, command)
