@@ -35,6 +35,7 @@ from unittest.mock import patch
 
 ROOT = Path(__file__).parents[1]
 SOURCE = ROOT / "src" / "unmask"
+README, README_KO = ROOT / "README.md", ROOT / "README.ko.md"
 WALK = ROOT / "docs" / "walk"
 MARKER = re.compile(r"<!-- source: (\S+)(?: ([\w.]+))?((?: \"[^\"]+\"(?: -> \"[^\"]+\")?)*) -->")
 RANGE = re.compile(r"\"([^\"]+)\"(?: -> \"([^\"]+)\")?")
@@ -259,6 +260,21 @@ def _about_equal(shown: str, new: str, relative: float, absolute: float) -> bool
     )
 
 
+def translation_problems(page: str, translated: str, name: str, translated_name: str) -> list[str]:
+    """Return where a translation lacks what it must have in common with its page."""
+    found: list[str] = []
+    if outline(translated) != outline(page):
+        found.append(f"{translated_name}: headings or figures are not those of {name}")
+    if [(block.info, block.lines) for block in blocks(translated)] != [(one.info, one.lines) for one in blocks(page)]:
+        found.append(f"{translated_name}: blocks are not those of {name}; run benchmarks/walk.py")
+    stamp = STAMP.match(translated)
+    if stamp is None or stamp[1] != prose_digest(page):
+        found.append(
+            f"{translated_name}: the text of {name} changed; translate it, then benchmarks/walk.py --translated"
+        )
+    return found
+
+
 def problems(pages: Mapping[str, str], new: Mapping[str, str]) -> list[str]:
     """Return what is wrong with the pages and their translations, given the pages as they are after a new run."""
     found: list[str] = []
@@ -268,17 +284,9 @@ def problems(pages: Mapping[str, str], new: Mapping[str, str]) -> list[str]:
         if not path.is_file():
             found.append(f"docs/walk/ko/{name} is missing")
             continue
-        korean = path.read_text(encoding="utf-8")
-        if outline(korean) != outline(page):
-            found.append(f"docs/walk/ko/{name}: headings or figures are not those of docs/walk/{name}")
-        if [(block.info, block.lines) for block in blocks(korean)] != [(one.info, one.lines) for one in blocks(page)]:
-            found.append(f"docs/walk/ko/{name}: blocks are not those of docs/walk/{name}; run benchmarks/walk.py")
-        stamp = STAMP.match(korean)
-        if stamp is None or stamp[1] != prose_digest(page):
-            found.append(
-                f"docs/walk/ko/{name}: the text of docs/walk/{name} changed; translate it, then benchmarks/walk.py "
-                "--translated"
-            )
+        found += translation_problems(
+            page, path.read_text(encoding="utf-8"), f"docs/walk/{name}", f"docs/walk/ko/{name}"
+        )
     return found
 
 
@@ -445,10 +453,12 @@ def main() -> int:
             draw(names, WALK / "figures")
     for name, page in new.items():
         (WALK / name).write_text(page, encoding="utf-8")
-        korean = WALK / "ko" / name
-        if korean.is_file():
-            text = korean.read_text(encoding="utf-8")
-            korean.write_text(translation(text, page, translated=given.translated), encoding="utf-8")
+    translations = {WALK / "ko" / name: page for name, page in new.items()}
+    translations[README_KO] = README.read_text(encoding="utf-8")
+    for path, page in translations.items():
+        if path.is_file():
+            text = translation(path.read_text(encoding="utf-8"), page, translated=given.translated)
+            path.write_text(text, encoding="utf-8")
     return 0
 
 

@@ -486,7 +486,10 @@ def test_a_recipe_of_another_shape(refused: Refused, run: Path) -> None:
         (("--budget", "5"), ("`5` needs a unit",)),
         (("--budget", "+5 texts"), ("invalid budget: got +5 texts", "seconds, steps, tokens or epochs")),
         (("--budget", "2 steps"), ("2 steps does not exceed", "+1 epoch")),
-        (("--set", "objective.mask_rate=0.3"), ("objective.mask_rate", "train.every, train.keep_last, train.report, preview")),
+        (
+            ("--set", "objective.mask_rate=0.3"),
+            ("objective.mask_rate", "train.every, train.keep_last, train.report, preview"),
+        ),
         (("--set", "train.every.save=5 tokens"), ("train.every.save",)),
         (("--out", "elsewhere"), ("--out",)),
         (("--recipe", "small.toml"), ("--recipe",)),

@@ -47,6 +47,11 @@ def test_every_chapter_shows_code_runs_it_and_ends_with_a_change() -> None:
             assert page.rindex("\n## ") == page.index("\n## Change one thing\n"), f"{name} doesn't end with a change"
 
 
+def test_the_korean_readme_is_a_translation_of_the_current_one() -> None:
+    page, korean = (path.read_text(encoding="utf-8") for path in (walk.README, walk.README_KO))
+    assert walk.translation_problems(page, korean, "README.md", "README.ko.md") == []
+
+
 def test_every_figure_is_shown_and_exists() -> None:
     shown = {figure for page in pages().values() for figure in walk.outline(page) if figure.endswith(".svg")}
     assert shown == {f"{name}.svg" for name in walk.FIGURES}

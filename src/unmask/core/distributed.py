@@ -180,13 +180,16 @@ def device_note(context: DistributedContext) -> str:
 
 
 def load_warning(context: DistributedContext) -> str:
-    """Return a warning if other processes use the cores: two threads on two busy cores are slower than one."""
+    """Return a warning if the cores were busy in the last minute: two threads on two busy cores are slower than one."""
     if context.device.type != "cpu" or context.threads == 1 or not hasattr(os, "getloadavg"):
         return ""
     busy = os.getloadavg()[0]
     if busy < 0.7 * cores():
         return ""
-    return f"other processes use {busy:.1f} of {cores()} cores; the run will be slower, and --threads 1 may be faster"
+    return (
+        f"{busy:.1f} of {cores()} cores were busy in the last minute; if other processes go on, the run will be "
+        "slower, and --threads 1 may be faster"
+    )
 
 
 def matmul_rate(shapes: Iterable[tuple[int, int, int]], context: DistributedContext, seconds: float = 0.15) -> float:
