@@ -347,7 +347,7 @@ def plateau(names: Mapping[str, Any], axes: Any) -> None:
         (names["everything"], "all that can be known", "top"),
     ):
         axes.axhline(value, color="black", linestyle=":", linewidth=0.8)
-        axes.annotate(text, (200, value), ha="right", va=side, fontsize=8)
+        axes.annotate(text, (150, value), ha="right", va=side, fontsize=8)
     axes.set(xlabel="step", ylabel="loss on held-out sentences", ylim=(0, None))
     axes.legend(frameon=False)
 

@@ -1,4 +1,8 @@
-"""Hooks of mkdocs: README.md is the start page, and links to files outside of docs/ become plain text or pages."""
+"""Hooks of mkdocs for the start page, links and languages.
+
+README.md is the start page. Links to files outside of docs/ become plain text or pages. Pages in English and Korean
+name their language, and the menu of languages links each to the other.
+"""
 
 from __future__ import annotations
 
@@ -30,6 +34,28 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Any) -> str:
     """Return a page of docs/ with links that the site can follow."""
     path = page.file.abs_src_path
     return with_site_links(markdown, Path(path)) if path and Path(path).is_relative_to(ROOT / "docs") else markdown
+
+
+def languages(page: str) -> tuple[str, str, str]:
+    """Return the language of a page, its English page and its Korean page: the start page if there is none."""
+    if page in ("index.md", "ko.md"):
+        return ("ko" if page == "ko.md" else "en"), "index.md", "ko.md"
+    if page.startswith("walk/"):
+        name = page.removeprefix("walk/").removeprefix("ko/")
+        return ("ko" if page.startswith("walk/ko/") else "en"), f"walk/{name}", f"walk/ko/{name}"
+    return "en", page, "ko.md"
+
+
+def on_page_context(context: Any, page: Any, config: Any, nav: Any) -> None:
+    """Let the menu of languages link to the translation of this page."""
+    for choice, target in zip(config.extra["alternate"], languages(page.file.src_uri)[1:], strict=True):
+        choice["link"] = target.replace(".md", ".html")
+
+
+def on_post_page(output: str, page: Any, config: Any) -> str:
+    """Return the page with its language, which screen readers and browsers need."""
+    language = languages(page.file.src_uri)[0]
+    return output.replace('<html lang="en"', f'<html lang="{language}"', 1)
 
 
 def with_site_links(markdown: str, path: Path) -> str:

@@ -16,12 +16,15 @@ import pytest
 
 from unmask.checks.doctor import Finding
 from unmask.checks.doctor.run import examine_run
-from unmask.checks.doctor.scan import SHINGLE, SIMILAR, minhash, near_duplicates
+from unmask.checks.doctor.scan import SHINGLE, SIMILAR, TextScan, _Lines, minhash, near_duplicates, scan_text
 from unmask.checks.doctor.text import examine_text
-from unmask.core.errors import TextError
+from unmask.core.errors import DamagedError, TextError
 from unmask.core.files import read_json, write_json
+from unmask.data.settings import DataConfig
+from unmask.data.sources import open_text
 from unmask.training.pretrain import launch
 from unmask.training.recipe import explicit_keys, load_recipe
+from unmask.training.runs import run_lock
 
 WORDS = ["".join(random.Random(number).choices("abdeilmnorstu", k=3 + number % 6)) for number in range(250)]
 SMALL = {"amount"}  # the made texts have less than a million characters
@@ -145,6 +148,35 @@ def test_a_single_document_and_a_vocabulary_that_the_text_can_t_fill(tmp_path: P
     assert findings["vocabulary"].severity == "problem" and "30,000" in findings["vocabulary"].figure
 
 
+def test_a_long_document_is_sampled(tmp_path: Path) -> None:
+    path = tmp_path / "long.txt"
+    path.write_text(" ".join(documents(200)) * 200)
+    source = open_text([path], DataConfig(document="file"))
+    scan = scan_text(source, lambda what, fraction: None)
+    assert scan.documents == 1 and [len(text) for text in scan.sample] == [1_000_000]
+
+
+def test_long_lines_are_counted_in_bounded_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("unmask.checks.doctor.scan._MAX_LINE_CHARACTERS", 20_000)
+    shared = "the same long line in every document of this text " * 4
+    lines, scan = _Lines(), TextScan()
+    for document in documents():
+        lines.add("text.txt", f"{shared}\n{document}")
+        assert sum(map(len, lines._counts)) <= 20_000
+    lines.write_to(scan)
+    assert scan.line_characters > 40_000 and scan.most_repeated == (shared.strip(), 200, "text.txt")
+
+
+def test_the_command_about_a_long_line_is_short(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    long = " ".join(documents(10))
+    Path("text.txt").write_text("\n\n".join(f"{document}\n{long}" for document in documents(30)))
+    found = examine(Path("text.txt"))["repeated lines"]
+    assert found.severity == "problem" and len(found.command) < 500 and len(json.dumps(found.values)) < 500
+    subprocess.run(found.command, shell=True, check=True, timeout=60)
+    assert examine(Path("text-clean.txt"))["repeated lines"].severity == "ok"
+
+
 def test_what_is_no_text_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(TextError, match="no such file"):
         examine(tmp_path / "nothing.txt")
@@ -163,14 +195,19 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished run with ten log lines; read-only."""
     folder = tmp_path_factory.mktemp("doctor")
     (folder / "text.txt").write_text("\n\n".join(documents(200)))
+    return train(folder, folder / "run", "{max_seq_len = 32, batch_size = '256 tokens'}")
+
+
+def train(folder: Path, run: Path, stages: str) -> Path:
+    """Train ten steps on the folder's text."""
     settings = [
         "data.tokenizer.kind=characters", "model.num_hidden_layers=1", "model.hidden_size=16",
         "model.num_attention_heads=2", "model.intermediate_size=16", "train.every.log=1 steps",
         "train.every.validate=2 steps", "train.threads=1", "train.budget=10 steps", "train.report=false",
-        "stage=[{max_seq_len = 32, batch_size = '256 tokens'}]",
+        f"stage=[{stages}]",
     ]  # fmt: skip
-    launch([folder / "text.txt"], recipe="tiny", out=folder / "run", settings=settings)
-    return folder / "run"
+    launch([folder / "text.txt"], recipe="tiny", out=run, settings=settings)
+    return run
 
 
 def set_losses(training: list[float], validation: list[float], **more: Any) -> Change:
@@ -266,3 +303,58 @@ def test_a_run_is_examined_by_its_files(
         assert masking.severity == "note" and "no such file" in masking.figure and "--text NEW" in masking.command
     else:
         assert masking.severity == "ok" and masking.figure.startswith("15 checks passed")
+
+
+def test_a_command_quotes_the_folder(trained: Path, tmp_path: Path) -> None:
+    run = Path(shutil.copytree(trained, tmp_path / "my run", symlinks=True))
+    set_losses(FALLING, FLAT, training_seconds=90.0)(run)
+    set_plan(0.1)(run)
+    move_text(run)
+    findings = {found.name: found for found in examine_run(run, lambda what, fraction: None)}
+    assert shlex.split(findings["plan"].command) == ["unmask", "bench", "--recipe", str(run / "recipe.toml")]
+    for found in findings.values():
+        assert not found.command or any(str(run) in word for word in shlex.split(found.command))
+
+
+def test_a_run_that_has_not_done_its_steps_is_not_prolonged(trained: Path, tmp_path: Path) -> None:
+    run = Path(shutil.copytree(trained, tmp_path / "run", symlinks=True))
+    text = (run / "recipe.toml").read_text()
+    (run / "recipe.toml").write_text(text.replace("\nsteps = 10\n", "\nsteps = 900\n"))
+    set_losses(FALLING, FLAT)(run)
+    move_text(run)
+    stopped = {found.name: found for found in examine_run(run, lambda what, fraction: None)}["unigram line"]
+    assert stopped.severity == "problem" and stopped.command == f"unmask pretrain --resume {run}"
+    with run_lock(run):
+        running = {found.name: found for found in examine_run(run, lambda what, fraction: None)}["unigram line"]
+    assert running.severity == "note" and "the run goes on" in running.figure and "--resume" not in running.command
+
+
+@pytest.mark.parametrize(
+    ("file", "change", "says"),
+    [
+        ("log.jsonl", {"step": 10, "masked_tokens": 3}, "training_seconds of step 10"),
+        ("log.jsonl", {"step": 10, "validation": {"loss": None, "masked_tokens": 9}}, "unigram_loss of step 10"),
+        ("log.jsonl", {"step": 10, "validation": None}, "masked_tokens of step 10"),
+        ("env.json", {"train_tokens": None}, "text.facts.train_tokens is missing"),
+    ],
+)
+def test_a_damaged_file_is_named(trained: Path, tmp_path: Path, file: str, change: dict[str, Any], says: str) -> None:
+    run = Path(shutil.copytree(trained, tmp_path / "run", symlinks=True))
+    if file == "env.json":
+        set_facts(**change)(run)
+    else:
+        (run / file).write_text((run / file).read_text() + json.dumps(change) + "\n")
+    with pytest.raises(DamagedError, match=says) as caught:
+        examine_run(run, lambda what, fraction: None)
+    assert file in caught.value.location
+
+
+def test_losses_are_compared_within_the_last_stages_of_one_objective(trained: Path, tmp_path: Path) -> None:
+    """The first and the last stage have the same objective; a validation of the first one is not compared."""
+    stage = "max_seq_len = 32, batch_size = '256 tokens'"
+    middle = "until = '60%', objective = {kind = 'mlm', mask_rate = 0.8}"
+    run = train(trained.parent, tmp_path / "run", f"{{{stage}, until = '40%'}}, {{{stage}, {middle}}}, {{{stage}}}")
+    set_losses(FALLING, [1.0, 1.0, 1.0, 2.3, 2.2])(run)
+    move_text(run)
+    findings = {found.name: found for found in examine_run(run, lambda what, fraction: None)}
+    assert findings["overfitting"].values == {"best": 2.2, "best_step": 10, "last": 2.2}

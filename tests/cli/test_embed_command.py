@@ -92,11 +92,16 @@ def test_vectors_of_something_else_are_refused(
     (place / "less.txt").write_text("the cat\n")
     np.save(place / "objects.npy", np.array([{"a": 1}], object), allow_pickle=True)
     (place / "short.npy").write_bytes((place / "mean.npy").read_bytes()[:150])
+    header = (place / "mean.npy").read_bytes()
+    (place / "header.npy").write_bytes(header.replace(b"'fortran_order':", b"'fortran_order' "))
+    (place / "type.npy").write_bytes(header.replace(b"<f4", b"<,4"))
     search = ("search", "run", "cat", "--vectors")
     refused(*search, "mean.npy", "--file", "less.txt", says="got 4 × 16 in float32, expected 1 texts × 16")
     refused(*search, "mean.npy", "--file", "lines.txt", "--pooling", "cls", says="the vector of text 1 is another one")
     refused(*search, "objects.npy", "--file", "lines.txt", says="not an array of numbers")
     refused(*search, "short.npy", "--file", "lines.txt", says="not an array of numbers")
+    refused(*search, "header.npy", "--file", "lines.txt", says="not an array of numbers")
+    refused(*search, "type.npy", "--file", "lines.txt", says="not an array of numbers")
     refused(*search, "none.npy", "--file", "lines.txt", says="can't read: No such file")
 
 

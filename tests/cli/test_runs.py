@@ -212,10 +212,11 @@ def test_groups_with_the_same_seeds_are_compared_seed_by_seed(unmask: Command, s
         (("base-1", "lo"), "no run matches `lo`"),
         (("*-1", "low-3"), "differ in more than their seed: optimizer.lr"),
         (("base-1", "dog"), "losses of different"),
+        (("base-1", "low-1", "--columns", "run"), "--columns can't be combined with --compare"),
     ],
 )
 def test_groups_that_don_t_compare_are_refused(
-    refused: Refused, seeds: Path, names: tuple[str, str], says: str
+    refused: Refused, seeds: Path, names: tuple[str, ...], says: str
 ) -> None:
     refused("runs", str(seeds), "--compare", *names, says=says)
 
@@ -226,6 +227,22 @@ def test_a_run_that_has_not_ended_is_left_out(unmask: Command, seeds: Path, tmp_
     (folder / "low-3" / "crash.txt").write_text("Traceback")
     found = json.loads(unmask("runs", str(folder), "--compare", "base-1", "low-1", "--json")[1])
     assert [run["state"] for run in found["left_out"]] == ["crashed"] and len(found["groups"]["B"]) == 2
+
+
+def test_names_patterns_and_equal_seeds(unmask: Command, seeds: Path, tmp_path: Path) -> None:
+    """A name with brackets is no pattern, a pattern stands for what it matches, and equal runs give no noise."""
+    folder = tmp_path / "runs"
+    for source, name in [("base-1", "base[1]"), ("base-1", "base-copy"), ("base-2", "base-2"), ("low-1", "low-1")]:
+        shutil.copytree(seeds / source, folder / name, symlinks=True)
+    found = json.loads(unmask("runs", str(folder), "--compare", str(folder / "base[1]"), "low-1", "--json")[1])
+    assert [run["seed"] for run in found["groups"]["A"]] == [1, 1, 2]
+    found = json.loads(unmask("runs", str(folder), "--compare", "base-2*", "low-*", "--json")[1])
+    assert [[run["seed"] for run in group] for group in found["groups"].values()] == [[2], [1]]
+    shutil.rmtree(folder / "base-2")
+    shutil.copytree(folder / "low-1", folder / "low-copy", symlinks=True)
+    found = json.loads(unmask("runs", str(folder), "--compare", "base-copy", "low-1", "--json")[1])
+    assert [len(group) for group in found["groups"].values()] == [2, 2]
+    assert all(row["noise"] is None and row["differs"] is None for row in found["differences"])
 
 
 def test_quantiles_are_those_of_student() -> None:

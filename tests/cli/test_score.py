@@ -152,6 +152,16 @@ def test_text_and_pairs_together_and_one_method(unmask: Command, run: Path, pair
     assert "unigram loss" in out and "overall" in out and "within-word" not in out
 
 
+def test_names_of_paradigms_are_no_markup(
+    unmask: Command, run: Path, pairs: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    row = json.loads((pairs / "order.jsonl").read_text().splitlines()[0])
+    (pairs / "order.jsonl").write_text(json.dumps({**row, "UID": "[/b] \x1b[5m", "field": "[red]"}) + "\n")
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    code, out, err = unmask("evaluate", "run", "--pairs", "pairs")
+    assert code == 0 and "[/b] ␛[5m" in out and "[red]" in out, err
+
+
 def test_predictions_are_written_for_each_pair(unmask: Command, run: Path, pairs: Path, place: Path) -> None:
     assert unmask("evaluate", "run", "--pairs", "pairs", "--predictions", "out/predictions.json")[0] == 0
     written = json.loads((place / "out" / "predictions.json").read_text())
@@ -182,6 +192,8 @@ def test_what_evaluate_refuses(refused: Refused, run: Path, pairs: Path, place: 
     for amount in ("3 tokens", "0 characters", "many"):
         refused("evaluate", "run", "--text", "cat.txt", "--max-size", amount, says=f"--max-size {amount}")
     refused("evaluate", "run", "--pairs", "pairs", "--errors", "skip", "--predictions", "run", says="is a directory")
+    for file in ("pairs/order.jsonl", "pairs/animacy.jsonl"):
+        refused("evaluate", "run", "--pairs", "pairs", "--predictions", file, says="the output is the input")
     os.mkfifo("pipe")
     refused("evaluate", "run", "--pairs", "pairs", "--errors", "skip", "--predictions", "pipe", says="or a device")
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import platform
@@ -11,10 +10,13 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
+import typer
+
+from unmask.cli.errors import handle_errors
 
 Command = Callable[..., tuple[int, str, str]]
 PATIENCE = 90.0  # seconds; a busy machine is slow
@@ -53,7 +55,7 @@ def steps(run: Path) -> list[object]:
 
 def stop_while_training(place: Path, number: int, *arguments: str) -> tuple[int, str]:
     """Start it, wait for five lines of the log, send a signal: exit code and standard error."""
-    seldom = [f"--set=train.every.{what}=50%" for what in ("validate", "save")]
+    seldom = ["--set=train.report=false", *(f"--set=train.every.{what}=50%" for what in ("validate", "save"))]
     process = start(place, "pretrain", "cat.txt", "--recipe", "small.toml", "--out", "my run", *seldom, *arguments)
     wait_for(lambda: len(steps(place / "my run")) > 5, process)
     process.send_signal(number)
@@ -63,22 +65,22 @@ def stop_while_training(place: Path, number: int, *arguments: str) -> tuple[int,
 
 
 def test_control_c_saves_and_prints_the_command_that_resumes(place: Path) -> None:
-    code, err = stop_while_training(place, signal.SIGINT, "--budget", "300 steps")
+    code, err = stop_while_training(place, signal.SIGINT, "--budget", "120 steps")
     assert code == 130, err
     message = re.search(r"saved at step ([\d,]+)\n +hint: +(unmask pretrain --resume .+)\n", err)
     assert message, err
     stopped_at = int(message[1].replace(",", ""))
     run = place / "my run"
     assert (run / "latest").is_symlink() and str((run / "latest").readlink()) == f"step-{stopped_at:07d}"
-    assert 5 < stopped_at < 300, "the signal came in time"
+    assert 5 < stopped_at < 120, "the signal came in time"
     # As a user pastes it into a shell.
     done = subprocess.run(
         ["sh", "-c", message[2]],
         cwd=place, env=environment(), text=True, capture_output=True, timeout=PATIENCE, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    assert f"resuming at step {stopped_at} of 300" in done.stdout
-    assert steps(run) == list(range(1, 301)), "each step once"
+    assert f"resuming at step {stopped_at} of 120" in done.stdout
+    assert steps(run) == list(range(1, 121)), "each step once"
     assert not (run / "discarded.jsonl").exists()
 
 
@@ -145,14 +147,35 @@ settings = ["objective.mask_rate=0.8"]
 """
 
 
-def test_commands_that_a_signal_stops_leave_nothing_half_written(place: Path, run: Path) -> None:
-    """All of them run at the same time, and each gets its signal in the middle of its work."""
+LAUNCHER = """
+import json, os, sys
+from pathlib import Path
+import torch._dynamo, unmask.checks.studies.run, unmask.evaluation.minimal_pairs, unmask.models.generate
+import unmask.training.finetuning.api
+from unmask.cli import main
+commands, children = json.loads(sys.argv[1]), []
+for arguments in commands:
+    children.append(os.fork())
+    if not children[-1]:
+        for number, name in ((1, "out"), (2, "err")):
+            os.dup2(os.open(Path(sys.argv[2]) / f"{arguments[0]}.{name}", os.O_WRONLY | os.O_CREAT), number)
+        sys.argv = ["unmask", *arguments]
+        main()
+print(json.dumps(children), flush=True)
+print(json.dumps([os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]))
+"""
+
+
+def test_commands_that_a_signal_stops_leave_nothing_half_written(
+    place: Path, run: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """All of them run at the same time, in processes forked from one that has imported everything."""
     step = json.loads((run / "best" / "card.json").read_text())["step"]
     (run / "latest").unlink()
     (run / "latest").symlink_to(f"step-{5 - step:07d}")  # not the best step, which the commands note when they begin
     (place / "study.toml").write_text(STUDY)
-    (place / "many.txt").write_text("The cat sat on the log.\n" * 20_000)
-    (place / "many.tsv").write_text("".join(f"The cat {n}.\tcat The {n}.\n" for n in range(20_000)))
+    (place / "many.txt").write_text("The cat sat on the log.\n" * 5_000)
+    (place / "many.tsv").write_text("".join(f"The cat {n}.\tcat The {n}.\n" for n in range(5_000)))
     (place / "labels.tsv").write_text("text\tlabel\n" + "The cat sat.\tcat\nThe dog sat.\tdog\n" * 100)
     before = set(place.rglob("*"))
     labels = ("--task", "classify", "--train", "labels.tsv", "--valid", "labels.tsv", "--seeds", "100")
@@ -164,18 +187,61 @@ def test_commands_that_a_signal_stops_leave_nothing_half_written(place: Path, ru
         ("finetune", "run", *labels, "--out", "tuned"): (signal.SIGUSR1, "seed 0: "),
         ("study", "run", "study.toml", "--text", "cat.txt", "--out", "study"): (signal.SIGINT, ": loss "),
     }
-    with contextlib.ExitStack() as stack:
-        started = {each: stack.enter_context(start(place, *each, OMP_NUM_THREADS="1")) for each in cases}
-        stack.callback(lambda: [process.kill() for process in started.values()])
-        for arguments, (number, says) in cases.items():
-            process = started[arguments]
-            assert process.stderr and any(says in line for line in process.stderr), arguments
-            process.send_signal(number)
-            out, err = process.communicate(timeout=PATIENCE)
-            assert process.returncode == (130 if number == signal.SIGINT else 75), (arguments, err)
-            assert "stopped: " in err and "Traceback" not in err and not out, (arguments, err)
-    assert "the same command continues the study" in err
+    output = tmp_path_factory.mktemp("output")
+    launcher = subprocess.Popen(
+        [sys.executable, "-c", LAUNCHER, json.dumps(list(cases)), str(output)],
+        cwd=place, env=environment(OMP_NUM_THREADS="1"), text=True, stdout=subprocess.PIPE,
+    )  # fmt: skip
+    assert launcher.stdout
+    children = dict(zip(cases, json.loads(launcher.stdout.readline()), strict=True))
+    waiting = set(cases)
+
+    def at_work() -> list[tuple[str, ...]]:
+        begun = [each for each in waiting if cases[each][1] in printed(output, each, "err")]
+        return [each for each in begun if each[0] != "study" or (place / "study" / "result.json").exists()]
+
+    try:
+        while waiting:
+            wait_for(lambda: bool(at_work()), launcher)
+            for each in at_work():
+                os.kill(children[each], cases[each][0])
+                waiting.remove(each)
+        codes = json.loads(launcher.communicate(timeout=PATIENCE)[0])
+    finally:
+        if launcher.poll() is None:
+            for child in children.values():
+                os.kill(child, signal.SIGKILL)
+            launcher.communicate()
+    for (each, (number, _)), code in zip(cases.items(), codes, strict=True):
+        err = printed(output, each, "err")
+        assert code == (130 if number == signal.SIGINT else 75), (each, err)
+        assert "stopped: " in err and "Traceback" not in err and not printed(output, each, "out"), (each, err)
+        assert ("the same command continues the study" in err) == (each[0] == "study")
     written = {path for path in place.rglob("*") if path not in before}
     assert {path.relative_to(place).parts[0] for path in written} == {"study"}
     result = json.loads((place / "study" / "result.json").read_text())
     assert result["runs"] and all(one["measures"]["loss"] > 0 for one in result["runs"])
+
+
+def printed(output: Path, arguments: Sequence[str], name: str) -> str:
+    """What a command has printed so far."""
+    path = output / f"{arguments[0]}.{name}"
+    return path.read_text(errors="replace") if path.exists() else ""
+
+
+def test_a_second_signal_does_not_interrupt_the_cleanup() -> None:
+    cleaned = list[str]()
+    before = signal.getsignal(signal.SIGTERM)
+
+    def command() -> None:
+        try:
+            signal.raise_signal(signal.SIGTERM)
+        finally:
+            signal.raise_signal(signal.SIGUSR1)
+            signal.raise_signal(signal.SIGTERM)
+            cleaned.append("all")
+
+    with pytest.raises(typer.Exit) as ended:
+        handle_errors(command)()
+    assert ended.value.exit_code == 75 and cleaned == ["all"]
+    assert signal.getsignal(signal.SIGTERM) is before

@@ -179,7 +179,8 @@ def cut_down(arguments: Sequence[str]) -> list[str]:
         return [verb, *cut_numbers(rest, kind_of_tokenizer(rest, "wordpiece"))]
     if verb in ("audit", "bench"):
         return [verb, *cut_numbers(rest, "wordpiece")]
-    if verb not in ("pretrain", "demo") or "--help" in rest:
+    is_dry_run = verb == "doctor" and "--budget" in rest
+    if not (verb in ("pretrain", "demo") or is_dry_run) or "--help" in rest:
         return list(arguments)
     if "--from" in rest:  # the model decides all but the stages
         begin = ["--set=stage.0.batch_size=500 tokens", "--set=train.threads=1"]
@@ -278,10 +279,17 @@ class Desk:
         for part in parts:
             begins = arguments_of(part)
             line += part if begins is None else [*part[:begins], *cut_down(part[begins:])]
-        ours = f'unmask() {{ {shlex.quote(sys.executable)} -m unmask "$@"; }}\nset -o pipefail\n'
+        python = shlex.quote(sys.executable)
+        ours = f'unmask() {{ {python} -m unmask "$@"; }}\nset -o pipefail\n'
+        if sys.platform == "linux":  # elsewhere, PyTorch can't be forked safely
+            launcher = shlex.quote(str(Path(__file__).with_name("torchrun.py")))
+            ours += f'torchrun() {{ {python} {launcher} "$@"; }}\n'
         shell = ours + " ".join(word if word in OPERATORS | {"<", ">", ">>"} else shlex.quote(word) for word in line)
         done = subprocess.run(["bash", "-c", shell], cwd=self._folder, capture_output=True, text=True, check=False)
         assert done.returncode == 0, f"exit code {done.returncode}\n{done.stderr}"
+        if is_launched:
+            facts = json.loads((self._folder / option(parts[0], "--out", "") / "env.json").read_text())
+            assert str(facts["determinism"]["ranks"]) == option(parts[0], "--nproc-per-node", "1")
 
     def _unmask(self, arguments: Sequence[str]) -> None:
         with pytest.MonkeyPatch.context() as patch:
@@ -396,6 +404,9 @@ def test_budgets_are_cut_and_what_a_page_sets_wins() -> None:
         == "data.tokenizer.vocab_size=120"
     )
     assert cut_down(["tokenizer", "train", "a.txt", "--kind", "bpe", "--vocab-size", "30000"])[-1] == "280"
+    examined = cut_down(["doctor", "notes.txt", "--budget", "10 min"])
+    assert examined[-1] == BUDGET and "--set=model.hidden_size=32" in examined
+    assert cut_down(["doctor", "runs/notes"]) == ["doctor", "runs/notes"]
     for chosen in (["--set", "data.tokenizer.kind=bpe"], ["--recipe", "modern-tiny"]):
         assert "--set=data.tokenizer.vocab_size=280" in cut_down(["pretrain", "a.txt", *chosen])
     (part,) = simple_commands('python -m unmask fill runs/a "The [MASK] | sat."  # a remark')

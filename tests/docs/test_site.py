@@ -52,6 +52,18 @@ def test_nothing_is_loaded_from_another_host(site: Path) -> None:
         assert not STYLE_URL.search(style.read_text(encoding="utf-8")), style.relative_to(site)
 
 
+def test_korean_pages_say_so_and_the_menu_of_languages_links_to_the_translation(site: Path) -> None:
+    for english, korean in (("index.html", "ko.html"), ("walk/08-plateau.html", "walk/ko/08-plateau.html")):
+        for name, language in ((english, "en"), (korean, "ko")):
+            page = (site / name).read_text(encoding="utf-8")
+            assert f'<html lang="{language}"' in page, name
+            targets = dict(re.findall(r'<a href="([^"]+)" hreflang="(\w+)" class="md-select__link"', page))
+            found = {code: (site / name).parent.joinpath(target).resolve() for target, code in targets.items()}
+            assert found == {"en": site / english, "ko": site / korean}, name
+    page = (site / "recipes.html").read_text(encoding="utf-8")
+    assert '<html lang="en"' in page and 'href="ko.html" hreflang="ko"' in page
+
+
 def test_a_request_to_another_host_is_found() -> None:
     assert external('<script src="https://unpkg.com/x.js"></script>') == ["https://unpkg.com/x.js"]
     assert external("<link rel=stylesheet href=//fonts.example/css>") == ["//fonts.example/css"]

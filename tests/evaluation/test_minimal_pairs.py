@@ -19,6 +19,7 @@ from unmask.core.errors import RecipeError, TextError
 from unmask.core.quantities import Fraction, Quantity
 from unmask.evaluation.minimal_pairs import (
     MinimalPair,
+    MinimalPairs,
     MinimalPairsResult,
     evaluate_minimal_pairs,
     predictions,
@@ -103,6 +104,9 @@ def test_pairs_may_be_a_path_or_a_list_of_sentences(tokenizer: Tokenizer, tmp_pa
         assert result.overall == by_list.methods[method].overall == by_path.methods[method].overall
     few = judge(model, str(tmp_path / "pairs.tsv"), method="original", subset=2, errors="skip")
     assert few.pairs == 2 and list(few.methods) == ["original"]
+    assert (
+        judge(model, MinimalPairs(tuple(PAIRS)), subset=1).pairs == len({pair.paradigm for pair in PAIRS}) < len(PAIRS)
+    )
     assert repr(few).startswith("MinimalPairsResult(2 pairs of 1 paradigms\n  original: ")
 
 

@@ -134,7 +134,11 @@ def _word_ranges(marks: np.ndarray) -> list[tuple[int, int]]:
 WORDS = st.lists(st.sampled_from(["the", "cat", "moon", "hilltop", ".", "don't", "over"]), min_size=1, max_size=12)
 
 
-@given(st.lists(WORDS.map(" ".join), min_size=1, max_size=4), st.sampled_from(METHODS), st.sampled_from(sorted(KINDS)))
+# "hilltop" alone is [UNK] for WordPiece, and can't be scored.
+TEXTS = st.lists(WORDS.map(lambda words: " ".join(["the", *words])), min_size=1, max_size=4)
+
+
+@given(TEXTS, st.sampled_from(METHODS), st.sampled_from(sorted(KINDS)))
 @settings(max_examples=12, deadline=None)
 def test_texts_are_the_sums_of_words_and_words_of_tokens(
     models: dict[str, Model], texts: list[str], method: Method, kind: str

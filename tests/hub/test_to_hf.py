@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -18,7 +19,7 @@ import unmask
 from unmask.cli import main
 from unmask.core.errors import ModelError, RunError
 from unmask.hub.from_hf import open_model
-from unmask.hub.parity import compare
+from unmask.hub.parity import compare, tolerance
 from unmask.models import build_model, build_pair
 from unmask.models.annotated import TutorialConfig
 from unmask.models.bert import BertConfig
@@ -177,6 +178,27 @@ def test_an_export_that_transformers_reads_differently_is_refused(
         compare(folder, model, texts, "these")
 
 
+def test_the_limit_of_a_difference_grows_with_the_largest_logit(
+    tokenizers: dict[tuple[str, str], Tokenizer], tmp_path: Path
+) -> None:
+    model, name = small(tokenizers["bpe", "english"]), "cls.predictions.bias"
+    texts = ["the cat sat on the mat", "a dog ran over the hill"]
+    weights = folder_of(model, tmp_path / "one") / "model.safetensors"
+    tensors = load_file(weights)
+    first = torch.arange(len(tensors[name])) == 0
+    save_file({**tensors, name: tensors[name] + 30 * first}, weights, {"format": "pt"})
+    model = load(tmp_path / "one")
+    for change in (2e-4, 1e-3, math.inf):
+        save_file({**tensors, name: tensors[name] + 30 * first + change * ~first}, weights, {"format": "pt"})
+        if change == 2e-4:
+            parity = compare(tmp_path / "one", model, texts, "these")
+            assert 1e-4 < parity.logits < parity.limit == pytest.approx(3e-4, rel=0.1)
+            continue
+        with pytest.raises(ModelError, match=r"logits differ .* more than 0\.0003"):
+            compare(tmp_path / "one", model, texts, "these")
+    assert tolerance(math.inf) == tolerance(0.0) == 1e-4
+
+
 def test_a_tokenizer_without_the_characters_of_the_sentences(tmp_path: Path) -> None:
     model = small(train_tokenizer(["0123456789" * 9], CharacterConfig()))
     done = unmask.export(folder_of(model, tmp_path / "digits"), tmp_path / "out")
@@ -209,7 +231,7 @@ find = importlib.util.find_spec
 importlib.util.find_spec = lambda name, *more: None if name == "transformers" else find(name, *more)
 from unmask.cli import main
 run, out = sys.argv[1:]
-for more in ([], ["--unverified"]):
+for more in ([], ["--format", "onnx"], ["--unverified"]):
     sys.argv = ["unmask", "export", run, out, *more]
     try:
         main()
@@ -222,8 +244,9 @@ def test_without_transformers_it_stops_with_the_command_that_installs_it(run: Pa
     out = tmp_path / "out"
     command = [sys.executable, "-c", WITHOUT_TRANSFORMERS, str(run), str(out)]
     done = subprocess.run(command, capture_output=True, text=True, check=True, env=os.environ)
-    stopped, wrote = done.stdout.split("ended with")[:2]
-    assert stopped == "" and wrote.startswith(" 2\n"), "nothing was written at first"
-    assert 'pip install "transformers' in done.stderr and "unverified: not compared" in wrote
+    stopped, refused, wrote = done.stdout.split("ended with")[:3]
+    assert stopped == "" and refused == " 2\n" and wrote.startswith(" 2\n"), "nothing was written at first"
+    assert done.stderr.count('pip install "transformers') == 2 and done.stderr.count("or skip the comparison") == 1
+    assert "unverified: not compared" in wrote
     assert done.stdout.endswith("ended with 0\n"), done.stderr
     assert "**Unverified**" in (out / "README.md").read_text(encoding="utf-8")

@@ -148,6 +148,23 @@ def test_a_run_that_trains_or_was_killed_is_reported(run: Path) -> None:
     assert "No validation yet." in text and "Not available: they need" in text
 
 
+def test_a_log_that_was_changed_can_t_become_code(run: Path) -> None:
+    state = '"><img src=x onerror=alert(1)>'
+    lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    for spans in (spans for line in lines for spans in line.get("preview", ())):
+        spans[0]["state"] = state
+    (run / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    page = write_report(run).read_text(encoding="utf-8")
+    assert data_of(page)["sentences"][0]["steps"][-1]["lines"][0][0][1] == state
+    assert "<img" not in WITHOUT_SCRIPTS.sub("", page)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems have no such names")
+def test_a_folder_whose_name_is_not_utf_8_is_reported(run: Path) -> None:
+    named = run.rename(run.with_name(os.fsdecode(b"caf\xe9")))
+    assert "<h1>caf?</h1>" in write_report(named).read_text(encoding="utf-8")
+
+
 Refused = Callable[..., str]
 
 
@@ -172,12 +189,18 @@ def test_what_can_t_be_reported_is_refused(refused: Refused, run: Path, tmp_path
     assert "expected 1 to 24" in refused(*[run] * 25)
     assert "the report is an HTML file" in refused(run, "--out", run / "report.txt")
     assert "can't read this file" in refused(run, "--finetuned", tmp_path / "no")
+    (tmp_path / "scores").mkdir()
+    for damaged in ('{"model": "run"}', "[]", '{"main_metric": 1, "rows": 2, "model": "a\\u0000"}'):
+        (tmp_path / "scores" / "finetune.json").write_text(damaged)
+        assert "this is not a result of `unmask finetune`" in refused(run, "--finetuned", tmp_path / "scores")
     (run / "log.jsonl").rename(run / "log")
     assert "nothing to report" in refused(run)
     (run / "log.jsonl").write_text("")
     assert "nothing to report" in refused(run)
     (run / "log.jsonl").write_text('nothing\n{"step": 1}\n')
     assert "log.jsonl, line 1" in refused(run)
+    (run / "log.jsonl").write_text('{"step": 1, "tokens": 1}\n')
+    assert "invalid log line of step 1: got no number 'seconds'" in refused(run)
     assert not (run / "report.html").exists()
 
 
@@ -220,6 +243,16 @@ def test_a_run_that_a_signal_stopped_has_one(run: Path) -> None:
     assert lines == [f"report: {run / 'report.html'}"] and (run / "report.html").is_file()
 
 
+def test_a_report_that_fails_does_not_fail_the_run(run: Path) -> None:
+    environment = json.loads((run / "env.json").read_text())
+    del environment["platform"]
+    (run / "env.json").write_text(json.dumps(environment))
+    lines: list[str] = []
+    with report_at_end(lines.append) as ended:
+        ended(run)
+    assert lines == ["report: not written: KeyError: 'platform'"]
+
+
 def test_other_ranks_write_nothing(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RANK", "1")
     with report_at_end(pytest.fail) as ended:
@@ -249,5 +282,8 @@ def test_pairs_and_fine_tuning(prose: Path, small: list[str], tmp_path: Path) ->
     assert steps == [1, 2] and "2 pairs of" in text_of(page)
     assert "reviews: task classify" in text_of(page) and "81.00 % ± 1.00" in text_of(page)
     assert "others: task" not in text_of(page)
+    (tmp_path / "others" / "finetune.json").write_text(json.dumps({"model": str(run)}))
+    assert "others" not in text_of(write_report(run).read_text(encoding="utf-8")), "a damaged one is left out"
+    (tmp_path / "others" / "finetune.json").write_text(json.dumps({**result, "model": str(tmp_path / "another")}))
     with pytest.raises(unmask.UnmaskError, match="not the result of a fine-tuning of these runs"):
         write_report(run, finetuned=[tmp_path / "others"])

@@ -8,7 +8,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -57,6 +57,7 @@ class Server:
 
     process: subprocess.Popen[str]
     port: int
+    arguments: Sequence[str | Path]
 
     @property
     def address(self) -> str:
@@ -86,6 +87,10 @@ class Server:
         _, errors = self.process.communicate(timeout=30)
         return self.process.returncode, errors
 
+    def start_again(self) -> None:
+        """Start it again on its port, after it was stopped."""
+        self.process = start(*self.arguments, port=self.port).process
+
 
 StartServer = Callable[..., Server]
 
@@ -99,7 +104,7 @@ def start(*arguments: str | Path, port: int = 0) -> Server:
     assert process.stdout is not None and process.stderr is not None
     line = process.stdout.readline()
     assert line.startswith("http://127.0.0.1:"), process.stderr.read()
-    return Server(process, int(line.rstrip().rstrip("/").rpartition(":")[2]))
+    return Server(process, int(line.rstrip().rstrip("/").rpartition(":")[2]), arguments)
 
 
 @pytest.fixture

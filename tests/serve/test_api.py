@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import http.client
 import json
+import shutil
 import socket
 import subprocess
 import sys
@@ -17,13 +19,14 @@ import pytest
 import tokenizers
 from hypothesis import given
 from hypothesis import strategies as st
+from starlette.exceptions import HTTPException
 
 import unmask
 from unmask.core.errors import ModelError, RequestError
 from unmask.models.attention import attention_weights
 from unmask.models.joint_fill import search_tokens
 from unmask.models.model import Model
-from unmask.serve.app import plain
+from unmask.serve.app import Worker, plain
 from unmask.serve.inference import ENDPOINTS, Models, tokenize_texts
 from unmask.serve.requests import TokenizeRequest, build_request
 from unmask.tokenization.tokenizer import Tokenizer
@@ -84,6 +87,21 @@ def test_words_and_tokens_have_places_in_the_text(server: Server) -> None:
     assert all(text[token["first"] : token["last"]] for token in result["tokens"])
 
 
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("the cat [MASK]", ["the", "cat", "[MASK]"]),
+        ("[MASK] [MASK][MASK] ", ["[MASK]", "[MASK]", "[MASK]"]),
+        ("", []),
+        (" \n", []),
+    ],
+)
+def test_masks_need_no_words_around_them(server: Server, text: str, words: list[str]) -> None:
+    status, answer = server.post("/tokenize", {"texts": [text]})
+    assert status == 200
+    assert [text[word["first"] : word["last"]] for word in answer["results"][0]["words"]] == words
+
+
 def test_places_are_right_with_another_mask_token(model: Model) -> None:
     """A RoBERTa has <mask>, which is shorter than [MASK]."""
     inner = tokenizers.Tokenizer(
@@ -92,9 +110,9 @@ def test_places_are_right_with_another_mask_token(model: Model) -> None:
     inner.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
     inner.add_special_tokens(["<unk>", "<mask>"])
     other = replace(model, tokenizer=Tokenizer(inner))
-    text = "the [MASK] cat[MASK] dog"
+    text = "the [MASK] cat<mask> dog"
     (result,) = tokenize_texts(other, TokenizeRequest((text,))).results
-    shown = ["the", "[MASK]", "cat", "[MASK]", "dog"]
+    shown = ["the", "[MASK]", "cat", "<mask>", "dog"]
     assert [text[token.first : token.last] for token in result.tokens] == shown
     assert [text[word.first : word.last] for word in result.words] == shown
     assert [word.is_mask for word in result.words] == [False, True, False, True, False]
@@ -153,6 +171,30 @@ def test_steps_of_a_run_are_models(server: Server, served_run: Path) -> None:
 
 
 # The document -------------------------------------------------------------------------------------------------------
+
+
+def test_every_model_has_a_name_of_its_own(served_run: Path, tmp_path: Path) -> None:
+    paths = [tmp_path / "cats (2)", served_run, tmp_path / "a" / "cats"]
+    for path in (paths[0], paths[2]):
+        shutil.copytree(served_run / "best", path)
+    models = Models(paths)
+    assert models.first == ("cats (2)", "cats", "cats (3)")
+    assert [models.get(name).path for name in models.first] == [Models([path]).get("").path for path in paths]
+
+
+def test_a_computation_that_has_begun_is_not_refused_when_many_wait() -> None:
+    async def check() -> None:
+        worker, end = Worker(), threading.Event()
+        waiting = [asyncio.create_task(worker.run(end.wait, 60)) for _ in range(64)]
+        await asyncio.sleep(0)  # so that they wait
+        with pytest.raises(HTTPException, match="64 requests are waiting already"):
+            await worker.run(int)
+        next_step = asyncio.create_task(worker.run(int, is_next_step=True))
+        await asyncio.sleep(0)
+        end.set()
+        assert await next_step == 0 and all(await asyncio.gather(*waiting))
+
+    asyncio.run(check())
 
 
 def test_the_document_describes_every_endpoint_and_refers_to_what_it_has(server: Server) -> None:

@@ -16,7 +16,7 @@ import pytest
 import unmask
 
 if TYPE_CHECKING:
-    from tests.serve.conftest import Server, StartServer
+    from tests.serve.conftest import Server
 
 STATIC = Path(unmask.__file__).parent / "serve" / "static"
 SENTENCE = "the cat sat on the mat"
@@ -161,6 +161,9 @@ def test_every_view_is_reached_by_keys_and_answers_for_both_models(page: Page, s
     page.all("#controls input")[0].send_keys("moon")
     page.until(lambda: len(page.all(".result")) == 2)
     assert page.texts(".column:first-child .surprisal")[1].count("moon") == 1
+    page.all("#controls input")[0].clear()
+    page.all("#controls input")[0].send_keys("cat")  # the word itself
+    page.until(lambda: ["as many bits" in text for text in page.texts(".result")] == [True, True])
     page.one("#tab-swap").send_keys("\ue014")
     page.until(lambda: len(page.all(".heat")) == 2)
     tokens = ["[CLS]", "the", "[MASK]", "sat", "on", "the", "mat", "[SEP]"]
@@ -178,6 +181,8 @@ def test_every_view_is_reached_by_keys_and_answers_for_both_models(page: Page, s
     page.all("#controls input")[0].send_keys("cat", "\ue007")
     page.until(lambda: "of 1" in page.texts("#answers .facts")[0])
     assert re.search("It was “[a-z]+”", page.texts(".result")[0])
+    page.type("the cat sat on the [MASK]")
+    page.until(lambda: page.texts("#answers") == ["Remove [MASK] from the text: the quiz hides a word itself."])
     assert page.errors() == []
 
 
@@ -238,26 +243,24 @@ def test_two_tabs_have_their_own_texts_and_a_link_opens_the_same_page(page: Page
     assert page.errors() == []
 
 
-def test_a_server_that_dies_is_reported_and_the_page_recovers(
-    page: Page, served_run: Path, start_server: StartServer
-) -> None:
-    first = start_server(served_run)
-    page.open(first.address, text=SENTENCE, masks="1")
+def test_a_server_that_dies_is_reported_and_the_page_recovers(page: Page, server: Server) -> None:
+    page.open(server.address, text=SENTENCE, masks="1", a="cats", b="")
     page.until(lambda: cards(page))
     page.one("#tab-generate").click()
     page.until(lambda: page.all("#controls button[type=submit]"))
     page.all("#controls input")[2].clear()
     page.all("#controls input")[2].send_keys("50", "\ue007")  # in mid-request
     page.until(lambda: page.all(".generated"))
-    first.stop(signal.SIGKILL)
-    page.one("#tab-fill").click()
-    page.type("the cat sat")
-    page.until(lambda: "does not answer" in page.one("#alert").text)
-    again = start_server(served_run, port=first.port)
+    try:
+        server.stop(signal.SIGKILL)
+        page.one("#tab-fill").click()
+        page.type("the cat sat")
+        page.until(lambda: "does not answer" in page.one("#alert").text)
+    finally:
+        server.start_again()
     page.until(lambda: page.texts("#words button") == ["the", "cat", "sat"])
     page.until(lambda: not page.one("#alert").is_displayed())
-    page.until(lambda: cards(page) == expected(again, "the [MASK] sat"))
-    again.stop()
+    page.until(lambda: cards(page) == expected(server, "the [MASK] sat"))
     page.driver.get("about:blank")
 
 

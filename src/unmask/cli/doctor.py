@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import sys
 import textwrap
 from collections.abc import Mapping, Sequence
@@ -100,9 +101,12 @@ def doctor(
     with open_display(sys.stderr) as display:
         progress = delayed_progress(display)
         if run is None:
-            findings = _text_findings(targets, recipe or "tiny", tokenizer, settings, options, progress)
+            from unmask.data.sources import store_standard_input
+
+            names = store_standard_input(targets)  # the text is read several times
+            findings = _text_findings(names, recipe or "tiny", tokenizer, settings, options, progress)
             if budget is not None and all(each.name != "encoding" or each.severity == "ok" for each in findings):
-                findings.append(_budget(targets, budget, recipe, settings, options))
+                findings.append(_budget(names, budget, recipe, settings, options))
         else:
             from unmask.checks.doctor.run import examine_run
 
@@ -119,7 +123,7 @@ def _the_run(targets: Sequence[Path]) -> Path | None:
     """Return the run to examine; None if the targets are texts.
 
     Raises:
-        RunError: a run is named beside something else.
+        RunError: a run is named beside something else, or a folder of runs or a model is named.
     """
     names = (RunLayout.RECIPE, RunLayout.ENVIRONMENT, RunLayout.LOG)
     runs = [target for target in targets if any((target / name).is_file() for name in names)]
@@ -127,7 +131,22 @@ def _the_run(targets: Sequence[Path]) -> Path | None:
         raise RunError(
             f"a run is examined alone: got {len(targets)} names",
             location=str(runs[0]),
-            hint=f"name only the run: unmask doctor {runs[0]}",
+            hint=f"name only the run: unmask doctor {shlex.quote(str(runs[0]))}",
+        )
+    for folder in targets if not runs else ():
+        if inside := min(folder.glob(f"*/{RunLayout.RECIPE}"), default=None):
+            raise RunError(
+                "this folder contains runs, and one is examined at a time",
+                location=str(folder),
+                hint=f"name a run: unmask doctor {shlex.quote(str(inside.parent))}",
+            )
+    if models := [target for target in targets if not runs and (target / RunLayout.CONFIG).is_file()]:
+        parent = models[0].absolute().parent
+        is_of_run = (parent / RunLayout.RECIPE).is_file()
+        raise RunError(
+            "this is a model, and neither a text nor a run",
+            location=str(models[0]),
+            hint=f"examine its run: unmask doctor {shlex.quote(str(parent))}" if is_of_run else "name a text or a run",
         )
     return runs[0] if runs else None
 
@@ -161,7 +180,7 @@ def _check_for_texts(options: Mapping[str, Any]) -> None:
 
 
 def _text_findings(
-    targets: Sequence[Path],
+    texts: Sequence[str],
     recipe: str,
     tokenizer: Path | None,
     settings: list[str] | None,
@@ -174,11 +193,11 @@ def _text_findings(
     resolved = load_recipe_with(recipe, settings, options)
     explicit = None if tokenizer else explicit_keys(recipe, settings or (), options.overrides())
     loaded = None if tokenizer is None else open_tokenizer(tokenizer)
-    return examine_text(targets, resolved, explicit, progress, loaded)
+    return examine_text(texts, resolved, explicit, progress, loaded)
 
 
 def _budget(
-    targets: Sequence[Path], budget: str, recipe: str | None, settings: list[str] | None, options: DataOptions
+    texts: Sequence[str], budget: str, recipe: str | None, settings: list[str] | None, options: DataOptions
 ) -> Finding:
     """Return what the budget reaches, by a dry run."""
     from unmask.checks.doctor.text import budget_finding, refused_finding
@@ -188,10 +207,9 @@ def _budget(
     if options.tokenizer is not None:
         path = json.dumps(str(find_tokenizer(options.tokenizer)), ensure_ascii=False)
         more.append(f'data.tokenizer={{kind = "file", path = {path}}}')
-    names = [str(target) for target in targets]
     try:
         result = run_pretraining(
-            targets,
+            texts,
             dry_run=True,
             recipe=recipe,
             budget=budget,
@@ -202,15 +220,17 @@ def _budget(
             display=None,
         )
     except UnmaskError as error:  # such as a budget that is too short for one validation
-        return refused_finding(error, names, budget)
+        return refused_finding(error, texts, budget)
     assert result.forecast is not None
-    return budget_finding(result.forecast, names)
+    return budget_finding(result.forecast, texts)
 
 
 def _print_findings(findings: Sequence[Finding]) -> None:
     """Print findings, each with its reason and its command unless it is ok: with colors in a terminal."""
     from rich.console import Console
     from rich.text import Text
+
+    from unmask.core.format import visible
 
     console = Console(highlight=False, soft_wrap=True)
     width = max(len(each.name) for each in findings)
@@ -219,7 +239,7 @@ def _print_findings(findings: Sequence[Finding]) -> None:
         symbol, style = _SYMBOLS[each.severity]
         label = symbol if console.is_terminal and is_unicode_output() else each.severity
         head = f"{label:<8}  {each.name:<{width}}  "
-        lines = textwrap.wrap(each.figure, max(30, columns - len(head)), break_long_words=False) or [""]
+        lines = textwrap.wrap(visible(each.figure), max(30, columns - len(head)), break_long_words=False) or [""]
         console.print(Text.assemble((head, style), lines[0]))
         for line in lines[1:]:
             console.print(" " * len(head) + line, markup=False)

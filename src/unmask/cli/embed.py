@@ -7,6 +7,7 @@ import os
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from tokenize import TokenError
 from typing import TYPE_CHECKING, Annotated, Any, Final, Literal
 
 import typer
@@ -277,7 +278,7 @@ def _read_vectors(path: Path, model: Model, count: int) -> Vectors:
         found = np.lib.format.open_memmap(path, mode="r")
     except OSError as error:
         raise TextError(f"can't read: {error.strerror or error}", location=str(path), hint="check the path") from error
-    except ValueError as error:
+    except (ValueError, SyntaxError, TokenError, TypeError, OverflowError) as error:  # of numpy, about a damaged header
         raise DamagedError(
             f"this is not an array of numbers: {error}",
             location=str(path),

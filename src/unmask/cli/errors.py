@@ -21,6 +21,7 @@ import typer
 from unmask.core.errors import CRASH_NOTE, Interrupted, Stopped, UnmaskError
 
 INTERRUPTED, TERMINATED, INTERNAL_ERROR = 130, 75, 1  # exit codes
+_NAMES = ("SIGTERM", "SIGUSR1")  # Windows has no SIGUSR1
 
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.", show_default=False)]
 
@@ -36,16 +37,19 @@ def _signals() -> Generator[None]:
     """Raise Terminated on SIGTERM and SIGUSR1, which would end the process at once. Training handles them itself."""
     handlers: dict[int, Any] = {}
     if threading.current_thread() is threading.main_thread():
-        numbers = [getattr(signal, name) for name in ("SIGTERM", "SIGUSR1") if hasattr(signal, name)]
+        numbers = [getattr(signal, name) for name in _NAMES if hasattr(signal, name)]
         handlers = {number: signal.signal(number, _terminate) for number in numbers}
     try:
         yield
     finally:
         for number, handler in handlers.items():
-            signal.signal(number, handler)
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)  # None: one that Python didn't set
 
 
 def _terminate(number: int, frame: FrameType | None) -> None:
+    for name in _NAMES:  # schedulers repeat a signal; a second one would interrupt the removal of temporary files
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
     raise Terminated
 
 

@@ -185,6 +185,12 @@ def _check_inputs(
                     hint=f"remove it, or add {needed}",
                 )
     if predictions is not None:
+        of_folder = pairs.iterdir() if pairs is not None and pairs.is_dir() else ()
+        inputs = [path for path in (pairs, *of_folder, *(texts or ())) if path is not None and path.exists()]
+        if predictions.is_file() and any(predictions.samefile(path) for path in inputs):
+            raise StoreError(
+                "the output is the input", location=f"--predictions {predictions}", hint="choose another file"
+            )
         if predictions.exists() and not predictions.is_file():  # a device would be replaced by a file
             raise StoreError(
                 "the path is a directory or a device",
@@ -264,13 +270,14 @@ def _print_accuracies(
     console: Console, title: str, methods: Sequence[str], rows: Sequence[tuple[str, Sequence[PairAccuracy]]]
 ) -> None:
     from rich.table import Table
+    from rich.text import Text
 
-    from unmask.core.format import bar
+    from unmask.core.format import bar, visible
 
     header = [title, *(column for method in methods for column in (method, "95 %")), "pairs", "ties"]
     lines = [
         [
-            name,
+            visible(name),
             *(
                 text
                 for each in accuracies
@@ -293,7 +300,7 @@ def _print_accuracies(
     for line, (_, accuracies) in zip(lines, rows, strict=True):
         last = accuracies[-1]
         style = "green" if last.interval[0] > 0.5 else "red" if last.interval[1] < 0.5 else "dim"
-        table.add_row(*line, f"[{style}]{bar(last.accuracy, _BAR_WIDTH)}[/{style}]")
+        table.add_row(*map(Text, line), Text(bar(last.accuracy, _BAR_WIDTH), style))  # names may have [brackets]
     console.print(table)
     print()
 
@@ -418,7 +425,7 @@ def _read_texts(file: Path, document: Literal["blank-line", "line", "file"], err
                 texts.append(_GivenText(whole, f"{prefix}document {counts[part.path]}"))
                 continue
             for number, line in enumerate(whole.split("\n"), start=1):
-                problem = "the line is not UTF-8" if errors == "skip" and "\ufffd" in line else ""
+                problem = "the line is not UTF-8, or has U+FFFD" if errors == "skip" and "\ufffd" in line else ""
                 texts.append(_GivenText(line, f"{prefix}line {number}", number, problem))
     if unread := sum(source.left_out.values()):
         print_error("warning:", f"left out {unread:,} lines or rows that can't be read")

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from unmask.cli.options import RUNS, Json, complete_model, delayed_progress, open_display, print_json
+from unmask.core.errors import RecipeError
 
 if TYPE_CHECKING:
     from unmask.training.runs import GroupComparison, GroupDifference, RunSummary
@@ -73,6 +74,10 @@ def list_runs(
     from unmask.training.runs import compare_runs, find_runs
 
     if compare is not None:
+        if columns is not None:
+            raise RecipeError(
+                "--columns can't be combined with --compare", location=f"--columns {columns}", hint="leave it out"
+            )
         comparison = compare_runs(folder, *compare)
         if as_json:
             print_json(_comparison_json(comparison))
@@ -110,7 +115,6 @@ def _parse_columns(text: str, runs: Sequence[RunSummary]) -> list[str]:
         RecipeError: a name is neither a column nor a setting of a run.
     """
     from unmask.core.config import closest_match
-    from unmask.core.errors import RecipeError
 
     known = [*_COLUMNS, *dict.fromkeys(key for run in runs for key in run.settings)]
     names = [name.strip() for name in text.split(",") if name.strip()]
@@ -241,16 +245,17 @@ def _print_comparison(comparison: GroupComparison) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from unmask.core.format import join_names
+    from unmask.core.format import join_names, visible
 
     for name, group in (("A", comparison.first), ("B", comparison.second)):
         seeds = ", ".join(str(run.settings.get("seed")) for run in group)
-        runs = f"{len(group)} run{'s' * (len(group) != 1)}"
-        print(f"{name}  {join_names([run.run.name for run in group])}  ({runs}, seed{'s' * (len(group) != 1)} {seeds})")
+        plural = "s" * (len(group) != 1)
+        names = join_names([visible(run.run.name) for run in group])
+        print(f"{name}  {names}  ({len(group)} run{plural}, seed{plural} {seeds})")
     for key in comparison.settings:
         print(f"{key}: {_setting(comparison.first[0], key)} in A, {_setting(comparison.second[0], key)} in B")
     for run in comparison.left_out:
-        print(f"left out: {run.run.name} is {run.state}")
+        print(f"left out: {visible(run.run.name)} is {run.state}")
     print()
     rows = [_compared_cells(each) for each in comparison.differences]
     console = Console(highlight=False, soft_wrap=True)

@@ -470,7 +470,16 @@ class SourceRecipe:
 def open_source(paths: Sequence[str | Path], settings: DataConfig) -> FileSource:
     """Open files, directories, patterns, datasets, and standard input ("-").
 
-    Standard input is copied to a file of the cache, named by a digest of its content.
+    Raises:
+        TextError: standard input is empty, is named twice, or would be shared by several processes.
+        StoreError: the cache can't be written.
+    """
+    texts = store_standard_input(paths)
+    return FileSource(texts, settings.rule, settings.errors, settings.field, settings.unicode, settings.quoting)
+
+
+def store_standard_input(paths: Sequence[str | Path]) -> list[str]:
+    """Return names of texts; standard input is copied to a file of the cache, named by a digest of its content.
 
     Raises:
         TextError: standard input is empty, is named twice, or would be shared by several processes.
@@ -483,7 +492,7 @@ def open_source(paths: Sequence[str | Path], settings: DataConfig) -> FileSource
     if piped:
         stored = str(_store_standard_input())
         texts = [stored + text.removeprefix(STANDARD_INPUT) if text in piped else text for text in texts]
-    return FileSource(texts, settings.rule, settings.errors, settings.field, settings.unicode, settings.quoting)
+    return texts
 
 
 def _store_standard_input() -> Path:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final, Literal, cast
 
@@ -349,11 +349,11 @@ def _as_pairs(
         TextError: as for `evaluate_minimal_pairs`.
         RecipeError: `subset` is below 1.
     """
-    if isinstance(pairs, MinimalPairs):
-        return pairs
     if isinstance(pairs, str | Path):
         return read_pairs(Path(pairs), subset, errors)
     _check_subset(subset)
+    if isinstance(pairs, MinimalPairs):
+        return pairs if subset is None else replace(pairs, pairs=tuple(take_subset(pairs.pairs, subset)))
     listed = [
         pair if isinstance(pair, MinimalPair) else _pair_of(pair, number) for number, pair in enumerate(pairs, start=1)
     ]

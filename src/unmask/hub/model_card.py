@@ -15,7 +15,7 @@ import torch
 from unmask.core import files
 from unmask.core.errors import UnmaskError
 from unmask.core.files import RunLayout
-from unmask.hub.parity import TOLERANCE, Parity
+from unmask.hub.parity import Parity
 from unmask.models.model import Model
 from unmask.models.neomme import NeoMMEConfig
 
@@ -216,7 +216,7 @@ def _verification(parity: Parity | None, environment: Table, more: Table) -> str
     facts = {
         "compared with": f"`transformers` {parity.transformers}, float32",
         "texts": f"{parity.source}: {parity.texts} texts, {parity.tokens:,} tokens; all token ids are equal",
-        f"largest difference of {outputs}": f"{parity.logits:.1e} (limit {TOLERANCE:g})",
+        f"largest difference of {outputs}": f"{parity.logits:.1e} (limit {parity.limit:.2g})",
     }
     if parity.pair is not None:
         facts["largest difference of the pair head"] = f"{parity.pair:.1e}"

@@ -27,7 +27,7 @@ from unmask.core import files
 from unmask.core.errors import ModelError
 from unmask.core.files import RunLayout
 from unmask.core.types import SPECIAL, ProgressCallback, Sample, logits_at, pack
-from unmask.hub.parity import TOLERANCE, quiet_transformers
+from unmask.hub.parity import quiet_transformers, tolerance
 from unmask.models.model import Model
 
 GRAPH: Final = "onnx/model.onnx"
@@ -36,9 +36,6 @@ PACKAGES: Final = ("onnx", "onnxscript", "onnxruntime")
 OPSET: Final = 18
 LOGITS, HIDDEN = "logits", "last_hidden_state"  # names of the outputs
 
-# Of the largest output. A model whose logits reached 30 differed by 6e-5. On other texts, its float32 logits were 5e-5
-# off those in float64, and those of onnxruntime 4e-5.
-_RELATIVE_TOLERANCE: Final = 1e-5
 _PARTS: Final = (1.0, 0.75, 0.5, 0.25)  # of the longest sequence: the lengths in a padded batch
 _MAX_LENGTH: Final = 256
 _MASKED_EVERY: Final = 7  # tokens: about 15 % are masked
@@ -255,7 +252,7 @@ def compare_graph(session: Session, model: Model, sequences: Sequence[NDArray[np
     """Return the largest difference of a graph from a model: of each sequence alone, and of padded batches.
 
     Raises:
-        ModelError: the difference exceeds 1e-4, or 1e-5 of the largest output if that is more.
+        ModelError: the difference exceeds `tolerance`.
     """
     pad_id = model.tokenizer.role_id("pad_token") or 0
     (output,) = (node.name for node in session.get_outputs())
@@ -274,7 +271,7 @@ def compare_graph(session: Session, model: Model, sequences: Sequence[NDArray[np
             # torch's maximum keeps NaN, which Python's max drops.
             difference_TX = torch.from_numpy(np.concatenate(found)) - expected_TX
             largest = torch.maximum(largest, difference_TX.abs().max())
-    limit = max(TOLERANCE, _RELATIVE_TOLERANCE * float(size))
+    limit = tolerance(float(size))
     if not largest <= limit:
         raise ModelError(
             f"{output} of the ONNX graph differs from PyTorch by {float(largest):.2g}, more than {limit:.2g}",

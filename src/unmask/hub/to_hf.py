@@ -130,9 +130,10 @@ def _check_options(format: Format, *, unverified: bool, int8: bool) -> None:
 
 def _require_packages(format: Format, *, unverified: bool) -> None:
     if not unverified and importlib.util.find_spec("transformers") is None:
+        skip = "" if format == "onnx" else "; or skip the comparison: --unverified (unverified=True)"
         raise ModelError(
             "an export is compared with transformers, which is not installed",
-            hint='pip install "transformers>=4.57"; or skip the comparison: --unverified (unverified=True)',
+            hint=f'pip install "transformers>=4.57"{skip}',
         )
     if format == "onnx":
         onnx.require_onnx()

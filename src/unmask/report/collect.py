@@ -13,7 +13,7 @@ from torch import Tensor
 
 from unmask.core import files
 from unmask.core.distributed import init_distributed
-from unmask.core.errors import RunError, UnmaskError
+from unmask.core.errors import DamagedError, RunError, UnmaskError
 from unmask.core.files import RunLayout
 from unmask.core.format import visible
 from unmask.core.hardware import cores
@@ -27,6 +27,8 @@ from unmask.training.api import Run
 from unmask.training.environment import read_environment
 from unmask.training.estimate.memory import stage_flops_per_token
 from unmask.training.finetuning.api import RESULTS
+from unmask.training.finetuning.report import estimate_text
+from unmask.training.finetuning.train import Estimate
 from unmask.training.plan import Plan
 from unmask.training.recipe import Recipe
 from unmask.training.runs import RunSummary
@@ -62,6 +64,17 @@ class PreviewStep:
 
 
 @dataclass(frozen=True)
+class Finetuned:
+    """The scores of a fine-tuning: for each method its name, and its scores in validation and test as text."""
+
+    name: str  # of the folder
+    task: str
+    metric: str
+    seeds: int
+    rows: Sequence[tuple[str, str, str]]
+
+
+@dataclass(frozen=True)
 class RunReport:
     """What a report shows of one run."""
 
@@ -77,7 +90,7 @@ class RunReport:
     previews: Sequence[PreviewStep]
     pairs: Sequence[Row]  # accuracy on minimal pairs by method, at each evaluation
     last_pairs: Mapping[str, Any] | None  # all accuracies of the last evaluation
-    finetuned: Sequence[Mapping[str, Any]]  # reports of `unmask finetune` on this run
+    finetuned: Mapping[Path, Finetuned]  # results of `unmask finetune` on this run, by folder
     model: ModelFacts | None  # None: the run has not saved a step
     training_seconds: float  # without validation and saving
     details: DetailedEvalResult | None = None
@@ -101,10 +114,10 @@ def collect(
 
     Raises:
         RunError: a folder is not a run, or its log has no line yet.
-        DamagedError: a file of a run is damaged.
+        DamagedError: a file of a run, or a named result of a fine-tuning, is damaged.
     """
     read = [_read(run, name, len(runs), finetuned) for run, name in zip(runs, _names(runs), strict=True)]
-    named = [Path(one["folder"]).resolve() for report in read for one in report.finetuned]
+    named = {folder for report in read for folder in report.finetuned}
     for folder in finetuned:
         if folder.resolve() not in named:
             raise RunError(
@@ -142,6 +155,7 @@ def _read(path: Path, name: str, num_runs: int, finetuned: Sequence[Path]) -> Ru
             location=str(path),
             hint="wait for its first line, or restore the file",
         )
+    _check_lines(lines, path)
     flops = _FlopsCounter(recipe, plan, environment)
     training = [_row(line, line, _TRAINING, flops) for line in lines if "learning_rate" in line]
     validations = [_row(line, line["validation"], _VALIDATION, flops) for line in lines if "validation" in line]
@@ -163,6 +177,22 @@ def _read(path: Path, name: str, num_runs: int, finetuned: Sequence[Path]) -> Ru
         model=_model_facts(path),
         training_seconds=next((float(line["training_seconds"]) for line in reversed(lines)), 0.0),
     )
+
+
+def _check_lines(lines: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """Check that each line of a log has its place on the axes.
+
+    Raises:
+        DamagedError: a line lacks a number.
+    """
+    for line in lines:
+        for key in ("tokens", "seconds", "training_seconds"):
+            if not isinstance(line.get(key), int | float):
+                raise DamagedError(
+                    f"invalid log line of step {line['step']}: got no number {key!r}",
+                    location=str(path / RunLayout.LOG),
+                    hint="fix or delete that line",
+                )
 
 
 # Points of the charts -------------------------------------------------------------------------------------------------
@@ -298,24 +328,55 @@ def _details(
         return None, "no_details_cache"
 
 
-def _finetuned(run: Path, given: Sequence[Path]) -> list[Mapping[str, Any]]:
+def _finetuned(run: Path, given: Sequence[Path]) -> dict[Path, Finetuned]:
     """Return the results of fine-tuning that name this run: of the given folders, and of those near it.
 
-    Searched are the folders in the run, those beside it, and those in models/.
+    Searched are the folders in the run, those beside it, and those in models/. A damaged result among these is left
+    out.
+
+    Raises:
+        DamagedError: a given folder has no result, or a damaged one.
     """
     near = [
         path.parent for place in (run, run.absolute().parent, Path("models")) for path in place.glob(f"*/{RESULTS}")
     ]
-    folders = [*given, *sorted(near)[:_MAX_FINETUNED]]
-    found: dict[Path, Mapping[str, Any]] = {}
-    for folder in folders:
+    found: dict[Path, Finetuned] = {}
+    for folder in [*given, *sorted(near)[:_MAX_FINETUNED]]:
         try:
-            result: Any = files.read_json(folder / RESULTS)
-        except UnmaskError:
+            model, result = _read_finetuned(folder)
+        except DamagedError:
             if folder in given:
                 raise
             continue
-        model = Path(str(result["model"])).resolve() if isinstance(result, dict) and "model" in result else Path()
         if run.resolve() in (model, *model.parents):
-            found.setdefault(folder.resolve(), {**cast("dict[str, Any]", result), "folder": folder})
-    return list(found.values())
+            found.setdefault(folder.resolve(), result)
+    return found
+
+
+def _read_finetuned(folder: Path) -> tuple[Path, Finetuned]:
+    """Return the path of the model that was fine-tuned, and the scores.
+
+    Raises:
+        DamagedError: the file is missing or damaged.
+    """
+    path = folder / RESULTS
+    values: Any = files.read_json(path)
+    try:
+        metric = str(values["main_metric"])
+        rows = [
+            (str(row["name"]), _score_text(row["valid"], metric), _score_text(row["test"], metric))
+            for row in values["rows"]
+        ]
+        result = Finetuned(folder.name, str(values["task"]), metric, len(values["seeds"]), rows)
+        return Path(str(values["model"])).resolve(), result
+    except (KeyError, TypeError, ValueError) as error:  # ValueError: a path with a null character, or no number
+        hint = "run `unmask finetune` again, or delete the file"
+        raise DamagedError("this is not a result of `unmask finetune`", location=str(path), hint=hint) from error
+
+
+def _score_text(scores: Mapping[str, Any], metric: str) -> str:
+    if metric not in scores:
+        return "–"
+    found = scores[metric]
+    mean = float("nan") if found["mean"] is None else float(found["mean"])  # of a correlation with a constant
+    return estimate_text(Estimate(mean, found["standard_error"]), metric)

@@ -19,8 +19,6 @@ from unmask.core.format import count, duration, join_names, visible
 from unmask.core.version import __version__
 from unmask.report import charts
 from unmask.report.collect import Row, RunReport
-from unmask.training.finetuning.report import estimate_text
-from unmask.training.finetuning.train import Estimate
 from unmask.training.runs import differing_settings
 
 _MAX_SETTINGS: Final = 40  # rows of the table of differing settings
@@ -50,7 +48,7 @@ def render(reports: Sequence[RunReport]) -> str:
         "charts": content.charts,
         "sentences": content.sentences,
     }
-    return Template(_resource("page.html")).substitute(
+    page = Template(_resource("page.html")).substitute(
         title=html.escape(f"{name} · unmask"),
         style=_resource("page.css"),
         body=body,
@@ -58,6 +56,7 @@ def render(reports: Sequence[RunReport]) -> str:
         vega=charts.script().replace("</script", "<\\/script").replace("<!--", "<\\!--"),
         script=_resource("page.js"),
     )
+    return page.encode("utf-8", "replace").decode("utf-8")  # a path that is not UTF-8 has lone surrogates
 
 
 def _script_json(value: Any) -> str:
@@ -209,7 +208,7 @@ class _Content:
         summary, last = report.summary, report.last_validation
         name = f'<a href="#run-{self._reports.index(report)}">{_text(report.name)}</a>'
         return [
-            name, _text(summary.state), _number(summary.loss), _number(last.get("unigram_loss")),
+            name, _word(f"state_name_{summary.state}"), _number(summary.loss), _number(last.get("unigram_loss")),
             _number(summary.accuracy, ".1%"), _number(summary.bits_per_character),
             f"{summary.step:,} / {summary.steps:,}", "–" if summary.seconds is None else duration(summary.seconds),
         ]  # fmt: skip
@@ -444,29 +443,17 @@ def _span(span: tuple[str, str, str], letters: bool) -> str:
     if state == "plain":
         return html.escape(text)
     shown = f"{text} → {truth}" if state == "wrong" and not letters else text
-    return f'<mark class="{state}">{html.escape(shown)}</mark>'
+    return f'<mark class="{html.escape(state)}">{html.escape(shown)}</mark>'
 
 
 def _finetuning(number: int, report: RunReport) -> str:
     parts: list[str] = []
-    for result in report.finetuned:
-        name, metric = Path(str(result["folder"])).name, str(result["main_metric"])
-        label = metric.replace("_", " ")
-        parts.append(f"<p>{_word('finetuning_of', visible(name), result['task'], label, len(result['seeds']))}</p>")
-        rows = [
-            [_text(row["name"]), *(_text(_estimate(row[split], metric)) for split in ("valid", "test"))]
-            for row in result["rows"]
-        ]
+    for result in report.finetuned.values():
+        label = result.metric.replace("_", " ")
+        parts.append(f"<p>{_word('finetuning_of', visible(result.name), result.task, label, result.seeds)}</p>")
+        rows = [[_text(cell) for cell in row] for row in result.rows]
         parts.append(_table([_word("method"), _word("valid_column"), _word("test_column")], rows))
     return _section(f"finetuning-{number}", _word("finetuning"), *(parts or [f"<p>{_word('no_finetuning')}</p>"]))
-
-
-def _estimate(scores: Mapping[str, Any], metric: str) -> str:
-    if metric not in scores:
-        return "–"
-    found = scores[metric]
-    mean = float("nan") if found["mean"] is None else float(found["mean"])  # of a correlation with a constant
-    return estimate_text(Estimate(mean, found["standard_error"]), metric)
 
 
 def _text_section(number: int, report: RunReport) -> str:

@@ -100,8 +100,10 @@ def _write_at_end(run: Path, show: Callable[[str], None]) -> None:
         seconds = _MAX_VALIDATION_SECONDS if is_alone else -1.0
         files.write_text(run / NAME, render(collect([run], max_validation_seconds=seconds)))
         show(f"report: {run / NAME}")
-    except (UnmaskError, OSError) as error:
+    except UnmaskError as error:
         show(f"report: not written: {str(error).splitlines()[0]}")
+    except Exception as error:  # such as out of memory on a GPU: the model is saved, so the run has not failed
+        show(f"report: not written: {type(error).__name__}: {str(error).partition(chr(10))[0]}")
 
 
 def _is_newer(file: Path, other: Path) -> bool:

@@ -106,7 +106,7 @@ def open_browser(address: str) -> None:
 # Worker -------------------------------------------------------------------------------------------------------------
 
 
-class _Worker:
+class Worker:
     """Runs functions one after the other on one thread, because two would only slow each other down.
 
     A long computation is an iterator. It waits in the queue again after each step, so others run in between.
@@ -116,13 +116,14 @@ class _Worker:
         self._executor = ThreadPoolExecutor(1, "unmask")
         self._waiting = 0
 
-    async def run(self, function: Callable[..., Result], *arguments: Any) -> Result:
+    async def run(self, function: Callable[..., Result], *arguments: Any, is_next_step: bool = False) -> Result:
         """Return the result of a function. If the caller is canceled, a function that has not begun is left out.
 
         Raises:
-            HTTPException: too many functions are waiting.
+            HTTPException: too many functions are waiting. A next step of a computation is never refused, because its
+                answer has begun.
         """
-        if self._waiting >= _MAX_WAITING:
+        if self._waiting >= _MAX_WAITING and not is_next_step:
             raise HTTPException(503, f"{self._waiting} requests are waiting already")
         self._waiting += 1
         try:
@@ -136,7 +137,7 @@ class _Worker:
 
 def build_app(models: Models) -> ASGIApp:
     """Return the application: the page, its files, the API and its OpenAPI document."""
-    worker, document = _Worker(), openapi(ENDPOINTS)
+    worker, document = Worker(), openapi(ENDPOINTS)
 
     async def list_models(_: Request) -> Response:
         return JSONResponse(plain(await worker.run(models.answer)))
@@ -155,7 +156,7 @@ def build_app(models: Models) -> ASGIApp:
     return _Guard(Starlette(routes=routes, exception_handlers=handlers))
 
 
-def _handler(endpoint: Endpoint, models: Models, worker: _Worker) -> Callable[[Request], Any]:
+def _handler(endpoint: Endpoint, models: Models, worker: Worker) -> Callable[[Request], Any]:
     """Return the function that answers the requests of an endpoint."""
 
     def compute(request: object) -> Any:
@@ -166,7 +167,7 @@ def _handler(endpoint: Endpoint, models: Models, worker: _Worker) -> Callable[[R
         found = await _unless_disconnected(http, worker.run(compute, request))
         if not endpoint.is_stream:
             return JSONResponse(plain(found))
-        first = await worker.run(next, found)  # its errors are answers with their own status
+        first = await worker.run(next, found, is_next_step=True)  # its errors are answers with their own status
         return StreamingResponse(_lines(http, worker, found, first), media_type="application/x-ndjson")
 
     return answer
@@ -217,12 +218,12 @@ async def _unless_disconnected(http: Request, computation: Any) -> Any:
         watching.cancel()
 
 
-async def _lines(http: Request, worker: _Worker, found: Any, first: Any) -> AsyncIterator[str]:
+async def _lines(http: Request, worker: Worker, found: Any, first: Any) -> AsyncIterator[str]:
     """Yield the steps of a computation as lines of JSON, until the client goes away."""
     line = first
     while line is not None:
         yield json.dumps(plain(line), ensure_ascii=False) + "\n"
-        line = None if await http.is_disconnected() else await worker.run(next, found, None)
+        line = None if await http.is_disconnected() else await worker.run(next, found, None, is_next_step=True)
 
 
 def plain(value: Any) -> Any:

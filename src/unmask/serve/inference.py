@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import os
+import re
 from collections.abc import Iterator, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Final
 
@@ -75,8 +78,8 @@ class Models:
             folder = Path(os.path.abspath(path))
             is_step = (folder.parent / RunLayout.RECIPE).is_file()
             name = f"{folder.parent.name}/{folder.name}" if is_step else folder.name
-            number = 1 + sum(known.partition(" (")[0] == name for known in self._runs)
-            self._runs[name if number == 1 else f"{name} ({number})"] = path
+            names = itertools.chain([name], (f"{name} ({number})" for number in itertools.count(2)))
+            self._runs[next(each for each in names if each not in self._runs)] = path
         self._open: dict[str, Model] = {}
         for name in self._runs:
             self.get(name)
@@ -248,7 +251,7 @@ def _tokenized(model: Model, text: str) -> TokenizedText:
     tokens = list_tokens(model.tokenizer, prompt, model.words, is_prompt=True)
     if len(mask) != len(MASK):  # offsets are those of the prompt
         tokens = _moved(tokens, text, mask)
-    words = tuple(_word(first, last, tokens, model) for first, last in _word_spans(text, model.words))
+    words = tuple(_word(first, last, tokens, model) for first, last in _word_spans(text, model.words, mask))
     return TokenizedText(tuple(tokens), words)
 
 
@@ -273,16 +276,17 @@ def _moved(tokens: Sequence[TokenInfo], text: str, mask: str) -> list[TokenInfo]
     ]  # fmt: skip
 
 
-def _word_spans(text: str, rule: WordsRule) -> Iterator[tuple[int, int]]:
-    """Yield the characters [first, last) of each word and of each [MASK], in order."""
+def _word_spans(text: str, rule: WordsRule, mask: str) -> Iterator[tuple[int, int]]:
+    """Yield the characters [first, last) of each word, of each [MASK] and of each mask token of the model, in order."""
     begin = 0
-    for number, part in enumerate(text.split(MASK)):
-        if number:
-            yield begin - len(MASK), begin
-        starts = np.flatnonzero(word_starts(part, rule)).tolist()
-        for first, last in zip(starts, [*starts[1:], len(part)], strict=True):
-            yield begin + first, begin + first + len(part[first:last].rstrip())
-        begin += len(part) + len(MASK)
+    for number, part in enumerate(re.split(f"({re.escape(MASK)}|{re.escape(mask)})", text)):
+        if number % 2:  # what separates the parts
+            yield begin, begin + len(part)
+        else:
+            starts = np.flatnonzero(word_starts(part, rule)).tolist()
+            for first, last in pairwise([*starts, len(part)]):  # none in a part without words
+                yield begin + first, begin + first + len(part[first:last].rstrip())
+        begin += len(part)
 
 
 def _word(first: int, last: int, tokens: Sequence[TokenInfo], model: Model) -> WordInfo:

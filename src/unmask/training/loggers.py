@@ -105,7 +105,7 @@ def read_log(path: Path) -> Iterator[dict[str, Any]]:
             continue
         try:
             yield _parse_line(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             if number == len(lines) - 1:  # without a line end: the write was interrupted
                 return
             raise DamagedError(
@@ -117,7 +117,7 @@ def read_log(path: Path) -> Iterator[dict[str, Any]]:
 
 def _parse_line(line: str) -> dict[str, Any]:
     value: Any = json.loads(line)
-    if not isinstance(value, dict) or not isinstance(value.get("step"), int):
+    if not isinstance(value, dict) or type(value.get("step")) is not int:
         raise ValueError(line)
     return cast("dict[str, Any]", value)
 

@@ -307,7 +307,7 @@ class GroupDifference:
     first: tuple[float, ...]  # of each run
     second: tuple[float, ...]
     difference: float
-    noise: float | None  # standard deviation of the difference of two runs; None with one run in a group
+    noise: float | None  # standard deviation of the difference of two runs; None with one seed in a group
     interval: tuple[float, float] | None  # 95 %, of the difference of the means
 
     @property
@@ -365,20 +365,26 @@ def compare_runs(folder: Path, first: str, second: str) -> GroupComparison:
     is_paired = seeds[0] == seeds[1] and len(set(seeds[0])) == len(seeds[0])
     differing = tuple(key for key in differing_settings([*one, *other]) if not _may_differ(key))
     values = ((measure, *(_values(group, measure) for group in ended)) for measure in COMPARED)
-    differences = tuple(_difference(*row, is_paired=is_paired) for row in values if row[1] and row[2])
+    has_noise = all(len(set(each)) > 1 for each in seeds)  # runs of one seed may be equal, bit for bit
+    differences = tuple(
+        _difference(*row, is_paired=is_paired, has_noise=has_noise) for row in values if row[1] and row[2]
+    )
     return GroupComparison(tuple(one), tuple(other), is_paired, differing, differences, tuple(left_out))
 
 
 def _group(runs: Sequence[RunSummary], folder: Path, name: str) -> list[RunSummary]:
     """Returns the undamaged runs that a name or a pattern stands for."""
     known = [run for run in runs if run.state != "damaged"]
-    matched = [run for run in known if fnmatch.fnmatch(run.run.name, name.removeprefix(f"{folder}/").rstrip("/"))]
+    path = Path(name)
+    short = path.name if path.parent == folder else str(path)
+    named = [run for run in known if run.run.name == short]
+    matched = named or [run for run in known if fnmatch.fnmatch(run.run.name, short)]
     if not matched:
         names = join_names([run.run.name for run in known], 5)
         hint = f"use one of {names}" if names else "name a folder that contains runs"
         raise RunError(f"no run matches `{name}`", location=str(folder), hint=hint)
-    if len(matched) == 1:
-        return [run for run in known if not _unlike([run, matched[0]])]
+    if named:
+        return [run for run in known if not _unlike([run, *named])]
     if different := _unlike(matched):
         raise RunError(
             f"the runs of `{name}` differ in more than their seed: {join_names(different)}",
@@ -409,11 +415,11 @@ def _values(group: Sequence[RunSummary], measure: str) -> tuple[float, ...]:
 
 
 def _difference(
-    measure: str, first: tuple[float, ...], second: tuple[float, ...], *, is_paired: bool
+    measure: str, first: tuple[float, ...], second: tuple[float, ...], *, is_paired: bool, has_noise: bool
 ) -> GroupDifference:
     """Returns the difference of the means, paired by seed or after Welch (1947)."""
     difference = statistics.fmean(second) - statistics.fmean(first)
-    if min(len(first), len(second)) < 2:
+    if not has_noise:
         return GroupDifference(measure, first, second, difference, None, None)
     if is_paired:
         noise = statistics.stdev(two - one for one, two in zip(first, second, strict=True))

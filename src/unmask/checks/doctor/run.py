@@ -6,6 +6,7 @@ import math
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
 from typing import Any, Final
 
@@ -13,9 +14,9 @@ from unmask.checks.audit import audit
 from unmask.checks.audit.maskers import ObjectiveMasker, claims_of_config
 from unmask.checks.audit.settings import AuditConfig, AuditReport
 from unmask.checks.doctor import Finding, Severity, finding, named, severity
-from unmask.core.errors import UnmaskError
+from unmask.core.errors import DamagedError, UnmaskError
 from unmask.core.files import RunLayout
-from unmask.core.format import count, duration
+from unmask.core.format import count, duration, visible
 from unmask.core.types import ProgressCallback
 from unmask.data.advice import MANY_UNKNOWN
 from unmask.models import non_embedding_parameters
@@ -38,6 +39,11 @@ _DEVIATION: Final = 0.15  # of the planned time, as in training/plan.py
 _UNKNOWN: Final = (0.001, MANY_UNKNOWN)
 _LOSS_SPREAD: Final = 2.5  # nats; standard deviation of the loss of single tokens
 _CHANGE_SPREAD: Final = 1.0  # nats; of its change between two validations of one run, on the same tokens
+# Numbers of env.json and of the log's lines; a loss that is not finite is null there.
+_FACTS: Final = ("train_characters", "train_unknown_characters", "train_tokens", "vocabulary")
+_LINE: Final = ("masked_tokens", "training_seconds", "data_wait_fraction", "loss", "grad_norm")
+_VALIDATION: Final = ("masked_tokens", "unigram_loss", "loss")
+_OR_NULL: Final = ("loss", "grad_norm")
 _AUDIT_CHARACTERS: Final = 300_000
 _AUDIT: Final = AuditConfig(samples=512, length=64, batch=8, workers=0, ranks=1)
 
@@ -68,8 +74,11 @@ class _Examined:
     def again(self, *settings: str) -> str:
         """Return the command that starts a run with the same recipe and other settings."""
         options = " ".join(f"--set {setting}" for setting in settings)
-        recipe = shlex.quote(str(self.folder / RunLayout.RECIPE))
-        return f"unmask pretrain {named(self.environment['text']['paths'])} --recipe {recipe} {options}"
+        return f"unmask pretrain {named(self.environment['text']['paths'])} --recipe {self.recipe_path()} {options}"
+
+    def recipe_path(self) -> str:
+        """Return the path of the recipe, as an argument of a shell."""
+        return shlex.quote(str(self.folder / RunLayout.RECIPE))
 
     def slower(self) -> str:
         """Return the command that starts a run with half of the learning rates."""
@@ -88,10 +97,11 @@ def examine_run(folder: Path, progress: ProgressCallback) -> list[Finding]:
     require_run_format(folder)
     recipe, plan = read_recipe(folder)
     environment, log = read_environment(folder), list(read_log(folder / RunLayout.LOG))
-    last_stage = recipe.objectives.index(recipe.objectives[-1])  # the first stage with the last objective
-    first_step = plan.stages[last_stage].first_step
+    same = list(takewhile(lambda objective: objective == recipe.objectives[-1], reversed(recipe.objectives)))
+    first_step = plan.stages[-len(same)].first_step
     validations = [line for line in log if "validation" in line and line["step"] > first_step]
     lines = [line for line in log if "masked_tokens" in line]
+    _check_files(folder, environment, lines, validations)
     run = _Examined(folder, read_run(folder), recipe, plan, environment, lines, validations)
     found = [_state(run), _log(run)]
     if lines:
@@ -104,6 +114,39 @@ def examine_run(folder: Path, progress: ProgressCallback) -> list[Finding]:
     return [*found, _masking(run, progress)]
 
 
+def _check_files(
+    folder: Path, environment: Mapping[str, Any], lines: Sequence[Line], validations: Sequence[Line]
+) -> None:
+    """Check that the log and env.json have the numbers that are examined.
+
+    Raises:
+        DamagedError: one is missing; the error names the file and the step.
+    """
+    facts = environment["text"].get("facts")
+    if missing := _missing(facts, _FACTS):
+        raise DamagedError(
+            f"invalid env.json: text.facts.{missing} is missing",
+            location=str(folder / RunLayout.ENVIRONMENT),
+            hint="restore the file, or start a new run",
+        )
+    tables: list[tuple[int, Any, Sequence[str]]] = [(line["step"], line, _LINE) for line in lines]
+    tables += [(line["step"], line["validation"], _VALIDATION) for line in validations]
+    for step, table, names in tables:
+        if missing := _missing(table, names):
+            raise DamagedError(
+                f"invalid log line: {missing} of step {step:,} is not a number",
+                location=str(folder / RunLayout.LOG),
+                hint="fix or delete that line",
+            )
+
+
+def _missing(table: Any, names: Sequence[str]) -> str:
+    """Return the first name whose value is not a number; an empty string if all are. A loss may be null."""
+    values: Mapping[str, Any] = table if isinstance(table, dict) else {}
+    is_null = {name for name in _OR_NULL if name in values and values[name] is None}
+    return next((name for name in names if name not in is_null and not isinstance(values.get(name), int | float)), "")
+
+
 # State and log --------------------------------------------------------------------------------------------------------
 
 
@@ -113,7 +156,9 @@ def _state(run: _Examined) -> Finding:
     crash = run.folder / RunLayout.CRASH
     if summary.state == "crashed" and crash.is_file():
         text = crash.read_text(encoding="utf-8", errors="replace").strip()
-        figure += f": {text.splitlines()[-1] if text else 'crash.txt is empty'}"
+        figure += f": {visible(text.splitlines()[-1]) if text else 'crash.txt is empty'}"
+    if summary.problem:
+        figure += f": {summary.problem}"
     levels: dict[str, Severity] = {"crashed": "problem", "damaged": "problem", "killed": "note", "stopped": "note"}
     why = "the learning rate falls at the end of the plan: a run that stopped earlier is worse than it could be"
     return finding("state", levels.get(summary.state, "ok"), figure, why, run.resume())
@@ -152,8 +197,15 @@ def _unigram_line(run: _Examined) -> Finding:
         "still at the unigram line, where only frequencies are predicted; the usual causes: too few steps, a learning "
         "rate that is too high or far too low, a mask rate that leaves no context, documents of a few tokens"
     )
-    command = run.resume(f"+{run.plan.steps} steps") if run.tokens < _FEW_TOKENS else run.slower()
-    return Finding("unigram line", "problem", figure, why, command, values)
+    if run.summary.state == "running" and run.tokens < _FEW_TOKENS:
+        why = "the first steps learn frequencies only; context follows after some hundred thousand to a million tokens"
+        command = f"unmask doctor {shlex.quote(str(run.folder))}"
+        return Finding("unigram line", "note", f"{figure}; the run goes on", why, command, values)
+    is_complete = (run.summary.step or 0) >= run.plan.steps
+    command = run.resume(f"+{run.plan.steps} steps" if is_complete else "")
+    return Finding(
+        "unigram line", "problem", figure, why, command if run.tokens < _FEW_TOKENS else run.slower(), values
+    )
 
 
 def _divergence(run: _Examined) -> Finding:
@@ -256,7 +308,7 @@ def _plan(run: _Examined) -> Finding:
     deviation = seconds / planned - 1
     figure += f", planned {duration(planned)} ({deviation:+.0%}); {sum(waited) / len(waited):.1%} spent on waiting"
     spare = max(1, round(run.plan.steps * (planned / max(seconds, 1e-9) - 1)))
-    command = run.resume(f"+{spare} steps") if deviation < 0 else f"unmask bench --recipe {run.folder / 'recipe.toml'}"
+    command = run.resume(f"+{spare} steps") if deviation < 0 else f"unmask bench --recipe {run.recipe_path()}"
     is_budget = run.recipe.train.budget.unit == "seconds"  # otherwise the time was a forecast only
     level = severity(abs(deviation), _DEVIATION, math.inf) if is_budget else "ok"
     return finding("plan", level, figure, why, command, {"seconds": seconds, "planned_seconds": planned})
@@ -293,8 +345,7 @@ def _masking(run: _Examined, progress: ProgressCallback) -> Finding:
 
 
 def _audited(run: _Examined, report: AuditReport, why: str) -> Finding:
-    command = f"unmask audit --recipe {shlex.quote(str(run.folder / RunLayout.RECIPE))} --tokenizer "
-    command += f"{shlex.quote(str(run.folder))}"
+    command = f"unmask audit --recipe {run.recipe_path()} --tokenizer {shlex.quote(str(run.folder))}"
     checks = sum(found.verdict in ("pass", "fail") for found in report.findings)
     if report.passed:
         figure = f"{checks} checks passed: {report['rate'].detail}"

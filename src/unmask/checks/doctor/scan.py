@@ -34,6 +34,7 @@ _MAX_CHARACTERS: Final = 1_000_000  # of a document
 _BLOCK_CHARACTERS: Final = 1_000_000
 _BLOCK_DOCUMENTS: Final = 8192
 _MAX_LINES: Final = 200_000  # counted at a time
+_MAX_LINE_CHARACTERS: Final = 50_000_000  # of these lines together
 _SAMPLE_CHARACTERS: Final = 3_000_000  # for the tokenizer
 _MIN_LETTERS: Final = 20  # of a document that has a script
 _QUOTED: Final = 60  # characters of a text in a finding
@@ -91,7 +92,7 @@ def scan_text(source: BaseSource, progress: ProgressCallback) -> TextScan:
             lines.add(path, text)
             if not text.isascii():
                 _count_misread(scan.misread.setdefault(path, Misread()), text)
-        is_drawn = share >= 1 or rng.uniform(0, "doctor sample", number)[0] < share
+        is_drawn = share >= 1 or number == 0 or rng.uniform(0, "doctor sample", number)[0] < share
         if is_drawn and sampled < 2 * _SAMPLE_CHARACTERS:
             scan.sample.append(text)
             sampled += len(text)
@@ -225,7 +226,7 @@ class _Lines:
 
     def __init__(self) -> None:
         self._counts: dict[str, tuple[int, str]] = {}  # line -> documents that contain it, path of the first
-        self._characters = self._dropped = 0
+        self._characters = self._dropped = self._held = 0
 
     def add(self, path: str, text: str) -> None:
         """Count the lines of a document, each once."""
@@ -234,9 +235,11 @@ class _Lines:
         for line in lines:
             count, first = self._counts.get(line, (0, path))
             self._counts[line] = count + 1, first
-        while len(self._counts) > _MAX_LINES:
+            self._held += 0 if count else len(line)
+        while len(self._counts) > _MAX_LINES or self._held > _MAX_LINE_CHARACTERS:
             self._dropped += 1
             self._counts = {line: entry for line, entry in self._counts.items() if entry[0] > self._dropped}
+            self._held = sum(map(len, self._counts))
 
     def write_to(self, scan: TextScan) -> None:
         """Write the counts of repeated lines."""

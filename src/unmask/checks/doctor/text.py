@@ -54,6 +54,7 @@ _MISREAD_SHARE: Final = 0.2  # of them among the characters of one file that a d
 _LITTLE_CHARACTERS: Final = 1_000_000
 _RARE_COUNT: Final = 10  # occurrences per epoch below which an embedding learns little
 _LISTED_PAIRS: Final = 100
+_SEARCHED: Final = 300  # characters of a repeated line that a command searches for; a line may have a million
 _SAMPLE_BATCH: Final = 1000  # texts that are encoded together
 
 
@@ -175,7 +176,9 @@ def _replaced(text: _Examined) -> Finding:
     share = replaced / max(1, text.report.characters)
     figure = f"{replaced:,} U+FFFD ({share:.2%} of the characters)" if replaced else "none"
     why = "U+FFFD stands for bytes that an earlier program could not decode: the letters are lost"
-    command = f"grep -n $'\\uFFFD' {named(text.names)}"
+    command = f"unmask data inspect {named(text.names)}"
+    if all(map(_is_plain, text.names)):
+        command = f"grep -n $'\\uFFFD' {named(text.names)}"
     return finding(
         "replacement characters", severity(share, *_REPLACED), figure, why, command, {"count": replaced, "share": share}
     )
@@ -268,8 +271,9 @@ def _boilerplate(text: _Examined) -> Finding:
     why = "headers, footers and licenses teach one sentence many times"
     command = f"unmask data inspect {named(text.names)}"
     if line and _is_plain(path):
-        command = f"grep -vF -- {shlex.quote(line)} {shlex.quote(path)} > {shlex.quote(_renamed(path, 'clean'))}"
-    values = {"share": share, "lines": scan.repeated_lines, "line": line, "documents": documents}
+        target = shlex.quote(_renamed(path, "clean"))
+        command = f"grep -vF -- {shlex.quote(line[:_SEARCHED])} {shlex.quote(path)} > {target}"
+    values = {"share": share, "lines": scan.repeated_lines, "line": line[:_SEARCHED], "documents": documents}
     return finding("repeated lines", severity(share, *_BOILERPLATE), figure, why, command, values)
 
 

@@ -149,10 +149,11 @@ export const quiz = {
 
   refresh(page) {
     const words = page.text.words.map((word, index) => ({ ...word, index, text: page.text.wordText(index) }));
-    const possible = words.filter((word) => !word.is_mask && !word.is_unknown && word.num_tokens <= QUIZ_TOKENS && /\p{L}{2}/u.test(word.text));
-    if (!possible.length || words.length < 3) {
+    const possible = words.filter((word) => !word.is_unknown && word.num_tokens <= QUIZ_TOKENS && /\p{L}{2}/u.test(word.text));
+    const hasMask = words.some((word) => word.is_mask);
+    if (hasMask || !possible.length || words.length < 3) {
       this.word = null;
-      page.show([el("p", { className: "hint" }, t("quizTooShort"))]);
+      page.show([el("p", { className: "hint" }, t(hasMask ? "quizMask" : "quizTooShort"))]);
       return;
     }
     const fresh = possible.filter((word) => !this.asked.includes(word.text));

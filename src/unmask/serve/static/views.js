@@ -165,6 +165,8 @@ export const surprisal = {
 
 // Swap ---------------------------------------------------------------------------------------------------------------
 
+const SAME = 0.05; // bits: less is shown as 0.0
+
 export const swap = {
   options: { method: "within-word", word: 0, replacement: "" },
 
@@ -194,7 +196,7 @@ export const swap = {
       const body = { texts, model, method: this.options.method };
       const [before, after] = (await post("/score", body, signal)).results;
       const difference = after.surprisal - before.surprisal;
-      const result = t("swapResult", {
+      const result = Math.abs(difference) < SAME ? t("same") : t("swapResult", {
         bits: number(Math.abs(difference)),
         direction: t(difference > 0 ? "more" : "less"),
         judgment: t(difference > 0 ? "unlikelier" : "likelier"),
