@@ -147,12 +147,14 @@ settings = ["objective.mask_rate=0.8"]
 """
 
 
+# A shell starts processes in the background with SIGINT ignored.
 LAUNCHER = """
-import json, os, sys
+import json, os, signal, sys
 from pathlib import Path
 import torch._dynamo, unmask.checks.studies.run, unmask.evaluation.minimal_pairs, unmask.models.generate
 import unmask.training.finetuning.api
 from unmask.cli import main
+signal.signal(signal.SIGINT, signal.default_int_handler)
 commands, children = json.loads(sys.argv[1]), []
 for arguments in commands:
     children.append(os.fork())
