@@ -38,8 +38,8 @@ _SIZES = ((2, 128), (3, 128), (3, 192), (4, 256), (4, 320), (6, 320), (6, 384), 
 """Layers and width, in the order of their parameters."""
 _FIRST = (3, 128)  # is measured first
 # At equal seconds, smaller models have a lower loss until larger ones see about this many tokens per parameter outside
-# the embedding. Extrapolated from runs of 100 and 410 s on one CPU thread (docs/diary.md, 2026-11-29).
-_TOKENS_PER_PARAMETER = 25.0
+# the embedding: 3 × 192 loses with 7 and wins with 24 (10 and 30 minutes, one seed; docs/diary.md, 2026-11-29).
+_TOKENS_PER_PARAMETER = 20.0
 _FIXED_FLOPS = 8e6  # a token costs as many seconds as so many FLOPs, for work that isn't a matrix product
 _MAX_MEASUREMENTS = 3
 
