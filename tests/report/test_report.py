@@ -193,6 +193,12 @@ def test_what_can_t_be_reported_is_refused(refused: Refused, run: Path, tmp_path
     for damaged in ('{"model": "run"}', "[]", '{"main_metric": 1, "rows": 2, "model": "a\\u0000"}'):
         (tmp_path / "scores" / "finetune.json").write_text(damaged)
         assert "this is not a result of `unmask finetune`" in refused(run, "--finetuned", tmp_path / "scores")
+    environment = (run / "env.json").read_text()
+    cases = (("platform", 1, "platform is not a string"), ("text", {"paths": "a"}, "text.paths is not"))
+    for key, value, says in cases:
+        (run / "env.json").write_text(json.dumps(json.loads(environment) | {key: value}))
+        assert f"invalid env.json: {says}" in refused(run)
+    (run / "env.json").write_text(environment)
     (run / "log.jsonl").rename(run / "log")
     assert "nothing to report" in refused(run)
     (run / "log.jsonl").write_text("")
@@ -250,7 +256,7 @@ def test_a_report_that_fails_does_not_fail_the_run(run: Path) -> None:
     lines: list[str] = []
     with report_at_end(lines.append) as ended:
         ended(run)
-    assert lines == ["report: not written: KeyError: 'platform'"]
+    assert lines == ["report: not written: invalid env.json: platform is missing"]
 
 
 def test_other_ranks_write_nothing(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -460,7 +460,8 @@ def _text_section(number: int, report: RunReport) -> str:
     text, facts = report.environment["text"], report.environment["text"]["facts"]
     paths = [Path(str(path)).name for path in text["paths"]]
     named = _text(join_names(paths, 4)) if paths else _word("in_memory")
-    num_files = len(text.get("files", ()))
+    listed = text.get("files")  # of a text in files
+    num_files = len(listed) if isinstance(listed, list) else 0
     if num_files > 1:
         named += f" ({_word('files', f'{num_files:,}')})"
     rows = [

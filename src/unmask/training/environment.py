@@ -14,13 +14,14 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 from unmask.core import files
 from unmask.core.distributed import DistributedContext
 from unmask.core.errors import DamagedError, RunError, TextError
 from unmask.core.files import RunLayout
 from unmask.core.plugins import PluginSourceConfig, plugin_facts
+from unmask.core.remote import masked
 from unmask.core.version import __version__
 from unmask.data.readers.hf_datasets import PREFIX
 from unmask.data.settings import DataConfig
@@ -41,7 +42,23 @@ from unmask.training.runs import RUN_FORMAT
 from unmask.training.setup import RunComponents, attention_backend
 
 _PACKAGES = ("torch", "numpy", "tokenizers", "safetensors")
-_REQUIRED = (("determinism", "threads"), ("text", "paths"), ("text", "fingerprint"), ("text", "tokenizer"))
+_FACTS = ("documents", "characters", "tokens", "unknown_characters")
+# What readers of env.json rely on. A list is one of strings.
+_EXPECTED: dict[str, type] = {
+    "command": list,
+    "platform": str,
+    "determinism": dict,
+    "determinism.threads": int,
+    "text": dict,
+    "text.paths": list,
+    "text.fingerprint": str,
+    "text.tokenizer": str,
+    "text.facts": dict,
+    "text.facts.characters": int,
+    "text.facts.vocabulary": int,
+    **{f"text.facts.{part}_{name}": int for part in ("train", "held_out") for name in _FACTS},
+}
+_KINDS = {list: "a list of strings", str: "a string", dict: "a table", int: "a count"}
 AnySource = TypeVar("AnySource", bound=BaseSource)
 _Facts = Mapping[str, Any]  # the facts of one text, as `_text_facts` returns them
 
@@ -60,7 +77,7 @@ def write_environment(
         "determinism": determinism_key(components.context, recipe),
         "plugins": {p.role: plugin_facts(p) for p in recipe.plugins if p.changes_results},
         "platform": platform.platform(),
-        "command": sys.argv,
+        "command": list(map(masked, sys.argv)),  # without credentials of addresses
         "back_ends": {"attention": attention_backend(recipe, components.context)},
         "matmul_flops_per_second": flops_per_second,
         "text": {
@@ -108,16 +125,20 @@ def read_environment(run: Path) -> dict[str, Any]:
     """Returns the content of RUN/env.json.
 
     Raises:
-        DamagedError: the file is missing, truncated, or lacks a value that a resume needs.
+        DamagedError: the file is missing or truncated, or a value is missing or of another type; the error names it.
     """
     path = run / RunLayout.ENVIRONMENT
     environment = files.read_json(path)
-    for table, key in _REQUIRED:
-        try:
-            environment[table][key]
-        except (KeyError, TypeError) as error:
-            message = f"invalid env.json: {table}.{key} is missing"
-            raise DamagedError(message, location=str(path), hint="restore the file, or start a new run") from error
+    for key, expected in _EXPECTED.items():
+        value: Any = environment
+        for name in key.split("."):
+            value = cast("dict[str, Any]", value).get(name) if isinstance(value, dict) else None
+        items = cast("list[Any]", value) if isinstance(value, list) else []
+        is_negative = isinstance(value, int) and value < 0
+        if type(value) is not expected or is_negative or not all(isinstance(item, str) for item in items):
+            problem = "is missing" if value is None else f"is not {_KINDS[expected]}"
+            message = f"invalid env.json: {key} {problem}"
+            raise DamagedError(message, location=str(path), hint="restore the file, or start a new run")
     return environment
 
 

@@ -39,8 +39,7 @@ _DEVIATION: Final = 0.15  # of the planned time, as in training/plan.py
 _UNKNOWN: Final = (0.001, MANY_UNKNOWN)
 _LOSS_SPREAD: Final = 2.5  # nats; standard deviation of the loss of single tokens
 _CHANGE_SPREAD: Final = 1.0  # nats; of its change between two validations of one run, on the same tokens
-# Numbers of env.json and of the log's lines; a loss that is not finite is null there.
-_FACTS: Final = ("train_characters", "train_unknown_characters", "train_tokens", "vocabulary")
+# Numbers of the log's lines; a loss that is not finite is null there.
 _LINE: Final = ("masked_tokens", "training_seconds", "data_wait_fraction", "loss", "grad_norm")
 _VALIDATION: Final = ("masked_tokens", "unigram_loss", "loss")
 _OR_NULL: Final = ("loss", "grad_norm")
@@ -101,7 +100,7 @@ def examine_run(folder: Path, progress: ProgressCallback) -> list[Finding]:
     first_step = plan.stages[-len(same)].first_step
     validations = [line for line in log if "validation" in line and line["step"] > first_step]
     lines = [line for line in log if "masked_tokens" in line]
-    _check_files(folder, environment, lines, validations)
+    _check_log(folder, lines, validations)
     run = _Examined(folder, read_run(folder), recipe, plan, environment, lines, validations)
     found = [_state(run), _log(run)]
     if lines:
@@ -114,21 +113,12 @@ def examine_run(folder: Path, progress: ProgressCallback) -> list[Finding]:
     return [*found, _masking(run, progress)]
 
 
-def _check_files(
-    folder: Path, environment: Mapping[str, Any], lines: Sequence[Line], validations: Sequence[Line]
-) -> None:
-    """Check that the log and env.json have the numbers that are examined.
+def _check_log(folder: Path, lines: Sequence[Line], validations: Sequence[Line]) -> None:
+    """Check that the log has the numbers that are examined.
 
     Raises:
-        DamagedError: one is missing; the error names the file and the step.
+        DamagedError: one is missing; the error names the step.
     """
-    facts = environment["text"].get("facts")
-    if missing := _missing(facts, _FACTS):
-        raise DamagedError(
-            f"invalid env.json: text.facts.{missing} is missing",
-            location=str(folder / RunLayout.ENVIRONMENT),
-            hint="restore the file, or start a new run",
-        )
     tables: list[tuple[int, Any, Sequence[str]]] = [(line["step"], line, _LINE) for line in lines]
     tables += [(line["step"], line["validation"], _VALIDATION) for line in validations]
     for step, table, names in tables:
