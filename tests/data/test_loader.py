@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from unmask.core.types import SPECIAL, SampleSpec, TokenSpan
-from unmask.data.loader import SampleStream, assign_microbatches, read_sample
+from unmask.data.loader import SampleStream, StageLoader, assign_microbatches, read_sample
 from unmask.data.sampling import WindowSampler
 from unmask.data.shards import Shards, open_shards
 from unmask.tokenization.settings import CharacterConfig
@@ -96,3 +96,31 @@ def test_micro_batches_are_even_and_few() -> None:
     assert len(assigned[0]) == -(-sum(lengths) // (4 * 4096))
     assert max(map(max, loads)) - min(map(min, loads)) < 130
     assert [len(micros) for micros in assign_microbatches([60] * 100, 1, 100)] == [100]
+
+
+def test_a_thousand_ranks_share_an_epoch(tmp_path: Path, write_shards: Any) -> None:
+    """Each sample goes to one rank, whatever their number, and all ranks get about as many tokens."""
+    tokenizer = train_tokenizer(TEXTS, CharacterConfig())
+    lengths = np.random.default_rng(0).integers(1, 1000, 2500).tolist()
+    ids = np.full(1000, tokenizer.regular_token_ids[0])
+    chunks = [(ids[:length], np.zeros(length, dtype=np.uint8), length, 0, True) for length in lengths]
+    write_shards(tmp_path / "shards", chunks, tokenizer.size, tokenizer.fingerprint, batch=1000)
+    shards = open_shards(tmp_path / "shards")
+    sampler = WindowSampler(shards.lengths, 126, seed=1)
+    stream, ranks, longest = SampleStream(shards, sampler, tokenizer), 1024, 128
+    loader = StageLoader(shards, tokenizer, sampler, micro_tokens=512)
+    cursor, seen = 0, list[int]()
+    while cursor < sampler.count(0):
+        specs, after = stream.take(cursor, ranks * 512)
+        assigned = assign_microbatches(stream.lengths(specs), ranks, 512)
+        numbers = [[specs[index].number for micro in micros for index in micro] for micros in assigned]
+        loads = [sum(stream.lengths([specs[index] for micro in micros for index in micro])) for micros in assigned]
+        assert max(loads) - min(loads) <= longest and max(loads) < 1.2 * sum(loads) / ranks
+        for rank in (0, 511, 1023):
+            batches, rank_after = loader.step(cursor, ranks * 512, rank, ranks)
+            assert [number for batch in batches for _, number in batch.sample_keys_B2.tolist()] == numbers[rank]
+            assert rank_after == after
+        taken = [specs[index] for micros in assigned for micro in micros for index in micro]
+        seen += [spec.number for spec in taken if spec.epoch == 0]
+        cursor = after
+    assert sorted(seen) == list(range(sampler.count(0)))

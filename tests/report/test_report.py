@@ -278,7 +278,8 @@ def test_pairs_and_fine_tuning(prose: Path, small: list[str], tmp_path: Path) ->
     score = {"accuracy": {"mean": 0.81, "standard_error": 0.01}}
     result = {
         "task": "classify", "model": str(run / "best"), "main_metric": "accuracy", "seeds": [{}, {}],
-        "rows": [{"name": "fine-tuned", "runs": 2, "valid": score, "test": {}}],
+        "rows": [{"name": "fine-tuned", "runs": 2, "valid": score, "test": {}}], "best_seed": 1,
+        "confusion": {"split": "valid", "labels": ["<bad>", "good"], "counts": [[1234, 7], [8, 9]]},
     }  # fmt: skip
     for name, model in (("reviews", run / "best"), ("others", tmp_path / "another")):
         (tmp_path / name).mkdir()
@@ -287,6 +288,7 @@ def test_pairs_and_fine_tuning(prose: Path, small: list[str], tmp_path: Path) ->
     steps = [row["step"] for row in data_of(page)["tables"]["pairs-0"] if row["method"] == "original"]
     assert steps == [1, 2] and "2 pairs of" in text_of(page)
     assert "reviews: task classify" in text_of(page) and "81.00 % ± 1.00" in text_of(page)
+    assert "of seed 1" in text_of(page) and '<td>&lt;bad&gt;</td><td class="n">1,234</td>' in page
     assert "others: task" not in text_of(page)
     (tmp_path / "others" / "finetune.json").write_text(json.dumps({"model": str(run)}))
     assert "others" not in text_of(write_report(run).read_text(encoding="utf-8")), "a damaged one is left out"

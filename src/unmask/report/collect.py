@@ -38,6 +38,7 @@ _PREVIEW_CHARACTERS: Final = 300_000  # of all runs together
 _MAX_PREVIEWS: Final = 60
 # Of a validation that was not measured, for each parameter and token: 23G of them took 0.7 s of one thread.
 _SECONDS_PER_PARAMETER: Final = 3e-11
+_MAX_LABELS: Final = 12  # in the table of confusions
 _MAX_FINETUNED: Final = 200  # folders that are searched for results of fine-tuning
 _TRAINING: Final = ("loss", "accuracy", "tokens_per_second", "learning_rate", "grad_norm")
 _VALIDATION: Final = ("loss", "accuracy", "bits_per_character", "unigram_loss")
@@ -64,6 +65,16 @@ class PreviewStep:
 
 
 @dataclass(frozen=True)
+class ConfusionTable:
+    """How often each label (rows) got each prediction (columns)."""
+
+    split: str  # "test" or "valid"
+    seed: int
+    labels: Sequence[str]
+    counts: Sequence[Sequence[int]]
+
+
+@dataclass(frozen=True)
 class Finetuned:
     """The scores of a fine-tuning: for each method its name, and its scores in validation and test as text."""
 
@@ -72,6 +83,7 @@ class Finetuned:
     metric: str
     seeds: int
     rows: Sequence[tuple[str, str, str]]
+    confusion: ConfusionTable | None  # of the best seed; None for a regression or many labels
 
 
 @dataclass(frozen=True)
@@ -367,11 +379,22 @@ def _read_finetuned(folder: Path) -> tuple[Path, Finetuned]:
             (str(row["name"]), _score_text(row["valid"], metric), _score_text(row["test"], metric))
             for row in values["rows"]
         ]
-        result = Finetuned(folder.name, str(values["task"]), metric, len(values["seeds"]), rows)
+        confusion = _read_confusion(values["confusion"], int(values["best_seed"]))
+        result = Finetuned(folder.name, str(values["task"]), metric, len(values["seeds"]), rows, confusion)
         return Path(str(values["model"])).resolve(), result
     except (KeyError, TypeError, ValueError) as error:  # ValueError: a path with a null character, or no number
         hint = "run `unmask finetune` again, or delete the file"
         raise DamagedError("this is not a result of `unmask finetune`", location=str(path), hint=hint) from error
+
+
+def _read_confusion(values: Mapping[str, Any] | None, seed: int) -> ConfusionTable | None:
+    if values is None or len(values["labels"]) > _MAX_LABELS:
+        return None
+    labels = [str(label) for label in values["labels"]]
+    counts = [[int(count) for count in row] for row in values["counts"]]
+    if [len(row) for row in counts] != [len(labels)] * len(labels):
+        raise ValueError(f"got {len(counts)} rows of counts for {len(labels)} labels")
+    return ConfusionTable(str(values["split"]), seed, labels, counts)
 
 
 def _score_text(scores: Mapping[str, Any], metric: str) -> str:

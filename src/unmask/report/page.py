@@ -453,6 +453,11 @@ def _finetuning(number: int, report: RunReport) -> str:
         parts.append(f"<p>{_word('finetuning_of', visible(result.name), result.task, label, result.seeds)}</p>")
         rows = [[_text(cell) for cell in row] for row in result.rows]
         parts.append(_table([_word("method"), _word("valid_column"), _word("test_column")], rows))
+        if table := result.confusion:
+            split = _word("test_column" if table.split == "test" else "valid_column")
+            labels = [_text(label) for label in table.labels]
+            counts = [[label, *(f"{n:,}" for n in row)] for label, row in zip(labels, table.counts, strict=True)]
+            parts += [f"<p>{_word('confusion', table.seed)}</p>", _table([split, *labels], counts)]
     return _section(f"finetuning-{number}", _word("finetuning"), *(parts or [f"<p>{_word('no_finetuning')}</p>"]))
 
 
