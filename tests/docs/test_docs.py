@@ -25,6 +25,7 @@ from typing import Any
 
 import pyarrow
 import pytest
+import yaml
 import zstandard
 from pyarrow import parquet
 
@@ -411,3 +412,19 @@ def test_budgets_are_cut_and_what_a_page_sets_wins() -> None:
         assert "--set=data.tokenizer.vocab_size=280" in cut_down(["pretrain", "a.txt", *chosen])
     (part,) = simple_commands('python -m unmask fill runs/a "The [MASK] | sat."  # a remark')
     assert part == ["python", "-m", "unmask", "fill", "runs/a", "The [MASK] | sat."] and arguments_of(part) == 3
+
+
+def test_job_files_for_clusters_are_well_formed() -> None:
+    """They can't run here: YAML is read, and a script for Slurm is checked by bash."""
+    found = [(page.name, block) for page in PAGES for block in blocks(page.read_text(encoding="utf-8"))]
+    kinds = {
+        (name, each["apiVersion"], each["kind"])
+        for name, block in found
+        if block.language == "yaml"
+        for each in yaml.safe_load_all("\n".join(block.lines))
+    }
+    assert kinds == {("scale.md", "batch/v1", "Job"), ("scale.md", "v1", "Service")}
+    scripts = ["\n".join(block.lines) for _, block in found if any(line.startswith("#SBATCH") for line in block.lines)]
+    assert scripts
+    for script in scripts:
+        assert subprocess.run(["bash", "-n"], input=script, text=True, check=False).returncode == 0, script
