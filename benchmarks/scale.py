@@ -126,9 +126,10 @@ def row(scenario: Scenario, gpus: int, tokens: int) -> dict[str, float | int | s
     compute = per_token * tokens / gpus / (EFFICIENCY * PEAK_FLOPS)
     micro = min(scenario.micro_tokens, tokens // gpus)
     # DDP sums gradients once a step, while the last backward pass goes on: two thirds of a micro-batch's computation.
-    # FSDP gathers the weights twice and scatters the sums of gradients, for each micro-batch; all of it can overlap.
+    # FSDP gathers the weights twice for each micro-batch and scatters the sums of gradients once a step; all of it can
+    # overlap. Until the last micro-batch, gradients are whole on each rank.
     micros = -(-tokens // (gpus * micro))
-    ddp, fsdp = ring_seconds(FLOAT * parameters, gpus, 2), micros * ring_seconds(FLOAT * parameters, gpus, 3)
+    ddp, fsdp = (ring_seconds(FLOAT * parameters, gpus, passes) for passes in (2, 2 * micros + 1))
     recipe = load_recipe("modern-base")
     stage = StageConfig(max_seq_len=scenario.length, batch_size=Quantity.parse(f"{micro} tokens"))
     recipe = replace(recipe, model=scenario.model, stage=(stage,))
@@ -137,6 +138,7 @@ def row(scenario: Scenario, gpus: int, tokens: int) -> dict[str, float | int | s
         required_bytes(recipe, scenario.vocab_size, context, micro),
         training_bytes(parameters, has_ema=False),
     )
+    whole_gradients = FLOAT * parameters if micros > 1 else 0
     checkpoint = FLOAT * parameters * (2 + scenario.optimizer_tensors)  # the model, and the state of a resume
     return {
         "model": scenario.name, "parameters": parameters, "GPUs": gpus, "tokens of a step": tokens,
@@ -145,7 +147,7 @@ def row(scenario: Scenario, gpus: int, tokens: int) -> dict[str, float | int | s
         "FSDP exposed ms": 1e3 * max(0.0, fsdp - compute),
         "order ms": 1e3 * order_seconds(scenario.length, tokens, gpus),
         "read MB/s": TOKEN_BYTES * tokens / max(compute, ddp) / 1e6,
-        "DDP GB": needed / 1e9, "FSDP GB": (needed - states * (1 - 1 / gpus)) / 1e9,
+        "DDP GB": needed / 1e9, "FSDP GB": (needed - states * (1 - 1 / gpus) + whole_gradients) / 1e9,
         "checkpoint GB": checkpoint / 1e9, "checkpoint s": checkpoint / NODE_DISK,
     }  # fmt: skip
 
