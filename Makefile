@@ -5,7 +5,7 @@ BIN := .venv/bin
 STAMP := .venv/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test check bench docs fuzz-import
+.PHONY: help install demo test check bench docs fuzz fuzz-import
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 19
@@ -41,6 +41,9 @@ bench: ## time to loss, recipe seed against char, 15 minutes: make bench TEXT=ti
 	@test -f "$(TEXT)" || { echo "file not found: $(TEXT); hint: make bench TEXT=path/to/tinyshakespeare.txt" >&2; exit 2; }
 	@$(MAKE) --no-print-directory install
 	$(BIN)/python benchmarks/time_to_loss.py "$(TEXT)"
+
+fuzz: install ## give changed and random input to every reader, and damage every file (hours)
+	$(BIN)/python benchmarks/fuzz.py --json benchmarks/results/fuzz.json
 
 fuzz-import: install ## change every key of four small Hugging Face folders, import each, and compare with transformers (minutes)
 	$(BIN)/python benchmarks/fuzz_import.py --json benchmarks/results/fuzz_import.json

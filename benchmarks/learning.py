@@ -156,12 +156,13 @@ def recipe_run(recipe: Recipe, components: RunComponents, seconds: float, eval_s
     measured = replace(measure(recipe, components), validate_seconds=0.0, save_seconds=0.0)
     probed = clock(context) - begin
     plan = make_plan(recipe.stage, Quantity(seconds, "seconds"), recipe.train.every, epoch_tokens, measured)
-    module, evaluating, begin = components.training.eval_module, 0.0, clock(context)
+    evaluating, begin = 0.0, clock(context)
 
     def record(state: TrainState) -> None:
         nonlocal evaluating
         now = clock(context)
-        result = evaluate(module.encoder, module.head, eval_set, context)
+        with components.training.eval_module() as module:
+            result = evaluate(module.encoder, module.head, eval_set, context)
         curve.append({
             "step": state.step,
             "tokens": state.tokens,

@@ -6,6 +6,7 @@ A renamed function or field changes this file and cases.py, never a digest.
 from __future__ import annotations
 
 import contextlib
+import copy
 import io
 import json
 import os
@@ -376,7 +377,7 @@ def random_draws(seed: int, stream: str, keys: Sequence[Any]) -> list[Any]:
 
 def moving_average(module: torch.nn.Module, decay: float, steps: int) -> list[Any]:
     """Returns the average of a module's weights while each step multiplies them by 1.1."""
-    average: Any = EMA(module, decay)  # type: ignore[arg-type]
+    average: Any = EMA(copy.deepcopy(module), decay)  # type: ignore[arg-type]
     result: list[Any] = []
     for step in range(steps):
         with torch.no_grad():

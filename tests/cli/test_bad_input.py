@@ -464,8 +464,11 @@ def test_a_changed_corpus(refused: Refused, small_run: Path, run: Path) -> None:
 
 def test_a_changed_tokenizer(refused: Refused, unmask: Command, run: Path) -> None:
     """A run owns its tokenizer: settings that would train another one change nothing, another file is refused."""
-    recipe = (run / "recipe.toml").read_text()
-    (run / "recipe.toml").write_text(recipe.replace("min_frequency = 1", "min_frequency = 100"))
+    first, _, recipe = (run / "recipe.toml").read_text().partition("\n")
+    recipe = recipe.replace("min_frequency = 1", "min_frequency = 100")
+    (run / "recipe.toml").write_text(f"{first}\n{recipe}")
+    refused("pretrain", "--resume", "run", "--budget", "+1 steps", says=("recipe.toml", "have changed since"))
+    (run / "recipe.toml").write_text(recipe)
     assert unmask("pretrain", "--resume", "run", "--budget", "+1 steps")[0] == 0
     file = run / "tokenizer" / "tokenizer.json"
     tokenizer = json.loads(file.read_text())
@@ -475,7 +478,7 @@ def test_a_changed_tokenizer(refused: Refused, unmask: Command, run: Path) -> No
 
 
 def test_a_recipe_of_another_shape(refused: Refused, run: Path) -> None:
-    recipe = (run / "recipe.toml").read_text()
+    recipe = (run / "recipe.toml").read_text().partition("\n")[2]  # without the digest
     (run / "recipe.toml").write_text(recipe.replace("hidden_size = 16", "hidden_size = 32"))
     refused("pretrain", "--resume", "run", "--budget", "+1 steps", says=("weights", "recipe.toml"))
 
@@ -488,7 +491,7 @@ def test_a_recipe_of_another_shape(refused: Refused, run: Path) -> None:
         (("--budget", "2 steps"), ("2 steps does not exceed", "+1 epoch")),
         (
             ("--set", "objective.mask_rate=0.3"),
-            ("objective.mask_rate", "train.every, train.keep_last, train.report, preview"),
+            ("objective.mask_rate", "train.every, train.keep_last, train.report, train.upload, preview"),
         ),
         (("--set", "train.every.save=5 tokens"), ("train.every.save",)),
         (("--out", "elsewhere"), ("--out",)),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -118,6 +119,13 @@ def test_ids_beyond_the_vocabulary_are_damage(tmp_path: Path, write_shards: Any)
     write_shards(folder, encoded([30], 100, seed=1), 100, "print")
     index = folder / "index.json"
     index.write_text(index.read_text().replace('"vocabulary": 100', '"vocabulary": 50'))
+    write_manifest(folder)
+    with pytest.raises(DamagedError, match="invalid column `token_counts`"):
+        open_shards(folder)
+    shutil.rmtree(folder)
+    write_shards(folder, encoded([30], 100, seed=1), 100, "print")
+    shard = folder / "shard-00000.safetensors"
+    shard.write_bytes(shard.read_bytes()[:256] + (100).to_bytes(2, "little") + shard.read_bytes()[258:])
     write_manifest(folder)
     with pytest.raises(DamagedError, match="less than the vocabulary size") as caught:
         open_shards(folder, verify=True)

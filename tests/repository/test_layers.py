@@ -78,7 +78,7 @@ def test_the_tree_stays_small() -> None:
     entries = {path.name for path in SOURCE.iterdir() if path.name != "__pycache__"}
     assert entries <= TOP_ENTRIES
     files = list(SOURCE.rglob("*.py"))
-    assert len(files) <= 170
+    assert len(files) <= 175
     for folder in {path.parent for path in files}:
         modules = [path for path in files if path.parent == folder and path.name != "__init__.py"]
         assert len(modules) <= 15, f"{folder.relative_to(SOURCE)} has {len(modules)} modules"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 
@@ -41,7 +42,7 @@ def build_module() -> TrainModule:
 def test_the_average_follows_its_formula() -> None:
     """Compared with float64: early on d = (1 + n) / (10 + n), later the decay."""
     trained = build_module()
-    average = EMA(trained, 0.7)
+    average = EMA(copy.deepcopy(trained), 0.7)
     reference = {name: value.double() for name, value in trained.state_dict().items()}
     for step in range(40):
         with torch.no_grad():

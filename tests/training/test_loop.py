@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
+import socket
 import subprocess
 import sys
 import threading
@@ -26,6 +28,7 @@ from unmask.models import build_model, build_pair
 from unmask.models.bert import BertConfig
 from unmask.models.electra import build_electra
 from unmask.models.modernbert import ModernBertConfig
+from unmask.models.parallel import Parallel, gather, share
 from unmask.objectives.mlm import MaskedLMConfig, MaskedLMObjective
 from unmask.objectives.rtd import ReplacedTokenConfig, ReplacedTokenObjective
 from unmask.objectives.sentence_pairs import BertPretrainingConfig, BertPretrainingObjective
@@ -79,14 +82,15 @@ class RandomLoader:
 def after_three_steps(
     micro_tokens: int,
     context: DistributedContext,
-    texts: int = 34,
     *,
     kind: str = "masks",
     prefetch: bool = True,
     compiled: bool = False,
+    parallel: Parallel = "ddp",
 ) -> tuple[dict[str, torch.Tensor], TrainState, RandomLoader]:
     torch.manual_seed(3)
-    shape = (ModernBertConfig if kind == "masks" else BertConfig)(
+    texts = 1 if kind == "single" else 34
+    shape = (ModernBertConfig if kind in ("masks", "single", "muon") else BertConfig)(
         num_hidden_layers=2, hidden_size=32, num_attention_heads=2, intermediate_size=48
     )
     encoder, head = build_model(shape, VOCABULARY)
@@ -101,22 +105,23 @@ def after_three_steps(
         masked_lm = MaskedLMObjective(settings, 4, regular_ids)
         objective = ReplacedTokenObjective(settings, masked_lm, modules, regular_ids, VOCABULARY)
     module = TrainModule(encoder, head, objective.modules)
+    parallelism = share(parallel, context, module, [objective, masks])
     # AdamW divides by the root of the second moments: where they are tiny, rounding would become a full step. With a
     # large eps the differences of the weights are those of the gradients.
-    optimizer = Optimizer(module, OptimizerConfig(kind="adam", lr=1e-3, eps=1e-2), bf16=False)
+    algorithm: Any = "muon" if kind == "muon" else "adam"
+    optimizer = Optimizer(module, OptimizerConfig(kind=algorithm, lr=1e-3, eps=1e-2), bf16=False)
     loader = RandomLoader(micro_tokens, texts, pairs=kind in ("pairs", "stages"))
     plan, objectives = Plan((StagePlan(90, TOKENS, 0, 3, 0.0),)), [objective]
     if kind == "stages":  # the second of three steps trains the pair head
         plan = Plan(tuple(StagePlan(90, TOKENS, step, 1, 0.0) for step in range(3)))
         objectives = [masks, objective, masks]
     state = TrainState()
-    train(
-        TrainLoopInputs(module, objectives, [loader] * len(objectives), optimizer, lambda p, s: 1.0, context, seed=5),
-        plan,
-        state,
-        prefetch=prefetch,
+    loaders = [loader] * len(objectives)
+    inputs = TrainLoopInputs(
+        module, objectives, loaders, optimizer, lambda p, s: 1.0, context, seed=5, parallelism=parallelism
     )
-    return dict(module.state_dict()), state, loader
+    train(inputs, plan, state, prefetch=prefetch)
+    return {name: gather(tensor) for name, tensor in module.state_dict().items()}, state, loader
 
 
 @pytest.fixture(scope="module")
@@ -164,30 +169,43 @@ def test_compilation_without_a_compiler_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def on_two_ranks(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder with the weights of two real processes over gloo, started by torchrun, for each kind of objective."""
+def on_ranks(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder with the weights of 2 and of 4 real processes over gloo, for each kind of objective and of sharing."""
     folder = tmp_path_factory.mktemp("ranks")
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=0",
-               "--rdzv_backend=c10d", "--rdzv_endpoint=localhost:0", __file__, str(folder)]  # fmt: skip
-    done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=120)
+    command = [sys.executable, __file__, str(folder)]
+    done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=500)
     assert done.returncode == 0, done.stderr[-3000:]
     return folder
 
 
-def weights_of(folder: Path, kind: str) -> list[dict[str, torch.Tensor]]:
-    return [load_file(folder / f"{kind}-{rank}.safetensors") for rank in (0, 1)]
+def assert_equal_on(folder: Path, kind: str, expected: dict[str, torch.Tensor], ranks: int = 2) -> None:
+    """Compare the weights of each rank, of replicas and of shards, with those of one process."""
+    for parallel in ("ddp", "fsdp"):
+        first, *others = (load_file(folder / f"{kind}-{parallel}-{ranks}-{rank}.safetensors") for rank in range(ranks))
+        assert first.keys() == expected.keys(), "sharing a module keeps the names of its weights"
+        for name, tensor in expected.items():
+            torch.testing.assert_close(first[name], tensor, rtol=0, atol=2e-6)
+            assert all(torch.equal(first[name], other[name]) for other in others), f"all ranks have one {name}"
 
 
-def test_two_ranks_are_one_step(whole, on_two_ranks: Path) -> None:
-    ranks = weights_of(on_two_ranks, "masks")
-    for name, tensor in whole[0].items():
-        assert torch.equal(ranks[0][name], ranks[1][name]), "both ranks hold the same weights"
-        torch.testing.assert_close(ranks[0][name], tensor, rtol=0, atol=2e-6)
-    single, _, _ = after_three_steps(10**6, init_distributed("float32", 1), texts=1)
-    for name, tensor in single.items():  # steps of one sample: one rank has none
-        torch.testing.assert_close(weights_of(on_two_ranks, "single")[1][name], tensor, rtol=0, atol=2e-6)
-    samples = [np.loadtxt(on_two_ranks / f"masks-{rank}.txt", dtype=int).tolist() for rank in (0, 1)]
-    assert sorted(map(tuple, samples[0] + samples[1])) == sorted(whole[2].used)
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_ranks_are_one_step(whole, on_ranks: Path, ranks: int) -> None:
+    assert_equal_on(on_ranks, "masks", whole[0], ranks)
+    samples = [np.loadtxt(on_ranks / f"masks-ddp-{ranks}-{rank}.txt", dtype=int).tolist() for rank in range(ranks)]
+    assert sorted(tuple(sample) for of_rank in samples for sample in of_rank) == sorted(whole[2].used)
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_matrices_of_shards_are_orthogonalized_as_a_whole(on_ranks: Path, ranks: int) -> None:
+    """Muon on rows of 1 to 4 ranks; some biases have fewer rows than there are ranks."""
+    expected, _, _ = after_three_steps(10**6, init_distributed("float32", 1), kind="muon")
+    assert_equal_on(on_ranks, "muon", expected, ranks)
+
+
+def test_a_rank_without_samples_takes_part(on_ranks: Path) -> None:
+    """Steps of one sample."""
+    expected, _, _ = after_three_steps(10**6, init_distributed("float32", 1), kind="single")
+    assert_equal_on(on_ranks, "single", expected)
 
 
 @pytest.mark.parametrize(
@@ -198,7 +216,7 @@ def test_two_ranks_are_one_step(whole, on_two_ranks: Path) -> None:
         ("stages", {"parts.pooler.weight"}),
     ],
 )
-def test_two_loss_terms_are_one_step(kind: str, weights: set[str], on_two_ranks: Path) -> None:
+def test_two_loss_terms_are_one_step(kind: str, weights: set[str], on_ranks: Path) -> None:
     """Two loss terms, each with its own count, or only in one stage: in micro-batches and on two ranks."""
     whole, state, _ = after_three_steps(10**6, init_distributed("float32", 1), kind=kind)
     assert weights <= whole.keys()
@@ -206,11 +224,9 @@ def test_two_loss_terms_are_one_step(kind: str, weights: set[str], on_two_ranks:
     assert state.metrics.counts == other.metrics.counts
     for name, sum_ in state.metrics.sums.items():
         assert other.metrics.sums[name] == pytest.approx(sum_, rel=1e-5), name
-    ranks = weights_of(on_two_ranks, kind)
     for name, tensor in whole.items():
         torch.testing.assert_close(split[name], tensor, rtol=0, atol=2e-6)
-        assert torch.equal(ranks[0][name], ranks[1][name]), "both ranks hold the same weights"
-        torch.testing.assert_close(ranks[0][name], tensor, rtol=0, atol=2e-6)
+    assert_equal_on(on_ranks, kind, whole)
 
 
 # Prefetching ----------------------------------------------------------------------------------------------------------
@@ -336,12 +352,29 @@ def test_waiting_for_data_is_counted() -> None:
     assert state.metrics.tokens == state.tokens - metrics.tokens, "the loop started new sums"
 
 
-if __name__ == "__main__":
+def run_rank(folder: Path, rank: int, ranks: int, port: int) -> None:
+    """Train as one of several ranks and save the weights."""
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(ranks), "MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
     context = init_distributed("float32", 1)
-    folder = Path(sys.argv[1])
-    for kind in ("masks", "single", "pairs", "rtd", "stages"):
-        is_single = kind == "single"
-        final, _, loader = after_three_steps(800, context, 1 if is_single else 34, kind="masks" if is_single else kind)
-        tensors = {name: tensor.contiguous() for name, tensor in final.items()}
-        save_file(tensors, folder / f"{kind}-{context.rank}.safetensors")
-        np.savetxt(folder / f"{kind}-{context.rank}.txt", loader.used, fmt="%d")
+    for kind in ("masks", "muon", "single", "pairs", "rtd", "stages")[: 6 if ranks == 2 else 2]:
+        for parallel in ("ddp", "fsdp"):
+            final, _, loader = after_three_steps(800, context, kind=kind, parallel=parallel)
+            name = f"{kind}-{parallel}-{ranks}-{rank}"
+            save_file({key: tensor.contiguous() for key, tensor in final.items()}, folder / f"{name}.safetensors")
+            np.savetxt(folder / f"{name}.txt", loader.used, fmt="%d")
+    context.barrier()
+
+
+if __name__ == "__main__":  # ranks are forked, so that PyTorch is loaded once
+    for ranks in (2, 4):
+        with socket.socket() as listener:
+            listener.bind(("localhost", 0))
+            port = listener.getsockname()[1]
+        forked = multiprocessing.get_context("fork")
+        processes = [forked.Process(target=run_rank, args=(Path(sys.argv[1]), n, ranks, port)) for n in range(ranks)]
+        for process in processes:
+            process.start()
+        for process in processes:
+            process.join()
+        if any(process.exitcode for process in processes):
+            sys.exit(1)

@@ -48,7 +48,7 @@ def run(prose: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 # Keywords and options -------------------------------------------------------------------------------------------------
 
-ONLY_COMMAND = {"as_json", "quiet", "debug", "help"}  # how a command prints
+ONLY_COMMAND = {"as_json", "quiet", "debug", "help", "allow_code"}  # how a command prints; code imports plugins itself
 RENAMED = {"folder": "folder", "text": "texts", "set": "settings", "from": "start"}
 ONLY_PYTHON = {"display"}
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -124,7 +125,7 @@ def test_a_finished_run_can_be_extended(uninterrupted: Path, prose: Path, tmp_pa
 
 
 def test_a_setting_that_may_not_change_is_refused(uninterrupted: Path) -> None:
-    with pytest.raises(RunError, match=r"train\.every, train\.keep_last, train\.report, preview"):
+    with pytest.raises(RunError, match=r"train\.every, train\.keep_last, train\.report, train\.upload, preview"):
         resume(uninterrupted, settings=["objective.mask_rate=0.3"], budget="+1 steps")
 
 
@@ -190,6 +191,16 @@ def test_a_run_of_an_earlier_format_is_refused(tmp_path: Path) -> None:
     assert not (run / "lock").exists()
 
 
+def test_a_run_that_an_earlier_commit_has_saved_goes_on(tmp_path: Path) -> None:
+    """tests/training/stored has a run after 6 of 10 steps, and the losses of the commit that wrote it."""
+    stored = Path(__file__).parent / "stored"
+    run = Path(shutil.copytree(stored / "run", tmp_path / "run", symlinks=True))
+    resume(run, allow_different_environment=True)  # another machine
+    expected = json.loads((stored / "expected.json").read_text())["losses"]
+    losses = {str(line["step"]): line["loss"] for line in lines(run) if "loss" in line}
+    assert [losses[step] for step in expected] == pytest.approx(list(expected.values()), rel=1e-5)
+
+
 def test_a_state_of_another_version_is_refused(uninterrupted: Path, tmp_path: Path) -> None:
     import shutil
 
@@ -208,7 +219,7 @@ def test_the_state_file_has_these_keys(uninterrupted: Path) -> None:
         "step", "cursor", "tokens", "seconds", "phase_seconds", "metrics", "learning_rate", "grad_norm", "validation",
         "best", "validations_without_gain",
     ]  # fmt: skip
-    assert list(state["metrics"]) == ["sums", "counts", "tokens", "seconds", "data_wait_seconds"]
+    assert list(state["metrics"]) == ["sums", "counts", "tokens", "samples", "seconds", "data_wait_seconds"]
     assert json.loads((uninterrupted / "env.json").read_text())["format"] == RUN_FORMAT == 4
 
 

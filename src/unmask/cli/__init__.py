@@ -13,9 +13,11 @@ from unmask.cli.checks import (
     AUDIT_EXAMPLES,
     BENCH_EXAMPLES,
     CHECK_PLUGIN_EXAMPLES,
+    VERIFY_EXAMPLES,
     audit_masker,
     check_plugin,
     run_bench,
+    verify_run,
 )
 from unmask.cli.data import INSPECT_EXAMPLES, PREPARE_EXAMPLES, inspect_data, prepare_data
 from unmask.cli.doctor import DOCTOR_EXAMPLES, doctor
@@ -103,6 +105,7 @@ _add(app, "import", import_model, IMPORT_EXAMPLES, _USE)
 _add(app, "serve", serve_models, SERVE_EXAMPLES, _USE)
 _add(app, "doctor", doctor, DOCTOR_EXAMPLES, _CHECK)
 _add(app, "audit", audit_masker, AUDIT_EXAMPLES, _CHECK)
+_add(app, "verify", verify_run, VERIFY_EXAMPLES, _CHECK)
 _add(app, "check-plugin", check_plugin, CHECK_PLUGIN_EXAMPLES, _CHECK)
 _add(app, "bench", run_bench, BENCH_EXAMPLES, _CHECK)
 

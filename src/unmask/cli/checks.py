@@ -1,4 +1,4 @@
-"""Commands that check masking code and this machine: audit of maskers, checks of plugins, speed."""
+"""Commands that check masking code, runs and this machine: audit of maskers, plugins, repeated runs, speed."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from unmask.cli.options import (
+    AllowCode,
     DataOptions,
     DocumentRule,
     Errors,
@@ -21,6 +22,7 @@ from unmask.cli.options import (
     Settings,
     Threads,
     TokenizerPath,
+    complete_model,
     complete_recipe,
     delayed_progress,
     is_unicode_output,
@@ -36,6 +38,7 @@ if TYPE_CHECKING:
     from unmask.checks.audit.settings import AuditReport, Claims
     from unmask.checks.bench import BenchedModel, BenchReport, Row
     from unmask.checks.plugins import CheckReport
+    from unmask.checks.verify import Verification
     from unmask.core.types import ProgressCallback
     from unmask.tokenization.tokenizer import Tokenizer
     from unmask.tokenization.words import WordsRule
@@ -310,6 +313,88 @@ def _print_checks(report: CheckReport) -> None:
     if not report.passed:
         first = next(result for result in report.results if not result.passed)
         print(f'  hint: fix "{first.check}" first, then check again; docs/extending.md has a complete example')
+
+
+# verify -------------------------------------------------------------------------------------------------------------
+
+VERIFY_EXAMPLES = """\
+[bold]Examples[/bold]
+
+unmask verify runs/notes                       from the last but one checkpoint to the last
+unmask verify runs/notes --from 0              the whole run
+unmask verify runs/notes --json
+
+Exit code 0 if everything is equal, 3 if something differs, 2 for an error in the command.
+"""
+
+
+def verify_run(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run.", autocompletion=complete_model)],
+    first: Annotated[
+        int | None,
+        typer.Option(
+            "--from",
+            min=0,
+            help="Step of the checkpoint to begin with; 0 is the start of the run.",
+            show_default="the last but one",
+        ),
+    ] = None,
+    last: Annotated[
+        int | None,
+        typer.Option("--to", min=1, help="Step of the checkpoint to compare with.", show_default="the last"),
+    ] = None,
+    allow_different_environment: Annotated[
+        bool,
+        typer.Option(
+            "--allow-different-environment",
+            help="Compare although machine or versions differ; last digits will differ too.",
+            show_default=False,
+        ),
+    ] = False,
+    allow_code: AllowCode = False,
+    as_json: Json = False,
+) -> None:
+    """Verify that a run can be repeated: train a part of it again in a new process and compare every bit.
+
+    Weights, optimizer state, training state (learning rate, number of the next sample) and log are compared. The run
+    is only read, and may go on meanwhile.
+    """
+    from unmask.checks.verify import verify
+    from unmask.core.plugins import code_allowed
+
+    with open_display(sys.stderr) as display, code_allowed(allow_code):
+        found = verify(
+            run,
+            first_step=first,
+            last_step=last,
+            allow_different_environment=allow_different_environment,
+            allow_code=allow_code,
+            on_progress=delayed_progress(display),
+        )
+    if as_json:
+        print_json({**asdict(found), "is_reproduced": found.is_reproduced})
+    else:
+        _print_verification(found)
+    if not found.is_reproduced:
+        raise typer.Exit(CHECK_FAILED)
+
+
+def _print_verification(found: Verification) -> None:
+    from rich.console import Console
+
+    console = Console(highlight=False, soft_wrap=True)
+    unicode = is_unicode_output()
+    ranks = f", {found.ranks} ranks" if found.ranks > 1 else ""
+    console.print(f"steps {found.first_step:,} to {found.last_step:,} trained again in {found.seconds:.0f} s{ranks}")
+    for each in found.comparisons:
+        symbol, style = _SYMBOLS["pass" if each.is_equal else "fail"]
+        mark = symbol if unicode else ("pass" if each.is_equal else "FAIL")
+        counted = f"{each.equal:,} of {each.compared:,} equal"
+        first = f"; first difference: {each.first}" if each.first else ""
+        console.print(f"{mark} {each.name:<16} {counted}{first}", style=style, markup=False)
+    for change in found.environment:
+        console.print(f"different now: {change}", markup=False)
+    console.print("reproduced, bit for bit" if found.is_reproduced else "not reproduced")
 
 
 # bench ----------------------------------------------------------------------------------------------------------------

@@ -6,7 +6,7 @@ import sys
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -26,6 +26,7 @@ from unmask.cli.options import (
     open_tokenizer,
     print_json,
 )
+from unmask.core.errors import RecipeError
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -76,10 +77,10 @@ def inspect_data(
     resolved = load_recipe_with(recipe, settings, options)
     explicit = None if tokenizer else explicit_keys(recipe, settings or (), options.overrides())
     loaded = None if tokenizer is None else open_tokenizer(tokenizer)
-    opened = open_text(texts, resolved.data)
-    require_field_used(resolved.data.field, [opened], given=field is not None)
-    source, config, choices = adapt(opened, resolved.data, explicit)
     with open_display(sys.stderr) as display:
+        opened = open_text(texts, resolved.data)
+        require_field_used(resolved.data.field, [opened], given=field is not None)
+        source, config, choices = adapt(opened, resolved.data, explicit)
         report = inspect_text(
             source,
             config,
@@ -208,7 +209,20 @@ PREPARE_EXAMPLES = """\
 unmask data prepare notes/ --recipe modern-tiny
 unmask data prepare notes.txt --tokenizer my-tokenizer --json
 unmask data prepare notes.txt --set data.tokenizer.vocab_size=16384
+unmask data prepare "s3://bucket/*.txt.gz"                  copy the objects to the cache first
+unmask data prepare notes/ --engine ray --address auto      tokenize on a cluster of Ray
 """
+Engine = Annotated[
+    Literal["local", "ray"], typer.Option(help="What tokenizes: processes of this machine, or workers of Ray.")
+]
+Address = Annotated[
+    str | None,
+    typer.Option(
+        metavar="ADDRESS",
+        help="Cluster of Ray: auto or HOST:PORT; all its machines need text and cache under the same paths.",
+        show_default="a cluster of this machine, for this command",
+    ),
+]
 
 
 def prepare_data(
@@ -219,15 +233,21 @@ def prepare_data(
     errors: Errors = None,
     document: DocumentRule = None,
     field: Field = None,
+    engine: Engine = "local",
+    address: Address = None,
     as_json: Json = False,
 ) -> None:
     """Tokenize text into the cache; pretrain with the same settings reads it from there.
 
-    The cache is $UNMASK_CACHE, or ~/.cache/unmask. Long texts are tokenized on all cores.
+    The cache is $UNMASK_CACHE, or ~/.cache/unmask. Long texts are tokenized on all cores, or by the workers of Ray; the
+    result is the same.
     """
+    if address is not None and engine != "ray":
+        raise RecipeError("--address needs --engine ray", location=f"--address {address}", hint="add --engine ray")
     from unmask.core.files import default_cache
     from unmask.data.advice import adapt, may_shrink, vocabulary_choice
     from unmask.data.prepare import prepare
+    from unmask.data.ray_engine import RayConfig
     from unmask.data.sources import open_text, require_field_used
     from unmask.training.recipe import explicit_keys
 
@@ -235,9 +255,6 @@ def prepare_data(
     config = load_recipe_with(recipe, settings, data).data
     start = time.perf_counter()
     explicit = explicit_keys(recipe, settings or (), data.overrides())
-    opened = open_text(texts, config)
-    require_field_used(config.field, [opened], given=field is not None)
-    source, config, choices = adapt(opened, config, explicit)
     tasks: set[str] = set()
     with open_display(sys.stderr) as display:
 
@@ -245,7 +262,12 @@ def prepare_data(
             tasks.add(task)
             display.progress(task, fraction)
 
-        corpus = prepare(source, config, default_cache(), progress, shrinks=may_shrink(config, explicit))
+        opened = open_text(texts, config)
+        require_field_used(config.field, [opened], given=field is not None)
+        source, config, choices = adapt(opened, config, explicit)
+        workers = RayConfig(address or "") if engine == "ray" else "all cores"
+        shrinks = may_shrink(config, explicit)
+        corpus = prepare(source, config, default_cache(), progress, workers=workers, shrinks=shrinks)
     choice = vocabulary_choice(config, corpus.tokenizer.size)
     choices += [choice] if choice else []
     seconds = time.perf_counter() - start

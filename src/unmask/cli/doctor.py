@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from unmask.cli.options import (
+    AllowCode,
     DataOptions,
     DocumentRule,
     Errors,
@@ -82,6 +83,7 @@ def doctor(
     strict: Annotated[
         bool, typer.Option("--strict", help="Exit with code 1 if there is a problem.", show_default=False)
     ] = False,
+    allow_code: AllowCode = False,
     as_json: Json = False,
 ) -> None:
     """Examine a text before training, or a run: findings, each with its figure and a command that acts on it.
@@ -109,8 +111,10 @@ def doctor(
                 findings.append(_budget(names, budget, recipe, settings, options))
         else:
             from unmask.checks.doctor.run import examine_run
+            from unmask.core.plugins import code_allowed
 
-            findings = examine_run(run, progress)
+            with code_allowed(allow_code):
+                findings = examine_run(run, progress)
     if as_json:
         print_json({"target": [str(target) for target in targets], "findings": [asdict(each) for each in findings]})
     else:

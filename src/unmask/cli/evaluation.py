@@ -21,6 +21,7 @@ from unmask.cli.options import (
     delayed_progress,
     open_display,
     open_model,
+    path_or_address,
     print_json,
 )
 from unmask.core.errors import RecipeError, StoreError, TextError
@@ -68,6 +69,10 @@ Predictions = Annotated[
         show_default=False,
     ),
 ]
+EvaluatedTexts = Annotated[
+    list[Any] | None,  # paths and addresses
+    typer.Option("--text", metavar="FILE", help="Text to evaluate on; may be repeated.", parser=path_or_address),
+]
 MaxSize = Annotated[
     str | None,
     typer.Option(metavar="AMOUNT", help='Amount of text to read, such as "2M characters".', show_default="all"),
@@ -76,9 +81,7 @@ MaxSize = Annotated[
 
 def evaluate(
     model: ModelPath,
-    texts: Annotated[
-        list[Path] | None, typer.Option("--text", metavar="FILE", help="Text to evaluate on; may be repeated.")
-    ] = None,
+    texts: EvaluatedTexts = None,
     pairs: Annotated[
         Path | None,
         typer.Option(metavar="PATH", help="Minimal pairs: a .jsonl file as of BLiMP, a .tsv file, or their folder."),
@@ -129,15 +132,16 @@ def evaluate(
     opened = open_model(model)
     result = None
     if texts:
-        result = (evaluate_details if details else evaluate_text)(
-            opened,
-            texts,
-            length=length,
-            document=document,
-            errors=errors or "strict",
-            field=field,
-            max_size=max_size,
-        )
+        with open_display(sys.stderr):  # shows downloads
+            result = (evaluate_details if details else evaluate_text)(
+                opened,
+                texts,
+                length=length,
+                document=document,
+                errors=errors or "strict",
+                field=field,
+                max_size=max_size,
+            )
         _warn_unknown(result.unknown_character_share)
     judged = None if found is None else _evaluate_pairs(opened, found, method)
     if judged is not None and predictions is not None:

@@ -65,13 +65,32 @@ def complete_recipe(incomplete: str) -> list[str]:
 
 # Arguments and options ----------------------------------------------------------------------------------------------
 
+
+def path_or_address(text: str) -> Path | str:
+    """Return a path; the address of an object, such as s3://bucket/notes.txt, stays a string."""
+    from unmask.core.remote import is_remote
+
+    return text if is_remote(text) else Path(text)
+
+
 TEXT = typer.Argument(
-    metavar="TEXT", help="Files, folders, patterns, dataset:NAME, or - for standard input; TEXT:0.7 sets a weight."
+    metavar="TEXT",
+    help="Files, folders, patterns, dataset:NAME, addresses such as s3://BUCKET/NAME, or - for standard input; "
+    "TEXT:0.7 sets a weight.",
+    parser=path_or_address,
 )
-Texts = Annotated[list[Path], TEXT]
-OptionalTexts = Annotated[list[Path] | None, TEXT]
+Texts = Annotated[list[Any], TEXT]  # paths and addresses
+OptionalTexts = Annotated[list[Any] | None, TEXT]
 MODEL_HELP = "Run, step folder, or folder saved by transformers."
 ModelPath = Annotated[Path, typer.Argument(metavar="MODEL", help=MODEL_HELP, autocompletion=complete_model)]
+AllowCode = Annotated[
+    bool,
+    typer.Option(
+        "--allow-code",
+        help="Import the plugins that the run's recipe names, also if the run came from elsewhere.",
+        show_default=False,
+    ),
+]
 OutputPath = Annotated[Path, typer.Argument(metavar="OUT", help="Folder to write.")]
 Force = Annotated[bool, typer.Option("--force", help="Replace an existing model at OUT.", show_default=False)]
 TOKENIZER_HELP = "Run, model, tokenizer.json, or folder with one."

@@ -14,6 +14,7 @@ import typer
 
 from unmask.cli.models import print_predictions
 from unmask.cli.options import (
+    AllowCode,
     Budget,
     DocumentRule,
     Errors,
@@ -24,6 +25,7 @@ from unmask.cli.options import (
     Threads,
     complete_model,
     complete_recipe,
+    path_or_address,
     print_json,
 )
 from unmask.core.errors import RecipeError, RunError
@@ -48,6 +50,7 @@ unmask pretrain law.txt --from runs/notes                 continue from the weig
 unmask pretrain law.txt --from bert/ --extend-vocabulary 2000 --valid general=wiki.txt
 unmask pretrain --resume runs/notes                       resume a stopped run, bit for bit
 unmask pretrain --resume runs/notes --budget "+1 epoch"   prolong a finished run
+unmask pretrain "s3://bucket/*.txt.gz" --set train.upload=s3://bucket/runs/notes
 unmask pretrain --resume notes/ --text new/notes.txt      resume a run whose text was moved
 """
 DEMO_EXAMPLES = """\
@@ -90,7 +93,13 @@ ExtendVocabulary = Annotated[
     typer.Option(min=1, metavar="N", help="Number of tokens to learn from the text and add; needs --from."),
 ]
 Resume = Annotated[
-    Path | None, typer.Option(metavar="RUN", help="Run to resume or to prolong.", autocompletion=complete_model)
+    Any,  # a path or an address
+    typer.Option(
+        metavar="RUN",
+        help="Run to resume or to prolong, or the address of its copy (train.upload).",
+        autocompletion=complete_model,
+        parser=path_or_address,
+    ),
 ]
 MovedTexts = Annotated[
     list[str] | None,
@@ -134,6 +143,7 @@ def pretrain(
     resume: Resume = None,
     moved_texts: MovedTexts = None,
     allow_different_environment: AllowDifferentEnvironment = False,
+    allow_code: AllowCode = False,
     threads: Threads = None,
     errors: Errors = None,
     document: DocumentRule = None,
@@ -147,24 +157,23 @@ def pretrain(
 ) -> None:
     """Pretrain an encoder on text, or resume a run.
 
-    Options take precedence over --set, and --set over the recipe. Ctrl-C saves a checkpoint and prints the command that
-    resumes the run.
+    Options take precedence over --set, and --set over the recipe. Ctrl-C saves a checkpoint; --resume goes on from it.
     """
     if resume is None:
         _check_needs_resume(allow_different_environment=allow_different_environment, moved_texts=moved_texts)
     else:
         _check_not_with_resume({
-            "TEXT": texts, "--recipe": recipe, "--out": out, "--exist-ok": exist_ok,
-            "--seed": seed, "--threads": threads, "--errors": errors, "--document": document,
-            "--field": field, "--dry-run": dry_run or None, "--allow-unknown": allow_unknown or None,
-            "--from": start, "--extend-vocabulary": extend_vocabulary,
+            "TEXT": texts, "--recipe": recipe, "--out": out, "--exist-ok": exist_ok, "--seed": seed, "--from": start,
+            "--threads": threads, "--errors": errors, "--document": document, "--dry-run": dry_run or None,
+            "--field": field, "--extend-vocabulary": extend_vocabulary, "--allow-unknown": allow_unknown or None,
         })  # fmt: skip
+    from unmask.core.plugins import code_allowed
     from unmask.report.write import report_at_end
     from unmask.training import api
     from unmask.training import pretrain as training
 
     display = _display(as_json=as_json, quiet=quiet)
-    with report_at_end(display.message) as ended:
+    with code_allowed(allow_code), report_at_end(display.message) as ended:
         if resume is not None:
             result = training.resume(
                 resume,
@@ -271,8 +280,8 @@ def _check_not_with_resume(options: Mapping[str, Any]) -> None:
         if value not in (None, []):
             raise RunError(
                 f"{name} can't be combined with --resume: the run keeps its own settings",
-                hint="remove it; --resume accepts --budget, --set, --verify and --allow-different-environment, and "
-                "--text and --valid for a text that was moved",
+                hint="remove it; --resume accepts --budget, --set, --verify, --allow-code and "
+                "--allow-different-environment, and --text and --valid for a text that was moved",
             )
 
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from unmask.cli.options import RUNS, Json, complete_model, delayed_progress, open_display, print_json
+from unmask.cli.options import RUNS, AllowCode, Json, complete_model, delayed_progress, open_display, print_json
 from unmask.core.errors import RecipeError
 
 if TYPE_CHECKING:
@@ -321,16 +321,18 @@ def report_runs(
             show_default="those in or beside the run, and in models/",
         ),
     ] = None,
+    allow_code: AllowCode = False,
     as_json: Json = False,
 ) -> None:
     """Write a report of runs: one HTML page with curves, sentences over time, details, settings and versions.
 
     The page needs no server and no network. Curves of several runs are overlaid, with the settings that differ.
     """
+    from unmask.core.plugins import code_allowed
     from unmask.report.write import write_report
 
     start = time.monotonic()
-    with open_display(sys.stderr) as display:
+    with open_display(sys.stderr) as display, code_allowed(allow_code):
         path = write_report(runs, out, finetuned=finetuned or (), on_progress=delayed_progress(display))
     if as_json:
         seconds = round(time.monotonic() - start, 3)

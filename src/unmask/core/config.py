@@ -8,6 +8,7 @@ or option, the key, and the nearest valid name.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import os
 import re
@@ -22,7 +23,8 @@ from typing import Annotated, Any, Final, Literal, TypeVar, Union, cast, get_arg
 
 import tomli_w
 
-from unmask.core.errors import RecipeError
+from unmask.core.errors import DamagedError, RecipeError
+from unmask.core.files import MAX_RECIPE_BYTES, read_text
 from unmask.core.plugins import NoConfig, PluginConfig, find, is_plugin_name, settings_class, wrap_plugin_errors
 from unmask.core.quantities import UNIT_EXAMPLES, Fraction, Quantity, closest_match
 from unmask.core.renamed_keys import renamed_key, renamed_value
@@ -203,10 +205,10 @@ def load_toml(path: Path | Traversable) -> Tree:
         RecipeError: the file can't be read or is not TOML; the line is named.
     """
     try:
-        text = path.read_text(encoding="utf-8-sig")
-    except OSError as error:
-        reason = error.strerror or str(error)
-        raise RecipeError(f"can't read this recipe: {reason}", location=str(path), hint="check the path") from error
+        text = read_text(path, MAX_RECIPE_BYTES) if isinstance(path, Path) else path.read_text(encoding="utf-8")
+    except DamagedError as error:
+        reason = error.message.replace("this file", "this recipe")
+        raise RecipeError(reason, location=str(path), hint="check the path") from error
     except UnicodeDecodeError as error:
         message = f"this recipe is not UTF-8 text (byte {error.start})"
         raise RecipeError(message, location=str(path), hint="save it as UTF-8") from error
@@ -397,8 +399,13 @@ def _build_table(members: Sequence[Any], tree: Tree, at: _Location) -> Any:
     return _build(config, tree, at)
 
 
+@functools.cache  # evaluating the annotations takes most of the time of a load
+def _hints(config: Any) -> dict[str, Any]:
+    return get_type_hints(config)
+
+
 def _kinds(member: Any) -> tuple[str, ...]:
-    return get_args(get_type_hints(member).get("kind", Literal["kind"]))
+    return get_args(_hints(member).get("kind", Literal["kind"]))
 
 
 def _drop_replaced(tree: Tree, foreign: Collection[str]) -> Tree:
@@ -433,7 +440,7 @@ def _build_plugin(plugin: type[PluginConfig], tree: Tree, at: _Location) -> Plug
 def _build(config: Any, tree: Tree, at: _Location, kind: str = "", cls: type = NoConfig) -> Any:
     """Build the dataclass `config` from its table; `kind` and `cls` are those of a plugin."""
     fields = [field for field in dataclasses.fields(config) if field.init]
-    hints, known = get_type_hints(config), [field.name for field in fields]
+    hints, known = _hints(config), [field.name for field in fields]
     for key in tree:
         if key not in known:
             raise _unknown_key(key, tree[key], at, known, kind or (_kinds(config)[0] if "kind" in known else ""))

@@ -1,28 +1,45 @@
-"""Device, precision, threads and ranks of a process, and sums over ranks.
+"""Device, precision, threads and ranks of a process, sums over ranks, and comparisons of ranks.
 
 Device, precision and threads are chosen from facts about the machine, never from timing or load. They are recorded in
-env.json.
+env.json. Before the ranks compute together, they exchange facts and errors as JSON in the key-value store of their
+launch, so that a rank that differs, fails or is missing ends all of them with a message instead of a hang.
 """
 
 from __future__ import annotations
 
 import atexit
 import contextlib
+import json
 import os
+import socket
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Generator, Iterable, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal
+from datetime import timedelta
+from typing import Any, Final, Literal
 
 import torch
 import torch.distributed as distributed
-from torch import Tensor, nn
+from torch import Tensor
 
-from unmask.core.errors import RecipeError
+from unmask.core.errors import RecipeError, RunError, UnmaskError
+from unmask.core.files import digest
 from unmask.core.hardware import cores, has_bfloat16, keep_freed_memory, processor_name
+from unmask.core.version import __version__
 
 Precision = Literal["auto", "bfloat16", "float32"]
 Device = Literal["auto", "cpu", "cuda", "mps"]
+Facts = Mapping[str, Any]
+"""JSON values by name, which are equal on all ranks."""
+
+JOIN_SECONDS: Final = 600.0  # how long a rank waits for the others at the start, by default
+# A rank waits this long in a reduction. Rank 0 alone writes checkpoints, and the other ranks wait for it.
+COLLECTIVE_SECONDS: Final = 1800.0
+_PREPARATION_SECONDS: Final = 7 * 86_400.0  # one rank may tokenize a long text, and the others wait for it
+_POLL_SECONDS: Final = 0.05
+_REASON_SECONDS: Final = 1.0  # that an error of another rank may take to arrive
+_ANNOUNCE_SECONDS: Final = 10.0  # to tell an error to ranks that were not joined yet
 
 
 @dataclass(frozen=True)
@@ -61,24 +78,13 @@ class DistributedContext:
                 distributed.all_reduce(tensors[name])
         return tensors
 
-    def sum_gradients(self, module: nn.Module) -> None:
-        """Sum the gradients over all ranks; every rank has already divided by the counts of all ranks.
-
-        A parameter that has a gradient on no rank, because the objective of a stage doesn't train it, gets none.
-        """
+    def largest(self, value: int) -> int:
+        """Return the largest of the values of all ranks."""
         if self.ranks == 1:
-            return
-        parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
-        is_missing = [parameter.grad is None for parameter in parameters]
-        # Every rank must reduce the same tensors. The last one counts the ranks that have a gradient.
-        gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
-        ranks_P = torch.tensor([not missing for missing in is_missing]).to(gradients[0])
-        flat_N = torch.cat([*(gradient.reshape(-1) for gradient in gradients), ranks_P])
-        distributed.all_reduce(flat_N)
-        *summed, ranks_P = flat_N.split([*(gradient.numel() for gradient in gradients), len(parameters)])
-        ranks = ranks_P.tolist() if any(is_missing) else [1.0] * len(parameters)  # reading them waits for a GPU
-        for parameter, gradient, total, count in zip(parameters, gradients, summed, ranks, strict=True):
-            parameter.grad = gradient.copy_(total.view_as(gradient)) if count else None
+            return value
+        largest = torch.tensor(value, device=self.device)
+        distributed.all_reduce(largest, distributed.ReduceOp.MAX)
+        return int(largest)
 
     def barrier(self) -> None:
         """Wait for all ranks."""
@@ -97,34 +103,54 @@ class DistributedContext:
 
 
 def init_distributed(
-    precision: Precision = "auto", threads: int | Literal["auto"] = "auto", device: Device = "auto"
+    precision: Precision = "auto",
+    threads: int | Literal["auto"] = "auto",
+    device: Device = "auto",
+    *,
+    facts: Mapping[str, Facts] | None = None,
+    join_seconds: float = JOIN_SECONDS,
 ) -> DistributedContext:
     """Choose device and precision, start the process group under torchrun, and set threads and determinism.
 
     "auto" is a CUDA device if there is one, otherwise the CPU. Apple's GPU ("mps") has to be requested: it is
     implemented but untested.
 
+    Args:
+        precision: data type of matrix products.
+        threads: number of CPU threads.
+        device: device type.
+        facts: what must be equal on all ranks besides versions and device, by topic.
+        join_seconds: how long to wait for the other ranks.
+
     Raises:
         RecipeError: there are more threads than cores, the CPU has no bfloat16 instructions, or the device is missing.
+        RunError: a rank is missing, has failed, or differs from rank 0.
     """
     ranks, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
     local_rank, local_ranks = int(os.environ.get("LOCAL_RANK", "0")), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     kind = _device_kind(device, ranks)
     cuda = kind == "cuda"
-    torch_device = torch.device("cuda", local_rank) if cuda else torch.device(kind)
-    if cuda:
-        torch.cuda.set_device(torch_device)
-    if ranks > 1 and not distributed.is_initialized():
-        distributed.init_process_group("nccl" if cuda else "gloo")
-        atexit.register(_destroy_process_group)
-    available = max(1, cores() // local_ranks)
-    num_threads = available if threads == "auto" else threads
+    resolved = _resolve_precision(precision, kind)
+    num_threads = max(1, cores() // local_ranks) if threads == "auto" else threads
     if not 1 <= num_threads <= cores():
         raise RecipeError(
             f"invalid threads: got {num_threads}, expected 1 to {cores()}",
             location="train.threads",
             hint=f'choose 1 to {cores()}, or "auto"',
         )
+    torch_device = torch.device("cuda", local_rank) if cuda else torch.device(kind)
+    if cuda:
+        torch.cuda.set_device(torch_device)
+    if ranks > 1 and not distributed.is_initialized():
+        versions = {"unmask": __version__, "torch": torch.__version__}
+        machine = {"device": kind, "precision": resolved}
+        _join(rank, ranks, join_seconds, {"versions": versions, "machine": machine, **(facts or {})})
+        timeout = timedelta(seconds=COLLECTIVE_SECONDS)
+        backend = "nccl" if cuda else "gloo"
+        assert _launch is not None
+        with lost_ranks_explained():
+            distributed.init_process_group(backend, store=_launch.store, rank=rank, world_size=ranks, timeout=timeout)
+        atexit.register(_destroy_process_group)
     torch.set_num_threads(num_threads)
     if kind == "cpu":
         keep_freed_memory()
@@ -132,7 +158,12 @@ def init_distributed(
         # use_deterministic_algorithms(True) would also load torch's compiler, to configure it, and take a second.
         torch.set_deterministic_debug_mode("error")
         torch.utils.deterministic.fill_uninitialized_memory = False  # pyright: ignore[reportAttributeAccessIssue]
-    fast = cuda or (kind == "cpu" and has_bfloat16())
+    return DistributedContext(device=torch_device, precision=resolved, threads=num_threads, rank=rank, ranks=ranks)
+
+
+def _resolve_precision(precision: Precision, kind: str) -> Literal["bfloat16", "float32"]:
+    """Return the precision that a recipe's precision means on a device type."""
+    fast = kind == "cuda" or (kind == "cpu" and has_bfloat16())
     if precision == "bfloat16" and not fast:
         raise RecipeError(
             "this CPU has no bfloat16 instructions, so bfloat16 would be slower than float32"
@@ -141,14 +172,186 @@ def init_distributed(
             location="train.precision",
             hint='use "float32" or "auto"',
         )
-    resolved = "bfloat16" if fast and precision != "float32" else "float32"
-    return DistributedContext(device=torch_device, precision=resolved, threads=num_threads, rank=rank, ranks=ranks)
+    return "bfloat16" if fast and precision != "float32" else "float32"
 
 
 def _destroy_process_group() -> None:
     """Destroy the process group: its threads may abort the process when the interpreter exits."""
     if distributed.is_initialized():
         distributed.destroy_process_group()
+
+
+# Ranks of one launch ------------------------------------------------------------------------------------------------
+
+
+class _Launch:
+    """The key-value store that the ranks of a launch share."""
+
+    def __init__(self, store: Any, rank: int, ranks: int) -> None:
+        self.store, self.rank, self.ranks = store, rank, ranks
+        self._comparisons = 0
+
+    def announce(self, error: UnmaskError) -> None:
+        """Tell the other ranks why this rank ends, unless another rank was first."""
+        reason = f"rank {self.rank} on {socket.gethostname()} stopped: {error.message}"
+        with contextlib.suppress(RuntimeError):  # the store may have ended with rank 0
+            self.store.compare_set(_FAILED, "", f"{reason} ({error.location})" if error.location else reason)
+
+    def reason(self) -> str:
+        """Return why another rank ended, or "" if none has."""
+        return self.store.get(_FAILED).decode() if self.store.check([_FAILED]) else ""
+
+    def compare(self, topics: Mapping[str, Facts], seconds: float) -> None:
+        """Wait for all ranks, and compare their facts with those of rank 0.
+
+        Raises:
+            RunError: on every rank: a rank is missing, has failed, or differs.
+        """
+        prefix = f"facts-{self._comparisons}"
+        self._comparisons += 1
+        texts = {topic: json.dumps(dict(facts), default=str) for topic, facts in topics.items()}
+        for topic, text in texts.items():  # read only if they differ: a recipe of 1,000 ranks is some MB
+            self.store.set(f"{prefix}-{topic}-{self.rank}", text)
+        self.store.set(f"{prefix}-{self.rank}", json.dumps({topic: digest(text) for topic, text in texts.items()}))
+        keys = [f"{prefix}-{rank}" for rank in range(self.ranks)]
+        self._wait(keys, seconds)
+        digests = [json.loads(value) for value in self.store.multi_get(keys)]
+        for topic in texts:
+            for rank, other in enumerate(digests):
+                if other.get(topic) != digests[0].get(topic):
+                    first, there = (json.loads(self.store.get(f"{prefix}-{topic}-{number}")) for number in (0, rank))
+                    raise _differing(topic, rank, first, there)
+
+    def _wait(self, keys: Sequence[str], seconds: float) -> None:
+        """Wait until all ranks have set their keys, or one has failed."""
+        deadline = time.monotonic() + seconds
+        while not self.store.check(list(keys)):
+            if reason := self.reason():
+                raise RunError(reason, location=_RANKS, hint="fix what that rank reports, and start all ranks again")
+            if time.monotonic() > deadline:
+                missing = [rank for rank, key in enumerate(keys) if not self.store.check([key])]
+                raise _missing(self.ranks, seconds, missing)
+            time.sleep(_POLL_SECONDS)
+
+
+_launch: _Launch | None = None  # of this process, which belongs to one launch
+_FAILED: Final = "failed"
+_RANKS: Final = "the ranks of this launch"
+
+
+def _join(rank: int, ranks: int, seconds: float, topics: Mapping[str, Facts]) -> None:
+    """Connect to the store of the launch and compare the ranks.
+
+    Raises:
+        RunError: the store can't be reached, or a rank is missing, has failed, or differs.
+    """
+    try:
+        _connect(rank, ranks, seconds).compare(topics, seconds)
+    except distributed.DistError as error:
+        raise _missing(ranks, seconds, []) from error
+
+
+def _connect(rank: int, ranks: int, seconds: float) -> _Launch:
+    """Return the launch that this process belongs to.
+
+    Raises:
+        RunError: its store can't be reached.
+    """
+    global _launch
+    if _launch is None:
+        try:
+            meet: Any = distributed.rendezvous  # pyright: ignore[reportPrivateImportUsage]
+            store, _, _ = next(meet("env://", timeout=timedelta(seconds=seconds)))
+        except (RuntimeError, ValueError, OSError) as error:  # a variable is missing, or the address doesn't answer
+            address = f"{os.environ.get('MASTER_ADDR', '')}:{os.environ.get('MASTER_PORT', '')}"
+            raise RunError(
+                f"rank {rank} of {ranks} can't reach the other ranks: {str(error).splitlines()[0]}",
+                location=f"MASTER_ADDR and MASTER_PORT: {address}",
+                hint="start the ranks with torchrun, and check that its --rdzv-endpoint can be reached from here",
+            ) from error
+        restarts = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        prefixed: Any = distributed.PrefixStore  # pyright: ignore[reportPrivateImportUsage]
+        _launch = _Launch(prefixed(f"unmask-{restarts}", store), rank, ranks)
+    return _launch
+
+
+def _missing(ranks: int, seconds: float, missing: Sequence[int]) -> RunError:
+    named = f": {', '.join(map(str, missing[:5]))}{', …' * (len(missing) > 5)} did not come" if missing else ""
+    return RunError(
+        f"the {ranks} ranks did not meet within {seconds:g} s{named}",
+        location=_RANKS,
+        hint="read the messages of the missing ranks, start all of them, or set a longer train.join_timeout",
+    )
+
+
+def _differing(topic: str, rank: int, first: Facts, there: Facts) -> RunError:
+    """Return the error for a rank whose facts differ from those of rank 0."""
+    name = next(name for name in {**first, **there} if first.get(name) != there.get(name))
+    one, other = (repr(facts[name]) if name in facts else "nothing" for facts in (first, there))
+    return RunError(
+        f"rank {rank} differs from rank 0 in the {topic}: `{name}` is {one} on rank 0 and {other} on rank {rank}",
+        location=_RANKS,
+        hint="start all ranks with the same version of unmask, the same command, and the same files",
+    )
+
+
+def compare_ranks(context: DistributedContext, topics: Mapping[str, Facts]) -> None:
+    """Wait for all ranks, however long one of them prepares the text, and compare facts with those of rank 0.
+
+    Raises:
+        RunError: a rank has failed or differs; the same error on every rank names it.
+    """
+    if context.ranks > 1 and _launch is not None:
+        with lost_ranks_explained():
+            _launch.compare(topics, _PREPARATION_SECONDS)
+
+
+@contextmanager
+def ending_together() -> Generator[None]:
+    """Tell the other ranks why this one ends, if the block raises an error that the user can fix."""
+    try:
+        with lost_ranks_explained():
+            yield
+    except UnmaskError as error:
+        rank, ranks = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+        if ranks > 1:
+            with contextlib.suppress(RunError):
+                _connect(rank, ranks, _ANNOUNCE_SECONDS).announce(error)
+        raise
+
+
+@contextmanager
+def lost_ranks_explained() -> Generator[None]:
+    """Convert the error of a lost connection to the error of the rank that ended.
+
+    Raises:
+        RunError: another rank ended while this one waited for it.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if _launch is None or not _is_lost_connection(error):
+            raise
+        reason, deadline = "", time.monotonic() + _REASON_SECONDS
+        with contextlib.suppress(RuntimeError):
+            while not (reason := _launch.reason()) and time.monotonic() < deadline:
+                time.sleep(_POLL_SECONDS)
+        raise RunError(
+            reason or f"rank {_launch.rank} lost the connection to another rank, which ended or was killed",
+            location=_RANKS,
+            hint="read the message of that rank, then start all ranks again with --resume",
+        ) from error
+
+
+def _is_lost_connection(error: RuntimeError) -> bool:
+    """Return whether a collective operation failed; gloo's errors have no class of their own."""
+    text = str(error)
+    return isinstance(error, distributed.DistError) or any(
+        part in text for part in ("gloo", "Connection closed by peer", "Connection reset by peer")
+    )
+
+
+# Device ---------------------------------------------------------------------------------------------------------------
 
 
 def _device_kind(device: Device, ranks: int) -> Literal["cpu", "cuda", "mps"]:

@@ -20,15 +20,18 @@ from __future__ import annotations
 
 from typing import Final, Self
 
+from unmask.core.format import masked
+
 CRASH_NOTE: Final = "traceback written to "  # begins the note of an internal error that names the crash file
 
 
 class UnmaskError(ValueError):
-    """An error that the user can fix: what happened, where, and a hint on what to do."""
+    """An error that the user can fix: what happened, where, and a hint; without credentials of addresses."""
 
     exit_code = 2
 
     def __init__(self, message: str, *, location: str = "", hint: str = "") -> None:
+        message, location, hint = map(masked, (message, location, hint))
         self.message, self.location, self.hint = message, location, hint
         lines = [message]
         if location:

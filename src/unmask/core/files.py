@@ -7,21 +7,30 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import itertools
 import json
 import os
 import shutil
+import stat
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, cast
 
 from safetensors import SafetensorError
 
-from unmask.core.errors import DamagedError, StoreError
+from unmask.core.errors import DamagedError, StoreError, UnmaskError
 
 _CHUNK_BYTES = 1 << 22
 _LONGEST_NAME = 200  # bytes; file systems allow 255, and a temporary name has a suffix
-_MAX_NAME_BYTES = 1 << 10
+_MAX_NAME_BYTES = 255
+# Largest files that are read into memory. Parsed JSON takes up to 30 times its size.
+MAX_CONFIG_BYTES: Final = 1 << 24  # config.json; the largest on the Hugging Face Hub have 2 MB, with names of labels
+MAX_TOKENIZER_BYTES: Final = 1 << 26  # tokenizer.json; 33 MB for 256,000 tokens
+MAX_HEADER_BYTES: Final = 1 << 24  # of a safetensors file: names and shapes of 100,000 tensors
+MAX_RECIPE_BYTES: Final = 1 << 24  # recipe.toml, with the words of a word list
+MAX_MANIFEST_BYTES: Final = 1 << 24  # digests.json: 100,000 files
+MAX_JSON_BYTES: Final = 1 << 28  # other JSON files; env.json has a line for each file of the text
 
 
 class RunLayout:
@@ -167,19 +176,85 @@ def write_json(path: Path, value: object) -> None:
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
-def read_json(path: Path) -> Any:
-    """Read a JSON file; a byte order mark at its start is skipped.
+def read_text(path: Path, max_bytes: int) -> str:
+    """Return the content of a regular file in UTF-8; a byte order mark at its start is skipped.
+
+    A device or a pipe under the name of a file would never end.
 
     Raises:
-        DamagedError: the file is missing, cut short or not JSON.
+        DamagedError: the file can't be read, is larger than `max_bytes`, or is no regular file.
+        UnicodeDecodeError: it is not UTF-8.
     """
     try:
-        return json.loads(path.read_text(encoding="utf-8-sig"))
+        require_regular(path)
+        with path.open("rb") as file:
+            data = file.read(max_bytes + 1)
     except OSError as error:
         message = f"can't read this file: {error.strerror or error}"
         raise DamagedError(message, location=str(path), hint=_RESTORE) from error
+    if len(data) > max_bytes:
+        message = f"this file is too large: {path.stat().st_size:,} bytes, expected at most {max_bytes:,}"
+        raise DamagedError(message, location=str(path), hint=_RESTORE)
+    return data.decode("utf-8-sig")
+
+
+def require_regular(path: Path) -> None:
+    """Check that a path is a regular file, or a link to one.
+
+    Raises:
+        DamagedError: it is a device, a pipe or a folder.
+        OSError: it doesn't exist.
+    """
+    mode = path.stat().st_mode
+    if not stat.S_ISREG(mode):
+        kind = "a folder" if stat.S_ISDIR(mode) else "a device or a pipe"
+        raise DamagedError(f"can't read this file: it is {kind}", location=str(path), hint=_RESTORE)
+
+
+def read_json(path: Path, max_bytes: int = MAX_JSON_BYTES) -> Any:
+    """Read a JSON file; a byte order mark at its start is skipped.
+
+    Raises:
+        DamagedError: the file is missing, too large, cut short or not JSON.
+    """
+    try:
+        return json.loads(read_text(path, max_bytes))
+    except UnmaskError:  # a ValueError too
+        raise
     except (ValueError, RecursionError) as error:  # ValueError: not JSON, not UTF-8, or an integer of too many digits
         raise DamagedError(f"invalid JSON: {error}", location=str(path), hint=_RESTORE) from error
+
+
+def check_tensor_header(path: Path) -> None:
+    """Check the size of the header of a safetensors file before it is read.
+
+    Raises:
+        DamagedError: the file is no regular file, or claims a header of more than MAX_HEADER_BYTES.
+    """
+    try:
+        require_regular(path)
+        with path.open("rb") as file:
+            size = int.from_bytes(file.read(8), "little")
+    except OSError as error:
+        message = f"can't read this file: {error.strerror or error}"
+        raise DamagedError(message, location=str(path), hint=_RESTORE) from error
+    if size > MAX_HEADER_BYTES:
+        raise DamagedError(
+            f"not a safetensors file, or damaged: its header would have {size:,} bytes, expected at most "
+            f"{MAX_HEADER_BYTES:,}",
+            location=str(path),
+            hint=_RESTORE,
+        )
+
+
+def leaves(folder: Path, path: Path) -> bool:
+    """Return whether a path in a folder is or goes through a symbolic link to a place outside of it.
+
+    In the cache of the Hugging Face Hub, `snapshots/REVISION` has links to `blobs`, which belong to the same model.
+    """
+    real = folder.resolve()
+    inside = [real, *([real.parents[1] / "blobs"] if real.parent.name == "snapshots" else [])]
+    return not any(path.resolve().is_relative_to(place) for place in inside)
 
 
 _RESTORE = "restore the file from a backup, or delete its directory and create it again"
@@ -271,11 +346,17 @@ def read_pointer(link: Path) -> Path | None:
     """Return the target of a pointer, which may not exist; None if this is neither a link nor a pointer file."""
     if link.is_symlink():
         return link.parent / link.readlink()
-    if link.is_file() and link.stat().st_size <= _MAX_NAME_BYTES:
+    if link.is_file() and link.stat().st_size <= _MAX_NAME_BYTES + len("\r\n"):
         name = link.read_text(encoding="utf-8", errors="replace").strip()
-        if name and Path(name).name == name:
+        if _is_plain_name(name):
             return link.parent / name
     return None
+
+
+def _is_plain_name(name: str) -> bool:
+    """Return whether a text is the name of a file or folder, without a path that leads elsewhere."""
+    is_short = len(name.encode(errors="replace")) <= _MAX_NAME_BYTES
+    return is_short and Path(name).name == name and name not in ("", "..") and "\0" not in name
 
 
 def last_step(run: Path) -> int | None:
@@ -306,10 +387,12 @@ def verify_manifest(folder: Path, *, digest_up_to: int | None = None) -> None:
     Raises:
         DamagedError: a file is missing, cut short or changed; the location names it.
     """
-    entries: Mapping[str, Mapping[str, Any]] = read_json(folder / RunLayout.DIGESTS)
-    if not all(set(entry) == {"bytes", "digest"} for entry in entries.values()):
+    entries: Any = read_json(folder / RunLayout.DIGESTS, MAX_MANIFEST_BYTES)
+    if not isinstance(entries, dict) or not all(
+        itertools.starmap(_is_entry, cast("Mapping[Any, Any]", entries).items())
+    ):
         raise DamagedError("invalid manifest", location=str(folder / RunLayout.DIGESTS), hint=_RESTORE)
-    for name, entry in entries.items():
+    for name, entry in cast("Mapping[str, Mapping[str, Any]]", entries).items():
         file = folder / name
         if not file.is_file():
             raise DamagedError("a file of this directory is missing", location=str(file), hint=_RESTORE)
@@ -323,6 +406,15 @@ def verify_manifest(folder: Path, *, digest_up_to: int | None = None) -> None:
             raise DamagedError(
                 "the content of this file has changed since it was written", location=str(file), hint=_RESTORE
             )
+
+
+def _is_entry(name: str, entry: Any) -> bool:
+    """Return whether an entry of a manifest has the name of a file in the same folder, its size and its digest."""
+    has_facts = isinstance(entry, dict) and {key: type(value) for key, value in cast("Any", entry).items()} == _FACTS
+    return has_facts and _is_plain_name(name)
+
+
+_FACTS: Final = {"bytes": int, "digest": str}
 
 
 class DigestCache:

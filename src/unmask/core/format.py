@@ -1,10 +1,15 @@
-"""Numbers, sizes, durations, lists and bars as text."""
+"""Numbers, sizes, durations, lists, bars and addresses as text."""
 
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping, Sequence
+from typing import Final
 
+HIDDEN: Final = "***"  # stands for user, password or token of an address
+_ADDRESS: Final = re.compile(r"[a-zA-Z][a-zA-Z0-9+.-]{0,15}://[^\s'\"<>`]*[^\s'\"<>`:;,.)]")
+_HARMLESS: Final = frozenset({"versionid", "generation", "revision", "download", "dl", "raw"})  # keys of a query
 _CONTROLS = {code: chr(0x2400 + code) for code in range(32)} | {9: "⇥", 10: "⏎", 127: "␡"}
 
 
@@ -84,3 +89,26 @@ def sparkline(values: Sequence[float], width: int) -> str:
     low, high = min(last), max(last)
     span = (high - low) or 1.0
     return "".join("▁▂▃▄▅▆▇█"[round((value - low) / span * 7)] for value in last)
+
+
+def masked(text: str) -> str:
+    """Return a text with *** for user, password and tokens of all addresses in it."""
+    return _ADDRESS.sub(lambda match: _masked_address(match[0]), text)
+
+
+def _masked_address(address: str) -> str:
+    scheme, _, rest = address.partition("://")
+    host, slash, path = rest.partition("/")
+    if "@" in host:
+        host = f"{HIDDEN}@{host.rpartition('@')[2]}"
+    start, mark, query = f"{host}{slash}{path}".partition("?")
+    if mark and ("=" in query or scheme.lower() in ("http", "https")):  # elsewhere, ? is a part of a pattern
+        query = "&".join(_masked_parameter(parameter) for parameter in query.split("&"))
+    return f"{scheme}://{start}{mark}{query}"
+
+
+def _masked_parameter(parameter: str) -> str:
+    key, equals, _ = parameter.partition("=")
+    if not equals:
+        return HIDDEN if parameter else ""
+    return parameter if key.lower() in _HARMLESS else f"{key}={HIDDEN}"

@@ -4,24 +4,33 @@ A plugin is an objective, a sampler, a source or a metric logger. Its module is 
 is built. Python's import path applies; the current directory is searched last. An instance is created as
 `Name(settings, context)`: `settings` is the frozen dataclass `Name.Settings`, filled from the recipe, and `context` is
 one of the `...Context` classes of `unmask.core.types`. A class without `Settings` has no settings.
+
+The recipe of a run may come from elsewhere, together with the folder of the run. Building it imports only modules that
+this user's own recipes have named, unless `code_allowed` says otherwise.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
+import hmac
 import importlib
 import inspect
 import os
 import re
+import secrets
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import Any, ClassVar, Final, cast
 
 from unmask.core.errors import RecipeError, UnmaskError
+from unmask.core.files import default_cache
 from unmask.core.quantities import closest_match
 
 _NAME: Final = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*")
@@ -104,6 +113,80 @@ class LoadedModule:
 _modules: dict[str, LoadedModule] = {}
 
 
+# Permission ---------------------------------------------------------------------------------------------------------
+
+_KEY: Final = "plugins.key"  # file in the cache
+_KEY_BYTES: Final = 32
+_is_code_allowed: ContextVar[bool] = ContextVar("is_code_allowed", default=False)
+_marks: ContextVar[Mapping[str, object] | None] = ContextVar("marks", default=None)  # None: any module is imported
+
+
+@contextmanager
+def code_allowed(allowed: bool) -> Generator[None]:
+    """Allow the block to import every plugin that the recipe of a run names, if `allowed`."""
+    token = _is_code_allowed.set(allowed or _is_code_allowed.get())
+    try:
+        yield
+    finally:
+        _is_code_allowed.reset(token)
+
+
+@contextmanager
+def only_marked(marks: Mapping[str, object]) -> Generator[None]:
+    """Let the block import only plugins with a valid mark, and modules that this process has imported already."""
+    token = _marks.set(None if _is_code_allowed.get() else marks)
+    try:
+        yield
+    finally:
+        _marks.reset(token)
+
+
+def code_marks(plugins: Sequence[PluginConfig]) -> dict[str, str]:
+    """Return a mark of each plugin, which only this user can make; nothing if the cache can't be written."""
+    key = _read_key(create=True) if plugins else b""
+    return {plugin.kind: _mark(key, plugin.kind) for plugin in plugins} if key else {}
+
+
+def _mark(key: bytes, kind: str) -> str:
+    return hmac.digest(key, kind.encode(), "sha256").hex()
+
+
+def _read_key(*, create: bool = False) -> bytes:
+    """Return the random key of this user; b"" if there is none, or it can't be read."""
+    path = default_cache() / _KEY
+    if create and not path.exists():
+        temporary = path.with_name(f".{_KEY}.{os.getpid()}")
+        with contextlib.suppress(OSError):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            temporary.touch(0o600)
+            temporary.write_bytes(secrets.token_bytes(_KEY_BYTES))
+            os.link(temporary, path)  # fails if another process was faster
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+    try:
+        key = path.read_bytes()
+    except OSError:
+        return b""
+    return key if len(key) == _KEY_BYTES else b""
+
+
+def _require_permission(module: str, kind: str) -> None:
+    """Check that a module may be imported.
+
+    Raises:
+        RecipeError: the recipe of a run names it, and no recipe of this user did.
+    """
+    marks = _marks.get()
+    if marks is None or module in sys.modules:
+        return
+    mark, key = marks.get(kind), _read_key()
+    if not (key and isinstance(mark, str) and hmac.compare_digest(mark.encode(), _mark(key, kind).encode())):
+        raise RecipeError(
+            f"this run names code, and was not started by this user on this machine: `{kind}` is not imported",
+            hint="read that code; if you trust it, add --allow-code (in Python, import its module first)",
+        )
+
+
 # Import -------------------------------------------------------------------------------------------------------------
 
 
@@ -171,6 +254,7 @@ def _import(name: str, kind: str) -> LoadedModule:
     """Import a module once, and record the digest of its file."""
     if name in _modules:
         return _modules[name]
+    _require_permission(name, kind)
     directory = os.getcwd()
     if not {"", directory} & set(sys.path):
         sys.path.append(directory)  # last, so that no file in it shadows an installed module

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any, Final, Literal, NamedTuple
 
 from unmask.core.errors import TextError
-from unmask.core.format import join_names
+from unmask.core.format import join_names, masked
+from unmask.core.remote import fetch, is_remote
 from unmask.data.readers.bytes import packing
 from unmask.data.readers.hf_datasets import PREFIX, is_saved, parse
 
@@ -86,7 +87,9 @@ def resolve_inputs(texts: Sequence[str]) -> list[TextInput]:
     for (name, weight), text in zip(named, texts, strict=True):
         if weight is not None and not (weight > 0 and math.isfinite(weight)):
             raise TextError(
-                f"invalid weight: got {weight:g}, expected a number above 0", location=text, hint="write TEXT:0.7"
+                f"invalid weight: got {weight:g}, expected a number above 0",
+                location=text,
+                hint="write TEXT:0.7",
             )
         if weight is None and weights:
             hint = f"give every text a weight ({name}:1), or none"
@@ -101,9 +104,11 @@ def resolve_inputs(texts: Sequence[str]) -> list[TextInput]:
             if weight is not None:
                 message = "every file of this text belongs to a text before it"
                 raise TextError(message, location=name, hint="name it once, with one weight")
-            unused += found.warnings(name)
+            unused += found.warnings(masked(name))
             continue
-        inputs.append(TextInput(_display_name(name), (weight or 0.0) / (total or 1.0), used, found.warnings(name)))
+        inputs.append(
+            TextInput(_display_name(name), (weight or 0.0) / (total or 1.0), used, found.warnings(masked(name)))
+        )
     inputs[-1] = inputs[-1]._replace(warnings=(*inputs[-1].warnings, *unused))
     return inputs
 
@@ -117,9 +122,11 @@ def weighted(text: str) -> tuple[str, float | None]:
 
 
 def absolute(text: str) -> str:
-    """Return the name with an absolute path."""
+    """Return the name with an absolute path; of an address, without credentials."""
     name, weight = weighted(text)
     suffix = "" if weight is None else text[len(name) :]
+    if is_remote(name):
+        return masked(name) + suffix
     if name.startswith(PREFIX):
         folder, _, split = name.removeprefix(PREFIX).partition("@")
         if not os.path.isdir(folder):
@@ -129,9 +136,11 @@ def absolute(text: str) -> str:
 
 
 def is_name(text: str) -> bool:
-    """Return whether a text is surely a name: standard input, a dataset, or a known file extension."""
+    """Return whether a text is surely a name: standard input, a dataset, an address, or a known file extension."""
     name, _ = weighted(text)
-    return name == STANDARD_INPUT or name.startswith(PREFIX) or _has_known_ending(name) or bool(packing(Path(name)))
+    if name == STANDARD_INPUT or name.startswith(PREFIX) or is_remote(name):
+        return True
+    return _has_known_ending(name) or bool(packing(Path(name)))
 
 
 def _has_known_ending(name: str) -> bool:
@@ -142,6 +151,10 @@ def _ending(name: str) -> str:
     """Return the extension of a file before .gz and .zst, in lower case."""
     path = Path(name)
     return Path(path.stem if packing(path) else path.name).suffix.lower()
+
+
+def _is_text_name(name: str) -> bool:
+    return _has_known_ending(name) or bool(packing(Path(name)))
 
 
 def has_code_ending(name: str) -> bool:
@@ -160,7 +173,7 @@ def is_spooled(name: str) -> bool:
 
 
 def _display_name(name: str) -> str:
-    return "standard input" if is_spooled(name) else name
+    return "standard input" if is_spooled(name) else masked(name)
 
 
 def _entries(name: str, found: _Found) -> list[str]:
@@ -168,6 +181,8 @@ def _entries(name: str, found: _Found) -> list[str]:
     if name.startswith(PREFIX):
         parse(name)
         return [name]
+    if is_remote(name):
+        return list(map(str, fetch(name, _is_text_name)))
     if os.path.isfile(name):  # Path.is_file raises where a name is too long to be one
         return [_named_in_utf_8(name)]
     if not os.path.exists(name):
@@ -265,9 +280,7 @@ class _Found:
                     yield str(Path(entry.path))
 
     def _is_read(self, name: str) -> bool:
-        if _has_known_ending(name) or (self.reads_code and has_code_ending(name)):
-            return True
-        return bool(packing(Path(name)))
+        return _is_text_name(name) or (self.reads_code and has_code_ending(name))
 
     def _listed(self, folder: str) -> Iterator[tuple[str, list[os.DirEntry[str]]]]:
         """Yield each directory with its entries that are no directories; linked directories come last."""

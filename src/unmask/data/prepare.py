@@ -42,11 +42,12 @@ from unmask.core.plugins import PluginSourceConfig, plugin_facts
 from unmask.core.quantities import Fraction
 from unmask.core.types import ProgressCallback
 from unmask.data.advice import train_fitting
+from unmask.data.ray_engine import RayConfig, RayWorkers
 from unmask.data.settings import DataConfig
 from unmask.data.shards import Shards, append_files, finish_folder, map_numbers, merge, open_shards
 from unmask.data.sources import BaseSource
 from unmask.data.split import DocumentStats, Split, SplitName, divide, train_sizes
-from unmask.data.workers import SPLITS, Message, Task, WorkerCount, Workers, shard_files, units_of
+from unmask.data.workers import SPLITS, Message, Task, WorkerCount, WorkerPool, Workers, shard_files, units_of
 from unmask.tokenization.fast_encode import CachedEncoder
 from unmask.tokenization.settings import ExtendedTokenizerConfig, FileTokenizerConfig
 from unmask.tokenization.tokenizer import Tokenizer
@@ -99,7 +100,7 @@ def prepare(
     cache: Path,
     progress: ProgressCallback = no_progress,
     tokenizer: Tokenizer | None = None,
-    workers: WorkerCount = "all cores",
+    workers: WorkerCount | RayConfig = "all cores",
     *,
     verify: bool = False,
     shrinks: bool = False,
@@ -112,7 +113,7 @@ def prepare(
         cache: directory of the results.
         progress: called with the stage and its completed fraction.
         tokenizer: existing tokenizer; by default, one is trained on the training split.
-        workers: number of processes for long texts, without effect on the result.
+        workers: number of processes for long texts, or where Ray runs the work; without effect on the result.
         verify: whether to read all bytes of the text and the cached shards, instead of comparing sizes and times.
         shrinks: whether the trained vocabulary may be smaller than its setting, if the text gives no more.
 
@@ -121,6 +122,7 @@ def prepare(
         TokenizerError: the text yields fewer tokens than the vocabulary size.
         DamagedError: a file of the cache has changed since it was written.
         StoreError: the cache can't be written.
+        WorkerError: a worker process ended, or Ray has no cluster.
     """
     source.check()
     if tokenizer is None and isinstance(settings.tokenizer, FileTokenizerConfig):
@@ -251,7 +253,7 @@ class Build:
     settings: DataConfig
     progress: ProgressCallback
     tokenizer: Tokenizer | None
-    workers: WorkerCount
+    workers: WorkerCount | RayConfig
     unit_bytes: int | None = None  # the default depends on the size of the text
     shrinks: bool = False  # whether the vocabulary may be smaller than its setting
 
@@ -288,7 +290,7 @@ def build_in(work: Path, build: Build) -> Path:
     """
     settings = build.settings
     units = units_of(build.source.parts(), build.unit_bytes)
-    with Workers(build.source, settings, build.workers, len(units)) as workers:
+    with _open_workers(build, len(units)) as workers:
         tasks = [Task(unit.number, unit.parts, str(work)) for unit in units]
         surveyed = _survey(build, workers, tasks)
         stats = join_stats(work, tasks, surveyed)
@@ -329,6 +331,12 @@ def build_in(work: Path, build: Build) -> Path:
     return corpus
 
 
+def _open_workers(build: Build, units: int) -> WorkerPool:
+    if isinstance(build.workers, RayConfig):
+        return RayWorkers(build.source, build.settings, build.workers, units)
+    return Workers(build.source, build.settings, build.workers, units)
+
+
 def _write_corpus(
     folder: Path, work: Path, build: Build, encoded: Sequence[Message], tokenizer: Tokenizer, facts: Facts
 ) -> None:
@@ -355,7 +363,7 @@ def _reporter(progress: ProgressCallback, stage: str, total: int) -> Callable[[i
     return report
 
 
-def _survey(build: Build, workers: Workers, tasks: Sequence[Task]) -> list[Message]:
+def _survey(build: Build, workers: WorkerPool, tasks: Sequence[Task]) -> list[Message]:
     # Progress is characters ÷ bytes. They differ, mostly in compressed files, so the end is reported separately.
     total_bytes = sum(part.last_byte - part.first_byte for task in tasks for part in task.parts)
     surveyed = workers.run("survey", tasks, _reporter(build.progress, "reading the text", total_bytes))
@@ -381,7 +389,7 @@ def _add_documents(tasks: Sequence[Task], surveyed: Sequence[Message]) -> list[T
     ]
 
 
-def _train(build: Build, workers: Workers, tasks: Sequence[Task], split: Split, train_characters: int) -> Tokenizer:
+def _train(build: Build, workers: WorkerPool, tasks: Sequence[Task], split: Split, train_characters: int) -> Tokenizer:
     """Train a tokenizer on a sample of the training split, or on all of it."""
     settings = build.settings.tokenizer
     wanted = getattr(settings, "max_train_chars", train_characters)

@@ -11,6 +11,7 @@ from typing import Literal
 from unmask.core.errors import RecipeError
 from unmask.core.plugins import PluginSamplerConfig, PluginSourceConfig
 from unmask.core.quantities import Fraction, Quantity
+from unmask.core.remote import require_public
 from unmask.tokenization.settings import (
     ExtendedTokenizerConfig,
     FileTokenizerConfig,
@@ -95,6 +96,7 @@ class DataConfig:
                     location="valid",
                     hint="use letters, digits, - and _, as in --valid news=valid_news.txt",
                 )
+            require_public(self.valid[name], f"valid.{name}")
 
     @property
     def rule(self) -> DocumentRule:

@@ -14,7 +14,7 @@ from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import accumulate
 from pathlib import Path
-from typing import Any, BinaryIO, Final, Literal, NamedTuple
+from typing import Any, BinaryIO, Final, Literal, NamedTuple, cast
 
 import numpy as np
 from jaxtyping import Int, UInt8
@@ -143,7 +143,24 @@ def _read_header(file: BinaryIO) -> tuple[int, dict[str, Any]]:
     size = int.from_bytes(_read_exactly(file, _LENGTH_BYTES), "little")
     if size > _MAX_HEADER_BYTES:
         raise ValueError(f"invalid header size: got {size:,} bytes, expected at most {_MAX_HEADER_BYTES:,}")
-    return _LENGTH_BYTES + size, json.loads(_read_exactly(file, size))
+    entries: Any = json.loads(_read_exactly(file, size))
+    if not isinstance(entries, dict) or not all(map(_is_column, cast("dict[str, Any]", entries).values())):
+        raise ValueError("invalid entries in the header")
+    return _LENGTH_BYTES + size, entries
+
+
+def _is_column(entry: Any) -> bool:
+    """Return whether an entry of a header has a known type, one dimension, and offsets."""
+    if not isinstance(entry, dict):
+        return False
+    facts = cast("dict[str, Any]", entry)
+    numbers = [facts.get("shape"), facts.get("data_offsets")]
+    if facts.get("dtype") not in [*_NAMES] or not all(isinstance(each, list) for each in numbers):
+        return False
+    flat = [number for each in cast("list[list[Any]]", numbers) for number in each]
+    return [len(each) for each in cast("list[list[Any]]", numbers)] == [1, 2] and all(
+        type(number) is int and 0 <= number < 1 << 62 for number in flat
+    )
 
 
 def tensor_chunks(path: Path, name: str) -> Iterator[NDArray[Any]]:
@@ -449,17 +466,12 @@ class Shards:
     """Tokenized documents in memory-mapped files; see `open_shards`."""
 
     def __init__(self, folder: Path) -> None:
-        index = read_json(folder / INDEX)
-        if index["format"] != FORMAT:
-            raise DamagedError(
-                f"the shards have the format of another version: got {index['format']}, expected {FORMAT}",
-                location=str(folder / INDEX),
-                hint=_REBUILD,
-            )
+        index = _read_index(folder / INDEX)
         self._folder = folder
         self.vocabulary: int = index["vocabulary"]
         self.tokenizer_fingerprint: str = index["tokenizer"]
         arrays = _map_columns(folder / ARRAYS)
+        _check_columns(folder / ARRAYS, arrays, self.vocabulary, sum(index["tokens"]))
         self.token_counts: Int[np.ndarray, "V"] = arrays["token_counts"]
         self.lengths: Int[np.ndarray, "N"] = arrays["lengths"]
         self.document_characters: Int[np.ndarray, "N"] = arrays["characters"]
@@ -473,11 +485,16 @@ class Shards:
         self._kind = np.dtype(id_kind(self.vocabulary))
 
     def check_ids(self) -> None:
-        """Check that every id is below the vocabulary size.
+        """Check that every id is below the vocabulary size, and that the documents lie end to end.
 
         Raises:
-            DamagedError: a shard contains an invalid id, or can't be read.
+            DamagedError: a shard contains an invalid id, or can't be read, or two documents overlap.
         """
+        for first in range(0, self.documents, CHUNK):
+            starts = self._starts[first : first + CHUNK + 1]
+            if not np.array_equal(np.diff(starts), self.lengths[first : first + CHUNK]):
+                message = "the documents don't lie end to end"
+                raise DamagedError(message, location=str(self._folder / ARRAYS), hint=_REBUILD)
         for number in range(len(self._tokens)):
             file = self._file(number)
             with _name_file(file):  # read, not mapped: a shard may be larger than the free address space
@@ -549,6 +566,55 @@ class Shards:
 
     def _file(self, number: int) -> Path:
         return self._folder / f"shard-{number:05d}.safetensors"
+
+
+def _read_index(file: Path) -> dict[str, Any]:
+    """Read index.json.
+
+    Raises:
+        DamagedError: it has the format of another version, or a value of another type.
+    """
+    content: Any = read_json(file)
+    index = cast("dict[str, Any]", content if isinstance(content, dict) else {})
+    if index.get("format") != FORMAT:
+        raise DamagedError(
+            f"the shards have the format of another version: got {index.get('format')}, expected {FORMAT}",
+            location=str(file),
+            hint=_REBUILD,
+        )
+    vocabulary, tokens = index.get("vocabulary"), index.get("tokens")
+    is_valid = (
+        type(vocabulary) is int
+        and 0 < vocabulary <= 1 << 32
+        and isinstance(index.get("tokenizer"), str)
+        and isinstance(tokens, list)
+        and all(type(number) is int and 0 < number < 1 << 48 for number in cast("list[Any]", tokens))
+    )
+    if not is_valid:
+        raise DamagedError("invalid index of shards", location=str(file), hint=_REBUILD)
+    return index
+
+
+def _check_columns(file: Path, columns: Mapping[str, NDArray[Any]], vocabulary: int, tokens: int) -> None:
+    """Check the lengths and types of the columns of documents, and the number of tokens.
+
+    Raises:
+        DamagedError: one is missing or doesn't fit the others; it is named.
+    """
+    documents = len(columns.get("lengths", ()))
+    expected = {
+        **dict.fromkeys(("lengths", "characters", "unknown_characters"), ("<i8", documents)),
+        "document_starts": ("<i8", documents + 1),
+        "token_counts": ("<i8", vocabulary),
+        "sentences": ("<u4", documents),
+    }
+    for name, (kind, length) in expected.items():
+        column = columns.get(name)
+        if column is None or column.dtype != np.dtype(kind) or len(column) != length:
+            raise DamagedError(f"invalid column `{name}`", location=str(file), hint=_REBUILD)
+    starts, lengths = columns["document_starts"], columns["lengths"]
+    if starts[0] != 0 or starts[-1] != tokens or (documents and int(lengths.min()) < 0):
+        raise DamagedError("the documents don't fit the tokens of the shards", location=str(file), hint=_REBUILD)
 
 
 def _map_columns(file: Path) -> dict[str, NDArray[Any]]:

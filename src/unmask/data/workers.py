@@ -16,11 +16,12 @@ import sys
 import threading
 import tomllib
 import traceback
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Final, Literal, TextIO, TypeVar
+from typing import Any, Final, Literal, Self, TextIO, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -276,10 +277,29 @@ def shard_files(result: Message, split: SplitName) -> ShardFiles:
 
 
 WorkerCount = int | Literal["all cores"]
-_SINGLE_THREAD: Final = {"TOKENIZERS_PARALLELISM": "false", "RAYON_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
+SINGLE_THREAD: Final = {"TOKENIZERS_PARALLELISM": "false", "RAYON_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
 
 
-class Workers:
+class WorkerPool(ABC):
+    """Runs tasks; a context manager that ends what it started."""
+
+    local: TaskRunner  # in this process
+    count: int  # tasks that run at the same time; 1: in this process
+
+    def __enter__(self) -> Self:
+        return self
+
+    @abstractmethod
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None: ...
+
+    @abstractmethod
+    def run(self, stage: str, tasks: Sequence[Task], report: Callable[[int], None]) -> list[Message]:
+        """Run a stage on all tasks; `report` is called with the number of characters done since its last call."""
+
+
+class Workers(WorkerPool):
     """Runs tasks in this process or in worker processes; a context manager that ends the processes."""
 
     def __init__(self, source: BaseSource, settings: DataConfig, count: WorkerCount, units: int) -> None:
@@ -292,9 +312,6 @@ class Workers:
         if self.count > 1 and isinstance(source, FileSource):
             recipe = SourceRecipe(source.names, settings)
             self._setup = {"paths": recipe.paths, "settings": dump_config(settings)}
-
-    def __enter__(self) -> Workers:
-        return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -341,7 +358,7 @@ class Workers:
             (failures if "error" in message else results)[index] = message
             send_next(number)
         if failures:
-            raise _decode_error(failures[min(failures)]["error"])
+            raise decode_error(failures[min(failures)]["error"])
         return [results[index]["result"] for index in range(len(tasks))]
 
 
@@ -357,7 +374,7 @@ class WorkerProcess:
             stdout=subprocess.PIPE,
             text=True,
             encoding="utf-8",
-            env={**os.environ, **_SINGLE_THREAD, "PYTHONPATH": os.pathsep.join(paths)},
+            env={**os.environ, **SINGLE_THREAD, "PYTHONPATH": os.pathsep.join(paths)},
         )
         self._reader = threading.Thread(target=self._listen, args=(number, inbox), daemon=True)
         self._reader.start()
@@ -401,7 +418,8 @@ class WorkerProcess:
                     pipe.close()
 
 
-def _encode_error(error: BaseException) -> Message:
+def encode_error(error: BaseException) -> Message:
+    """Return an error as plain values."""
     if isinstance(error, UnmaskError):
         return {
             "type": type(error).__name__,
@@ -412,7 +430,8 @@ def _encode_error(error: BaseException) -> Message:
     return {"type": "", "message": "".join(traceback.format_exception(error))}
 
 
-def _decode_error(message: Message) -> Exception:
+def decode_error(message: Message) -> Exception:
+    """Return the error from the plain values of `encode_error`."""
     kind = getattr(errors, message["type"], None) if message["type"] else None
     if isinstance(kind, type) and issubclass(kind, UnmaskError):
         return kind(message["message"], location=message["location"], hint=message["hint"])
@@ -437,7 +456,7 @@ def serve() -> None:
             result = runner.run(request["stage"], task, lambda count: _send(output, {"characters": count}))
             message = {"result": result}
         except Exception as error:
-            message = {"error": _encode_error(error)}
+            message = {"error": encode_error(error)}
         _send(output, message)
 
 

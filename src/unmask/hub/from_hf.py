@@ -38,6 +38,7 @@ from unmask.models.model import (
     Weights,
     as_float32,
     check_output_directory,
+    check_size,
     find_checkpoint,
     open_checkpoint,
     save_model,
@@ -148,12 +149,28 @@ class SentenceFiles:
             entries.append({**entry, "path": ""} if is_transformer else entry)
             source = self.folder / entry["path"]
             if not is_transformer and entry["path"] and source.is_dir():
+                self._check_links(source)
                 shutil.copytree(source, target / entry["path"], dirs_exist_ok=True)
         for name in _SENTENCE_FILES:
             source = next((f for f in (self.folder / self.transformer / name, self.folder / name) if f.is_file()), None)
             if source is not None:
+                self._check_links(source)
                 shutil.copyfile(source, target / name)
         files.write_json(target / SENTENCE_MODULES, entries)
+
+    def _check_links(self, source: Path) -> None:
+        """Check that no link leads out of the folder: these files are copied as they are, whatever they contain.
+
+        Raises:
+            ModelError: a link does; it is named.
+        """
+        found = next((path for path in (source, *source.rglob("*")) if files.leaves(self.folder, path)), None)
+        if found is not None:
+            raise ModelError(
+                f"a symbolic link leads out of the folder, to {found.resolve()}",
+                location=str(found),
+                hint="remove it, or replace it by the file itself",
+            )
 
 
 def _is_inside(path: str) -> bool:
@@ -206,6 +223,7 @@ def _read_weights(folder: Path, settings: EncoderConfig, vocab_size: int) -> Wei
         tensors, notes = read_tensors(folder)
         tensors, rename_notes = rename_tensors(tensors, settings)
         settings, tie_notes = untie_if_different(tensors, settings)
+        check_size(settings, vocab_size, tensors, str(folder))
         encoder, head = build_model(settings, vocab_size)
         tensors, pooler_notes = leave_out_pooler(tensors, settings, _architecture(_read_config(folder)))
         pair = build_pair(settings) if has_pair_head(tensors, settings) else None
@@ -234,7 +252,7 @@ def _tokenizer_notes(model: Model) -> list[str]:
 
 def _read_config(folder: Path) -> Mapping[str, Any]:
     """Return config.json; files of old versions name their architecture but not their model_type."""
-    config: Any = files.read_json(folder / RunLayout.CONFIG)
+    config: Any = files.read_json(folder / RunLayout.CONFIG, files.MAX_CONFIG_BYTES)
     if isinstance(config, dict) and cast("Mapping[str, Any]", config).get("quantization_config") is not None:
         raise ModelError(
             "unsupported quantization_config: quantized weights are not supported",
@@ -273,6 +291,7 @@ def read_tensors(folder: Path) -> tuple[Tensors, list[str]]:
     tensors: Tensors = {}
     dtypes: set[torch.dtype] = set()
     for file in _weight_files(folder):
+        files.check_tensor_header(file)
         try:
             loaded = load_file(file)
         except (SafetensorError, OSError) as error:

@@ -147,6 +147,15 @@ def _num_weights(matrices: list[Matrix]) -> int:
     return sum(inner * columns for inner, columns in matrices)
 
 
+def least_weights(settings: EncoderConfig, vocab_size: int) -> int:
+    """Return the number of weights in the embeddings and the layers' matrices of an encoder, without building it."""
+    width = settings.embedding_rank if isinstance(settings, NeoMMEConfig) else settings.hidden_size
+    rows = vocab_size
+    if isinstance(settings, BertConfig):
+        rows += settings.max_position_embeddings + settings.type_vocab_size
+    return rows * width + settings.num_hidden_layers * _num_weights(_layer_matrices(settings))
+
+
 def _attended_tokens(settings: EncoderConfig, length: int) -> int:
     """Return the number of tokens that a token attends to, summed over the layers."""
     if isinstance(settings, ModernBertConfig):

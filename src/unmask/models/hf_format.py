@@ -34,6 +34,8 @@ _NULLABLE: Final = ("pad_token_id", "bos_token_id", "eos_token_id", "cls_token_i
                     "local_rope_theta", "layer_types", "rope_parameters", "rope_scaling", "per_layer_config",
                     "residual_multiplier",
                     "architectures", "quantization_config")  # fmt: skip
+# Lists with an entry for each layer, and tables with a row for each position, are not in the file of weights.
+_HIGHEST: Final = {"num_hidden_layers": 1000, "max_position_embeddings": 1 << 18}
 # Types of the keys that are read.
 _TYPES: Final[Sequence[tuple[Sequence[str], tuple[type, ...], str]]] = (
     (("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "max_position_embeddings",
@@ -271,6 +273,13 @@ def _check_types(hf_config: Mapping[str, Any]) -> None:
                     location=f"config.json: {key}",
                     hint="correct config.json, or restore it from a copy",
                 )
+    for key, highest in _HIGHEST.items():
+        if (number := hf_config.get(key) or 0) > highest:
+            raise ModelError(
+                f"invalid {key}: got {number:,}, expected at most {highest:,}",
+                location=f"config.json: {key}",
+                hint="correct config.json, or restore it from a copy",
+            )
 
 
 def vocab_size_of(hf_config: Mapping[str, Any]) -> int:

@@ -23,7 +23,7 @@ from unmask.core.errors import DamagedError, ModelError, RunError, UnmaskError
 from unmask.core.files import RunLayout
 from unmask.core.format import count
 from unmask.core.types import SPECIAL, Sample, logits_at, pack
-from unmask.models import EncoderConfig, EncoderModule, HeadModule, build_model, build_pair, electra
+from unmask.models import EncoderConfig, EncoderModule, HeadModule, build_model, build_pair, electra, least_weights
 from unmask.models.bert import BertConfig
 from unmask.models.hf_format import (
     States,
@@ -41,6 +41,7 @@ from unmask.tokenization.tokenizer import Tokenizer
 from unmask.tokenization.words import WordsRule
 
 _BATCH_TOKENS = 8192
+_SPARE_NUMBERS = 1 << 26  # 256 MiB in float32
 _WITHOUT_MASKS = ("causal", "rtd")  # objectives
 _MAX_RETRIES = 100  # a read is repeated if a training run replaced the directory meanwhile
 # Replacing the best model takes two renames. Between them, its path doesn't exist.
@@ -385,6 +386,7 @@ def _read_weights(directory: Path, settings: EncoderConfig, vocab_size: int) -> 
             location=str(directory),
             hint="save the model with safe_serialization=True: pickle files (.bin) are never read",
         )
+    files.check_tensor_header(path)
     try:
         tensors = load_file(path)
     except SafetensorError as error:
@@ -444,7 +446,7 @@ def open_checkpoint(
     if (directory / RunLayout.DIGESTS).is_file():
         files.verify_manifest(directory)
     if hf_config is None:
-        hf_config = cast("Mapping[str, Any]", files.read_json(directory / RunLayout.CONFIG))
+        hf_config = cast("Mapping[str, Any]", files.read_json(directory / RunLayout.CONFIG, files.MAX_CONFIG_BYTES))
     try:
         settings, vocab_size = from_hf_config(hf_config), vocab_size_of(hf_config)
     except ModelError as error:
@@ -482,6 +484,22 @@ def open_checkpoint(
     )
 
 
+def check_size(settings: EncoderConfig, vocab_size: int, tensors: Mapping[str, Tensor], location: str) -> None:
+    """Check that the file has about as many numbers as the encoder's matrices, before memory for them is allocated.
+
+    Raises:
+        ModelError: config.json describes a far larger encoder. Other differences are reported tensor by tensor.
+    """
+    expected = least_weights(settings, vocab_size)
+    found = sum(tensor.numel() for tensor in tensors.values())
+    if expected > found + _SPARE_NUMBERS:
+        raise ModelError(
+            f"the weights don't match config.json: its encoder has {expected:,} numbers or more, the file {found:,}",
+            location=location,
+            hint=_MODEL_HINT,
+        )
+
+
 def untrained_heads(card: ModelCard) -> list[str]:
     """Return the notes of an import that say which heads have initial weights. Training removes them from the card."""
     imported: Any = card.get("imported")
@@ -513,6 +531,7 @@ def _build(
         states = from_hf_tensors(tensors, settings)
     except ModelError as error:
         raise error.at(location=location) from error
+    check_size(settings, vocab_size, tensors, location)
     encoder, head = build_model(settings, vocab_size)
     pair = None if states.pair is None else build_pair(settings)
     discriminator = None

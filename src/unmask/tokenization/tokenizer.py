@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 from tokenizers import AddedToken, decoders, models, processors
 
 from unmask.core.errors import TokenizerError, UnmaskError
-from unmask.core.files import RunLayout, digest, read_json, write_json, write_text
+from unmask.core.files import MAX_TOKENIZER_BYTES, RunLayout, digest, read_json, read_text, write_json, write_text
 from unmask.core.types import SENTENCE_START, SPECIAL, WORD_START, ProgressCallback
 from unmask.tokenization.extend import extend_vocabulary, require_ids
 from unmask.tokenization.normalization import (
@@ -449,7 +449,7 @@ class Tokenizer:
             )
         try:
             with library_errors("can't read this tokenizer", hint="restore it from a copy"):
-                content = file.read_text(encoding="utf-8-sig")
+                content = read_text(file, MAX_TOKENIZER_BYTES)
                 inner = tokenizers.Tokenizer.from_str(content)
                 require_ids(content, inner)
                 return cls(inner, roles_in(file.parent))

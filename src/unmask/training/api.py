@@ -28,7 +28,7 @@ from unmask.training.loggers import read_log
 from unmask.training.plan import Plan
 from unmask.training.pretrain import LaunchOptions, Result, launch, with_start_and_paths
 from unmask.training.recipe import Recipe, load_recipe, read_recipe
-from unmask.training.runs import RunSummary, State, flatten, read_run, require_run_format
+from unmask.training.runs import RunSummary, State, flatten, is_unfinished_start, read_run, require_run_format
 from unmask.training.warm_start import DECIDED, WarmStart
 
 Settings = Mapping[str, Any] | Sequence[str]
@@ -169,7 +169,10 @@ def run_pretraining(texts: Texts, *, dry_run: bool = False, **options: Unpack[Pr
     display = _shown(options.get("display", "auto"))
     verify = options.get("verify", False)
     out = Path(options.get("out") or _unused_folder(recipe))
-    exist_ok = options.get("exist_ok")
+    exist_ok, is_left = options.get("exist_ok"), False
+    if training.is_restarted() and os.path.lexists(out):  # torchrun repeats the command after a rank was killed
+        is_left = is_unfinished_start(out)
+        exist_ok = None if is_left else "resume"
     if exist_ok is not None and os.path.lexists(out) and not dry_run:
         if exist_ok == "resume":
             if not isinstance(recipe, Recipe):
@@ -186,7 +189,7 @@ def run_pretraining(texts: Texts, *, dry_run: bool = False, **options: Unpack[Pr
         overrides=overrides,
         display=display,
         start=start,
-        options=LaunchOptions(dry_run=dry_run, verify=verify),
+        options=LaunchOptions(dry_run=dry_run, verify=verify, replace=is_left),
     )
 
 

@@ -15,8 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from unmask.core.config import dump_config
+from unmask.core.distributed import lost_ranks_explained
 from unmask.core.errors import CRASH_NOTE, Interrupted, Stopped, StoreError, UnmaskError
 from unmask.core.files import RunLayout
+from unmask.core.remote import RunUpload
 from unmask.evaluation.minimal_pairs import MinimalPair, evaluate_minimal_pairs
 from unmask.evaluation.validation import Validation, validates
 from unmask.models.model import Model, ModelCard
@@ -33,6 +35,7 @@ from unmask.training.loop import (
     MetricAccumulator,
     Signals,
     StopReason,
+    TrainModule,
     TrainState,
     train,
 )
@@ -60,14 +63,15 @@ def run_training(run: PreparedRun, state: TrainState, display: Display, signals:
 
     Raises:
         Stopped: a signal stopped the run; a checkpoint was saved.
-        StoreError: the disk is full or can't be written; earlier checkpoints are intact.
+        StoreError: the disk is full or can't be written; earlier checkpoints are intact. Or the run is finished, and
+            a part of it could not be uploaded.
     """
     recipe, plan, every = run.recipe, run.plan, run.recipe.train.every
     tokens_before, seconds_before, early = state.tokens, state.training_seconds, ""
     callbacks = RunCallbacks(run, display, _kept_models(run, state, display))
     first_tenth, memory = tenth(plan), MemoryLimit(run.estimate.memory_bytes, run.components.context)
     display.train_start(plan, state, run.estimate.flops_per_token, run.estimate.flops_per_second)
-    with _resume_hint(run.folder), _crash_file(run.folder):
+    with _resume_hint(run.folder), _crash_file(run.folder), lost_ranks_explained():
         callbacks.open()
         try:
             if recipe.init.model and not state.step:
@@ -115,6 +119,7 @@ def run_training(run: PreparedRun, state: TrainState, display: Display, signals:
     )
     if run.components.context.is_main_process:
         display.train_end(summary)
+        callbacks.check_uploaded()
     return summary
 
 
@@ -175,6 +180,7 @@ class RunCallbacks:
         self._log: JsonlLogger | None = None
         self._loggers = MetricLoggers()
         self._saved_step: int | None = None
+        self._upload: RunUpload | None = None
         self.last_validation: Validation | None = None
 
     @cached_property
@@ -182,19 +188,33 @@ class RunCallbacks:
         return build_preview(self._run.recipe, self._components)
 
     def open(self) -> None:
-        """Opens log.jsonl and the other loggers; on the main process only."""
+        """Opens log.jsonl and the other loggers and starts the upload; on the main process only."""
         if not self._context.is_main_process:
             return
         log, recipe = self._run.folder / RunLayout.LOG, self._run.recipe
         self._log = JsonlLogger(log)
         if recipe.train.loggers:
             self._loggers.open(recipe.train.loggers, self._run.folder, list(read_log(log)), dump_config(recipe))
+        if recipe.train.upload:
+            self._upload = RunUpload(self._run.folder, recipe.train.upload, recipe.train.keep_last)
+            self._upload.start()
 
     def close(self) -> None:
-        """Closes all loggers."""
+        """Closes all loggers and completes the upload."""
         self._loggers.close()
         if self._log:
             self._log.close()
+        if self._upload:
+            self._upload.close()
+
+    def check_uploaded(self) -> None:
+        """Checks that the whole run was uploaded, if it is uploaded at all.
+
+        Raises:
+            StoreError: a file was not; the error says how to upload it.
+        """
+        if self._upload and self._upload.error:
+            raise self._upload.error
 
     def log(self, state: TrainState, metrics: MetricAccumulator) -> None:
         """Logs the metrics of the steps since the last training line."""
@@ -212,7 +232,11 @@ class RunCallbacks:
 
     def validate(self, state: TrainState) -> None:
         """Validates the model and saves it if it is the best so far."""
-        module, stage = self._training.eval_module, self._stage(state.step)
+        with self._training.eval_module() as module:
+            self._validate(state, module)
+
+    def _validate(self, state: TrainState, module: TrainModule) -> None:
+        stage = self._stage(state.step)
         result = self.last_validation = validate(self._components, module, stage)
         measured = plain(asdict(result))
         state.validation = {"step": state.step, **measured}
@@ -231,24 +255,27 @@ class RunCallbacks:
             self._write(state.step, line)
             self._display.validated(state.step, result, predictions)
             if improved and self._run.recipe.train.keep_best:
-                model = self._as_model(state)
-                checkpoint.save_best(self._run.folder, model, module.parts)
+                checkpoint.save_best(self._run.folder, self._as_model(state, module), module.parts)
 
     def keep(self, state: TrainState) -> None:
         """Keeps the model if this step has reached a number of words of `train.keep_at`."""
-        if not self._context.is_main_process:
+        is_main = self._context.is_main_process  # which knows the number of words
+        reached = self._kept.reached(state.tokens, is_last=state.step == self._run.plan.steps) if is_main else []
+        if not self._context.largest(len(reached)):
             return
-        for name in self._kept.reached(state.tokens, is_last=state.step == self._run.plan.steps):
-            model = self._as_model(state)
-            card: ModelCard = {**model.card, "words_seen": round(self._kept.words_seen(state.tokens))}
-            parts = self._training.eval_module.parts
-            self._display.saved(checkpoint.save_kept(self._run.folder, name, replace(model, card=card), parts))
+        with self._training.eval_module(main_only=True) as module:
+            for name in reached:
+                model = self._as_model(state, module)
+                card: ModelCard = {**model.card, "words_seen": round(self._kept.words_seen(state.tokens))}
+                path = checkpoint.save_kept(self._run.folder, name, replace(model, card=card), module.parts)
+                self._display.saved(path)
 
     def evaluate_pairs(self, state: TrainState) -> None:
         """Evaluates the model on the run's minimal pairs, if any; logs the accuracies, and words and tokens seen."""
         if not self._run.pairs:
             return
-        result = evaluate_minimal_pairs(self._as_model(state), self._run.pairs, context=self._context)
+        with self._training.eval_module() as module:
+            result = evaluate_minimal_pairs(self._as_model(state, module), self._run.pairs, context=self._context)
         words = round(self._kept.words_seen(state.tokens))
         line = {"tokens": state.tokens, "words": words, **_clock(state), "pairs": result.summary()}
         self._write(state.step, plain(line))
@@ -263,14 +290,18 @@ class RunCallbacks:
         """Saves a checkpoint; all ranks wait until it is written."""
         if self._log:
             self._log.sync()  # the log lines of a saved step must be on the disk too
-            model = self._as_model(state)
-            keep = self._run.recipe.train.keep_last
-            self._display.saved(checkpoint.save(self._run.folder, model, self._training, state, keep))
+        keep = self._run.recipe.train.keep_last
+        with self._training.eval_module(main_only=True) as module:
+            model = self._as_model(state, module)
+            path = checkpoint.save(self._run.folder, model, module.parts, self._training, state, keep)
+        if self._context.is_main_process:
+            self._display.saved(path)
+        if self._upload:
+            self._upload.notify()
         self._saved_step = state.step
         self._context.barrier()
 
-    def _as_model(self, state: TrainState) -> Model:
-        module = self._training.eval_module
+    def _as_model(self, state: TrainState, module: TrainModule) -> Model:
         return as_model(self._run.recipe, self._components, module, state, stage=self._stage(state.step))
 
     def _stage(self, step: int) -> int:
@@ -308,6 +339,7 @@ def _training_line(state: TrainState, metrics: MetricAccumulator) -> dict[str, A
         "learning_rate": state.lr,
         "grad_norm": state.grad_norm,
         "masked_tokens": metrics.counts.get("loss", 0),
+        "samples": f"{metrics.samples:08x}",  # the same samples in another order, or on other ranks, give the same
         "mask_rate": metrics.mean("mask_rate"),  # masked tokens / maskable tokens
         "data_wait_fraction": round(metrics.data_wait_seconds / metrics.seconds, 4) if metrics.seconds else 0.0,
         "training_seconds": round(state.training_seconds, 4),

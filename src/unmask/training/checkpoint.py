@@ -9,14 +9,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from unmask.core import files
 from unmask.core.errors import DamagedError, RunError
 from unmask.core.files import RunLayout
 from unmask.models.model import Model, follow, how_to_point, save_model
+from unmask.models.parallel import as_held, gather
 from unmask.training.loop import TrainLoopInputs, TrainState
 
 _log = logging.getLogger("unmask")
@@ -31,29 +31,42 @@ def step_name(step: int) -> str:
 def save(
     run: Path,
     model: Model,
+    parts: nn.Module,
     training: TrainLoopInputs,
     state: TrainState,
     keep: int,
 ) -> Path:
     """Writes a step folder, points `latest` to it and deletes all but the last `keep` step folders.
 
-    `transformers` loads the folder as a model. Its `resume/` contains the training state, which only unmask reads.
+    `transformers` loads the folder as a model. Its `resume/` contains the training state, which only unmask reads. All
+    ranks call this: rank 0 gathers one tensor after the other, and writes.
+
+    Args:
+        run: Folder of the run.
+        model: The model, with whole weights on rank 0.
+        parts: Modules of its objective.
+        training: Weights and optimizer, which may be sharded.
+        state: Training state.
+        keep: Number of step folders that are kept.
 
     Raises:
         StoreError: the disk is full or not writable; earlier steps are intact.
     """
     target = run / step_name(state.step)
+    if not training.context.is_main_process:
+        for tensors in _resume_tensors(training).values():
+            for tensor in tensors.values():
+                gather(tensor)
+        return target
     with files.atomic_directory(target) as folder:
         save_model(folder, model)
-        _write_parts(folder, training.eval_module.parts)
+        _write_parts(folder, parts)
         resume = folder / RunLayout.RESUME
         resume.mkdir()
         # model.safetensors has the layout of transformers: some tensors are stacked or transposed. A resume needs the
         # tensors of the modules themselves.
-        _write_tensors(resume / _WEIGHTS, training.module.state_dict())
-        _write_tensors(resume / _OPTIMIZER, training.optimizer.state_tensors())
-        if training.ema:
-            _write_tensors(resume / _EMA, training.ema.state_dict())
+        for name, tensors in _resume_tensors(training).items():
+            _write_tensors(resume / name, tensors)
         files.write_json(resume / _STATE, state.to_json())
         files.write_manifest(resume)
         files.write_manifest(folder)
@@ -65,8 +78,15 @@ def save(
     return target
 
 
+def _resume_tensors(training: TrainLoopInputs) -> dict[str, Mapping[str, Tensor]]:
+    """Returns the tensors of each file of resume/: of a sharded module, this rank's rows."""
+    average = {_EMA: training.ema.state_dict()} if training.ema else {}
+    return {_WEIGHTS: training.module.state_dict(), _OPTIMIZER: training.optimizer.state_tensors(), **average}
+
+
 def _write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    files.save_tensors({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, path)
+    whole = {name: gather(tensor.detach()).cpu().contiguous() for name, tensor in tensors.items()}
+    files.save_tensors(whole, path)
 
 
 def _write_parts(folder: Path, parts: nn.Module | None) -> None:
@@ -108,16 +128,16 @@ def load(run: Path, training: TrainLoopInputs) -> TrainState:
         raise DamagedError(error.message, location=error.location, hint=f"restore it from a copy{earlier}") from error
     resume = folder / RunLayout.RESUME
     try:
-        training.module.load_state_dict(_read_tensors(resume / _WEIGHTS))
+        training.module.load_state_dict(_read_tensors(resume / _WEIGHTS, training.module.state_dict()))
         if training.ema:
-            training.ema.module.load_state_dict(_read_tensors(resume / _EMA))
+            training.ema.module.load_state_dict(_read_tensors(resume / _EMA, training.ema.state_dict()))
     except RuntimeError as error:  # torch names each tensor that differs
         raise RunError(
             f"the weights don't match the run's recipe: {error}",
             location=str(resume),
             hint="undo the changes to recipe.toml",
         ) from error
-    training.optimizer.load_state_tensors(_read_tensors(resume / _OPTIMIZER))
+    training.optimizer.load_state_tensors(_read_tensors(resume / _OPTIMIZER, training.optimizer.state_tensors()))
     files.recover(run / RunLayout.BEST)
     # A kill during a save leaves these folders.
     for name in ("step-*", RunLayout.BEST, f"{RunLayout.KEPT}*"):
@@ -167,9 +187,20 @@ def read_state(folder: Path) -> TrainState:
         ) from error
 
 
-def _read_tensors(path: Path) -> dict[str, Tensor]:
+def _read_tensors(path: Path, current: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Reads a file of tensors; of one that is sharded in `current`, it keeps this rank's rows."""
+    files.check_tensor_header(path)
     try:
-        return load_file(path)
+        with safe_open(path, framework="pt") as opened:
+            file: Any = opened
+            tensors: dict[str, Tensor] = {}
+            names: list[str] = file.keys()
+            for name in names:
+                tensor = file.get_tensor(name)
+                like = current.get(name)
+                # Another shape is an error, which is reported with both shapes.
+                tensors[name] = tensor if like is None or like.shape != tensor.shape else as_held(tensor, like)
+            return tensors
     except (SafetensorError, OSError) as error:
         raise DamagedError(
             f"invalid safetensors file: {error}", location=str(path), hint="resume from another step folder"

@@ -20,8 +20,8 @@ from unmask.core import files
 from unmask.core.distributed import DistributedContext
 from unmask.core.errors import DamagedError, RunError, TextError
 from unmask.core.files import RunLayout
-from unmask.core.plugins import PluginSourceConfig, plugin_facts
-from unmask.core.remote import masked
+from unmask.core.format import masked
+from unmask.core.plugins import PluginSourceConfig, code_marks, plugin_facts
 from unmask.core.version import __version__
 from unmask.data.readers.hf_datasets import PREFIX
 from unmask.data.settings import DataConfig
@@ -59,6 +59,7 @@ _EXPECTED: dict[str, type] = {
     **{f"text.facts.{part}_{name}": int for part in ("train", "held_out") for name in _FACTS},
 }
 _KINDS = {list: "a list of strings", str: "a string", dict: "a table", int: "a count"}
+_MAX_COMPARED_FILES = 1_000  # of which ranks compare each one
 AnySource = TypeVar("AnySource", bound=BaseSource)
 _Facts = Mapping[str, Any]  # the facts of one text, as `_text_facts` returns them
 
@@ -76,6 +77,7 @@ def write_environment(
         "format": RUN_FORMAT,
         "determinism": determinism_key(components.context, recipe),
         "plugins": {p.role: plugin_facts(p) for p in recipe.plugins if p.changes_results},
+        "code": code_marks(recipe.plugins),  # lets this user resume the run without --allow-code
         "platform": platform.platform(),
         "command": list(map(masked, sys.argv)),  # without credentials of addresses
         "back_ends": {"attention": attention_backend(recipe, components.context)},
@@ -105,6 +107,14 @@ def _text_facts(source: BaseSource) -> dict[str, Any]:
     if isinstance(source, FileSource):
         facts["files"] = [[_file_name(entry), digest] for entry, digest in source.digests.items()]
     return facts
+
+
+def text_facts_of_ranks(source: BaseSource, valid: Mapping[str, BaseSource]) -> dict[str, dict[str, Any]]:
+    """Returns what all ranks must read: the digest of each file, so that a difference names it, and fingerprints."""
+    entries = list(source.digests.items()) if isinstance(source, FileSource) else []
+    digests = {_file_name(entry): digest for entry, digest in entries[:_MAX_COMPARED_FILES]}
+    others = {f"--valid {name}": text.fingerprint for name, text in valid.items()}
+    return {"text": {**digests, "fingerprint": source.fingerprint, **others}}
 
 
 def _file_name(entry: str) -> str:

@@ -7,7 +7,6 @@ from (seed, epoch, sample, offset). The batches of the next step can therefore b
 from __future__ import annotations
 
 import contextlib
-import copy
 import math
 import signal
 import threading
@@ -29,11 +28,13 @@ from unmask.core.errors import Interrupted, RunError
 from unmask.core.hardware import cores
 from unmask.core.types import AdaptiveObjective, Batch, LossSums, MaskedBatch, Objective
 from unmask.models import EncoderModule, HeadModule
+from unmask.models.parallel import Parallelism, held
 from unmask.training.optim import Optimizer
 from unmask.training.plan import Plan
 
 PHASES = ("data", "forward", "backward", "optimizer")
 PREFETCH_THREAD = "unmask-prefetch"
+FINGERPRINTS = 1 << 32  # of samples; sums over ranks stay exact in float64
 
 
 # Modules --------------------------------------------------------------------------------------------------------------
@@ -64,10 +65,11 @@ class EMA:
     step would count as much as those of the last. n is the step number, so only the average itself is saved.
     """
 
-    def __init__(self, module: TrainModule, decay: float) -> None:
+    def __init__(self, copied: TrainModule, decay: float) -> None:
+        """Creates an average that begins with the weights of a copy, which it changes."""
         assert 0 < decay < 1, f"invalid EMA decay: got {decay}"
         self.decay = decay
-        self.module = copy.deepcopy(module).float()
+        self.module = copied.float()
         self.module.requires_grad_(False)
 
     def decay_at(self, step: int) -> float:
@@ -79,7 +81,7 @@ class EMA:
         """Adds the weights as they are after step `step`, counted from 0."""
         share = 1 - self.decay_at(step)
         for average, weights in zip(self.module.parameters(), module.parameters(), strict=True):
-            average.lerp_(weights.to(average.dtype), share)
+            held(average).lerp_(held(weights).to(average.dtype), share)
         for average, values in zip(self.module.buffers(), module.buffers(), strict=True):
             average.copy_(values)  # buffers are not averaged
 
@@ -115,11 +117,14 @@ class TrainLoopInputs:
     context: DistributedContext
     seed: int
     ema: EMA | None = None
+    parallelism: Parallelism = field(default_factory=Parallelism)  # how the ranks share the module
 
-    @property
-    def eval_module(self) -> TrainModule:
-        """The weights that are validated and saved as a model: the moving average if there is one."""
-        return self.ema.module if self.ema else self.module
+    def eval_module(self, *, main_only: bool = False) -> contextlib.AbstractContextManager[TrainModule]:
+        """Returns a context with the weights that are validated and saved: the moving average if there is one.
+
+        All ranks enter it together. With `main_only`, only rank 0 may use the weights.
+        """
+        return self.parallelism.whole(self.ema.module if self.ema else self.module, main_only=main_only)
 
 
 # State ----------------------------------------------------------------------------------------------------------------
@@ -135,6 +140,7 @@ class MetricAccumulator:
     sums: dict[str, float] = field(default_factory=dict)
     counts: dict[str, int] = field(default_factory=dict)
     tokens: int = 0
+    samples: int = 0  # fingerprint of the samples
     seconds: float = 0.0
     data_wait_seconds: float = 0.0  # part of `seconds`
 
@@ -148,6 +154,17 @@ class MetricAccumulator:
         """Returns sum over count, or NaN if nothing was counted."""
         count = self.counts.get(name, 0)
         return self.sums[name] / count if count else float("nan")
+
+
+@dataclass(frozen=True)
+class SharedStep:
+    """What the ranks agree on before the first forward pass of a step."""
+
+    stop: StopReason | None  # a request of any rank
+    clock: float  # mean over the ranks: a callback that is due after some seconds is due on all of them
+    tokens: int
+    samples: int  # fingerprint: a sum over the samples, whatever rank has them
+    counts: Mapping[str, int]  # of each loss term
 
 
 @dataclass
@@ -171,12 +188,13 @@ class TrainState:
         """Seconds spent waiting for data, in forward, in backward and in the optimizer."""
         return sum(self.phase_seconds.values())
 
-    def record_step(self, cursor: int, tokens: int, seconds: float, waited: float) -> None:
+    def record_step(self, step: SharedStep, cursor: int, seconds: float, waited: float) -> None:
         """Counts a step that took some seconds, of which it waited some for data."""
         self.step += 1
         self.cursor = cursor
-        self.tokens += tokens
-        self.metrics.tokens += tokens
+        self.tokens += step.tokens
+        self.metrics.tokens += step.tokens
+        self.metrics.samples = (self.metrics.samples + step.samples) % FINGERPRINTS
         self.metrics.seconds += seconds
         self.metrics.data_wait_seconds += waited
 
@@ -234,6 +252,7 @@ class TrainState:
                 sums=dict(metrics["sums"]),
                 counts=dict(metrics["counts"]),
                 tokens=int(metrics["tokens"]),
+                samples=int(metrics.get("samples", 0)),
                 seconds=float(metrics["seconds"]),
                 data_wait_seconds=float(metrics["data_wait_seconds"]),
             ),
@@ -300,6 +319,7 @@ class PreparedStep:
 
     masked_batches: list[MaskedBatch]
     cursor: int
+    spare: MaskedBatch | None = None  # of the samples of rank 0, if this rank has none
 
 
 def prepare_step(inputs: TrainLoopInputs, plan: Plan, step: int, cursor: int) -> PreparedStep:
@@ -309,11 +329,14 @@ def prepare_step(inputs: TrainLoopInputs, plan: Plan, step: int, cursor: int) ->
     if step == stage.first_step:
         cursor = loader.first_cursor(number)
     batches, after = loader.step(cursor, stage.batch_tokens, inputs.context.rank, inputs.context.ranks)
+    others = [] if batches else loader.step(cursor, stage.batch_tokens, 0, inputs.context.ranks)[0][-1:]
     objective, progress = inputs.objectives[number], plan.progress(step)
-    masked = [objective.corrupt(replace(batch, progress=progress, step=step), inputs.seed) for batch in batches]
+    masked = [
+        objective.corrupt(replace(batch, progress=progress, step=step), inputs.seed) for batch in [*batches, *others]
+    ]
     if inputs.context.device.type == "cuda":
         masked = [batch.pinned() for batch in masked]  # copies to the GPU are asynchronous
-    return PreparedStep(masked, after)
+    return PreparedStep(masked[: len(batches)], after, masked[-1] if others else None)
 
 
 def has_free_core(context: DistributedContext) -> bool:
@@ -398,12 +421,11 @@ def train(
             with state.timed("data"):
                 prepared = next(prepared_steps)
                 clock = time.perf_counter() - begin
-                stop, clock, tokens, counts = _agree(
-                    inputs.context, objective, prepared.masked_batches, stop_requested(), clock
-                )
+                shared = _agree(inputs.context, objective, prepared.masked_batches, stop_requested(), clock)
+                stop, clock = shared.stop, shared.clock
             waited = time.perf_counter() - step_began
 
-            metrics, statistics = _accumulate_gradients(inputs, objective, state, prepared.masked_batches, counts)
+            metrics, statistics = _accumulate_gradients(inputs, objective, state, prepared, shared.counts)
             with state.timed("optimizer"):
                 result = StepResult(state.step + 1, metrics, _optimizer_step(inputs, state, plan.progress(state.step)))
                 if isinstance(objective, AdaptiveObjective):
@@ -412,7 +434,7 @@ def train(
                 _read_results(inputs, state, unread)
                 unread = [result]
 
-            state.record_step(prepared.cursor, tokens, time.perf_counter() - step_began, waited)
+            state.record_step(shared, prepared.cursor, time.perf_counter() - step_began, waited)
             state.seconds = time.perf_counter() - begin
 
             logs = log is not None and log.is_due(state.step, clock - last_log)
@@ -445,51 +467,61 @@ def _agree(
     masked_batches: Sequence[MaskedBatch],
     stop: StopReason | None,
     clock: float,
-) -> tuple[StopReason | None, float, int, dict[str, int]]:
-    """Sums the numbers over all ranks that they must share before the first forward pass.
-
-    Returns:
-        A stop request of any rank, the mean clock, the tokens of the step and the count of each loss term. With one
-        clock, a callback that is due after some seconds is due on all ranks.
-    """
+) -> SharedStep:
+    """Sums the numbers over all ranks that they must share before the first forward pass."""
     terms = list(objective.loss_weights)
     own = [sum(masked.denominators[term] for masked in masked_batches) for term in terms]
     tokens = sum(masked.batch.tokens for masked in masked_batches)
-    interrupted, stopped, clocks, all_tokens, *totals = context.sum(
-        [stop is StopReason.INTERRUPTED, stop is not None, clock, tokens, *own]
+    samples = sum(_fingerprint(masked) for masked in masked_batches) % FINGERPRINTS
+    interrupted, stopped, clocks, all_tokens, all_samples, *totals = context.sum(
+        [stop is StopReason.INTERRUPTED, stop is not None, clock, tokens, samples, *own]
     )
     shared_stop = StopReason.INTERRUPTED if interrupted else StopReason.TERMINATED if stopped else None
     counts = {term: int(total) for term, total in zip(terms, totals, strict=True)}
-    return shared_stop, clocks / context.ranks, int(all_tokens), counts
+    return SharedStep(shared_stop, clocks / context.ranks, int(all_tokens), int(all_samples) % FINGERPRINTS, counts)
+
+
+def _fingerprint(masked: MaskedBatch) -> int:
+    """Returns a number that stands for the samples of a batch, in any order."""
+    epochs_B, numbers_B = masked.batch.sample_keys_B2.numpy().T
+    return int((rng.bits(0, "sample", epochs_B, numbers_B) % FINGERPRINTS).sum())
 
 
 def _accumulate_gradients(
     inputs: TrainLoopInputs,
     objective: Objective,
     state: TrainState,
-    masked_batches: Sequence[MaskedBatch],
+    prepared: PreparedStep,
     counts: Mapping[str, int],
 ) -> tuple[dict[str, tuple[Tensor, int]], dict[str, Tensor]]:
-    """Runs forward and backward over this rank's micro-batches.
+    """Runs forward and backward over this rank's micro-batches; afterwards gradients are those of all ranks.
 
     Returns (sum, count) of each metric, and the sums of the objective's statistics. Each loss sum is divided by its
     count in the whole step, over all micro-batches and ranks.
     """
+    parallelism, masked_batches = inputs.parallelism, prepared.masked_batches
     # A rank without samples still returns every metric, because all ranks must sum the same numbers.
     zero = torch.zeros((), device=inputs.context.device)
     metrics: dict[str, tuple[Tensor, int]] = dict.fromkeys(objective.metrics, (zero, 0))
     statistics = objective.no_statistics() if isinstance(objective, AdaptiveObjective) else {}
-    for micro, masked in enumerate(masked_batches):
+    passes = parallelism.passes(len(masked_batches))
+    for micro in range(passes):
+        is_own = micro < len(masked_batches)
+        masked = masked_batches[micro] if is_own else prepared.spare or masked_batches[-1]
         # Only dropout draws from torch's generator. Seeding it for each micro-batch makes a resumed run drop the same
         # units as an uninterrupted one.
         torch.manual_seed(rng.integer(inputs.seed, "dropout", state.step, micro, inputs.context.rank))
-        with state.timed("forward"), inputs.context.autocast():
-            loss: LossSums = inputs.module(objective, masked.to(inputs.context.device))
-            total = torch.stack(
-                [weight * loss.sums[term] / max(counts[term], 1) for term, weight in objective.loss_weights.items()]
-            ).sum()
-        with state.timed("backward"):
-            total.backward()
+        with parallelism.accumulating(is_last=micro == passes - 1):
+            with state.timed("forward"), inputs.context.autocast():
+                loss = parallelism.forward(inputs.module, objective, masked.to(inputs.context.device))
+                total = torch.stack(
+                    [weight * loss.sums[term] / max(counts[term], 1) for term, weight in objective.loss_weights.items()]
+                ).sum()
+            with state.timed("backward"):
+                # Ranks compute together. One that has fewer samples repeats a batch, whose gradient is 0.
+                (total if is_own else 0.0 * total).backward()
+        if not is_own:
+            continue
         for name, (value, count) in loss.metrics.items():
             earlier_sum, earlier_count = metrics[name]
             metrics[name] = (earlier_sum + value, earlier_count + count)
@@ -499,8 +531,7 @@ def _accumulate_gradients(
 
 
 def _optimizer_step(inputs: TrainLoopInputs, state: TrainState, progress: float) -> Tensor:
-    """Sums and clips the gradients, updates the weights and their average; returns the norm before clipping."""
-    inputs.context.sum_gradients(inputs.module)
+    """Clips the gradients, updates the weights and their average; returns the norm before clipping."""
     grad_norm = inputs.optimizer.clip()
     factor = inputs.lr_factor(progress, state.step)
     state.lr = inputs.optimizer.config.lr * factor

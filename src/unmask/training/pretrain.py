@@ -3,32 +3,39 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
 import os
 import shutil
 import tomllib
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from unmask.core import files
 from unmask.core.config import dump_config
 from unmask.core.distributed import (
     DistributedContext,
+    Facts,
+    compare_ranks,
     device_note,
     differences,
+    ending_together,
     init_distributed,
     load_warning,
 )
 from unmask.core.errors import RecipeError, RunError, StoreError
 from unmask.core.files import RunLayout, default_cache
 from unmask.core.hardware import cores
+from unmask.core.plugins import code_marks
 from unmask.core.quantities import Quantity
+from unmask.core.remote import RunUpload, check_upload, fetch_run, is_remote
 from unmask.data.sources import open_text, open_valid, require_field_used
 from unmask.evaluation.minimal_pairs import MinimalPair, read_pairs, to_jsonl
 from unmask.models.model import Model, load, save_model
+from unmask.models.parallel import compare_weights
 from unmask.objectives.word_boost import resolve_word_list
 from unmask.training import checkpoint
 from unmask.training.callbacks import PreparedRun, describe_early_stop, run_training, should_stop_early
@@ -41,6 +48,7 @@ from unmask.training.environment import (
     read_environment,
     reopen_text,
     reopen_valid,
+    text_facts_of_ranks,
     write_environment,
 )
 from unmask.training.estimate import CostEstimate, check_free_space, estimate_cost
@@ -59,8 +67,16 @@ from unmask.training.plan import (
     make_plan,
     with_times,
 )
-from unmask.training.recipe import Recipe, change_recipe, explicit_keys, load_recipe, read_recipe, write_recipe
-from unmask.training.runs import require_run_format, run_lock
+from unmask.training.recipe import (
+    Recipe,
+    change_recipe,
+    check_unchanged,
+    explicit_keys,
+    load_recipe,
+    read_recipe,
+    write_recipe,
+)
+from unmask.training.runs import flatten, require_run_format, run_lock
 from unmask.training.setup import (
     RunComponents,
     adapt_to_corpus,
@@ -83,6 +99,7 @@ class LaunchOptions:
 
     dry_run: bool = False  # return after the cost estimate; write nothing but the cache
     verify: bool = False  # read all bytes of the text and of the token cache, instead of comparing sizes and times
+    replace: bool = False  # replace a folder whose start was interrupted before anything could be resumed
 
 
 @dataclass(frozen=True)
@@ -124,7 +141,7 @@ def launch(
         options: options that don't change the run.
     """
     run, display = Path(out), display or Display()
-    if os.path.lexists(run) and not options.dry_run:
+    if os.path.lexists(run) and not (options.dry_run or options.replace):
         raise RunError(
             "output path already exists",
             location=str(run),
@@ -143,9 +160,11 @@ def launch(
         pairs = _open_pairs(recipe)
         context = _init_context(recipe, run, dry_run=options.dry_run)
         verify = options.verify and context.is_main_process
+        compare_ranks(context, text_facts_of_ranks(source, valid))
         recipe, source, shrinks = adapt_to_text(recipe, source, explicit)
         recipe = choose_vocabulary(recipe, context, explicit)
         corpus = prepare_corpus(recipe, source, display.progress, verify=verify, shrinks=shrinks)
+        compare_ranks(context, {"tokenizer": {"fingerprint": corpus.tokenizer.fingerprint}})
         check_unknown(recipe, source, corpus)
         recipe = fit_to_budget(recipe, corpus, context, explicit)
         recipe = adapt_to_corpus(recipe, corpus, explicit)
@@ -163,6 +182,8 @@ def launch(
         signals.start_deferring()  # before anything is written, so that the run can be resumed
         prepared = PreparedRun(run, recipe, plan, components, estimate, pairs)
         if context.is_main_process:
+            if options.replace:
+                shutil.rmtree(run)
             _create_folder(run)
         with _locked(run):
             if context.is_main_process:
@@ -190,11 +211,20 @@ def with_start_and_paths(recipe: Recipe, start: WarmStart | None) -> Recipe:
 
 def _init_context(recipe: Recipe, run: Path, *, dry_run: bool) -> DistributedContext:
     """Sets up device and ranks, logs notes about the machine, and checks that the run directory can be written."""
-    context = init_distributed(recipe.train.precision, recipe.train.threads, recipe.train.device)
+    train = recipe.train
+    context = init_distributed(
+        train.precision,
+        train.threads,
+        train.device,
+        facts={"recipe": flatten(tomllib.loads(dump_config(recipe)))},
+        join_seconds=train.join_timeout.number,
+    )
     for note in filter(None, (load_warning(context), device_note(context))):
         _log.info(note)  # before this process causes load itself
     if context.is_main_process and not dry_run:
         files.check_writable(run)
+        if recipe.train.upload:
+            check_upload(recipe.train.upload)
     return context
 
 
@@ -293,7 +323,7 @@ def resume(
     """Resumes a run that was stopped or killed, or extends a finished one; the results are bit-identical.
 
     Args:
-        run: directory of the run.
+        run: directory of the run, or the address of its copy in an object store, which is downloaded to runs/.
         budget: a new total ("2 epochs") or an addition ("+1 epoch").
         settings: `key=value` strings for `train.every`, `train.keep_last`, `train.keep_at`,
             `train.early_stopping_patience`, `train.loggers`, `train.report` and `preview`; nothing else may change.
@@ -308,8 +338,11 @@ def resume(
     """
     folder, display = Path(run), display or Display()
     with _session(display) as signals:
+        if is_remote(run):
+            folder, settings = _download(str(run)), [f"train.upload={run}", *settings]
         require_run_format(folder)
         recipe, plan = read_recipe(folder)
+        check_unchanged(folder)
         recipe = change_recipe(recipe, settings)
         moved = None
         if texts or valid:  # also for a finished run, which may be extended later
@@ -319,13 +352,17 @@ def resume(
         extension = None if budget is None else Quantity.parse(budget, relative=True)
         if extension is not None:
             check_budget(extension, where=f"--budget {budget}")
-        elif reason := _why_finished(folder, recipe, plan):
+            if is_restarted() and _is_extended(folder, str(budget), plan):
+                extension = None  # before the ranks were restarted, this command extended the plan already
+        if extension is None and (reason := _why_finished(folder, recipe, plan)):
             _log.info(f"{folder} {reason}")
+            _complete_upload(folder, recipe)
             return Result(folder, load(folder), None, None, finished_before=True)
         with _locked(folder):
             check_installed(recipe.train.loggers)
             environment = moved or read_environment(folder)
-            context, changes = _restore_context(folder, recipe, environment, allow_changes=allow_different_environment)
+            facts = {"run": _run_facts(folder, recipe, plan)}
+            context, changes = _restore_context(folder, recipe, environment, allow_different_environment, facts)
             components = _restore_components(folder, recipe, environment, context, display, verify=verify)
             pairs = read_pairs(folder / RunLayout.PAIRS).pairs if recipe.train.evaluate.pairs else ()
             if extension is not None:
@@ -344,26 +381,65 @@ def resume(
             prepared = PreparedRun(folder, recipe, plan, components, estimate_cost(recipe, plan, components), pairs)
             signals.start_deferring()  # before anything is written
             if context.is_main_process:
-                _write_resume(prepared, state, environment, changes)
+                extended = {"budget": budget, "steps": plan.steps} if extension is not None else None
+                _write_resume(prepared, state, environment, changes, extended)
             _log.info(f"resuming at step {state.step} of {plan.steps}")
             return _train(prepared, state, display, signals)
 
 
+def _download(address: str) -> Path:
+    """Downloads the copy of a run to runs/NAME."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        hint = f"download it first, in one process: unmask pretrain --resume {address}"
+        raise RunError("several processes can't download one run", location=address, hint=hint)
+    folder = Path("runs") / (PurePosixPath(address).name or "run")
+    fetch_run(address, folder)
+    return folder
+
+
+def _complete_upload(run: Path, recipe: Recipe) -> None:
+    """Uploads what is missing of a finished run.
+
+    Raises:
+        StoreError: a file could not be uploaded.
+    """
+    if recipe.train.upload and os.environ.get("RANK", "0") == "0":
+        upload = RunUpload(run, recipe.train.upload, recipe.train.keep_last)
+        upload.copy()
+        if upload.error:
+            raise upload.error
+        _log.info(f"uploaded to {recipe.train.upload}")
+
+
 def _restore_context(
-    run: Path, recipe: Recipe, environment: Mapping[str, Any], *, allow_changes: bool
+    run: Path, recipe: Recipe, environment: Mapping[str, Any], allow_changes: bool, compared: Mapping[str, Facts]
 ) -> tuple[DistributedContext, list[str]]:
     """Sets up device and ranks as at the start of the run; returns the context and what is different now.
 
+    Another number of ranks is allowed: sums have other last digits, and samples and masks are the same. `compared` has
+    the facts that all ranks share.
+
     Raises:
-        RunError: results would not be bit-identical, and `allow_changes` is not set.
+        RunError: results would not be bit-identical, and `allow_changes` is not set; or a rank differs.
     """
-    facts = environment["determinism"]
-    threads = min(int(facts["threads"]), cores())
-    context = init_distributed(recipe.train.precision, threads, recipe.train.device)
+    facts, train = environment["determinism"], recipe.train
+    ranks = int(os.environ.get("WORLD_SIZE", "1"))
+    is_resized = ranks != int(facts.get("ranks", 1))
+    threads = "auto" if is_resized and train.threads == "auto" else min(int(facts["threads"]), cores())
+    context = init_distributed(
+        train.precision, threads, train.device, facts=compared, join_seconds=train.join_timeout.number
+    )
     changes = differences(determinism_key(context, recipe), facts)
-    if changes and not allow_changes:
+    allowed = ("ranks:", "threads:") if is_resized else ()
+    refused = [change for change in changes if not change.startswith(allowed)] if allowed else changes
+    if is_resized:
+        _log.info(
+            f"resuming on {ranks} processes instead of {facts.get('ranks', 1)}: samples and masks are the same, and "
+            "the last digits of results may differ"
+        )
+    if refused and not allow_changes:
         raise RunError(
-            "results would not be bit-identical on this machine: " + "; ".join(changes),
+            "results would not be bit-identical on this machine: " + "; ".join(refused),
             location=str(run / RunLayout.ENVIRONMENT),
             hint="resume where the run was started, or accept other results with --allow-different-environment",
         )
@@ -388,6 +464,7 @@ def _restore_components(
     verify = verify and context.is_main_process
     source = reopen_text(run, environment, recipe.data, verify=verify)
     valid = reopen_valid(run, environment, recipe.data, verify=verify)
+    compare_ranks(context, text_facts_of_ranks(source, valid))
     tokenizer = load_run_tokenizer(run, environment)
     corpus = prepare_corpus(recipe, source, display.progress, tokenizer, verify=verify)
     # Without a checkpoint the weights are initialized again, like at the start.
@@ -395,20 +472,55 @@ def _restore_components(
     return build_components(recipe, source, corpus, context, valid_sources=valid, warm_start=start)
 
 
-def _write_resume(prepared: PreparedRun, state: TrainState, environment: dict[str, Any], changes: list[str]) -> None:
+def _run_facts(run: Path, recipe: Recipe, plan: Plan) -> Facts:
+    """Returns what all ranks must see of a run: its recipe and plan, and its last checkpoint."""
+    facts = {**flatten(tomllib.loads(dump_config(recipe))), **_plan_facts(plan)}
+    if not os.path.lexists(run / RunLayout.LATEST):
+        return facts
+    folder = checkpoint.latest(run)
+    manifest = folder / RunLayout.RESUME / RunLayout.DIGESTS
+    return {**facts, "latest": folder.name, "checkpoint": files.file_digest(manifest) if manifest.is_file() else ""}
+
+
+def _plan_facts(plan: Plan) -> Facts:
+    return {f"plan.{key}": value for key, value in flatten(json.loads(json.dumps(asdict(plan)))).items()}
+
+
+def is_restarted() -> bool:
+    """Returns whether torchrun has started its processes again after one of them ended."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+
+
+def _is_extended(run: Path, budget: str, plan: Plan) -> bool:
+    """Returns whether the last extension of a run's plan had this budget."""
+    return read_environment(run).get("extended") == {"budget": budget, "steps": plan.steps}
+
+
+def _write_resume(
+    prepared: PreparedRun,
+    state: TrainState,
+    environment: dict[str, Any],
+    changes: list[str],
+    extended: Mapping[str, Any] | None,
+) -> None:
     """Removes the leftovers of a crash, and writes the recipe, the plan and the changes of the environment."""
     run, recipe = prepared.folder, prepared.recipe
     discarded = discard_after(run, state.step)
     if discarded:
         _log.info(f"moved {discarded} log lines of steps that were not saved to discarded.jsonl")
+    if extended:  # before the plan: with another plan, this record means nothing
+        environment["extended"] = dict(extended)
+        files.write_json(run / RunLayout.ENVIRONMENT, environment)
     write_recipe(run, recipe, prepared.plan)
     shards = held_out_shards(prepared.components)
     if changes:
         earlier = environment.get("resumed_in_different_environment", [])
         environment["resumed_in_different_environment"] = [*earlier, *changes]
         environment["determinism"] = determinism_key(prepared.components.context, recipe)
-    if changes or environment["text"].get("held_out_shards") != shards:  # the cache may have moved
-        environment["text"]["held_out_shards"] = shards
+    marks = code_marks(recipe.plugins)  # the user allowed this code, or named a new logger
+    if changes or environment["text"].get("held_out_shards") != shards or environment.get("code") != marks:
+        environment["text"]["held_out_shards"] = shards  # the cache may have moved
+        environment["code"] = marks
         files.write_json(run / RunLayout.ENVIRONMENT, environment)
     with contextlib.suppress(FileNotFoundError):  # the report of an earlier crash
         os.replace(run / RunLayout.CRASH, run / f"earlier-{RunLayout.CRASH}")
@@ -431,6 +543,11 @@ def _why_finished(run: Path, recipe: Recipe, plan: Plan) -> str:
 
 
 def _train(prepared: PreparedRun, state: TrainState, display: Display, signals: Signals) -> Result:
+    training = prepared.components.training
+    compare_ranks(training.context, {"plan": _plan_facts(prepared.plan)})
+    optimizer = {f"optimizer.{name}": tensor for name, tensor in training.optimizer.state_tensors().items()}
+    average = {f"average.{name}": tensor for name, tensor in training.ema.state_dict().items()} if training.ema else {}
+    compare_weights(training.context, training.parallelism, {**training.module.state_dict(), **optimizer, **average})
     summary = run_training(prepared, state, display, signals)
     model = _final_model(prepared, state)
     return Result(prepared.folder, model, prepared.estimate, summary, stop=signals.stop_requested())
@@ -440,15 +557,17 @@ def _final_model(prepared: PreparedRun, state: TrainState) -> Model:
     """Returns the model that `unmask.load` opens: the best by validation. Ranks other than 0 return the last one."""
     run, recipe, components = prepared.folder, prepared.recipe, prepared.components
     last_is_best = state.best is None or state.best["step"] == state.step
+    with components.training.eval_module() as module:
+        last = as_model(recipe, components, module, state, str(run))
     if recipe.train.keep_best and not last_is_best and components.context.is_main_process:
         return load(run)
-    return as_model(recipe, components, components.training.eval_module, state, str(run))
+    return last
 
 
 @contextmanager
 def _session(display: Display) -> Generator[Signals]:
-    """Shows log messages on the display and handles signals; closes the display at the end."""
-    with show_log(display), Signals() as signals:
+    """Shows log messages on the display, handles signals, and tells other ranks of an error."""
+    with show_log(display), Signals() as signals, ending_together():
         yield signals
 
 

@@ -22,14 +22,16 @@ from unmask.core.config import (
     require,
     resolve_recipe,
 )
-from unmask.core.distributed import Device, Precision
-from unmask.core.errors import RecipeError, RunError
+from unmask.core.distributed import JOIN_SECONDS, Device, Precision
+from unmask.core.errors import DamagedError, RecipeError, RunError
 from unmask.core.files import RunLayout
-from unmask.core.plugins import PluginConfig, PluginLoggerConfig, PluginObjectiveConfig
+from unmask.core.plugins import PluginConfig, PluginLoggerConfig, PluginObjectiveConfig, only_marked
 from unmask.core.quantities import Fraction, Quantity
+from unmask.core.remote import UPLOADS, require_public, scheme_of
 from unmask.data.settings import DataConfig
 from unmask.models import EncoderConfig
 from unmask.models.modernbert import ModernBertConfig
+from unmask.models.parallel import Parallel
 from unmask.objectives import ObjectiveConfig
 from unmask.objectives.mlm import MaskedLMConfig
 from unmask.training.kept_models import check_keep_at
@@ -38,6 +40,7 @@ from unmask.training.optim import OptimizerConfig, ScheduleConfig
 from unmask.training.plan import EveryConfig, Plan, StageConfig, check_budget, check_interval, check_stages
 
 _PLAN = "plan"
+_SEAL = "# digest of the lines below: "  # begins recipe.toml of a run
 MAY_CHANGE = (
     "train.early_stopping_patience",
     "train.loggers",
@@ -45,6 +48,7 @@ MAY_CHANGE = (
     "train.every",
     "train.keep_last",
     "train.report",
+    "train.upload",
     "preview",
 )
 """Settings that may change when a run resumes, besides the budget. None of them changes what a step computes."""
@@ -83,6 +87,11 @@ class TrainConfig:
     device: Device = "auto"  # Device; auto: a CUDA device if there is one, else the CPU. mps is untested.
     # Data type of matrix products; auto: bfloat16 on CUDA and on CPUs with such instructions, else float32.
     precision: Precision = "auto"
+    # What several processes share (docs/tutorials/cluster.md); ddp: each has the whole model, and gradients are added;
+    # fsdp: each has a part of all weights, gradients and optimizer states, for models that don't fit into one device.
+    parallel: Parallel = "ddp"
+    # [seconds] How long a process waits at the start for the other processes of its launch.
+    join_timeout: Quantity = Quantity(JOIN_SECONDS, "seconds")
     # Whether the blocks of the encoder are compiled with torch.compile, for GPUs: it takes half a minute, and on a CPU
     # nothing is gained (docs/diary.md). A resumed run may differ in the last bits.
     compile: bool = False
@@ -99,6 +108,9 @@ class TrainConfig:
     ema_decay: float = 0.0  # Decay per step of an exponential moving average of the weights, e.g. 0.999; 0: no average.
     loggers: tuple[LoggerKind | PluginLoggerConfig, ...] = ()  # Loggers besides log.jsonl.
     report: bool = True  # Whether the run's report.html is written when the run ends or is stopped (docs/report.md).
+    # Address of a copy of the run in an object store, e.g. "s3://bucket/runs/notes", written while the run is trained
+    # (docs/remote.md); "": none.
+    upload: str = ""
 
     def __post_init__(self) -> None:
         check_budget(self.budget, where="budget")
@@ -108,6 +120,19 @@ class TrainConfig:
                 location="micro_batch_size",
                 hint='write for example "16k tokens"',
             )
+        if self.join_timeout.unit != "seconds" or self.join_timeout.number <= 0:
+            raise RecipeError(
+                f"invalid join_timeout: got {self.join_timeout}, expected a time",
+                location="join_timeout",
+                hint='write for example "10 min"',
+            )
+        if self.upload and scheme_of(self.upload) not in UPLOADS:
+            raise RecipeError(
+                f"invalid upload: got {self.upload!r}, expected the address of an object store",
+                location="upload",
+                hint=f"begin it with {' or '.join(f'{scheme}://' for scheme in UPLOADS)}",
+            )
+        require_public(self.upload, "upload")
         check_keep_at(self.keep_at)
         require(self, "early_stopping_patience", min=0)
         require(self, "ema_decay", min=0, below=1, hint="set it to a decay below 1, e.g. 0.999, or to 0 for no average")
@@ -261,7 +286,8 @@ def write_recipe(run: Path, recipe: Recipe, plan: Plan) -> None:
     """Writes recipe.toml of a run: every setting, and the plan. A resumed run reads the plan instead of measuring."""
     tree = tomllib.loads(dump_config(recipe))
     tree[_PLAN] = _plain(asdict(plan))
-    files.write_text(run / RunLayout.RECIPE, tomli_w.dumps(tree))
+    text = tomli_w.dumps(tree)
+    files.write_text(run / RunLayout.RECIPE, f"{_SEAL}{files.digest(text)}\n{text}")
 
 
 def _plain(value: Any) -> Any:
@@ -275,7 +301,7 @@ def read_recipe(run: Path) -> tuple[Recipe, Plan]:
 
     Raises:
         RunError: the folder is not a run.
-        RecipeError: recipe.toml is invalid.
+        RecipeError: recipe.toml is invalid, or names a plugin that needs permission (`core.plugins.only_marked`).
     """
     path = run / RunLayout.RECIPE
     if not path.is_file():
@@ -285,7 +311,33 @@ def read_recipe(run: Path) -> tuple[Recipe, Plan]:
     if not isinstance(plan, dict):
         raise RunError("recipe.toml has no [plan]", location=str(path), hint="restore the file or start a new run")
     loaded_plan = build_config(Plan, cast("dict[str, Any]", plan), f"{path} [plan]")
-    return build_config(Recipe, tree, str(path)), loaded_plan
+    with only_marked(_code_marks(run)):
+        return build_config(Recipe, tree, str(path)), loaded_plan
+
+
+def check_unchanged(run: Path) -> None:
+    """Compares a run's recipe with the digest in its first line. Runs of earlier versions have none.
+
+    Raises:
+        DamagedError: it has changed since it was written.
+    """
+    path = run / RunLayout.RECIPE
+    first, _, text = path.read_bytes().decode("utf-8-sig").replace("\r\n", "\n").partition("\n")
+    if first.startswith(_SEAL) and first.removeprefix(_SEAL) != files.digest(text):
+        raise DamagedError(
+            "the settings of this run have changed since they were written",
+            location=str(path),
+            hint="undo the change; if it is intended, delete the first line",
+        )
+
+
+def _code_marks(run: Path) -> Mapping[str, object]:
+    """Returns the marks of a run's plugins; none if env.json can't be read."""
+    with contextlib.suppress(DamagedError):
+        environment: Any = files.read_json(run / RunLayout.ENVIRONMENT)
+        marks: Any = cast("Mapping[str, Any]", environment).get("code") if isinstance(environment, dict) else None
+        return cast("Mapping[str, object]", marks) if isinstance(marks, dict) else {}
+    return {}
 
 
 def change_recipe(recipe: Recipe, settings: Sequence[str]) -> Recipe:

@@ -134,6 +134,20 @@ def require_run_format(run: Path) -> None:
         )
 
 
+_OF_A_START = (RunLayout.RECIPE, RunLayout.PAIRS, RunLayout.START, RunLayout.RUN_TOKENIZER, RunLayout.TEXTS)
+
+
+def is_unfinished_start(folder: Path) -> bool:
+    """Returns whether a folder has nothing but the files of a run whose start was killed before it could be resumed."""
+    if (folder / RunLayout.ENVIRONMENT).is_file():
+        environment: Any = files.read_json(folder / RunLayout.ENVIRONMENT)
+        if "requested" in environment:  # written last
+            return False
+    known = (*_OF_A_START, RunLayout.ENVIRONMENT, RunLayout.LOCK)
+    names = [path.name for path in folder.iterdir()] if folder.is_dir() else ["a file"]
+    return all(name in known or name.startswith(tuple(f".{each}" for each in known)) for name in names)
+
+
 # Summaries ------------------------------------------------------------------------------------------------------------
 
 State = Literal["running", "finished", "ended early", "stopped", "crashed", "killed", "damaged"]

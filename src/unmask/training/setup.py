@@ -42,6 +42,7 @@ from unmask.models.attention import backend_of
 from unmask.models.bert import BertConfig, SentencePairHead
 from unmask.models.electra import ElectraModules, build_electra, require_electra_encoder
 from unmask.models.model import Model, ModelCard
+from unmask.models.parallel import share
 from unmask.objectives import ObjectiveConfig
 from unmask.objectives.adaptive import AdaptiveMaskingConfig, AdaptiveMaskingObjective
 from unmask.objectives.causal import CausalLMConfig, CausalLMObjective, MaskedNextTokenConfig, MaskedNextTokenObjective
@@ -83,7 +84,7 @@ class RunComponents:
 
     @property
     def num_parameters(self) -> int:
-        """Trainable parameters; tied weights count once."""
+        """Trainable parameters of all ranks; tied weights count once."""
         return sum(parameter.numel() for parameter in self.training.module.parameters() if parameter.requires_grad)
 
     @property
@@ -227,15 +228,17 @@ def build_components(
     def lr_factor(progress: float, step: int) -> float:
         return lr_factor_at(recipe.lr_schedule, progress, step, recipe.model.hidden_size)
 
+    parallelism = share(recipe.train.parallel, context, module, objectives)
     training = TrainLoopInputs(
         module=module,
         objectives=objectives,
         loaders=loaders,
+        parallelism=parallelism,
         optimizer=Optimizer(module, recipe.optimizer, bf16=context.precision == "bfloat16"),
         lr_factor=lr_factor,
         context=context,
         seed=recipe.seed,
-        ema=EMA(module, recipe.train.ema_decay) if recipe.train.ema_decay else None,
+        ema=EMA(parallelism.copy(module), recipe.train.ema_decay) if recipe.train.ema_decay else None,
     )
     validator = Validator(
         corpus,

@@ -14,6 +14,8 @@ import torch
 from torch import nn
 
 from unmask.core.distributed import DistributedContext
+from unmask.core.format import masked
+from unmask.core.remote import shown_downloads
 from unmask.core.types import SENTENCE_START, SPECIAL, WORD_START, MaskedBatch, Sample, logits_at, pack
 from unmask.evaluation.masked_lm import Document
 from unmask.evaluation.validation import Validation
@@ -244,20 +246,21 @@ class _DisplayHandler(logging.Handler):
         self._display = display
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Shows one message."""
-        message = record.getMessage()
+        """Shows one message, without credentials of addresses."""
+        message = masked(record.getMessage())
         self._display.message(f"warning: {message}" if record.levelno >= logging.WARNING else message)
 
 
 @contextlib.contextmanager
 def show_log(display: Display) -> Generator[None]:
-    """Shows the messages of the logger "unmask", from level INFO, on a display; closes the display at the end."""
+    """Shows downloads and messages of the logger "unmask", from level INFO, on a display; closes it at the end."""
     logger, handler = logging.getLogger("unmask"), _DisplayHandler(display)
     level = logger.level
     logger.addHandler(handler)
     logger.setLevel(min(level or logging.INFO, logging.INFO))
     try:
-        yield
+        with shown_downloads(display.progress):
+            yield
     finally:
         logger.setLevel(level)
         logger.removeHandler(handler)

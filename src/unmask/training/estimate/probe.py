@@ -8,7 +8,6 @@ then are timed. Stages alternate, so that a busy moment of the machine affects a
 
 from __future__ import annotations
 
-import copy
 import math
 import tempfile
 import time
@@ -24,9 +23,20 @@ from unmask.data.prepare import TokenizedCorpus
 from unmask.evaluation.masked_lm import EvalSet, evaluate
 from unmask.evaluation.minimal_pairs import MinimalPair, evaluate_minimal_pairs
 from unmask.evaluation.validation import validates
+from unmask.models.model import Model
+from unmask.models.parallel import share
 from unmask.training import checkpoint
 from unmask.training.estimate.memory import peak_bytes, training_bytes
-from unmask.training.loop import EMA, Callback, StopReason, TrainLoopInputs, TrainState, has_free_core, train
+from unmask.training.loop import (
+    EMA,
+    Callback,
+    StopReason,
+    TrainLoopInputs,
+    TrainModule,
+    TrainState,
+    has_free_core,
+    train,
+)
 from unmask.training.optim import Optimizer
 from unmask.training.plan import Measured, MeasuredMemory, Plan, StageConfig, StagePlan, always
 from unmask.training.recipe import Recipe
@@ -142,13 +152,14 @@ def _build_eval_sets(recipe: Recipe, components: RunComponents) -> None:
 def _trial(recipe: Recipe, components: RunComponents) -> TrainLoopInputs:
     """Returns a copy of the run's model and objectives, with a fresh optimizer."""
     training = components.training
-    module, objectives = copy.deepcopy((training.module, training.objectives))  # together: they share modules
+    parallelism, module, objectives = training.parallelism.trial(training.module, training.objectives)
     return replace(
         training,
         module=module,
         objectives=objectives,
+        parallelism=parallelism,
         optimizer=Optimizer(module, recipe.optimizer, bf16=components.context.precision == "bfloat16"),
-        ema=EMA(module, training.ema.decay) if training.ema else None,
+        ema=EMA(parallelism.copy(module), training.ema.decay) if training.ema else None,
         lr_factor=_zero,  # without the warm-up of a run, the weights could diverge
     )
 
@@ -165,9 +176,11 @@ def measure_token_seconds(recipe: Recipe, corpus: TokenizedCorpus, context: Dist
     stage = replace(recipe.stage[0], until=Fraction(1.0))
     recipe = replace(recipe, stage=(stage,))
     module, objectives = build_train_module(recipe, corpus, context, None)
+    parallelism = share(recipe.train.parallel, context, module, objectives)
     trial = TrainLoopInputs(
         module=module,
         objectives=objectives,
+        parallelism=parallelism,
         loaders=build_loaders(recipe, corpus, [None]),
         optimizer=Optimizer(module, recipe.optimizer, bf16=context.precision == "bfloat16"),
         lr_factor=_zero,
@@ -354,11 +367,16 @@ class _Probe:
         return [seconds + extra.get(id(each), 0.0) for seconds, each in zip(held_out, objectives, strict=True)]
 
     def _validate(self, stage: int) -> None:
-        validate(self._components, self._trial.eval_module, stage)
+        with self._trial.eval_module() as module:
+            validate(self._components, module, stage)
 
     def _time_evaluation(self, eval_set: EvalSet) -> float:
         """Returns the seconds of an evaluation, from those of its first batches after a warm-up with one batch."""
-        module, context, ranks = self._trial.eval_module, self._trial.context, self._trial.context.ranks
+        with self._trial.eval_module() as module:
+            return self._time_module(module, eval_set)
+
+    def _time_module(self, module: TrainModule, eval_set: EvalSet) -> float:
+        context, ranks = self._trial.context, self._trial.context.ranks
         tokens = sum(masked.batch.tokens for masked in eval_set.batches)
 
         def run(batches: int) -> float:
@@ -383,8 +401,11 @@ class _Probe:
 
     def time_pairs(self, pairs: Sequence[MinimalPair]) -> float:
         """Returns the seconds of an evaluation of minimal pairs, from those of a sample of them."""
-        trial, context, size = self._trial, self._trial.context, min(_FIRST_PAIRS, len(pairs))
-        model = as_model(self._recipe, self._components, trial.eval_module, TrainState())
+        with self._trial.eval_module() as module:
+            return self._time_model(as_model(self._recipe, self._components, module, TrainState()), pairs)
+
+    def _time_model(self, model: Model, pairs: Sequence[MinimalPair]) -> float:
+        context, size = self._trial.context, min(_FIRST_PAIRS, len(pairs))
         limit = _VALIDATION * self.limits.seconds
         while True:
             sample = [pairs[number * len(pairs) // size] for number in range(size)]
@@ -395,18 +416,22 @@ class _Probe:
 
     def time_saving(self, folder: Path) -> tuple[float, float]:
         """Returns the seconds of saving the best model and a checkpoint, which the main process does."""
+        with self._trial.eval_module(main_only=True) as module:
+            return self._time_writing(module, folder)
+
+    def _time_writing(self, module: TrainModule, folder: Path) -> tuple[float, float]:
         recipe, trial, is_main = self._recipe, self._trial, self._trial.context.is_main_process
-        model = as_model(recipe, self._components, trial.eval_module, TrainState())
+        model = as_model(recipe, self._components, module, TrainState())
         size = training_bytes(self._components.num_parameters, has_ema=trial.ema is not None)
         left = _SAVING * self.limits.seconds
         best = save = 0.0
         if recipe.train.keep_best:
             best = self._components.num_parameters * 4 / _BYTES_PER_SECOND
             if best <= left:
-                best = self._agreed(lambda: is_main and checkpoint.save_best(folder, model, trial.eval_module.parts))
+                best = self._agreed(lambda: is_main and checkpoint.save_best(folder, model, module.parts))
         save = size / _BYTES_PER_SECOND
         if max(save, best) <= left:
-            save = self._agreed(lambda: is_main and checkpoint.save(folder, model, trial, TrainState(), 1))
+            save = self._agreed(lambda: checkpoint.save(folder, model, module.parts, trial, TrainState(), 1))
         return best, save
 
     # Memory -----------------------------------------------------------------------------------------------------------

@@ -1,0 +1,98 @@
+"""A run is trained again in a new process: everything is equal, and what was changed is named."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.torch import load_file, save_file
+
+from unmask.checks.verify import Verification, verify
+from unmask.cli import main
+from unmask.core import files
+from unmask.core.errors import RunError
+from unmask.training.pretrain import launch
+
+SETTINGS = [
+    "data.tokenizer.kind=characters", "model.num_hidden_layers=1", "model.hidden_size=32",
+    "model.num_attention_heads=2", "model.intermediate_size=32", "model.mlp_dropout=0.1", "train.threads=1",
+    "train.ema_decay=0.9", "train.every.log=1 steps", "train.every.validate=3 steps", "train.every.save=3 steps",
+    "train.report=false", "train.budget=6 steps", "stage=[{max_seq_len = 32, batch_size = '512 tokens'}]",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def trained(prose: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run = tmp_path_factory.mktemp("verified") / "run"
+    launch([prose], recipe="tiny", out=run, settings=SETTINGS)
+    return run
+
+
+@pytest.fixture
+def run(trained: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(trained, tmp_path / "run", symlinks=True))
+
+
+def repeat(run: Path, **options: Any) -> Verification:
+    return verify(run, on_progress=lambda what, fraction: None, **options)
+
+
+def test_a_run_is_reproduced(trained: Path) -> None:
+    found = repeat(trained)
+    assert (found.first_step, found.last_step, found.environment) == (3, 6, [])
+    assert found.is_reproduced, found.comparisons
+    compared = {each.name: each.compared for each in found.comparisons}
+    assert compared["weights"] == compared["weight average"] > 5 and compared["optimizer state"] > 5
+    assert compared["log"] > 20 and compared["training state"] > 10
+    assert sorted(path.name for path in trained.glob("step-*")) == ["step-0000003", "step-0000006"], "only read"
+
+
+def test_changes_are_found_and_named(
+    run: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """The repetition begins at the start of the run, and stops at a checkpoint before its end."""
+    resume = run / "step-0000003" / "resume"
+    tensors = load_file(resume / "optimizer.safetensors")
+    name = next(name for name in sorted(tensors) if name.endswith(".momentum"))
+    tensors[name][0, 0] += 0.25
+    save_file(tensors, resume / "optimizer.safetensors")
+    for folder in (resume, resume.parent):
+        files.write_manifest(folder)
+    lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    lines[1]["loss"] += 1e-9
+    (run / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    monkeypatch.setattr(sys, "argv", ["unmask", "verify", str(run), "--from", "0", "--to", "3", "--json"])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    found = json.loads(capfd.readouterr().out)
+    assert ended.value.code == 3 and not found["is_reproduced"] and found["first_step"] == 0
+    compared = {each["name"]: each for each in found["comparisons"]}
+    differing = {name for name, each in compared.items() if each["equal"] < each["compared"]}
+    assert differing == {"optimizer state", "log"}
+    assert compared["optimizer state"]["first"] == f"{name}: up to 0.25"
+    assert compared["log"]["compared"] - compared["log"]["equal"] == 1
+    assert compared["log"]["first"].startswith("line 2 of step 2: loss: ")
+
+
+def test_what_can_t_be_verified_is_refused(run: Path, tmp_path: Path) -> None:
+    with pytest.raises(RunError, match="no checkpoint of step 4; it has those of 3, 6"):
+        repeat(run, last_step=4)
+    with pytest.raises(RunError, match="from step 6 to step 3 is empty"):
+        repeat(run, first_step=6, last_step=3)
+    environment = json.loads((run / "env.json").read_text())
+    environment["determinism"]["torch"] = "1.0"
+    (run / "env.json").write_text(json.dumps(environment))
+    with pytest.raises(RunError, match="could not be trained again: results would not be bit-identical"):
+        repeat(run)
+    found = repeat(run, allow_different_environment=True)
+    assert found.is_reproduced and "torch: '1.0' at the start" in found.environment[0]
+    for folder in run.glob("step-*"):
+        shutil.rmtree(folder)
+    os.unlink(run / "latest")
+    with pytest.raises(RunError, match="no checkpoint to compare with"):
+        repeat(run)
