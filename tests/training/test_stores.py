@@ -8,6 +8,7 @@ import itertools
 import json
 import os
 import re
+import shutil
 import socket
 import subprocess
 import sys
@@ -15,6 +16,7 @@ import threading
 import time
 import urllib.request
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +27,12 @@ from unmask.core import remote
 from unmask.core.errors import RecipeError, RunError, StoreError, TextError, UnmaskError
 from unmask.core.files import default_cache, write_manifest, write_text
 from unmask.core.format import masked
-from unmask.core.remote import RunUpload, require_public, shown_downloads
+from unmask.core.remote import Store, require_public, shown_downloads
+from unmask.core.remote.upload import RunUpload, check_upload
 from unmask.data.settings import DataConfig
 from unmask.data.sources import FileSource, open_source
 from unmask.training.display import Display
+from unmask.training.recipe import TrainConfig, read_recipe, write_recipe
 
 pytest.importorskip("s3fs", reason='object stores need: pip install "unmask[s3]"')
 pytest.importorskip("moto", reason="the local S3 server needs: pip install moto[server]")
@@ -175,6 +179,12 @@ class Proxy:
         ("s3://key:secret@bucket/a.txt?token=x", "s3://***@bucket/a.txt?token=***"),
         ("can't open https://u:p@host/x?key=1: 403", "can't open https://***@host/x?key=***: 403"),
         ("C:/notes.txt", "C:/notes.txt"),
+        ("https://me:p'ss@host/a", "https://***@host/a"),
+        ("https://host/a?fn=UTF-8''n.txt&sig=abc", "https://host/a?fn=***&sig=***"),
+        ("https://me:pa/ss@host/a", "https://***@host/a"),
+        ("https://host/a.txt#access_token=abc", "https://host/a.txt#***"),
+        ("s3://bucket/a#1.txt", "s3://bucket/a#1.txt"),
+        ("https://[::1]:8000/a@b.txt", "https://[::1]:8000/a@b.txt"),
     ],
 )
 def test_credentials_of_an_address_are_hidden(address: str, shown: str) -> None:
@@ -226,13 +236,14 @@ def test_texts_of_a_bucket_are_read_as_files_are(store: Any, bucket: str, tmp_pa
         ("s3:///", "invalid address"),
         ("https://host/a::file:///etc/passwd", "invalid address"),
         ("http://example.com/a.txt", "got http, expected https"),
+        ("https://host:port/a.txt", "its server or port"),
         ("https://***@host/a.txt", "the credentials of this address were not stored"),
     ],
 )
 def test_an_address_without_an_object_is_an_error(bucket: str, name: str, message: str) -> None:
     with pytest.raises(TextError, match=re.escape(message)) as caught:
         open_source([name.format(bucket=bucket)], DataConfig()).check()
-    assert caught.value.hint and name.split("/")[-1] in caught.value.location
+    assert caught.value.hint and (name.split("/")[-1] in caught.value.location or ":port" in name)
 
 
 def test_a_download_goes_on_after_the_server_was_away(
@@ -262,7 +273,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     protocol_version = "HTTP/1.1"
     text = b"a cat sat on the mat and looked at the moon\n" * 20_000
-    has_ranges, asked = True, list[tuple[str, str]]()
+    has_ranges, always_cuts, asked = True, False, list[tuple[str, str]]()
 
     def do_HEAD(self) -> None:
         self._answer(0, is_head=True)
@@ -285,7 +296,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.end_headers()
         if not is_head:
             self.close_connection = True
-            self.wfile.write(body[: len(body) // 2] if len(self.asked) == 1 else body)
+            self.wfile.write(body[: len(body) // 2] if len(self.asked) == 1 or self.always_cuts else body)
             parts = list[Path]()
             deadline = time.monotonic() + 30
             while len(self.asked) == 1 and time.monotonic() < deadline and not any(p.stat().st_size for p in parts):
@@ -318,6 +329,22 @@ def test_a_text_of_a_web_server_is_completed_after_a_cut(site: str) -> None:
     assert source.paths == [f"http://***@{site}/a.txt?token=***"]
     records = [file.read_text() for file in default_cache().rglob("*.json")]
     assert records and not any(SECRET in record for record in records)
+
+
+@pytest.mark.parametrize("site", [False], indirect=True)
+def test_a_server_that_always_breaks_off_is_given_up(site: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Handler, "always_cuts", True)
+    with pytest.raises(TextError, match="can't reach this address"):
+        open_source([f"http://{site}/a.txt"], DataConfig()).check()
+    assert len(Handler.asked) <= 12
+
+
+def test_addresses_that_differ_in_what_is_hidden_are_different(site: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Handler, "asked", [("", "")])  # no cut
+    first, second = (open_source([f"http://{site}/a.txt?id={number}"], DataConfig()).parts()[0] for number in (1, 2))
+    assert first.path != second.path and len(Handler.asked) == 3
+    with pytest.raises(TextError, match="several addresses differ"):
+        open_source([f"http://{site}/a.txt?id=***"], DataConfig()).check()
 
 
 @pytest.mark.parametrize(("name", "message"), [("none.txt", "no such object"), ("wrong/a.txt", "no access")])
@@ -404,7 +431,12 @@ def test_a_run_of_the_store_is_resumed_on_another_machine(
     store.rm(f"{address}/step-0000006/card.json")  # as if the upload of the last step had been cut
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("UNMASK_CACHE", str(tmp_path / "cache"))
-    unmask.resume(address, display=None)
+    with pytest.raises(RecipeError, match="has not given on this machine: s3://runs/texts"):
+        unmask.resume(address, display=None)
+    with pytest.raises(RecipeError, match="has not given on this machine: s3://runs/first"):
+        unmask.resume("runs/first", display=None)
+    shutil.rmtree("runs")
+    unmask.resume(address, display=None, texts=["s3://runs/texts/prose.txt"])
     there = Path("runs/first")
     assert (there / "step-0000006" / "model.safetensors").read_bytes() == (
         folder / "step-0000006" / "model.safetensors"
@@ -413,6 +445,59 @@ def test_a_run_of_the_store_is_resumed_on_another_machine(
     assert objects(store, address) == tree(there), "and the store has the new step"
     with pytest.raises(RunError, match="the folder for the downloaded run exists"):
         unmask.resume(address, display=None)
+
+
+def test_a_run_from_elsewhere_uploads_nothing(
+    store: Any, uploaded: tuple[str, Path], bucket: str, tmp_path: Path
+) -> None:
+    """As if its recipe had named another bucket, with a valid digest."""
+    run = tmp_path / "run"
+    shutil.copytree(uploaded[1], run, symlinks=True)
+    recipe, plan = read_recipe(run)
+    changed = replace(recipe, train=replace(recipe.train, upload=f"s3://{bucket}/loot"))
+    write_recipe(run, changed, plan)
+    with pytest.raises(RecipeError, match="has not given on this machine") as caught:
+        unmask.resume(run, display=None)
+    assert "train.upload" in caught.value.hint and store.find(bucket) == []
+
+
+def test_the_copy_of_another_run_is_not_touched(
+    store: Any, uploaded: tuple[str, Path], bucket: str, tmp_path: Path
+) -> None:
+    run, address = tmp_path / "run", f"s3://{bucket}/other"
+    shutil.copytree(uploaded[1], run, symlinks=True)
+    for name in ("env.json", "recipe.toml", "step-0000001/card.json", "step-0000002/card.json"):
+        store.pipe(f"{bucket}/other/{name}", b"{}")
+    before = objects(store, address)
+    with pytest.raises(RunError, match="not those of this run"):
+        unmask.resume(run, settings=[f"train.upload={address}"], display=None)
+    upload = RunUpload(run, address, keep=2)
+    upload.copy()
+    assert upload.error and "not those of this run" in upload.error.message
+    assert objects(store, address) == before
+    check_upload(uploaded[0], run)  # its own copy
+
+
+def test_a_folder_is_deleted_by_its_name(store: Any, bucket: str) -> None:
+    for name in ("exp1/step-1/a", "exp[1]/step-1/a", "exp[1]/step-12/a"):
+        store.pipe(f"{bucket}/{name}", b"x")
+    Store(f"s3://{bucket}/exp[1]", StoreError).remove_folder("step-1")
+    assert store.find(bucket) == [f"{bucket}/exp1/step-1/a", f"{bucket}/exp[1]/step-12/a"]
+    with pytest.raises(RecipeError, match="not a pattern"):
+        TrainConfig(upload="s3://bucket/exp[1]")
+
+
+def test_a_model_without_digests_is_copied(store: Any, bucket: str, tmp_path: Path) -> None:
+    for name in ("start/card.json", "start/config.json", "recipe.toml", "report.html"):
+        write_text(tmp_path / name, name)
+    upload = RunUpload(tmp_path, f"s3://{bucket}/run", keep=2)
+    upload.copy()
+    assert upload.error is None
+    assert set(objects(store, f"s3://{bucket}/run")) == {"start/card.json", "start/config.json", "recipe.toml"}
+    marker = f"{bucket}/marked/"  # as the console of a store makes for an empty folder
+    store.call_s3("put_object", Bucket=bucket, Key="marked/", Body=b"")
+    assert store.exists(marker)
+    check_upload(f"s3://{bucket}/marked")
 
 
 class Vandal(Display):
@@ -479,7 +564,7 @@ def test_a_step_is_complete_if_its_card_is_there(
     write_text(tmp_path / "recipe.toml", "seed = 1\n")
     monkeypatch.setattr(remote, "_DELAYS", ())
     counts = set[int]()
-    for limit in range(500, 4_000, 500):  # bytes of answers after which the server is away
+    for limit in range(500, 10_000, 1_000):  # bytes of answers after which the server is away
         proxy, address = Proxy(server.address, limit, refusals=1_000), f"s3://{bucket}/{limit}"
         monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.address)
         upload = RunUpload(tmp_path, address, keep=2)

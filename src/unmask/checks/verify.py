@@ -7,7 +7,6 @@ training meanwhile.
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import signal
 import subprocess
@@ -203,7 +202,7 @@ class _StopsAt(Display):
     def step(self, state: TrainState) -> None:
         """Compares the number of steps done with the last one of the span."""
         if state.step == self._step - 1:
-            os.kill(os.getpid(), signal.SIGTERM)
+            signal.raise_signal(signal.SIGTERM)
 
 
 def _train_again(
@@ -270,6 +269,8 @@ def _child(arguments: Sequence[str]) -> int:
 
 def _compare_tensors(name: str, found: Path, expected: Path) -> Comparison:
     """Compare the tensors of two files, bit for bit."""
+    for file in (found, expected):
+        files.check_tensor_header(file)
     now, before = load_file(found), load_file(expected)
     equal, largest, first = 0, 0.0, ""
     for key in sorted({*now, *before}):

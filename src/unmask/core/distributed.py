@@ -216,6 +216,13 @@ class _Launch:
         keys = [f"{prefix}-{rank}" for rank in range(self.ranks)]
         self._wait(keys, seconds)
         digests = [json.loads(value) for value in self.store.multi_get(keys)]
+        for rank, other in enumerate(digests):
+            if other.keys() != digests[0].keys():
+                raise RunError(
+                    f"rank {rank} runs another command than rank 0, or doesn't see its files",
+                    location=_RANKS,
+                    hint="start all ranks with the same command, on a disk that all of them see",
+                )
         for topic in texts:
             for rank, other in enumerate(digests):
                 if other.get(topic) != digests[0].get(topic):

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Final
 
 HIDDEN: Final = "***"  # stands for user, password or token of an address
-_ADDRESS: Final = re.compile(r"[a-zA-Z][a-zA-Z0-9+.-]{0,15}://[^\s'\"<>`]*[^\s'\"<>`:;,.)]")
+_ADDRESS: Final = re.compile(r"[a-zA-Z][a-zA-Z0-9+.-]{0,15}://[^\s\"<>`]*[^\s'\"<>`:;,.)]")
 _HARMLESS: Final = frozenset({"versionid", "generation", "revision", "download", "dl", "raw"})  # keys of a query
 _CONTROLS = {code: chr(0x2400 + code) for code in range(32)} | {9: "⇥", 10: "⏎", 127: "␡"}
 
@@ -98,13 +98,21 @@ def masked(text: str) -> str:
 
 def _masked_address(address: str) -> str:
     scheme, _, rest = address.partition("://")
-    host, slash, path = rest.partition("/")
+    host = re.split("[/?#]", rest, maxsplit=1)[0]
+    if "@" not in host and ":" in host and not re.search(r"(:\d*|\])$", host):
+        host = rest  # no port follows the colon, so it is a password with one of these characters
+    start = ""
     if "@" in host:
-        host = f"{HIDDEN}@{host.rpartition('@')[2]}"
-    start, mark, query = f"{host}{slash}{path}".partition("?")
-    if mark and ("=" in query or scheme.lower() in ("http", "https")):  # elsewhere, ? is a part of a pattern
+        start = f"{HIDDEN}@"
+        rest = rest[host.rindex("@") + 1 :]
+    is_web = scheme.lower() in ("http", "https")
+    rest, hash_mark, fragment = rest.partition("#")
+    rest, mark, query = rest.partition("?")
+    if mark and ("=" in query or is_web):  # elsewhere, ? is a part of a pattern
         query = "&".join(_masked_parameter(parameter) for parameter in query.split("&"))
-    return f"{scheme}://{start}{mark}{query}"
+    if fragment and ("=" in fragment or is_web):  # elsewhere, # is a part of a name
+        fragment = HIDDEN
+    return f"{scheme}://{start}{rest}{mark}{query}{hash_mark}{fragment}"
 
 
 def _masked_parameter(parameter: str) -> str:

@@ -147,6 +147,19 @@ def code_marks(plugins: Sequence[PluginConfig]) -> dict[str, str]:
     return {plugin.kind: _mark(key, plugin.kind) for plugin in plugins} if key else {}
 
 
+def address_marks(addresses: Sequence[str]) -> dict[str, str]:
+    """Return a mark of each address, like those of `code_marks`."""
+    key = _read_key(create=True) if addresses else b""
+    return {address: _mark(key, f"address\0{address}") for address in addresses} if key else {}
+
+
+def is_marked(address: str, marks: Mapping[str, object]) -> bool:
+    """Return whether `address_marks` of this user made the mark of an address."""
+    mark, key = marks.get(address), _read_key()
+    expected = _mark(key, f"address\0{address}").encode()
+    return bool(key) and isinstance(mark, str) and hmac.compare_digest(mark.encode(), expected)
+
+
 def _mark(key: bytes, kind: str) -> str:
     return hmac.digest(key, kind.encode(), "sha256").hex()
 
@@ -160,14 +173,28 @@ def _read_key(*, create: bool = False) -> bytes:
             path.parent.mkdir(parents=True, exist_ok=True)
             temporary.touch(0o600)
             temporary.write_bytes(secrets.token_bytes(_KEY_BYTES))
-            os.link(temporary, path)  # fails if another process was faster
+            _place_key(temporary, path)
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
     try:
+        status = path.stat()
+        if os.name == "posix" and (status.st_uid != os.getuid() or status.st_mode & 0o077):
+            return b""  # others may know it
         key = path.read_bytes()
     except OSError:
         return b""
     return key if len(key) == _KEY_BYTES else b""
+
+
+def _place_key(temporary: Path, path: Path) -> None:
+    """Give the key its name, unless another process was faster."""
+    try:
+        os.link(temporary, path)
+    except FileExistsError:
+        return
+    except OSError:  # a file system without links
+        with os.fdopen(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600), "wb") as file:
+            file.write(temporary.read_bytes())
 
 
 def _require_permission(module: str, kind: str) -> None:

@@ -70,8 +70,10 @@ class RayWorkers(WorkerPool):
         self.local = TaskRunner(source)
         self.count = max(2, units)  # more than 1: `local` runs no task
         self._ray, self._is_own = _connect(engine, units)
-        recipe = SourceRecipe(source.names, settings)
-        self._setup = json.dumps({"paths": recipe.paths, "settings": dump_config(settings), "versions": _VERSIONS})
+        # Absolute, and without credentials: workers read the files of the tasks, never the names.
+        self._setup = json.dumps(
+            {"paths": list(source.paths), "settings": dump_config(settings), "versions": _VERSIONS}
+        )
         self._sizes = {
             part.path: os.path.getsize(part.path) for part in source.parts() if kind_of(part.path) != "dataset"
         }

@@ -295,6 +295,7 @@ def _model_facts(run: Path) -> ModelFacts | None:
         folder = find_checkpoint(run)
         digest = str(files.read_json(folder / RunLayout.DIGESTS)[RunLayout.WEIGHTS]["digest"])
         card: Any = files.read_json(folder / RunLayout.CARD)
+        files.check_tensor_header(folder / RunLayout.WEIGHTS)
         with safe_open(folder / RunLayout.WEIGHTS, framework="np") as tensors:
             shapes = [tensors.get_slice(name).get_shape() for name in tensors.keys()]  # noqa: SIM118 - no mapping
     except (UnmaskError, OSError, KeyError):

@@ -18,7 +18,7 @@ from unmask.core.config import dump_config
 from unmask.core.distributed import lost_ranks_explained
 from unmask.core.errors import CRASH_NOTE, Interrupted, Stopped, StoreError, UnmaskError
 from unmask.core.files import RunLayout
-from unmask.core.remote import RunUpload
+from unmask.core.remote.upload import RunUpload
 from unmask.evaluation.minimal_pairs import MinimalPair, evaluate_minimal_pairs
 from unmask.evaluation.validation import Validation, validates
 from unmask.models.model import Model, ModelCard

@@ -138,6 +138,8 @@ def load(run: Path, training: TrainLoopInputs) -> TrainState:
             hint="undo the changes to recipe.toml",
         ) from error
     training.optimizer.load_state_tensors(_read_tensors(resume / _OPTIMIZER, training.optimizer.state_tensors()))
+    if not training.context.is_main_process:
+        return read_state(folder)
     files.recover(run / RunLayout.BEST)
     # A kill during a save leaves these folders.
     for name in ("step-*", RunLayout.BEST, f"{RunLayout.KEPT}*"):

@@ -6,6 +6,8 @@ import contextlib
 import json
 import logging
 import os
+import secrets
+import shlex
 import shutil
 import tomllib
 from collections.abc import Generator, Mapping, Sequence
@@ -29,9 +31,10 @@ from unmask.core.distributed import (
 from unmask.core.errors import RecipeError, RunError, StoreError
 from unmask.core.files import RunLayout, default_cache
 from unmask.core.hardware import cores
-from unmask.core.plugins import code_marks
+from unmask.core.plugins import address_marks, code_marks, is_marked
 from unmask.core.quantities import Quantity
-from unmask.core.remote import RunUpload, check_upload, fetch_run, is_remote
+from unmask.core.remote import UPLOADS, is_remote, require_public, scheme_of
+from unmask.core.remote.upload import RunUpload, check_upload, fetch_run
 from unmask.data.sources import open_text, open_valid, require_field_used
 from unmask.evaluation.minimal_pairs import MinimalPair, read_pairs, to_jsonl
 from unmask.models.model import Model, load, save_model
@@ -73,6 +76,7 @@ from unmask.training.recipe import (
     check_unchanged,
     explicit_keys,
     load_recipe,
+    read_marks,
     read_recipe,
     write_recipe,
 )
@@ -299,8 +303,10 @@ def _write_start(
             save_model(run / RunLayout.START, start.model)
         write_environment(run, recipe, prepared.components, texts, prepared.estimate.flops_per_second)
         # The settings before text and time changed them: a second start is compared with it.
-        request = {"requested": tomllib.loads(dump_config(requested))}
-        files.write_json(run / RunLayout.ENVIRONMENT, read_environment(run) | request)
+        environment = read_environment(run)
+        environment |= {"requested": tomllib.loads(dump_config(requested)), "id": secrets.token_hex(16)}
+        environment["code"] |= address_marks(_addresses(recipe, environment))
+        files.write_json(run / RunLayout.ENVIRONMENT, environment)
     except StoreError:  # an incomplete directory can't be resumed and would block another attempt
         shutil.rmtree(run, ignore_errors=True)
         raise
@@ -344,6 +350,7 @@ def resume(
         recipe, plan = read_recipe(folder)
         check_unchanged(folder)
         recipe = change_recipe(recipe, settings)
+        _check_address(folder, recipe, settings)
         moved = None
         if texts or valid:  # also for a finished run, which may be extended later
             with _locked(folder):
@@ -361,6 +368,8 @@ def resume(
         with _locked(folder):
             check_installed(recipe.train.loggers)
             environment = moved or read_environment(folder)
+            unnamed = _remote_texts(recipe, environment, texts, valid)
+            _require_marked(folder, unnamed, "--text ADDRESS, --valid NAME=ADDRESS")
             facts = {"run": _run_facts(folder, recipe, plan)}
             context, changes = _restore_context(folder, recipe, environment, allow_different_environment, facts)
             components = _restore_components(folder, recipe, environment, context, display, verify=verify)
@@ -387,8 +396,60 @@ def resume(
             return _train(prepared, state, display, signals)
 
 
+def _check_address(run: Path, recipe: Recipe, settings: Sequence[str]) -> None:
+    """Checks the address to which a resumed run is uploaded.
+
+    Raises:
+        RecipeError: it comes from the run, and this user has not given it.
+        StoreError: it was given now, and can't be written or has another run.
+    """
+    address = recipe.train.upload
+    if not address:
+        return
+    if not any(text.partition("=")[0].strip() == "train.upload" for text in settings):
+        _require_marked(run, [address], "--set train.upload=ADDRESS, or --set train.upload='' for none")
+    elif os.environ.get("RANK", "0") == "0":
+        check_upload(address, run)
+
+
+def _require_marked(run: Path, addresses: Sequence[str], options: str) -> None:
+    """Checks that this user gave the addresses of a run, because a run from elsewhere may name any.
+
+    Raises:
+        RecipeError: one has no valid mark.
+    """
+    marks = read_marks(run)
+    if unknown := [address for address in addresses if not is_marked(address, marks)]:
+        raise RecipeError(
+            f"this run names an address that this user has not given on this machine: {unknown[0]}",
+            location=str(run),
+            hint=f"if you trust it, name it again: unmask pretrain --resume {shlex.quote(str(run))} {options}",
+        )
+
+
+def _remote_texts(
+    recipe: Recipe, environment: Mapping[str, Any], texts: object = (), valid: Mapping[str, object] | None = None
+) -> list[str]:
+    """Returns the addresses of a run's texts, without those that were named now."""
+    text = environment["text"]
+    places = {name: [path] for name, path in recipe.data.valid.items()}
+    for name, facts in text.get("valid", {}).items():
+        places.setdefault(name, []).append(facts["path"])
+    named = [path for name, paths in places.items() if name not in (valid or {}) for path in paths]
+    return [path for path in (*(() if texts else text["paths"]), *named) if is_remote(path)]
+
+
+def _addresses(recipe: Recipe, environment: Mapping[str, Any]) -> list[str]:
+    """Returns all addresses that a run reads or writes."""
+    return [*filter(None, [recipe.train.upload]), *_remote_texts(recipe, environment)]
+
+
 def _download(address: str) -> Path:
     """Downloads the copy of a run to runs/NAME."""
+    require_public(address, "--resume")
+    if scheme_of(address) not in UPLOADS:
+        hint = f"name an address that begins with {' or '.join(f'{scheme}://' for scheme in UPLOADS)}"
+        raise RunError("a run can't be resumed from this kind of address", location=address, hint=hint)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         hint = f"download it first, in one process: unmask pretrain --resume {address}"
         raise RunError("several processes can't download one run", location=address, hint=hint)
@@ -505,7 +566,7 @@ def _write_resume(
 ) -> None:
     """Removes the leftovers of a crash, and writes the recipe, the plan and the changes of the environment."""
     run, recipe = prepared.folder, prepared.recipe
-    discarded = discard_after(run, state.step)
+    discarded = discard_after(run, state.step or -1)  # step 0 is validated again
     if discarded:
         _log.info(f"moved {discarded} log lines of steps that were not saved to discarded.jsonl")
     if extended:  # before the plan: with another plan, this record means nothing
@@ -517,8 +578,11 @@ def _write_resume(
         earlier = environment.get("resumed_in_different_environment", [])
         environment["resumed_in_different_environment"] = [*earlier, *changes]
         environment["determinism"] = determinism_key(prepared.components.context, recipe)
-    marks = code_marks(recipe.plugins)  # the user allowed this code, or named a new logger
-    if changes or environment["text"].get("held_out_shards") != shards or environment.get("code") != marks:
+    # The user allowed this code and these addresses, or named new ones.
+    marks = code_marks(recipe.plugins) | address_marks(_addresses(recipe, environment))
+    is_old = "id" not in environment
+    environment.setdefault("id", secrets.token_hex(16))
+    if is_old or changes or environment["text"].get("held_out_shards") != shards or environment.get("code") != marks:
         environment["text"]["held_out_shards"] = shards  # the cache may have moved
         environment["code"] = marks
         files.write_json(run / RunLayout.ENVIRONMENT, environment)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -133,6 +134,12 @@ class TrainConfig:
                 hint=f"begin it with {' or '.join(f'{scheme}://' for scheme in UPLOADS)}",
             )
         require_public(self.upload, "upload")
+        if re.search(r"[*?\[\]]", self.upload):
+            raise RecipeError(
+                f"invalid upload: got {self.upload!r}, expected an address and not a pattern",
+                location="upload",
+                hint="use an address without * ? [ ]",
+            )
         check_keep_at(self.keep_at)
         require(self, "early_stopping_patience", min=0)
         require(self, "ema_decay", min=0, below=1, hint="set it to a decay below 1, e.g. 0.999, or to 0 for no average")
@@ -311,7 +318,7 @@ def read_recipe(run: Path) -> tuple[Recipe, Plan]:
     if not isinstance(plan, dict):
         raise RunError("recipe.toml has no [plan]", location=str(path), hint="restore the file or start a new run")
     loaded_plan = build_config(Plan, cast("dict[str, Any]", plan), f"{path} [plan]")
-    with only_marked(_code_marks(run)):
+    with only_marked(read_marks(run)):
         return build_config(Recipe, tree, str(path)), loaded_plan
 
 
@@ -331,8 +338,8 @@ def check_unchanged(run: Path) -> None:
         )
 
 
-def _code_marks(run: Path) -> Mapping[str, object]:
-    """Returns the marks of a run's plugins; none if env.json can't be read."""
+def read_marks(run: Path) -> Mapping[str, object]:
+    """Returns the marks of a run's plugins and addresses; none if env.json can't be read."""
     with contextlib.suppress(DamagedError):
         environment: Any = files.read_json(run / RunLayout.ENVIRONMENT)
         marks: Any = cast("Mapping[str, Any]", environment).get("code") if isinstance(environment, dict) else None

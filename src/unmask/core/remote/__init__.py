@@ -1,4 +1,4 @@
-"""Objects of stores: s3://, gs://, hf:// and https:// addresses as texts, and as a copy of a run.
+"""Objects of stores: s3://, gs://, hf:// and https:// addresses. `remote.upload` has the copy of a run.
 
 A text is copied to the cache once and then read as a local file, because a build reads it up to four times. A copy is
 identified by the address and by what the store says about the object: entity tag, else time and size.
@@ -11,11 +11,8 @@ import hashlib
 import importlib
 import ipaddress
 import logging
-import os
 import re
-import shlex
 import shutil
-import threading
 import time
 from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
@@ -25,25 +22,23 @@ from pathlib import Path, PurePosixPath
 from typing import Any, Final, TypeVar
 from urllib.parse import unquote, urlsplit
 
-from unmask.core.errors import DamagedError, RecipeError, RunError, StoreError, TextError, UnmaskError
+from unmask.core.errors import DamagedError, RecipeError, StoreError, TextError, UnmaskError
 from unmask.core.files import (
     RunLayout,
-    atomic_directory,
     default_cache,
     digest,
     file_digest,
     read_json,
-    verify_manifest,
     wrap_os_errors,
     write_json,
-    write_pointer,
 )
-from unmask.core.format import HIDDEN, join_names, masked
+from unmask.core.format import HIDDEN, masked
 from unmask.core.format import size as in_words
 from unmask.core.types import ProgressCallback
 
 STEP: Final = "step-"  # beginning of the names of step folders
 UPLOADS: Final = ("s3", "gs", "hf")  # schemes of stores that can be written
+PROBE: Final = ".writable"  # object that is written and deleted to see whether an address can be written
 OBJECTS: Final = "objects"  # directory of the cache with copies of objects
 _PACKAGES: Final = {  # scheme -> module that reads it, and what installs it
     "s3": ("s3fs", "unmask[s3]"),
@@ -58,7 +53,9 @@ _CREDENTIALS: Final = {
     "hf": "set HF_TOKEN",
 }
 _REMOTE: Final = re.compile(rf"({'|'.join(_PACKAGES)})://", re.IGNORECASE)
+_HTTP: Final = ("http", "https")
 _PATTERN: Final = re.compile(r"[*?\[]")
+_INVALID: Final = re.compile(r"[\s\"<>`]")  # where an address in a text ends
 _IDENTITIES: Final = ("ETag", "etag", "blob_id", "md5Hash", "Content-MD5", "LastModified", "Last-Modified", "updated")
 _DELAYS: Final = (0.5, 1.0, 2.0, 4.0, 8.0)  # seconds before each further try
 _CHUNK_BYTES: Final = 8 << 20
@@ -71,6 +68,7 @@ _STORES: Final = ("aiohttp", "aiobotocore", "botocore", "fsspec", "gcsfs", "goog
 _log = logging.getLogger("unmask")
 _progress: ContextVar[ProgressCallback | None] = ContextVar("progress of downloads", default=None)
 _given: dict[str, str] = {}  # addresses by their form without credentials; never written to a file
+_SEVERAL: Final = ""  # in place of an address
 T = TypeVar("T")
 
 
@@ -88,12 +86,28 @@ def require_public(address: str, location: str) -> None:
     Raises:
         RecipeError: it has user, password or a token.
     """
-    if is_remote(address) and masked(address) != address:
+    if not is_remote(address):
+        return
+    if problem := _problem(address):
+        hint = "write %22, %3C, %3E, %60 or %20 in a name; the port of a server is a number"
+        raise RecipeError(f"invalid address: {problem}", location=location, hint=hint)
+    if masked(address) != address:
         raise RecipeError(
             f"this address has credentials, which would be written to the run: {address}",
             location=location,
             hint="remove them from the address and set the environment variables of the store",
         )
+
+
+def _problem(address: str) -> str:
+    """Return what is invalid in an address, without its text, which may have credentials; "" if nothing is."""
+    if _INVALID.search(address):
+        return "it has a space, a quotation mark or an angle bracket"
+    try:
+        _ = urlsplit(address).port if scheme_of(address) in _HTTP else None
+    except ValueError:
+        return "its server or port is not valid"
+    return ""
 
 
 def scheme_of(address: str) -> str:
@@ -194,6 +208,9 @@ class Store:
 
     def __init__(self, address: str, kind: type[UnmaskError] = TextError) -> None:
         self.address, self.kind, scheme = address, kind, scheme_of(address)
+        if problem := _problem(address):
+            hint = f"write {scheme}://HOST/PATH; in a name, write %20 for a space and %22 for a quotation mark"
+            raise kind(f"invalid address: {problem}", location=f"{scheme}://{HIDDEN}", hint=hint)
         if scheme == "http" and not _is_loopback(urlsplit(address).hostname or ""):
             raise kind("invalid scheme: got http, expected https", location=address, hint="write https://")
         if "::" in address or not address.partition("://")[2].strip("/"):
@@ -213,7 +230,7 @@ class Store:
         self._files: Any = fsspec.filesystem(scheme, skip_instance_cache=True, use_listings_cache=False, **options)  # pyright: ignore[reportUnknownMemberType]
         if scheme == "s3":
             self._files.retries = 1
-        self._is_http = scheme in ("http", "https")
+        self._is_http = scheme in _HTTP
         self._path = address if self._is_http else address.partition("://")[2].rstrip("/")
         self._scheme = scheme
 
@@ -245,11 +262,28 @@ class Store:
 
     def _info(self, path: str) -> dict[str, Any]:
         try:
-            return self._files.info(path)
+            info: dict[str, Any] = self._files.info(path)
         except FileNotFoundError as error:
             if self._is_http and error.__cause__ is not None:  # fsspec reports any error so
                 raise error.__cause__ from None
             raise
+        self._check_redirect(str(info.get("url") or path))
+        return info
+
+    def _check_redirect(self, url: str) -> None:
+        """Check that a web server led to no address that could not be given itself.
+
+        Raises:
+            UnmaskError: it led from https:// to http://, or from this machine to another by http://.
+        """
+        target = urlsplit(url)
+        if (
+            self._is_http
+            and target.scheme != "https"
+            and (self._scheme == "https" or not _is_loopback(target.hostname or ""))
+        ):
+            message = f"the server leads to an address without https: {masked(url)}"
+            raise self.kind(message, location=self.address, hint="name the address of the object itself")
 
     def _object(self, path: str, info: dict[str, Any]) -> RemoteObject:
         known = next((f"{key} {info[key]}" for key in _IDENTITIES if info.get(key)), "")
@@ -268,12 +302,14 @@ class Store:
         Raises:
             UnmaskError: the store can't be read.
         """
-        attempt = 0
+        attempt, far = 0, offset
         while True:
             try:
                 for position, chunk in self._read(one, offset):
                     yield position, chunk
-                    offset, attempt = position + len(chunk), 0
+                    offset = position + len(chunk)
+                    if offset > far:  # a server that always begins again and always breaks off makes no progress
+                        far, attempt = offset, 0
                 if one.size is None or offset == one.size:
                     return
                 raise OSError(f"got {offset:,} bytes, expected {one.size:,}")
@@ -292,6 +328,7 @@ class Store:
         if offset:
             headers["Range"] = f"bytes={offset}-"
         with self._files.open(one.path, block_size=0, size=one.size or -1, headers=headers) as stream:
+            self._check_redirect(str(stream.r.url))
             if stream.r.status != 206:
                 offset = 0
             while chunk := stream.read(_CHUNK_BYTES):
@@ -307,7 +344,7 @@ class Store:
         return [
             RemoteObject(f"{self._scheme}://{path}", path.removeprefix(below), facts["size"], "")
             for path, facts in sorted(found.items())
-            if path.startswith(below)
+            if path.startswith(below) and not path.endswith(("/", f"/{PROBE}"))  # a console marks folders with "NAME/"
         ]
 
     def put(self, file: Path, name: str) -> None:
@@ -342,11 +379,11 @@ class Store:
         """Delete all objects below a name, the card first."""
         self.remove(f"{name}/{RunLayout.CARD}")
 
-        def remove() -> None:
-            with contextlib.suppress(FileNotFoundError):
-                self._files.rm(f"{self._path}/{name}", recursive=True)
-
-        _retried(remove, f"{self.address}/{name}", self.kind)
+        below = f"{self._path}/{name}/"
+        found = _retried(lambda: self._files.find(f"{self._path}/{name}"), f"{self.address}/{name}", self.kind)
+        for path in found:  # one by one, because fsspec takes the name of a folder for a pattern
+            if path.startswith(below) and not path.endswith("/"):
+                self.remove(path.removeprefix(f"{self._path}/"))
 
     def download(self, one: RemoteObject, file: Path, report: Callable[[int], None]) -> None:
         """Write an object below the address to a file."""
@@ -383,22 +420,29 @@ def fetch(address: str, is_read: Callable[[str], bool]) -> list[Path]:
         StoreError: the cache can't be written.
     """
     if HIDDEN not in address:
-        _given[masked(address)] = address
+        store = Store(address)
+        if _given.setdefault(masked(address), address) != address:
+            _given[masked(address)] = _SEVERAL
     elif address not in _given:
         raise TextError(
             "the credentials of this address were not stored", location=address, hint="name the address again"
         )
-    store = Store(_given[masked(address)])
+    elif _given[address] == _SEVERAL:
+        message = "several addresses differ only in what is hidden here"
+        raise TextError(message, location=address, hint="name the addresses again, in a new process")
+    else:
+        store = Store(_given[address])
     objects = store.find(is_read)
     total = sum(one.size or 0 for one in objects)
     done, copies = 0, list[Path]()
     for one in objects:
-        copies.append(_copy(store, one, _reporter(address, done, total)))
+        copies.append(_copy(store, one, reporter(address, done, total)))
         done += one.size or 0
     return copies
 
 
-def _reporter(address: str, before: int, total: int) -> Callable[[int], None]:
+def reporter(address: str, before: int, total: int) -> Callable[[int], None]:
+    """Return a function that reports the progress of a download; it takes the bytes of one object that are done."""
     progress, stage = _progress.get(), f"downloading {masked(address)}"
 
     def report(done: int) -> None:
@@ -412,7 +456,8 @@ def _copy(store: Store, one: RemoteObject, report: Callable[[int], None]) -> Pat
     """Return the copy of an object in the cache."""
     from filelock import FileLock
 
-    folder = default_cache() / OBJECTS / digest(masked(one.address), one.identity, str(one.size))
+    named = re.sub(r"//[^/@]*@", "//", one.address)  # a query may name the content, user and password don't
+    folder = default_cache() / OBJECTS / digest(named, one.identity, str(one.size))
     file, record = folder / _file_name(one), folder / "object.json"
     with wrap_os_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
@@ -439,7 +484,7 @@ def _is_intact(file: Path, record: Path) -> bool:
     return status.st_size == size and (status.st_mtime_ns == mtime_ns or file_digest(file) == content)
 
 
-def _require_space(folder: Path, needed: int) -> None:
+def require_space(folder: Path, needed: int) -> None:
     """Check that a download fits on the disk.
 
     Raises:
@@ -459,7 +504,7 @@ def _download(store: Store, one: RemoteObject, part: Path, report: Callable[[int
         StoreError: the disk is too small.
     """
     begun = part.stat().st_size if part.is_file() and one.identity and one.size else 0
-    _require_space(part.parent, (one.size or 0) - begun)
+    require_space(part.parent, (one.size or 0) - begun)
     with part.open("r+b" if begun else "w+b") as file:
         state = hashlib.blake2b(digest_size=16)
         at = 0
@@ -491,209 +536,3 @@ def _file_name(one: RemoteObject) -> str:
     if len(name.encode()) > _LONGEST_NAME:
         name = digest(name) + "".join(PurePosixPath(name).suffixes[-2:])[-20:]
     return name
-
-
-# Runs -----------------------------------------------------------------------------------------------------------------
-
-_NOT_COPIED: Final = frozenset({RunLayout.LOCK, RunLayout.LATEST})
-_LAST: Final = (RunLayout.DIGESTS, RunLayout.CARD)  # of a folder, in this order: a card says that it is complete
-
-
-class _Vanished(Exception):
-    """A file was replaced or deleted while its folder was copied."""
-
-
-class RunUpload:
-    """Copies a run to a store, in a background thread while it is trained.
-
-    A pass copies what has changed: first all but the steps, then each complete step. The last file of a folder is its
-    card.json: a step without one is incomplete. At most one pass waits, however many steps are saved meanwhile. A pass
-    that fails is repeated after the next save.
-
-    Args:
-        run: directory of the run.
-        address: address of its copy.
-        keep: number of steps that are kept there.
-    """
-
-    def __init__(self, run: Path, address: str, keep: int) -> None:
-        self._run, self.address, self._keep = run, address, keep
-        self._store = Store(address, StoreError)
-        self._copied: dict[str, tuple[int, int]] = {}  # size and time of each file when it was copied
-        self._changed, self._is_ending = threading.Event(), False
-        self._thread = threading.Thread(target=self._work, name="upload", daemon=True)
-        self._failures = 0
-        self.error: StoreError | None = None  # of the last pass
-
-    def start(self) -> None:
-        """Start the thread; it copies at once."""
-        self._thread.start()
-        self.notify()
-
-    def notify(self) -> None:
-        """Let the thread copy what has changed; returns at once."""
-        self._changed.set()
-
-    def close(self) -> None:
-        """Copy what has changed since the last pass and end the thread; `error` says what could not be copied."""
-        if self._thread.is_alive():
-            _log.info(f"uploading the rest of the run to {masked(self.address)}")
-            self._is_ending = True
-            self.notify()
-            self._thread.join()
-
-    def _work(self) -> None:
-        is_last = False
-        while not is_last:
-            self._changed.wait()
-            self._changed.clear()
-            is_last = self._is_ending
-            self.copy()
-            if self.error is not None:
-                _log.warning(f"{self.error.message}; failure {self._failures} of this upload, training goes on")
-
-    def copy(self) -> None:
-        """Copy what has changed; an error is kept in `error`."""
-        try:
-            self._copy()
-            self.error = None
-        except Exception as error:  # training must go on
-            self._failures += 1
-            reason = error.message if isinstance(error, UnmaskError) else f"{type(error).__name__}: {error}"
-            missing = self._missing()
-            folders = join_names(list(dict.fromkeys(name.partition("/")[0] for name in missing)))
-            self.error = StoreError(
-                f"{len(missing):,} files of the run are not uploaded ({folders}): {masked(reason)}",
-                location=self.address,
-                hint="upload them when the store can be written: "
-                f"unmask pretrain --resume {shlex.quote(str(self._run))}",
-            )
-
-    def _missing(self) -> list[str]:
-        """Return the files of the run that are not in the store as they are now."""
-        missing: list[str] = []
-        for name in [name for folder in self._folders() for name in self._names(folder)]:
-            with contextlib.suppress(_Vanished):
-                if self._copied.get(name) != self._facts(name):
-                    missing.append(name)
-        return missing
-
-    def _copy(self) -> None:
-        folders = self._folders()
-        for folder in folders:
-            with contextlib.suppress(_Vanished):  # the next pass copies what replaced it
-                self._copy_folder(folder)
-        steps = [folder for folder in folders if folder.startswith(STEP)]
-        kept = set(steps[-self._keep :])
-        there = {one.path.partition("/")[0] for one in self._store.list() if one.path.startswith(STEP)}
-        for name in sorted(there - kept)[: max(0, len(there | kept) - self._keep)]:
-            self._store.remove_folder(name)
-
-    def _folders(self) -> list[str]:
-        """Return the names of the run's folders in the order of copying: "" for its own files, the steps at the end."""
-        names = sorted(path.name for path in self._run.iterdir() if path.is_dir() and not path.is_symlink())
-        names = [name for name in names if not name.startswith(".")]
-        steps = [name for name in names if name.startswith(STEP)]
-        return [*(name for name in names if name not in steps), "", *steps]
-
-    def _names(self, folder: str) -> list[str]:
-        """Return the files of a folder in the order of copying, as names below the run."""
-        root = self._run / folder
-        found = root.rglob("*") if folder else root.iterdir()
-        names = [path.relative_to(self._run).as_posix() for path in found if path.is_file() and not path.is_symlink()]
-        last = [f"{folder}/{name}" for name in _LAST]
-        first = [name for name in sorted(names) if name not in last and not PurePosixPath(name).name.startswith(".")]
-        return [name for name in first if name not in _NOT_COPIED] + [name for name in last if name in names]
-
-    def _facts(self, name: str) -> tuple[int, int]:
-        try:
-            status = (self._run / name).stat()
-        except FileNotFoundError as error:
-            raise _Vanished from error
-        return status.st_size, status.st_mtime_ns
-
-    def _copy_folder(self, folder: str) -> None:
-        names = self._names(folder)
-        changed = [name for name in names if self._copied.get(name) != self._facts(name)]
-        card = f"{folder}/{RunLayout.CARD}"
-        if changed and card in names:
-            if self._is_equal(folder):
-                self._copied |= {name: self._facts(name) for name in names}
-                return
-            self._store.remove(card)  # the folder is incomplete until its new card is there
-            changed = names
-        for name in changed:
-            facts = self._facts(name)
-            try:
-                self._store.put(self._run / name, name)
-            except StoreError as error:
-                if not (self._run / name).exists():  # rather than an object or a bucket
-                    raise _Vanished from error
-                raise
-            self._copied[name] = facts
-        if card in names and any(self._copied[name] != self._facts(name) for name in names):
-            self._store.remove(card)
-            self._copied = {name: facts for name, facts in self._copied.items() if name not in names}
-            self.notify()
-
-    def _is_equal(self, folder: str) -> bool:
-        """Return whether the folder is complete in the store and has the same digests."""
-        there = self._store.get(f"{folder}/{RunLayout.DIGESTS}")
-        own = (self._run / folder / RunLayout.DIGESTS).read_bytes()
-        return there == own and self._store.get(f"{folder}/{RunLayout.CARD}") is not None
-
-
-def check_upload(address: str) -> None:
-    """Check that a new run can be copied to an address: it can be written and is empty.
-
-    Raises:
-        StoreError: it can't be written.
-        RunError: it has objects.
-    """
-    store = Store(address, StoreError)
-    if store.list():
-        raise RunError(
-            "there are objects at this address already",
-            location=address,
-            hint=f"choose another train.upload, or continue that run: unmask pretrain --resume {address}",
-        )
-    store.put_bytes(b"", ".writable")
-    store.remove(".writable")
-
-
-def fetch_run(address: str, folder: Path) -> None:
-    """Download a run: its settings, its best model, its log and its last complete step.
-
-    Raises:
-        RunError: the folder exists, or there is no run at the address.
-        DamagedError: a file is not what the run's digests say.
-        StoreError: the disk can't be written.
-    """
-    if os.path.lexists(folder):
-        hint = f"continue that copy: unmask pretrain --resume {shlex.quote(str(folder))}; or work in another directory"
-        raise RunError("the folder for the downloaded run exists", location=str(folder), hint=hint)
-    store = Store(address, RunError)
-    objects = {one.path: one for one in store.list()}
-    if RunLayout.RECIPE not in objects:
-        raise RunError("no run at this address", location=address, hint="check the address")
-    folders = {name.partition("/")[0] for name in objects if "/" in name}
-    complete = {each for each in folders if f"{each}/{RunLayout.CARD}" in objects}
-    steps = sorted(each for each in complete if each.startswith(STEP))
-    # A model folder without a card was being copied when the run ended.
-    left_out = {each for each in folders - complete if f"{each}/{RunLayout.CONFIG}" in objects} | set(steps[:-1])
-    wanted = [one for name, one in objects.items() if name.partition("/")[0] not in left_out]
-    total, done = sum(one.size or 0 for one in wanted), 0
-    with atomic_directory(folder) as aside:
-        _require_space(aside, total)
-        for one in wanted:
-            target = aside / one.path
-            if not target.resolve().is_relative_to(aside.resolve()):
-                raise RunError("invalid name of an object", location=f"{address}/{one.path}", hint="remove it")
-            target.parent.mkdir(parents=True, exist_ok=True)
-            store.download(one, target, _reporter(address, done, total))
-            done += one.size or 0
-        for manifest in sorted(aside.rglob(RunLayout.DIGESTS)):
-            verify_manifest(manifest.parent)
-        if steps:
-            write_pointer(aside / RunLayout.LATEST, steps[-1])
-    _log.info(f"downloaded the run to {folder}: {steps[-1] if steps else 'no step was saved'}")

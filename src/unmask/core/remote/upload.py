@@ -1,0 +1,269 @@
+"""The copy of a run in a store: written while the run is trained, and downloaded to resume it elsewhere."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import shlex
+import threading
+from pathlib import Path, PurePosixPath
+from typing import Any, Final, cast
+
+from unmask.core.errors import RunError, StoreError, UnmaskError
+from unmask.core.files import RunLayout, atomic_directory, verify_manifest, write_pointer
+from unmask.core.format import join_names, masked
+from unmask.core.remote import PROBE, STEP, Store, reporter, require_space
+
+_log = logging.getLogger("unmask")
+_NOT_COPIED: Final = frozenset({RunLayout.LOCK, RunLayout.LATEST, "report.html"})
+_LAST: Final = (RunLayout.DIGESTS, RunLayout.CARD)  # of a folder, in this order: a card says that it is complete
+
+
+class _Vanished(Exception):
+    """A file was replaced or deleted while its folder was copied."""
+
+
+class RunUpload:
+    """Copies a run to a store, in a background thread while it is trained.
+
+    A pass copies what has changed: first all but the steps, then each complete step. The last file of a folder is its
+    card.json: a step without one is incomplete. At most one pass waits, however many steps are saved meanwhile. A pass
+    that fails is repeated after the next save.
+
+    Args:
+        run: directory of the run.
+        address: address of its copy.
+        keep: number of steps that are kept there.
+    """
+
+    def __init__(self, run: Path, address: str, keep: int) -> None:
+        self._run, self.address, self._keep = run, address, keep
+        self._store = Store(address, StoreError)
+        self._copied: dict[str, tuple[int, int]] = {}  # size and time of each file when it was copied
+        self._changed, self._is_ending = threading.Event(), False
+        self._thread = threading.Thread(target=self._work, name="upload", daemon=True)
+        self._failures, self._is_own = 0, False  # whether the address was seen to be empty or to have this run
+        self.error: StoreError | None = None  # of the last pass
+
+    def start(self) -> None:
+        """Start the thread; it copies at once."""
+        self._thread.start()
+        self.notify()
+
+    def notify(self) -> None:
+        """Let the thread copy what has changed; returns at once."""
+        self._changed.set()
+
+    def close(self) -> None:
+        """Copy what has changed since the last pass and end the thread; `error` says what could not be copied."""
+        if self._thread.is_alive():
+            _log.info(f"uploading the rest of the run to {masked(self.address)}")
+            self._is_ending = True
+            self.notify()
+            self._thread.join()
+
+    def _work(self) -> None:
+        is_last = False
+        while not is_last:
+            self._changed.wait()
+            self._changed.clear()
+            is_last = self._is_ending
+            self.copy()
+            if self.error is not None:
+                _log.warning(f"{self.error.message}; failure {self._failures} of this upload, training goes on")
+
+    def copy(self) -> None:
+        """Copy what has changed; an error is kept in `error`."""
+        try:
+            self._copy()
+            self.error = None
+        except Exception as error:  # training must go on
+            self._failures += 1
+            reason = error.message if isinstance(error, UnmaskError) else f"{type(error).__name__}: {error}"
+            missing = list[str]()
+            with contextlib.suppress(OSError):  # the run itself may be gone
+                missing = self._missing()
+            folders = join_names(list(dict.fromkeys(name.partition("/")[0] for name in missing)))
+            self.error = StoreError(
+                f"{len(missing):,} files of the run are not uploaded ({folders}): {masked(reason)}",
+                location=self.address,
+                hint="upload them when the store can be written: "
+                f"unmask pretrain --resume {shlex.quote(str(self._run))}",
+            )
+
+    def _missing(self) -> list[str]:
+        """Return the files of the run that are not in the store as they are now."""
+        missing: list[str] = []
+        for name in [name for folder in self._folders() for name in self._names(folder)]:
+            with contextlib.suppress(_Vanished):
+                if self._copied.get(name) != self._facts(name):
+                    missing.append(name)
+        return missing
+
+    def _copy(self) -> None:
+        if not self._is_own:
+            _require_own(self._store, self._run)
+            if (self._run / RunLayout.ENVIRONMENT).is_file():
+                self._put(RunLayout.ENVIRONMENT)  # first, because it says whose copy this is
+            self._is_own = True
+        folders = self._folders()
+        for folder in folders:
+            try:
+                self._copy_folder(folder)
+            except (_Vanished, FileNotFoundError):  # the next pass copies what replaced it
+                self.notify()
+        steps = [folder for folder in folders if folder.startswith(STEP)]
+        kept = set(steps[-self._keep :])
+        there = {one.path.partition("/")[0] for one in self._store.list() if one.path.startswith(STEP)}
+        for name in sorted(there - kept)[: max(0, len(there | kept) - self._keep)]:
+            self._store.remove_folder(name)
+
+    def _folders(self) -> list[str]:
+        """Return the names of the run's folders in the order of copying: "" for its own files, the steps at the end."""
+        names = sorted(path.name for path in self._run.iterdir() if path.is_dir() and not path.is_symlink())
+        names = [name for name in names if not name.startswith(".")]
+        steps = [name for name in names if name.startswith(STEP)]
+        return [*(name for name in names if name not in steps), "", *steps]
+
+    def _names(self, folder: str) -> list[str]:
+        """Return the files of a folder in the order of copying, as names below the run."""
+        root = self._run / folder
+        found = root.rglob("*") if folder else root.iterdir()
+        names = [path.relative_to(self._run).as_posix() for path in found if path.is_file() and not path.is_symlink()]
+        last = [f"{folder}/{name}" for name in _LAST]
+        first = [name for name in sorted(names) if name not in last and not PurePosixPath(name).name.startswith(".")]
+        return [name for name in first if name not in _NOT_COPIED] + [name for name in last if name in names]
+
+    def _facts(self, name: str) -> tuple[int, int]:
+        try:
+            status = (self._run / name).stat()
+        except FileNotFoundError as error:
+            raise _Vanished from error
+        return status.st_size, status.st_mtime_ns
+
+    def _copy_folder(self, folder: str) -> None:
+        names = self._names(folder)
+        facts = {name: self._facts(name) for name in names}
+        changed = [name for name in names if self._copied.get(name) != facts[name]]
+        card = f"{folder}/{RunLayout.CARD}"
+        if not changed:
+            return
+        if card not in names:
+            for name in changed:
+                self._put(name)
+                self._copied[name] = facts[name]
+            return
+        if not self._is_equal(folder):
+            self._store.remove(card)  # the folder is incomplete until its new card is there
+            self._copied = {name: known for name, known in self._copied.items() if name not in names}
+            content = (self._run / card).read_bytes()
+            for name in names:
+                if name != card:
+                    self._put(name)
+            if any(self._facts(name) != facts[name] for name in names):  # replaced meanwhile: perhaps a mixture
+                raise _Vanished
+            self._store.put_bytes(content, card)
+        self._copied |= facts
+
+    def _put(self, name: str) -> None:
+        try:
+            self._store.put(self._run / name, name)
+        except StoreError as error:
+            if not (self._run / name).exists():  # rather than an object or a bucket
+                raise _Vanished from error
+            raise
+
+    def _is_equal(self, folder: str) -> bool:
+        """Return whether the folder is complete in the store and has the same digests."""
+        for name in _LAST:
+            own = self._run / folder / name
+            if not own.is_file() or self._store.get(f"{folder}/{name}") != own.read_bytes():
+                return False
+        return True
+
+
+def check_upload(address: str, run: Path | None = None) -> None:
+    """Check that a run can be copied to an address: it can be written and is empty, or has a copy of this run.
+
+    Args:
+        address: address of the copy.
+        run: directory of the run; None if it is new.
+
+    Raises:
+        StoreError: it can't be written.
+        RunError: it has other objects.
+    """
+    store = Store(address, StoreError)
+    _require_own(store, run)
+    store.put_bytes(b"", PROBE)
+    store.remove(PROBE)
+
+
+def _require_own(store: Store, run: Path | None) -> None:
+    """Check that a store has nothing below its address but a copy of this run, known by the `id` in env.json.
+
+    Raises:
+        RunError: it has other objects.
+    """
+    if not store.list():
+        return
+    there = store.get(RunLayout.ENVIRONMENT)
+    if run is not None and there is not None and (run / RunLayout.ENVIRONMENT).is_file():
+        own = (run / RunLayout.ENVIRONMENT).read_bytes()
+        if there == own or _identity(there) == _identity(own) != "":
+            return
+    raise RunError(
+        "there are objects at this address already" + ("" if run is None else ", and not those of this run"),
+        location=store.address,
+        hint=f"choose another train.upload, or continue that run: unmask pretrain --resume {store.address}",
+    )
+
+
+def _identity(environment: bytes) -> str:
+    """Return the random name of a run; "" if there is none."""
+    try:
+        facts: Any = json.loads(environment)
+    except (ValueError, RecursionError):
+        return ""
+    name: object = cast("dict[str, object]", facts).get("id") if isinstance(facts, dict) else None
+    return name if isinstance(name, str) else ""
+
+
+def fetch_run(address: str, folder: Path) -> None:
+    """Download a run: its settings, its best model, its log and its last complete step.
+
+    Raises:
+        RunError: the folder exists, or there is no run at the address.
+        DamagedError: a file is not what the run's digests say.
+        StoreError: the disk can't be written.
+    """
+    if os.path.lexists(folder):
+        hint = f"continue that copy: unmask pretrain --resume {shlex.quote(str(folder))}; or work in another directory"
+        raise RunError("the folder for the downloaded run exists", location=str(folder), hint=hint)
+    store = Store(address, RunError)
+    objects = {one.path: one for one in store.list()}
+    if RunLayout.RECIPE not in objects:
+        raise RunError("no run at this address", location=address, hint="check the address")
+    folders = {name.partition("/")[0] for name in objects if "/" in name}
+    complete = {each for each in folders if f"{each}/{RunLayout.CARD}" in objects}
+    steps = sorted(each for each in complete if each.startswith(STEP))
+    # A model folder without a card was being copied when the run ended.
+    left_out = {each for each in folders - complete if f"{each}/{RunLayout.CONFIG}" in objects} | set(steps[:-1])
+    wanted = [one for name, one in objects.items() if name.partition("/")[0] not in left_out]
+    total, done = sum(one.size or 0 for one in wanted), 0
+    with atomic_directory(folder) as aside:
+        require_space(aside, total)
+        for one in wanted:
+            target = aside / one.path
+            if not target.resolve().is_relative_to(aside.resolve()):
+                raise RunError("invalid name of an object", location=f"{address}/{one.path}", hint="remove it")
+            target.parent.mkdir(parents=True, exist_ok=True)
+            store.download(one, target, reporter(address, done, total))
+            done += one.size or 0
+        for manifest in sorted(aside.rglob(RunLayout.DIGESTS)):
+            verify_manifest(manifest.parent)
+        if steps:
+            write_pointer(aside / RunLayout.LATEST, steps[-1])
+    _log.info(f"downloaded the run to {folder}: {steps[-1] if steps else 'no step was saved'}")
