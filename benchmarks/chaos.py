@@ -33,6 +33,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
+from unmask.checks.verify import CLOCKS
 from unmask.core.hardware import processor_name
 from unmask.core.version import __version__
 
@@ -44,7 +45,6 @@ SETTINGS = (
     "stage=[{until = '50%', max_seq_len = 32, batch_size = '1_024 tokens'}, "
     "{until = '100%', max_seq_len = 64, batch_size = '1_024 tokens'}]",
 )  # fmt: skip
-CLOCKS = {"seconds", "tokens_per_second", "training_seconds", "phase_seconds", "data_wait_fraction"}
 # Bytes of the tmpfs: from too little for the first checkpoint to nearly enough for the run.
 SMALLEST_DISK, LARGEST_DISK, ENLARGED_DISK = 200_000, 4_000_000, "64M"
 

@@ -6,6 +6,7 @@ training meanwhile.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 import signal
@@ -34,6 +35,7 @@ from unmask.training.loop import TrainState
 from unmask.training.plan import Plan
 from unmask.training.pretrain import resume
 from unmask.training.recipe import read_recipe
+from unmask.training.runs import flatten
 
 CLOCKS: Final = frozenset(
     {"seconds", "training_seconds", "phase_seconds", "tokens_per_second", "data_wait_fraction", "data_wait_seconds"}
@@ -239,12 +241,16 @@ def _train_again(
                 process.wait()
     if (copied / step_name(last)).is_dir():
         return
-    shown = errors.read_text(encoding="utf-8", errors="replace").strip()[-_ERROR_CHARACTERS:]
-    try:
-        failed = json.loads(shown.splitlines()[-1])
-        message, hint = str(failed["message"]), str(failed["hint"])
-    except (IndexError, KeyError, TypeError, ValueError):
-        message, hint = shown or f"the process ended with exit code {process.returncode}", "resume a copy of the run"
+    lines = errors.read_text(encoding="utf-8", errors="replace").strip().splitlines()
+    message, hint = (
+        "\n".join(lines)[-_ERROR_CHARACTERS:] or f"exit code {process.returncode}",
+        "resume a copy of the run",
+    )
+    for line in lines:  # torchrun writes lines of its own after those of the ranks
+        with contextlib.suppress(ValueError, KeyError, TypeError):
+            failed = json.loads(line)
+            message, hint = str(failed["message"]), str(failed["hint"])
+            break
     raise RunError(f"the steps could not be trained again: {message}", location=str(copied), hint=hint)
 
 
@@ -310,7 +316,8 @@ def _compare_logs(
 
 
 def _compare_values(name: str, found: Mapping[str, Any], expected: Mapping[str, Any]) -> Comparison:
-    keys = sorted({*found, *expected})
+    # Earlier versions recorded no fingerprint of the samples.
+    keys = sorted(key for key in {*found, *expected} if key in expected or not key.endswith("samples"))
     differing = [key for key in keys if key not in found or key not in expected or found[key] != expected[key]]
     first = ""
     if differing:
@@ -319,17 +326,9 @@ def _compare_values(name: str, found: Mapping[str, Any], expected: Mapping[str, 
     return Comparison(name, len(keys), len(keys) - len(differing), None, first)
 
 
-def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def _flat(tree: Mapping[str, Any]) -> dict[str, str]:
     """Return the values of nested tables by dotted keys, without times. A number that is not finite equals itself."""
-    found: dict[str, Any] = {}
-    for key, value in tree.items():
-        if key in CLOCKS:
-            continue
-        if isinstance(value, dict):
-            found |= _flat(value, f"{prefix}{key}.")
-        else:
-            found[f"{prefix}{key}"] = json.dumps(value)
-    return found
+    return {key: json.dumps(value) for key, value in flatten(tree).items() if CLOCKS.isdisjoint(key.split("."))}
 
 
 if __name__ == "__main__":
