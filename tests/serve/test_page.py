@@ -203,6 +203,39 @@ def test_korean_is_typed_and_the_page_is_korean(page: Page, server: Server) -> N
     assert page.errors() == []
 
 
+def test_errors_of_the_server_are_korean_on_the_korean_page(page: Page, server: Server) -> None:
+    agent = page.driver.execute_script("return navigator.userAgent")
+    page.driver.execute_cdp_cmd("Network.setUserAgentOverride", {"userAgent": agent, "acceptLanguage": "ko-KR"})
+    page.open(server.address, text="cat " + "[MASK] " * 101, b="")
+    (problem,) = page.until(lambda: page.texts(".problem"))
+    assert re.search("101개.*100개.*마스크를 줄이세요", problem) and not re.search("[a-z]", problem)
+    page.open(server.address, text=SENTENCE, b="", view="attention")
+    page.type("the cat sat " * 60)
+    page.until(lambda: page.texts(".problem") and re.search("어텐션.*글을 줄이세요", page.texts(".problem")[0]))
+
+
+def test_every_error_that_the_page_can_cause_has_a_korean_text(server: Server) -> None:
+    script = (STATIC / "words.js").read_text("utf-8")
+    patterns = [re.compile(found) for found in re.findall(r'^  \[/(.+)/, "', script, re.MULTILINE)]
+    long = "the cat sat " * 800
+    requests: list[tuple[str, dict[str, object]]] = [
+        ("/fill", {"texts": ["[MASK]" * 101]}),
+        ("/fill", {"texts": ["[MASK] " * 60], "joint": "beam", "words": 4}),
+        ("/fill", {"texts": ["[MASK] [MASK] [MASK] [MASK] [MASK] [MASK] [MASK]"], "joint": "beam", "words": 6}),
+        ("/fill", {"texts": [long + "[MASK]"], "joint": "best-first"}),
+        ("/attention", {"text": long}),
+        ("/attention", {"text": ""}),
+        ("/generate", {"prefix": long, "length": 5}),
+        ("/generate", {"prefix": SENTENCE, "length": 100}),
+        ("/score", {"texts": [long] * 4}),
+    ]
+    for path, body in requests:
+        status, answer = server.post(path, body)
+        assert status == 400, (path, answer)
+        for text in (answer["error"], answer["hint"]):
+            assert any(pattern.search(text) for pattern in patterns), (path, text)
+
+
 def test_a_paste_that_is_too_long_is_refused_and_the_page_goes_on(page: Page, server: Server) -> None:
     page.open(server.address, text=SENTENCE, b="")
     page.paste("고" * 100_000)

@@ -313,6 +313,8 @@ def test_counts(number: float, text: str) -> None:
 
 def test_control_characters_do_not_reach_the_terminal() -> None:
     assert "\x1b" not in visible("a\x1b[31mred\x07\n\t")
+    assert visible("a\x9b31m\x85b\u2028c\u202ed\u2066") == "a\ufffd31m\ufffdb⏎c\ufffdd\ufffd"
+    assert visible("Ünï 한국어 שלום") == "Ünï 한국어 שלום"
     assert "\x1b" not in plain([(PreviewSpan("a\x1b[2J"), PreviewSpan("\x1b", "wrong", "b"))])
 
 

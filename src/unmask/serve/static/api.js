@@ -1,6 +1,6 @@
 // Requests to the server. A newer request of the same kind replaces an older one, whose answer is dropped.
 
-import { t } from "./words.js";
+import { t, translated } from "./words.js";
 
 /** An error that the server explains, or that it can't be reached (`isOffline`). */
 export class RequestFailed extends Error {
@@ -23,7 +23,7 @@ async function request(path, body, signal) {
   }
   if (response.ok) return response;
   const { error, hint } = await response.json().catch(() => ({}));
-  throw new RequestFailed(error ?? `HTTP ${response.status}`, hint ?? "");
+  throw new RequestFailed(translated(error ?? `HTTP ${response.status}`), translated(hint ?? ""));
 }
 
 export async function get(path) {

@@ -197,11 +197,38 @@ const KO = {
 };
 
 const LANGUAGES = { en: EN, ko: KO };
+
+// What the server answers to what this page can ask, and its advice. Other messages stay English.
+const KO_ERRORS = [
+  [/^this request takes (.+) tokens of computation, and at most (.+) are allowed/, "이 요청은 토큰 $1개를 계산해야 합니다. $2개까지 할 수 있습니다."],
+  [/^the request has (.+) masks, and at most (.+) are allowed/, "마스크가 $1개입니다. $2개까지 쓸 수 있습니다."],
+  [/^the text has up to (.+) masks, expected at most (\S+)/, "마스크가 많게는 $1개가 됩니다. $2개까지 쓸 수 있습니다."],
+  [/^the text has (.+) tokens, and attention is shown for 1 to (.+)/, "글의 토큰이 $1개입니다. 어텐션은 $2개까지 보여 줍니다."],
+  [/^the text has (.+) tokens, and the context of the model is ([\d,]+)/, "글의 토큰이 $1개입니다. 모델은 $2개까지 읽습니다."],
+  [/^up to (.+) tokens for each \[MASK\] are (.+) combinations, expected at most ([\d,]+)/, "마스크마다 토큰 $1개까지면 조합이 $2가지입니다. $3가지까지 할 수 있습니다."],
+  [/^(.+) tokens can't be generated: .+ has (.+), and the context of the model is (.+) tokens/, "토큰 $1개를 만들 수 없습니다. 주어진 글이 특수 토큰을 넣어 $2개이고, 모델은 $3개까지 읽습니다."],
+  [/^(.+) requests are waiting already/, "이미 요청 $1개가 기다리고 있습니다."],
+  [/^shorten the text, or use fewer masks$/, "글을 줄이거나 마스크를 줄이세요"],
+  [/^use fewer masks$/, "마스크를 줄이세요"],
+  [/^shorten the text$/, "글을 줄이세요"],
+  [/^shorten the text, or reduce .+$/, "글이나 마스크마다의 토큰 수를 줄이세요"],
+  [/^give a text$/, "글을 입력하세요"],
+  [/^reduce .+, or the number of masks$/, "마스크마다의 토큰 수나 마스크 수를 줄이세요"],
+  [/^reduce .* to (.+)$/, "길이를 $1 이하로 줄이세요"],
+  [/^shorten the given text$/, "주어진 글을 줄이세요"],
+  [/^wait for the answers, then send the request again$/, "답이 온 뒤에 다시 보내세요"],
+];
 let language = navigator.language.toLowerCase().startsWith("ko") ? "ko" : "en";
 
 /** Return the text of a key in the present language. */
 export function t(key, values = {}) {
   return LANGUAGES[language][key].replace(/\{(\w+)\}/g, (_, name) => String(values[name]));
+}
+
+/** Return a message or an advice of the server in the present language. */
+export function translated(message) {
+  const [pattern, korean] = (language === "ko" && KO_ERRORS.find(([pattern]) => pattern.test(message))) || [];
+  return pattern ? korean.replace(/\$(\d)/g, (_, place) => pattern.exec(message)[place]) : message;
 }
 
 export const currentLanguage = () => language;
