@@ -65,6 +65,9 @@ def _continued(start: str, *settings: str, new_tokens: int = 0) -> Run:
 # Ten steps of every shipped recipe with a small model. Model class, tokenizer, objective, optimizer, schedule and
 # initialization are those of the recipe.
 RECIPES = {
+    "auto": Run("auto", [*FIXED, *MODERNBERT, *TWO_STAGES, *WORDPIECE_TEXT, "train.choose_model_size=false"]),
+    "babylm-10m": Run("babylm-10m", [*FIXED, *MODERNBERT, *TWO_STAGES, *WORDPIECE_TEXT, "train.keep_at=['50 words']"]),
+    "babylm-1m": Run("babylm-1m", [*FIXED, *MODERNBERT, *TWO_STAGES, *WORDPIECE_TEXT, "train.keep_at=['50 words']"]),
     "bert-base": Run("bert-base", [*FIXED, *BERT, *TWO_STAGES, *WORDPIECE_TEXT]),
     "bert-medium": Run("bert-medium", [*FIXED, *BERT, *TWO_STAGES, *WORDPIECE_TEXT]),
     "bert-mini": Run("bert-mini", [*FIXED, *BERT, *TWO_STAGES, *WORDPIECE_TEXT]),
@@ -73,12 +76,17 @@ RECIPES = {
     "bert-small": Run("bert-small", [*FIXED, *BERT, *TWO_STAGES, *WORDPIECE_TEXT]),
     "bert-tiny": Run("bert-tiny", [*FIXED, *BERT, *TWO_STAGES, *WORDPIECE_TEXT]),
     "char": Run("char", [*FIXED, *MODERNBERT, *THREE_STAGES], "play"),
+    "electra-mini": Run("electra-mini", [*FIXED, *WIDE_BERT, *ONE_STAGE, *WORDPIECE_TEXT]),
     "demo": Run("demo", [*FIXED, *MODERNBERT, *TWO_STAGES, *WORDPIECE_TEXT]),
     "modern-base": Run("modern-base", [*FIXED, *MODERNBERT, *TWO_STAGES, *BYTE_TEXT]),
     "modern-small": Run("modern-small", [*FIXED, *MODERNBERT, *TWO_STAGES, *BYTE_TEXT]),
     "modern-tiny": Run("modern-tiny", [*FIXED, *MODERNBERT, *TWO_STAGES, *BYTE_TEXT]),
     "seed": Run("seed", [*FIXED, *BERT, "stage.0.max_seq_len=32", "stage.0.batch_size=16 texts"], "play"),
     "tiny": Run("tiny", [*FIXED, *MODERNBERT, *TWO_STAGES, *WORDPIECE_TEXT]),
+    "tiny-adaptive": Run("tiny-adaptive", [*FIXED, *MODERNBERT, *TWO_STAGES, *WORDPIECE_TEXT]),
+    "tiny-causal-first": Run("tiny-causal-first", [*FIXED, *MODERNBERT, *THREE_STAGES, *WORDPIECE_TEXT]),
+    "tiny-diffusion": Run("tiny-diffusion", [*FIXED, *MODERNBERT, *TWO_STAGES, *WORDPIECE_TEXT]),
+    "tiny-mntp": Run("tiny-mntp", [*FIXED, *MODERNBERT, *TWO_STAGES, *WORDPIECE_TEXT]),
     "continue": _continued("bert-mini"),
 }
 
