@@ -10,9 +10,12 @@ from typing import Final
 HIDDEN: Final = "***"  # stands for user, password or token of an address
 _ADDRESS: Final = re.compile(r"[a-zA-Z][a-zA-Z0-9+.-]{0,15}://[^\s\"<>`]*[^\s'\"<>`:;,.)]")
 _HARMLESS: Final = frozenset({"versionid", "generation", "revision", "download", "dl", "raw"})  # keys of a query
-_CONTROLS = {code: chr(0x2400 + code) for code in range(32)} | {9: "⇥", 10: "⏎", 127: "␡", 0x2028: "⏎", 0x2029: "⏎"}
 # Control characters of eight bits also begin commands to a terminal, and bidirectional ones change the order of a line.
-_CONTROLS |= dict.fromkeys([*range(0x80, 0xA0), *range(0x202A, 0x202F), *range(0x2066, 0x206A)], "\ufffd")
+_CONTROLS: Final[Mapping[int, str]] = (
+    {code: chr(0x2400 + code) for code in range(32)}
+    | dict.fromkeys([*range(0x80, 0xA0), *range(0x202A, 0x202F), *range(0x2066, 0x206A)], "\ufffd")
+    | {9: "⇥", 10: "⏎", 127: "␡", 0x2028: "⏎", 0x2029: "⏎"}
+)
 
 
 def visible(text: str) -> str:
