@@ -6,8 +6,8 @@ and compares weights, optimizer state and log with those of a run that was never
 - kill: at a moment drawn uniformly from the time the whole run takes, its start included
 - save: while a checkpoint is being written, seen by its temporary folder
 - ranks: one of two ranks, under torchrun
-- disk: the disk is full at a random size of the run (a small tmpfs, which only root can mount); it is enlarged before
-  the run is resumed
+- disk: the disk is full at a random size of the run (a small tmpfs, which only root can mount); the run goes on without
+  new checkpoints and ends with an error, because the last one is missing; the disk is enlarged before it is resumed
 
     python benchmarks/chaos.py notes.txt --results benchmarks/results/chaos.json
 """

@@ -6,7 +6,7 @@ ranks (torchrun, gloo). Then both are resumed, by one process and by two ranks, 
 the seconds from the start of the command to the start of training and to the end of its first step, in each rank.
 Without `--keep` all files are deleted.
 
-    python benchmarks/startup.py /work/shared/data/enwiki/train.txt.gz --results benchmarks/results/startup.json
+    python benchmarks/startup.py enwiki/train.txt.gz --results benchmarks/results/startup.json
 """
 
 from __future__ import annotations

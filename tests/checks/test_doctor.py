@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import http.server
 import json
 import random
 import shlex
 import shutil
 import subprocess
+import threading
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -20,6 +22,7 @@ from unmask.checks.doctor.scan import SHINGLE, SIMILAR, TextScan, _Lines, minhas
 from unmask.checks.doctor.text import examine_text
 from unmask.core.errors import DamagedError, TextError
 from unmask.core.files import read_json, write_json
+from unmask.core.plugins import address_marks
 from unmask.data.settings import DataConfig
 from unmask.data.sources import open_text
 from unmask.training.pretrain import launch
@@ -303,6 +306,55 @@ def test_a_run_is_examined_by_its_files(
         assert masking.severity == "note" and "no such file" in masking.figure and "--text NEW" in masking.command
     else:
         assert masking.severity == "ok" and masking.figure.startswith("15 checks passed")
+
+
+class Asked(http.server.BaseHTTPRequestHandler):
+    """Has no object, and counts the requests."""
+
+    requests: ClassVar[list[str]] = []
+
+    def do_HEAD(self) -> None:
+        self.requests.append(self.path)
+        self.send_response(404)
+        self.send_header("Content-Length", "0")
+        self.end_headers()
+
+    do_GET = do_HEAD
+
+    def log_message(self, format: str, *args: Any) -> None:
+        """Stay silent."""
+
+
+def test_addresses_of_a_run_from_elsewhere_are_not_opened(
+    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("UNMASK_CACHE", str(tmp_path / "cache"))
+    run = Path(shutil.copytree(trained, tmp_path / "run", symlinks=True))
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Asked)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    address = f"http://127.0.0.1:{server.server_port}/latest/meta-data"
+
+    def masking(**marks: str) -> Finding:
+        environment = read_json(run / "env.json")
+        environment["text"]["paths"] = [str(trained.parent / "text.txt"), address]
+        write_json(run / "env.json", {**environment, "code": marks})
+        findings = {found.name: found for found in examine_run(run, lambda what, fraction: None)}
+        return findings["masking"]
+
+    try:
+        for marks in ({}, {address: "0" * 64}):
+            found = masking(**marks)
+            assert (
+                found.severity == "note"
+                and "you have not given this address" in found.figure
+                and address in found.figure
+            )
+            assert found.command.endswith(" --text ADDRESS") and Asked.requests == []
+        found = masking(**address_marks([address]))
+        assert "no such object" in found.figure and Asked.requests, "an address of this user is opened"
+    finally:
+        server.shutdown()
+        server.server_close()
 
 
 def test_a_command_quotes_the_folder(trained: Path, tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import re
+import signal
 import statistics
 import sys
 from collections.abc import Callable
@@ -166,6 +167,24 @@ def test_the_budget_of_the_user_replaces_that_of_the_study(small: Path, quick: b
     study = load_study(str(small), quick=quick, budget="3 steps")
     recipe = study.recipe(study.config.variant[0], 1)
     assert str(study.budget) == str(recipe.train.budget) == "3 steps"
+
+
+class Interrupting(Display):
+    """Sends Ctrl-C to this process when the result of a run is shown."""
+
+    def message(self, message: str) -> None:
+        if ": loss " in message:
+            signal.raise_signal(signal.SIGINT)
+
+
+def test_a_signal_after_a_run_does_not_lose_its_result(small: Path, prose: Path, tmp_path: Path) -> None:
+    study = load_study(str(small), seeds=1, budget="2 steps", settings=SMALL)
+    with pytest.raises(KeyboardInterrupt):
+        run_study(study, [prose], out=tmp_path / "out", display=Interrupting())
+    kept = json.loads((tmp_path / "out" / RESULT).read_text())["runs"]
+    assert [run["variant"] for run in kept] == ["30 %"]
+    result = run_study(study, [prose], out=tmp_path / "out")
+    assert len(result["runs"]) == 2 and result["runs"][0] == kept[0], "seconds included: it was not repeated"
 
 
 def test_a_stopped_study_keeps_the_runs_that_are_done(small: Path, prose: Path, tmp_path: Path) -> None:

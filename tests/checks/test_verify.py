@@ -6,6 +6,8 @@ import json
 import os
 import shutil
 import sys
+import tempfile
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +79,75 @@ def test_changes_are_found_and_named(
     assert compared["optimizer state"]["first"] == f"{name}: up to 0.25"
     assert compared["log"]["compared"] - compared["log"]["equal"] == 1
     assert compared["log"]["first"].startswith("line 2 of step 2: loss: ")
+
+
+class Deleting:
+    """Saves as a run does, and deletes old checkpoints, as soon as `verify` has begun to copy one of them."""
+
+    def __init__(self, run: Path, steps: int) -> None:
+        self._run, self._steps = run, steps
+        self._thread = threading.Thread(target=self._work, daemon=True)
+
+    def start(self) -> None:
+        self._folders = set(Path(tempfile.gettempdir()).glob("unmask-verify-*"))
+        self._thread.start()
+
+    def _work(self) -> None:
+        while True:  # until some of the files are copied
+            begun = [*set(Path(tempfile.gettempdir()).glob("unmask-verify-*")) - self._folders]
+            if any(folder.rglob("step-*/*") for folder in begun):
+                break
+        for step in sorted(self._run.glob("step-*"))[: self._steps]:
+            shutil.rmtree(step)
+
+    def join(self) -> None:
+        self._thread.join()
+
+
+def test_a_checkpoint_that_is_deleted_meanwhile_is_replaced_by_one_that_is_there(run: Path) -> None:
+    for folder in (run / "step-0000003", run / "step-0000003" / "resume"):  # takes long enough to copy
+        (folder / "a-large-file").write_bytes(bytes(100_000_000))
+        files.write_manifest(folder)
+    deleting = Deleting(run, 1)
+    deleting.start()
+    found = repeat(run)
+    deleting.join()
+    assert not (run / "step-0000003").exists()
+    assert (found.first_step, found.last_step) == (0, 6) and found.is_reproduced, found.comparisons
+
+
+def test_a_named_checkpoint_that_is_deleted_meanwhile_is_an_error(run: Path) -> None:
+    for folder in (run / "step-0000003", run / "step-0000003" / "resume"):
+        (folder / "a-large-file").write_bytes(bytes(100_000_000))
+        files.write_manifest(folder)
+    deleting = Deleting(run, 1)
+    deleting.start()
+    with pytest.raises(RunError, match="no checkpoint of step 3; it has those of 6") as caught:
+        repeat(run, first_step=3)
+    deleting.join()
+    assert "train.keep_last" in caught.value.hint
+
+
+def test_intervals_in_seconds_are_no_difference(prose: Path, tmp_path: Path) -> None:
+    """The run logs and validates after each step, and its repetition after other steps: a second is short."""
+    run = tmp_path / "run"
+    settings = [*SETTINGS, "train.every.log=0.001 s", "train.every.validate=0.001 s"]
+    launch([prose], recipe="tiny", out=run, settings=settings)
+    lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    kept = [line for line in lines if line["step"] not in (2, 4)]  # as if these steps had been faster
+    (run / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in kept))
+    found = repeat(run, first_step=0)
+    assert found.is_reproduced, found.comparisons
+    compared = {each.name: each.compared for each in found.comparisons}
+    assert compared["log"] > 10 and compared["training state"] > 3
+    assert found.left_out == [
+        "2 log lines of training: train.every.log is in seconds, so the repetition wrote 4 after other steps",
+        "0 log lines of validation: train.every.validate is in seconds, so the repetition wrote 2 after other steps",
+    ]
+    kept[0]["loss"] += 1e-9
+    (run / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in kept))
+    found = repeat(run, first_step=0)
+    assert [each.name for each in found.comparisons if not each.is_equal] == ["log"], "a change is still found"
 
 
 def test_what_can_t_be_verified_is_refused(run: Path, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import os
 import shutil
@@ -10,9 +11,36 @@ from pathlib import Path
 
 import pytest
 
+from unmask.cli import evaluation
+from unmask.evaluation import validation
+
 Command = Callable[..., tuple[int, str, str]]
 Refused = Callable[..., str]
 TEXT = "The cat sat on the log."
+
+
+@pytest.mark.parametrize("limit", ["MAX_SCORED_CHARACTERS", "MAX_SCORED_TEXTS"])
+def test_a_file_with_too_much_text_is_refused(
+    refused: Refused, run: Path, place: Path, monkeypatch: pytest.MonkeyPatch, limit: str
+) -> None:
+    """A small file may contain very much text; what was read until the limit is all that memory is needed for."""
+    rows = json.dumps({"text": TEXT}) + "\n"
+    for name, text in (("lines.txt.gz", f"{TEXT}\n"), ("rows.jsonl.gz", rows)):
+        (place / name).write_bytes(gzip.compress(text.encode() * 1_000))
+        monkeypatch.setattr(evaluation, limit, 500)
+        refused("score", "run", "--file", name, says=("more than", " 500 ", name, "split the file"))
+
+
+def test_a_text_to_evaluate_is_bounded_unless_a_size_is_given(
+    refused: Refused, unmask: Command, run: Path, place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (place / "much.txt.gz").write_bytes(gzip.compress(f"{TEXT}\n\n".encode() * 1_000))
+    monkeypatch.setattr(validation, "MAX_CHARACTERS", 10_000)
+    says = ("the text has more than 10,000 characters", "much.txt.gz", "--max-size")
+    refused("evaluate", "run", "--text", "much.txt.gz", says=says)
+    refused("evaluate", "run", "--text", "much.txt.gz", "--details", says=says)
+    code, out, _ = unmask("evaluate", "run", "--text", "much.txt.gz", "--max-size", "12k characters", "--json")
+    assert code == 0 and json.loads(out)
 
 
 @pytest.fixture

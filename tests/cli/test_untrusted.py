@@ -91,6 +91,43 @@ def test_the_key_is_private(place: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     assert plugins.code_marks([plugin]) == {}, "without a cache there is no mark"
 
 
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no modes of files")
+@pytest.mark.parametrize("change", ["mode", "link", "pipe", "folder", "short"])
+def test_a_key_that_others_may_know_is_refused(place: Path, monkeypatch: pytest.MonkeyPatch, change: str) -> None:
+    monkeypatch.setenv("UNMASK_CACHE", str(place / "cache"))
+    address = "s3://bucket/run"
+    marks, key = plugins.address_marks([address]), place / "cache" / "plugins.key"
+    assert plugins.is_marked(address, marks) and list(key.parent.iterdir()) == [key], "no other file is left"
+    if change == "mode":
+        key.chmod(0o640)
+    elif change == "short":
+        key.write_bytes(b"")
+    else:
+        key.rename(place / "moved.key")
+        makers: dict[str, Callable[[], object]] = {
+            "link": lambda: key.symlink_to(place / "moved.key"),
+            "pipe": lambda: os.mkfifo(key, 0o600),
+            "folder": key.mkdir,
+        }
+        makers[change]()
+    assert not plugins.is_marked(address, marks), "with the right mark"
+    assert plugins.address_marks([address]) == {}, "and no mark is made with it"
+
+
+@pytest.mark.skipif(not hasattr(os, "getuid") or os.getuid() != 0, reason="only root gives files to another user")
+def test_users_who_share_a_cache_have_keys_of_their_own(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("UNMASK_CACHE", str(place / "cache"))
+    address, key = "s3://bucket/run", place / "cache" / "plugins.key"
+    others = plugins.address_marks([address])
+    os.chown(key, 1234, 1234)
+    assert not plugins.is_marked(address, others), "the key of another user is not used, though root can read it"
+    own = plugins.address_marks([address])
+    assert own != others and plugins.is_marked(address, own)
+    assert sorted(path.name for path in key.parent.iterdir()) == ["plugins-0.key", "plugins.key"]
+    os.chown(key.with_name("plugins-0.key"), 1234, 1234)
+    assert not plugins.is_marked(address, own) and plugins.address_marks([address]) == {}
+
+
 @pytest.mark.parametrize("name", ["..", "../run", "a" * 300, "a\0b", "."])
 def test_a_pointer_names_a_folder_beside_it(tmp_path: Path, name: str) -> None:
     (tmp_path / "latest").write_text(name)

@@ -113,6 +113,15 @@ def test_a_file_that_a_worker_lacks_is_named_with_the_host(cluster: str, texts: 
     assert "same paths" in caught.value.hint
 
 
+def test_relative_paths_are_those_of_the_command(
+    cluster: str, texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Workers of a cluster run in the folder in which it was started."""
+    monkeypatch.chdir(tmp_path)
+    made = build(Path("ray"), Path("texts"), RayConfig())
+    assert made == build(tmp_path / "local", texts, 1)
+
+
 def test_an_error_of_a_worker_keeps_its_class(cluster: str, texts: Path, tmp_path: Path) -> None:
     (texts / "3.txt").write_bytes(b"good\n\nb\xffd\n")
     with pytest.raises(TextError, match="not UTF-8") as caught:

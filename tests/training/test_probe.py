@@ -7,6 +7,7 @@ import platform
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ from unmask.core.distributed import init_distributed
 from unmask.core.errors import RecipeError
 from unmask.core.quantities import Quantity
 from unmask.data.sources import open_source
+from unmask.models import num_parameters
 from unmask.training.callbacks import PreparedRun, run_training
 from unmask.training.display import show_log
 from unmask.training.display.plain import PlainDisplay
@@ -158,6 +160,34 @@ def test_more_parameters_tokens_and_layers_need_more_memory() -> None:
     for setting in ("model.num_hidden_layers=8", "train.ema_decay=0.9", "stage.1.batch_size=64k tokens"):
         changed = load_recipe("tiny", [setting, "data.held_out.max_size=1k characters"])
         assert required_bytes(changed, 8192, context) > least, setting
+
+
+def test_shards_divide_what_a_rank_keeps_and_not_what_it_gathers() -> None:
+    """A large model and small batches: weights, gradients and state are most of the memory."""
+    context = init_distributed("float32", 1)
+    settings = ["model.num_hidden_layers=24", "model.hidden_size=512", "train.ema_decay=0.9"]
+    settings += ["stage=[{max_seq_len = 32, batch_size = '4k tokens'}]", "train.micro_batch_size=64 tokens"]
+    replicas, shards = (load_recipe("tiny", [*settings, f"train.parallel={kind}"]) for kind in ("ddp", "fsdp"))
+    parameters = num_parameters(replicas.model, 8192)
+    one = required_bytes(replicas, 8192, context)
+    assert required_bytes(shards, 8192, context) == one, "one process shares nothing"
+    needed = {ranks: required_bytes(shards, 8192, replace(context, ranks=ranks)) for ranks in (2, 4, 8)}
+    assert [required_bytes(replicas, 8192, replace(context, ranks=ranks)) for ranks in needed] == [one] * 3
+    for ranks in (2, 4):  # 20 bytes for each parameter: weight, average, gradient, state
+        saved = needed[ranks] - needed[2 * ranks]
+        assert saved == pytest.approx(20 * parameters * (1 / ranks - 1 / (2 * ranks)), rel=1e-3)
+    assert 20 / 2 * parameters < needed[2] < one
+    many = replace(context, ranks=1024)
+    assert needed[8] > required_bytes(shards, 8192, many) > 4 * parameters, "a validation gathers the weights"
+
+
+def test_only_the_ranks_of_a_machine_share_its_memory() -> None:
+    context = init_distributed("auto", 1)
+    recipe = load_recipe("tiny")
+    ranks = available_bytes(context) // required_bytes(recipe, 8192, context) + 2  # too many for one machine
+    check_memory(recipe, 8192, replace(context, ranks=ranks, local_ranks=1))
+    with pytest.raises(RecipeError, match="needs about"):
+        check_memory(recipe, 8192, replace(context, ranks=ranks, local_ranks=ranks))
 
 
 def test_a_run_that_is_faster_than_its_plan_names_the_command_that_prolongs_it(text: Path, tmp_path: Path) -> None:

@@ -9,10 +9,13 @@ import contextlib
 import json
 import multiprocessing
 import os
+import re
 import signal
 import socket
 import subprocess
 import sys
+import threading
+import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -21,16 +24,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
 from torch.distributed import TCPStore
 
 from unmask.cli.errors import report_error
-from unmask.core.distributed import ending_together, init_distributed
+from unmask.core.distributed import compare_ranks, ending_together, init_distributed
 from unmask.core.errors import Stopped
 from unmask.models import build_model
 from unmask.models.bert import BertConfig
 from unmask.models.parallel import compare_weights, share
 from unmask.objectives.mlm import MaskedLMConfig, MaskedLMObjective
+from unmask.training.checkpoint.shards import KINDS, open_tensors
 from unmask.training.display import Display
 from unmask.training.loop import TrainModule
 from unmask.training.pretrain import launch, resume
@@ -94,6 +97,49 @@ def compare_other_weights(rank: int) -> None:
         compare_weights(context, share("ddp", context, module, [objective]), module.state_dict())
 
 
+class Counter:
+    """Forwards connections to the store of a launch and counts the requests."""
+
+    def __init__(self, port: int) -> None:
+        self._target, self.requests = port, 0
+        self._listener = socket.create_server(("localhost", 0))
+        self.port = self._listener.getsockname()[1]
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def _accept(self) -> None:
+        while True:
+            client, _ = self._listener.accept()
+            above = socket.create_connection(("localhost", self._target))
+            threading.Thread(target=self._copy, args=(client, above, 1), daemon=True).start()
+            threading.Thread(target=self._copy, args=(above, client, 0), daemon=True).start()
+
+    def _copy(self, source: socket.socket, target: socket.socket, count: int) -> None:
+        while data := source.recv(1 << 16):
+            self.requests += count
+            target.sendall(data)
+
+
+def compare_late(rank: int) -> None:
+    """Rank 1 comes four seconds later; rank 0 counts what it asks meanwhile."""
+    counter = Counter(int(os.environ["MASTER_PORT"]))
+    os.environ["MASTER_PORT"] = str(counter.port)
+    context = init_distributed("float32", 1)
+    before, begin = counter.requests, time.monotonic()
+    if rank == 1:
+        time.sleep(4)
+    compare_ranks(context, {"text": {"fingerprint": "equal"}})
+    print(json.dumps({"requests": counter.requests - before, "seconds": time.monotonic() - begin}))
+
+
+def fail_unexpectedly(rank: int) -> None:
+    """An error that is none of the user's ends rank 1 while rank 0 waits for it in a sum."""
+    with ending_together():
+        context = init_distributed("float32", 1)
+        if rank == 1:
+            raise MemoryError("can't allocate 7 tensors\nsecond line")
+        context.sum([1.0])
+
+
 def run_rank(work: Callable[[int], None], rank: int, ranks: int, port: int, output: Path) -> None:
     """Do the work of a rank as the command line does: errors become messages and exit codes."""
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(ranks), "MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
@@ -110,13 +156,15 @@ def run_rank(work: Callable[[int], None], rank: int, ranks: int, port: int, outp
             sys.exit(code)
 
 
-def run_ranks(folder: Path, name: str, ranks: int, work: Callable[[int], None], started: int = 0) -> list[int]:
-    """Run the work on all ranks, or on the first ones only, and return the exit codes."""
+def run_ranks(
+    folder: Path, name: str, ranks: int, work: Callable[[int], None], started: int = 0, first: int = 0
+) -> list[int]:
+    """Run the work on all ranks, or on `first` to `started` - 1 only, and return the exit codes."""
     store = TCPStore("localhost", 0, is_master=True, wait_for_workers=False)  # as torchrun has one
     forked = multiprocessing.get_context("fork")
     processes = [
         forked.Process(target=run_rank, args=(work, rank, ranks, store.port, folder / f"{name}-{rank}.txt"))
-        for rank in range(started or ranks)
+        for rank in range(first, started or ranks)
     ]
     for process in processes:
         process.start()
@@ -132,8 +180,8 @@ def main(folder: Path, text: Path) -> None:
     """Make all runs and write the exit codes to codes.json."""
     codes: dict[str, list[int]] = {}
 
-    def run(name: str, ranks: int, work: Callable[[int], None], started: int = 0) -> None:
-        codes[name] = run_ranks(folder, name, ranks, work, started)
+    def run(name: str, ranks: int, work: Callable[[int], None], started: int = 0, first: int = 0) -> None:
+        codes[name] = run_ranks(folder, name, ranks, work, started, first)
 
     run("one", 1, lambda rank: pretrain(text, folder / "one"))
     for parallel in ("ddp", "fsdp"):
@@ -151,7 +199,10 @@ def main(folder: Path, text: Path) -> None:
     run("no text", 2, lambda rank: pretrain([text, folder / "none.txt"][rank], folder / "no"))
     run("no run", 2, lambda rank: go_on([folder / "ddp", folder / "none"][rank], budget="+1 steps"))
     run("no rank", 2, lambda rank: pretrain(text, folder / "no", "train.join_timeout=1 s"), started=1)
+    run("no rank 0", 3, lambda rank: pretrain(text, folder / "no", "train.join_timeout=1 s"), first=1)
     run("other weights", 2, compare_other_weights)
+    run("late rank", 2, compare_late)
+    run("unexpected", 2, fail_unexpectedly)
     (folder / "codes.json").write_text(json.dumps(codes))
 
 
@@ -179,12 +230,11 @@ def messages(runs: Path, name: str) -> list[str]:
 
 
 def tensors(run: Path) -> dict[str, torch.Tensor]:
-    step = run / "latest" / "resume"
-    return {
-        f"{name} {key}": tensor
-        for name in ("weights", "optimizer", "ema")
-        for key, tensor in load_file(step / f"{name}.safetensors").items()
-    }
+    found: dict[str, torch.Tensor] = {}
+    for kind in KINDS:
+        with open_tensors(run / "latest" / "resume", kind) as saved:
+            found |= {f"{kind} {name}": saved.whole(name) for name in saved}
+    return found
 
 
 def lines(run: Path, key: str) -> list[dict[str, Any]]:
@@ -245,6 +295,41 @@ def test_an_error_of_one_rank_ends_all(runs: Path, name: str, problem: str) -> N
     assert f"rank 1 on {socket.gethostname()} stopped: " in first and problem in first and problem in second
 
 
+def test_an_unexpected_error_of_one_rank_ends_all_at_once(runs: Path) -> None:
+    assert codes(runs, "unexpected") == [2, 1]
+    first, second = ((runs / f"unexpected-{rank}.txt").read_text() for rank in (0, 1))
+    reason = (
+        f"rank 1 on {socket.gethostname()} stopped: MemoryError: can't allocate 7 tensors; the connection ended with"
+    )
+    assert reason in first and "Traceback" not in first
+    assert re.search(r"ended with \w+: .+", first), "the error that this rank saw is named too"
+    assert "Traceback" in second and "second line" in second
+
+
+def test_a_rank_that_waits_asks_the_store_rarely(runs: Path) -> None:
+    assert codes(runs, "late rank") == [0, 0], messages(runs, "late rank")
+    waiting = json.loads(messages(runs, "late rank")[0].splitlines()[-1])
+    assert 4 <= waiting["seconds"] < 6, "it notices soon"
+    assert waiting["requests"] < 60, "with a request every 0.05 s, there would be 80 and more"
+
+
+def test_a_number_of_machines_that_changes_is_refused(prose: Path, tmp_path: Path) -> None:
+    launcher = Path(__file__).parents[1] / "docs" / "torchrun.py"
+    command = [
+        sys.executable, str(launcher), "--nnodes", "1:2", "--nproc-per-node", "2", "--rdzv-backend", "c10d",
+        "--rdzv-endpoint", "localhost:0", "--rdzv-conf", "last_call_timeout=1",
+        "-m", "unmask", "pretrain", str(prose), "--out", str(tmp_path / "run"),
+    ]  # fmt: skip
+    done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=100)
+    assert done.returncode != 0 and not (tmp_path / "run").exists()
+    assert "a number of machines that changes is not supported: --nnodes 1:2" in done.stdout + done.stderr
+
+
+def test_a_missing_rank_0_is_named_by_the_others(runs: Path) -> None:
+    assert codes(runs, "no rank 0") == [2, 2], messages(runs, "no rank 0")
+    assert all("the 3 ranks did not meet within 1 s: 0 did not come" in text for text in messages(runs, "no rank 0"))
+
+
 def test_a_missing_rank_is_named(runs: Path) -> None:
     assert codes(runs, "no rank") == [2], messages(runs, "no rank")
     assert "the 2 ranks did not meet within 1 s: 1 did not come" in messages(runs, "no rank")[0]
@@ -261,6 +346,7 @@ def restarted(prose: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Pa
         sys.executable, str(launcher), "--nproc-per-node", "2", "--max-restarts", "1", "--rdzv-backend", "c10d",
         "--rdzv-endpoint", "localhost:0", "-m", "unmask", "pretrain", str(prose), "--out", str(folder / "run"),
         *options, "--set", 'train.loggers=["killing:Killer"]',
+        "--set", "train.background_save=false",  # the kill comes two steps after a save
     ]  # fmt: skip
     environment = {**os.environ, "PYTHONPATH": str(folder)}
     done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=200, env=environment)

@@ -99,7 +99,7 @@ from unmask.training.display import Display
 class Kill(Display):
     def step(self, state):
         if state.step == 9: os.kill(os.getpid(), signal.SIGKILL)
-settings = {[*SMALL, "train.budget=10 steps"]!r}
+settings = {[*SMALL, "train.budget=10 steps", "train.background_save=false"]!r}
 launch([Path({str(prose)!r})], recipe="tiny", out=Path({str(run)!r}), settings=settings, display=Kill())
 """
     done = subprocess.run([sys.executable, "-c", program], check=False, capture_output=True, text=True)

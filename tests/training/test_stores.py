@@ -24,11 +24,11 @@ import pytest
 
 import unmask
 from unmask.core import remote
-from unmask.core.errors import RecipeError, RunError, StoreError, TextError, UnmaskError
+from unmask.core.errors import DamagedError, ModelError, RecipeError, RunError, StoreError, TextError, UnmaskError
 from unmask.core.files import default_cache, write_manifest, write_text
 from unmask.core.format import masked
 from unmask.core.remote import Store, require_public, shown_downloads
-from unmask.core.remote.upload import RunUpload, check_upload
+from unmask.core.remote.upload import RunUpload, check_upload, fetch_model, fetch_run
 from unmask.data.settings import DataConfig
 from unmask.data.sources import FileSource, open_source
 from unmask.training.display import Display
@@ -110,11 +110,19 @@ def bucket(store: Any) -> str:
 
 
 class Proxy:
-    """Forwards connections to a server, and counts bytes; after a number of them it cuts all and refuses some."""
+    """Forwards connections to a server, and counts bytes; after a number of them it cuts all and refuses some.
 
-    def __init__(self, target: str, limit: int, refusals: int = 1) -> None:
+    Args:
+        target: address of the server.
+        limit: bytes of its answers after which connections are cut.
+        refusals: connections that are refused then.
+        limit_sent: bytes of requests after which connections are cut.
+    """
+
+    def __init__(self, target: str, limit: int, refusals: int = 1, limit_sent: int = 1 << 40) -> None:
         host, port = target.removeprefix("http://").split(":")
         self._target, self.left, self.passed, self.cuts = (host, int(port)), limit, 0, 0
+        self._limit_sent, self.sent = limit_sent, 0
         self.refusals = refusals
         self._listener = socket.create_server(("127.0.0.1", 0))
         self.address = f"http://127.0.0.1:{self._listener.getsockname()[1]}"
@@ -143,10 +151,12 @@ class Proxy:
                 if counts:
                     self.passed += len(data)
                     self.left -= len(data)
-                    if self.left <= 0 and not self.cuts:
-                        self.cuts = 1
-                        self._cut(*self._ends)
-                        break
+                else:
+                    self.sent += len(data)
+                if (self.left <= 0 or self.sent > self._limit_sent) and not self.cuts:
+                    self.cuts = 1
+                    self._cut(*self._ends)
+                    break
         except OSError:
             pass
         self._cut(source, target)
@@ -370,9 +380,12 @@ SMALL = {
 }
 
 
-def train(text: str | Path, out: Path, address: str, display: Display | None = None) -> None:
+def train(text: str | Path, out: Path, address: str, display: Display | None = None, start: str | None = None) -> None:
     settings = {**SMALL, "train": {**SMALL["train"], "upload": address}}
-    unmask.pretrain([text], recipe="char", budget="6 steps", out=out, settings=settings, display=display)
+    if start:
+        del settings["model"]
+    recipe = "continue" if start else "char"
+    unmask.pretrain([text], recipe=recipe, budget="6 steps", out=out, settings=settings, display=display, start=start)
 
 
 def tree(folder: Path) -> dict[str, bytes]:
@@ -415,6 +428,16 @@ def uploaded(store: Any, prose: Path, tmp_path_factory: pytest.TempPathFactory) 
     return "s3://runs/first", folder
 
 
+def test_a_checkpoint_with_pickles_is_not_downloaded(store: Any, bucket: str, tmp_path: Path) -> None:
+    for name in ("step-0000004/.metadata", "recipe.toml", "config.json"):
+        store.pipe(f"{bucket}/run/{name}", b"{}")
+    for fetch in (fetch_model, lambda address: fetch_run(address, tmp_path / "run")):
+        with pytest.raises(ModelError, match="is a pickle, which runs code when it is opened") as caught:
+            fetch(f"s3://{bucket}/run")
+        assert caught.value.location == f"s3://{bucket}/run/step-0000004/.metadata"
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_the_store_has_the_run(store: Any, uploaded: tuple[str, Path]) -> None:
     address, folder = uploaded
     there = objects(store, address)
@@ -422,6 +445,63 @@ def test_the_store_has_the_run(store: Any, uploaded: tuple[str, Path]) -> None:
     steps = {name.partition("/")[0] for name in there if name.startswith("step-")}
     assert steps == {"step-0000004", "step-0000006"}, "as many as train.keep_last"
     assert json.loads(there["env.json"])["text"]["paths"] == ["s3://runs/texts/prose.txt"]
+
+
+@pytest.mark.parametrize("name", ["", "/step-0000004"])
+def test_a_run_starts_with_a_model_of_the_store_and_is_uploaded(
+    store: Any, uploaded: tuple[str, Path], bucket: str, prose: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    name: str,
+) -> None:  # fmt: skip
+    (start, original), address, run = uploaded, f"s3://{bucket}/second", tmp_path / "run"
+    monkeypatch.setenv("UNMASK_CACHE", str(tmp_path / "cache"))
+    train(prose, run, address, start=start + name)
+    expected = original / (name.strip("/") or "best")
+    for file in ("model.safetensors", "tokenizer.json", "config.json"):
+        assert (run / "start" / file).read_bytes() == (expected / file).read_bytes()
+    assert read_recipe(run)[0].init.model == start + name
+    assert json.loads((run / "log.jsonl").read_text().splitlines()[0])["step"] == 0, "the start was validated"
+    assert objects(store, address) == tree(run)
+    (copy,) = (tmp_path / "cache" / "objects").glob("model-*")
+    before = copy.stat().st_mtime_ns
+    shutil.rmtree(run)
+    shutil.rmtree(tmp_path / "cache" / "start")
+    monkeypatch.chdir(tmp_path)
+    unmask.resume(address, budget="+2 steps", display=None, texts=[prose])
+    assert objects(store, address) == tree(Path("runs/second")), "resumed elsewhere, without the first model"
+    train(prose, run, f"s3://{bucket}/third", start=start + name)
+    assert copy.stat().st_mtime_ns == before, "downloaded once"
+
+
+@pytest.mark.parametrize(
+    ("address", "kind", "message"),
+    [
+        ("s3://no-such-bucket/run", ModelError, "no such object or bucket"),
+        ("s3://runs/none", ModelError, "no model at this address"),
+        ("s3://runs/texts", ModelError, "no model at this address"),
+        ("https://host/run", RecipeError, "a model can't be read from https://"),
+        (f"s3://me:{SECRET}@bucket/run", RecipeError, "this address has credentials"),
+    ],
+)
+def test_an_address_without_a_model_is_an_error(
+    uploaded: tuple[str, Path], prose: Path, tmp_path: Path, address: str, kind: type[UnmaskError], message: str
+) -> None:
+    with pytest.raises(kind, match=message) as caught:
+        unmask.pretrain([prose], out=tmp_path / "run", start=address)
+    assert SECRET not in str(caught.value) and caught.value.hint
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_damaged_model_of_the_store_is_refused(
+    store: Any, uploaded: tuple[str, Path], bucket: str, prose: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("UNMASK_CACHE", str(tmp_path / "cache"))
+    store.put(str(uploaded[1] / "best"), f"{bucket}/model", recursive=True)
+    weights = bytearray(store.cat_file(f"{bucket}/model/model.safetensors"))
+    weights[-1] ^= 1
+    store.pipe(f"{bucket}/model/model.safetensors", bytes(weights))
+    with pytest.raises(DamagedError, match="has changed since it was written"):
+        unmask.pretrain([prose], out=tmp_path / "run", start=f"s3://{bucket}/model")
+    assert not list((tmp_path / "cache").rglob("config.json")), "the copy is not kept"
 
 
 def test_a_run_of_the_store_is_resumed_on_another_machine(
@@ -526,6 +606,124 @@ def test_a_bucket_that_vanishes_does_not_stop_the_run(
     store.mkdir(bucket)
     unmask.resume(run, display=None)
     assert objects(store, address) == tree(run)
+
+
+class Owner(Display):
+    """Takes the rights on all buckets away, at a step."""
+
+    def __init__(self, server: Server) -> None:
+        super().__init__()
+        self._server = server
+
+    def allow(self, requests: str) -> None:
+        """Let the server answer so many requests without rights."""
+        address = f"{self._server.address}/moto-api/reset-auth"
+        request = urllib.request.Request(address, requests.encode(), {"Content-Type": "text/plain"}, method="POST")
+        urllib.request.urlopen(request, timeout=5).close()
+
+    def step(self, state: Any) -> None:
+        if state.step == 3:
+            self.allow("0")
+
+
+def test_rights_that_are_taken_away_do_not_stop_the_run(
+    server: Server, store: Any, bucket: str, prose: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    run, address, owner = tmp_path / "run", f"s3://{bucket}/run", Owner(server)
+    try:
+        with pytest.raises(StoreError, match="files of the run are not uploaded") as caught:
+            train(prose, run, address, owner)
+        with pytest.raises(StoreError, match="no access to this address") as refused:
+            check_upload(address, run)
+    finally:
+        owner.allow("inf")
+    assert "no access to this address" in str(caught.value) and "training goes on" in caplog.text
+    assert "trying again" not in caplog.text, "another try would not help"
+    assert "AWS_ACCESS_KEY_ID" in refused.value.hint
+    assert not any(secret in caplog.text + str(caught.value) + str(refused.value) for secret in (SECRET, "AKIAEXAMPLE"))
+    assert unmask.Run(run).status == "finished"
+    unmask.resume(run, display=None)
+    assert objects(store, address) == tree(run)
+
+
+def test_what_was_deleted_in_the_store_is_copied_again(store: Any, bucket: str, tmp_path: Path) -> None:
+    """A bucket that vanished and was created again, while one process trains."""
+    for name in ("best/card.json", "best/config.json", "env.json", "recipe.toml", "log.jsonl"):
+        write_text(tmp_path / name, name)
+    address = f"s3://{bucket}/run"
+    upload = RunUpload(tmp_path, address, keep=2)
+    upload.copy()
+    store.rm(bucket, recursive=True)
+    upload.copy()
+    assert upload.error and "no such object or bucket" in upload.error.message
+    store.mkdir(bucket)
+    upload.copy()
+    assert upload.error is None and objects(store, address) == tree(tmp_path)
+
+
+def test_another_run_that_took_the_address_meanwhile_is_not_touched(store: Any, bucket: str, tmp_path: Path) -> None:
+    write_text(tmp_path / "env.json", '{"id": "one"}')
+    upload = RunUpload(tmp_path, f"s3://{bucket}/run", keep=2)
+    upload.copy()
+    store.rm(bucket, recursive=True)
+    upload.copy()
+    store.mkdir(bucket)
+    store.pipe(f"{bucket}/run/env.json", b'{"id": "two"}')
+    write_text(tmp_path / "log.jsonl", "{}\n")
+    upload.copy()
+    assert upload.error and "not those of this run" in upload.error.message
+    assert objects(store, f"s3://{bucket}/run") == {"env.json": b'{"id": "two"}'}
+
+
+def test_an_upload_waits_longer_from_try_to_try_and_goes_on(
+    server: Server, store: Any, bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:  # fmt: skip
+    write_text(tmp_path / "recipe.toml", "seed = 1\n" * 1_000)
+    proxy = Proxy(server.address, 1, refusals=7)  # cut at the first answer; the library itself tries twice
+    monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.address)
+    monkeypatch.setattr(remote, "_DELAYS", (0.1, 0.2, 0.3, 0.4, 0.5))
+    upload = RunUpload(tmp_path, f"s3://{bucket}/run", keep=2)
+    upload.copy()
+    proxy.close()
+    assert upload.error is None and objects(store, f"s3://{bucket}/run") == tree(tmp_path)
+    delays = re.findall(r"trying again in ([\d.]+) s", caplog.text)
+    assert len(delays) >= 3 and delays[:3] == ["0.1", "0.2", "0.3"]
+
+
+def test_an_upload_that_failed_goes_on_with_the_file_that_failed(
+    server: Server, store: Any, bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Three large files: the connection breaks off in the last one."""
+    step, size = tmp_path / "step-0000001", MEGABYTE
+    for name in ("a", "b", "c"):
+        write_text(step / name, name * size)
+    write_text(step / "card.json", "{}")
+    proxy = Proxy(server.address, 1 << 40, refusals=1_000, limit_sent=2 * size + size // 2)
+    monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.address)
+    monkeypatch.setattr(remote, "_DELAYS", ())
+    upload = RunUpload(tmp_path, f"s3://{bucket}/run", keep=2)
+    upload.copy()
+    assert upload.error and set(objects(store, f"s3://{bucket}/run")) == {"step-0000001/a", "step-0000001/b"}
+    proxy.refusals, before = 0, proxy.sent
+    upload.copy()
+    proxy.close()
+    assert upload.error is None and objects(store, f"s3://{bucket}/run") == tree(tmp_path)
+    assert size <= proxy.sent - before < 1.5 * size, "one file of three"
+
+
+def test_a_relative_folder_stays_the_same_folder(
+    store: Any, bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_text(tmp_path / "runs" / "notes" / "recipe.toml", "seed = 1\n")
+    monkeypatch.chdir(tmp_path)
+    upload = RunUpload(Path("runs/notes"), f"s3://{bucket}/run", keep=2)
+    monkeypatch.chdir(tmp_path / "runs")
+    upload.copy()
+    assert upload.error is None and objects(store, f"s3://{bucket}/run") == {"recipe.toml": b"seed = 1\n"}
+    store.rm(bucket, recursive=True)
+    upload.copy()
+    assert upload.error and upload.error.hint.endswith("--resume runs/notes"), "named as it was given"
 
 
 @pytest.mark.parametrize(

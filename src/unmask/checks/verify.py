@@ -20,21 +20,23 @@ from pathlib import Path
 from typing import Any, Final
 
 import torch
-from safetensors.torch import load_file
 
 from unmask.core import files
 from unmask.core.errors import RunError, Stopped, UnmaskError
 from unmask.core.files import RunLayout
 from unmask.core.plugins import code_allowed
+from unmask.core.quantities import Quantity
 from unmask.core.types import ProgressCallback
+from unmask.training import checkpoint
 from unmask.training.checkpoint import step_name
+from unmask.training.checkpoint.shards import EMA, OPTIMIZER, WEIGHTS, kinds_in, open_tensors
 from unmask.training.display import Display
 from unmask.training.environment import read_environment
 from unmask.training.loggers import read_log
 from unmask.training.loop import TrainState
 from unmask.training.plan import Plan
 from unmask.training.pretrain import resume
-from unmask.training.recipe import read_recipe
+from unmask.training.recipe import Recipe, read_recipe
 from unmask.training.runs import flatten
 
 CLOCKS: Final = frozenset(
@@ -42,16 +44,14 @@ CLOCKS: Final = frozenset(
 )
 """Values of log lines and training states that differ in each repetition."""
 
-_TENSORS: Final = {
-    "model": Path(RunLayout.WEIGHTS),
-    "weights": Path(RunLayout.RESUME, "weights.safetensors"),
-    "optimizer state": Path(RunLayout.RESUME, "optimizer.safetensors"),
-    "weight average": Path(RunLayout.RESUME, "ema.safetensors"),
-}
+_TENSORS: Final = {WEIGHTS: "weights", OPTIMIZER: "optimizer state", EMA: "weight average"}
+"""Names of the kinds of tensors in `resume/`."""
+
 # Nothing of the copy is sent elsewhere or shown.
 _SETTINGS: Final = ("train.report=false", "train.loggers=[]", "train.upload=''", "train.keep_last=2")
 _COPIED: Final = (RunLayout.RECIPE, RunLayout.ENVIRONMENT, RunLayout.TEXTS, RunLayout.PAIRS)
 _POLL_SECONDS: Final = 0.2
+_COPIES: Final = 5  # tries to copy checkpoints of a run that deletes them meanwhile
 _ERROR_CHARACTERS: Final = 2000
 
 
@@ -82,6 +82,7 @@ class Verification:
     seconds: float  # of the repetition
     comparisons: Sequence[Comparison]
     environment: Sequence[str] = ()  # what differs from the machine and versions of the run
+    left_out: Sequence[str] = ()  # what was not compared, and why
 
     @property
     def is_reproduced(self) -> bool:
@@ -102,7 +103,8 @@ def verify(
 
     Compared are the weights, the optimizer state and the weight average at the last step; the training state, which
     contains the learning rate and the number of the next sample; and the log lines of the span, which contain
-    a fingerprint of the samples. Times are left out.
+    a fingerprint of the samples. Times are left out. What happens at intervals in seconds (`train.every`) happens after
+    other steps in the repetition: only log lines of the same steps are compared then.
 
     Args:
         run: Folder of the run.
@@ -114,34 +116,35 @@ def verify(
         on_progress: Called with a task and the fraction of it that is done.
 
     Raises:
-        RunError: a checkpoint is missing, or the span can't be trained again: the text has changed, or the machine.
+        RunError: a checkpoint is missing or was deleted meanwhile, or the span can't be trained again: the text has
+            changed, or the machine.
         DamagedError: a file of the run is damaged.
     """
     environment = read_environment(run)
-    read_recipe(run)  # of another version, or damaged
-    first, last = _span(run, first_step, last_step)
+    recipe, _ = read_recipe(run)  # of another version, or damaged
     ranks = int(environment["determinism"].get("ranks", 1))
     begin = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="unmask-verify-") as folder:
         copied, expected = Path(folder) / "run", Path(folder) / "expected"
+        first, last = _copy_checkpoints(run, (first_step, last_step), copied, expected)
+        _check_rollbacks(run, (first, last), copied, expected)
         with files.wrap_os_errors(Path(folder)):
-            shutil.copytree(run / step_name(last), expected)  # the run may delete it meanwhile
             lines = _copy_start(run, copied, first)
-        files.verify_manifest(expected)
-        files.verify_manifest(expected / RunLayout.RESUME)
         options = {"environment": allow_different_environment, "code": allow_code}
         _train_again(copied, (first, last), ranks, options, on_progress)
-        found = copied / step_name(last)
+        found, timed = copied / step_name(last), _timed(recipe)
+        log, left_out = _compare_logs(list(read_log(copied / RunLayout.LOG)), lines, (first, last), timed)
         comparisons = [
-            *(_compare_tensors(name, found / path, expected / path) for name, path in _TENSORS.items()
-              if (expected / path).is_file()),
-            _compare_states(found, expected),
-            _compare_logs(list(read_log(copied / RunLayout.LOG)), lines, (first, last)),
+            _compare_tensors("model", found, expected, Path(RunLayout.WEIGHTS).stem),
+            *(_compare_tensors(_TENSORS[kind], found / RunLayout.RESUME, expected / RunLayout.RESUME, kind)
+              for kind in kinds_in(expected / RunLayout.RESUME)),
+            _compare_states(found, expected, timed),
+            log,
         ]  # fmt: skip
         changes = read_environment(copied).get("resumed_in_different_environment", [])
     before = environment.get("resumed_in_different_environment", [])
     seconds = round(time.monotonic() - begin, 1)
-    return Verification(str(run), first, last, ranks, seconds, comparisons, changes[len(before) :])
+    return Verification(str(run), first, last, ranks, seconds, comparisons, changes[len(before) :], left_out)
 
 
 def _span(run: Path, first: int | None, last: int | None) -> tuple[int, int]:
@@ -170,9 +173,85 @@ def _span(run: Path, first: int | None, last: int | None) -> tuple[int, int]:
     return begin, end
 
 
+def _copy_checkpoints(
+    run: Path, wanted: tuple[int | None, int | None], copied: Path, expected: Path
+) -> tuple[int, int]:
+    """Copy the checkpoints at the beginning and the end of the span, and return their steps.
+
+    The run may delete them meanwhile (`train.keep_last`). Then a span that exists is chosen again.
+
+    Raises:
+        RunError: there is no such checkpoint, or each was deleted before it was copied.
+        DamagedError: a checkpoint is damaged.
+    """
+    for _ in range(_COPIES):
+        first, last = _span(run, *wanted)
+        # The older one first, because it is the next to be deleted.
+        copies = {**({first: copied / step_name(first)} if first else {}), last: expected}
+        try:
+            for step, target in copies.items():
+                _copy_checkpoint(run / step_name(step), target)
+        except _Vanished:
+            for target in (copied, expected):
+                shutil.rmtree(target, ignore_errors=True)
+        else:
+            copied.mkdir(exist_ok=True)
+            return first, last
+    raise RunError(
+        "the run deleted its checkpoints before they were copied",
+        location=str(run),
+        hint="verify it when it has stopped, or keep more checkpoints: train.keep_last",
+    )
+
+
+def _check_rollbacks(run: Path, span: tuple[int, int], copied: Path, expected: Path) -> None:
+    """Check that the run has not gone back to an earlier checkpoint, with lower rates, after the span's first step.
+
+    Raises:
+        RunError: it has: the steps of the span were trained from another checkpoint than the first one.
+    """
+    first, last = span
+    folders = [*([copied / step_name(first)] if first else []), expected]
+    before, after = [0, *(checkpoint.read_state(folder).rollbacks for folder in folders)][-2:]
+    if after != before:
+        raise RunError(
+            f"between steps {first:,} and {last:,} the run went back to an earlier checkpoint and lowered its learning "
+            "rates, so this span was not trained in one go",
+            location=str(run),
+            hint="begin with a checkpoint after the return (--from), or verify it when there are two of them",
+        )
+
+
+class _Vanished(Exception):
+    """A checkpoint was deleted while it was copied."""
+
+
+def _copy_checkpoint(folder: Path, target: Path) -> None:
+    """Copy a checkpoint and compare it with its digests.
+
+    Raises:
+        _Vanished: it was deleted meanwhile.
+        DamagedError: it is damaged.
+    """
+    for is_last in (False, True):
+        shutil.rmtree(target, ignore_errors=True)
+        try:
+            with files.wrap_os_errors(target):
+                shutil.copytree(folder, target)
+            files.verify_manifest(target)
+            files.verify_manifest(target / RunLayout.RESUME)
+        except UnmaskError:
+            time.sleep(_POLL_SECONDS)  # the run may be deleting it
+            if not folder.is_dir():
+                raise _Vanished from None
+            if is_last:
+                raise
+        else:
+            return
+
+
 def _copy_start(run: Path, copied: Path, first: int) -> list[dict[str, Any]]:
-    """Copy what a resume from a step needs; returns all log lines of the run."""
-    copied.mkdir()
+    """Copy what a resume needs besides the checkpoint; returns all log lines of the run."""
     for name in _COPIED:
         if (run / name).is_file():
             shutil.copy2(run / name, copied / name)
@@ -180,7 +259,6 @@ def _copy_start(run: Path, copied: Path, first: int) -> list[dict[str, Any]]:
         if (run / name).is_dir():
             shutil.copytree(run / name, copied / name)
     if first:
-        shutil.copytree(run / step_name(first), copied / step_name(first))
         files.write_pointer(copied / RunLayout.LATEST, step_name(first))
     lines = list(read_log(run / RunLayout.LOG))
     before = [line for line in lines if line["step"] <= first] if first else []
@@ -273,11 +351,9 @@ def _child(arguments: Sequence[str]) -> int:
 # Comparing ------------------------------------------------------------------------------------------------------------
 
 
-def _compare_tensors(name: str, found: Path, expected: Path) -> Comparison:
-    """Compare the tensors of two files, bit for bit."""
-    for file in (found, expected):
-        files.check_tensor_header(file)
-    now, before = load_file(found), load_file(expected)
+def _compare_tensors(name: str, found: Path, expected: Path, kind: str) -> Comparison:
+    """Compare the tensors of a kind in two folders, bit for bit."""
+    now, before = _read_tensors(found, kind), _read_tensors(expected, kind)
     equal, largest, first = 0, 0.0, ""
     for key in sorted({*now, *before}):
         one, other = now.get(key), before.get(key)
@@ -292,27 +368,92 @@ def _compare_tensors(name: str, found: Path, expected: Path) -> Comparison:
     return Comparison(name, len({*now, *before}), equal, largest, first)
 
 
-def _compare_states(found: Path, expected: Path) -> Comparison:
+def _read_tensors(folder: Path, kind: str) -> dict[str, torch.Tensor]:
+    with open_tensors(folder, kind) as saved:
+        return {name: saved.whole(name) for name in saved}
+
+
+_INTERVALS: Final = {
+    "training": "train.every.log",
+    "validation": "train.every.validate",
+    "pairs": "train.evaluate.every",
+}
+"""Kinds of log lines, and the settings of their intervals."""
+
+_STATE_OF: Final = {
+    "training": ("metrics",),
+    "validation": ("validation", "best", "validations_without_gain"),
+    "pairs": (),
+}
+"""Values of the training state that depend on when the last line of a kind was written."""
+
+
+def _timed(recipe: Recipe) -> list[str]:
+    """Return the kinds of log lines whose interval is in seconds."""
+    every = recipe.train.every
+    intervals = {"training": every.log, "validation": every.validate, "pairs": recipe.train.evaluate.every}
+    return [kind for kind, each in intervals.items() if isinstance(each, Quantity) and each.unit == "seconds"]
+
+
+def _compare_states(found: Path, expected: Path, timed: Sequence[str]) -> Comparison:
     """Compare the training states: step, next sample, tokens, learning rate, metrics and validation, without times."""
-    one, other = (_flat(files.read_json(folder / RunLayout.RESUME / "state.json")) for folder in (found, expected))
-    return _compare_values("training state", one, other)
+    ignored = {name for kind in timed for name in _STATE_OF[kind]}
+
+    def state(folder: Path) -> dict[str, str]:
+        tree = files.read_json(folder / RunLayout.RESUME / "state.json")
+        return _flat({name: value for name, value in tree.items() if name not in ignored})
+
+    return _compare_values("training state", state(found), state(expected))
 
 
 def _compare_logs(
-    found: Sequence[Mapping[str, Any]], expected: Sequence[Mapping[str, Any]], span: tuple[int, int]
-) -> Comparison:
-    """Compare the log lines of a span, without times."""
-    first, last = span
+    found: Sequence[Mapping[str, Any]],
+    expected: Sequence[Mapping[str, Any]],
+    span: tuple[int, int],
+    timed: Sequence[str],
+) -> tuple[Comparison, list[str]]:
+    """Compare the log lines of a span, without times; also return what was left out, and why.
 
-    def lines(log: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-        kept = [line for line in log if first < line["step"] <= last]
-        return {
+    Of a kind whose interval is in seconds, lines are compared if both logs have one of this step. A line of training is
+    about the steps since the one before it, which must be equal too.
+    """
+    logs = [_lines(log, span) for log in (found, expected)]
+    common = {(kind, place) for kind, place, _ in logs[0]} & {(kind, place) for kind, place, _ in logs[1]}
+    left_out: list[str] = []
+    for kind in timed:
+        counts = [len([1 for other, place, _ in log if other == kind and (kind, place) not in common]) for log in logs]
+        if any(counts):
+            left_out.append(
+                f"{counts[1]:,} log lines of {kind}: {_INTERVALS[kind]} is in seconds, so the repetition wrote "
+                f"{counts[0]:,} after other steps"
+            )
+    one, other = (
+        {
             f"line {number} of step {line['step']}: {name}": value
-            for number, line in enumerate(kept, start=1)
+            for number, line in enumerate(
+                (line for kind, place, line in log if kind not in timed or (kind, place) in common), start=1
+            )
             for name, value in _flat(line).items()
         }
+        for log in logs
+    )
+    return _compare_values("log", one, other), left_out
 
-    return _compare_values("log", lines(found), lines(expected))
+
+def _lines(
+    log: Sequence[Mapping[str, Any]], span: tuple[int, int]
+) -> list[tuple[str, tuple[int, int], Mapping[str, Any]]]:
+    """Return the kind of each log line of a span, the steps that it is about, and the line."""
+    lines: list[tuple[str, tuple[int, int], Mapping[str, Any]]] = []
+    before = 0
+    for line in log:
+        kind = next((each for each in ("validation", "pairs") if each in line), "training")
+        step = line["step"]
+        if span[0] < step <= span[1]:
+            lines.append((kind, (before if kind == "training" else step, step), line))
+        if "masked_tokens" in line:
+            before = step
+    return lines
 
 
 def _compare_values(name: str, found: Mapping[str, Any], expected: Mapping[str, Any]) -> Comparison:

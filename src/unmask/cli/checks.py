@@ -394,6 +394,8 @@ def _print_verification(found: Verification) -> None:
         console.print(f"{mark} {each.name:<16} {counted}{first}", style=style, markup=False)
     for change in found.environment:
         console.print(f"different now: {change}", markup=False)
+    for what in found.left_out:
+        console.print(f"not compared: {what}", markup=False)
     console.print("reproduced, bit for bit" if found.is_reproduced else "not reproduced")
 
 

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any, Final, Literal, NamedTuple
 
 import typer
 
@@ -393,6 +393,10 @@ def score(
         print(f"{len(scores):,} texts: {_figures(total(scores))}")
 
 
+MAX_SCORED_TEXTS: Final = 1_000_000  # of a file, which are in memory together
+MAX_SCORED_CHARACTERS: Final = 1 << 26
+
+
 class _GivenText(NamedTuple):
     """A text, where it is given, and why it can't be scored, if it can't."""
 
@@ -403,7 +407,11 @@ class _GivenText(NamedTuple):
 
 
 def _read_texts(file: Path, document: Literal["blank-line", "line", "file"], errors: Errors) -> list[_GivenText]:
-    """Return the documents of a file; lines of plain text with their numbers."""
+    """Return the documents of a file; lines of plain text with their numbers.
+
+    Raises:
+        TextError: the file can't be read, or has too many texts or characters.
+    """
     from unmask.cli.options import DataOptions
     from unmask.data.inputs import kind_of
     from unmask.data.sources import open_source
@@ -416,11 +424,19 @@ def _read_texts(file: Path, document: Literal["blank-line", "line", "file"], err
         rule = "replace" if errors == "skip" else config.errors
         source = open_source(paths, replace(config, document="file", errors=rule))
     texts: list[_GivenText] = []
-    counts = Counter[str]()  # documents of each file
+    counts, characters, lines = Counter[str](), 0, 0  # documents of each file
     for part in source.parts():
         chunks, prefix = list[str](), f"{part.path}, " if len(paths) > 1 else ""
         for chunk in source.documents(part):
             chunks.append(chunk.text)
+            characters += len(chunk.text)
+            lines += chunk.text.count("\n") if by_line else 0
+            if characters > MAX_SCORED_CHARACTERS or max(lines, len(texts)) > MAX_SCORED_TEXTS:
+                raise TextError(
+                    f"more than {MAX_SCORED_TEXTS:,} texts or {MAX_SCORED_CHARACTERS:,} characters",
+                    location=part.path,
+                    hint="split the file",
+                )
             if not chunk.last:
                 continue
             whole, chunks = "".join(chunks), []

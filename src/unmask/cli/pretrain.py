@@ -80,11 +80,13 @@ ExistOk = Annotated[
 ]
 Seed = Annotated[int | None, typer.Option(help="Random seed.", show_default="the recipe's")]
 FromModel = Annotated[
-    Path | None,
+    Any,
     typer.Option(
         "--from",
         metavar="MODEL",
-        help="Model whose weights, architecture and tokenizer the run starts from.",
+        help="Model whose weights, architecture and tokenizer the run starts from: a folder, or an address such as "
+        "s3://BUCKET/NAME.",
+        parser=path_or_address,
         autocompletion=complete_model,
     ),
 ]

@@ -17,14 +17,17 @@ from collections.abc import Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from itertools import pairwise
+from pathlib import Path
 from typing import Any, Final, Literal
 
 import torch
 import torch.distributed as distributed
 from torch import Tensor
 
-from unmask.core.errors import RecipeError, RunError, UnmaskError
+from unmask.core.errors import Interrupted, RecipeError, RunError, Stopped, UnmaskError
 from unmask.core.files import digest
+from unmask.core.format import masked
 from unmask.core.hardware import cores, has_bfloat16, keep_freed_memory, processor_name
 from unmask.core.version import __version__
 
@@ -37,8 +40,12 @@ JOIN_SECONDS: Final = 600.0  # how long a rank waits for the others at the start
 # A rank waits this long in a reduction. Rank 0 alone writes checkpoints, and the other ranks wait for it.
 COLLECTIVE_SECONDS: Final = 1800.0
 _PREPARATION_SECONDS: Final = 7 * 86_400.0  # one rank may tokenize a long text, and the others wait for it
-_POLL_SECONDS: Final = 0.05
+# Between two requests of a rank that waits: a tenth of the time it has waited, within these limits. So 1,000 ranks that
+# wait for a text send 1,000 small requests per second. The store's own wait() prints a warning whenever it times out,
+# and without timeouts Python would handle no signal meanwhile.
+_POLL_SECONDS: Final = (0.02, 1.0)
 _REASON_SECONDS: Final = 1.0  # that an error of another rank may take to arrive
+_VERDICT_SECONDS: Final = 5.0  # that rank 0 may take to say which ranks are missing
 _ANNOUNCE_SECONDS: Final = 10.0  # to tell an error to ranks that were not joined yet
 
 
@@ -51,6 +58,7 @@ class DistributedContext:
     threads: int
     rank: int = 0
     ranks: int = 1
+    local_ranks: int = 1  # ranks of this machine, which share its memory
 
     @property
     def is_main_process(self) -> bool:
@@ -158,7 +166,7 @@ def init_distributed(
         # use_deterministic_algorithms(True) would also load torch's compiler, to configure it, and take a second.
         torch.set_deterministic_debug_mode("error")
         torch.utils.deterministic.fill_uninitialized_memory = False  # pyright: ignore[reportAttributeAccessIssue]
-    return DistributedContext(device=torch_device, precision=resolved, threads=num_threads, rank=rank, ranks=ranks)
+    return DistributedContext(torch_device, resolved, num_threads, rank, ranks, local_ranks)
 
 
 def _resolve_precision(precision: Precision, kind: str) -> Literal["bfloat16", "float32"]:
@@ -191,58 +199,110 @@ class _Launch:
         self.store, self.rank, self.ranks = store, rank, ranks
         self._comparisons = 0
 
-    def announce(self, error: UnmaskError) -> None:
+    def announce(self, error: Exception) -> None:
         """Tell the other ranks why this rank ends, unless another rank was first."""
-        reason = f"rank {self.rank} on {socket.gethostname()} stopped: {error.message}"
+        text, where = (error.message, error.location) if isinstance(error, UnmaskError) else (_in_one_line(error), "")
+        reason = f"rank {self.rank} on {socket.gethostname()} stopped: {text}" + (f" ({where})" if where else "")
         with contextlib.suppress(RuntimeError):  # the store may have ended with rank 0
-            self.store.compare_set(_FAILED, "", f"{reason} ({error.location})" if error.location else reason)
+            self.store.compare_set(_FAILED, "", reason)
+            for number in (self._comparisons - 1, self._comparisons):  # at which other ranks may wait
+                for key in (f"{number}-complete", f"{number}-verdict"):
+                    self.store.compare_set(key, "", _FAILED)
 
-    def reason(self) -> str:
-        """Return why another rank ended, or "" if none has."""
-        return self.store.get(_FAILED).decode() if self.store.check([_FAILED]) else ""
+    def reason(self, seconds: float = 0.0) -> str:
+        """Return why another rank ended, or "" if none says so within some seconds."""
+        return self._wait(_FAILED, seconds)
 
     def compare(self, topics: Mapping[str, Facts], seconds: float) -> None:
         """Wait for all ranks, and compare their facts with those of rank 0.
 
+        Rank 0 reads the facts of all ranks, and the others read what it found: some requests of each rank, however long
+        they wait.
+
         Raises:
             RunError: on every rank: a rank is missing, has failed, or differs.
         """
-        prefix = f"facts-{self._comparisons}"
+        number = self._comparisons
         self._comparisons += 1
         texts = {topic: json.dumps(dict(facts), default=str) for topic, facts in topics.items()}
         for topic, text in texts.items():  # read only if they differ: a recipe of 1,000 ranks is some MB
-            self.store.set(f"{prefix}-{topic}-{self.rank}", text)
-        self.store.set(f"{prefix}-{self.rank}", json.dumps({topic: digest(text) for topic, text in texts.items()}))
-        keys = [f"{prefix}-{rank}" for rank in range(self.ranks)]
-        self._wait(keys, seconds)
+            self.store.set(f"{number}-{topic}-{self.rank}", text)
+        self.store.set(f"{number}-{self.rank}", json.dumps({topic: digest(text) for topic, text in texts.items()}))
+        if self.store.add(f"{number}-count", 1) == self.ranks:
+            self.store.compare_set(f"{number}-complete", "", _EQUAL)
+        if self.rank == 0:
+            error = self._judge(number, list(texts), seconds)
+            verdict = json.dumps([error.message, error.hint]) if error else _EQUAL
+            verdict = self.store.compare_set(f"{number}-verdict", "", verdict).decode()
+        else:
+            verdict = self._wait(f"{number}-verdict", seconds + _VERDICT_SECONDS)
+        if verdict == _FAILED:
+            raise self._failed()
+        if not verdict:
+            raise _missing(self.ranks, seconds, self._first_absent(number))  # rank 0, or it came later than this rank
+        if verdict != _EQUAL:
+            message, hint = json.loads(verdict)
+            raise RunError(message, location=_RANKS, hint=hint)
+
+    def _judge(self, number: int, topics: Sequence[str], seconds: float) -> RunError | None:
+        """Wait for the facts of all ranks; return what is wrong with them, or None."""
+        keys = [f"{number}-{rank}" for rank in range(self.ranks)]
+        complete = self._wait(f"{number}-complete", seconds)
+        if complete == _FAILED:
+            return self._failed()
+        if not complete:
+            return _missing(self.ranks, seconds, self._absent(number))
         digests = [json.loads(value) for value in self.store.multi_get(keys)]
         for rank, other in enumerate(digests):
             if other.keys() != digests[0].keys():
-                raise RunError(
+                return RunError(
                     f"rank {rank} runs another command than rank 0, or doesn't see its files",
                     location=_RANKS,
                     hint="start all ranks with the same command, on a disk that all of them see",
                 )
-        for topic in texts:
+        for topic in topics:
             for rank, other in enumerate(digests):
-                if other.get(topic) != digests[0].get(topic):
-                    first, there = (json.loads(self.store.get(f"{prefix}-{topic}-{number}")) for number in (0, rank))
-                    raise _differing(topic, rank, first, there)
+                if other[topic] != digests[0][topic]:
+                    first, there = (json.loads(self.store.get(f"{number}-{topic}-{each}")) for each in (0, rank))
+                    return _differing(topic, rank, first, there)
+        return None
 
-    def _wait(self, keys: Sequence[str], seconds: float) -> None:
-        """Wait until all ranks have set their keys, or one has failed."""
-        deadline = time.monotonic() + seconds
-        while not self.store.check(list(keys)):
-            if reason := self.reason():
-                raise RunError(reason, location=_RANKS, hint="fix what that rank reports, and start all ranks again")
-            if time.monotonic() > deadline:
-                missing = [rank for rank, key in enumerate(keys) if not self.store.check([key])]
-                raise _missing(self.ranks, seconds, missing)
-            time.sleep(_POLL_SECONDS)
+    def _absent(self, number: int) -> list[int]:
+        """Return the ranks that have not begun a comparison."""
+        return [rank for rank in range(self.ranks) if not self.store.check([f"{number}-{rank}"])]
+
+    def _first_absent(self, number: int) -> list[int]:
+        """Return the first rank that has not begun a comparison, if any, after some requests."""
+        low, high = 0, self.ranks
+        while high - low > 1:
+            middle = (low + high) // 2
+            is_complete = self.store.check([f"{number}-{rank}" for rank in range(low, middle)])
+            low, high = (middle, high) if is_complete else (low, middle)
+        return [] if self.store.check([f"{number}-{low}"]) else [low]
+
+    def _failed(self) -> RunError:
+        return RunError(self.reason(), location=_RANKS, hint="fix what that rank reports, and start all ranks again")
+
+    def _wait(self, key: str, seconds: float) -> str:
+        """Return the value of a key as soon as it is set, or "" if it isn't within some seconds."""
+        begin = time.monotonic()
+        while not self.store.check([key]):
+            waited = time.monotonic() - begin
+            if waited >= seconds:
+                return ""
+            time.sleep(min(max(waited / 10, _POLL_SECONDS[0]), _POLL_SECONDS[1], seconds - waited))
+        return self.store.get(key).decode()
+
+
+def _in_one_line(error: BaseException) -> str:
+    """Return the class and the first line of an error."""
+    lines = masked(str(error)).strip().splitlines() or [""]
+    return f"{type(error).__name__}: {lines[0]}".removesuffix(": ")
 
 
 _launch: _Launch | None = None  # of this process, which belongs to one launch
-_FAILED: Final = "failed"
+_FAILED: Final = "failed"  # key of the reason, and value of a key that a failed rank would have set
+_EQUAL: Final = "equal"
 _RANKS: Final = "the ranks of this launch"
 
 
@@ -252,20 +312,20 @@ def _join(rank: int, ranks: int, seconds: float, topics: Mapping[str, Facts]) ->
     Raises:
         RunError: the store can't be reached, or a rank is missing, has failed, or differs.
     """
-    try:
-        _connect(rank, ranks, seconds).compare(topics, seconds)
-    except distributed.DistError as error:
-        raise _missing(ranks, seconds, []) from error
+    launch = _connect(rank, ranks, seconds)
+    with lost_ranks_explained():
+        launch.compare(topics, seconds)
 
 
 def _connect(rank: int, ranks: int, seconds: float) -> _Launch:
     """Return the launch that this process belongs to.
 
     Raises:
-        RunError: its store can't be reached.
+        RunError: its store can't be reached, or torchrun may change the number of ranks.
     """
     global _launch
     if _launch is None:
+        _require_fixed_ranks()
         try:
             meet: Any = distributed.rendezvous  # pyright: ignore[reportPrivateImportUsage]
             store, _, _ = next(meet("env://", timeout=timedelta(seconds=seconds)))
@@ -280,6 +340,33 @@ def _connect(rank: int, ranks: int, seconds: float) -> _Launch:
         prefixed: Any = distributed.PrefixStore  # pyright: ignore[reportPrivateImportUsage]
         _launch = _Launch(prefixed(f"unmask-{restarts}", store), rank, ranks)
     return _launch
+
+
+def _require_fixed_ranks() -> None:
+    """Refuse `torchrun --nnodes MIN:MAX`.
+
+    When a machine comes or goes, torchrun starts the ranks again, but TORCHELASTIC_RESTART_COUNT stays the same. The
+    ranks would then read the facts and errors of those before them. The range is not in the environment, but in the
+    command of torchrun, which Linux shows, or in PET_NNODES.
+
+    Raises:
+        RunError: the number of machines is a range.
+    """
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        return
+    command = list[str]()
+    with contextlib.suppress(OSError):
+        command = Path(f"/proc/{os.getppid()}/cmdline").read_text(errors="replace").split("\0")
+    given = [os.environ.get("PET_NNODES", "")]
+    given += [argument.removeprefix("--nnodes=") for argument in command if argument.startswith("--nnodes=")]
+    given += [value for name, value in pairwise(command) if name == "--nnodes"]
+    least, _, most = given[-1].partition(":")
+    if most and least != most:
+        raise RunError(
+            f"a number of machines that changes is not supported: --nnodes {given[-1]}",
+            location="torchrun",
+            hint="give one number, such as --nnodes 2; for another number later, start again with --resume",
+        )
 
 
 def _missing(ranks: int, seconds: float, missing: Sequence[int]) -> RunError:
@@ -315,11 +402,13 @@ def compare_ranks(context: DistributedContext, topics: Mapping[str, Facts]) -> N
 
 @contextmanager
 def ending_together() -> Generator[None]:
-    """Tell the other ranks why this one ends, if the block raises an error that the user can fix."""
+    """Tell the other ranks why this one ends, if the block raises any error; they end with a message that names it."""
     try:
         with lost_ranks_explained():
             yield
-    except UnmaskError as error:
+    except (Interrupted, Stopped):  # all ranks stop together after the same step
+        raise
+    except Exception as error:
         rank, ranks = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
         if ranks > 1:
             with contextlib.suppress(RunError):
@@ -339,12 +428,12 @@ def lost_ranks_explained() -> Generator[None]:
     except RuntimeError as error:
         if _launch is None or not _is_lost_connection(error):
             raise
-        reason, deadline = "", time.monotonic() + _REASON_SECONDS
+        reason = ""
         with contextlib.suppress(RuntimeError):
-            while not (reason := _launch.reason()) and time.monotonic() < deadline:
-                time.sleep(_POLL_SECONDS)
+            reason = _launch.reason(_REASON_SECONDS)
+        lost = f"rank {_launch.rank} lost the connection to another rank, which ended or was killed"
         raise RunError(
-            reason or f"rank {_launch.rank} lost the connection to another rank, which ended or was killed",
+            f"{reason or lost}; the connection ended with {_in_one_line(error)}",
             location=_RANKS,
             hint="read the message of that rank, then start all ranks again with --resume",
         ) from error

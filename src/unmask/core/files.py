@@ -19,7 +19,7 @@ from typing import Any, Final, cast
 
 from safetensors import SafetensorError
 
-from unmask.core.errors import DamagedError, StoreError, UnmaskError
+from unmask.core.errors import DamagedError, ModelError, StoreError, UnmaskError
 
 _CHUNK_BYTES = 1 << 22
 _LONGEST_NAME = 200  # bytes; file systems allow 255, and a temporary name has a suffix
@@ -61,6 +61,7 @@ class RunLayout:
     RESUME: Final = "resume"
 
     README: Final = "README.md"  # the model card of an export
+    PICKLED: Final = ".metadata"  # of a checkpoint of torch.distributed.checkpoint in its own format, which is refused
 
 
 def digest(*parts: bytes | str) -> str:
@@ -245,6 +246,27 @@ def check_tensor_header(path: Path) -> None:
             location=str(path),
             hint=_RESTORE,
         )
+
+
+def refuse_pickled(folder: Path) -> None:
+    """Check that a directory is no checkpoint of `torch.distributed.checkpoint` in its own format.
+
+    Raises:
+        ModelError: it has the file `.metadata`, which is a pickle.
+    """
+    if (folder / RunLayout.PICKLED).is_file():
+        raise pickled_error(str(folder / RunLayout.PICKLED))
+
+
+def pickled_error(location: str) -> ModelError:
+    """Return the error for a `.metadata` file."""
+    return ModelError(
+        f"a checkpoint of torch.distributed.checkpoint with {RunLayout.PICKLED} is not read: that file is a pickle, "
+        "which runs code when it is opened",
+        location=location,
+        hint="if you trust its author, convert it: python -m torch.distributed.checkpoint.format_utils dcp_to_torch "
+        "FOLDER FILE; load FILE into a model of transformers, and import what its save_pretrained writes",
+    )
 
 
 def leaves(folder: Path, path: Path) -> bool:

@@ -20,6 +20,7 @@ import inspect
 import os
 import re
 import secrets
+import stat
 import sys
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
@@ -115,7 +116,7 @@ _modules: dict[str, LoadedModule] = {}
 
 # Permission ---------------------------------------------------------------------------------------------------------
 
-_KEY: Final = "plugins.key"  # file in the cache
+_KEY: Final = "plugins.key"  # file in the cache; in a cache that several users share, the first one's
 _KEY_BYTES: Final = 32
 _is_code_allowed: ContextVar[bool] = ContextVar("is_code_allowed", default=False)
 _marks: ContextVar[Mapping[str, object] | None] = ContextVar("marks", default=None)  # None: any module is imported
@@ -166,24 +167,44 @@ def _mark(key: bytes, kind: str) -> str:
 
 def _read_key(*, create: bool = False) -> bytes:
     """Return the random key of this user; b"" if there is none, or it can't be read."""
-    path = default_cache() / _KEY
-    if create and not path.exists():
-        temporary = path.with_name(f".{_KEY}.{os.getpid()}")
+    path = _key_path()
+    if create and not os.path.lexists(path):
+        temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
         with contextlib.suppress(OSError):
             path.parent.mkdir(parents=True, exist_ok=True)
-            temporary.touch(0o600)
-            temporary.write_bytes(secrets.token_bytes(_KEY_BYTES))
+            _write_private(temporary, secrets.token_bytes(_KEY_BYTES))
             _place_key(temporary, path)
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
     try:
-        status = path.stat()
-        if os.name == "posix" and (status.st_uid != os.getuid() or status.st_mode & 0o077):
-            return b""  # others may know it
-        key = path.read_bytes()
+        # The file that is checked is the one that is read: no link, and opened once. A pipe doesn't make it wait.
+        descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0))
+        with os.fdopen(descriptor, "rb") as file:
+            status = os.fstat(file.fileno())
+            if not stat.S_ISREG(status.st_mode):
+                return b""
+            if os.name == "posix" and (status.st_uid != os.getuid() or status.st_mode & 0o077):
+                return b""  # others may know it
+            key = file.read(_KEY_BYTES + 1)
     except OSError:
         return b""
     return key if len(key) == _KEY_BYTES else b""
+
+
+def _key_path() -> Path:
+    """Return the path of this user's key; the name has the user's number if another user has the plain one."""
+    path = default_cache() / _KEY
+    if os.name == "posix":
+        with contextlib.suppress(OSError):
+            if os.lstat(path).st_uid != os.getuid():
+                return path.with_name(f"plugins-{os.getuid()}.key")
+    return path
+
+
+def _write_private(path: Path, data: bytes) -> None:
+    """Write a new file that this user alone can read."""
+    with os.fdopen(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600), "wb") as file:
+        file.write(data)
 
 
 def _place_key(temporary: Path, path: Path) -> None:
@@ -193,8 +214,7 @@ def _place_key(temporary: Path, path: Path) -> None:
     except FileExistsError:
         return
     except OSError:  # a file system without links
-        with os.fdopen(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600), "wb") as file:
-            file.write(temporary.read_bytes())
+        _write_private(path, temporary.read_bytes())
 
 
 def _require_permission(module: str, kind: str) -> None:

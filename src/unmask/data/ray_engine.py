@@ -15,7 +15,7 @@ import socket
 import tomllib
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Final
@@ -26,6 +26,7 @@ from unmask.core.config import build_config, dump_config
 from unmask.core.errors import StoreError, TextError, WorkerError
 from unmask.core.hardware import cores
 from unmask.core.version import __version__
+from unmask.data.inputs import absolute
 from unmask.data.settings import DataConfig
 from unmask.data.sources import BaseSource, FileSource, SourceRecipe, kind_of
 from unmask.data.workers import SINGLE_THREAD, Message, Task, TaskRunner, WorkerPool, decode_error, encode_error
@@ -75,7 +76,9 @@ class RayWorkers(WorkerPool):
             {"paths": list(source.paths), "settings": dump_config(settings), "versions": _VERSIONS}
         )
         self._sizes = {
-            part.path: os.path.getsize(part.path) for part in source.parts() if kind_of(part.path) != "dataset"
+            absolute(part.path): os.path.getsize(part.path)
+            for part in source.parts()
+            if kind_of(part.path) != "dataset"
         }
 
     def __exit__(
@@ -102,7 +105,7 @@ class RayWorkers(WorkerPool):
                 "sizes": json.dumps({part.path: self._sizes.get(part.path) for part in task.parts}),
                 "task": json.dumps(task.to_json()),
             }
-            for number, task in enumerate(tasks)
+            for number, task in enumerate(map(_absolute, tasks))
         ]
         done: dict[int, Message] = {}
         try:
@@ -123,6 +126,16 @@ class RayWorkers(WorkerPool):
         if failed is not None:
             raise decode_error(failed["error"])
         return [done[number]["result"] for number in range(len(tasks))]
+
+
+def _absolute(task: Task) -> Task:
+    """Return a task with absolute paths: a worker runs in the folder in which the cluster was started."""
+    return replace(
+        task,
+        parts=[part._replace(path=absolute(part.path)) for part in task.parts],
+        folder=os.path.abspath(task.folder),
+        tokenizer=task.tokenizer and os.path.abspath(task.tokenizer),
+    )
 
 
 def _connect(engine: RayConfig, units: int) -> tuple[Any, bool]:

@@ -8,7 +8,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import NamedTuple, cast
+from typing import Final, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -187,16 +187,21 @@ def evaluate_text(
         document: Rule that splits the text into documents; default: that of the training text, or "blank-line".
         errors: What to do with undecodable bytes or malformed rows.
         field: Name of the field or column with the text, for tables; default: "text".
-        max_size: Amount of text to read, such as "2M characters"; default: all. Each token takes about
-            30 bytes of memory.
+        max_size: Amount of text to read, such as "2M characters"; default: all, up to MAX_CHARACTERS. Each token takes
+            about 30 bytes of memory.
 
     Raises:
-        TextError: the text can't be read, or none of its tokens can be masked.
+        TextError: the text can't be read, none of its tokens can be masked, or it has more than MAX_CHARACTERS and
+            there is no `max_size`.
         ModelError: `length` is below 3 or above the encoder's maximum, or the model doesn't predict masked tokens.
     """
     context = context or init_distributed("float32")
     text = read_eval_text(model, texts, length=length, document=document, errors=errors, field=field, max_size=max_size)
     return evaluate(model.encoder.to(context.device), model.head.to(context.device), text.eval_set, context)
+
+
+MAX_CHARACTERS: Final = 1 << 28
+"""Characters of a text that are read without `max_size`: some GB of memory."""
 
 
 @dataclass(frozen=True)
@@ -229,7 +234,14 @@ def read_eval_text(
     data = DataConfig(document=rule, errors=errors, field=field or "text")
     source = open_text(named, data)
     require_field_used(data.field, [source], given=field is not None)
-    documents = documents_from_source(source, model.tokenizer, model.words, limit).documents
+    read = documents_from_source(source, model.tokenizer, model.words, limit)
+    if max_size is None and not read.complete:
+        raise TextError(
+            f"the text has more than {MAX_CHARACTERS:,} characters",
+            location=source.location,
+            hint='evaluate its first part (--max-size "20M characters"), or give a size that fits into memory',
+        )
+    documents = read.documents
     counts_V = np.zeros(model.tokenizer.size, np.int64)
     for eval_document in documents:
         counts_V += np.bincount(eval_document.ids, minlength=len(counts_V))
@@ -237,13 +249,13 @@ def read_eval_text(
 
 
 def _character_limit(max_size: str | float | None) -> float:
-    """Return a number of characters; infinity for None.
+    """Return a number of characters; MAX_CHARACTERS for None.
 
     Raises:
         RecipeError: it is not a number of characters, or below 1.
     """
     if max_size is None:
-        return math.inf
+        return MAX_CHARACTERS
     location = f"--max-size {max_size}"
     try:
         limit = Quantity.parse(max_size).require("characters").number if isinstance(max_size, str) else max_size

@@ -290,7 +290,7 @@ def find_checkpoint(path: str | Path) -> Path:
     """Return the model directory for a path: a run's best model, else its last step; for other paths, the path.
 
     Raises:
-        ModelError: there is no model.
+        ModelError: there is no model, or it is a checkpoint with pickles.
     """
     directory = Path(path)
     if not os.path.exists(directory):  # Path.exists raises if a name is too long
@@ -302,6 +302,7 @@ def find_checkpoint(path: str | Path) -> Path:
         directory = follow(directory / RunLayout.LATEST)
     elif directory.name == RunLayout.LATEST and directory.is_file():
         directory = follow(directory)
+    files.refuse_pickled(directory)
     if not (directory / RunLayout.CONFIG).is_file():
         is_run = (directory / RunLayout.RECIPE).is_file()
         raise ModelError(

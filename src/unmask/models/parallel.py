@@ -11,7 +11,7 @@ import copy
 import warnings
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, Literal, TypeVar, cast
+from typing import Any, ClassVar, Literal, TypeVar, cast
 
 import torch
 import torch.distributed as distributed
@@ -60,15 +60,19 @@ def like_parameter(rows: Tensor, parameter: Tensor) -> Tensor:
     return DTensor.from_local(rows, mesh, placements, run_check=False, shape=parameter.shape, stride=parameter.stride())
 
 
-def as_held(whole: Tensor, like: Tensor) -> Tensor:
-    """Returns a whole tensor, or this rank's rows of it as a sharded tensor if `like` is sharded."""
-    if not is_sharded(like):
-        return whole
-    mesh = cast("Any", like).device_mesh
-    parts = whole.chunk(mesh.size())  # fully_shard divides the rows like this
-    rank = mesh.get_local_rank()
-    rows = parts[rank] if rank < len(parts) else whole[:0]
-    return like_parameter(rows.clone(), like)
+def held_rows(tensor: Tensor) -> tuple[int, int]:
+    """Returns which rows of a tensor this rank holds: the number of the first one, and of the one after the last."""
+    if not is_sharded(tensor):
+        return 0, len(tensor) if tensor.ndim else 1
+    mesh = cast("Any", tensor).device_mesh
+    count = -(-len(tensor) // mesh.size())  # fully_shard divides the rows like this; the last ranks may have fewer
+    first = min(mesh.get_local_rank() * count, len(tensor))
+    return first, min(first + count, len(tensor))
+
+
+def to_cpu(tensor: Tensor, *, copies: bool) -> Tensor:
+    """Returns what this rank holds of a tensor, on the CPU. With `copies`, it never shares the tensor's memory."""
+    return held(tensor.detach()).to("cpu", copy=copies).contiguous()
 
 
 def norm_over_shards(norm: Tensor, parameter: Tensor) -> Tensor:
@@ -118,6 +122,8 @@ class MatrixOwners:
 class Parallelism:
     """A model on one process, which shares nothing; the base class of `Replicas` and `Shards`."""
 
+    is_sharded: ClassVar[bool] = False  # whether each rank holds some rows of every tensor only
+
     def passes(self, own: int) -> int:
         """Returns how many forward and backward passes this rank runs in a step with `own` micro-batches."""
         return own
@@ -139,9 +145,18 @@ class Parallelism:
 
         Args:
             module: the trained module, or an average of its weights.
-            main_only: whether only rank 0 uses the weights.
+            main_only: whether only rank 0 uses the weights, to save them. If they are sharded, it gets them on the CPU.
         """
         return contextlib.nullcontext(module)
+
+    def snapshot(self, module: Module) -> Module:
+        """Returns a copy on the CPU of a module like the trained one; of a sharded one, without weights."""
+        copies: dict[int, Any] = {
+            id(parameter): nn.Parameter(to_cpu(parameter, copies=True), parameter.requires_grad)
+            for parameter in module.parameters()
+        }
+        copies |= {id(buffer): to_cpu(buffer, copies=True) for buffer in module.buffers()}
+        return copy.deepcopy(module, copies)
 
     def trial(self, module: Module, objectives: Objectives) -> tuple[Parallelism, Module, Objectives]:
         """Returns a copy of module and objectives, which may share modules, and how the ranks share it."""
@@ -208,6 +223,8 @@ class Shards(Parallelism):
     gathered for its forward and backward pass. All passes are run by all ranks together.
     """
 
+    is_sharded = True
+
     def __init__(self, context: DistributedContext, module: nn.Module, objectives: Objectives) -> None:
         """Shards a module in place. Its objectives share modules with it."""
         from torch.distributed.device_mesh import init_device_mesh
@@ -244,29 +261,36 @@ class Shards(Parallelism):
         """Returns a copy, sharded like the module."""
         copied, _ = copy.deepcopy(self._skeleton)
         for name, parameter in module.named_parameters():
-            _set_parameter(copied, name, parameter.detach().clone())
+            set_parameter(copied, name, parameter.detach().clone())
         return cast("Module", copied)
 
     @contextmanager
     def whole(self, module: Module, *, main_only: bool = False) -> Generator[Module]:
-        """Gathers one tensor after the other into a module that is not sharded, on all ranks or on rank 0 alone."""
+        """Gathers one tensor after the other into a module that is not sharded: on all ranks, or on rank 0's CPU."""
         gathered, _ = copy.deepcopy(self._skeleton)
         keeps = not main_only or self._context.is_main_process
         for name, parameter in module.named_parameters():
             tensor = gather(parameter.detach())
-            if keeps:
-                _set_parameter(gathered, name, tensor)
+            if keeps:  # rank 0 alone only saves the weights, which needs no memory of its GPU
+                set_parameter(gathered, name, tensor.cpu() if main_only else tensor)
         if keeps:
             for buffer, values in zip(gathered.buffers(), module.buffers(), strict=True):
                 buffer.copy_(values)
         yield cast("Module", gathered)
+
+    def snapshot(self, module: Module) -> Module:
+        """Returns a module that is not sharded, with the buffers of a module, and without memory for its weights."""
+        copied, _ = copy.deepcopy(self._skeleton)
+        for buffer, values in zip(copied.buffers(), module.buffers(), strict=True):
+            buffer.copy_(values)
+        return cast("Module", copied)
 
     def trial(self, module: Module, objectives: Objectives) -> tuple[Parallelism, Module, Objectives]:
         """Returns a copy, sharded like the module."""
         copied, copied_objectives = copy.deepcopy(self._skeleton)
         required = {name: parameter.requires_grad for name, parameter in module.named_parameters()}
         for name, parameter in module.named_parameters():
-            _set_parameter(copied, name, gather(parameter.detach()), requires_grad=required[name])
+            set_parameter(copied, name, gather(parameter.detach()), requires_grad=required[name])
         return Shards(self._context, copied, copied_objectives), cast("Module", copied), copied_objectives
 
     def facts(self, tensors: Mapping[str, Tensor]) -> dict[str, str]:
@@ -296,7 +320,8 @@ def _without_weights(module: nn.Module, objectives: Objectives) -> tuple[nn.Modu
     return copy.deepcopy((module, objectives), memo)
 
 
-def _set_parameter(module: nn.Module, name: str, tensor: Tensor, *, requires_grad: bool = False) -> None:
+def set_parameter(module: nn.Module, name: str, tensor: Tensor, *, requires_grad: bool = False) -> None:
+    """Replaces a parameter of a module."""
     owner, _, last = name.rpartition(".")
     setattr(module.get_submodule(owner), last, nn.Parameter(tensor, requires_grad))
 

@@ -107,6 +107,9 @@ class RunReport:
     training_seconds: float  # without validation and saving
     details: DetailedEvalResult | None = None
     no_details: str = ""  # why there are no details: a word of words.json
+    skipped_steps: int = 0  # whose loss or gradient was not finite
+    rollbacks: int = 0  # returns to an earlier checkpoint
+    loss_spikes: int = 0
 
 
 def collect(
@@ -188,6 +191,9 @@ def _read(path: Path, name: str, num_runs: int, finetuned: Sequence[Path]) -> Ru
         finetuned=_finetuned(path, finetuned),
         model=_model_facts(path),
         training_seconds=next((float(line["training_seconds"]) for line in reversed(lines)), 0.0),
+        skipped_steps=sum(line["skipped_steps"] for line in lines if isinstance(line.get("skipped_steps"), int)),
+        rollbacks=sum("rollback" in line for line in lines),
+        loss_spikes=sum("loss_spike" in line for line in lines),
     )
 
 

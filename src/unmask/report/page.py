@@ -503,6 +503,8 @@ def _plan(number: int, report: RunReport) -> str:
             f"{(summary.tokens or 0) / trained:,.0f}" if trained else "–",
         ],
     ]
+    guards = {name: getattr(report, name) for name in ("skipped_steps", "rollbacks", "loss_spikes")}
+    rows += [[_word(name), "–", f"{total:,}"] for name, total in guards.items() if total]
     stages = [
         [str(index), f"{stage.max_seq_len:,}", f"{stage.batch_tokens:,}", f"{stage.steps:,}",
          seconds(stage.steps * stage.seconds_per_step)]

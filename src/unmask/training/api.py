@@ -89,7 +89,7 @@ def pretrain(texts: Texts, *, dry_run: bool = False, **options: Unpack[PretrainO
             takes a new directory beside it; by default an error is raised.
             seed: random seed.
             settings: settings of the recipe as a dictionary, with dotted keys or nested, or as `key=value` strings.
-            start: model to start from.
+            start: model to start from: a folder, or the address of a model or run in an object store.
             extend_vocabulary: number of tokens to learn from the text and add to the vocabulary of `start`.
             threads: number of CPU threads.
             errors: "strict", "replace" or "skip": handling of undecodable bytes and malformed rows.

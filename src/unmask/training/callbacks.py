@@ -14,6 +14,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from unmask.core import files
 from unmask.core.config import dump_config
 from unmask.core.distributed import lost_ranks_explained
 from unmask.core.errors import CRASH_NOTE, Interrupted, Stopped, StoreError, UnmaskError
@@ -23,13 +24,23 @@ from unmask.evaluation.minimal_pairs import MinimalPair, evaluate_minimal_pairs
 from unmask.evaluation.validation import Validation, validates
 from unmask.models.model import Model, ModelCard
 from unmask.training import checkpoint
+from unmask.training.checkpoint.background import CheckpointWriter
 from unmask.training.display import Display, Preview, Summary, build_preview
 from unmask.training.estimate import CostEstimate
 from unmask.training.estimate.memory import MemoryLimit
+from unmask.training.guards import (
+    ROLLBACK_LR_FACTOR,
+    DiskWatch,
+    LossSpikes,
+    earlier_step,
+    is_disk_full,
+    make_latest,
+)
 from unmask.training.kept_models import KeptModels, count_train_words
-from unmask.training.loggers import JsonlLogger, MetricLoggers, plain, read_log
+from unmask.training.loggers import JsonlLogger, MetricLoggers, discard_after, plain, read_log
 from unmask.training.loop import (
     Callback,
+    Diverged,
     IsDue,
     LogCallback,
     MetricAccumulator,
@@ -63,13 +74,13 @@ def run_training(run: PreparedRun, state: TrainState, display: Display, signals:
 
     Raises:
         Stopped: a signal stopped the run; a checkpoint was saved.
-        StoreError: the disk is full or can't be written; earlier checkpoints are intact. Or the run is finished, and
-            a part of it could not be uploaded.
+        StoreError: the disk can't be written, or was still full at the end; earlier checkpoints are intact. Or the run
+            is finished, and a part of it could not be uploaded.
+        Diverged: loss or gradient was not finite, also after going back to earlier checkpoints.
     """
-    recipe, plan, every = run.recipe, run.plan, run.recipe.train.every
+    recipe, plan = run.recipe, run.plan
     tokens_before, seconds_before, early = state.tokens, state.training_seconds, ""
     callbacks = RunCallbacks(run, display, _kept_models(run, state, display))
-    first_tenth, memory = tenth(plan), MemoryLimit(run.estimate.memory_bytes, run.components.context)
     display.train_start(plan, state, run.estimate.flops_per_token, run.estimate.flops_per_second)
     with _resume_hint(run.folder), _crash_file(run.folder), lost_ranks_explained():
         callbacks.open()
@@ -77,29 +88,13 @@ def run_training(run: PreparedRun, state: TrainState, display: Display, signals:
             if recipe.init.model and not state.step:
                 callbacks.validate(state)
                 callbacks.evaluate_pairs(state)
-            reason = train(
-                run.components.training,
-                plan,
-                state,
-                [
-                    Callback(always, display.step, reads_results=False),
-                    Callback(always, memory.check, reads_results=False),
-                    Callback(lambda step, seconds: step == first_tenth, callbacks.compare_with_plan),
-                    Callback(due(every.validate, plan), callbacks.validate),
-                    Callback(due(recipe.train.evaluate.every, plan), callbacks.evaluate_pairs),
-                    *([Callback(always, callbacks.keep, reads_results=False)] if recipe.train.keep_at else []),
-                    Callback(due(every.save, plan), callbacks.save),
-                ],
-                log=LogCallback(_log_is_due(run), callbacks.log),
-                stop_requested=signals.stop_requested,
-                has_enough=lambda state: should_stop_early(recipe, state),
-            )
+            reason = _train(run, state, callbacks, display, signals)
             if state.step < plan.steps:
                 if reason is StopReason.EARLY:
                     early = describe_early_stop(recipe)
                     callbacks.end_early(state, early)
                 else:
-                    callbacks.save_once(state)
+                    callbacks.save_once(state, keeps_one_more=True)
                     raise Stopped(reason.exit_code, str(run.folder), state.step)
         finally:
             callbacks.close()
@@ -115,12 +110,49 @@ def run_training(run: PreparedRun, state: TrainState, display: Display, signals:
         best_step=state.best["step"] if state.best else None,
         best_loss=state.best["loss"] if state.best else None,
         early=early,
+        skipped_steps=state.skipped_steps,
+        rollbacks=state.rollbacks,
         before=_first_validation(run.folder) if recipe.init.model else None,
     )
     if run.components.context.is_main_process:
         display.train_end(summary)
         callbacks.check_uploaded()
     return summary
+
+
+def _train(
+    run: PreparedRun, state: TrainState, callbacks: RunCallbacks, display: Display, signals: Signals
+) -> StopReason:
+    """Trains, and after too many skipped steps in a row goes back to an earlier checkpoint and trains on from there.
+
+    Raises:
+        Diverged: there is no earlier checkpoint, or `train.max_rollbacks` are used up.
+    """
+    recipe, plan, every = run.recipe, run.plan, run.recipe.train.every
+    first_tenth, memory = tenth(plan), MemoryLimit(run.estimate.memory_bytes, run.components.context)
+    while True:
+        try:
+            return train(
+                run.components.training,
+                plan,
+                state,
+                [
+                    Callback(always, display.step, reads_results=False),
+                    Callback(always, memory.check, reads_results=False),
+                    Callback(lambda step, seconds: step == first_tenth, callbacks.compare_with_plan),
+                    Callback(due(every.validate, plan), callbacks.validate),
+                    Callback(due(recipe.train.evaluate.every, plan), callbacks.evaluate_pairs),
+                    *([Callback(always, callbacks.keep, reads_results=False)] if recipe.train.keep_at else []),
+                    Callback(always, lambda state: callbacks.check_saved(), reads_results=False),
+                    Callback(callbacks.save_is_due(due(every.save, plan)), callbacks.save),
+                ],
+                log=LogCallback(_log_is_due(run), callbacks.log),
+                stop_requested=signals.stop_requested,
+                has_enough=lambda state: should_stop_early(recipe, state),
+            )
+        except Diverged as error:
+            callbacks.go_back(state, error)
+            display.train_start(plan, state, run.estimate.flops_per_token, run.estimate.flops_per_second)
 
 
 def _log_is_due(run: PreparedRun) -> IsDue:
@@ -179,7 +211,12 @@ class RunCallbacks:
         self._context = run.components.context
         self._log: JsonlLogger | None = None
         self._loggers = MetricLoggers()
+        self._unwritten: list[tuple[int, Mapping[str, Any]]] = []  # log lines for which the disk has no space
+        self._spikes = LossSpikes(run.plan)
+        self._disk = DiskWatch(run.folder, run.estimate.checkpoint_bytes)
         self._saved_step: int | None = None
+        self._is_save_overdue = False
+        self._writer, self._writing_step, self._has_save_failed = CheckpointWriter(), 0, False
         self._upload: RunUpload | None = None
         self.last_validation: Validation | None = None
 
@@ -191,16 +228,24 @@ class RunCallbacks:
         """Opens log.jsonl and the other loggers and starts the upload; on the main process only."""
         if not self._context.is_main_process:
             return
-        log, recipe = self._run.folder / RunLayout.LOG, self._run.recipe
-        self._log = JsonlLogger(log)
-        if recipe.train.loggers:
-            self._loggers.open(recipe.train.loggers, self._run.folder, list(read_log(log)), dump_config(recipe))
+        self._open_loggers()
+        recipe = self._run.recipe
         if recipe.train.upload:
             self._upload = RunUpload(self._run.folder, recipe.train.upload, recipe.train.keep_last)
             self._upload.start()
 
+    def _open_loggers(self) -> None:
+        log, recipe = self._run.folder / RunLayout.LOG, self._run.recipe
+        self._log, lines = JsonlLogger(log), list(read_log(log))
+        self._spikes = LossSpikes(self._run.plan)
+        for line in lines:  # so that a resumed run finds the same spikes
+            self._spikes.add(line)
+        if recipe.train.loggers:
+            self._loggers.open(recipe.train.loggers, self._run.folder, lines, dump_config(recipe))
+
     def close(self) -> None:
-        """Closes all loggers and completes the upload."""
+        """Waits for the checkpoint that is being written, closes all loggers and completes the upload."""
+        self._writer.close()
         self._loggers.close()
         if self._log:
             self._log.close()
@@ -218,10 +263,19 @@ class RunCallbacks:
 
     def log(self, state: TrainState, metrics: MetricAccumulator) -> None:
         """Logs the metrics of the steps since the last training line."""
-        if self._log:
-            line = _training_line(state, metrics)
-            self._write(state.step, line)
-            self._display.logged(state.step, line)
+        if not self._log:
+            return
+        line = _training_line(state, metrics)
+        if rise := self._spikes.add({"step": state.step, **line}):
+            line["loss_spike"] = rise
+            _log.warning(f"step {state.step:,}: the loss is {rise:.2f} nats above the median of the lines before")
+        if metrics.skipped:
+            steps = f"{metrics.skipped} step{'s' if metrics.skipped > 1 else ''}"
+            _log.warning(f"step {state.step:,}: skipped {steps} since the last line: loss or gradient not finite")
+        self._write(state.step, line)
+        self._display.logged(state.step, line)
+        if warning := self._disk.warning():
+            _log.warning(warning)
 
     def compare_with_plan(self, state: TrainState) -> None:
         """Warns if the time of the steps so far shows that a plan made of seconds is wrong."""
@@ -243,6 +297,7 @@ class RunCallbacks:
         objectives = self._training.objectives
         if state.best and objectives[self._stage(state.best["step"])] is not objectives[stage]:
             state.best = None  # another objective's model may predict nothing that this one is trained for
+        best_before = state.best
         improved = state.record_validation(result.loss)
         if objectives[stage] is not objectives[-1]:
             state.without_gain = 0  # the run must not stop before the objective that the loss is about
@@ -254,8 +309,12 @@ class RunCallbacks:
                 line["preview"] = [[asdict(span) for span in spans] for spans in predictions]
             self._write(state.step, line)
             self._display.validated(state.step, result, predictions)
-            if improved and self._run.recipe.train.keep_best:
-                checkpoint.save_best(self._run.folder, self._as_model(state, module), module.parts)
+        if improved and self._run.recipe.train.keep_best:
+            with self._may_fail(state.step, "the best model") as failure:
+                if self._context.is_main_process:
+                    checkpoint.save_best(self._run.folder, self._as_model(state, module), module.parts)
+            if self._context.largest(len(failure)):
+                state.best = best_before  # which best/ still has
 
     def keep(self, state: TrainState) -> None:
         """Keeps the model if this step has reached a number of words of `train.keep_at`."""
@@ -286,19 +345,131 @@ class RunCallbacks:
             )
             _log.info(f"step {state.step:,}: {accuracies} of {result.pairs:,} minimal pairs; {words:,} words seen")
 
+    def save_is_due(self, is_due: IsDue) -> IsDue:
+        """Returns when a checkpoint is due: at its interval, or later if one was put off."""
+        return lambda step, seconds: self._is_save_overdue or is_due(step, seconds)
+
     def save(self, state: TrainState) -> None:
-        """Saves a checkpoint; all ranks wait until it is written."""
+        """Saves a checkpoint at its interval, in the background unless it is the last one.
+
+        While steps are skipped, it is put off, because it would replace one that the run may have to go back to. If the
+        disk is full, the run goes on without it.
+
+        Raises:
+            StoreError: the disk can't be written, or is full after the last step.
+        """
+        is_last = state.step == self._run.plan.steps
+        self._is_save_overdue = state.skipping_since is not None and not is_last
+        if self._is_save_overdue:
+            return
+        if self._context.is_main_process and (warning := self._disk.warning()):
+            _log.warning(warning)
+        self.check_saved(wait=True)
+        with self._may_fail(state.step, "the checkpoint") as failure:
+            self._save(state, in_background=self._run.recipe.train.background_save and not is_last)
+        if not self._context.largest(len(failure)):  # all ranks wait
+            self._saved_step = state.step
+
+    def _save(self, state: TrainState, *, in_background: bool = False, keeps_one_more: bool = False) -> None:
+        """Writes a checkpoint, or begins to write it in the background. `keeps_one_more` adds to `train.keep_last`."""
+        self._write_waiting_lines(is_last_try=True)
         if self._log:
             self._log.sync()  # the log lines of a saved step must be on the disk too
-        keep = self._run.recipe.train.keep_last
-        with self._training.eval_module(main_only=True) as module:
-            model = self._as_model(state, module)
-            path = checkpoint.save(self._run.folder, model, module.parts, self._training, state, keep)
+        keep = self._run.recipe.train.keep_last + keeps_one_more
+        self._writing_step, self._has_save_failed = state.step, False
+        write = checkpoint.prepare(
+            self._run.folder,
+            lambda module: self._as_model(state, module),
+            self._training,
+            state,
+            keep,
+            copies=in_background,
+        )
+        if in_background:
+            self._writer.start(write)
+        else:
+            self._report_saved(write())
+
+    def check_saved(self, *, wait: bool = False) -> None:
+        """Reports a checkpoint that was written in the background, or that the disk is full.
+
+        Raises:
+            StoreError: the disk can't be written.
+        """
+        with self._may_fail(self._writing_step, "the checkpoint") as failure:
+            path = self._writer.finished(wait=wait)
+            if path is not None:
+                self._report_saved(path)
+        self._has_save_failed |= bool(failure)
+
+    def _report_saved(self, path: Path) -> None:
         if self._context.is_main_process:
+            self._disk.measure(path)
             self._display.saved(path)
         if self._upload:
             self._upload.notify()
-        self._saved_step = state.step
+
+    @contextmanager
+    def _may_fail(self, step: int, what: str) -> Generator[list[StoreError]]:
+        """Yields a list that gets the error if the disk is full: the run goes on, and the next save is tried again.
+
+        After the last step, and if the weights are sharded, so that the other ranks wait for the rank that failed, the
+        error is raised.
+        """
+        failure: list[StoreError] = []
+        try:
+            yield failure
+        except StoreError as error:
+            is_sharded = self._context.ranks > 1 and self._run.recipe.train.parallel == "fsdp"
+            if step == self._run.plan.steps or is_sharded or not is_disk_full(error):
+                raise
+            failure.append(error)
+            last = files.last_step(self._run.folder)
+            kept = "" if last is None else f"; the last checkpoint is that of step {last:,}"
+            _log.warning(
+                f"step {step:,}: {what} is not saved ({error.message}){kept}; training goes on, and saves at the "
+                "next interval: free disk space"
+            )
+
+    def go_back(self, state: TrainState, error: Diverged) -> None:
+        """Restores the last checkpoint before the skipped steps, with half of the learning rates.
+
+        The same samples follow. Steps in a row that are not finite come from the weights: a single batch is skipped
+        without going back. With lower rates, other weights meet the same batches, each sample still counts once in an
+        epoch, and what follows is a function of the checkpoint alone.
+
+        Raises:
+            Diverged: there is no earlier checkpoint, or the run has gone back too often.
+        """
+        run, limit = self._run.folder, self._run.recipe.train.max_rollbacks
+        if state.rollbacks >= limit:
+            tried = f"{error.message}, after going back to a checkpoint {limit} times" if limit else error.message
+            raise Diverged(tried, location=error.location, hint=error.hint) from error
+        self.check_saved(wait=True)
+        before = (state.skipping_since or 1) - 1
+        # The weights of a checkpoint from which all steps were skipped are those of now.
+        is_due = due(self._run.recipe.train.every.save, self._run.plan)
+        step = self._context.largest(earlier_step(run, before, is_due) if self._context.is_main_process else 0)
+        if not step:
+            reason = f"{error.message}, and there is no checkpoint before step {max(before, 1):,} to go back to"
+            raise Diverged(reason, location=error.location, hint=error.hint) from error
+        if self._context.is_main_process:
+            self._loggers.close()
+            if self._log:
+                self._write_waiting_lines(is_last_try=True)
+                self._log.close()
+            make_latest(run, step)
+            discard_after(run, step)
+            self._open_loggers()
+        self._context.barrier()
+        state.go_back(checkpoint.load(run, self._training), ROLLBACK_LR_FACTOR)
+        _log.warning(
+            f"{error.message}: going back to the checkpoint of step {step:,}, with learning rates times "
+            f"{state.lr_scale:g} (rollback {state.rollbacks} of at most {limit})"
+        )
+        # It is written again, so that a run that is killed now doesn't forget the lower rates.
+        self._save(state)
+        self._saved_step, self._is_save_overdue = step, False
         self._context.barrier()
 
     def _as_model(self, state: TrainState, module: TrainModule) -> Model:
@@ -308,10 +479,21 @@ class RunCallbacks:
         """Returns the number of the stage that the last of `step` steps belongs to."""
         return self._run.plan.stage_at(max(step - 1, 0))
 
-    def save_once(self, state: TrainState) -> None:
-        """Saves a checkpoint unless this step was saved already."""
-        if self._saved_step != state.step:
-            self.save(state)
+    def save_once(self, state: TrainState, *, keeps_one_more: bool = False) -> None:
+        """Saves a checkpoint unless this step was saved already.
+
+        Args:
+            state: Training state.
+            keeps_one_more: Whether no earlier checkpoint is deleted for it: the run may have to go back to that one.
+
+        Raises:
+            StoreError: the disk is full or can't be written.
+        """
+        self.check_saved(wait=True)
+        if self._context.largest(self._has_save_failed) or self._saved_step != state.step:
+            self._save(state, keeps_one_more=keeps_one_more)
+            self._saved_step = state.step
+            self._context.barrier()
 
     def end_early(self, state: TrainState, reason: str) -> None:
         """Logs the reason for early stopping and saves a checkpoint."""
@@ -320,8 +502,26 @@ class RunCallbacks:
 
     def _write(self, step: int, line: Mapping[str, Any]) -> None:
         if self._log:
-            self._log.write(step, line)
+            self._unwritten.append((step, line))
+            self._write_waiting_lines(is_last_try=step == self._run.plan.steps)
             self._loggers.write(step, line)
+
+    def _write_waiting_lines(self, *, is_last_try: bool = False) -> None:
+        """Writes log lines; if the disk is full, they wait in memory until the next line or checkpoint.
+
+        Raises:
+            StoreError: the log can't be written, or the disk is full at the last try.
+        """
+        while self._log and self._unwritten:
+            try:
+                self._log.write(*self._unwritten[0])
+            except StoreError as error:
+                if is_last_try or not is_disk_full(error):
+                    raise
+                if len(self._unwritten) == 1:
+                    _log.warning(f"log lines wait until the disk has space: {error.message} ({error.location})")
+                return
+            self._unwritten.pop(0)
 
 
 def _clock(state: TrainState) -> dict[str, float]:
@@ -345,6 +545,10 @@ def _training_line(state: TrainState, metrics: MetricAccumulator) -> dict[str, A
         "training_seconds": round(state.training_seconds, 4),
         "phase_seconds": {name: round(value, 4) for name, value in state.phase_seconds.items()},
     }
+    if metrics.skipped:
+        line["skipped_steps"] = metrics.skipped  # their loss or gradient was not finite
+    if metrics.rollback:
+        line["rollback"] = metrics.rollback
     line |= {name: metrics.mean(name) for name in sorted(metrics.counts) if name not in line}  # from the objective
     return plain(line)  # without a masked token the loss is NaN, which JSON lacks
 

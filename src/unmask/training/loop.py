@@ -35,6 +35,7 @@ from unmask.training.plan import Plan
 PHASES = ("data", "forward", "backward", "optimizer")
 PREFETCH_THREAD = "unmask-prefetch"
 FINGERPRINTS = 1 << 32  # of samples; sums over ranks stay exact in float64
+MAX_SKIPPED_STEPS = 10  # in a row
 
 
 # Modules --------------------------------------------------------------------------------------------------------------
@@ -77,9 +78,14 @@ class EMA:
         return min(self.decay, (1 + step) / (10 + step))
 
     @torch.no_grad()
-    def update(self, module: TrainModule, step: int) -> None:
-        """Adds the weights as they are after step `step`, counted from 0."""
+    def update(self, module: TrainModule, step: int, applies: Tensor | None = None) -> None:
+        """Adds the weights as they are after step `step`, counted from 0.
+
+        If `applies`, a boolean on the device, is false, the average stays as it is.
+        """
         share = 1 - self.decay_at(step)
+        if applies is not None:
+            share = torch.where(applies, share, 0.0)
         for average, weights in zip(self.module.parameters(), module.parameters(), strict=True):
             held(average).lerp_(held(weights).to(average.dtype), share)
         for average, values in zip(self.module.buffers(), module.buffers(), strict=True):
@@ -118,6 +124,7 @@ class TrainLoopInputs:
     seed: int
     ema: EMA | None = None
     parallelism: Parallelism = field(default_factory=Parallelism)  # how the ranks share the module
+    max_skipped_steps: int = MAX_SKIPPED_STEPS  # steps in a row without a finite gradient, after which training ends
 
     def eval_module(self, *, main_only: bool = False) -> contextlib.AbstractContextManager[TrainModule]:
         """Returns a context with the weights that are validated and saved: the moving average if there is one.
@@ -143,6 +150,8 @@ class MetricAccumulator:
     samples: int = 0  # fingerprint of the samples
     seconds: float = 0.0
     data_wait_seconds: float = 0.0  # part of `seconds`
+    skipped: int = 0  # steps whose loss or gradient was not finite; they are not in sums and counts
+    rollback: dict[str, Any] | None = None  # what `TrainState.go_back` did since the last log line
 
     def add(self, step_metrics: Mapping[str, tuple[float, int]]) -> None:
         """Adds the (sum, count) of each metric of one step."""
@@ -178,10 +187,14 @@ class TrainState:
     phase_seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(PHASES, 0.0))
     metrics: MetricAccumulator = field(default_factory=MetricAccumulator)
     lr: float = 0.0  # of the last step, for the AdamW parameters
-    grad_norm: float = 0.0
+    grad_norm: float = 0.0  # of the last step that was not skipped
     validation: dict[str, Any] | None = None  # the last one, with its step
     best: dict[str, Any] | None = None  # step and loss of the best one
     without_gain: int = 0  # number of validations since the best one
+    skipped_steps: int = 0  # in the whole run, with those before a return to an earlier checkpoint
+    skipping_since: int | None = None  # first of the skipped steps in a row that end with the last step, from 1
+    rollbacks: int = 0  # how often the run went back to an earlier checkpoint
+    lr_scale: float = 1.0  # factor on all learning rates; lower after each rollback
 
     @property
     def training_seconds(self) -> float:
@@ -197,6 +210,26 @@ class TrainState:
         self.metrics.samples = (self.metrics.samples + step.samples) % FINGERPRINTS
         self.metrics.seconds += seconds
         self.metrics.data_wait_seconds += waited
+
+    def record_skipped(self, step: int) -> int:
+        """Counts a skipped step, numbered from 1; returns how many were skipped in a row."""
+        self.metrics.skipped += 1
+        self.skipped_steps += 1
+        if self.skipping_since is None:
+            self.skipping_since = step
+        return step - self.skipping_since + 1
+
+    def go_back(self, saved: TrainState, lr_factor: float) -> None:
+        """Becomes the state of an earlier checkpoint, with lower learning rates.
+
+        Times, the number of skipped steps and the best model, which is still there, are those of the whole run.
+        """
+        scale = self.lr_scale * lr_factor
+        rollback = {"from_step": self.skipping_since, "to_step": saved.step, "learning_rate_scale": scale}
+        whole = ("seconds", "phase_seconds", "skipped_steps", "best", "rollbacks")
+        vars(self).update(vars(saved) | {name: getattr(self, name) for name in whole})
+        self.lr_scale, self.rollbacks, self.skipping_since = scale, self.rollbacks + 1, None
+        self.metrics.rollback = rollback
 
     def record_validation(self, loss: float) -> bool:
         """Records the validation loss of this step and returns whether it is the lowest so far."""
@@ -219,19 +252,24 @@ class TrainState:
         self.phase_seconds[phase] += time.perf_counter() - begin
 
     def to_json(self) -> dict[str, Any]:
-        """Returns the content of state.json. The keys are a file format: a change needs a new `RUN_FORMAT`."""
+        """Returns the content of state.json. The keys are a file format: a change needs a new `RUN_FORMAT`.
+
+        Keys about skipped steps are there only if steps were skipped.
+        """
+        metrics, guards = asdict(self.metrics), {name: getattr(self, name) for name in _GUARDS}
         return {
             "step": self.step,
             "cursor": self.cursor,
             "tokens": self.tokens,
             "seconds": self.seconds,
             "phase_seconds": dict(self.phase_seconds),
-            "metrics": asdict(self.metrics),
+            "metrics": {key: value for key, value in metrics.items() if value or key not in ("skipped", "rollback")},
             "learning_rate": self.lr,
             "grad_norm": self.grad_norm,
             "validation": self.validation,
             "best": self.best,
             "validations_without_gain": self.without_gain,
+            **({"guards": guards} if self.skipped_steps else {}),
         }
 
     @classmethod
@@ -242,6 +280,8 @@ class TrainState:
             KeyError, TypeError: a key is missing or has a value of another type.
         """
         metrics = cast("Mapping[str, Any]", tree["metrics"])
+        guards, rollback = dict(tree.get("guards", {})), metrics.get("rollback")
+        since = guards.get("skipping_since")
         return cls(
             step=int(tree["step"]),
             cursor=int(tree["cursor"]),
@@ -255,13 +295,22 @@ class TrainState:
                 samples=int(metrics.get("samples", 0)),
                 seconds=float(metrics["seconds"]),
                 data_wait_seconds=float(metrics["data_wait_seconds"]),
+                skipped=int(metrics.get("skipped", 0)),
+                rollback=None if rollback is None else dict(rollback),
             ),
             lr=float(tree["learning_rate"]),
             grad_norm=float(tree["grad_norm"]),
             validation=tree["validation"],
             best=tree["best"],
             without_gain=int(tree["validations_without_gain"]),
+            skipped_steps=int(guards.get("skipped_steps", 0)),
+            skipping_since=None if since is None else int(since),
+            rollbacks=int(guards.get("rollbacks", 0)),
+            lr_scale=float(guards.get("lr_scale", 1.0)),
         )
+
+
+_GUARDS = ("skipped_steps", "skipping_since", "rollbacks", "lr_scale")  # fields of TrainState
 
 
 # Callbacks and stopping -----------------------------------------------------------------------------------------------
@@ -373,6 +422,10 @@ def _prepared_steps(
 # The loop -------------------------------------------------------------------------------------------------------------
 
 
+class Diverged(RunError):
+    """Loss or gradient was not finite in too many steps in a row. The weights are those before these steps."""
+
+
 @dataclass(frozen=True)
 class StepResult:
     """Numbers of a step that may still be on the device. Reading them waits until the device has computed them."""
@@ -395,6 +448,9 @@ def train(
 ) -> StopReason:
     """Trains until the plan is done, `has_enough` returns True or a stop is requested.
 
+    A step whose loss or gradient is not finite on any rank is skipped: it changes neither weights nor the state of the
+    optimizer, and only the data go on.
+
     Args:
         inputs: model, objective, data loaders and optimizer.
         plan: number of steps of each stage.
@@ -407,7 +463,7 @@ def train(
             results are bit-identical.
 
     Raises:
-        RunError: the gradient norm is not finite.
+        Diverged: `inputs.max_skipped_steps` steps in a row were skipped.
     """
     context, begin = inputs.context, time.perf_counter() - state.seconds
     last_run, last_log = [state.seconds] * len(callbacks), state.seconds
@@ -427,20 +483,18 @@ def train(
 
             metrics, statistics = _accumulate_gradients(inputs, objective, state, prepared, shared.counts)
             with state.timed("optimizer"):
-                result = StepResult(state.step + 1, metrics, _optimizer_step(inputs, state, plan.progress(state.step)))
+                grad_norm = _optimizer_step(inputs, state, plan.progress(state.step))
                 if isinstance(objective, AdaptiveObjective):
-                    objective.adapt(state.step, inputs.context.sum_tensors(statistics))
+                    objective.adapt(state.step, _counted(inputs.context, statistics, grad_norm))
                 # A GPU computes this step while the host reads the numbers of the step before.
                 _read_results(inputs, state, unread)
-                unread = [result]
+                unread = [StepResult(state.step + 1, metrics, grad_norm)]
 
             state.record_step(shared, prepared.cursor, time.perf_counter() - step_began, waited)
             state.seconds = time.perf_counter() - begin
 
             logs = log is not None and log.is_due(state.step, clock - last_log)
-            due = [
-                callback.is_due(state.step, clock - last) for callback, last in zip(callbacks, last_run, strict=True)
-            ]
+            due = [each.is_due(state.step, clock - last) for each, last in zip(callbacks, last_run, strict=True)]
             reads = any(is_due and each.reads_results for each, is_due in zip(callbacks, due, strict=True))
             if stop or logs or reads or state.step == plan.steps or inputs.context.device.type == "cpu":
                 _read_results(inputs, state, unread)
@@ -518,8 +572,11 @@ def _accumulate_gradients(
                     [weight * loss.sums[term] / max(counts[term], 1) for term, weight in objective.loss_weights.items()]
                 ).sum()
             with state.timed("backward"):
+                # A loss that is not finite makes the gradients NaN, and with them the norm on all ranks, even where
+                # its own gradient is finite. The host doesn't wait for it.
+                seed = torch.where(total.isfinite(), 1.0, math.nan).to(total.dtype)
                 # Ranks compute together. One that has fewer samples repeats a batch, whose gradient is 0.
-                (total if is_own else 0.0 * total).backward()
+                (total if is_own else 0.0 * total).backward(seed)
         if not is_own:
             continue
         for name, (value, count) in loss.metrics.items():
@@ -531,32 +588,49 @@ def _accumulate_gradients(
 
 
 def _optimizer_step(inputs: TrainLoopInputs, state: TrainState, progress: float) -> Tensor:
-    """Clips the gradients, updates the weights and their average; returns the norm before clipping."""
+    """Clips the gradients, updates the weights and their average; returns the norm before clipping.
+
+    If the norm is not finite, nothing changes.
+    """
     grad_norm = inputs.optimizer.clip()
-    factor = inputs.lr_factor(progress, state.step)
+    factor = inputs.lr_factor(progress, state.step) * state.lr_scale
     state.lr = inputs.optimizer.config.lr * factor
-    inputs.optimizer.step(factor)
+    # A CPU knows the norm already. A device decides itself, because the host would have to wait for it.
+    is_known = inputs.context.device.type == "cpu"
+    applies = None if is_known else grad_norm.isfinite()
+    if not is_known or math.isfinite(grad_norm):
+        inputs.optimizer.step(factor, applies)
+        if inputs.ema:
+            inputs.ema.update(inputs.module, state.step, applies)
     inputs.optimizer.zero_grad()
-    if inputs.ema:
-        inputs.ema.update(inputs.module, state.step)
     return grad_norm
+
+
+def _counted(context: DistributedContext, statistics: Mapping[str, Tensor], grad_norm: Tensor) -> Mapping[str, Tensor]:
+    """Returns statistics of an objective summed over all ranks; of a skipped step, zeros."""
+    applies = grad_norm.isfinite()
+    return context.sum_tensors({name: torch.where(applies, value, 0) for name, value in statistics.items()})
 
 
 def _read_results(inputs: TrainLoopInputs, state: TrainState, results: Sequence[StepResult]) -> None:
     """Adds the results of steps to the state, summed over all ranks.
 
     Raises:
-        RunError: a gradient norm is not finite. The weights are not saved after it: the last checkpoint stays good.
+        Diverged: the last of too many skipped steps in a row is among them.
     """
     for result in results:
-        state.grad_norm = float(result.grad_norm)
-        if not math.isfinite(state.grad_norm):
-            raise RunError(
-                f"gradient norm is {state.grad_norm} in step {result.step}",
+        grad_norm = float(result.grad_norm)
+        if not math.isfinite(grad_norm):
+            in_row = state.record_skipped(result.step)
+            if in_row < inputs.max_skipped_steps:
+                continue
+            raise Diverged(
+                f"loss or gradient is not finite in {in_row} steps in a row, up to step {result.step:,}",
                 location="training",
                 hint="start a new run with lower learning rates, e.g. --set optimizer.lr=1e-3 "
                 "--set optimizer.muon_lr=0.01",
             )
+        state.grad_norm, state.skipping_since = grad_norm, None
         names = sorted(result.metrics)
         flat = inputs.context.sum(
             [number for name in names for number in (float(result.metrics[name][0]), result.metrics[name][1])]

@@ -194,8 +194,11 @@ class Muon:
         }
 
     @torch.no_grad()
-    def step(self, lr_factor: float) -> None:
-        """Updates the matrices that have a gradient with the learning rate muon_lr * lr_factor."""
+    def step(self, lr_factor: float, applies: Tensor | None = None) -> None:
+        """Updates the matrices that have a gradient with the learning rate muon_lr * lr_factor.
+
+        If `applies`, a boolean on the device, is false, nothing changes. It is not read by the host.
+        """
         config = self._config
         lr = config.muon_lr * lr_factor
         for key, stack in self._stacks.items():
@@ -209,6 +212,8 @@ class Muon:
             momentum_NRC = self._momentum[key]
             if len(numbers) < len(stack):
                 momentum_NRC = momentum_NRC[list(numbers)]  # a copy
+            if applies is not None:  # the average of the momentum with itself is the same momentum, bit for bit
+                gradient_NRC = torch.where(applies, gradient_NRC, momentum_NRC)
             momentum_NRC.lerp_(gradient_NRC, 1 - config.momentum)
             if len(numbers) < len(stack):
                 self._momentum[key][list(numbers)] = momentum_NRC
@@ -219,8 +224,11 @@ class Muon:
                 if self._owners
                 else orthogonalize_all(nesterov_NRC)
             )
+            decay = 1 - lr * config.weight_decay
+            if applies is not None:
+                decay, update_NRC = torch.where(applies, decay, 1.0), update_NRC * applies
             for parameter, update_RC in zip(parameters, update_NRC, strict=True):
-                parameter.mul_(1 - lr * config.weight_decay).add_(update_RC, alpha=-lr * update_scale(rows, columns))
+                parameter.mul_(decay).add_(update_RC, alpha=-lr * update_scale(rows, columns))
 
     def _orthogonalize(self, matrix_NRC: Tensor, rows: int) -> Tensor:
         """Returns the matrices with each block of `rows` rows orthogonalized."""
@@ -314,11 +322,19 @@ class Optimizer:
             nn.utils.clip_grads_with_norm_(self._held.values(), self.config.max_grad_norm, norm)
         return norm
 
-    def step(self, lr_factor: float) -> None:
-        """Updates the parameters with the peak learning rates times `lr_factor`."""
-        self._muon.step(lr_factor)
+    def step(self, lr_factor: float, applies: Tensor | None = None) -> None:
+        """Updates the parameters with the peak learning rates times `lr_factor`.
+
+        Args:
+            lr_factor: Factor on all learning rates.
+            applies: A boolean on the device, which the host doesn't wait for: if it is false, neither parameters nor
+                state change. None: the parameters are updated.
+        """
+        self._muon.step(lr_factor, applies)
         for group in self._adam.param_groups:
             group["lr"] = self.config.lr * lr_factor * group["lr_scale"]
+        # As torch.amp.GradScaler passes it to fused optimizers: 1 means that the step is skipped.
+        cast("Any", self._adam).found_inf = None if applies is None else (~applies).float()
         self._adam.step()
 
     def zero_grad(self) -> None:

@@ -58,6 +58,7 @@ from unmask.training.estimate import CostEstimate, check_free_space, estimate_co
 from unmask.training.estimate.from_budget import choose_vocabulary, fit_to_budget
 from unmask.training.estimate.memory import check_memory
 from unmask.training.estimate.probe import measure, try_steps
+from unmask.training.guards import recover_checkpoints, replaced_checkpoints
 from unmask.training.loggers import check_installed, discard_after
 from unmask.training.loop import Signals, StopReason, TrainState
 from unmask.training.plan import (
@@ -346,9 +347,7 @@ def resume(
     with _session(display) as signals:
         if is_remote(run):
             folder, settings = _download(str(run)), [f"train.upload={run}", *settings]
-        require_run_format(folder)
-        recipe, plan = read_recipe(folder)
-        check_unchanged(folder)
+        recipe, plan = _open_run(folder)
         recipe = change_recipe(recipe, settings)
         _check_address(folder, recipe, settings)
         moved = None
@@ -394,6 +393,22 @@ def resume(
                 _write_resume(prepared, state, environment, changes, extended)
             _log.info(f"resuming at step {state.step} of {plan.steps}")
             return _train(prepared, state, display, signals)
+
+
+def _open_run(run: Path) -> tuple[Recipe, Plan]:
+    """Returns recipe and plan of a run; restores a checkpoint that was being replaced when the run was killed.
+
+    Raises:
+        RunError: another version wrote the run, or another process uses it.
+        DamagedError: its recipe was changed.
+    """
+    require_run_format(run)
+    if replaced_checkpoints(run):
+        with _locked(run):
+            recover_checkpoints(run)
+    recipe, plan = read_recipe(run)
+    check_unchanged(run)
+    return recipe, plan
 
 
 def _check_address(run: Path, recipe: Recipe, settings: Sequence[str]) -> None:
@@ -620,7 +635,9 @@ def _train(prepared: PreparedRun, state: TrainState, display: Display, signals: 
 def _final_model(prepared: PreparedRun, state: TrainState) -> Model:
     """Returns the model that `unmask.load` opens: the best by validation. Ranks other than 0 return the last one."""
     run, recipe, components = prepared.folder, prepared.recipe, prepared.components
-    last_is_best = state.best is None or state.best["step"] == state.step
+    # A best model of this step may be older: of the time before a return to an earlier checkpoint.
+    last_loss = state.validation["loss"] if state.validation else None
+    last_is_best = state.best is None or (state.best["step"] == state.step and state.best["loss"] == last_loss)
     with components.training.eval_module() as module:
         last = as_model(recipe, components, module, state, str(run))
     if recipe.train.keep_best and not last_is_best and components.context.is_main_process:

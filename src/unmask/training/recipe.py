@@ -37,12 +37,14 @@ from unmask.objectives import ObjectiveConfig
 from unmask.objectives.mlm import MaskedLMConfig
 from unmask.training.kept_models import check_keep_at
 from unmask.training.loggers import LoggerKind
+from unmask.training.loop import MAX_SKIPPED_STEPS
 from unmask.training.optim import OptimizerConfig, ScheduleConfig
 from unmask.training.plan import EveryConfig, Plan, StageConfig, check_budget, check_interval, check_stages
 
 _PLAN = "plan"
 _SEAL = "# digest of the lines below: "  # begins recipe.toml of a run
 MAY_CHANGE = (
+    "train.background_save",
     "train.early_stopping_patience",
     "train.loggers",
     "train.keep_at",
@@ -99,6 +101,9 @@ class TrainConfig:
     # Number of CPU threads; auto: all cores, divided among the processes of a machine.
     threads: int | Literal["auto"] = "auto"
     keep_last: int = 2  # Number of checkpoints that are kept.
+    # Whether checkpoints are written in a thread while training goes on, from a copy of weights and optimizer state in
+    # memory; the last one is not.
+    background_save: bool = True
     keep_best: bool = True  # Whether the model with the lowest validation loss is kept in best/.
     # [words] Numbers of words seen, e.g. ["1M words", "2M words"]; the model of the first step that reaches one is kept
     # in chck_1M/, chck_2M/, … (docs/babylm.md). Words are those of the training text between spaces, counted again in
@@ -106,6 +111,10 @@ class TrainConfig:
     keep_at: tuple[Quantity, ...] = ()
     # [validations] Number of validations without improvement before the run stops; 0: never.
     early_stopping_patience: int = 0
+    # [steps] Number of steps in a row whose loss or gradient is not finite, after which the run goes back to an earlier
+    # checkpoint with half of the learning rates (docs/runs.md). Such a step is skipped: it changes no weights.
+    max_skipped_steps: int = MAX_SKIPPED_STEPS
+    max_rollbacks: int = 3  # How often a run goes back to an earlier checkpoint before it ends with an error; 0: never.
     ema_decay: float = 0.0  # Decay per step of an exponential moving average of the weights, e.g. 0.999; 0: no average.
     loggers: tuple[LoggerKind | PluginLoggerConfig, ...] = ()  # Loggers besides log.jsonl.
     report: bool = True  # Whether the run's report.html is written when the run ends or is stopped (docs/report.md).
@@ -143,7 +152,8 @@ class TrainConfig:
         check_keep_at(self.keep_at)
         require(self, "early_stopping_patience", min=0)
         require(self, "ema_decay", min=0, below=1, hint="set it to a decay below 1, e.g. 0.999, or to 0 for no average")
-        require(self, "keep_last", min=1)
+        require(self, "keep_last", "max_skipped_steps", min=1)
+        require(self, "max_rollbacks", min=0)
 
 
 @dataclass(frozen=True)
@@ -164,7 +174,7 @@ class InitConfig:
     """Initial weights: random, or those of a model (`unmask pretrain --from`, which writes this section)."""
 
     required: bool = False  # Whether the recipe needs a model to start from.
-    model: str = ""  # Directory of the model; "": random weights.
+    model: str = ""  # Directory or address of the model; "": random weights.
     vocab_size: int = 0  # [tokens] Size of the model's token embedding, which may exceed the tokenizer's vocabulary.
 
 

@@ -120,7 +120,9 @@ def require_run_format(run: Path) -> None:
 
     Raises:
         RunError: it was written by an earlier or later version.
+        ModelError: it is no run, but a checkpoint with pickles.
     """
+    files.refuse_pickled(run)
     path = run / RunLayout.ENVIRONMENT
     if not path.is_file():
         return  # no run: reading recipe.toml reports it

@@ -239,6 +239,7 @@ def build_components(
         context=context,
         seed=recipe.seed,
         ema=EMA(parallelism.copy(module), recipe.train.ema_decay) if recipe.train.ema_decay else None,
+        max_skipped_steps=recipe.train.max_skipped_steps,
     )
     validator = Validator(
         corpus,

@@ -13,6 +13,8 @@ from torch import Tensor
 from unmask.core import files
 from unmask.core.errors import RecipeError
 from unmask.core.files import RunLayout
+from unmask.core.remote import UPLOADS, is_remote, require_public, scheme_of
+from unmask.core.remote.upload import fetch_model
 from unmask.hub.from_hf import open_model
 from unmask.models import EncoderModule, HeadModule, build_model
 from unmask.models.model import Model
@@ -33,14 +35,16 @@ class WarmStart:
 
     model: Model
     num_new_tokens: int = 0
+    address: str = ""  # of the model, if it was downloaded
 
     @classmethod
     def open(cls, folder: str | Path, num_new_tokens: int = 0) -> WarmStart:
-        """Loads the model in a directory.
+        """Loads the model in a directory, or at the address of a model or run, which is downloaded to the cache.
 
         Raises:
-            ModelError: the directory contains no model of a supported kind.
-            RecipeError: the number of new tokens is negative.
+            ModelError: the directory contains no model of a supported kind, or there is none at the address.
+            RecipeError: the number of new tokens is negative, or the address has credentials.
+            StoreError: the cache can't be written.
         """
         if num_new_tokens < 0:
             raise RecipeError(
@@ -48,11 +52,18 @@ class WarmStart:
                 location="--extend-vocabulary",
                 hint="give 0 or more",
             )
-        model = open_model(folder)
+        address = str(folder) if is_remote(folder) else ""
+        if address:
+            if scheme_of(address) not in UPLOADS:  # a web server lists no folder
+                message = f"a model can't be read from {scheme_of(address)}://"
+                hint = f"use {', '.join(f'{scheme}://' for scheme in UPLOADS)}, or download its folder"
+                raise RecipeError(message, location=f"--from {address}", hint=hint)
+            require_public(address, "--from")
+        model = open_model(fetch_model(address) if address else folder)
         if model.discriminator is not None:
             note = "initialized the masked-language-modeling head; the discriminator head is not used"
             model = replace(model, discriminator=None, notes=(*model.notes, note))
-        return cls(model, num_new_tokens)
+        return cls(model, num_new_tokens, address)
 
     @classmethod
     def of_run(cls, run: Path, recipe: Recipe) -> WarmStart | None:
@@ -95,7 +106,7 @@ class WarmStart:
             model=settings,
             stage=tuple(replace(stage, max_seq_len=min(stage.max_seq_len, longest)) for stage in recipe.stage),
             data=replace(recipe.data, tokenizer=self.tokenizer_settings(folder)),
-            init=replace(recipe.init, model=str(Path(self.model.path).absolute())),
+            init=replace(recipe.init, model=self.address or str(Path(self.model.path).absolute())),
         )
 
     def vocab_size(self, tokenizer: Tokenizer) -> int:

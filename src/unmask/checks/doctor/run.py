@@ -17,6 +17,8 @@ from unmask.checks.doctor import Finding, Severity, finding, named, severity
 from unmask.core.errors import DamagedError, UnmaskError
 from unmask.core.files import RunLayout
 from unmask.core.format import count, duration, visible
+from unmask.core.plugins import is_marked
+from unmask.core.remote import is_remote
 from unmask.core.types import ProgressCallback
 from unmask.data.advice import MANY_UNKNOWN
 from unmask.models import non_embedding_parameters
@@ -28,7 +30,7 @@ from unmask.training.display.text import MANY_EPOCHS, epochs_text
 from unmask.training.environment import load_run_tokenizer, read_environment, reopen_text
 from unmask.training.loggers import read_log
 from unmask.training.plan import Plan
-from unmask.training.recipe import Recipe, read_recipe
+from unmask.training.recipe import Recipe, read_marks, read_recipe
 from unmask.training.runs import RunSummary, read_run, require_run_format
 from unmask.training.setup import build_objective
 
@@ -43,6 +45,7 @@ _CHANGE_SPREAD: Final = 1.0  # nats; of its change between two validations of on
 _LINE: Final = ("masked_tokens", "training_seconds", "data_wait_fraction", "loss", "grad_norm")
 _VALIDATION: Final = ("masked_tokens", "unigram_loss", "loss")
 _OR_NULL: Final = ("loss", "grad_norm")
+_NAMED: Final = 10  # steps that a finding names
 _AUDIT_CHARACTERS: Final = 300_000
 _AUDIT: Final = AuditConfig(samples=512, length=64, batch=8, workers=0, ranks=1)
 
@@ -104,7 +107,7 @@ def examine_run(folder: Path, progress: ProgressCallback) -> list[Finding]:
     run = _Examined(folder, read_run(folder), recipe, plan, environment, lines, validations)
     found = [_state(run), _log(run)]
     if lines:
-        found.append(_divergence(run))
+        found += [_divergence(run), *_guards(run)]
     if validations and recipe.objectives[-1].kind != "rtd":  # whose loss is not that of tokens
         found += [_unigram_line(run), _overfitting(run)]
     found.append(_unknown(run))
@@ -231,6 +234,37 @@ def _divergence(run: _Examined) -> Finding:
     return Finding("divergence", level, figure, why, run.slower(), {"step": step, "rise": rise})
 
 
+def _guards(run: _Examined) -> list[Finding]:
+    """Return what the guards of the run have logged, if anything: skipped steps, returns and jumps of the loss."""
+    found: list[Finding] = []
+    skipped = [line for line in run.lines if isinstance(line.get("skipped_steps"), int)]
+    returns = [line["rollback"] for line in run.lines if isinstance(line.get("rollback"), Mapping)]
+    if skipped or returns:
+        count_skipped = sum(line["skipped_steps"] for line in skipped)
+        figure = f"{count_skipped:,} steps were skipped" + _at_steps([line["step"] for line in skipped])
+        if returns:
+            back = ", ".join(f"from {each.get('from_step')} to {each.get('to_step')}" for each in returns[:_NAMED])
+            figure += f"; the run went back to an earlier checkpoint: steps {back}"
+        why = "their loss or gradient was not finite; after a return, the learning rates are half as high"
+        level: Severity = "problem" if returns else "note"
+        values = {"skipped_steps": count_skipped, "rollbacks": len(returns)}
+        found.append(Finding("skipped steps", level, figure, why, run.slower(), values))
+    spikes = [line["step"] for line in run.lines if isinstance(line.get("loss_spike"), int | float)]
+    if spikes:
+        figure = f"{len(spikes):,} jumps of the training loss above the lines before" + _at_steps(spikes)
+        why = "a jump that comes back costs the steps until then; a few in a long run are common"
+        found.append(Finding("loss spikes", "note", figure, why, run.slower(), {"steps": spikes[:_NAMED]}))
+    return found
+
+
+def _at_steps(steps: Sequence[int]) -> str:
+    """Return the numbers of the first log lines of some."""
+    if not steps:
+        return ""
+    more = ", …" if len(steps) > _NAMED else ""
+    return f", in the lines of steps {', '.join(f'{step:,}' for step in steps[:_NAMED])}{more}"
+
+
 def _overfitting(run: _Examined) -> Finding:
     """Return whether the validation loss rises while the training loss falls."""
     losses = [(_loss(line["validation"]), int(line["step"])) for line in run.validations]
@@ -311,6 +345,12 @@ def _masking(run: _Examined, progress: ProgressCallback) -> Finding:
     if not isinstance(objective, MaskingConfig):
         return Finding("masking", "ok", f"objective {objective.kind} has no mask rate to audit", why)
     tokenizer = load_run_tokenizer(run.folder, run.environment)
+    marks = read_marks(run.folder)
+    if unknown := [each for each in run.environment["text"]["paths"] if is_remote(each) and not is_marked(each, marks)]:
+        # A run from elsewhere could make this machine send requests to any address.
+        figure = f"not audited: you have not given this address on this machine: {visible(unknown[0])}"
+        command = run.resume() + " --text ADDRESS"
+        return Finding("masking", "note", figure, "addresses of a run from elsewhere are not opened", command)
     try:
         source = reopen_text(run.folder, run.environment, run.recipe.data)
         texts = list(first_texts(source, _AUDIT_CHARACTERS))

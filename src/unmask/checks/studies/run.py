@@ -120,6 +120,8 @@ def _run_missing(session: _Session, result: dict[str, Any], earlier: Sequence[Ma
         }
         if done:
             files.write_json(out / RESULT, result)
+        if key is not None:  # only now that the result can't be lost, whatever signal comes
+            session.end(done[key], f"{number} of {len(missing)}")
 
 
 def _rotated(variants: Sequence[VariantConfig], by: int) -> list[VariantConfig]:
@@ -243,10 +245,6 @@ class _RunDisplay(Display):
             self._shown = now
             self._outer.progress(self._name, min(state.step / self._steps, 0.999))
 
-    def end(self) -> None:
-        """Shows that the run is measured."""
-        self._outer.progress(self._name, 1.0)
-
 
 @dataclass
 class _Session:
@@ -294,9 +292,8 @@ class _Session:
         return files.digest(recipe, measured, __version__, *self.text.train, *self.text.test)[:16]
 
     def run(self, variant: VariantConfig, seed: int, key: str, place: str) -> dict[str, Any]:
-        """Train and measure one variant with one seed; continue a run that was stopped."""
-        folder, name = self.work / key, f"{variant.name}, seed {seed} ({place})"
-        display = _RunDisplay(self.display, name)
+        """Train and measure one variant with one seed; continue a run that was stopped. Its folder is kept."""
+        folder, display = self.work / key, _RunDisplay(self.display, f"{variant.name}, seed {seed} ({place})")
         if folder.exists() and not os.path.lexists(folder / RunLayout.LATEST):  # stopped before its first checkpoint
             shutil.rmtree(folder)
         began, processor = time.perf_counter(), time.process_time()
@@ -323,10 +320,6 @@ class _Session:
             context=self.context,
         )
         measures = {measure: MEASURES[measure].compute(finished) for measure in self.study.config.measures}
-        display.end()
-        shutil.rmtree(folder)
-        measure, value = next(iter(measures.items()))
-        self.display.message(f"{name}: {measure} {'–' if value is None else f'{value:.4f}'}")
         return {
             "key": key,
             "variant": variant.name,
@@ -339,6 +332,14 @@ class _Session:
             "curve": curve,
             "warnings": display.warnings,
         }
+
+    def end(self, result: Mapping[str, Any], place: str) -> None:
+        """Delete the folder of a run whose result is stored, and show the result."""
+        name = f"{result['variant']}, seed {result['seed']} ({place})"
+        shutil.rmtree(self.work / result["key"])
+        measure, value = next(iter(result["measures"].items()))
+        self.display.progress(name, 1.0)
+        self.display.message(f"{name}: {measure} {'–' if value is None else f'{value:.4f}'}")
 
     def _curve(self, folder: Path, variant: VariantConfig) -> list[dict[str, Any]]:
         """Return the validations of a run, with the tokens that it had processed and predicted.

@@ -342,7 +342,7 @@ class Store:
         found = _retried(lambda: self._files.find(self._path, detail=True), self.address, self.kind)
         below = f"{self._path}/"
         return [
-            RemoteObject(f"{self._scheme}://{path}", path.removeprefix(below), facts["size"], "")
+            replace(self._object(path, facts), path=path.removeprefix(below))
             for path, facts in sorted(found.items())
             if path.startswith(below) and not path.endswith(("/", f"/{PROBE}"))  # a console marks folders with "NAME/"
         ]

@@ -8,13 +8,23 @@ import logging
 import os
 import shlex
 import threading
+from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any, Final, cast
 
-from unmask.core.errors import RunError, StoreError, UnmaskError
-from unmask.core.files import RunLayout, atomic_directory, verify_manifest, write_pointer
+from unmask.core.errors import ModelError, RunError, StoreError, UnmaskError
+from unmask.core.files import (
+    RunLayout,
+    atomic_directory,
+    default_cache,
+    digest,
+    pickled_error,
+    verify_manifest,
+    wrap_os_errors,
+    write_pointer,
+)
 from unmask.core.format import join_names, masked
-from unmask.core.remote import PROBE, STEP, Store, reporter, require_space
+from unmask.core.remote import OBJECTS, PROBE, STEP, RemoteObject, Store, reporter, require_space
 
 _log = logging.getLogger("unmask")
 _NOT_COPIED: Final = frozenset({RunLayout.LOCK, RunLayout.LATEST, "report.html"})
@@ -30,7 +40,8 @@ class RunUpload:
 
     A pass copies what has changed: first all but the steps, then each complete step. The last file of a folder is its
     card.json: a step without one is incomplete. At most one pass waits, however many steps are saved meanwhile. A pass
-    that fails is repeated after the next save.
+    that fails is repeated after the next save; it goes on with the file that failed. What was deleted in the store
+    meanwhile is copied again.
 
     Args:
         run: directory of the run.
@@ -39,9 +50,11 @@ class RunUpload:
     """
 
     def __init__(self, run: Path, address: str, keep: int) -> None:
-        self._run, self.address, self._keep = run, address, keep
+        # The named folder is shown; the absolute one is read, also if the program changes its working folder.
+        self._named, self._run, self.address, self._keep = run, run.absolute(), address, keep
         self._store = Store(address, StoreError)
         self._copied: dict[str, tuple[int, int]] = {}  # size and time of each file when it was copied
+        self._sent: dict[str, tuple[int, int]] = {}  # likewise of the files of folders that are not complete yet
         self._changed, self._is_ending = threading.Event(), False
         self._thread = threading.Thread(target=self._work, name="upload", daemon=True)
         self._failures, self._is_own = 0, False  # whether the address was seen to be empty or to have this run
@@ -66,7 +79,7 @@ class RunUpload:
 
     def _work(self) -> None:
         is_last = False
-        while not is_last:
+        while not is_last or self._changed.is_set():  # set by a last pass in which a file was replaced
             self._changed.wait()
             self._changed.clear()
             is_last = self._is_ending
@@ -90,7 +103,7 @@ class RunUpload:
                 f"{len(missing):,} files of the run are not uploaded ({folders}): {masked(reason)}",
                 location=self.address,
                 hint="upload them when the store can be written: "
-                f"unmask pretrain --resume {shlex.quote(str(self._run))}",
+                f"unmask pretrain --resume {shlex.quote(str(self._named))}",
             )
 
     def _missing(self) -> list[str]:
@@ -105,9 +118,15 @@ class RunUpload:
     def _copy(self) -> None:
         if not self._is_own:
             _require_own(self._store, self._run)
-            if (self._run / RunLayout.ENVIRONMENT).is_file():
-                self._put(RunLayout.ENVIRONMENT)  # first, because it says whose copy this is
             self._is_own = True
+        objects = {one.path: one.size for one in self._store.list()}
+        if RunLayout.ENVIRONMENT in objects and not _is_copy(self._store, self._run):
+            raise _of_others(self._store, self._run)  # another run has got the address meanwhile
+        for known in (self._copied, self._sent):
+            for name in [name for name, (size, _) in known.items() if objects.get(name) != size]:
+                del known[name]
+        if RunLayout.ENVIRONMENT not in objects and (self._run / RunLayout.ENVIRONMENT).is_file():
+            self._put(RunLayout.ENVIRONMENT)  # first, because it says whose copy this is
         folders = self._folders()
         for folder in folders:
             try:
@@ -116,7 +135,7 @@ class RunUpload:
                 self.notify()
         steps = [folder for folder in folders if folder.startswith(STEP)]
         kept = set(steps[-self._keep :])
-        there = {one.path.partition("/")[0] for one in self._store.list() if one.path.startswith(STEP)}
+        there = {name.partition("/")[0] for name in (*objects, *self._copied) if name.startswith(STEP)}
         for name in sorted(there - kept)[: max(0, len(there | kept) - self._keep)]:
             self._store.remove_folder(name)
 
@@ -160,12 +179,14 @@ class RunUpload:
             self._copied = {name: known for name, known in self._copied.items() if name not in names}
             content = (self._run / card).read_bytes()
             for name in names:
-                if name != card:
+                if name != card and self._sent.get(name) != facts[name]:
                     self._put(name)
+                    self._sent[name] = facts[name]
             if any(self._facts(name) != facts[name] for name in names):  # replaced meanwhile: perhaps a mixture
                 raise _Vanished
             self._store.put_bytes(content, card)
         self._copied |= facts
+        self._sent = {name: known for name, known in self._sent.items() if name not in facts}
 
     def _put(self, name: str) -> None:
         try:
@@ -207,14 +228,21 @@ def _require_own(store: Store, run: Path | None) -> None:
     Raises:
         RunError: it has other objects.
     """
-    if not store.list():
-        return
+    if store.list() and (run is None or not _is_copy(store, run)):
+        raise _of_others(store, run)
+
+
+def _is_copy(store: Store, run: Path) -> bool:
+    """Return whether the env.json of a store is that of a run."""
     there = store.get(RunLayout.ENVIRONMENT)
-    if run is not None and there is not None and (run / RunLayout.ENVIRONMENT).is_file():
-        own = (run / RunLayout.ENVIRONMENT).read_bytes()
-        if there == own or _identity(there) == _identity(own) != "":
-            return
-    raise RunError(
+    if there is None or not (run / RunLayout.ENVIRONMENT).is_file():
+        return False
+    own = (run / RunLayout.ENVIRONMENT).read_bytes()
+    return there == own or _identity(there) == _identity(own) != ""
+
+
+def _of_others(store: Store, run: Path | None) -> RunError:
+    return RunError(
         "there are objects at this address already" + ("" if run is None else ", and not those of this run"),
         location=store.address,
         hint=f"choose another train.upload, or continue that run: unmask pretrain --resume {store.address}",
@@ -231,11 +259,78 @@ def _identity(environment: bytes) -> str:
     return name if isinstance(name, str) else ""
 
 
+def fetch_model(address: str) -> Path:
+    """Return a copy, in the cache, of a model: a folder, or of a run the best model, else the last complete step.
+
+    Raises:
+        ModelError: there is no model at the address, it has pickles, or the store can't be read.
+        DamagedError: a file is not what the digests of its folder say.
+        StoreError: the cache can't be written.
+    """
+    from filelock import FileLock
+
+    store = Store(address, ModelError)
+    objects = _objects(store)
+    folder = ""
+    if RunLayout.RECIPE in objects and RunLayout.CONFIG not in objects:
+        complete = {name.removesuffix(f"/{RunLayout.CARD}") for name in objects if name.endswith(f"/{RunLayout.CARD}")}
+        steps = sorted(name for name in complete if name.startswith(STEP))
+        best = next((name for name in (RunLayout.BEST, *reversed(steps)) if name in complete), "")
+        if not best:
+            hint = "name another address, or wait until a step of this run is uploaded"
+            raise ModelError("the run at this address has no complete model", location=address, hint=hint)
+        folder = f"{best}/"
+    resume = f"{folder}{RunLayout.RESUME}/"
+    wanted = [one for name, one in objects.items() if name.startswith(folder) and not name.startswith(resume)]
+    if not any(PurePosixPath(one.path).name == RunLayout.CONFIG for one in wanted):
+        hint = "name the folder of a model or of a run"
+        raise ModelError("no model at this address: config.json is missing", location=address, hint=hint)
+    identity = digest(masked(address), *(f"{one.path} {one.size} {one.identity}" for one in wanted))
+    target = default_cache() / OBJECTS / f"model-{identity}"
+    with wrap_os_errors(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(target.with_name(f".{target.name}.lock")):  # ranks that need the same model wait for it
+            if not target.is_dir():
+                with atomic_directory(target) as aside:
+                    _download(store, wanted, aside, folder)
+                _log.info(f"downloaded the model of {masked(address)} to {target}")
+    return target
+
+
+def _objects(store: Store) -> dict[str, RemoteObject]:
+    """Return the objects of a store by name.
+
+    Raises:
+        ModelError: one is a pickle of `torch.distributed.checkpoint`.
+    """
+    objects = {one.path: one for one in store.list()}
+    if pickled := next((name for name in objects if PurePosixPath(name).name == RunLayout.PICKLED), ""):
+        raise pickled_error(f"{store.address}/{pickled}")
+    return objects
+
+
+def _download(store: Store, wanted: Sequence[RemoteObject], folder: Path, below: str = "") -> None:
+    """Write the objects, whose names begin with `below`, to a folder, and compare them with the digests among them."""
+    total, done = sum(one.size or 0 for one in wanted), 0
+    require_space(folder, total)
+    for one in wanted:
+        target = folder / one.path.removeprefix(below)
+        if not target.resolve().is_relative_to(folder.resolve()):
+            location = f"{store.address}/{one.path}"
+            raise store.kind("invalid name of an object", location=location, hint="remove it")
+        target.parent.mkdir(parents=True, exist_ok=True)
+        store.download(one, target, reporter(store.address, done, total))
+        done += one.size or 0
+    for manifest in sorted(folder.rglob(RunLayout.DIGESTS)):
+        verify_manifest(manifest.parent)
+
+
 def fetch_run(address: str, folder: Path) -> None:
     """Download a run: its settings, its best model, its log and its last complete step.
 
     Raises:
         RunError: the folder exists, or there is no run at the address.
+        ModelError: there is a pickle of `torch.distributed.checkpoint`.
         DamagedError: a file is not what the run's digests say.
         StoreError: the disk can't be written.
     """
@@ -243,7 +338,7 @@ def fetch_run(address: str, folder: Path) -> None:
         hint = f"continue that copy: unmask pretrain --resume {shlex.quote(str(folder))}; or work in another directory"
         raise RunError("the folder for the downloaded run exists", location=str(folder), hint=hint)
     store = Store(address, RunError)
-    objects = {one.path: one for one in store.list()}
+    objects = _objects(store)
     if RunLayout.RECIPE not in objects:
         raise RunError("no run at this address", location=address, hint="check the address")
     folders = {name.partition("/")[0] for name in objects if "/" in name}
@@ -252,18 +347,8 @@ def fetch_run(address: str, folder: Path) -> None:
     # A model folder without a card was being copied when the run ended.
     left_out = {each for each in folders - complete if f"{each}/{RunLayout.CONFIG}" in objects} | set(steps[:-1])
     wanted = [one for name, one in objects.items() if name.partition("/")[0] not in left_out]
-    total, done = sum(one.size or 0 for one in wanted), 0
     with atomic_directory(folder) as aside:
-        require_space(aside, total)
-        for one in wanted:
-            target = aside / one.path
-            if not target.resolve().is_relative_to(aside.resolve()):
-                raise RunError("invalid name of an object", location=f"{address}/{one.path}", hint="remove it")
-            target.parent.mkdir(parents=True, exist_ok=True)
-            store.download(one, target, reporter(address, done, total))
-            done += one.size or 0
-        for manifest in sorted(aside.rglob(RunLayout.DIGESTS)):
-            verify_manifest(manifest.parent)
+        _download(store, wanted, aside)
         if steps:
             write_pointer(aside / RunLayout.LATEST, steps[-1])
     _log.info(f"downloaded the run to {folder}: {steps[-1] if steps else 'no step was saved'}")

@@ -195,6 +195,8 @@ class Summary:
     best_step: int | None = None  # of the lowest validation loss
     best_loss: float | None = None
     early: str = ""  # why the run ended before its plan, if it did
+    skipped_steps: int = 0  # whose loss or gradient was not finite
+    rollbacks: int = 0  # how often the run went back to an earlier checkpoint
     before: Mapping[str, Any] | None = None  # the validation before the first step of a run with --from
 
 

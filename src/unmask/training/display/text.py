@@ -215,6 +215,10 @@ def comparison_rows(summary: Summary, plan: Plan | None) -> list[Comparison]:
             rows.append(Comparison("sentence-pair accuracy (chance 50%)", "", f"{last.pair.accuracy:.1%}"))
     if summary.best_loss is not None and summary.best_step != summary.steps:
         rows.append(Comparison("best validation loss", "", f"{summary.best_loss:.3f} at step {summary.best_step:,}"))
+    if summary.skipped_steps:
+        rows.append(Comparison("skipped steps (loss or gradient not finite)", "", f"{summary.skipped_steps:,}"))
+    if summary.rollbacks:
+        rows.append(Comparison("returns to an earlier checkpoint", "", f"{summary.rollbacks}"))
     if summary.early:
         rows.append(Comparison("stopped early", "", summary.early))
     return rows

@@ -19,6 +19,7 @@ from unmask.models import (
     electra_flops_per_token,
     electra_products,
     flops_per_token,
+    non_embedding_parameters,
     num_parameters,
     products,
 )
@@ -136,6 +137,7 @@ def forecast_bytes(
     peak = measured.peak_bytes if measured else peak_bytes(context) + required_bytes(recipe, vocab_size, context)
     if context.device.type != "cpu":
         return peak
+    peak += _copied_bytes(recipe, vocab_size, context)
     factor = _GROWTH if measured is None or measured.sizes_vary else _GROWTH_EQUAL_SIZES
     done = measured.steps if measured else (0,) * len(plan.stages)
     for stage, planned, before in zip(recipe.stage, plan.stages, done, strict=True):
@@ -144,18 +146,57 @@ def forecast_bytes(
     return peak
 
 
+def _copied_bytes(recipe: Recipe, vocab_size: int, context: DistributedContext) -> int:
+    """Returns the bytes of the copy from which a checkpoint is written in the background; 0 without one.
+
+    It has the weights, their average, and the two numbers per parameter that Adam keeps; Muon keeps one.
+    """
+    if not recipe.train.background_save:
+        return 0
+    parameters = num_parameters(recipe.model, vocab_size) + _generator_parameters(recipe, vocab_size)
+    return parameters * 4 * (3 + (recipe.train.ema_decay > 0)) // num_shards(recipe, context)
+
+
 def required_bytes(recipe: Recipe, vocab_size: int, context: DistributedContext, micro_tokens: int = 0) -> int:
-    """Returns the memory that a run needs at least, in addition to that of the libraries and the text.
+    """Returns the memory that each rank needs at least, in addition to that of the libraries and the text.
 
     It counts weights, gradients, optimizer state, and the activations and logits of one micro-batch of training or,
-    without gradients, of validation. `micro_tokens` replaces the recipe's size of a micro-batch.
+    without gradients, of validation. With shards, a rank has a part of weights, gradients and state. In addition, it
+    has what is gathered: in a step embeddings and one block, in a validation all weights.
+    `micro_tokens` replaces the recipe's size of a micro-batch.
     """
     parameters = num_parameters(recipe.model, vocab_size) + _generator_parameters(recipe, vocab_size)
     validated = max(_layer_bytes(recipe.model, stage.max_seq_len, context) for stage in recipe.stage)
     validated += _EVAL_MASKED * vocab_size * (_width(context) + 8)
-    trained = max(_activation_bytes(recipe, stage, vocab_size, context, micro_tokens) for stage in recipe.stage)
-    has_ema = recipe.train.ema_decay > 0
-    return training_bytes(parameters, has_ema=has_ema) + round(max(trained, _EVAL_TOKENS * validated))
+    shards = num_shards(recipe, context)
+    weights = 4 * parameters if shards > 1 else 0
+    trained = max(
+        _activation_bytes(recipe, stage, vocab_size, context, micro_tokens)
+        + (_gathered_bytes(recipe, stage, vocab_size, context, micro_tokens) if shards > 1 else 0)
+        for stage in recipe.stage
+    )
+    states = -(-training_bytes(parameters, has_ema=recipe.train.ema_decay > 0) // shards)
+    return states + round(max(trained, weights + _EVAL_TOKENS * validated))
+
+
+def num_shards(recipe: Recipe, context: DistributedContext) -> int:
+    """Returns in how many parts weights, gradients and optimizer state are divided among the ranks."""
+    return context.ranks if recipe.train.parallel == "fsdp" else 1
+
+
+def _gathered_bytes(
+    recipe: Recipe, stage: StageConfig, vocab_size: int, context: DistributedContext, micro_tokens: int
+) -> int:
+    """Returns the bytes that a rank gathers in a step with shards: embeddings and one block, and their gradients.
+
+    With several micro-batches, all gradients are whole until they are added over the ranks in the last one.
+    """
+    parameters = num_parameters(recipe.model, vocab_size)
+    blocks = non_embedding_parameters(recipe.model, vocab_size)
+    gathered = parameters - blocks + blocks // recipe.model.num_hidden_layers
+    micro = micro_tokens or round(recipe.train.micro_batch_size.number)
+    has_several = stage.batch_tokens > micro * context.ranks
+    return 4 * (gathered + (parameters if has_several else gathered))
 
 
 def _generator_parameters(recipe: Recipe, vocab_size: int) -> int:
@@ -207,7 +248,7 @@ def check_memory(recipe: Recipe, vocab_size: int, context: DistributedContext) -
     Raises:
         RecipeError: it doesn't; the hint names the largest micro-batch that fits, else the largest shipped recipe.
     """
-    available = available_bytes(context) // (context.ranks if context.device.type == "cpu" else 1)
+    available = available_bytes(context) // (context.local_ranks if context.device.type == "cpu" else 1)
     needed = required_bytes(recipe, vocab_size, context)
     if not available or needed <= available:
         return

@@ -26,7 +26,7 @@ from unmask.evaluation.validation import validates
 from unmask.models.model import Model
 from unmask.models.parallel import share
 from unmask.training import checkpoint
-from unmask.training.estimate.memory import peak_bytes, training_bytes
+from unmask.training.estimate.memory import num_shards, peak_bytes, training_bytes
 from unmask.training.loop import (
     EMA,
     Callback,
@@ -431,8 +431,16 @@ class _Probe:
                 best = self._agreed(lambda: is_main and checkpoint.save_best(folder, model, module.parts))
         save = size / _BYTES_PER_SECOND
         if max(save, best) <= left:
-            save = self._agreed(lambda: checkpoint.save(folder, model, module.parts, trial, TrainState(), 1))
+            save = self._agreed(partial(self._save, folder))
         return best, save
+
+    def _save(self, folder: Path) -> None:
+        """Writes a checkpoint as a run does, but not in the background."""
+
+        def model_of(module: TrainModule) -> Model:
+            return as_model(self._recipe, self._components, module, TrainState())
+
+        checkpoint.prepare(folder, model_of, self._trial, TrainState(), 1, copies=False)()
 
     # Memory -----------------------------------------------------------------------------------------------------------
 
@@ -445,7 +453,8 @@ class _Probe:
         peak, micro = context.sum([peak_bytes(context)])[0] / context.ranks, self._recipe.train.micro_batch_size.number
         if not peak or any(timer.tokens < min(micro, timer.stage.batch_tokens) for timer in self.timers):
             return None
-        peak = max(before, round(peak) - self._components.num_parameters * 4 * (1 + has_ema))
+        copies = self._components.num_parameters * 4 * (1 + has_ema) // num_shards(self._recipe, context)
+        peak = max(before, round(peak) - copies)
         # A step takes whole sequences: if they have different lengths, it exceeds the size of the batch.
         sizes_vary = any(timer.sizes - {timer.stage.batch_tokens} for timer in self.timers)
         return MeasuredMemory(peak, tuple(timer.full_steps for timer in self.timers), sizes_vary)

@@ -1,0 +1,287 @@
+"""Checkpoints of a run: writing step folders, the best model and the link `latest`, and restoring a training state."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import os
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from unmask.core import files
+from unmask.core.distributed import DistributedContext
+from unmask.core.errors import DamagedError, RunError
+from unmask.core.files import RunLayout
+from unmask.models.model import Model, follow, how_to_point, save_model
+from unmask.models.parallel import held_rows, like_parameter, set_parameter, to_cpu
+from unmask.training.checkpoint.shards import (
+    EMA,
+    OPTIMIZER,
+    WEIGHTS,
+    Part,
+    WriterGroup,
+    file_of,
+    open_tensors,
+    parts_of,
+    write_index,
+    write_together,
+)
+from unmask.training.loop import TrainLoopInputs, TrainModule, TrainState
+
+_log = logging.getLogger("unmask")
+_STATE = "state.json"
+
+
+def step_name(step: int) -> str:
+    """Returns the name of a step's folder."""
+    return f"step-{step:07d}"
+
+
+@dataclass(frozen=True)
+class _Snapshot:
+    """What a checkpoint of a step is written from."""
+
+    step: int
+    state: dict[str, Any]  # content of state.json
+    module: TrainModule  # the weights for `transformers`; of a sharded run, without their values
+    parts: Mapping[str, Mapping[str, Part]]  # what this rank writes to resume/, by kind and name
+
+
+def prepare(
+    run: Path,
+    as_model: Callable[[TrainModule], Model],
+    training: TrainLoopInputs,
+    state: TrainState,
+    keep: int,
+    *,
+    copies: bool,
+) -> Callable[[], Path]:
+    """Returns a function that writes a step folder, points `latest` to it and deletes all but the last `keep` steps.
+
+    `transformers` loads the folder as a model. Its `resume/` contains the training state, which only unmask reads. All
+    ranks call both functions. If the run is sharded, each rank writes its own rows, else rank 0 writes everything.
+
+    Args:
+        run: Folder of the run.
+        as_model: Function that returns the model of a module with the weights to export.
+        training: Weights and optimizer, which may be sharded.
+        state: Training state.
+        keep: Number of step folders that are kept.
+        copies: Whether everything is copied to the CPU now. The function may then run in another thread while training
+            goes on. Without copies, it writes the tensors as they are when it is called.
+
+    Returns:
+        A function that returns the step folder. It raises StoreError if the disk is full or not writable; earlier steps
+        are intact.
+    """
+    target, is_sharded = run / step_name(state.step), training.parallelism.is_sharded
+    if not training.context.is_main_process and not is_sharded:
+        return lambda: target
+    snapshot = _take_snapshot(training, state, copies=copies)
+    if not is_sharded:
+        return partial(_write_step, target, snapshot, as_model(snapshot.module), keep, None)
+    group = _group_of(training.context)
+    if not training.context.is_main_process:
+        return partial(_write_part, target, snapshot, training.context.rank, group)
+    return partial(_write_step, target, snapshot, as_model(snapshot.module), keep, group)
+
+
+def _take_snapshot(training: TrainLoopInputs, state: TrainState, *, copies: bool) -> _Snapshot:
+    parallelism, context, average = training.parallelism, training.context, training.ema
+    exported = average.module if average else training.module
+    if copies or parallelism.is_sharded:
+        exported = parallelism.snapshot(exported)
+    tensors: dict[str, Mapping[str, Tensor]] = {
+        WEIGHTS: training.module.state_dict(),
+        OPTIMIZER: training.optimizer.state_tensors(),
+    }
+    if average:
+        tensors[EMA] = average.state_dict()
+    parts: dict[str, Mapping[str, Part]] = {}
+    for kind, named in tensors.items():
+        # The exported weights were copied just now: one copy is enough.
+        is_exported = kind == (EMA if average else WEIGHTS) and not parallelism.is_sharded
+        named = exported.state_dict() if is_exported else named
+        parts[kind] = parts_of(named, context, copies=copies and not is_exported)
+    return _Snapshot(state.step, copy.deepcopy(state.to_json()), exported, parts)
+
+
+_groups: dict[int, WriterGroup] = {}  # by number of ranks: one per process, whose ranks stay the same
+
+
+def _group_of(context: DistributedContext) -> WriterGroup:
+    if context.ranks not in _groups:
+        _groups[context.ranks] = WriterGroup(context)
+    return _groups[context.ranks]
+
+
+def _write_part(target: Path, snapshot: _Snapshot, rank: int, group: WriterGroup) -> Path:
+    write_together(None, snapshot.parts, rank, group)
+    return target
+
+
+def _write_step(target: Path, snapshot: _Snapshot, model: Model, keep: int, group: WriterGroup | None) -> Path:
+    """Writes a step folder on rank 0; with a group, each of its ranks writes its part of resume/."""
+    is_announced = False
+    try:
+        with files.atomic_directory(target) as folder:
+            resume = folder / RunLayout.RESUME
+            resume.mkdir()
+            if group is None:
+                for kind, parts in snapshot.parts.items():
+                    files.save_tensors({name: part.rows for name, part in parts.items()}, file_of(resume, kind))
+            else:
+                is_announced = True
+                write_together(resume, snapshot.parts, 0, group)
+                write_index(resume, snapshot.parts)
+                _fill(snapshot, resume)
+            # model.safetensors has the layout of transformers: some tensors are stacked or transposed. A resume needs
+            # the tensors of the modules themselves.
+            save_model(folder, model)
+            _write_parts(folder, snapshot.module.parts)
+            files.write_json(resume / _STATE, snapshot.state)
+            files.write_manifest(resume)
+            files.write_manifest(folder)
+    except BaseException:
+        if group is not None and not is_announced:
+            group.share(None)  # the other ranks wait for the folder
+        raise
+    run = target.parent
+    if not files.write_pointer(run / RunLayout.LATEST, target.name):
+        _log.info(f"can't create symbolic links: `{RunLayout.LATEST}` is a text file that names the last checkpoint")
+    for old in sorted(run.glob("step-*"))[:-keep]:
+        if old.name != target.name:
+            shutil.rmtree(old, ignore_errors=True)
+    return target
+
+
+def _fill(snapshot: _Snapshot, resume: Path) -> None:
+    """Reads the weights to export from the files of all ranks."""
+    with open_tensors(resume, EMA if EMA in snapshot.parts else WEIGHTS) as saved:
+        for name, _ in list(snapshot.module.named_parameters()):
+            set_parameter(snapshot.module, name, saved.whole(name))
+
+
+def _write_parts(folder: Path, parts: nn.Module | None) -> None:
+    """Writes the parameters of the objective, if it has any."""
+    tensors = parts.state_dict() if parts else {}
+    if tensors:
+        files.save_tensors(
+            {name: to_cpu(tensor, copies=False) for name, tensor in tensors.items()}, folder / RunLayout.OBJECTIVE
+        )
+
+
+def save_best(run: Path, model: Model, parts: nn.Module | None = None) -> Path:
+    """Replaces the best model: a model folder without `resume/`. `parts` are the modules of the objective."""
+    return save_kept(run, RunLayout.BEST, model, parts)
+
+
+def save_kept(run: Path, name: str, model: Model, parts: nn.Module | None = None) -> Path:
+    """Writes or replaces a model folder without `resume/`. `parts` are the modules of the objective."""
+    target = run / name
+    with files.atomic_directory(target) as folder:
+        save_model(folder, model)
+        _write_parts(folder, parts)
+        files.write_manifest(folder)
+    return target
+
+
+def load(run: Path, training: TrainLoopInputs) -> TrainState:
+    """Restores weights, optimizer state and training state from a run's latest step.
+
+    Raises:
+        RunError: the run has no checkpoint, or recipe.toml was changed to a model of another shape.
+        DamagedError: a file is missing, truncated or changed, or the files of the ranks don't fit together; the error
+            names the file.
+        ModelError: the checkpoint has a pickle of `torch.distributed.checkpoint`.
+    """
+    folder = latest(run)
+    for place in (folder, folder / RunLayout.RESUME):
+        files.refuse_pickled(place)
+    try:
+        files.verify_manifest(folder)
+        files.verify_manifest(folder / RunLayout.RESUME)
+    except DamagedError as error:
+        others = [path.name for path in sorted(run.glob("step-*")) if path != folder]
+        earlier = f", or resume from an earlier step: {how_to_point(run, others[-1])}" if others else ""
+        raise DamagedError(error.message, location=error.location, hint=f"restore it from a copy{earlier}") from error
+    resume = folder / RunLayout.RESUME
+    try:
+        training.module.load_state_dict(_read_tensors(resume, WEIGHTS, training.module.state_dict()))
+        if training.ema:
+            training.ema.module.load_state_dict(_read_tensors(resume, EMA, training.ema.state_dict()))
+    except RuntimeError as error:  # torch names each tensor that differs
+        raise RunError(
+            f"the weights don't match the run's recipe: {error}",
+            location=str(resume),
+            hint="undo the changes to recipe.toml",
+        ) from error
+    training.optimizer.load_state_tensors(_read_tensors(resume, OPTIMIZER, training.optimizer.state_tensors()))
+    if not training.context.is_main_process:
+        return read_state(folder)
+    files.recover(run / RunLayout.BEST)
+    # A kill during a save leaves these folders.
+    for name in ("step-*", RunLayout.BEST, f"{RunLayout.KEPT}*"):
+        for leftover in run.glob(f".{name}.aside-*"):
+            shutil.rmtree(leftover, ignore_errors=True)
+    return read_state(folder)
+
+
+def latest(run: Path) -> Path:
+    """Returns the folder of the last complete step.
+
+    Raises:
+        RunError: the run has no checkpoint, or `latest` became a folder when the run was copied.
+        DamagedError: the step that `latest` names is missing.
+    """
+    link = run / RunLayout.LATEST
+    if not os.path.lexists(link):
+        raise RunError(
+            "this run has no checkpoint yet",
+            location=str(run),
+            hint="delete the folder and start a new run",
+        )
+    if link.is_dir() and not link.is_symlink():
+        raise RunError(
+            "`latest` is a folder, not a link",
+            location=str(link),
+            hint="delete it and link the last step: ln -s step-… latest (cp -a and rsync -a keep links)",
+        )
+    return follow(link)
+
+
+def read_state(folder: Path) -> TrainState:
+    """Reads the training state of a step folder.
+
+    Raises:
+        DamagedError: another version of this package wrote it.
+    """
+    path = folder / RunLayout.RESUME / _STATE
+    tree: Any = files.read_json(path)
+    try:
+        return TrainState.from_json(tree)
+    except (KeyError, TypeError, ValueError) as error:
+        raise DamagedError(
+            f"invalid training state: {type(error).__name__}: {error}",
+            location=str(path),
+            hint="resume with the version of unmask that env.json names",
+        ) from error
+
+
+def _read_tensors(resume: Path, kind: str, current: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Reads the tensors of a kind; of one that is sharded in `current`, only this rank's rows."""
+    tensors: dict[str, Tensor] = {}
+    with open_tensors(resume, kind) as saved:
+        for name in saved:
+            like = current.get(name)
+            if like is None or tuple(like.shape) != saved.shape(name):  # an error, which is reported with both shapes
+                tensors[name] = saved.whole(name)
+            else:
+                tensors[name] = like_parameter(saved.rows(name, *held_rows(like)), like)
+    return tensors
