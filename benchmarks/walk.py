@@ -41,6 +41,7 @@ MARKER = re.compile(r"<!-- source: (\S+)(?: ([\w.]+))?((?: \"[^\"]+\"(?: -> \"[^
 RANGE = re.compile(r"\"([^\"]+)\"(?: -> \"([^\"]+)\")?")
 STAMP = re.compile(r"<!-- translated from ([0-9a-f]{12}) -->\n")
 NUMBER = re.compile(r"-?\d+\.\d+(?:e[+-]?\d+)?|-?\d+e[+-]?\d+")
+PERCENT = re.compile(rf"({NUMBER.pattern})%")
 VARIES = "numbers vary"  # in the title of an output: what training changed, so another machine prints other digits
 
 
@@ -239,11 +240,11 @@ def differences(shown: str, new: str) -> list[str]:
     """Return a line for each block of a page that differs. Numbers with a fraction may differ a little."""
     found: list[str] = []
     for old, block in zip(blocks(shown), blocks(new), strict=True):
-        relative, absolute = (0.5, 0.5) if VARIES in block.info or block.language == "console" else (2e-3, 2e-3)
+        varies = VARIES in block.info or block.language == "console"
         equal = old.info == block.info and (
             old.lines == block.lines
             if block.marker
-            else _about_equal("\n".join(old.lines), "\n".join(block.lines), relative, absolute)
+            else _about_equal("\n".join(old.lines), "\n".join(block.lines), varies=varies)
         )
         if not equal:
             found.append(
@@ -252,11 +253,17 @@ def differences(shown: str, new: str) -> list[str]:
     return found
 
 
-def _about_equal(shown: str, new: str, relative: float, absolute: float) -> bool:
+def _about_equal(shown: str, new: str, *, varies: bool) -> bool:
+    """Return whether two outputs have the same words, and numbers that are as close as another machine's."""
+    relative, absolute, points = (0.7, 1.0, 15.0) if varies else (2e-3, 2e-3, 2e-3)  # points: of numbers in percent
     texts = [" ".join(NUMBER.sub("#", text).split()) for text in (shown, new)]
-    numbers = [[float(number) for number in NUMBER.findall(text)] for text in (shown, new)]
+    found = [
+        [[float(number) for number in pattern.findall(text)] for text in (shown, new)] for pattern in (NUMBER, PERCENT)
+    ]
+    percents = [set(numbers) for numbers in found[1]]
     return texts[0] == texts[1] and all(
-        math.isclose(one, other, rel_tol=relative, abs_tol=absolute) for one, other in zip(*numbers, strict=True)
+        math.isclose(one, other, rel_tol=relative, abs_tol=points if one in percents[0] else absolute)
+        for one, other in zip(*found[0], strict=True)
     )
 
 
