@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import http.server
 import json
+import math
 import random
 import shlex
 import shutil
@@ -20,12 +21,12 @@ from unmask.checks.doctor import Finding
 from unmask.checks.doctor.run import examine_run
 from unmask.checks.doctor.scan import SHINGLE, SIMILAR, TextScan, _Lines, minhash, near_duplicates, scan_text
 from unmask.checks.doctor.text import examine_text
-from unmask.core.errors import DamagedError, TextError
+from unmask.core.errors import DamagedError, RecipeError, TextError
 from unmask.core.files import read_json, write_json
 from unmask.core.plugins import address_marks
 from unmask.data.settings import DataConfig
 from unmask.data.sources import open_text
-from unmask.training.pretrain import launch
+from unmask.training.pretrain import launch, resume
 from unmask.training.recipe import explicit_keys, load_recipe
 from unmask.training.runs import run_lock
 
@@ -357,6 +358,36 @@ def test_addresses_of_a_run_from_elsewhere_are_not_opened(
         server.server_close()
 
 
+def test_a_dataset_of_a_run_from_elsewhere_is_not_downloaded(trained: Path, tmp_path: Path) -> None:
+    text = "dataset:evil/dataset@train"
+    run = Path(shutil.copytree(trained, tmp_path / "run", symlinks=True))
+    environment = read_json(run / "env.json")
+    environment["text"]["paths"] = [text]
+    (run / "env.json").write_text(json.dumps({**environment, "code": {text: "0" * 64}}))
+    found = {found.name: found for found in examine_run(run, lambda what, fraction: None)}["masking"]
+    assert "you have not given this address" in found.figure and found.command.endswith(" --text ADDRESS")
+    with pytest.raises(RecipeError, match="an address that this user has not given"):
+        resume(run, budget="+1 steps")
+    environment["text"]["valid"] = {"news": {"path": text}}
+    (run / "env.json").write_text(json.dumps({**environment, "code": {}}))
+    with pytest.raises(RecipeError, match="an address that this user has not given"):
+        resume(run, budget="+1 steps", texts=[trained.parent / "text.txt"])
+
+
+def test_only_the_end_of_a_large_crash_file_is_read(trained: Path, tmp_path: Path) -> None:
+    run = Path(shutil.copytree(trained, tmp_path / "run", symlinks=True))
+    with (run / "crash.txt").open("wb") as file:
+        file.truncate(1 << 40)  # no bytes are written
+        file.seek(0, 2)
+        file.write(b"\nOSError: full\n")
+    found = examine_run(run, lambda what, fraction: None)[0]
+    assert found.name == "state" and "OSError: full" in found.figure
+    with (run / "log.jsonl").open("ab") as file:
+        file.truncate(1 << 40)
+    with pytest.raises(DamagedError, match="this log is too large"):
+        examine_run(run, lambda what, fraction: None)
+
+
 def test_a_command_quotes_the_folder(trained: Path, tmp_path: Path) -> None:
     run = Path(shutil.copytree(trained, tmp_path / "my run", symlinks=True))
     set_losses(FALLING, FLAT, training_seconds=90.0)(run)
@@ -381,19 +412,31 @@ def test_a_run_that_has_not_done_its_steps_is_not_prolonged(trained: Path, tmp_p
     assert running.severity == "note" and "the run goes on" in running.figure and "--resume" not in running.command
 
 
+LINE = {"masked_tokens": 3, "training_seconds": 1.0, "data_wait_fraction": 0.0, "loss": 2.0, "grad_norm": 1.0}
+
+
 @pytest.mark.parametrize(
     ("file", "change", "says"),
     [
         ("log.jsonl", {"step": 10, "masked_tokens": 3}, "training_seconds of step 10"),
         ("log.jsonl", {"step": 10, "validation": {"loss": None, "masked_tokens": 9}}, "unigram_loss of step 10"),
         ("log.jsonl", {"step": 10, "validation": None}, "masked_tokens of step 10"),
+        ("log.jsonl", {"step": 10, **LINE, "training_seconds": math.nan}, "training_seconds of step 10"),
+        ("log.jsonl", {"step": 10, **LINE, "data_wait_fraction": 10**400}, "data_wait_fraction of step 10"),
+        ("log.jsonl", {"step": 10, **LINE, "masked_tokens": -1}, "masked_tokens of step 10"),
+        ("log.jsonl", {"step": 10, **LINE, "loss": 10**400}, "loss of step 10"),
+        ("log.jsonl", {"step": 10, "validation": {**LINE, "unigram_loss": math.inf}}, "unigram_loss of step 10"),
         ("env.json", {"train_tokens": None}, "text.facts.train_tokens is missing"),
+        ("env.json", {"vocabulary": 10**400}, "text.facts.vocabulary is not a count"),
+        ("env.json", {"words_by": "\ud800"}, "surrogates not allowed"),
     ],
 )
 def test_a_damaged_file_is_named(trained: Path, tmp_path: Path, file: str, change: dict[str, Any], says: str) -> None:
     run = Path(shutil.copytree(trained, tmp_path / "run", symlinks=True))
     if file == "env.json":
-        set_facts(**change)(run)
+        environment = read_json(run / file)
+        environment["text"]["facts"] |= change
+        (run / file).write_text(json.dumps(environment))
     else:
         (run / file).write_text((run / file).read_text() + json.dumps(change) + "\n")
     with pytest.raises(DamagedError, match=says) as caught:

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from unmask.checks.verify import Verification, verify
 from unmask.cli import main
 from unmask.core import files
-from unmask.core.errors import RunError
+from unmask.core.errors import DamagedError, RunError
 from unmask.training.pretrain import launch
 
 SETTINGS = [
@@ -148,6 +148,41 @@ def test_intervals_in_seconds_are_no_difference(prose: Path, tmp_path: Path) -> 
     (run / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in kept))
     found = repeat(run, first_step=0)
     assert [each.name for each in found.comparisons if not each.is_equal] == ["log"], "a change is still found"
+
+
+@pytest.mark.skipif(os.name == "nt", reason="links need rights there")
+@pytest.mark.parametrize(
+    ("name", "target", "says"),
+    [
+        ("step-0000003/resume/optimizer.safetensors", "/dev/zero", "a device or a pipe"),
+        ("step-0000003/model.safetensors", __file__, "invalid file size"),
+        ("step-0000003/not-named", "/dev/zero", ""),
+        ("tokenizer/more", "/usr/share", "leads out of the run"),
+        ("tokenizer/again", ".", "to another folder"),
+        ("texts.jsonl", __file__, "leads out of the run"),
+    ],
+)
+def test_a_link_of_a_run_from_elsewhere_is_not_followed(run: Path, name: str, target: str, says: str) -> None:
+    (run / name).unlink(missing_ok=True)
+    (run / name).symlink_to(target)
+    if not says:
+        assert repeat(run).is_reproduced, "what the digests don't name is not copied"
+        return
+    with pytest.raises(DamagedError, match=says) as caught:
+        repeat(run)
+    assert caught.value.location == str(run / name)
+
+
+def test_a_change_of_the_run_after_the_span_is_named_as_a_possible_reason(run: Path) -> None:
+    environment = json.loads((run / "env.json").read_text())
+    changes = {"resumed_in_different_environment": ["ranks: 2 at the start, 1 now"], "extended": {"steps": 6}}
+    (run / "env.json").write_text(json.dumps(environment | changes))
+    assert repeat(run).possible_reasons == []
+    lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    lines[-1]["tokens"] += 1
+    (run / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    first, second = repeat(run).possible_reasons
+    assert "ranks: 2 at the start, 1 now" in first and "extended to 6 steps" in second
 
 
 def test_what_can_t_be_verified_is_refused(run: Path, tmp_path: Path) -> None:

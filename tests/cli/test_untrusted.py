@@ -111,6 +111,7 @@ def test_a_key_that_others_may_know_is_refused(place: Path, monkeypatch: pytest.
         }
         makers[change]()
     assert not plugins.is_marked(address, marks), "with the right mark"
+    assert not plugins.is_marked("\ud800", {"\ud800": "\ud800"}), "half of a surrogate pair, as JSON may have"
     assert plugins.address_marks([address]) == {}, "and no mark is made with it"
 
 

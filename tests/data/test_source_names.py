@@ -12,6 +12,7 @@ import pytest
 
 from unmask.core.errors import TextError
 from unmask.core.files import default_cache
+from unmask.data.inputs import sends_requests
 from unmask.data.settings import DataConfig
 from unmask.data.sources import FileSource, absolute, is_name, open_source, weighted
 
@@ -48,6 +49,17 @@ def test_folders_and_patterns(place: Path) -> None:
         with pytest.raises(TextError, match=says) as caught:
             documents(name)
         assert caught.value.location == name and caught.value.hint
+
+
+def test_texts_that_send_requests(place: Path) -> None:
+    for name in ("rows", "a#b", "notes"):
+        (place / name).mkdir(exist_ok=True)
+    for name in ("rows", "a#b"):
+        (place / name / "dataset_dict.json").write_text("{}")
+    requests = ["dataset:imdb", "dataset:me/rows@train:2", "s3://bucket/a", "dataset:notes", "dataset:a#b", "a#b"]
+    assert [text for text in requests if not sends_requests(text)] == []
+    local = ["dataset:rows", "dataset:rows@train", "dataset:rows:0.5", "rows", "notes", "none", "", "\0", "a" * 5000, 7]
+    assert [text for text in local if sends_requests(text)] == [], "a folder of save_to_disk, or no dataset at all"
 
 
 def test_notes_describe_the_documents(place: Path) -> None:

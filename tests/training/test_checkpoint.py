@@ -22,8 +22,10 @@ from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
 import unmask
 from unmask.cli.errors import report_error
 from unmask.core import files
+from unmask.core.distributed import DistributedContext
 from unmask.core.errors import DamagedError, ModelError, StoreError
 from unmask.hub.from_hf import open_model
+from unmask.training.checkpoint import read_state, shards
 from unmask.training.checkpoint.background import CheckpointWriter
 from unmask.training.checkpoint.shards import KINDS, open_tensors
 from unmask.training.display import Display
@@ -202,7 +204,7 @@ def test_a_full_disk_is_reported_by_the_next_steps(prose: Path, tmp_path: Path) 
     assert (run / "latest").readlink().name == "step-0000002" and not list(run.glob(".*"))
 
 
-def test_a_writer_writes_in_its_own_thread_and_reports_once(tmp_path: Path) -> None:
+def test_a_writer_writes_in_its_own_thread_and_reports_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     writer, goes_on = CheckpointWriter(), threading.Event()
     names: list[str] = []
 
@@ -226,7 +228,17 @@ def test_a_writer_writes_in_its_own_thread_and_reports_once(tmp_path: Path) -> N
     with pytest.raises(StoreError, match="no space"):
         writer.finished(wait=True)
     assert writer.finished() is None
-    writer.close()
+    writer.start(lambda: tmp_path / str(1 // 0))
+    writer.close()  # does not replace the error that ended the run
+    assert "the last checkpoint is not saved: integer division" in caplog.text
+    goes_on.clear()
+    writer.start(write)
+    (thread,) = [each for each in threading.enumerate() if each.name == names[0]]
+    writer.close(waits=False)  # after a second Ctrl-C; nor does Python wait for daemons
+    assert thread.daemon and thread.is_alive()
+    goes_on.set()
+    thread.join(10)
+    assert not thread.is_alive()
 
 
 # Shards ---------------------------------------------------------------------------------------------------------------
@@ -289,6 +301,7 @@ def test_shards_are_resumed_on_any_number_of_ranks(ranks: Path, tmp_path: Path, 
 def test_a_rank_that_can_not_write_ends_all_and_the_last_checkpoint_is_whole(ranks: Path) -> None:
     first, second = (" ".join((ranks / f"full-{rank}.txt").read_text().split()) for rank in (0, 1))
     assert "error: rank 1 could not write its part of a checkpoint" in first and "Traceback" not in first + second
+    assert "hint: read the message of that rank" in first and "then resume (saved checkpoints are intact)" in first
     assert "error: can't write: File too large" in second and "saved checkpoints are intact" in second
     run = ranks / "full"
     assert (run / "latest").readlink().name == "step-0000002" and not list(run.glob(".*"))
@@ -369,6 +382,44 @@ def test_files_that_do_not_fit_together_are_named(
         resume(run, budget="+1 steps")
     assert Path(caught.value.location).name == file
     assert report_error(caught.value) == 2
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        ({"weights": {"a": [float("inf")]}}, "no shapes of `weights`"),
+        ({"weights": {"a": [2]}, "more": {}}, "unknown kind of tensors: got `more`"),
+        ([], "no shapes of `weights`"),
+    ],
+)
+def test_an_impossible_index_of_shards_is_named(tmp_path: Path, content: Any, says: str) -> None:
+    files.write_json(tmp_path / "shards.json", content)
+    with pytest.raises(DamagedError, match=says), open_tensors(tmp_path, "weights"):
+        pass
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"metrics": []}, {"metrics": None}, {"step": float("inf")}, {"guards": {"skipped_steps": float("inf")}}],
+    ids=str,
+)
+def test_an_impossible_training_state_is_named(at_once: Path, tmp_path: Path, change: dict[str, Any]) -> None:
+    state = step(at_once, 6) / "resume" / "state.json"
+    files.write_json(tmp_path / "resume" / "state.json", files.read_json(state) | change)
+    with pytest.raises(DamagedError, match="invalid training state"):
+        read_state(tmp_path)
+
+
+def test_a_rank_without_the_shared_disk_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shards, "_DISK_SECONDS", 0.1)
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        group = shards.WriterGroup(DistributedContext(torch.device("cpu"), "float32", 1))
+        with pytest.raises(StoreError, match="does not see the folder of a checkpoint") as caught:
+            shards.write_together(tmp_path / "run", {}, 0, group)
+    finally:
+        torch.distributed.destroy_process_group()
+    assert "a disk that all ranks share" in caught.value.hint and list(tmp_path.iterdir()) == []
 
 
 # Pickles --------------------------------------------------------------------------------------------------------------

@@ -27,7 +27,7 @@ from unmask.models import build_model
 from unmask.models.modernbert import ModernBertConfig
 from unmask.report.collect import collect
 from unmask.training.display import Display
-from unmask.training.guards import DiskWatch, LossSpikes
+from unmask.training.guards import DiskWatch, LossSpikes, outdated_checkpoints
 from unmask.training.loop import EMA, Diverged, TrainModule, TrainState
 from unmask.training.optim import Optimizer, OptimizerConfig
 from unmask.training.plan import Plan, StagePlan
@@ -243,6 +243,8 @@ def test_a_run_goes_back_and_learns_slower(gone_back: Path) -> None:
     lines = log(gone_back, "loss")
     assert [line["step"] for line in lines] == list(range(1, 11)), "no step is logged twice"
     assert [line["learning_rate"] for line in lines] == [0.01] * 4 + [0.005] * 6
+    times = [json.loads(line) for line in (gone_back / "log.jsonl").read_text().splitlines()]
+    assert all(line["training_seconds"] <= line["seconds"] for line in times), "both with the discarded steps"
     rollback = {"from_step": 8, "to_step": 4, "learning_rate_scale": 0.5}
     assert [line.get("rollback") for line in lines] == [None] * 4 + [rollback] + [None] * 5
     discarded = [json.loads(line) for line in (gone_back / "discarded.jsonl").read_text().splitlines()]
@@ -256,23 +258,27 @@ def test_a_run_goes_back_and_learns_slower(gone_back: Path) -> None:
     # The same samples again, so that each still counts once in an epoch.
     assert [line["samples"] for line in lines[4:7]] == [line["samples"] for line in discarded[:3]]
     guards = {"skipped_steps": 3, "skipping_since": None, "rollbacks": 1, "lr_scale": 0.5}
-    assert state(gone_back)["guards"] == guards
+    assert state(gone_back)["guards"] == {**guards, "lowest_loss": state(gone_back)["best"]["loss"]}
     said = (gone_back.parent / "messages.txt").read_text()
     assert (
         "3 steps in a row, up to step 10: going back to the checkpoint of step 4, with learning rates times 0.5" in said
     )
 
 
-@pytest.mark.parametrize("stop", [5, 8])
+@pytest.mark.parametrize("stops", [(5,), (5, 8)])
 def test_a_run_that_is_stopped_before_it_goes_back_ends_alike(
-    prose: Path, tmp_path: Path, gone_back: Path, stop: int
+    prose: Path, tmp_path: Path, gone_back: Path, stops: tuple[int, ...]
 ) -> None:
-    """Stopped after step 6, and after step 9 while steps are skipped. Both go back to step 4, which is kept."""
+    """Stopped after step 6, and again after step 9 while steps are skipped. Both go back to step 4, which is kept."""
     run = tmp_path / "run"
-    with pytest.raises(Stopped):
-        pretrain(prose, run, *SHORT, "train.keep_last=1", display=Messages(stop))
-    assert sorted(path.name for path in run.glob("step-*")) == ["step-0000004", f"step-000000{stop + 1}"]
-    assert stop == 5 or state(run)["guards"]["skipping_since"] == 8
+    for stop in stops:
+        with pytest.raises(Stopped):
+            if stop == stops[0]:
+                pretrain(prose, run, *SHORT, "train.keep_last=1", display=Messages(stop))
+            else:
+                resume(run, display=Messages(stop))
+    assert sorted(path.name for path in run.glob("step-*")) == [f"step-{step + 1:07d}" for step in (3, *stops)]
+    assert stops == (5,) or state(run)["guards"]["skipping_since"] == 8
     resume(run)
     assert same(tensors(run / "latest"), tensors(gone_back / "latest")) and log(run) == log(gone_back)
 
@@ -309,9 +315,10 @@ def test_runs_that_skip_and_go_back_are_verified(prose: Path, tmp_path: Path) ->
         verify(run, first_step=0, last_step=8, on_progress=lambda what, fraction: None)
     found = {each.name: each for each in examine_run(run, lambda what, fraction: None)}
     assert "in the lines of steps 6; the run went back" in found["skipped steps"].figure
-    assert found["skipped steps"].values == {"skipped_steps": 1, "rollbacks": 1}
+    # Step 6 was skipped twice, and two steps before the return.
+    assert found["skipped steps"].values == {"skipped_steps": 4, "rollbacks": 1}
     (report,) = collect([run])
-    assert (report.skipped_steps, report.rollbacks, report.loss_spikes) == (1, 1, 0)
+    assert (report.skipped_steps, report.rollbacks, report.loss_spikes) == (4, 1, 0)
     (summary,) = find_runs(run)
     assert (summary.state, summary.step) == ("finished", 9)
 
@@ -327,21 +334,87 @@ def test_a_kill_while_the_checkpoint_is_written_again(prose: Path, tmp_path: Pat
     assert not list(run.glob(".*"))
 
 
+@pytest.mark.parametrize(
+    ("steps", "keep", "kept"),
+    [
+        ([4, 6, 8], 2, [4, 8]),  # 6 was left by a signal; the run may have to go back to 4
+        ([4, 5, 6, 7], 2, [4, 6, 7]),  # a signal leaves 7 now
+        ([4, 8, 10, 12], 2, [8, 12]),
+        ([3, 4], 2, [3, 4]),
+        ([3], 1, [3]),
+    ],
+)
+def test_checkpoints_of_signals_replace_none_of_the_interval(
+    tmp_path: Path, steps: list[int], keep: int, kept: list[int]
+) -> None:
+    for step in steps:
+        (tmp_path / f"step-{step:07d}").mkdir()
+    outdated = outdated_checkpoints(tmp_path, steps[-1], keep, lambda step, seconds: step % 4 == 0)
+    assert [int(path.name[5:]) for path in outdated] == [step for step in steps if step not in kept]
+
+
 def test_a_run_goes_back_a_few_times_only(prose: Path, tmp_path: Path) -> None:
+    """Step 8 fails at all rates. The log of the steps in between is discarded, and its counts are in the checkpoint."""
     run, display = tmp_path / "run", Messages()
+    settings = ["optimizer.lr=1e-2", "train.max_skipped_steps=1", "train.max_rollbacks=2", failing(steps=[8])]
     with pytest.raises(Diverged, match="after going back to a checkpoint 2 times") as caught:
-        pretrain(prose, run, *BACK, "train.budget=60 steps", "train.max_rollbacks=2", display=display)
-    assert "lower learning rates" in caught.value.hint and isinstance(caught.value, RunError)
+        pretrain(prose, run, *settings, display=display)
+    assert "--set optimizer.lr=0.00125 --set optimizer.muon_lr=0.00175" in caught.value.hint, "half of a quarter"
     assert [len(display.find(f"rollback {n} of at most 2")) for n in (1, 2, 3)] == [1, 1, 0]
     assert state(run)["guards"]["lr_scale"] == 0.25 and all(
         torch.isfinite(each).all() for each in tensors(run / "latest").values()
     )
+    assert len(log(run, "rollback")) == 1
+    found = {each.name: each for each in examine_run(run, lambda what, fraction: None)}
+    assert found["skipped steps"].values == {"skipped_steps": 2, "rollbacks": 2}
+    (report,) = collect([run])
+    assert (report.skipped_steps, report.rollbacks) == (2, 2)
+
+
+def test_discarded_steps_neither_end_the_run_nor_leave_models(prose: Path, tmp_path: Path) -> None:
+    """The best model of all steps stays, and patience and kept models start again from the checkpoint."""
+    run, saved = tmp_path / "run", list[str]()
+
+    class Saved(Messages):
+        def saved(self, folder: Path) -> None:
+            saved.append(folder.name)
+
+    patience = ["train.every.validate=1 steps", "train.early_stopping_patience=2", 'train.keep_at=["300 words"]']
+    pretrain(prose, run, *SHORT, *patience, display=(display := Saved()))
+    assert display.find("going back to the checkpoint of step 4")
+    assert saved.count("chck_300") == 2, "in step 5 of both timelines"
+    texts = [(run / f"{name}.jsonl").read_text() for name in ("log", "discarded")]
+    every = [json.loads(line) for text in texts for line in text.splitlines()]
+    losses = {line["validation"]["loss"]: line["step"] for line in every if "validation" in line}
+    again = [line["validation"]["loss"] for line in log(run, "validation") if 4 < line["step"] < 8]
+    assert min(again) > min(losses), "slower than before, which is no reason to stop"
+    assert not log(run, "ended_early") and state(run)["step"] == 10
+    (summary,) = find_runs(run)
+    best = state(run)["best"]
+    assert (summary.best_loss, summary.best_step) == (best["loss"], best["step"]) == min(losses.items())
+    assert json.loads((run / "best" / "card.json").read_text())["step"] == best["step"]
+
+
+def test_skipped_steps_use_up_no_patience(prose: Path, tmp_path: Path) -> None:
+    """The checkpoint of step 5 is put off to step 8, also if the run is stopped meanwhile."""
+    settings = ["train.every.validate=1 steps", "train.early_stopping_patience=3", "train.every.save=5 steps"]
+    settings += ["train.budget=9 steps", "train.keep_last=9", failing(steps=[4, 5, 6, 7])]
+    pretrain(prose, tmp_path / "whole", *settings)
+    run = tmp_path / "run"
+    with pytest.raises(Stopped):
+        pretrain(prose, run, *settings, display=Messages(stop=5))
+    resume(run)
+    assert state(run)["step"] == 9 and log(run) == log(tmp_path / "whole")
+    assert [len(list(each.glob("step-0000008"))) for each in (run, tmp_path / "whole")] == [1, 1]
 
 
 def test_without_an_earlier_checkpoint_the_run_ends(prose: Path, tmp_path: Path) -> None:
     with pytest.raises(Diverged, match="no checkpoint before step 1 to go back to"):
         pretrain(prose, tmp_path / "run", failing(most=-1.0))
     assert len(log(tmp_path / "run", "skipped_steps")) == 9, "the tenth ends the run"
+    with pytest.raises(Diverged, match="no checkpoint before step 8 to go back to") as caught:
+        pretrain(prose, tmp_path / "one", failing(steps=[9]), "train.max_skipped_steps=1", "train.keep_last=1")
+    assert caught.value.hint.endswith("--set train.keep_last=2"), "the weights of step 8 are those that failed"
     with pytest.raises(Diverged, match="in 10 steps in a row, up to step 10"):
         pretrain(prose, tmp_path / "never", failing(most=-1.0), "train.max_rollbacks=0")
 

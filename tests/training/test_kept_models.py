@@ -88,6 +88,13 @@ def test_words_seen_are_epochs_of_each_stage_times_the_words_of_the_text() -> No
     assert kept.words_seen(2_000 + 8_000) == 1_400 + 7_000, "a last stage that a larger budget prolongs"
 
 
+def test_a_run_that_goes_back_keeps_a_model_again() -> None:
+    kept = KeptModels(words(300, 700), plan_of((10, 100)), (1_000,), 1_000, 0)
+    assert kept.reached(800, is_last=False) == ["chck_300", "chck_700"]
+    kept.go_back(400)
+    assert kept.reached(800, is_last=False) == ["chck_700"]
+
+
 def test_the_last_step_keeps_a_model_of_which_little_is_missing() -> None:
     kept = KeptModels(words(990, 1_000, 1_019, 1_021), plan_of((10, 100)), (1_000,), 1_000, 0)
     assert kept.reached(900, is_last=False) == []

@@ -154,6 +154,19 @@ def test_beyond_the_forecast_freed_memory_is_returned() -> None:
     assert len(kept) == 100
 
 
+def test_a_copy_for_checkpoints_that_does_not_fit_is_refused() -> None:
+    context = init_distributed("float32", 1)
+    settings = ["model.hidden_size=4096", "model.num_hidden_layers=1", "train.micro_batch_size=64 tokens"]
+    recipe = load_recipe("tiny", [*settings, "stage=[{max_seq_len = 32, batch_size = '64 tokens'}]"])
+    fixed, more = (required_bytes(recipe, size, context) for size in (8192, 16384))
+    free = 0.8 * available_bytes(context) - fixed
+    vocabulary = 8192 + round(8192 * free / (more - fixed))  # so large that half as much again doesn't fit
+    with pytest.raises(RecipeError, match="from a copy in memory of about") as caught:
+        check_memory(recipe, vocabulary, context)
+    assert caught.value.hint.endswith("--set train.background_save=false")
+    check_memory(replace(recipe, train=replace(recipe.train, background_save=False)), vocabulary, context)
+
+
 def test_more_parameters_tokens_and_layers_need_more_memory() -> None:
     context = init_distributed("float32", 1)
     least = required_bytes(load_recipe("tiny"), 8192, context)

@@ -25,9 +25,9 @@ import pytest
 import unmask
 from unmask.core import remote
 from unmask.core.errors import DamagedError, ModelError, RecipeError, RunError, StoreError, TextError, UnmaskError
-from unmask.core.files import default_cache, write_manifest, write_text
+from unmask.core.files import default_cache, last_step, write_manifest, write_pointer, write_text
 from unmask.core.format import masked
-from unmask.core.remote import Store, require_public, shown_downloads
+from unmask.core.remote import SESSION, Store, require_public, shown_downloads
 from unmask.core.remote.upload import RunUpload, check_upload, fetch_model, fetch_run
 from unmask.data.settings import DataConfig
 from unmask.data.sources import FileSource, open_source
@@ -396,7 +396,8 @@ def tree(folder: Path) -> dict[str, bytes]:
 
 def objects(store: Any, address: str) -> dict[str, bytes]:
     below = address.removeprefix("s3://") + "/"
-    return {path.removeprefix(below): store.cat_file(path) for path in store.find(below)}
+    names = {path: path.removeprefix(below) for path in store.find(below)}
+    return {name: store.cat_file(path) for path, name in names.items() if name != SESSION}
 
 
 @pytest.mark.parametrize("site", [True], indirect=True)
@@ -502,6 +503,19 @@ def test_a_damaged_model_of_the_store_is_refused(
     with pytest.raises(DamagedError, match="has changed since it was written"):
         unmask.pretrain([prose], out=tmp_path / "run", start=f"s3://{bucket}/model")
     assert not list((tmp_path / "cache").rglob("config.json")), "the copy is not kept"
+
+
+def test_weights_in_other_formats_are_not_downloaded(
+    store: Any, bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("UNMASK_CACHE", str(tmp_path / "cache"))
+    for name in ("config.json", "pytorch_model.bin", "onnx/model.onnx"):
+        store.pipe(f"{bucket}/model/{name}", b"{}")
+    with pytest.raises(ModelError, match="no weights in safetensors"):
+        fetch_model(f"s3://{bucket}/model")
+    assert not list((tmp_path / "cache").rglob("*.json"))
+    store.pipe(f"{bucket}/model/model.safetensors", b"{}")
+    assert set(tree(fetch_model(f"s3://{bucket}/model"))) == {"config.json", "model.safetensors"}
 
 
 def test_a_run_of_the_store_is_resumed_on_another_machine(
@@ -661,6 +675,53 @@ def test_what_was_deleted_in_the_store_is_copied_again(store: Any, bucket: str, 
     assert upload.error is None and objects(store, address) == tree(tmp_path)
 
 
+def test_a_run_that_went_back_is_copied_with_the_steps_it_has(store: Any, bucket: str, tmp_path: Path) -> None:
+    """More steps than `keep`, because the run may have to go back to the first one; and after it did, only that one."""
+    run, address = tmp_path / "run", f"s3://{bucket}/run"
+    for name in ("step-0000004", "step-0000008", "step-0000009"):
+        write_text(run / name / "card.json", name)
+        write_manifest(run / name)
+        write_pointer(run / "latest", name)
+    write_text(run / "env.json", '{"id": "one"}')
+    write_text(run / "recipe.toml", "seed = 1\n")
+    upload = RunUpload(run, address, keep=1)
+    upload.copy()
+    assert upload.error is None and objects(store, address) == tree(run)
+    fetch_run(address, tmp_path / "elsewhere")
+    assert tree(tmp_path / "elsewhere") == tree(run) and last_step(tmp_path / "elsewhere") == 9
+    write_pointer(run / "latest", "step-0000004")
+    for name in ("step-0000008", "step-0000009"):
+        shutil.rmtree(run / name)
+    write_text(run / "step-0000004" / "card.json", "lower rates")
+    write_manifest(run / "step-0000004")
+    RunUpload(run, address, keep=3).copy()  # also by a new process
+    assert objects(store, address) == tree(run)
+
+
+def test_of_two_processes_that_continue_a_run_the_later_one_uploads(store: Any, bucket: str, tmp_path: Path) -> None:
+    """On two machines, with other steps."""
+    address, uploads = f"s3://{bucket}/run", list[RunUpload]()
+    for name, numbers in (("first", (10, 20)), ("second", (10, 15))):
+        write_text(tmp_path / name / "env.json", '{"id": "abc"}')
+        for number in numbers:
+            step = f"step-{number:07d}"
+            write_text(tmp_path / name / step / "card.json", f"{name} {number}")
+            write_manifest(tmp_path / name / step)
+            write_pointer(tmp_path / name / "latest", step)
+        uploads.append(RunUpload(tmp_path / name, address, keep=2))
+    first, second = uploads
+    first.copy()
+    assert first.error is None and objects(store, address) == tree(tmp_path / "first")
+    second.copy()
+    assert second.error is None and objects(store, address) == tree(tmp_path / "second")
+    write_text(tmp_path / "first" / "log.jsonl", "{}\n")
+    first.copy()
+    assert first.error and "another process continues this run" in first.error.message
+    assert "--set train.upload=ADDRESS" in first.error.hint
+    second.copy()
+    assert second.error is None and objects(store, address) == tree(tmp_path / "second"), "untouched"
+
+
 def test_another_run_that_took_the_address_meanwhile_is_not_touched(store: Any, bucket: str, tmp_path: Path) -> None:
     write_text(tmp_path / "env.json", '{"id": "one"}')
     upload = RunUpload(tmp_path, f"s3://{bucket}/run", keep=2)
@@ -770,7 +831,7 @@ def test_a_step_is_complete_if_its_card_is_there(
         there = objects(store, address)
         counts.add(len(there))
         assert "step-0000001/card.json" not in there or there == tree(tmp_path)
-        proxy.refusals = 0
+        proxy.refusals, proxy.left = 0, 1 << 40  # the server is back
         upload.copy()
         assert upload.error is None and objects(store, address) == tree(tmp_path)
         proxy.close()

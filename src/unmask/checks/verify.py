@@ -17,12 +17,12 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, cast
 
 import torch
 
 from unmask.core import files
-from unmask.core.errors import RunError, Stopped, UnmaskError
+from unmask.core.errors import DamagedError, RunError, Stopped, UnmaskError
 from unmask.core.files import RunLayout
 from unmask.core.plugins import code_allowed
 from unmask.core.quantities import Quantity
@@ -53,6 +53,7 @@ _COPIED: Final = (RunLayout.RECIPE, RunLayout.ENVIRONMENT, RunLayout.TEXTS, RunL
 _POLL_SECONDS: Final = 0.2
 _COPIES: Final = 5  # tries to copy checkpoints of a run that deletes them meanwhile
 _ERROR_CHARACTERS: Final = 2000
+_RESTORE: Final = "restore the file, or verify between other checkpoints: --from STEP --to STEP"
 
 
 @dataclass(frozen=True)
@@ -83,6 +84,7 @@ class Verification:
     comparisons: Sequence[Comparison]
     environment: Sequence[str] = ()  # what differs from the machine and versions of the run
     left_out: Sequence[str] = ()  # what was not compared, and why
+    possible_reasons: Sequence[str] = ()  # of a difference: changes of the run after which earlier steps differ
 
     @property
     def is_reproduced(self) -> bool:
@@ -131,7 +133,7 @@ def verify(
         with files.wrap_os_errors(Path(folder)):
             lines = _copy_start(run, copied, first)
         options = {"environment": allow_different_environment, "code": allow_code}
-        _train_again(copied, (first, last), ranks, options, on_progress)
+        _train_again(run, copied, (first, last), ranks, options, on_progress)
         found, timed = copied / step_name(last), _timed(recipe)
         log, left_out = _compare_logs(list(read_log(copied / RunLayout.LOG)), lines, (first, last), timed)
         comparisons = [
@@ -144,7 +146,20 @@ def verify(
         changes = read_environment(copied).get("resumed_in_different_environment", [])
     before = environment.get("resumed_in_different_environment", [])
     seconds = round(time.monotonic() - begin, 1)
-    return Verification(str(run), first, last, ranks, seconds, comparisons, changes[len(before) :], left_out)
+    reasons = [] if all(each.is_equal for each in comparisons) else _possible_reasons(environment)
+    return Verification(str(run), first, last, ranks, seconds, comparisons, changes[len(before) :], left_out, reasons)
+
+
+def _possible_reasons(environment: Mapping[str, Any]) -> list[str]:
+    """Return the changes of a run after which a repetition of earlier steps differs; their steps are not recorded."""
+    reasons: list[str] = []
+    if changes := environment.get("resumed_in_different_environment", []):
+        listed = "; ".join(map(str, changes))
+        reasons.append(f"steps before the run was resumed in another environment were computed in the first ({listed})")
+    if isinstance(extended := environment.get("extended"), dict):
+        steps = cast("dict[str, Any]", extended).get("steps")
+        reasons.append(f"steps before the run was extended to {steps} steps had the learning rates of another plan")
+    return reasons
 
 
 def _span(run: Path, first: int | None, last: int | None) -> tuple[int, int]:
@@ -153,7 +168,8 @@ def _span(run: Path, first: int | None, last: int | None) -> tuple[int, int]:
     Raises:
         RunError: there is no such checkpoint, or the span is empty.
     """
-    steps = [int(folder.name.removeprefix("step-")) for folder in sorted(run.glob("step-*")) if folder.is_dir()]
+    numbers = {folder.name.removeprefix("step-") for folder in run.glob("step-*") if folder.is_dir()}
+    steps = sorted(int(number) for number in numbers if number.isdecimal())
     if not steps:
         message = "the run has no checkpoint to compare with"
         raise RunError(message, location=str(run), hint="verify it after its first checkpoint")
@@ -227,7 +243,7 @@ class _Vanished(Exception):
 
 
 def _copy_checkpoint(folder: Path, target: Path) -> None:
-    """Copy a checkpoint and compare it with its digests.
+    """Copy the files of a checkpoint that its digests name, and compare them with these.
 
     Raises:
         _Vanished: it was deleted meanwhile.
@@ -237,7 +253,8 @@ def _copy_checkpoint(folder: Path, target: Path) -> None:
         shutil.rmtree(target, ignore_errors=True)
         try:
             with files.wrap_os_errors(target):
-                shutil.copytree(folder, target)
+                for place in ("", RunLayout.RESUME):
+                    _copy_named(folder / place, target / place)
             files.verify_manifest(target)
             files.verify_manifest(target / RunLayout.RESUME)
         except UnmaskError:
@@ -250,14 +267,46 @@ def _copy_checkpoint(folder: Path, target: Path) -> None:
             return
 
 
+def _copy_named(folder: Path, target: Path) -> None:
+    """Copy the files that the manifest of a folder names, if they have its sizes.
+
+    Raises:
+        DamagedError: the manifest is invalid; or a file is missing, of another size, a device or a pipe.
+    """
+    target.mkdir(parents=True)
+    for name, entry in files.read_manifest(folder).items():
+        source = folder / name
+        if not source.exists():
+            message = "a file of this directory is missing"
+            raise DamagedError(message, location=str(source), hint=_RESTORE)
+        files.require_regular(source)
+        if source.stat().st_size != entry["bytes"]:  # a run from elsewhere may have a link to any file, of any size
+            message = f"invalid file size: got {source.stat().st_size:,} bytes, expected {entry['bytes']:,}"
+            raise DamagedError(message, location=str(source), hint=_RESTORE)
+        shutil.copy2(source, target / name)
+    shutil.copy2(folder / RunLayout.DIGESTS, target / RunLayout.DIGESTS)
+
+
 def _copy_start(run: Path, copied: Path, first: int) -> list[dict[str, Any]]:
-    """Copy what a resume needs besides the checkpoint; returns all log lines of the run."""
-    for name in _COPIED:
-        if (run / name).is_file():
-            shutil.copy2(run / name, copied / name)
-    for name in (RunLayout.RUN_TOKENIZER, RunLayout.START):
-        if (run / name).is_dir():
-            shutil.copytree(run / name, copied / name)
+    """Copy what a resume needs besides the checkpoint; returns all log lines of the run.
+
+    Raises:
+        DamagedError: a link leads out of the run, or to a folder; or a file is a device or a pipe.
+    """
+    given = [run / name for name in (*_COPIED, RunLayout.RUN_TOKENIZER, RunLayout.START)]
+    for path in (each for top in given if top.exists() for each in (top, *sorted(top.rglob("*")))):
+        if files.leaves(run, path) or (path.is_symlink() and path.is_dir()):
+            raise DamagedError(
+                "this link leads out of the run, or to another folder",
+                location=str(path),
+                hint="put a copy of what it leads to in its place",
+            )
+        target = copied / path.relative_to(run)
+        if path.is_dir():
+            target.mkdir()
+        else:
+            files.require_regular(path)
+            shutil.copy2(path, target)
     if first:
         files.write_pointer(copied / RunLayout.LATEST, step_name(first))
     lines = list(read_log(run / RunLayout.LOG))
@@ -286,15 +335,21 @@ class _StopsAt(Display):
 
 
 def _train_again(
-    copied: Path, span: tuple[int, int], ranks: int, options: Mapping[str, bool], on_progress: ProgressCallback
+    run: Path,
+    copied: Path,
+    span: tuple[int, int],
+    ranks: int,
+    options: Mapping[str, bool],
+    on_progress: ProgressCallback,
 ) -> None:
-    """Resume the copy in a new process, or under torchrun, until the last step.
+    """Resume the copy of a run in a new process, or under torchrun, until the last step.
 
     Raises:
         RunError: it failed; the message is that of the process.
     """
+    logs = f"--log-dir={copied.with_name('logs')}"  # not in a folder of its own, which would stay
     launcher = ["-m", "torch.distributed.run", f"--nproc-per-node={ranks}", "--rdzv-backend=c10d",
-                "--rdzv-endpoint=localhost:0"] if ranks > 1 else []  # fmt: skip
+                "--rdzv-endpoint=localhost:0", logs] if ranks > 1 else []  # fmt: skip
     first, last = span
     command = [
         sys.executable,
@@ -329,7 +384,8 @@ def _train_again(
             failed = json.loads(line)
             message, hint = str(failed["message"]), str(failed["hint"])
             break
-    raise RunError(f"the steps could not be trained again: {message}", location=str(copied), hint=hint)
+    message, hint = (text.replace(str(copied), str(run)) for text in (message, hint))  # the copy is deleted now
+    raise RunError(f"the steps could not be trained again: {message}", location=str(run), hint=hint)
 
 
 def _child(arguments: Sequence[str]) -> int:

@@ -396,6 +396,8 @@ def _print_verification(found: Verification) -> None:
         console.print(f"different now: {change}", markup=False)
     for what in found.left_out:
         console.print(f"not compared: {what}", markup=False)
+    for reason in found.possible_reasons:
+        console.print(f"possible reason: {reason}", markup=False)
     console.print("reproduced, bit for bit" if found.is_reproduced else "not reproduced")
 
 

@@ -31,6 +31,7 @@ MAX_HEADER_BYTES: Final = 1 << 24  # of a safetensors file: names and shapes of 
 MAX_RECIPE_BYTES: Final = 1 << 24  # recipe.toml, with the words of a word list
 MAX_MANIFEST_BYTES: Final = 1 << 24  # digests.json: 100,000 files
 MAX_JSON_BYTES: Final = 1 << 28  # other JSON files; env.json has a line for each file of the text
+MAX_LOG_BYTES: Final = 1 << 31  # log.jsonl: three million lines
 
 
 class RunLayout:
@@ -401,6 +402,20 @@ def write_manifest(folder: Path) -> None:
     write_json(folder / RunLayout.DIGESTS, entries)
 
 
+def read_manifest(folder: Path) -> Mapping[str, Mapping[str, Any]]:
+    """Return size (`bytes`) and `digest` of the files of a directory, by plain names.
+
+    Raises:
+        DamagedError: the manifest is missing or invalid.
+    """
+    entries: Any = read_json(folder / RunLayout.DIGESTS, MAX_MANIFEST_BYTES)
+    if not isinstance(entries, dict) or not all(
+        itertools.starmap(_is_entry, cast("Mapping[Any, Any]", entries).items())
+    ):
+        raise DamagedError("invalid manifest", location=str(folder / RunLayout.DIGESTS), hint=_RESTORE)
+    return cast("Mapping[str, Mapping[str, Any]]", entries)
+
+
 def verify_manifest(folder: Path, *, digest_up_to: int | None = None) -> None:
     """Compare the files of a directory with its manifest.
 
@@ -409,12 +424,7 @@ def verify_manifest(folder: Path, *, digest_up_to: int | None = None) -> None:
     Raises:
         DamagedError: a file is missing, cut short or changed; the location names it.
     """
-    entries: Any = read_json(folder / RunLayout.DIGESTS, MAX_MANIFEST_BYTES)
-    if not isinstance(entries, dict) or not all(
-        itertools.starmap(_is_entry, cast("Mapping[Any, Any]", entries).items())
-    ):
-        raise DamagedError("invalid manifest", location=str(folder / RunLayout.DIGESTS), hint=_RESTORE)
-    for name, entry in cast("Mapping[str, Mapping[str, Any]]", entries).items():
+    for name, entry in read_manifest(folder).items():
         file = folder / name
         if not file.is_file():
             raise DamagedError("a file of this directory is missing", location=str(file), hint=_RESTORE)

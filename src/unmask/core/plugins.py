@@ -158,11 +158,15 @@ def is_marked(address: str, marks: Mapping[str, object]) -> bool:
     """Return whether `address_marks` of this user made the mark of an address."""
     mark, key = marks.get(address), _read_key()
     expected = _mark(key, f"address\0{address}").encode()
-    return bool(key) and isinstance(mark, str) and hmac.compare_digest(mark.encode(), expected)
+    return bool(key) and isinstance(mark, str) and hmac.compare_digest(_bytes(mark), expected)
 
 
 def _mark(key: bytes, kind: str) -> str:
-    return hmac.digest(key, kind.encode(), "sha256").hex()
+    return hmac.digest(key, _bytes(kind), "sha256").hex()
+
+
+def _bytes(text: str) -> bytes:
+    return text.encode(errors="surrogatepass")  # JSON may have half of a surrogate pair
 
 
 def _read_key(*, create: bool = False) -> bytes:
@@ -227,7 +231,7 @@ def _require_permission(module: str, kind: str) -> None:
     if marks is None or module in sys.modules:
         return
     mark, key = marks.get(kind), _read_key()
-    if not (key and isinstance(mark, str) and hmac.compare_digest(mark.encode(), _mark(key, kind).encode())):
+    if not (key and isinstance(mark, str) and hmac.compare_digest(_bytes(mark), _mark(key, kind).encode())):
         raise RecipeError(
             f"this run names code, and was not started by this user on this machine: `{kind}` is not imported",
             hint="read that code; if you trust it, add --allow-code (in Python, import its module first)",

@@ -143,6 +143,19 @@ def is_name(text: str) -> bool:
     return _has_known_ending(name) or bool(packing(Path(name)))
 
 
+def sends_requests(text: object) -> bool:
+    """Return whether reading a text may send requests: an address, or a dataset in no folder of `save_to_disk`."""
+    if not isinstance(text, str):
+        return False
+    name, _ = weighted(text)
+    if not name.startswith(PREFIX):
+        if is_remote(name) or not (os.path.isdir(name) and is_saved(Path(name))):
+            return is_remote(name)
+        name = PREFIX + name  # a "#" or "@" in it begins a configuration or a split
+    folder = name.removeprefix(PREFIX).partition("@")[0].partition("#")[0]
+    return not (os.path.isdir(folder) and is_saved(Path(folder)))
+
+
 def _has_known_ending(name: str) -> bool:
     return _ending(name) in _KINDS
 

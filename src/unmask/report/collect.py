@@ -191,8 +191,8 @@ def _read(path: Path, name: str, num_runs: int, finetuned: Sequence[Path]) -> Ru
         finetuned=_finetuned(path, finetuned),
         model=_model_facts(path),
         training_seconds=next((float(line["training_seconds"]) for line in reversed(lines)), 0.0),
-        skipped_steps=sum(line["skipped_steps"] for line in lines if isinstance(line.get("skipped_steps"), int)),
-        rollbacks=sum("rollback" in line for line in lines),
+        skipped_steps=summary.skipped_steps,
+        rollbacks=summary.rollbacks,
         loss_spikes=sum("loss_spike" in line for line in lines),
     )
 

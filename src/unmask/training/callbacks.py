@@ -6,6 +6,7 @@ import contextlib
 import logging
 import os
 import shlex
+import time
 import traceback
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager
@@ -25,6 +26,7 @@ from unmask.evaluation.validation import Validation, validates
 from unmask.models.model import Model, ModelCard
 from unmask.training import checkpoint
 from unmask.training.checkpoint.background import CheckpointWriter
+from unmask.training.checkpoint.shards import OtherRankError
 from unmask.training.display import Display, Preview, Summary, build_preview
 from unmask.training.estimate import CostEstimate
 from unmask.training.estimate.memory import MemoryLimit
@@ -35,6 +37,7 @@ from unmask.training.guards import (
     earlier_step,
     is_disk_full,
     make_latest,
+    outdated_checkpoints,
 )
 from unmask.training.kept_models import KeptModels, count_train_words
 from unmask.training.loggers import JsonlLogger, MetricLoggers, discard_after, plain, read_log
@@ -83,7 +86,8 @@ def run_training(run: PreparedRun, state: TrainState, display: Display, signals:
     callbacks = RunCallbacks(run, display, _kept_models(run, state, display))
     display.train_start(plan, state, run.estimate.flops_per_token, run.estimate.flops_per_second)
     with _resume_hint(run.folder), _crash_file(run.folder), lost_ranks_explained():
-        callbacks.open()
+        callbacks.open(state)
+        waits = True
         try:
             if recipe.init.model and not state.step:
                 callbacks.validate(state)
@@ -96,8 +100,11 @@ def run_training(run: PreparedRun, state: TrainState, display: Display, signals:
                 else:
                     callbacks.save_once(state, keeps_one_more=True)
                     raise Stopped(reason.exit_code, str(run.folder), state.step)
+        except KeyboardInterrupt:  # a second Ctrl-C stops at once
+            waits = False
+            raise
         finally:
-            callbacks.close()
+            callbacks.close(waits=waits)
     summary = Summary(
         run=run.folder,
         steps=state.step,
@@ -130,6 +137,7 @@ def _train(
     """
     recipe, plan, every = run.recipe, run.plan, run.recipe.train.every
     first_tenth, memory = tenth(plan), MemoryLimit(run.estimate.memory_bytes, run.components.context)
+    begin = time.perf_counter() - state.seconds
     while True:
         try:
             return train(
@@ -144,14 +152,16 @@ def _train(
                     Callback(due(recipe.train.evaluate.every, plan), callbacks.evaluate_pairs),
                     *([Callback(always, callbacks.keep, reads_results=False)] if recipe.train.keep_at else []),
                     Callback(always, lambda state: callbacks.check_saved(), reads_results=False),
-                    Callback(callbacks.save_is_due(due(every.save, plan)), callbacks.save),
+                    Callback(callbacks.save_is_due, callbacks.save),
                 ],
                 log=LogCallback(_log_is_due(run), callbacks.log),
                 stop_requested=signals.stop_requested,
                 has_enough=lambda state: should_stop_early(recipe, state),
             )
         except Diverged as error:
+            state.seconds = time.perf_counter() - begin
             callbacks.go_back(state, error)
+            state.seconds = time.perf_counter() - begin
             display.train_start(plan, state, run.estimate.flops_per_token, run.estimate.flops_per_second)
 
 
@@ -216,6 +226,7 @@ class RunCallbacks:
         self._disk = DiskWatch(run.folder, run.estimate.checkpoint_bytes)
         self._saved_step: int | None = None
         self._is_save_overdue = False
+        self._is_at_interval = due(run.recipe.train.every.save, run.plan)
         self._writer, self._writing_step, self._has_save_failed = CheckpointWriter(), 0, False
         self._upload: RunUpload | None = None
         self.last_validation: Validation | None = None
@@ -224,8 +235,11 @@ class RunCallbacks:
     def _preview(self) -> Preview:
         return build_preview(self._run.recipe, self._components)
 
-    def open(self) -> None:
+    def open(self, state: TrainState) -> None:
         """Opens log.jsonl and the other loggers and starts the upload; on the main process only."""
+        if state.skipping_since is not None:  # a resumed run saves after the same step as one that was not stopped
+            skipped = range(state.skipping_since, state.step + 1)
+            self._is_save_overdue = any(self._is_at_interval(step, 0.0) for step in skipped)
         if not self._context.is_main_process:
             return
         self._open_loggers()
@@ -243,13 +257,22 @@ class RunCallbacks:
         if recipe.train.loggers:
             self._loggers.open(recipe.train.loggers, self._run.folder, lines, dump_config(recipe))
 
-    def close(self) -> None:
-        """Waits for the checkpoint that is being written, closes all loggers and completes the upload."""
-        self._writer.close()
-        self._loggers.close()
-        if self._log:
-            self._log.close()
-        if self._upload:
+    def close(self, *, waits: bool = True) -> None:
+        """Closes all loggers; waits for the checkpoint that is being written and completes the upload.
+
+        Each is closed, also if another one fails. Without `waits`, and after a second Ctrl-C meanwhile, checkpoint and
+        upload stay incomplete.
+        """
+        with contextlib.ExitStack() as stack:  # the last one is closed first
+            if waits:
+                stack.push(self._complete_upload)
+            if self._log:
+                stack.callback(self._log.close)
+            stack.callback(self._loggers.close)
+            stack.callback(self._writer.close, waits=waits)
+
+    def _complete_upload(self, kind: type[BaseException] | None, *error: object) -> None:
+        if self._upload and not (kind and issubclass(kind, KeyboardInterrupt)):
             self._upload.close()
 
     def check_uploaded(self) -> None:
@@ -279,7 +302,8 @@ class RunCallbacks:
 
     def compare_with_plan(self, state: TrainState) -> None:
         """Warns if the time of the steps so far shows that a plan made of seconds is wrong."""
-        if self._run.recipe.train.budget.unit == "seconds":
+        # After a return, the time has that of discarded steps.
+        if self._run.recipe.train.budget.unit == "seconds" and not state.rollbacks:
             run = shlex.quote(str(self._run.folder))
             if message := describe_deviation(self._run.plan, state.step, state.training_seconds, run):
                 _log.warning(message)
@@ -292,12 +316,14 @@ class RunCallbacks:
     def _validate(self, state: TrainState, module: TrainModule) -> None:
         stage = self._stage(state.step)
         result = self.last_validation = validate(self._components, module, stage)
-        measured = plain(asdict(result))
+        measured, earlier = plain(asdict(result)), state.validation
         state.validation = {"step": state.step, **measured}
         objectives = self._training.objectives
+        if earlier and objectives[self._stage(earlier["step"])] is not objectives[stage]:
+            state.lowest_loss = None
         if state.best and objectives[self._stage(state.best["step"])] is not objectives[stage]:
             state.best = None  # another objective's model may predict nothing that this one is trained for
-        best_before = state.best
+        before = state.best, state.lowest_loss
         improved = state.record_validation(result.loss)
         if objectives[stage] is not objectives[-1]:
             state.without_gain = 0  # the run must not stop before the objective that the loss is about
@@ -314,7 +340,7 @@ class RunCallbacks:
                 if self._context.is_main_process:
                     checkpoint.save_best(self._run.folder, self._as_model(state, module), module.parts)
             if self._context.largest(len(failure)):
-                state.best = best_before  # which best/ still has
+                state.best, state.lowest_loss = before  # which best/ still has
 
     def keep(self, state: TrainState) -> None:
         """Keeps the model if this step has reached a number of words of `train.keep_at`."""
@@ -345,9 +371,9 @@ class RunCallbacks:
             )
             _log.info(f"step {state.step:,}: {accuracies} of {result.pairs:,} minimal pairs; {words:,} words seen")
 
-    def save_is_due(self, is_due: IsDue) -> IsDue:
-        """Returns when a checkpoint is due: at its interval, or later if one was put off."""
-        return lambda step, seconds: self._is_save_overdue or is_due(step, seconds)
+    def save_is_due(self, step: int, seconds: float) -> bool:
+        """Returns whether a checkpoint is due: at its interval, or later if one was put off."""
+        return self._is_save_overdue or self._is_at_interval(step, seconds)
 
     def save(self, state: TrainState) -> None:
         """Saves a checkpoint at its interval, in the background unless it is the last one.
@@ -375,14 +401,19 @@ class RunCallbacks:
         self._write_waiting_lines(is_last_try=True)
         if self._log:
             self._log.sync()  # the log lines of a saved step must be on the disk too
-        keep = self._run.recipe.train.keep_last + keeps_one_more
+        keep, step = self._run.recipe.train.keep_last + keeps_one_more, state.step
+        is_skipping = state.skipping_since is not None  # the run may have to go back to any of the earlier ones
+
+        def outdated(run: Path) -> list[Path]:
+            return [] if is_skipping else outdated_checkpoints(run, step, keep, self._is_at_interval)
+
         self._writing_step, self._has_save_failed = state.step, False
         write = checkpoint.prepare(
             self._run.folder,
             lambda module: self._as_model(state, module),
             self._training,
             state,
-            keep,
+            outdated,
             copies=in_background,
         )
         if in_background:
@@ -446,14 +477,14 @@ class RunCallbacks:
             tried = f"{error.message}, after going back to a checkpoint {limit} times" if limit else error.message
             raise Diverged(tried, location=error.location, hint=error.hint) from error
         self.check_saved(wait=True)
-        before = (state.skipping_since or 1) - 1
-        # The weights of a checkpoint from which all steps were skipped are those of now.
-        is_due = due(self._run.recipe.train.every.save, self._run.plan)
-        step = self._context.largest(earlier_step(run, before, is_due) if self._context.is_main_process else 0)
+        before, is_main = (state.skipping_since or 1) - 1, self._context.is_main_process
+        step = self._context.largest(earlier_step(run, before, self._is_at_interval) if is_main else 0)
         if not step:
-            reason = f"{error.message}, and there is no checkpoint before step {max(before, 1):,} to go back to"
-            raise Diverged(reason, location=error.location, hint=error.hint) from error
-        if self._context.is_main_process:
+            reason, hint = f"{error.message}, and there is no checkpoint before step {max(before, 1):,}", error.hint
+            if self._run.recipe.train.keep_last == 1 and before > 1:
+                hint += "; a run that keeps two checkpoints could have gone back: --set train.keep_last=2"
+            raise Diverged(f"{reason} to go back to", location=error.location, hint=hint) from error
+        if is_main:
             self._loggers.close()
             if self._log:
                 self._write_waiting_lines(is_last_try=True)
@@ -463,10 +494,12 @@ class RunCallbacks:
             self._open_loggers()
         self._context.barrier()
         state.go_back(checkpoint.load(run, self._training), ROLLBACK_LR_FACTOR)
+        self._kept.go_back(state.tokens)
         _log.warning(
             f"{error.message}: going back to the checkpoint of step {step:,}, with learning rates times "
             f"{state.lr_scale:g} (rollback {state.rollbacks} of at most {limit})"
         )
+        self._context.barrier()  # all ranks have read the checkpoint, which is replaced now
         # It is written again, so that a run that is killed now doesn't forget the lower rates.
         self._save(state)
         self._saved_step, self._is_save_overdue = step, False
@@ -561,9 +594,9 @@ def _resume_hint(run: Path) -> Generator[None]:
     except StoreError as error:
         has_steps = os.path.lexists(run / RunLayout.LATEST)
         kept = "saved checkpoints are intact" if has_steps else "from step 0, because no checkpoint was saved"
+        cure = error.hint if isinstance(error, OtherRankError) else "free disk space or fix the permissions"
         raise error.at(
-            hint=f"free disk space or fix the permissions, then resume ({kept}): "
-            f"unmask pretrain --resume {shlex.quote(str(run))}"
+            hint=f"{cure}, then resume ({kept}): unmask pretrain --resume {shlex.quote(str(run))}"
         ) from error
 
 

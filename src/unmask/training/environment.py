@@ -59,6 +59,9 @@ _EXPECTED: dict[str, type] = {
     **{f"text.facts.{part}_{name}": int for part in ("train", "held_out") for name in _FACTS},
 }
 _KINDS = {list: "a list of strings", str: "a string", dict: "a table", int: "a count"}
+_RESTORE = "restore the file, or start a new run"
+_MOST_TOKENS = 2**24  # of a vocabulary, whose tokenizer.json may have 64 MiB
+_MOST_CHARACTERS = 2**48  # more than the largest corpora have
 _MAX_COMPARED_FILES = 1_000  # of which ranks compare each one
 AnySource = TypeVar("AnySource", bound=BaseSource)
 _Facts = Mapping[str, Any]  # the facts of one text, as `_text_facts` returns them
@@ -144,11 +147,16 @@ def read_environment(run: Path) -> dict[str, Any]:
         for name in key.split("."):
             value = cast("dict[str, Any]", value).get(name) if isinstance(value, dict) else None
         items = cast("list[Any]", value) if isinstance(value, list) else []
-        is_negative = isinstance(value, int) and value < 0
-        if type(value) is not expected or is_negative or not all(isinstance(item, str) for item in items):
+        limit = _MOST_TOKENS if key.endswith("vocabulary") else _MOST_CHARACTERS
+        is_impossible = isinstance(value, int) and not 0 <= value <= limit
+        if type(value) is not expected or is_impossible or not all(isinstance(item, str) for item in items):
             problem = "is missing" if value is None else f"is not {_KINDS[expected]}"
             message = f"invalid env.json: {key} {problem}"
-            raise DamagedError(message, location=str(path), hint="restore the file, or start a new run")
+            raise DamagedError(message, location=str(path), hint=_RESTORE)
+    try:
+        json.dumps(environment, ensure_ascii=False).encode()
+    except (UnicodeEncodeError, RecursionError) as error:  # it could be neither written again nor shown
+        raise DamagedError(f"invalid env.json: {error}", location=str(path), hint=_RESTORE) from error
     return environment
 
 

@@ -89,6 +89,10 @@ class KeptModels:
         enough = self._seen / (1 - _MAX_MISSING) if is_last else self._seen
         return [kept_name(number) for number in self._numbers if before < number <= enough]
 
+    def go_back(self, tokens: int) -> None:
+        """Makes models due again that the run reaches after its first `tokens` tokens, to which it went back."""
+        self._seen = self.words_seen(tokens)
+
     def describe(self) -> str:
         """Returns the words of text and plan, and the models that the plan doesn't reach, as a sentence."""
         planned = self.words_seen(self._plan.tokens)

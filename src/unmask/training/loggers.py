@@ -95,10 +95,17 @@ def read_log(path: Path) -> Iterator[dict[str, Any]]:
     """Yields the lines of a log. A last line that a kill truncated is skipped.
 
     Raises:
-        DamagedError: an earlier line is not JSON or has no step; the error names file and line.
+        DamagedError: an earlier line is not JSON or has no step; the error names file and line. Or the log is larger
+            than 2 GiB.
     """
     if not path.is_file():
         return
+    if (length := path.stat().st_size) > files.MAX_LOG_BYTES:
+        raise DamagedError(
+            f"this log is too large: {length:,} bytes, expected at most {files.MAX_LOG_BYTES:,}",
+            location=str(path),
+            hint="move its first lines to another file",
+        )
     lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
     for number, line in enumerate(lines):
         if not line:

@@ -189,8 +189,9 @@ class TrainState:
     lr: float = 0.0  # of the last step, for the AdamW parameters
     grad_norm: float = 0.0  # of the last step that was not skipped
     validation: dict[str, Any] | None = None  # the last one, with its step
-    best: dict[str, Any] | None = None  # step and loss of the best one
-    without_gain: int = 0  # number of validations since the best one
+    best: dict[str, Any] | None = None  # step and loss of the best one, whose model is in best/
+    lowest_loss: float | None = None  # of the validations that led to these weights; unlike `best`, it goes back too
+    without_gain: int = 0  # number of validations since the one with the lowest loss
     skipped_steps: int = 0  # in the whole run, with those before a return to an earlier checkpoint
     skipping_since: int | None = None  # first of the skipped steps in a row that end with the last step, from 1
     rollbacks: int = 0  # how often the run went back to an earlier checkpoint
@@ -222,7 +223,8 @@ class TrainState:
     def go_back(self, saved: TrainState, lr_factor: float) -> None:
         """Becomes the state of an earlier checkpoint, with lower learning rates.
 
-        Times, the number of skipped steps and the best model, which is still there, are those of the whole run.
+        Times, the number of skipped steps and the best model, which is still there, are those of the whole run. The
+        patience for validations without gain goes back too: those of the discarded steps say nothing about these rates.
         """
         scale = self.lr_scale * lr_factor
         rollback = {"from_step": self.skipping_since, "to_step": saved.step, "learning_rate_scale": scale}
@@ -232,11 +234,16 @@ class TrainState:
         self.metrics.rollback = rollback
 
     def record_validation(self, loss: float) -> bool:
-        """Records the validation loss of this step and returns whether it is the lowest so far."""
+        """Records the validation loss of this step and returns whether it is the lowest so far.
+
+        While steps are skipped, validations don't count as ones without gain: they are of the same weights.
+        """
         improved = math.isfinite(loss) and (self.best is None or loss < self.best["loss"])
         if improved:
             self.best = {"step": self.step, "loss": loss}
-        self.without_gain = 0 if improved else self.without_gain + 1
+        if self.skipping_since is None:
+            gained = math.isfinite(loss) and (self.lowest_loss is None or loss < self.lowest_loss)
+            self.lowest_loss, self.without_gain = (loss, 0) if gained else (self.lowest_loss, self.without_gain + 1)
         return improved
 
     def pop_metrics(self) -> MetricAccumulator:
@@ -281,7 +288,8 @@ class TrainState:
         """
         metrics = cast("Mapping[str, Any]", tree["metrics"])
         guards, rollback = dict(tree.get("guards", {})), metrics.get("rollback")
-        since = guards.get("skipping_since")
+        since, best = guards.get("skipping_since"), tree["best"]
+        lowest = guards.get("lowest_loss", best["loss"] if best else None)
         return cls(
             step=int(tree["step"]),
             cursor=int(tree["cursor"]),
@@ -301,7 +309,8 @@ class TrainState:
             lr=float(tree["learning_rate"]),
             grad_norm=float(tree["grad_norm"]),
             validation=tree["validation"],
-            best=tree["best"],
+            best=best,
+            lowest_loss=None if lowest is None else float(lowest),
             without_gain=int(tree["validations_without_gain"]),
             skipped_steps=int(guards.get("skipped_steps", 0)),
             skipping_since=None if since is None else int(since),
@@ -310,7 +319,7 @@ class TrainState:
         )
 
 
-_GUARDS = ("skipped_steps", "skipping_since", "rollbacks", "lr_scale")  # fields of TrainState
+_GUARDS = ("skipped_steps", "skipping_since", "rollbacks", "lr_scale", "lowest_loss")  # fields of TrainState
 
 
 # Callbacks and stopping -----------------------------------------------------------------------------------------------
@@ -595,8 +604,8 @@ def _optimizer_step(inputs: TrainLoopInputs, state: TrainState, progress: float)
     grad_norm = inputs.optimizer.clip()
     factor = inputs.lr_factor(progress, state.step) * state.lr_scale
     state.lr = inputs.optimizer.config.lr * factor
-    # A CPU knows the norm already. A device decides itself, because the host would have to wait for it.
-    is_known = inputs.context.device.type == "cpu"
+    # A GPU decides itself, because the host would have to wait for the norm. MPS can't: its AdamW ignores the flag.
+    is_known = inputs.context.device.type != "cuda"
     applies = None if is_known else grad_norm.isfinite()
     if not is_known or math.isfinite(grad_norm):
         inputs.optimizer.step(factor, applies)
@@ -624,11 +633,11 @@ def _read_results(inputs: TrainLoopInputs, state: TrainState, results: Sequence[
             in_row = state.record_skipped(result.step)
             if in_row < inputs.max_skipped_steps:
                 continue
+            lower = inputs.optimizer.config.scaled_rates(state.lr_scale / 2)
             raise Diverged(
                 f"loss or gradient is not finite in {in_row} steps in a row, up to step {result.step:,}",
                 location="training",
-                hint="start a new run with lower learning rates, e.g. --set optimizer.lr=1e-3 "
-                "--set optimizer.muon_lr=0.01",
+                hint=f"start a new run with lower learning rates: {' '.join(f'--set {each}' for each in lower)}",
             )
         state.grad_norm, state.skipping_since = grad_norm, None
         names = sorted(result.metrics)

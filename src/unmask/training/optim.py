@@ -67,6 +67,11 @@ class OptimizerConfig:
         require(self, "momentum", "beta1", "beta2", min=0, below=1)
         require(self, "weight_decay", min=0)
 
+    def scaled_rates(self, factor: float) -> list[str]:
+        """Returns the learning rates times a factor, as settings: "optimizer.lr=0.0015"."""
+        names = ["lr", *(["muon_lr"] if self.kind == "muon" else [])]
+        return [f"optimizer.{name}={getattr(self, name) * factor:g}" for name in names]
+
 
 @dataclass(frozen=True)
 class ScheduleConfig:

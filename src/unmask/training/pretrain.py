@@ -9,6 +9,7 @@ import os
 import secrets
 import shlex
 import shutil
+import time
 import tomllib
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
@@ -35,6 +36,7 @@ from unmask.core.plugins import address_marks, code_marks, is_marked
 from unmask.core.quantities import Quantity
 from unmask.core.remote import UPLOADS, is_remote, require_public, scheme_of
 from unmask.core.remote.upload import RunUpload, check_upload, fetch_run
+from unmask.data.inputs import sends_requests
 from unmask.data.sources import open_text, open_valid, require_field_used
 from unmask.evaluation.minimal_pairs import MinimalPair, read_pairs, to_jsonl
 from unmask.models.model import Model, load, save_model
@@ -95,6 +97,7 @@ from unmask.training.setup import (
 from unmask.training.warm_start import DECIDED, WarmStart
 
 _log = logging.getLogger("unmask")
+_RECOVERY_SECONDS = 60.0
 _FEW_STEPS = 10  # a probe would take longer than a run of fewer steps
 
 
@@ -398,14 +401,21 @@ def resume(
 def _open_run(run: Path) -> tuple[Recipe, Plan]:
     """Returns recipe and plan of a run; restores a checkpoint that was being replaced when the run was killed.
 
+    Rank 0, which has the lock, restores it; the others wait until it is there.
+
     Raises:
         RunError: another version wrote the run, or another process uses it.
         DamagedError: its recipe was changed.
     """
     require_run_format(run)
-    if replaced_checkpoints(run):
-        with _locked(run):
-            recover_checkpoints(run)
+    if os.environ.get("RANK", "0") == "0":
+        if replaced_checkpoints(run):
+            with run_lock(run):
+                recover_checkpoints(run)
+    else:
+        end = time.monotonic() + _RECOVERY_SECONDS
+        while replaced_checkpoints(run) and time.monotonic() < end:  # then the missing checkpoint is an error
+            time.sleep(0.1)
     recipe, plan = read_recipe(run)
     check_unchanged(run)
     return recipe, plan
@@ -445,13 +455,13 @@ def _require_marked(run: Path, addresses: Sequence[str], options: str) -> None:
 def _remote_texts(
     recipe: Recipe, environment: Mapping[str, Any], texts: object = (), valid: Mapping[str, object] | None = None
 ) -> list[str]:
-    """Returns the addresses of a run's texts, without those that were named now."""
+    """Returns the addresses of a run's texts, and its datasets of the Hub, without those that were named now."""
     text = environment["text"]
     places = {name: [path] for name, path in recipe.data.valid.items()}
     for name, facts in text.get("valid", {}).items():
         places.setdefault(name, []).append(facts["path"])
     named = [path for name, paths in places.items() if name not in (valid or {}) for path in paths]
-    return [path for path in (*(() if texts else text["paths"]), *named) if is_remote(path)]
+    return [path for path in (*(() if texts else text["paths"]), *named) if sends_requests(path)]
 
 
 def _addresses(recipe: Recipe, environment: Mapping[str, Any]) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import fnmatch
 import logging
@@ -155,6 +156,7 @@ def is_unfinished_start(folder: Path) -> bool:
 State = Literal["running", "finished", "ended early", "stopped", "crashed", "killed", "damaged"]
 _RUN_FILES = (RunLayout.RECIPE, RunLayout.ENVIRONMENT, RunLayout.LOG)
 _MACHINE = ("device", "precision", "threads", "ranks")
+_STATE = "state.json"
 _NOT_COMPARED = ("about", "preview", "name", "plan")  # the name has a column of its own
 
 
@@ -179,6 +181,8 @@ class RunSummary:
     bits_per_character: float | None = None
     best_loss: float | None = None
     best_step: int | None = None
+    skipped_steps: int = 0  # whose loss or gradient was not finite, with those before a return
+    rollbacks: int = 0  # returns to an earlier checkpoint
     modified: float = 0.0  # when its log was last written, in seconds since the epoch
     settings: Mapping[str, Any] = field(default_factory=dict[str, Any])  # dotted key -> value
 
@@ -226,6 +230,11 @@ def _read_run(run: Path, modified: float) -> RunSummary:
     comparable = takewhile(lambda line: _objective_at(tree, int(line["step"])) == last_objective, reversed(validations))
     losses = [(_number(line["validation"].get("loss")), int(line["step"])) for line in comparable]
     finite_losses = [(loss, step) for loss, step in losses if loss is not None]
+    saved = _saved_state(run)
+    skipped_steps, rollbacks = _count_guards(saved, lines)
+    best: Mapping[str, Any] | None = saved.get("best")
+    if rollbacks and best and _objective_at(tree, int(best["step"])) == last_objective:
+        finite_losses.append((float(best["loss"]), int(best["step"])))  # best/ may be of steps that were discarded
     last: Mapping[str, Any] = validations[-1]["validation"] if validations else {}
     steps = sum(int(stage["steps"]) for stage in plan["stages"]) if plan else None
     step = max(int(last_line.get("step", 0)), files.last_step(run) or 0)  # a run may be saved between two log lines
@@ -250,9 +259,34 @@ def _read_run(run: Path, modified: float) -> RunSummary:
         bits_per_character=_number(last.get("bits_per_character")),
         best_loss=min(finite_losses)[0] if finite_losses else None,
         best_step=min(finite_losses)[1] if finite_losses else None,
+        skipped_steps=skipped_steps,
+        rollbacks=rollbacks,
         modified=modified,
         settings={"text": names, **settings, **machine},
     )
+
+
+def _saved_state(run: Path) -> Mapping[str, Any]:
+    """Returns state.json of the last checkpoint; nothing if it can't be read, as while it is being replaced."""
+    step, state = files.read_pointer(run / RunLayout.LATEST), None
+    if step:
+        with contextlib.suppress(UnmaskError, OSError):
+            state = files.read_json(step / RunLayout.RESUME / _STATE)
+    return cast("Mapping[str, Any]", state) if isinstance(state, dict) else {}
+
+
+def _count_guards(saved: Mapping[str, Any], lines: Sequence[Mapping[str, Any]]) -> tuple[int, int]:
+    """Returns the number of skipped steps and of returns to an earlier checkpoint, up to the end of the log.
+
+    The log lacks those of lines that were discarded, which the last checkpoint counts, and two returns before the next
+    line are one there.
+    """
+    guards: Mapping[str, Any] = saved.get("guards", {})
+    later = [line for line in lines if line["step"] > int(saved.get("step", -1))]
+    skipped = sum(line["skipped_steps"] for line in later if isinstance(line.get("skipped_steps"), int))
+    pending = int(saved.get("metrics", {}).get("skipped", 0))  # counted before the checkpoint, and in the line after it
+    rollbacks = int(guards.get("rollbacks", 0)) if saved else sum("rollback" in line for line in lines)
+    return int(guards.get("skipped_steps", 0)) + max(0, skipped - pending), rollbacks
 
 
 def _objective_at(tree: Mapping[str, Any], step: int) -> Any:

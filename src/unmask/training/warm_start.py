@@ -89,8 +89,7 @@ class WarmStart:
         longest = settings.max_position_embeddings
         folder = cache / RunLayout.START / self.model.tokenizer.fingerprint
         if not folder.is_dir():
-            with files.atomic_directory(folder) as temporary:
-                self.model.tokenizer.save(temporary)
+            self._save_tokenizer(folder)
         for note in self.model.notes:
             _log.info(note)
         trains_pairs = any(isinstance(objective, BertPretrainingConfig) for objective in recipe.objectives)
@@ -108,6 +107,16 @@ class WarmStart:
             data=replace(recipe.data, tokenizer=self.tokenizer_settings(folder)),
             init=replace(recipe.init, model=self.address or str(Path(self.model.path).absolute())),
         )
+
+    def _save_tokenizer(self, folder: Path) -> None:
+        from filelock import FileLock
+
+        with files.wrap_os_errors(folder):
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            with FileLock(folder.with_name(f".{folder.name}.lock")):  # ranks that need the same tokenizer wait for it
+                if not folder.is_dir():
+                    with files.atomic_directory(folder) as temporary:
+                        self.model.tokenizer.save(temporary)
 
     def vocab_size(self, tokenizer: Tokenizer) -> int:
         """Returns the size of the embedding: at least the model's, which may exceed the number of its tokens."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -18,9 +19,9 @@ from unmask.core.errors import DamagedError, UnmaskError
 from unmask.core.files import RunLayout
 from unmask.core.format import count, duration, visible
 from unmask.core.plugins import is_marked
-from unmask.core.remote import is_remote
 from unmask.core.types import ProgressCallback
 from unmask.data.advice import MANY_UNKNOWN
+from unmask.data.inputs import sends_requests
 from unmask.models import non_embedding_parameters
 from unmask.objectives.masking import MaskingConfig
 from unmask.objectives.word_boost import resolve_word_list
@@ -45,7 +46,10 @@ _CHANGE_SPREAD: Final = 1.0  # nats; of its change between two validations of on
 _LINE: Final = ("masked_tokens", "training_seconds", "data_wait_fraction", "loss", "grad_norm")
 _VALIDATION: Final = ("masked_tokens", "unigram_loss", "loss")
 _OR_NULL: Final = ("loss", "grad_norm")
+_TOO_LARGE: Final = 2**63
 _NAMED: Final = 10  # steps that a finding names
+_CRASH_BYTES: Final = 1 << 16  # at the end of crash.txt
+_CRASH_SHOWN: Final = 500  # characters of its last line
 _AUDIT_CHARACTERS: Final = 300_000
 _AUDIT: Final = AuditConfig(samples=512, length=64, batch=8, workers=0, ranks=1)
 
@@ -84,9 +88,7 @@ class _Examined:
 
     def slower(self) -> str:
         """Return the command that starts a run with half of the learning rates."""
-        optimizer = self.recipe.optimizer
-        names = ["lr", *(["muon_lr"] if optimizer.kind == "muon" else [])]
-        return self.again(*(f"optimizer.{name}={getattr(optimizer, name) / 2:g}" for name in names))
+        return self.again(*self.recipe.optimizer.scaled_rates(0.5))
 
 
 def examine_run(folder: Path, progress: ProgressCallback) -> list[Finding]:
@@ -120,24 +122,31 @@ def _check_log(folder: Path, lines: Sequence[Line], validations: Sequence[Line])
     """Check that the log has the numbers that are examined.
 
     Raises:
-        DamagedError: one is missing; the error names the step.
+        DamagedError: one is missing or impossible; the error names the step.
     """
     tables: list[tuple[int, Any, Sequence[str]]] = [(line["step"], line, _LINE) for line in lines]
     tables += [(line["step"], line["validation"], _VALIDATION) for line in validations]
     for step, table, names in tables:
         if missing := _missing(table, names):
             raise DamagedError(
-                f"invalid log line: {missing} of step {step:,} is not a number",
+                f"invalid log line: {missing} of step {step:,} is not a number"
+                + ("" if missing in _OR_NULL else " of 0 or more, and below 2^63"),
                 location=str(folder / RunLayout.LOG),
                 hint="fix or delete that line",
             )
 
 
 def _missing(table: Any, names: Sequence[str]) -> str:
-    """Return the first name whose value is not a number; an empty string if all are. A loss may be null."""
+    """Return the first name whose value is not a number, or not one that it can have; an empty string if all are."""
     values: Mapping[str, Any] = table if isinstance(table, dict) else {}
-    is_null = {name for name in _OR_NULL if name in values and values[name] is None}
-    return next((name for name in names if name not in is_null and not isinstance(values.get(name), int | float)), "")
+    return next((name for name in names if not (name in values and _is_possible(name, values[name]))), "")
+
+
+def _is_possible(name: str, value: Any) -> bool:
+    if name in _OR_NULL:
+        # An objective of a plugin may have a negative loss. A JSON integer may be too large for a float.
+        return value is None or isinstance(value, float) or (isinstance(value, int) and abs(value) < _TOO_LARGE)
+    return isinstance(value, int | float) and 0 <= value < _TOO_LARGE  # neither NaN nor infinite
 
 
 # State and log --------------------------------------------------------------------------------------------------------
@@ -148,8 +157,8 @@ def _state(run: _Examined) -> Finding:
     figure = f"{summary.state} at step {summary.step or 0:,} of {run.plan.steps:,}"
     crash = run.folder / RunLayout.CRASH
     if summary.state == "crashed" and crash.is_file():
-        text = crash.read_text(encoding="utf-8", errors="replace").strip()
-        figure += f": {visible(text.splitlines()[-1]) if text else 'crash.txt is empty'}"
+        text = _end_of(crash, _CRASH_BYTES).decode("utf-8", "replace").strip()
+        figure += f": {visible(text.splitlines()[-1])[:_CRASH_SHOWN] if text else 'crash.txt is empty'}"
     if summary.problem:
         figure += f": {summary.problem}"
     levels: dict[str, Severity] = {"crashed": "problem", "damaged": "problem", "killed": "note", "stopped": "note"}
@@ -157,12 +166,19 @@ def _state(run: _Examined) -> Finding:
     return finding("state", levels.get(summary.state, "ok"), figure, why, run.resume())
 
 
+def _end_of(path: Path, length: int) -> bytes:
+    """Return the last bytes of a file."""
+    with path.open("rb") as file:
+        file.seek(max(0, file.seek(0, os.SEEK_END) - length))
+        return file.read(length)
+
+
 def _log(run: _Examined) -> Finding:
     path = run.folder / RunLayout.LOG
     why = "the curve, and all findings on it, come from log.jsonl"
     if not path.is_file():
         return Finding("log", "problem", "log.jsonl is missing", why, run.resume())
-    is_whole = not (data := path.read_bytes()[-1:]) or data == b"\n"
+    is_whole = _end_of(path, 1) in (b"", b"\n")
     figure = f"{len(run.lines):,} lines of training, {len(run.validations):,} validations"
     if not is_whole:
         figure += "; the last line is half-written"
@@ -239,15 +255,16 @@ def _guards(run: _Examined) -> list[Finding]:
     found: list[Finding] = []
     skipped = [line for line in run.lines if isinstance(line.get("skipped_steps"), int)]
     returns = [line["rollback"] for line in run.lines if isinstance(line.get("rollback"), Mapping)]
-    if skipped or returns:
-        count_skipped = sum(line["skipped_steps"] for line in skipped)
+    count_skipped, rollbacks = run.summary.skipped_steps, run.summary.rollbacks  # also in discarded lines
+    if count_skipped or rollbacks:
         figure = f"{count_skipped:,} steps were skipped" + _at_steps([line["step"] for line in skipped])
-        if returns:
+        if rollbacks:
             back = ", ".join(f"from {each.get('from_step')} to {each.get('to_step')}" for each in returns[:_NAMED])
-            figure += f"; the run went back to an earlier checkpoint: steps {back}"
+            times = f" {rollbacks} times" if rollbacks > 1 else ""
+            figure += f"; the run went back to an earlier checkpoint{times}" + (f": steps {back}" if back else "")
         why = "their loss or gradient was not finite; after a return, the learning rates are half as high"
-        level: Severity = "problem" if returns else "note"
-        values = {"skipped_steps": count_skipped, "rollbacks": len(returns)}
+        level: Severity = "problem" if rollbacks else "note"
+        values = {"skipped_steps": count_skipped, "rollbacks": rollbacks}
         found.append(Finding("skipped steps", level, figure, why, run.slower(), values))
     spikes = [line["step"] for line in run.lines if isinstance(line.get("loss_spike"), int | float)]
     if spikes:
@@ -346,8 +363,9 @@ def _masking(run: _Examined, progress: ProgressCallback) -> Finding:
         return Finding("masking", "ok", f"objective {objective.kind} has no mask rate to audit", why)
     tokenizer = load_run_tokenizer(run.folder, run.environment)
     marks = read_marks(run.folder)
-    if unknown := [each for each in run.environment["text"]["paths"] if is_remote(each) and not is_marked(each, marks)]:
-        # A run from elsewhere could make this machine send requests to any address.
+    named = [each for each in run.environment["text"]["paths"] if sends_requests(each)]
+    if unknown := [each for each in named if not is_marked(each, marks)]:
+        # A run from elsewhere could make this machine send requests to any address, or to the Hugging Face Hub.
         figure = f"not audited: you have not given this address on this machine: {visible(unknown[0])}"
         command = run.resume() + " --text ADDRESS"
         return Finding("masking", "note", figure, "addresses of a run from elsewhere are not opened", command)

@@ -39,6 +39,7 @@ from unmask.core.types import ProgressCallback
 STEP: Final = "step-"  # beginning of the names of step folders
 UPLOADS: Final = ("s3", "gs", "hf")  # schemes of stores that can be written
 PROBE: Final = ".writable"  # object that is written and deleted to see whether an address can be written
+SESSION: Final = ".session"  # object with the random name of the process that uploads a run
 OBJECTS: Final = "objects"  # directory of the cache with copies of objects
 _PACKAGES: Final = {  # scheme -> module that reads it, and what installs it
     "s3": ("s3fs", "unmask[s3]"),
@@ -59,7 +60,7 @@ _INVALID: Final = re.compile(r"[\s\"<>`]")  # where an address in a text ends
 _IDENTITIES: Final = ("ETag", "etag", "blob_id", "md5Hash", "Content-MD5", "LastModified", "Last-Modified", "updated")
 _DELAYS: Final = (0.5, 1.0, 2.0, 4.0, 8.0)  # seconds before each further try
 _CHUNK_BYTES: Final = 8 << 20
-_MAX_OBJECTS: Final = 100_000
+MAX_OBJECTS: Final = 100_000  # of one address
 _MAX_REASON: Final = 300  # characters
 _LONGEST_NAME: Final = 150  # bytes of a file name
 _FINAL: Final = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError, ImportError)
@@ -243,8 +244,8 @@ class Store:
         objects = _retried(lambda: self._find(is_read), self.address, self.kind)
         if not objects:
             raise self.kind("no object matches this address", location=self.address, hint="check the address")
-        if len(objects) > _MAX_OBJECTS:
-            message = f"too many objects: {len(objects):,}, expected at most {_MAX_OBJECTS:,}"
+        if len(objects) > MAX_OBJECTS:
+            message = f"too many objects: {len(objects):,}, expected at most {MAX_OBJECTS:,}"
             raise self.kind(message, location=self.address, hint="narrow the pattern, or join the files")
         return sorted(objects, key=lambda one: one.path)
 
@@ -341,10 +342,11 @@ class Store:
         """Return the objects below the address; their paths are relative to it."""
         found = _retried(lambda: self._files.find(self._path, detail=True), self.address, self.kind)
         below = f"{self._path}/"
+        hidden = ("/", f"/{PROBE}", f"/{SESSION}")  # a console marks folders with "NAME/"
         return [
             replace(self._object(path, facts), path=path.removeprefix(below))
             for path, facts in sorted(found.items())
-            if path.startswith(below) and not path.endswith(("/", f"/{PROBE}"))  # a console marks folders with "NAME/"
+            if path.startswith(below) and not path.endswith(hidden)
         ]
 
     def put(self, file: Path, name: str) -> None:

@@ -6,6 +6,7 @@ import contextlib
 import json
 import logging
 import os
+import secrets
 import shlex
 import threading
 from collections.abc import Sequence
@@ -18,21 +19,37 @@ from unmask.core.files import (
     atomic_directory,
     default_cache,
     digest,
+    last_step,
     pickled_error,
     verify_manifest,
     wrap_os_errors,
     write_pointer,
 )
 from unmask.core.format import join_names, masked
-from unmask.core.remote import OBJECTS, PROBE, STEP, RemoteObject, Store, reporter, require_space
+from unmask.core.remote import (
+    MAX_OBJECTS,
+    OBJECTS,
+    PROBE,
+    SESSION,
+    STEP,
+    RemoteObject,
+    Store,
+    reporter,
+    require_space,
+)
 
 _log = logging.getLogger("unmask")
 _NOT_COPIED: Final = frozenset({RunLayout.LOCK, RunLayout.LATEST, "report.html"})
+_NEVER_READ: Final = (".bin", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx", ".ot", ".pb", ".pt", ".pth", ".tflite")
 _LAST: Final = (RunLayout.DIGESTS, RunLayout.CARD)  # of a folder, in this order: a card says that it is complete
 
 
 class _Vanished(Exception):
     """A file was replaced or deleted while its folder was copied."""
+
+
+class _SupersededError(StoreError):
+    """Another process has begun to upload the run after this one."""
 
 
 class RunUpload:
@@ -41,12 +58,13 @@ class RunUpload:
     A pass copies what has changed: first all but the steps, then each complete step. The last file of a folder is its
     card.json: a step without one is incomplete. At most one pass waits, however many steps are saved meanwhile. A pass
     that fails is repeated after the next save; it goes on with the file that failed. What was deleted in the store
-    meanwhile is copied again.
+    meanwhile is copied again. Of several processes that continue one run, the last one that began uploads it: two of
+    them would delete each other's steps.
 
     Args:
         run: directory of the run.
         address: address of its copy.
-        keep: number of steps that are kept there.
+        keep: number of steps that are kept there at least; all that the run has are.
     """
 
     def __init__(self, run: Path, address: str, keep: int) -> None:
@@ -58,6 +76,7 @@ class RunUpload:
         self._changed, self._is_ending = threading.Event(), False
         self._thread = threading.Thread(target=self._work, name="upload", daemon=True)
         self._failures, self._is_own = 0, False  # whether the address was seen to be empty or to have this run
+        self._session, self._has_begun = secrets.token_hex(16).encode(), False
         self.error: StoreError | None = None  # of the last pass
 
     def start(self) -> None:
@@ -102,7 +121,9 @@ class RunUpload:
             self.error = StoreError(
                 f"{len(missing):,} files of the run are not uploaded ({folders}): {masked(reason)}",
                 location=self.address,
-                hint="upload them when the store can be written: "
+                hint=error.hint
+                if isinstance(error, _SupersededError)
+                else "upload them when the store can be written: "
                 f"unmask pretrain --resume {shlex.quote(str(self._named))}",
             )
 
@@ -122,22 +143,62 @@ class RunUpload:
         objects = {one.path: one.size for one in self._store.list()}
         if RunLayout.ENVIRONMENT in objects and not _is_copy(self._store, self._run):
             raise _of_others(self._store, self._run)  # another run has got the address meanwhile
+        self._check_session()
         for known in (self._copied, self._sent):
             for name in [name for name, (size, _) in known.items() if objects.get(name) != size]:
                 del known[name]
         if RunLayout.ENVIRONMENT not in objects and (self._run / RunLayout.ENVIRONMENT).is_file():
             self._put(RunLayout.ENVIRONMENT)  # first, because it says whose copy this is
         folders = self._folders()
+        steps = [folder for folder in folders if folder.startswith(STEP)]
+        there = {name.partition("/")[0] for name in objects if name.startswith(STEP)}
+        if discarded := self._discarded(there):
+            # The run went back to an earlier step. A download begins with the last step, so they go first, but not
+            # before the earlier step is there: with its log, it is the state of the run at any moment.
+            if not self._copy_folders(steps):
+                return
+            for name in discarded:
+                self._store.remove_folder(name)
+        self._copy_folders(folders)
+        there = (there | {name.partition("/")[0] for name in self._copied if name.startswith(STEP)}) - set(discarded)
+        for name in sorted(there - set(steps))[: max(0, len(there | set(steps)) - self._keep)]:
+            self._store.remove_folder(name)
+
+    def _check_session(self) -> None:
+        """Write the name of this process to the store, in the first pass; check in later ones that it is there.
+
+        Raises:
+            _SupersededError: the name of another process is there.
+        """
+        named = self._store.get(SESSION) if self._has_begun else None
+        if named is None:  # or the objects were deleted meanwhile
+            self._store.put_bytes(self._session, SESSION)
+            self._has_begun = True
+        elif named != self._session:
+            raise _SupersededError(
+                "another process continues this run, and uploads it to the same address",
+                location=self.address,
+                hint="stop one of them; if this one is to go on, resume it with another address: "
+                f"unmask pretrain --resume {shlex.quote(str(self._named))} --set train.upload=ADDRESS",
+            )
+
+    def _discarded(self, there: set[str]) -> list[str]:
+        """Return those of the steps in the store that are later than the last step of the run."""
+        last = last_step(self._run)  # of a step that is just being replaced, the folder may be missing
+        numbers = {name: name.removeprefix(STEP) for name in there}
+        found = [name for name, number in numbers.items() if number.isdecimal() and int(number) > (last or 0)]
+        return [] if last is None else sorted(found)
+
+    def _copy_folders(self, folders: Sequence[str]) -> bool:
+        """Copy what has changed in some folders; return whether all are in the store."""
+        is_complete = True
         for folder in folders:
             try:
                 self._copy_folder(folder)
             except (_Vanished, FileNotFoundError):  # the next pass copies what replaced it
                 self.notify()
-        steps = [folder for folder in folders if folder.startswith(STEP)]
-        kept = set(steps[-self._keep :])
-        there = {name.partition("/")[0] for name in (*objects, *self._copied) if name.startswith(STEP)}
-        for name in sorted(there - kept)[: max(0, len(there | kept) - self._keep)]:
-            self._store.remove_folder(name)
+                is_complete = False
+        return is_complete
 
     def _folders(self) -> list[str]:
         """Return the names of the run's folders in the order of copying: "" for its own files, the steps at the end."""
@@ -263,7 +324,8 @@ def fetch_model(address: str) -> Path:
     """Return a copy, in the cache, of a model: a folder, or of a run the best model, else the last complete step.
 
     Raises:
-        ModelError: there is no model at the address, it has pickles, or the store can't be read.
+        ModelError: there is no model at the address, its weights are not in safetensors, it has pickles of
+            `torch.distributed.checkpoint`, or the store can't be read.
         DamagedError: a file is not what the digests of its folder say.
         StoreError: the cache can't be written.
     """
@@ -271,6 +333,9 @@ def fetch_model(address: str) -> Path:
 
     store = Store(address, ModelError)
     objects = _objects(store)
+    if len(objects) > MAX_OBJECTS:
+        message = f"too many objects: {len(objects):,}, expected at most {MAX_OBJECTS:,}"
+        raise ModelError(message, location=address, hint="name the folder of the model itself")
     folder = ""
     if RunLayout.RECIPE in objects and RunLayout.CONFIG not in objects:
         complete = {name.removesuffix(f"/{RunLayout.CARD}") for name in objects if name.endswith(f"/{RunLayout.CARD}")}
@@ -285,12 +350,18 @@ def fetch_model(address: str) -> Path:
     if not any(PurePosixPath(one.path).name == RunLayout.CONFIG for one in wanted):
         hint = "name the folder of a model or of a run"
         raise ModelError("no model at this address: config.json is missing", location=address, hint=hint)
+    # Weights in other formats are often several times as large as those that are read.
+    wanted = [one for one in wanted if PurePosixPath(one.path).suffix.lower() not in _NEVER_READ]
+    if not any(one.path.endswith(".safetensors") for one in wanted):
+        hint = "save it with safe_serialization=True: pickles (.bin, .pt) can run code and are never read"
+        raise ModelError("the model at this address has no weights in safetensors", location=address, hint=hint)
     identity = digest(masked(address), *(f"{one.path} {one.size} {one.identity}" for one in wanted))
     target = default_cache() / OBJECTS / f"model-{identity}"
     with wrap_os_errors(target):
         target.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(target.with_name(f".{target.name}.lock")):  # ranks that need the same model wait for it
-            if not target.is_dir():
+            is_known = all(one.identity for one in wanted)  # else its content may have changed
+            if not (is_known and target.is_dir()):
                 with atomic_directory(target) as aside:
                     _download(store, wanted, aside, folder)
                 _log.info(f"downloaded the model of {masked(address)} to {target}")
@@ -326,7 +397,7 @@ def _download(store: Store, wanted: Sequence[RemoteObject], folder: Path, below:
 
 
 def fetch_run(address: str, folder: Path) -> None:
-    """Download a run: its settings, its best model, its log and its last complete step.
+    """Download a run: its settings, its best model, its log and its complete steps, to which it may have to go back.
 
     Raises:
         RunError: the folder exists, or there is no run at the address.
@@ -345,7 +416,7 @@ def fetch_run(address: str, folder: Path) -> None:
     complete = {each for each in folders if f"{each}/{RunLayout.CARD}" in objects}
     steps = sorted(each for each in complete if each.startswith(STEP))
     # A model folder without a card was being copied when the run ended.
-    left_out = {each for each in folders - complete if f"{each}/{RunLayout.CONFIG}" in objects} | set(steps[:-1])
+    left_out = {each for each in folders - complete if f"{each}/{RunLayout.CONFIG}" in objects}
     wanted = [one for name, one in objects.items() if name.partition("/")[0] not in left_out]
     with atomic_directory(folder) as aside:
         _download(store, wanted, aside)

@@ -6,7 +6,7 @@ import copy
 import logging
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -58,11 +58,11 @@ def prepare(
     as_model: Callable[[TrainModule], Model],
     training: TrainLoopInputs,
     state: TrainState,
-    keep: int,
+    outdated: Callable[[Path], Sequence[Path]],
     *,
     copies: bool,
 ) -> Callable[[], Path]:
-    """Returns a function that writes a step folder, points `latest` to it and deletes all but the last `keep` steps.
+    """Returns a function that writes a step folder, points `latest` to it and deletes outdated steps.
 
     `transformers` loads the folder as a model. Its `resume/` contains the training state, which only unmask reads. All
     ranks call both functions. If the run is sharded, each rank writes its own rows, else rank 0 writes everything.
@@ -72,7 +72,7 @@ def prepare(
         as_model: Function that returns the model of a module with the weights to export.
         training: Weights and optimizer, which may be sharded.
         state: Training state.
-        keep: Number of step folders that are kept.
+        outdated: Function that returns the step folders of a run that are deleted once this step is complete.
         copies: Whether everything is copied to the CPU now. The function may then run in another thread while training
             goes on. Without copies, it writes the tensors as they are when it is called.
 
@@ -85,11 +85,11 @@ def prepare(
         return lambda: target
     snapshot = _take_snapshot(training, state, copies=copies)
     if not is_sharded:
-        return partial(_write_step, target, snapshot, as_model(snapshot.module), keep, None)
+        return partial(_write_step, target, snapshot, as_model(snapshot.module), outdated, None)
     group = _group_of(training.context)
     if not training.context.is_main_process:
         return partial(_write_part, target, snapshot, training.context.rank, group)
-    return partial(_write_step, target, snapshot, as_model(snapshot.module), keep, group)
+    return partial(_write_step, target, snapshot, as_model(snapshot.module), outdated, group)
 
 
 def _take_snapshot(training: TrainLoopInputs, state: TrainState, *, copies: bool) -> _Snapshot:
@@ -126,7 +126,13 @@ def _write_part(target: Path, snapshot: _Snapshot, rank: int, group: WriterGroup
     return target
 
 
-def _write_step(target: Path, snapshot: _Snapshot, model: Model, keep: int, group: WriterGroup | None) -> Path:
+def _write_step(
+    target: Path,
+    snapshot: _Snapshot,
+    model: Model,
+    outdated: Callable[[Path], Sequence[Path]],
+    group: WriterGroup | None,
+) -> Path:
     """Writes a step folder on rank 0; with a group, each of its ranks writes its part of resume/."""
     is_announced = False
     try:
@@ -155,9 +161,8 @@ def _write_step(target: Path, snapshot: _Snapshot, model: Model, keep: int, grou
     run = target.parent
     if not files.write_pointer(run / RunLayout.LATEST, target.name):
         _log.info(f"can't create symbolic links: `{RunLayout.LATEST}` is a text file that names the last checkpoint")
-    for old in sorted(run.glob("step-*"))[:-keep]:
-        if old.name != target.name:
-            shutil.rmtree(old, ignore_errors=True)
+    for old in outdated(run):
+        shutil.rmtree(old, ignore_errors=True)
     return target
 
 
@@ -260,13 +265,13 @@ def read_state(folder: Path) -> TrainState:
     """Reads the training state of a step folder.
 
     Raises:
-        DamagedError: another version of this package wrote it.
+        DamagedError: it is damaged, or another version of this package wrote it.
     """
     path = folder / RunLayout.RESUME / _STATE
     tree: Any = files.read_json(path)
     try:
         return TrainState.from_json(tree)
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
         raise DamagedError(
             f"invalid training state: {type(error).__name__}: {error}",
             location=str(path),

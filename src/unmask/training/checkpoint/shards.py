@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import time
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ from torch import Tensor
 from unmask.core import files
 from unmask.core.distributed import COLLECTIVE_SECONDS, DistributedContext
 from unmask.core.errors import DamagedError, StoreError
+from unmask.core.format import visible
 from unmask.models.parallel import held_rows, is_sharded, to_cpu
 
 WEIGHTS: Final = "weights"
@@ -35,6 +37,7 @@ KINDS: Final = (WEIGHTS, OPTIMIZER, EMA)
 _INDEX: Final = "shards.json"  # the shapes of the whole tensors by kind and name
 _HINT: Final = "resume from another step folder"
 _LONGEST_PATH: Final = 4096  # bytes
+_DISK_SECONDS: Final = 60.0  # after which NFS, by default, shows each machine what another one has created
 
 
 class Part(NamedTuple):
@@ -105,6 +108,7 @@ def write_together(folder: Path | None, parts: Mapping[str, Mapping[str, Part]],
     error: BaseException | None = None
     try:
         with files.wrap_os_errors(shared):
+            _wait_for(shared)
             _write(shared, parts, rank)
     except BaseException as caught:  # the other ranks must learn of any
         error = caught
@@ -115,12 +119,33 @@ def write_together(folder: Path | None, parts: Mapping[str, Mapping[str, Part]],
         raise _not_written(ranks, str(shared))
 
 
-def _not_written(ranks: Sequence[int], location: str) -> StoreError:
-    return StoreError(
+class OtherRankError(StoreError):
+    """Other ranks could not write their parts of a checkpoint; their own messages say why."""
+
+
+def _not_written(ranks: Sequence[int], location: str) -> OtherRankError:
+    return OtherRankError(
         f"rank {', '.join(map(str, ranks))} could not write its part of a checkpoint",
         location=location,
         hint="read the message of that rank; all ranks need a disk that they share",
     )
+
+
+def _wait_for(folder: Path) -> None:
+    """Waits until this rank sees the folder that rank 0 has created.
+
+    Raises:
+        StoreError: it doesn't: the ranks write to different disks.
+    """
+    end = time.monotonic() + _DISK_SECONDS
+    while not folder.is_dir():
+        if time.monotonic() > end:
+            raise StoreError(
+                "this rank does not see the folder of a checkpoint that rank 0 has created",
+                location=str(folder),
+                hint="write the run to a disk that all ranks share (--out), or use --set train.parallel=ddp",
+            )
+        time.sleep(_DISK_SECONDS / 100)
 
 
 def _write(folder: Path, parts: Mapping[str, Mapping[str, Part]], rank: int) -> None:
@@ -279,9 +304,13 @@ def _read_index(resume: Path, kind: str) -> tuple[list[str], dict[str, tuple[int
     index: Any = files.read_json(path)
     try:
         shapes = {str(name): tuple(int(size) for size in shape) for name, shape in index[kind].items()}
-        return list(index), shapes
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        kinds = [str(each) for each in index]
+    except (KeyError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
         raise DamagedError(f"no shapes of `{kind}` in this file", location=str(path), hint=_HINT) from error
+    if unknown := [each for each in kinds if each not in KINDS]:
+        message = f"unknown kind of tensors: got `{visible(unknown[0])}`, expected one of {', '.join(KINDS)}"
+        raise DamagedError(message, location=str(path), hint=_HINT)
+    return kinds, shapes
 
 
 def _chunks_of_file(path: Path, stack: ExitStack, prefix: str | None) -> list[_Chunk]:
@@ -339,7 +368,7 @@ def _named(path: Path) -> Generator[None]:
         yield
     except (SafetensorError, OSError) as error:
         raise DamagedError(f"invalid safetensors file: {error}", location=str(path), hint=_HINT) from error
-    except (KeyError, TypeError, ValueError, RecursionError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, ArithmeticError, RecursionError) as error:
         raise DamagedError(
             f"the rows in this file are not named: {type(error).__name__}: {error}", location=str(path), hint=_HINT
         ) from error

@@ -51,6 +51,11 @@ def available_bytes(context: DistributedContext) -> int:
     """
     if context.device.type == "cuda":
         return torch.cuda.mem_get_info(context.device)[0]
+    return _host_bytes()
+
+
+def _host_bytes() -> int:
+    """Returns the memory of this machine that may still be allocated; 0 if the system doesn't tell."""
     system = _field(_MEMORY, "MemAvailable") + _field(_MEMORY, "SwapFree")
     limit = _left_by_limit()
     return min(system, limit) if limit else system
@@ -243,20 +248,32 @@ def _layer_bytes(model: EncoderConfig, length: int, context: DistributedContext)
 
 
 def check_memory(recipe: Recipe, vocab_size: int, context: DistributedContext) -> None:
-    """Checks, before the model is built, that a run fits into the available memory.
+    """Checks, before the model is built, that a run and the copies for its checkpoints fit into the available memory.
 
     Raises:
-        RecipeError: it doesn't; the hint names the largest micro-batch that fits, else the largest shipped recipe.
+        RecipeError: the run doesn't fit: the hint names the largest micro-batch that does, else the largest shipped
+            recipe. Or the copies don't fit into the memory of the machine, which its ranks share.
     """
-    available = available_bytes(context) // (context.local_ranks if context.device.type == "cpu" else 1)
+    is_cpu = context.device.type == "cpu"
+    available = available_bytes(context) // (context.local_ranks if is_cpu else 1)
     needed = required_bytes(recipe, vocab_size, context)
-    if not available or needed <= available:
-        return
-    raise RecipeError(
-        f"the recipe `{recipe.name}` needs about {size(needed)} of memory, and {size(available)} are available",
-        location="train.micro_batch_size",
-        hint=_what_fits(recipe, vocab_size, context, available),
-    )
+    if available and needed > available:
+        raise RecipeError(
+            f"the recipe `{recipe.name}` needs about {size(needed)} of memory, and {size(available)} are available",
+            location="train.micro_batch_size",
+            hint=_what_fits(recipe, vocab_size, context, available),
+        )
+    # Without shards, rank 0 alone copies.
+    copying = context.local_ranks if num_shards(recipe, context) > 1 else 1
+    copied, host = copying * _copied_bytes(recipe, vocab_size, context), _host_bytes()
+    left = max(0, host - context.local_ranks * needed * is_cpu)
+    if host and copied > left:
+        raise RecipeError(
+            f"checkpoints of the recipe `{recipe.name}` are written from a copy in memory of about {size(copied)}, and "
+            f"{size(left)} are left for it",
+            location="train.background_save",
+            hint="let training wait for each checkpoint: --set train.background_save=false",
+        )
 
 
 def _what_fits(recipe: Recipe, vocab_size: int, context: DistributedContext, available: int) -> str:

@@ -116,7 +116,8 @@ def measure(
     probe.warm_up()
     validations = probe.time_validation()
     with tempfile.TemporaryDirectory(prefix=".unmask-probe-", dir=folder) as temporary:
-        save_best_seconds, save_seconds = probe.time_saving(Path(temporary))
+        is_shared = folder is not None or context.ranks == context.local_ranks
+        save_best_seconds, save_seconds = probe.time_saving(Path(temporary), is_shared=is_shared)
     pairs_seconds = probe.time_pairs(pairs) if pairs else 0.0
     probe.time_steps()
     steps = [timer.step_seconds for timer in probe.timers]
@@ -414,12 +415,15 @@ class _Probe:
                 return seconds * len(pairs) / size
             size = min(2 * size, len(pairs))
 
-    def time_saving(self, folder: Path) -> tuple[float, float]:
-        """Returns the seconds of saving the best model and a checkpoint, which the main process does."""
-        with self._trial.eval_module(main_only=True) as module:
-            return self._time_writing(module, folder)
+    def time_saving(self, folder: Path, *, is_shared: bool) -> tuple[float, float]:
+        """Returns the seconds of saving the best model and a checkpoint, which the main process does.
 
-    def _time_writing(self, module: TrainModule, folder: Path) -> tuple[float, float]:
+        Shards are written, and not computed from their size, only to a folder that is shared: all ranks see it.
+        """
+        with self._trial.eval_module(main_only=True) as module:
+            return self._time_writing(module, folder, is_shared or not self._trial.parallelism.is_sharded)
+
+    def _time_writing(self, module: TrainModule, folder: Path, is_seen: bool) -> tuple[float, float]:
         recipe, trial, is_main = self._recipe, self._trial, self._trial.context.is_main_process
         model = as_model(recipe, self._components, module, TrainState())
         size = training_bytes(self._components.num_parameters, has_ema=trial.ema is not None)
@@ -430,7 +434,7 @@ class _Probe:
             if best <= left:
                 best = self._agreed(lambda: is_main and checkpoint.save_best(folder, model, module.parts))
         save = size / _BYTES_PER_SECOND
-        if max(save, best) <= left:
+        if is_seen and max(save, best) <= left:
             save = self._agreed(partial(self._save, folder))
         return best, save
 
@@ -440,7 +444,7 @@ class _Probe:
         def model_of(module: TrainModule) -> Model:
             return as_model(self._recipe, self._components, module, TrainState())
 
-        checkpoint.prepare(folder, model_of, self._trial, TrainState(), 1, copies=False)()
+        checkpoint.prepare(folder, model_of, self._trial, TrainState(), lambda run: (), copies=False)()
 
     # Memory -----------------------------------------------------------------------------------------------------------
 

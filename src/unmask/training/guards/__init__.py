@@ -124,6 +124,20 @@ def earlier_step(run: Path, step: int, is_due: IsDue) -> int:
     return max([number for number in earlier if is_due(number, math.inf)] or earlier, default=0)
 
 
+def outdated_checkpoints(run: Path, step: int, keep: int, is_due: IsDue) -> list[Path]:
+    """Returns the folders of the checkpoints that are deleted when that of a step is complete.
+
+    Of those at the interval of the run, to which it goes back, `keep` are kept. Those that a signal left are only for
+    resuming: `keep` are kept until the next one at the interval, and longer only if there would be fewer than `keep`.
+    """
+    folders = dict(sorted(_checkpoints(run)))
+    at_interval = [number for number in folders if is_due(number, math.inf)]
+    others = [number for number in folders if number not in at_interval]
+    kept = set(at_interval[-keep:])
+    kept |= set(others[-keep:] if step in others else others[::-1][: max(keep - len(kept), 0)])
+    return [folder for number, folder in folders.items() if number not in kept and number != step]
+
+
 def make_latest(run: Path, step: int) -> None:
     """Points `latest` to the checkpoint of a step, and then deletes those of later steps.
 
