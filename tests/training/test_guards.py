@@ -26,8 +26,9 @@ from unmask.core.errors import RunError, Stopped, StoreError
 from unmask.models import build_model
 from unmask.models.modernbert import ModernBertConfig
 from unmask.report.collect import collect
+from unmask.training.checkpoint import outdated_checkpoints
 from unmask.training.display import Display
-from unmask.training.guards import DiskWatch, LossSpikes, outdated_checkpoints
+from unmask.training.guards import DiskWatch, LossSpikes
 from unmask.training.loop import EMA, Diverged, TrainModule, TrainState
 from unmask.training.optim import Optimizer, OptimizerConfig
 from unmask.training.plan import Plan, StagePlan

@@ -30,15 +30,7 @@ from unmask.training.checkpoint.shards import OtherRankError
 from unmask.training.display import Display, Preview, Summary, build_preview
 from unmask.training.estimate import CostEstimate
 from unmask.training.estimate.memory import MemoryLimit
-from unmask.training.guards import (
-    ROLLBACK_LR_FACTOR,
-    DiskWatch,
-    LossSpikes,
-    earlier_step,
-    is_disk_full,
-    make_latest,
-    outdated_checkpoints,
-)
+from unmask.training.guards import ROLLBACK_LR_FACTOR, DiskWatch, LossSpikes, is_disk_full
 from unmask.training.kept_models import KeptModels, count_train_words
 from unmask.training.loggers import JsonlLogger, MetricLoggers, discard_after, plain, read_log
 from unmask.training.loop import (
@@ -405,7 +397,7 @@ class RunCallbacks:
         is_skipping = state.skipping_since is not None  # the run may have to go back to any of the earlier ones
 
         def outdated(run: Path) -> list[Path]:
-            return [] if is_skipping else outdated_checkpoints(run, step, keep, self._is_at_interval)
+            return [] if is_skipping else checkpoint.outdated_checkpoints(run, step, keep, self._is_at_interval)
 
         self._writing_step, self._has_save_failed = state.step, False
         write = checkpoint.prepare(
@@ -478,7 +470,7 @@ class RunCallbacks:
             raise Diverged(tried, location=error.location, hint=error.hint) from error
         self.check_saved(wait=True)
         before, is_main = (state.skipping_since or 1) - 1, self._context.is_main_process
-        step = self._context.largest(earlier_step(run, before, self._is_at_interval) if is_main else 0)
+        step = self._context.largest(checkpoint.earlier_step(run, before, self._is_at_interval) if is_main else 0)
         if not step:
             reason, hint = f"{error.message}, and there is no checkpoint before step {max(before, 1):,}", error.hint
             if self._run.recipe.train.keep_last == 1 and before > 1:
@@ -489,7 +481,7 @@ class RunCallbacks:
             if self._log:
                 self._write_waiting_lines(is_last_try=True)
                 self._log.close()
-            make_latest(run, step)
+            checkpoint.make_latest(run, step)
             discard_after(run, step)
             self._open_loggers()
         self._context.barrier()

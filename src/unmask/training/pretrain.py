@@ -60,7 +60,6 @@ from unmask.training.estimate import CostEstimate, check_free_space, estimate_co
 from unmask.training.estimate.from_budget import choose_vocabulary, fit_to_budget
 from unmask.training.estimate.memory import check_memory
 from unmask.training.estimate.probe import measure, try_steps
-from unmask.training.guards import recover_checkpoints, replaced_checkpoints
 from unmask.training.loggers import check_installed, discard_after
 from unmask.training.loop import Signals, StopReason, TrainState
 from unmask.training.plan import (
@@ -409,12 +408,14 @@ def _open_run(run: Path) -> tuple[Recipe, Plan]:
     """
     require_run_format(run)
     if os.environ.get("RANK", "0") == "0":
-        if replaced_checkpoints(run):
+        if checkpoint.replaced_checkpoints(run):
             with run_lock(run):
-                recover_checkpoints(run)
+                checkpoint.recover_checkpoints(run)
     else:
         end = time.monotonic() + _RECOVERY_SECONDS
-        while replaced_checkpoints(run) and time.monotonic() < end:  # then the missing checkpoint is an error
+        while (
+            checkpoint.replaced_checkpoints(run) and time.monotonic() < end
+        ):  # then the missing checkpoint is an error
             time.sleep(0.1)
     recipe, plan = read_recipe(run)
     check_unchanged(run)

@@ -29,6 +29,7 @@ from unmask.tokenization.analysis import first_texts
 from unmask.tokenization.words import detect_words
 from unmask.training.display.text import MANY_EPOCHS, epochs_text
 from unmask.training.environment import load_run_tokenizer, read_environment, reopen_text
+from unmask.training.guards import MIN_JUMP, smallest_jump
 from unmask.training.loggers import read_log
 from unmask.training.plan import Plan
 from unmask.training.recipe import Recipe, read_marks, read_recipe
@@ -37,11 +38,9 @@ from unmask.training.setup import build_objective
 
 _BELOW_UNIGRAM: Final = 0.1  # nats below the unigram line, from which context is learned (checks/studies/measures.py)
 _FEW_TOKENS: Final = 5_000_000  # the slowest shipped recipe left the line at 2.4M tokens (docs/diary.md)
-_JUMP: Final = 0.5  # nats; between two log lines, the loss of a healthy run moves by hundredths
 _DEVIATION: Final = 0.15  # of the planned time, as in training/plan.py
 _UNKNOWN: Final = (0.001, MANY_UNKNOWN)
-_LOSS_SPREAD: Final = 2.5  # nats; standard deviation of the loss of single tokens
-_CHANGE_SPREAD: Final = 1.0  # nats; of its change between two validations of one run, on the same tokens
+_CHANGE_SPREAD: Final = 1.0  # nats; standard deviation of the change of a token's loss between two validations
 # Numbers of the log's lines; a loss that is not finite is null there.
 _LINE: Final = ("masked_tokens", "training_seconds", "data_wait_fraction", "loss", "grad_norm")
 _VALIDATION: Final = ("masked_tokens", "unigram_loss", "loss")
@@ -231,7 +230,7 @@ def _divergence(run: _Examined) -> Finding:
         lines = [line for line in run.lines if stage.first_step < line["step"] <= end and line["masked_tokens"]]
         lowest = math.inf
         for line in lines:
-            noise = max(_JUMP, 6 * _LOSS_SPREAD / math.sqrt(line["masked_tokens"]))
+            noise = smallest_jump(line["masked_tokens"])
             if _loss(line) > lowest + noise:
                 jumps.append((_loss(line) - lowest, line["step"]))
             lowest = min(lowest, _loss(line))
@@ -242,7 +241,7 @@ def _divergence(run: _Examined) -> Finding:
         figure = f"no jump of the training loss; largest logged gradient norm {largest:.3g}"
         return Finding("divergence", "ok", figure, why)
     rise, step = max(jumps)
-    has_diverged = jumps[-1][1] == last_step and end_rise > _JUMP
+    has_diverged = jumps[-1][1] == last_step and end_rise > MIN_JUMP
     figure = f"the training loss was {rise:.2f} nats above its lowest value at step {step:,}, and " + (
         f"is {end_rise:.2f} above it at the end" if has_diverged else "came back"
     )

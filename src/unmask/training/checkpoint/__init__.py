@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import math
 import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
@@ -32,7 +33,7 @@ from unmask.training.checkpoint.shards import (
     write_index,
     write_together,
 )
-from unmask.training.loop import TrainLoopInputs, TrainModule, TrainState
+from unmask.training.loop import IsDue, TrainLoopInputs, TrainModule, TrainState
 
 _log = logging.getLogger("unmask")
 _STATE = "state.json"
@@ -290,3 +291,61 @@ def _read_tensors(resume: Path, kind: str, current: Mapping[str, Tensor]) -> dic
             else:
                 tensors[name] = like_parameter(saved.rows(name, *held_rows(like)), like)
     return tensors
+
+
+# The checkpoints of a run ---------------------------------------------------------------------------------------------
+
+
+def earlier_step(run: Path, step: int, is_due: IsDue) -> int:
+    """Returns the number of the last checkpoint before a step; 0 if there is none.
+
+    Checkpoints at the interval of the run come first. Those that a signal left are at any step, and a run that was
+    stopped and resumed should go back to the same step as one that was not.
+    """
+    earlier = [number for number, _ in _checkpoints(run) if number < step]
+    return max([number for number in earlier if is_due(number, math.inf)] or earlier, default=0)
+
+
+def outdated_checkpoints(run: Path, step: int, keep: int, is_due: IsDue) -> list[Path]:
+    """Returns the folders of the checkpoints that are deleted when that of a step is complete.
+
+    Of those at the interval of the run, to which it goes back, `keep` are kept. Those that a signal left are only for
+    resuming: `keep` are kept until the next one at the interval, and longer only if there would be fewer than `keep`.
+    """
+    folders = dict(sorted(_checkpoints(run)))
+    at_interval = [number for number in folders if is_due(number, math.inf)]
+    others = [number for number in folders if number not in at_interval]
+    kept = set(at_interval[-keep:])
+    kept |= set(others[-keep:] if step in others else others[::-1][: max(keep - len(kept), 0)])
+    return [folder for number, folder in folders.items() if number not in kept and number != step]
+
+
+def make_latest(run: Path, step: int) -> None:
+    """Points `latest` to the checkpoint of a step, and then deletes those of later steps.
+
+    A kill between the two leaves checkpoints that the next call deletes.
+    """
+    for number, folder in _checkpoints(run):
+        if number == step:
+            files.write_pointer(run / RunLayout.LATEST, folder.name)
+    for number, folder in _checkpoints(run):
+        if number > step:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def recover_checkpoints(run: Path) -> None:
+    """Restores a checkpoint that was being replaced when the run was killed. No other process may use the run."""
+    for folder in replaced_checkpoints(run):
+        files.recover(folder)
+
+
+def replaced_checkpoints(run: Path) -> list[Path]:
+    """Returns the checkpoints whose replacement was interrupted between two renames of `files.atomic_directory`."""
+    numbers = [path.name.split(".")[1] for path in run.glob(".step-*.aside-old")]
+    return [run / name for name in numbers if not (run / name).exists()]
+
+
+def _checkpoints(run: Path) -> list[tuple[int, Path]]:
+    """Returns number and folder of each checkpoint of a run."""
+    folders = [folder for folder in run.glob("step-*") if folder.name.removeprefix("step-").isdecimal()]
+    return [(int(folder.name.removeprefix("step-")), folder) for folder in folders if folder.is_dir()]

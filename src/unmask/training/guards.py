@@ -1,4 +1,4 @@
-"""Guards of a run: jumps of the loss, a disk that becomes full, and the return to an earlier checkpoint."""
+"""Guards of a run: jumps of the loss, and a disk that becomes full."""
 
 from __future__ import annotations
 
@@ -14,11 +14,8 @@ from typing import Any, Final
 
 from safetensors import SafetensorError
 
-from unmask.core import files
 from unmask.core.errors import StoreError
-from unmask.core.files import RunLayout
 from unmask.core.format import size
-from unmask.training.loop import IsDue
 from unmask.training.plan import Plan
 
 ROLLBACK_LR_FACTOR: Final = 0.5  # on the learning rates, after each return to an earlier checkpoint
@@ -29,10 +26,13 @@ _WINDOW: Final = 20  # log lines
 _MIN_LINES: Final = 8  # before the first warning: at the start and after a border of stages, the loss falls quickly
 _DEVIATIONS: Final = 6.0
 _NORMAL: Final = 1.4826  # standard deviation of a normal distribution / its median absolute deviation
-# As in `unmask doctor`: nats by which the loss of a healthy run never jumps, and the standard deviation of the loss of
-# single tokens, which makes lines of few tokens noisy.
-_MIN_JUMP: Final = 0.5
-_LOSS_SPREAD: Final = 2.5
+MIN_JUMP: Final = 0.5  # nats; between two log lines, the loss of a healthy run moves by hundredths
+_LOSS_SPREAD: Final = 2.5  # nats; standard deviation of the loss of single tokens: lines of few tokens are noisy
+
+
+def smallest_jump(masked_tokens: float) -> float:
+    """Returns by how many nats the loss of a log line of so many masked tokens must rise to be more than noise."""
+    return max(MIN_JUMP, _DEVIATIONS * _LOSS_SPREAD / math.sqrt(masked_tokens))
 
 
 class LossSpikes:
@@ -59,7 +59,7 @@ class LossSpikes:
         if len(self._losses) >= _MIN_LINES:
             middle = median(self._losses)
             spread = _NORMAL * median(abs(each - middle) for each in self._losses)
-            limit = max(_MIN_JUMP, _DEVIATIONS * spread, _DEVIATIONS * _LOSS_SPREAD / math.sqrt(masked))
+            limit = max(_DEVIATIONS * spread, smallest_jump(masked))
             rise = loss - middle
         begins, self._in_spike = rise > limit and not self._in_spike, rise > limit
         self._losses.append(loss)
@@ -109,61 +109,3 @@ class DiskWatch:
             f"disk space is getting low: {size(free)} are free at {self._run}, and the next {_CHECKPOINTS_AHEAD} "
             f"checkpoints need {size(needed)}; free disk space"
         )
-
-
-# Going back -----------------------------------------------------------------------------------------------------------
-
-
-def earlier_step(run: Path, step: int, is_due: IsDue) -> int:
-    """Returns the number of the last checkpoint before a step; 0 if there is none.
-
-    Checkpoints at the interval of the run come first. Those that a signal left are at any step, and a run that was
-    stopped and resumed should go back to the same step as one that was not.
-    """
-    earlier = [number for number, _ in _checkpoints(run) if number < step]
-    return max([number for number in earlier if is_due(number, math.inf)] or earlier, default=0)
-
-
-def outdated_checkpoints(run: Path, step: int, keep: int, is_due: IsDue) -> list[Path]:
-    """Returns the folders of the checkpoints that are deleted when that of a step is complete.
-
-    Of those at the interval of the run, to which it goes back, `keep` are kept. Those that a signal left are only for
-    resuming: `keep` are kept until the next one at the interval, and longer only if there would be fewer than `keep`.
-    """
-    folders = dict(sorted(_checkpoints(run)))
-    at_interval = [number for number in folders if is_due(number, math.inf)]
-    others = [number for number in folders if number not in at_interval]
-    kept = set(at_interval[-keep:])
-    kept |= set(others[-keep:] if step in others else others[::-1][: max(keep - len(kept), 0)])
-    return [folder for number, folder in folders.items() if number not in kept and number != step]
-
-
-def make_latest(run: Path, step: int) -> None:
-    """Points `latest` to the checkpoint of a step, and then deletes those of later steps.
-
-    A kill between the two leaves checkpoints that the next call deletes.
-    """
-    for number, folder in _checkpoints(run):
-        if number == step:
-            files.write_pointer(run / RunLayout.LATEST, folder.name)
-    for number, folder in _checkpoints(run):
-        if number > step:
-            shutil.rmtree(folder, ignore_errors=True)
-
-
-def recover_checkpoints(run: Path) -> None:
-    """Restores a checkpoint that was being replaced when the run was killed. No other process may use the run."""
-    for folder in replaced_checkpoints(run):
-        files.recover(folder)
-
-
-def replaced_checkpoints(run: Path) -> list[Path]:
-    """Returns the checkpoints whose replacement was interrupted between two renames of `files.atomic_directory`."""
-    numbers = [path.name.split(".")[1] for path in run.glob(".step-*.aside-old")]
-    return [run / name for name in numbers if not (run / name).exists()]
-
-
-def _checkpoints(run: Path) -> list[tuple[int, Path]]:
-    """Returns number and folder of each checkpoint of a run."""
-    folders = [folder for folder in run.glob("step-*") if folder.name.removeprefix("step-").isdecimal()]
-    return [(int(folder.name.removeprefix("step-")), folder) for folder in folders if folder.is_dir()]
