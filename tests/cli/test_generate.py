@@ -93,7 +93,7 @@ def test_new_tokens_are_colored_in_a_terminal(unmask: Command, run: Path) -> Non
         (("--top-p", "1.01"), "invalid --top-p: got 1.01"),
         (("--top-k", "0"), "invalid --top-k: got 0"),
         (("--steps", "21"), "invalid --steps: got 21, expected 1 to 20"),
-        (("--sweeps", "2"), ("the order 'confidence' has no --sweeps", '--order "gibbs"')),
+        (("--sweeps", "2"), ("only the order 'gibbs' has --sweeps", '--order "gibbs"')),
         (("a [MASK]",), "the prefix contains [MASK]"),
     ],
 )
@@ -102,9 +102,15 @@ def test_invalid_options_are_named(refused: Refused, run: Path, options: tuple[s
 
 
 @pytest.mark.parametrize("objective", ["causal", "rtd"])
-def test_a_model_without_masked_predictions_is_refused(refused: Refused, run: Path, objective: str) -> None:
+def test_a_model_without_masked_predictions_is_refused(
+    unmask: Command, refused: Refused, run: Path, objective: str
+) -> None:
     change_card(run, objective=objective)
-    refused("generate", str(run), says=("this model can't generate text", f"'{objective}'", "objective.kind=mlm"))
+    if objective == "rtd":
+        refused("generate", str(run), says=("this model can't generate text", "'rtd'", "objective.kind=mlm"))
+    else:  # it continues a text
+        assert succeed(unmask, "generate", str(run), "The ", "--length", "4").startswith("The ")
+        refused("generate", str(run), "--suffix", "a", says=("a causal model generates from left to right", "--suffix"))
     refused("fill", str(run), "a [MASK]", says=("this model can't fill masks", f"'{objective}'"))
     refused("fill", str(run), "a [MASK]", "--joint", "beam", says=("this model can't fill masks", f"'{objective}'"))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from dataclasses import replace
 
@@ -13,6 +14,7 @@ from hypothesis import strategies as st
 
 import unmask
 from unmask.core.errors import ModelError, RecipeError
+from unmask.core.types import SPECIAL, Sample, logits_at, pack
 from unmask.models import build_model
 from unmask.models.generate import GenerateConfig, Generation, sample_tokens, segments
 from unmask.models.model import Model
@@ -139,7 +141,7 @@ def replay(model: Model, generation: Generation, prefix: list[int], suffix: list
     return ids, sum(logs)
 
 
-@pytest.mark.parametrize("order", ["confidence", "random", "gibbs"])
+@pytest.mark.parametrize("order", ["confidence", "random", "gibbs", "left-to-right"])
 @pytest.mark.parametrize("steps", [None, 3])
 def test_log_probabilities_are_those_of_the_steps(characters: Model, order: str, steps: int | None) -> None:
     encode = characters.tokenizer.encode
@@ -162,6 +164,52 @@ def test_each_order_sets_every_position(characters: Model) -> None:
             assert sorted(positions) == list(range(10))
     first, second = unmask.generate(characters, length=10, num=2, order="random")
     assert [step.positions for step in first.steps] != [step.positions for step in second.steps]
+
+
+def test_left_to_right_follows_the_text(characters: Model) -> None:
+    for one in unmask.generate(characters, "the ", length=10, num=2, order="left-to-right", steps=4):
+        assert [position for step in one.steps for position in step.positions] == list(range(10))
+        assert len(one.steps) == 4
+
+
+def causal(model: Model) -> Model:
+    """A copy that predicts each token from those before it, as a model trained with that objective."""
+    encoder = copy.deepcopy(model.encoder)
+    encoder.label_offset = 1
+    return replace(model, encoder=encoder, card={**model.card, "objective": "causal"})
+
+
+def test_a_causal_model_continues_a_text(model: Model) -> None:
+    found = unmask.generate(causal(model), "the cat ", length=8, num=3, seed=2)
+    for one in found:
+        assert [step.positions for step in one.steps] == [(position,) for position in range(8)]
+        # One pass over the whole text with causal attention gives the probability of each token after those before it.
+        (ids,) = model.tokenizer.encode_prompts(["the cat " + model.tokenizer.id_to_token(model.tokenizer.mask_id)])
+        given = [*model.tokenizer.frame.before, *ids[:-1]]
+        batch = replace(
+            pack([Sample(np.array([*given, *one.ids]), np.full(len(given) + 8, SPECIAL, np.uint8))]), is_causal=True
+        )
+        with torch.inference_mode():
+            logits = logits_at(model.encoder, model.head, batch, torch.arange(len(given) - 1, len(given) + 7))
+        logs = logits.log_softmax(-1)[range(8), one.ids]
+        assert one.log_probability == pytest.approx(logs.sum().item(), abs=1e-4)
+    assert len({one.ids for one in found}) == 3
+    (shorter,) = unmask.generate(causal(model), "the cat ", length=5, seed=2)
+    assert shorter.ids == found[0].ids[:5]  # what follows is not seen
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"order": "random"}, "has no order"),
+        ({"steps": 4}, "has no steps"),
+        ({"suffix": "mat"}, "has no suffix"),
+    ],
+)
+def test_a_causal_model_has_one_order_and_no_suffix(characters: Model, options: dict[str, object], says: str) -> None:
+    with pytest.raises(ModelError, match=f"from left to right.*{says}") as caught:
+        unmask.generate(causal(characters), "the ", length=8, **options)  # pyright: ignore[reportArgumentType]
+    assert caught.value.hint
 
 
 def test_a_position_is_sampled_again_with_another_draw(characters: Model) -> None:
@@ -194,7 +242,7 @@ def test_special_tokens_are_never_generated(model: Model) -> None:
     assert generated <= set(model.tokenizer.regular_token_ids.tolist())
 
 
-@pytest.mark.parametrize("order", ["confidence", "random", "gibbs"])
+@pytest.mark.parametrize("order", ["confidence", "random", "gibbs", "left-to-right"])
 def test_a_sample_depends_on_seed_and_number_only(model: Model, order: str) -> None:
     one, *others = unmask.generate(model, "the", length=8, num=5, seed=3, order=order)
     assert [one.ids] == [each.ids for each in unmask.generate(model, "the", length=8, seed=3, order=order)]
@@ -296,7 +344,7 @@ def test_segments_add_up_to_the_text(model: Model) -> None:
         ({"top_p": 1.5}, "invalid top_p: got 1.5"),
         ({"top_p": math.nan}, "invalid top_p"),
         ({"top_k": 0}, "invalid top_k: got 0"),
-        ({"sweeps": 2}, "the order 'confidence' has no sweeps"),
+        ({"sweeps": 2}, "only the order 'gibbs' has sweeps"),
         ({"order": "gibbs", "sweeps": 0}, "invalid sweeps: got 0"),
         ({"prefix": "a [MASK]"}, r"the prefix contains \[MASK\]"),
         ({"suffix": "[MASK] b"}, r"the suffix contains \[MASK\]"),
@@ -328,11 +376,13 @@ def test_an_unknown_keyword_is_named(characters: Model) -> None:
 @pytest.mark.parametrize("objective", ["causal", "rtd"])
 def test_a_model_without_masked_predictions_is_refused(characters: Model, objective: str) -> None:
     other = replace(characters, card={**characters.card, "objective": objective})
-    for call in (
-        lambda: unmask.generate(other),
+    calls = [
         lambda: unmask.fill(other, "a [MASK]"),
         lambda: unmask.fill_jointly(other, "a [MASK]"),
-    ):
+    ]
+    if objective == "rtd":  # a causal model generates, but fills nothing
+        calls.append(lambda: unmask.generate(other))
+    for call in calls:
         with pytest.raises(ModelError, match=f"this model can't .*: the objective '{objective}' trains no predictions"):
             call()
     trained = replace(characters, card={**characters.card, "objective": "mlm"})

@@ -369,7 +369,7 @@ def score(
         raise RecipeError("no text was given", location="unmask score", hint="give a TEXT, or --file FILE")
     opened = open_model(model)
     listed, left_out = _scorable(opened, listed, words, errors)
-    if opened.card.get("objective") == "causal":
+    if opened.is_causal:
         print("note: the model is causal; the scores are log-likelihoods from left to right", file=sys.stderr)
     with open_display(sys.stderr) as display:
         scores = score_texts(

@@ -31,12 +31,13 @@ def generate_text(
     suffix: Annotated[str, typer.Option(help="Text after the generated tokens.", show_default="none")] = "",
     length: Annotated[int, typer.Option(help="Number of tokens to generate.")] = 20,
     order: Annotated[
-        Literal["confidence", "random", "gibbs"],
+        Literal["confidence", "random", "gibbs", "left-to-right"] | None,
         typer.Option(
             help="Order of the positions: confidence samples all masks and sets the most probable tokens, random sets "
-            "any, gibbs then masks each position again and resamples it."
+            "any, gibbs then masks each position again and resamples it. A causal model has only left-to-right.",
+            show_default="confidence; left-to-right for a causal model",
         ),
-    ] = "confidence",
+    ] = None,
     steps: Annotated[
         int | None, typer.Option(help="Number of steps of a pass over all masks.", show_default="one per token")
     ] = None,

@@ -19,9 +19,9 @@ import torch
 from numpy.typing import NDArray
 
 from unmask.core.distributed import DistributedContext, init_distributed
-from unmask.core.errors import ModelError, TextError
+from unmask.core.errors import TextError
 from unmask.core.types import SPECIAL, WORD_START, Batch, ProgressCallback, logits_at
-from unmask.models.model import Model, require_masked_lm
+from unmask.models.model import Model, require_masked_lm, require_token_before
 from unmask.tokenization.normalization import without_specials
 from unmask.tokenization.tokenizer import Tokenizer
 from unmask.tokenization.words import WordsRule, word_starts
@@ -33,7 +33,6 @@ METHODS: Final[tuple[Method, ...]] = ("original", "within-word")
 _BATCH_TOKENS: Final = 4096  # larger batches are not faster on a CPU
 _BATCH_LOGITS: Final = 1 << 24  # 64 MB of float32
 _ENCODED: Final = 1024  # texts that are encoded together
-_CAUSAL: Final = "causal"
 
 
 @dataclass(frozen=True)
@@ -310,14 +309,9 @@ def score_tokens(
     Raises:
         ModelError: as for `score`.
     """
-    if model.card.get("objective") != _CAUSAL:
+    if not model.is_causal:
         require_masked_lm(model, "score texts")
-    if model.encoder.label_offset and not model.tokenizer.frame.before:
-        raise ModelError(
-            "the model predicts each token from the one before it, and the tokenizer puts none before a text",
-            location=model.path,
-            hint="use a tokenizer with a token such as [CLS], or another objective",
-        )
+    require_token_before(model)
     for module in (model.encoder.to(context.device), model.head.to(context.device)):
         if module.training:
             module.eval()
@@ -435,7 +429,7 @@ def _predict(model: Model, rows: Sequence[_Rows], context: DistributedContext) -
         max_seqlen=int(lengths.max()),
         token_flags_T=torch.full((len(ids_T),), SPECIAL, dtype=torch.uint8),
         sample_keys_B2=torch.zeros((len(lengths), 2), dtype=torch.int64),
-        is_causal=model.card.get("objective") == _CAUSAL,
+        is_causal=model.is_causal,
     ).to(context.device)
     at = np.concatenate([row.positions for row in rows]) + offsets[:-1]
     labels_M = torch.from_numpy(np.concatenate([row.labels for row in rows])).to(context.device)

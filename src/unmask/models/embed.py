@@ -73,7 +73,7 @@ def embed(
 
 def _check(model: Model, pooling: Pooling, last_layers: int) -> None:
     layers = model.settings.num_hidden_layers
-    if model.card.get("objective") == "causal":
+    if model.is_causal:
         raise ModelError(
             "this model can't embed texts: the objective 'causal' trains each token to see only the tokens before it",
             location=model.path,

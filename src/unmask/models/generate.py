@@ -1,10 +1,13 @@
-"""Generates text by iterative unmasking: [MASK] tokens are replaced by sampled tokens, some in each step."""
+"""Generates text by iterative unmasking: [MASK] tokens are replaced by sampled tokens, some in each step.
+
+A causal model predicts each token from those before it, so it generates from left to right, one token per step.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby, pairwise
 from typing import Literal, TypedDict, Unpack
 
@@ -18,10 +21,10 @@ from unmask.core import rng
 from unmask.core.errors import ModelError
 from unmask.core.types import ProgressCallback
 from unmask.models.fill_mask import MASK
-from unmask.models.model import Model, require_masked_lm
+from unmask.models.model import Model, require_masked_lm, require_token_before
 from unmask.tokenization.analysis import TokenFormatter
 
-OrderRule = Literal["confidence", "random", "gibbs"]
+OrderRule = Literal["confidence", "random", "gibbs", "left-to-right"]
 ScheduleRule = Literal["cosine", "linear"]
 SegmentState = Literal["given", "set", "new", "mask"]
 MAX_SAMPLES = 1000
@@ -32,7 +35,7 @@ _BATCH_NUMBERS = 1 << 24  # log-probabilities that are computed together: 64 MB 
 class GenerateOptions(TypedDict, total=False):
     """Keywords of `generate` that are fields of GenerateConfig."""
 
-    order: OrderRule
+    order: OrderRule | None
     steps: int | None
     schedule: ScheduleRule
     temperature: float
@@ -49,7 +52,7 @@ class GenerateConfig:
         ModelError: a value is out of its range.
     """
 
-    order: OrderRule = "confidence"
+    order: OrderRule | None = None  # None: "confidence"; for a causal model, "left-to-right"
     steps: int | None = None  # of a pass over all masks; None: one token per step
     schedule: ScheduleRule = "cosine"  # number of tokens left masked after each step
     temperature: float = 1.0
@@ -66,7 +69,7 @@ class GenerateConfig:
             raise _invalid("--top-k", self.top_k, "at least 1", "leave it out to keep all tokens")
         if self.sweeps is not None and self.order != "gibbs":
             raise ModelError(
-                f"the order {self.order!r} has no --sweeps", hint='leave --sweeps out, or choose --order "gibbs"'
+                "only the order 'gibbs' has --sweeps", hint='leave --sweeps out, or choose --order "gibbs"'
             )
         if self.sweeps is not None and not 1 <= self.sweeps <= _MAX_SWEEPS:
             raise _invalid("--sweeps", self.sweeps, f"1 to {_MAX_SWEEPS:,}", "choose a number in this range")
@@ -147,6 +150,7 @@ def generate(
     order "confidence" samples a token for every mask in each step and sets the most probable ones (MaskGIT, arXiv
     2202.04200, section 3.2). "random" sets tokens at random positions. "gibbs" continues after a random pass: each
     sweep masks all positions again, in random order, and samples them given the others (arXiv 1902.04094).
+    "left-to-right" sets them in the order of the text: the only order of a model whose last objective was "causal".
 
     A random draw depends on the seed and the numbers of sample, step and position only. A sample is the same for any
     `num`, up to rounding of the model's logits.
@@ -162,8 +166,8 @@ def generate(
         options: Fields of GenerateConfig: order, steps, schedule, temperature, top_k, top_p, sweeps.
 
     Raises:
-        ModelError: the model makes no masked predictions, the text is longer than its context, or an option is out of
-            its range.
+        ModelError: the model was trained last to detect replaced tokens, the text is longer than its context, an option
+            is out of its range, or a causal model is given a suffix, another order or a number of steps.
     """
     state: GenerationState | None = None
     for state in generate_steps(model, prefix, suffix, length=length, num=num, seed=seed, **options):
@@ -216,13 +220,12 @@ def generate_steps(
     **options: Unpack[GenerateOptions],
 ) -> Iterator[GenerationState]:
     """Yield the texts that `generate` returns after each of its steps. Arguments and errors are those of `generate`."""
-    require_masked_lm(model, "generate text")
-    settings = GenerateConfig(**options)
+    settings = _settings_for(model, suffix, GenerateConfig(**options))
     if not 1 <= num <= MAX_SAMPLES:
         raise _invalid("--num", num, f"1 to {MAX_SAMPLES:,}", "choose a number in this range")
     prompt = _encode_prompt(model, prefix, suffix, length)
     counts, mask_id = settings.counts(length), model.tokenizer.mask_id
-    moves = [None] * len(counts) if settings.order == "confidence" else _random_moves(settings, counts, num, seed)
+    moves = [None] * len(counts) if settings.order == "confidence" else _moves(settings, counts, num, seed)
     ids_SN = np.full((num, length), mask_id)
     log_probabilities_SN = np.zeros((num, length))
     steps: list[list[GenerationStep]] = [[] for _ in range(num)]
@@ -240,6 +243,30 @@ def generate_steps(
         for sample, (positions, tokens) in enumerate(zip(positions_SK.tolist(), tokens_SK.tolist(), strict=True)):
             steps[sample].append(GenerationStep(tuple(positions), tuple(tokens), _tokens(model, tokens)))
         yield GenerationState(model, prompt, len(moves), ids_SN, log_probabilities_SN, steps)
+
+
+def _settings_for(model: Model, suffix: str, settings: GenerateConfig) -> GenerateConfig:
+    """Return the settings with the order that a model has by default.
+
+    Raises:
+        ModelError: as for `generate`.
+    """
+    require_token_before(model)
+    if not model.is_causal:
+        require_masked_lm(model, "generate text")
+        return replace(settings, order=settings.order or "confidence")
+    for option, is_given in (
+        ("--order", settings.order not in (None, "left-to-right")),
+        ("--steps", settings.steps is not None),
+        ("--suffix", bool(suffix)),
+    ):
+        if is_given:
+            raise ModelError(
+                f"a causal model generates from left to right, one token per step: it has no {option}",
+                location=model.path,
+                hint=f"leave {option} out, or use a model that was trained last with objective.kind=mlm",
+            )
+    return replace(settings, order="left-to-right")
 
 
 def _tokens(model: Model, ids: Sequence[int]) -> tuple[str, ...]:
@@ -290,13 +317,16 @@ def _encode_prompt(model: Model, prefix: str, suffix: str, length: int) -> _Prom
     return _Prompt(prefix, suffix, framed[:at], framed[at + 1 :], ids[:first], ids[first + 1 :])
 
 
-def _random_moves(settings: GenerateConfig, counts: Sequence[int], num: int, seed: int) -> list[NDArray[np.int64]]:
+def _moves(settings: GenerateConfig, counts: Sequence[int], num: int, seed: int) -> list[NDArray[np.int64]]:
     """Return the positions that each step sets in each sample, (S, K), ascending.
 
-    Each pass has every position once. A sweep of Gibbs sampling has as many steps as the first pass, of equal size.
+    Each pass has every position once, in random order or from left to right. A sweep of Gibbs sampling has as many
+    steps as the first pass, of equal size.
     """
     length = sum(counts)
     moves: list[NDArray[np.int64]] = []
+    if settings.order == "left-to-right":
+        return [np.tile(part, (num, 1)) for part in np.split(np.arange(length), np.cumsum(counts)[:-1])]
     for sweep in range(1 + settings.num_sweeps):
         order_SN = np.stack(
             [

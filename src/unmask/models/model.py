@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple, TypedDict, cast
 
@@ -112,6 +112,11 @@ class Model:
         """Rule that split the training text into words."""
         return self.card.get("words", "spaces")
 
+    @property
+    def is_causal(self) -> bool:
+        """Whether each token attends only to itself and to the tokens before it: the last objective was "causal"."""
+        return self.card.get("objective") == "causal"
+
     def log_probabilities(self, ids: Sequence[Sequence[int]], positions: Sequence[Sequence[int]]) -> list[Tensor]:
         """Return log-probabilities over the vocabulary at the given positions: n x V in float32 for each sequence.
 
@@ -187,7 +192,7 @@ class Model:
         samples = [
             Sample(np.asarray(sequence, np.int64), np.full(len(sequence), SPECIAL, np.uint8)) for sequence in ids
         ]
-        batch = pack(samples)
+        batch = replace(pack(samples), is_causal=self.is_causal)
         positions_M = torch.tensor(
             [batch.offsets[b] + p for b, at in enumerate(positions) for p in at], dtype=torch.int64
         )
@@ -213,6 +218,20 @@ def require_masked_lm(model: Model, what: str) -> None:
             f"this model can't {what}: the objective {objective!r} trains no predictions for masked tokens",
             location=model.path,
             hint="use a model that was trained last with objective.kind=mlm",
+        )
+
+
+def require_token_before(model: Model) -> None:
+    """Check that a token stands before a text's first one, for a model that predicts each token from the one before.
+
+    Raises:
+        ModelError: the model is such a model, and its tokenizer puts no token such as [CLS] before a text.
+    """
+    if model.encoder.label_offset and not model.tokenizer.frame.before:
+        raise ModelError(
+            "the model predicts each token from the one before it, and the tokenizer puts none before a text",
+            location=model.path,
+            hint="use a tokenizer with a token such as [CLS], or another objective",
         )
 
 

@@ -317,7 +317,7 @@ def attend(model: Model, request: AttentionRequest) -> AttentionAnswer:
             raise RequestError(
                 f"invalid {name}: got {value}, expected 0 to {size - 1}", hint=f"the model has {size}, counted from 0"
             )
-    weights_LHSS = attention_weights(model.encoder.eval(), ids, is_causal=model.card.get("objective") == "causal")
+    weights_LHSS = attention_weights(model.encoder.eval(), ids, is_causal=model.is_causal)
     places_S = torch.arange(len(ids))
     distance_SS = (places_S[:, None] - places_S).abs()
     distances_LH = (weights_LHSS * distance_SS).sum(-1).mean(-1)

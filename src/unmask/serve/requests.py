@@ -78,7 +78,7 @@ class GenerateRequest:
     suffix: str = _bounded("", maxLength=MAX_CHARACTERS)  # Text after them.
     model: str = _model()  # Name of a model in /models; empty: the first one.
     length: int = _bounded(20, minimum=1, maximum=200)  # Number of tokens to generate.
-    order: OrderRule = "confidence"  # Order in which masks are replaced.
+    order: OrderRule | None = None  # Order of the positions; none: confidence, or left-to-right for a causal model.
     # Number of steps of a pass over all masks; none: one token per step.
     steps: int | None = _bounded(None, minimum=1, maximum=200)
     schedule: ScheduleRule = "cosine"  # Number of tokens left masked after each step.

@@ -8,7 +8,7 @@ import { isOfModel, problem } from "./views.js";
 // Generate -----------------------------------------------------------------------------------------------------------
 
 export const generate = {
-  options: { length: 12, order: "confidence", temperature: 0.7, seed: 0, speed: 4 },
+  options: { length: 12, order: "", temperature: 0.7, seed: 0, speed: 4 },
   frames: [], // lines of the answer, for each model
   problems: [], // for each model, what to show in place of an answer
   shown: 0, // number of the step on the page
@@ -24,7 +24,7 @@ export const generate = {
       input.addEventListener("input", () => { this.options[name] = Number(input.value); });
       return input;
     };
-    const orders = ["confidence", "random", "gibbs"].map((order) => [order, t(order)]);
+    const orders = [["", t("defaultOrder")], ...["confidence", "random", "gibbs", "left-to-right"].map((order) => [order, t(order)])];
     const order = select(orders, this.options.order, (value) => { this.options.order = value; });
     this.play = el("button", { type: "button", disabled: true }, t("play"));
     this.play.addEventListener("click", () => (this.timer ? this.stop() : this.start(page)));
@@ -71,7 +71,7 @@ export const generate = {
     this.frames = page.models.map(() => []);
     this.problems = page.models.map(() => null);
     const { length, order, temperature, seed } = this.options;
-    const body = { prefix: this.prefix.value, suffix: this.suffix.value, length, order, temperature, seed };
+    const body = { prefix: this.prefix.value, suffix: this.suffix.value, length, order: order || null, temperature, seed };
     this.start(page);
     await Promise.all(page.models.map(async (model, index) => {
       try {
