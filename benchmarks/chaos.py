@@ -6,6 +6,7 @@ and compares weights, optimizer state and log with those of a run that was never
 - kill: at a moment drawn uniformly from the time the whole run takes, its start included
 - save: while a checkpoint is being written, seen by its temporary folder
 - ranks: one of two ranks, under torchrun
+- shards: the same, with weights, optimizer and checkpoints that are sharded (FSDP)
 - disk: the disk is full at a random size of the run (a small tmpfs, which only root can mount); the run goes on without
   new checkpoints and ends with an error, because the last one is missing; the disk is enlarged before it is resumed
 
@@ -28,7 +29,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from datetime import date
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors.torch import load_file
@@ -47,6 +48,18 @@ SETTINGS = (
 )  # fmt: skip
 # Bytes of the tmpfs: from too little for the first checkpoint to nearly enough for the run.
 SMALLEST_DISK, LARGEST_DISK, ENLARGED_DISK = 200_000, 4_000_000, "64M"
+
+
+class Setup(NamedTuple):
+    """What a run is trained on."""
+
+    ranks: int
+    parallel: str
+
+
+SETUPS = {"kill": Setup(1, "ddp"), "save": Setup(1, "ddp"), "ranks": Setup(2, "ddp"), "shards": Setup(2, "fsdp"),
+          "disk": Setup(1, "ddp")}  # fmt: skip
+"""Kinds of trials."""
 
 
 @dataclass
@@ -68,43 +81,45 @@ class Runner:
 
     def __init__(self, text: Path, folder: Path) -> None:
         self.text, self.folder = text.absolute(), folder
-        self.seconds: dict[int, float] = {}  # of the uninterrupted run, by number of ranks
+        self.seconds: dict[Setup, float] = {}  # of the uninterrupted run
 
-    def command(self, run: Path, ranks: int, *, resume: bool) -> list[str]:
+    def command(self, run: Path, setup: Setup, *, resume: bool) -> list[str]:
         """Return the command that starts or resumes a run."""
-        launcher = ["-m", "torch.distributed.run", f"--nproc-per-node={ranks}", "--rdzv-backend=c10d",
-                    "--rdzv-endpoint=localhost:0"] if ranks > 1 else []  # fmt: skip
+        launcher = ["-m", "torch.distributed.run", f"--nproc-per-node={setup.ranks}", "--rdzv-backend=c10d",
+                    "--rdzv-endpoint=localhost:0"] if setup.ranks > 1 else []  # fmt: skip
         program = [sys.executable, *launcher, "-m", "unmask", "pretrain"]
         if resume:
             return [*program, "--resume", str(run)]
-        settings = [word for setting in SETTINGS for word in ("--set", setting)]
+        own = (*SETTINGS, f"train.parallel={setup.parallel}")
+        settings = [word for setting in own for word in ("--set", setting)]
         start = [str(self.text), "--recipe", "char", "--budget", f"{STEPS} steps", "--out", str(run)]
         return [*program, *start, *settings]
 
-    def start(self, run: Path, ranks: int, *, resume: bool = False) -> subprocess.Popen[str]:
+    def start(self, run: Path, setup: Setup, *, resume: bool = False) -> subprocess.Popen[str]:
         """Start a run in a group of processes of its own."""
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "UNMASK_CACHE": str(self.folder / "cache")}
         return subprocess.Popen(
-            self.command(run, ranks, resume=resume), env=environment, text=True, start_new_session=True,
+            self.command(run, setup, resume=resume), env=environment, text=True, start_new_session=True,
             stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
         )  # fmt: skip
 
-    def reference(self, ranks: int) -> Path:
+    def reference(self, setup: Setup) -> Path:
         """Return the run that is never interrupted; it is trained once."""
-        run = self.folder / f"reference-{ranks}"
+        run = self.folder / f"reference-{setup.ranks}-{setup.parallel}"
         if not run.exists():
             for _ in range(2):  # the first one also writes the token cache
                 shutil.rmtree(run, ignore_errors=True)
                 begin = time.monotonic()
-                finish(self.start(run, ranks))
-                self.seconds[ranks] = time.monotonic() - begin
+                finish(self.start(run, setup))
+                self.seconds[setup] = time.monotonic() - begin
         return run
 
-    def difference(self, run: Path, ranks: int) -> str:
+    def difference(self, run: Path, setup: Setup) -> str:
         """Return the first difference from the uninterrupted run; an empty string if there is none."""
-        expected = self.reference(ranks)
-        for name in ("model", "resume/weights", "resume/optimizer"):
-            first, second = (load_file(each / "latest" / f"{name}.safetensors") for each in (run, expected))
+        expected = self.reference(setup)
+        names = sorted(path.relative_to(expected / "latest") for path in (expected / "latest").rglob("*.safetensors"))
+        for name in names:
+            first, second = (load_file(each / "latest" / name) for each in (run, expected))
             if first.keys() != second.keys():
                 return f"other tensors in {name}"
             for tensor, values in first.items():
@@ -142,24 +157,24 @@ def incomplete(run: Path) -> bool:
     return run.is_dir() and any(entry.name.startswith(".") for entry in run.iterdir())
 
 
-def processes_of(group: int) -> list[int]:
-    """Return the training processes of a torchrun session: those that have a rank."""
+def ranks_of(run: Path) -> list[int]:
+    """Return the processes of the ranks of a run. torchrun gives each a session of its own."""
     found: list[int] = []
     for entry in Path("/proc").iterdir():
         if entry.name.isdecimal():
             try:
-                is_member = os.getsid(int(entry.name)) == group or os.getpgid(int(entry.name)) == group
-                environment = (entry / "environ").read_bytes()
+                words = (entry / "cmdline").read_bytes().split(b"\0")
+                environment = (entry / "environ").read_bytes().split(b"\0")
             except OSError:
                 continue
-            if is_member and b"\0LOCAL_RANK=" in b"\0" + environment:
+            if os.fsencode(run) in words and any(word.startswith(b"LOCAL_RANK=") for word in environment):
                 found.append(int(entry.name))
     return found
 
 
-def kill_all(process: subprocess.Popen[str]) -> None:
-    """Kill a process and everything it has started, and wait for it."""
-    for number in [*processes_of(process.pid), process.pid]:
+def kill_all(process: subprocess.Popen[str], run: Path) -> None:
+    """Kill a process and the ranks that it has started, and wait for it."""
+    for number in [process.pid, *ranks_of(run)]:
         try:
             os.kill(number, signal.SIGKILL)
         except ProcessLookupError:
@@ -169,9 +184,9 @@ def kill_all(process: subprocess.Popen[str]) -> None:
 
 def interrupt(runner: Runner, run: Path, kind: str, draw: random.Random) -> Trial:
     """Start a run and interrupt it; the trial says when."""
-    ranks = 2 if kind == "ranks" else 1
-    runner.reference(ranks)
-    process, begin = runner.start(run, ranks), time.monotonic()
+    setup = SETUPS[kind]
+    runner.reference(setup)
+    process, begin = runner.start(run, setup), time.monotonic()
     if kind == "save":
         wanted = draw.randrange(1, STEPS // SAVE_EVERY)
         seen, saving = 0, False
@@ -180,23 +195,24 @@ def interrupt(runner: Runner, run: Path, kind: str, draw: random.Random) -> Tria
             seen += saving and not was
             time.sleep(0.0005)
     else:
-        wait = draw.uniform(0, runner.seconds[ranks])
+        wait = draw.uniform(0, runner.seconds[setup])
         while process.poll() is None and time.monotonic() - begin < wait:
             time.sleep(0.001)
     after = time.monotonic() - begin
-    if kind == "ranks" and (members := processes_of(process.pid)):
+    members = ranks_of(run)
+    if members:
         os.kill(draw.choice(members), signal.SIGKILL)  # torchrun then ends the other rank
         process.communicate()
     else:
-        kill_all(process)
+        kill_all(process, run)
     return Trial(kind, 0, round(after, 3), last_step(run), incomplete(run), 0, same=False)
 
 
-def until_finished(runner: Runner, run: Path, ranks: int) -> tuple[int, str]:
+def until_finished(runner: Runner, run: Path, setup: Setup) -> tuple[int, str]:
     """Resume a run, or start it if it had written nothing; returns the number of attempts and the last error."""
     problem = ""
     for attempt in range(1, RESTART_LIMIT + 1):
-        process = runner.start(run, ranks, resume=(run / "env.json").is_file())
+        process = runner.start(run, setup, resume=(run / "env.json").is_file())
         if not (run / "env.json").is_file():
             shutil.rmtree(run, ignore_errors=True)
         _, err = process.communicate()
@@ -208,11 +224,12 @@ def until_finished(runner: Runner, run: Path, ranks: int) -> tuple[int, str]:
 
 def fill_disk(runner: Runner, run: Path, draw: random.Random) -> Trial:
     """Train on a file system that becomes full, then enlarge it; the trial says at which step it was full."""
-    runner.reference(1)
+    setup = SETUPS["disk"]
+    runner.reference(setup)
     size, begin = draw.randrange(SMALLEST_DISK, LARGEST_DISK), time.monotonic()
     run.parent.mkdir()
     subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(run.parent)], check=True)
-    process = runner.start(run, 1)
+    process = runner.start(run, setup)
     _, err = process.communicate()
     trial = Trial("disk", 0, round(time.monotonic() - begin, 3), last_step(run), incomplete(run), 0, same=False)
     if process.returncode == 0:
@@ -227,7 +244,6 @@ def one_trial(runner: Runner, kind: str, seed: int) -> Trial:
     """Interrupt a run, finish it and compare it."""
     draw = random.Random(f"{kind} {seed}")
     run = runner.folder / f"{kind}-{seed}" / "run"
-    ranks = 2 if kind == "ranks" else 1
     try:
         if kind == "disk":
             trial = fill_disk(runner, run, draw)
@@ -235,8 +251,8 @@ def one_trial(runner: Runner, kind: str, seed: int) -> Trial:
             run.parent.mkdir()
             trial = interrupt(runner, run, kind, draw)
         trial.seed = seed
-        trial.restarts, problem = until_finished(runner, run, ranks)
-        trial.problem = trial.problem or problem or runner.difference(run, ranks)
+        trial.restarts, problem = until_finished(runner, run, SETUPS[kind])
+        trial.problem = trial.problem or problem or runner.difference(run, SETUPS[kind])
         trial.same = not trial.problem
         return trial
     finally:
@@ -249,14 +265,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run all trials, print a line for each and a table, and write the results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("text", type=Path, help="text to train on")
-    for kind, number in (("kill", 40), ("save", 10), ("ranks", 20), ("disk", 10)):
+    for kind, number in (("kill", 40), ("save", 10), ("ranks", 20), ("shards", 10), ("disk", 10)):
         parser.add_argument(f"--{kind}", type=int, default=number, help="number of trials of this kind")
     parser.add_argument("--results", type=Path, help="JSON file to write")
     given = parser.parse_args(arguments)
     trials: list[Trial] = []
     with tempfile.TemporaryDirectory() as folder:
         runner = Runner(given.text, Path(folder))
-        for kind in ("kill", "save", "ranks", "disk"):
+        for kind in SETUPS:
             for seed in range(getattr(given, kind)):
                 trials.append(trial := one_trial(runner, kind, seed))
                 saving = ", while saving" if trial.while_saving else ""

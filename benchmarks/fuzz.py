@@ -20,6 +20,7 @@ import importlib
 import inspect
 import io
 import json
+import multiprocessing
 import os
 import platform
 import resource
@@ -687,6 +688,22 @@ def run_target(target: Target, num_cases: int, seed: int, allowed: Sequence[Path
     return outcome
 
 
+def run_apart(target: Target, num_cases: int, seed: int, allowed: Sequence[Path]) -> Outcome:
+    """Read cases of a target in a process of its own: a library that aborts it is a finding, too."""
+    context = multiprocessing.get_context("fork")
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=lambda: sender.send(run_target(target, num_cases, seed, allowed)))
+    process.start()
+    sender.close()
+    try:
+        outcome: Outcome = receiver.recv()
+    except EOFError:
+        process.join()
+        outcome = Outcome(findings=[f"the process ended with code {process.exitcode}"])
+    process.join()
+    return outcome
+
+
 @contextlib.contextmanager
 def _traced(executed: set[tuple[str, int]], sources: set[str]) -> Iterator[None]:
     """Add the lines of these files that the block executes."""
@@ -834,7 +851,7 @@ def main() -> int:
         for target in targets_of(made):
             if arguments.target in (None, target.name):
                 number = max(1, round(arguments.cases * target.share))
-                outcome = outcomes[target.name] = run_target(target, number, arguments.seed, [made.folder])
+                outcome = outcomes[target.name] = run_apart(target, number, arguments.seed, [made.folder])
                 lines = f"{outcome.lines[0]:,} of {outcome.lines[1]:,} lines"
                 print(f"{target.name:18} {outcome.accepted:7,} accepted {outcome.refused:7,} refused  "
                       f"{lines:22} {outcome.seconds:6.0f} s", *outcome.findings, sep="\n  ", flush=True)  # fmt: skip

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
+import os
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -89,6 +91,14 @@ def test_a_planted_bug_is_found(program: Any, made: Any, monkeypatch: pytest.Mon
     finally:
         (Path(__file__).parent / "outside.txt").unlink(missing_ok=True)
     assert len(outcome.findings) == 1 and says in outcome.findings[0]
+
+
+def test_a_process_that_is_aborted_is_a_finding(program: Any, made: Any) -> None:
+    recipes = program.targets_of(made)[0]
+    target = replace(recipes, read=lambda case, folder: os.kill(os.getpid(), signal.SIGKILL))
+    outcome = program.run_apart(target, 10, SEED, [made.folder])
+    assert outcome.findings == ["the process ended with code -9"]
+    assert program.run_apart(recipes, 5, SEED, [made.folder]).findings == []
 
 
 def test_damage_of_every_file_is_detected_or_harmless(program: Any, made: Any) -> None:

@@ -368,6 +368,8 @@ def test_an_invalid_recipe_file(refused: Refused) -> None:
         ),
         (good.replace('"8 texts"', "8"), ("bad.toml", "stage.0.batch_size", "needs a unit")),
         (good.replace("[data]", "[data"), ("bad.toml, line 2",)),
+        ("seed = " + "9" * 5000, ("bad.toml", "too many digits")),
+        ("seed = " + "[" * 5000, ("bad.toml", "nested too deeply")),
         ('extends = "tinny"\n', ("did you mean `tiny`?",)),
         ('extends = "./bad.toml"\n', ("extend each other",)),
     ):

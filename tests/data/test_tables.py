@@ -6,6 +6,8 @@ import csv
 import gzip
 import io
 import json
+import subprocess
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -93,6 +95,37 @@ def test_a_compressed_parquet_file_is_an_error(tmp_path: Path, packing: str) -> 
         with pytest.raises(TextError, match="compressed as a whole") as caught:
             function()
         assert caught.value.location == str(path) and "decompress" in caught.value.hint
+
+
+def test_no_damaged_footer_ends_the_process(tmp_path: Path) -> None:
+    """Where a Parquet file says how its columns are stored, one bit of any byte is changed."""
+    pq.write_table(pa.table({"text": ["some text", None, "more"], "stars": [1, 2, 3]}), tmp_path / "rows.parquet")
+    program = f"""
+from pathlib import Path
+from unmask.core.errors import TextError
+from unmask.data.sources import FileSource
+path = Path({str(tmp_path / "rows.parquet")!r})
+whole = path.read_bytes()
+refused = 0
+for place in range(len(whole) - 8 - int.from_bytes(whole[-8:-4], "little"), len(whole) - 8):
+    path.write_bytes(whole[:place] + bytes([whole[place] ^ 1 << place % 8]) + whole[place + 1 :])
+    try:
+        source = FileSource([path], "line", "strict")
+        [list(source.documents(part)) for part in source.parts()]
+    except TextError:
+        refused += 1
+print(refused)
+"""
+    done = subprocess.run([sys.executable, "-c", program], check=False, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert int(done.stdout) > 50
+
+
+def test_a_carriage_return_in_the_header_is_an_error(tmp_path: Path) -> None:
+    (tmp_path / "rows.csv").write_bytes(b"\rid,text\n1,a\n")
+    with pytest.raises(TextError) as caught:
+        read(tmp_path / "rows.csv")
+    assert str(tmp_path / "rows.csv") in caught.value.location and caught.value.hint
 
 
 @pytest.fixture(scope="module")

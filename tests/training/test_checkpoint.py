@@ -50,17 +50,20 @@ ONE_PROCESS = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 
 
 class Fills(Display):
-    """Leaves no space for a checkpoint to this process from a step on."""
+    """Leaves no space for a checkpoint to this process from step 3 on, and maybe none for the log either."""
 
-    def __init__(self, step: int, run: Path) -> None:
-        self._step, self._run = step, run
+    def __init__(self, run: Path, until: int | None = None, *, fills_log: bool = False) -> None:
+        self._run, self._until, self._fills_log = run, until, fills_log
         self.messages: list[str] = []
 
     def step(self, state: Any) -> None:
-        if state.step == self._step:
+        if state.step == 3:
             while not (self._run / "latest").exists():  # the first checkpoint may not be written yet
                 pass
-            resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.RLIM_INFINITY))
+            most = (self._run / "log.jsonl").stat().st_size + 10 if self._fills_log else 20_000
+            resource.setrlimit(resource.RLIMIT_FSIZE, (most, resource.RLIM_INFINITY))
+        elif state.step == self._until:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
 
     def message(self, message: str) -> None:
         self.messages.append(message)
@@ -74,15 +77,22 @@ def main(folder: Path, text: Path) -> None:
         settings = [*SMALL, "train.parallel=fsdp", *more]
         launch([text], recipe="tiny", out=folder / name, settings=settings, display=display)
 
-    def fill(rank: int) -> None:
-        pretrain("full", display=Fills(3, folder / "full") if rank == 1 else None)
+    def fill(name: str, filled: int, *more: str, until: int | None = None, fills_log: bool = False) -> int:
+        display = Fills(folder / name, until, fills_log=fills_log)
+        return run_ranks(
+            folder, name, 2, lambda rank: pretrain(name, *more, display=display if rank == filled else None)
+        )
 
     codes = {"sharded": run_ranks(folder, "sharded", 2, lambda rank: pretrain("sharded"))}
     codes["at once"] = run_ranks(folder, "at once", 2, lambda rank: pretrain("at once", "train.background_save=false"))
     shutil.copytree(folder / "sharded", folder / "resumed", symlinks=True)
     codes["resumed"] = run_ranks(folder, "resumed", 4, lambda rank: resume(folder / "resumed", budget="+2 steps"))
     if resource is not None:
-        codes["full"] = run_ranks(folder, "full", 2, fill)
+        codes["full"] = fill("full", 1)
+        at_once = "train.background_save=false"
+        codes["full for a while"] = fill("full for a while", 1, at_once, until=5)
+        codes["rank 0 full for a while"] = fill("rank 0 full for a while", 0, at_once, until=5)
+        codes["log full for a while"] = fill("log full for a while", 0, at_once, until=5, fills_log=True)
     (folder / "codes.json").write_text(json.dumps(codes))
 
 
@@ -193,7 +203,7 @@ launch([Path({str(prose)!r})], recipe="tiny", out=run, settings={large!r})
 @pytest.mark.skipif(resource is None, reason="this system has no limits to set")
 def test_a_full_disk_is_reported_by_the_next_steps(prose: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    display, allowed = Fills(3, run), resource.getrlimit(resource.RLIMIT_FSIZE)
+    display, allowed = Fills(run), resource.getrlimit(resource.RLIMIT_FSIZE)
     try:
         with pytest.raises(StoreError, match="File too large") as caught:
             launch([prose], recipe="tiny", out=run, settings=[*SMALL, "train.keep_best=false"], display=display)
@@ -306,6 +316,15 @@ def test_a_rank_that_can_not_write_ends_all_and_the_last_checkpoint_is_whole(ran
     run = ranks / "full"
     assert (run / "latest").readlink().name == "step-0000002" and not list(run.glob(".*"))
     assert unmask.load(run / "latest").card["step"] == 2
+
+
+@pytest.mark.skipif(resource is None, reason="this system has no limits to set")
+@pytest.mark.parametrize("name", ["full for a while", "rank 0 full for a while", "log full for a while"])
+def test_all_ranks_go_on_when_the_disk_of_one_is_full(ranks: Path, sharded: Path, name: str) -> None:
+    run = ranks / name
+    assert [path.name for path in sorted(run.glob("step-*"))] == ["step-0000002", "step-0000006"]
+    assert same(step(run, 6), step(sharded, 6)) and log(run) == log(sharded)
+    assert not list(run.glob(".*"))
 
 
 SECOND = "shard-00002-model-00001-of-00003.safetensors"

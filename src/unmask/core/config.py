@@ -145,7 +145,7 @@ def apply_set(tree: Tree, text: str) -> Tree:
     right = right.strip()
     try:
         parsed = tomllib.loads(f"value = {right}")
-    except tomllib.TOMLDecodeError:
+    except (ValueError, RecursionError):  # not TOML, or an integer of more digits than Python reads
         parsed = {}
     value: Any = parsed["value"] if set(parsed) == {"value"} else right
     return assign(tree, key, value, option)
@@ -222,6 +222,9 @@ def load_toml(path: Path | Traversable) -> Tree:
         raise RecipeError(
             f"invalid TOML: {reason}", location=f"{path}, line {line}", hint="correct that line"
         ) from error
+    except (ValueError, RecursionError) as error:  # Python reads no integer of more than 4,300 digits
+        too_much = "an integer has too many digits" if isinstance(error, ValueError) else "tables are nested too deeply"
+        raise RecipeError(f"invalid TOML: {too_much}", location=str(path), hint="shorten it") from error
 
 
 def _shipped_folder() -> Traversable:

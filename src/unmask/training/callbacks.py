@@ -26,7 +26,7 @@ from unmask.evaluation.validation import Validation, validates
 from unmask.models.model import Model, ModelCard
 from unmask.training import checkpoint
 from unmask.training.checkpoint.background import CheckpointWriter
-from unmask.training.checkpoint.shards import OtherRankError
+from unmask.training.checkpoint.shards import OtherRankError, error_code, raise_together
 from unmask.training.display import Display, Preview, Summary, build_preview
 from unmask.training.estimate import CostEstimate
 from unmask.training.estimate.memory import MemoryLimit
@@ -390,9 +390,7 @@ class RunCallbacks:
 
     def _save(self, state: TrainState, *, in_background: bool = False, keeps_one_more: bool = False) -> None:
         """Writes a checkpoint, or begins to write it in the background. `keeps_one_more` adds to `train.keep_last`."""
-        self._write_waiting_lines(is_last_try=True)
-        if self._log:
-            self._log.sync()  # the log lines of a saved step must be on the disk too
+        self._sync_log()
         keep, step = self._run.recipe.train.keep_last + keeps_one_more, state.step
         is_skipping = state.skipping_since is not None  # the run may have to go back to any of the earlier ones
 
@@ -412,6 +410,21 @@ class RunCallbacks:
             self._writer.start(write)
         else:
             self._report_saved(write())
+
+    def _sync_log(self) -> None:
+        """Writes the log lines to the disk: those of a saved step must be there too.
+
+        Raises:
+            StoreError: on every rank: the disk is full or can't be written.
+        """
+        error: StoreError | None = None
+        try:
+            self._write_waiting_lines(is_last_try=True)
+            if self._log:
+                self._log.sync()
+        except StoreError as caught:
+            error = caught
+        raise_together(error, [self._context.largest(error_code(error))], str(self._run.folder))
 
     def check_saved(self, *, wait: bool = False) -> None:
         """Reports a checkpoint that was written in the background, or that the disk is full.
@@ -436,15 +449,13 @@ class RunCallbacks:
     def _may_fail(self, step: int, what: str) -> Generator[list[StoreError]]:
         """Yields a list that gets the error if the disk is full: the run goes on, and the next save is tried again.
 
-        After the last step, and if the weights are sharded, so that the other ranks wait for the rank that failed, the
-        error is raised.
+        After the last step, the error is raised. All ranks of a sharded run have an error if one has.
         """
         failure: list[StoreError] = []
         try:
             yield failure
         except StoreError as error:
-            is_sharded = self._context.ranks > 1 and self._run.recipe.train.parallel == "fsdp"
-            if step == self._run.plan.steps or is_sharded or not is_disk_full(error):
+            if step == self._run.plan.steps or not is_disk_full(error):
                 raise
             failure.append(error)
             last = files.last_step(self._run.folder)

@@ -262,7 +262,7 @@ def explicit_keys(
     keys = set(_leaves(resolve_recipe(name_or_path, own=True)))
     for text in settings:
         key, _, value = text.partition("=")
-        with contextlib.suppress(tomllib.TOMLDecodeError):
+        with contextlib.suppress(ValueError, RecursionError):
             keys |= set(_leaves(tomllib.loads(f"value = {value.strip()}")["value"], key.strip()))
             continue
         keys.add(key.strip())

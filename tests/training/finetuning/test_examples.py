@@ -131,6 +131,15 @@ def test_bad_sentences_are_named(tmp_path: Path, name: str, content: str, says: 
         read_examples(tmp_path / name, "tokens", FieldsConfig())
 
 
+def test_a_parquet_file_with_damaged_pages_is_named(tmp_path: Path) -> None:
+    path = write_table(tmp_path / "a.parquet", [(str(number), f"text {number}") for number in range(99)])
+    data = path.read_bytes()
+    path.write_bytes(data[:40] + bytes(byte ^ 255 for byte in data[40:200]) + data[200:])
+    with pytest.raises(TextError, match="damaged or truncated") as caught:
+        read_examples(path, "classify", FieldsConfig())
+    assert caught.value.location == str(path)
+
+
 def test_invalid_utf_8_is_an_error_without_options_that_do_not_exist(tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_bytes(b"label,text\n1,caf\xe9\n")
     with pytest.raises(TextError, match="not UTF-8") as caught:

@@ -6,14 +6,16 @@ Errors name the file, the line or row, and a hint.
 from __future__ import annotations
 
 import codecs
+import contextlib
 import csv
 import difflib
 import itertools
 import json
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from functools import partial
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, Final
 
@@ -293,26 +295,22 @@ def parquet_rows(path: Path, field: str, errors: ErrorsRule, first: int = 0, las
     Raises:
         TextError: the file is not Parquet, has no such column, or a row has no text.
     """
-    import pyarrow as pa
-
     groups = parquet_groups(path, field)
     chosen = [number for number, byte in enumerate(groups) if first <= byte and (last is None or byte < last)]
-    try:
-        with open_parquet(path) as file:
-            row = sum(file.metadata.row_group(number).num_rows for number in range(chosen[0] if chosen else 0))
-            batches = file.iter_batches(batch_size=_BATCH_ROWS, row_groups=chosen, columns=[field], use_threads=False)
-            for batch in batches:
-                yield from texts_of(batch.column(0), row, str(path), field, errors)
-                row += batch.num_rows
-    except (pa.ArrowException, OSError) as error:
-        raise _not_parquet(path, error) from error
+    with open_parquet(path) as file:
+        row = sum(file.metadata.row_group(number).num_rows for number in range(chosen[0] if chosen else 0))
+        batches = file.iter_batches(batch_size=_BATCH_ROWS, row_groups=chosen, columns=[field], use_threads=False)
+        for batch in batches:
+            yield from texts_of(batch.column(0), row, str(path), field, errors)
+            row += batch.num_rows
 
 
-def open_parquet(path: Path) -> Any:
-    """Open a ParquetFile with a small buffer, because a row group may be larger than memory.
+@contextlib.contextmanager
+def open_parquet(path: Path) -> Generator[Any]:
+    """Yield a ParquetFile with a small buffer, because a row group may be larger than memory.
 
     Raises:
-        TextError: the file is not Parquet, is compressed as a whole, or is damaged.
+        TextError: the file is not Parquet, is compressed as a whole, or the block found it damaged.
     """
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -324,19 +322,19 @@ def open_parquet(path: Path) -> Any:
             hint="decompress it with gunzip or unzstd; Parquet compresses its columns itself",
         )
     try:
-        return pq.ParquetFile(path, buffer_size=1 << 20, pre_buffer=False)
-    except (pa.ArrowException, OSError) as error:
-        raise _not_parquet(path, error) from error
-
-
-def _not_parquet(path: Path, error: Exception) -> TextError:
-    reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-    message = f"not a Parquet file, or damaged or truncated ({reason})"
-    return TextError(message, location=str(path), hint="download or write the file again")
+        with pq.ParquetFile(path, buffer_size=1 << 20, pre_buffer=False) as file:
+            yield file
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        message = f"not a Parquet file, or damaged or truncated ({reason})"
+        raise TextError(message, location=str(path), hint="download or write the file again") from error
 
 
 def parquet_groups(path: Path, field: str) -> list[int]:
-    """Return the byte at which each row group of a .parquet file begins.
+    """Return the byte at which each row group of a .parquet file begins, if all rows have equally many bytes.
+
+    The file says where they begin, but with the statistics of each column: pyarrow 26 aborts the process if a damaged
+    file has invalid ones.
 
     Raises:
         TextError: the file is not Parquet, or its column is missing or has no text type.
@@ -347,13 +345,9 @@ def parquet_groups(path: Path, field: str) -> list[int]:
             raise no_field(field, schema.names, str(path), "column")
         require_one(field, schema.names, str(path))
         require_text_type(field, schema.field(field).type, schema, str(path))
-        starts: list[int] = []
-        for number in range(metadata.num_row_groups):
-            group = metadata.row_group(number)
-            columns = [group.column(index) for index in range(group.num_columns)]
-            pages = [page for at in columns for page in (at.dictionary_page_offset, at.data_page_offset) if page]
-            starts.append(min(pages, default=0))
-        return starts
+        rows = [metadata.row_group(number).num_rows for number in range(metadata.num_row_groups)]
+    size = path.stat().st_size
+    return [size * before // max(sum(rows), 1) for before in accumulate(rows[:-1], initial=0)] if rows else []
 
 
 def require_one(field: str, names: Sequence[str], where: str) -> None:
@@ -495,8 +489,9 @@ def _delimiter(path: Path, delimiter: str, field: str, quoting: QuotingRule) -> 
         return named[1], True
     quotes = csv.QUOTE_MINIMAL if quoting == "csv" else csv.QUOTE_NONE
     for candidate in dict.fromkeys([delimiter, *_DELIMITER_NAMES]):
-        if field in next(csv.reader([first], delimiter=candidate, quoting=quotes), []):
-            return candidate, False
+        with contextlib.suppress(csv.Error):  # a carriage return within the line; the reader of the rows says so
+            if field in next(csv.reader([first], delimiter=candidate, quoting=quotes), []):
+                return candidate, False
     others = [candidate for candidate in _DELIMITER_NAMES if candidate in first and candidate != delimiter]
     return (others[0] if others and delimiter not in first else delimiter), False
 

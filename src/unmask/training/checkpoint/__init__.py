@@ -124,6 +124,7 @@ def _group_of(context: DistributedContext) -> WriterGroup:
 
 def _write_part(target: Path, snapshot: _Snapshot, rank: int, group: WriterGroup) -> Path:
     write_together(None, snapshot.parts, rank, group)
+    group.finish(None, str(target))
     return target
 
 
@@ -135,7 +136,7 @@ def _write_step(
     group: WriterGroup | None,
 ) -> Path:
     """Writes a step folder on rank 0; with a group, each of its ranks writes its part of resume/."""
-    is_announced = False
+    run = target.parent
     try:
         with files.atomic_directory(target) as folder:
             resume = folder / RunLayout.RESUME
@@ -144,7 +145,6 @@ def _write_step(
                 for kind, parts in snapshot.parts.items():
                     files.save_tensors({name: part.rows for name, part in parts.items()}, file_of(resume, kind))
             else:
-                is_announced = True
                 write_together(resume, snapshot.parts, 0, group)
                 write_index(resume, snapshot.parts)
                 _fill(snapshot, resume)
@@ -155,12 +155,14 @@ def _write_step(
             files.write_json(resume / _STATE, snapshot.state)
             files.write_manifest(resume)
             files.write_manifest(folder)
-    except BaseException:
-        if group is not None and not is_announced:
-            group.share(None)  # the other ranks wait for the folder
+        has_links = files.write_pointer(run / RunLayout.LATEST, target.name)
+    except BaseException as error:
+        if group is not None:
+            group.finish(error, str(target))
         raise
-    run = target.parent
-    if not files.write_pointer(run / RunLayout.LATEST, target.name):
+    if group is not None:
+        group.finish(None, str(target))
+    if not has_links:
         _log.info(f"can't create symbolic links: `{RunLayout.LATEST}` is a text file that names the last checkpoint")
     for old in outdated(run):
         shutil.rmtree(old, ignore_errors=True)

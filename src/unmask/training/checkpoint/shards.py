@@ -7,6 +7,7 @@ dimensions, such as AdamW's step number, and of the rows of a missing file.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import time
@@ -27,6 +28,7 @@ from unmask.core.distributed import COLLECTIVE_SECONDS, DistributedContext
 from unmask.core.errors import DamagedError, StoreError
 from unmask.core.format import visible
 from unmask.models.parallel import held_rows, is_sharded, to_cpu
+from unmask.training.guards import is_disk_full
 
 WEIGHTS: Final = "weights"
 OPTIMIZER: Final = "optimizer"
@@ -72,6 +74,7 @@ class WriterGroup:
 
     def __init__(self, context: DistributedContext) -> None:
         self._context = context
+        self._has_shared, self._raised = False, cast("BaseException | None", None)
         self._group: Any = distributed.new_group(backend="gloo", timeout=timedelta(seconds=COLLECTIVE_SECONDS))
 
     def share(self, path: Path | None) -> Path | None:
@@ -79,15 +82,75 @@ class WriterGroup:
         text = os.fsencode(os.path.abspath(path)) if path else b""
         sent = torch.frombuffer(bytearray(text.ljust(_LONGEST_PATH, b"\0")), dtype=torch.uint8)
         distributed.broadcast(sent, 0, group=self._group)
+        self._has_shared = True
         received = sent.numpy().tobytes().rstrip(b"\0")
         return Path(os.fsdecode(received)) if received else None
 
-    def failed(self, *, has_failed: bool) -> list[int]:
-        """Returns the ranks that have failed, once all ranks have called this."""
-        flags = torch.zeros(self._context.ranks, dtype=torch.int32)
-        flags[self._context.rank] = has_failed
-        distributed.all_reduce(flags, group=self._group)
-        return flags.nonzero().flatten().tolist()
+    def agree(self, error: BaseException | None, location: str) -> None:
+        """Raises an error on every rank if one has an error, once all ranks have called this.
+
+        Args:
+            error: Error of this rank, which is raised again; None if it has none.
+            location: What the others could not write.
+
+        Raises:
+            OtherRankError: another rank has failed; its cause is a full disk if that is what all failed ranks have.
+        """
+        codes = torch.zeros(self._context.ranks, dtype=torch.int32)
+        codes[self._context.rank] = error_code(error)
+        distributed.all_reduce(codes, group=self._group)
+        try:
+            raise_together(error, codes.tolist(), location)
+        except BaseException as raised:
+            self._raised = raised
+            raise
+
+    def finish(self, error: BaseException | None, location: str) -> None:
+        """Raises an error on every rank if rank 0 could not complete the folder. The last message of a checkpoint.
+
+        Args:
+            error: Error of rank 0, wherever it came from. None on the other ranks.
+            location: The folder.
+
+        Raises:
+            OtherRankError: on the other ranks.
+        """
+        has_shared, self._has_shared = self._has_shared, False
+        if error is not None and error is self._raised:
+            return  # all ranks know
+        if not has_shared:
+            self.share(None)  # the other ranks wait for a folder, and then for what rank 0 agrees to
+        self.agree(error, location)
+
+
+_FULL_DISK: Final = 1
+_OTHER_ERROR: Final = 2
+
+
+def error_code(error: BaseException | None) -> int:
+    """Returns 0 without an error, 1 if the disk is full, and 2 for another error."""
+    if error is None:
+        return 0
+    return _FULL_DISK if isinstance(error, StoreError) and is_disk_full(error) else _OTHER_ERROR
+
+
+def raise_together(error: BaseException | None, codes: Sequence[int], location: str) -> None:
+    """Raises the error of this rank, or one that names the ranks that failed, so that all ranks do the same next.
+
+    Raises:
+        OtherRankError: another rank has failed.
+    """
+    worst = max(codes)
+    if error is not None and error_code(error) == worst:
+        raise error
+    if worst:
+        ranks = [rank for rank, code in enumerate(codes) if code == worst]
+        full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)) if worst == _FULL_DISK else None
+        raise OtherRankError(
+            f"rank {', '.join(map(str, ranks))} could not write its part of a checkpoint",
+            location=location,
+            hint="read the message of that rank; all ranks need a disk that they share",
+        ) from full
 
 
 def write_together(folder: Path | None, parts: Mapping[str, Mapping[str, Part]], rank: int, group: WriterGroup) -> None:
@@ -102,33 +165,19 @@ def write_together(folder: Path | None, parts: Mapping[str, Mapping[str, Part]],
     Raises:
         StoreError: on every rank: one could not write.
     """
-    shared = group.share(folder)
-    if shared is None:
-        raise _not_written([0], "the folder of a checkpoint")
-    error: BaseException | None = None
+    shared, error = group.share(folder), None
     try:
-        with files.wrap_os_errors(shared):
-            _wait_for(shared)
-            _write(shared, parts, rank)
+        if shared is not None:
+            with files.wrap_os_errors(shared):
+                _wait_for(shared)
+                _write(shared, parts, rank)
     except BaseException as caught:  # the other ranks must learn of any
         error = caught
-    ranks = group.failed(has_failed=error is not None)
-    if error is not None:
-        raise error
-    if ranks:
-        raise _not_written(ranks, str(shared))
+    group.agree(error, str(shared or "the folder of a checkpoint"))
 
 
 class OtherRankError(StoreError):
     """Other ranks could not write their parts of a checkpoint; their own messages say why."""
-
-
-def _not_written(ranks: Sequence[int], location: str) -> OtherRankError:
-    return OtherRankError(
-        f"rank {', '.join(map(str, ranks))} could not write its part of a checkpoint",
-        location=location,
-        hint="read the message of that rank; all ranks need a disk that they share",
-    )
 
 
 def _wait_for(folder: Path) -> None:
