@@ -5,7 +5,7 @@ BIN := .venv/bin
 STAMP := .venv/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test check bench docs fuzz fuzz-import
+.PHONY: help install demo test test-slow check bench docs fuzz fuzz-import
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 19
@@ -24,8 +24,11 @@ $(STAMP): pyproject.toml constraints.txt
 demo: install ## pretrain on the English text in every Python installation, then fill masks (a few minutes)
 	$(BIN)/unmask demo
 
-test: check ## run the checks and all tests (under five minutes on two cores)
-	$(BIN)/python -m pytest -q -n auto --maxprocesses 4
+test: check ## run the checks and the tests that aren't slow (under five minutes on two cores)
+	$(BIN)/python -m pytest -q -n auto --maxprocesses 4 -m "not slow"
+
+test-slow: install ## run the slow tests: several ranks, servers, a cluster, the pages of the documentation (five minutes)
+	$(BIN)/python -m pytest -q -n auto --maxprocesses 4 -m slow
 
 check: install ## run ruff, basedpyright and import-linter
 	$(BIN)/ruff check .

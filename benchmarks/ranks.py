@@ -21,10 +21,10 @@ from pydoc_data.topics import topics
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 
 from unmask.core.hardware import processor_name
 from unmask.core.version import __version__
+from unmask.training.checkpoint.shards import OPTIMIZER, WEIGHTS, open_tensors
 
 STEPS = 12
 SMALL = [
@@ -72,11 +72,17 @@ def options(settings: list[str]) -> list[str]:
     return [option for setting in settings for option in ("--set", setting)]
 
 
+def whole_tensors(resume: Path, kind: str) -> dict[str, torch.Tensor]:
+    """Return the tensors of a kind of a checkpoint, whatever number of ranks wrote it."""
+    with open_tensors(resume, kind) as saved:
+        return {name: saved.whole(name) for name in saved}
+
+
 def differences(run: Path, base: Path) -> dict[str, Any]:
     """Return the largest differences of two runs, and whether they saw the same samples and masks."""
     found: dict[str, Any] = {}
-    for name in ("weights", "optimizer"):
-        one, other = (load_file(path / "latest" / "resume" / f"{name}.safetensors") for path in (run, base))
+    for name in (WEIGHTS, OPTIMIZER):
+        one, other = (whole_tensors(path / "latest" / "resume", name) for path in (run, base))
         if one.keys() != other.keys():
             sys.exit(f"{run} and {base} have other tensors")
         found[name] = max(float((one[key] - other[key]).abs().max()) for key in one)

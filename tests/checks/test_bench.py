@@ -24,6 +24,8 @@ from unmask.checks.bench.work import BenchedRecipe, masked_sentences, open_recip
 from unmask.cli import main
 from unmask.core.errors import RecipeError, TextError
 
+pytestmark = pytest.mark.slow
+
 SMALL = """\
 [data]
 tokenizer = {{ kind = "wordpiece", vocab_size = 200 }}

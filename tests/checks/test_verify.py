@@ -20,6 +20,8 @@ from unmask.core import files
 from unmask.core.errors import DamagedError, RunError
 from unmask.training.pretrain import launch
 
+pytestmark = pytest.mark.slow
+
 SETTINGS = [
     "data.tokenizer.kind=characters", "model.num_hidden_layers=1", "model.hidden_size=32",
     "model.num_attention_heads=2", "model.intermediate_size=32", "model.mlp_dropout=0.1", "train.threads=1",

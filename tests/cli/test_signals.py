@@ -18,6 +18,8 @@ import typer
 
 from unmask.cli.errors import handle_errors
 
+pytestmark = pytest.mark.slow
+
 Command = Callable[..., tuple[int, str, str]]
 PATIENCE = 90.0  # seconds; a busy machine is slow
 

@@ -26,7 +26,10 @@ from unmask.tokenization.settings import CharacterConfig, WordPieceConfig
 
 pytest.importorskip("ray", reason='Ray needs: pip install "unmask[ray]"')
 # Of Ray itself: sockets and files that it closes when the process ends.
-pytestmark = pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::DeprecationWarning")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::DeprecationWarning"),
+]
 
 WORDS = ["the", "a", "of", "cat", "dog", "sat", "on", "mat.", "ran.", "home,", "and", "then", "said:", "“no!”", "12"]
 SETTINGS = DataConfig(tokenizer=WordPieceConfig(vocab_size=60, max_train_chars=4_000), drop_duplicates=True)

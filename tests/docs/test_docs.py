@@ -34,6 +34,8 @@ from unmask.cli import main
 from unmask.core.config import resolve_recipe
 from unmask.core.keywords import setting_texts
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted([*(ROOT / "docs").glob("*.md"), *(ROOT / "docs" / "tutorials").glob("*.md")])]
 NOT_RUN = re.compile(r"#\s*not run:\s*\S")

@@ -36,6 +36,8 @@ try:
 except ImportError:  # Windows
     resource = None
 
+pytestmark = pytest.mark.slow
+
 SMALL = [
     "data.tokenizer.kind=characters", "model.num_hidden_layers=2", "model.hidden_size=32",
     "model.num_attention_heads=2", "model.intermediate_size=48", "train.ema_decay=0.9", "train.precision=float32",

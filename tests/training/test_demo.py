@@ -10,6 +10,8 @@ import pytest
 from unmask.core.errors import RunError
 from unmask.training.demo import RECIPE_NAME, SENTENCES, demo
 
+pytestmark = pytest.mark.slow
+
 SMALL = {
     "train.budget": "3 steps", "model.num_hidden_layers": 1, "model.hidden_size": 32, "model.num_attention_heads": 2,
     "model.intermediate_size": 32, "train.threads": 1, "stage.0.batch_size": "500 tokens",

@@ -40,6 +40,8 @@ try:
 except ImportError:  # Windows
     resource = None
 
+pytestmark = pytest.mark.slow
+
 SMALL = [
     "data.tokenizer.kind=characters", "model.num_hidden_layers=1", "model.hidden_size=16",
     "model.num_attention_heads=2", "model.intermediate_size=16", "train.every.log=1 steps",

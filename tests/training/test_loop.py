@@ -139,6 +139,7 @@ def test_accumulation_is_one_step(whole, micro_tokens: int) -> None:
         torch.testing.assert_close(tensor, whole[0][name], rtol=0, atol=2e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # torch.compile itself warns of deprecated functions of torch
 def test_compiled_blocks_compute_the_same_steps(whole) -> None:
     try:
@@ -151,6 +152,7 @@ def test_compiled_blocks_compute_the_same_steps(whole) -> None:
         torch.testing.assert_close(tensor, whole[0][name], rtol=0, atol=2e-6)
 
 
+@pytest.mark.slow
 def test_compilation_without_a_compiler_is_refused(tmp_path: Path) -> None:
     text = tmp_path / "text.txt"
     text.write_text("the cat sat on the mat. " * 400)
@@ -188,6 +190,7 @@ def assert_equal_on(folder: Path, kind: str, expected: dict[str, torch.Tensor], 
             assert all(torch.equal(first[name], other[name]) for other in others), f"all ranks have one {name}"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ranks", [2, 4])
 def test_ranks_are_one_step(whole, on_ranks: Path, ranks: int) -> None:
     assert_equal_on(on_ranks, "masks", whole[0], ranks)

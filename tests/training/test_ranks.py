@@ -38,6 +38,8 @@ from unmask.training.display import Display
 from unmask.training.loop import TrainModule
 from unmask.training.pretrain import launch, resume
 
+pytestmark = pytest.mark.slow
+
 STEPS, MICRO_TOKENS = 8, 300
 SMALL = [
     "data.tokenizer.kind=characters", "model.num_hidden_layers=2", "model.hidden_size=32",

@@ -34,6 +34,8 @@ from unmask.data.sources import FileSource, open_source
 from unmask.training.display import Display
 from unmask.training.recipe import TrainConfig, read_recipe, write_recipe
 
+pytestmark = pytest.mark.slow
+
 pytest.importorskip("s3fs", reason='object stores need: pip install "unmask[s3]"')
 pytest.importorskip("moto", reason="the local S3 server needs: pip install moto[server]")
 
