@@ -89,6 +89,10 @@ def main(folder: Path, text: Path) -> None:
     codes["at once"] = run_ranks(folder, "at once", 2, lambda rank: pretrain("at once", "train.background_save=false"))
     shutil.copytree(folder / "sharded", folder / "resumed", symlinks=True)
     codes["resumed"] = run_ranks(folder, "resumed", 4, lambda rank: resume(folder / "resumed", budget="+2 steps"))
+    shutil.copytree(folder / "sharded", folder / "damaged", symlinks=True)
+    path = step(folder / "damaged", 6) / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-1] + b"\xff")
+    codes["damaged"] = run_ranks(folder, "damaged", 2, lambda rank: resume(folder / "damaged", budget="+2 steps"))
     if resource is not None:
         codes["full"] = fill("full", 1)
         at_once = "train.background_save=false"
@@ -145,7 +149,10 @@ def ranks(prose: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     assert done.returncode == 0, done.stderr[-3000:]
     codes = json.loads((folder / "codes.json").read_text())
     printed = {path.name: path.read_text()[-2000:] for path in folder.glob("*.txt")}
-    assert codes.pop("full", [2, 2]) == [2, 2] and not any(map(sum, codes.values())), (codes, printed)
+    assert codes.pop("full", [2, 2]) == codes.pop("damaged") == [2, 2] and not any(map(sum, codes.values())), (
+        codes,
+        printed,
+    )
     return folder
 
 
@@ -327,6 +334,13 @@ def test_all_ranks_go_on_when_the_disk_of_one_is_full(ranks: Path, sharded: Path
     assert [path.name for path in sorted(run.glob("step-*"))] == ["step-0000002", "step-0000006"]
     assert same(step(run, 6), step(sharded, 6)) and log(run) == log(sharded)
     assert not list(run.glob(".*"))
+
+
+def test_a_damaged_file_that_one_rank_reads_ends_all(ranks: Path) -> None:
+    printed = [" ".join((ranks / f"damaged-{rank}.txt").read_text().split()) for rank in (0, 1)]
+    named = [rank for rank in (0, 1) if "content of this file has changed" in printed[rank]]
+    assert len(named) == 1 and "model.safetensors" in printed[named[0]], "each file is read once"
+    assert f"rank {named[0]} found a damaged file" in printed[1 - named[0]]
 
 
 SECOND = "shard-00002-model-00001-of-00003.safetensors"

@@ -212,13 +212,7 @@ def load(run: Path, training: TrainLoopInputs) -> TrainState:
     folder = latest(run)
     for place in (folder, folder / RunLayout.RESUME):
         files.refuse_pickled(place)
-    try:
-        files.verify_manifest(folder)
-        files.verify_manifest(folder / RunLayout.RESUME)
-    except DamagedError as error:
-        others = [path.name for path in sorted(run.glob("step-*")) if path != folder]
-        earlier = f", or resume from an earlier step: {how_to_point(run, others[-1])}" if others else ""
-        raise DamagedError(error.message, location=error.location, hint=f"restore it from a copy{earlier}") from error
+    _verify_together(run, folder, training.context)
     resume = folder / RunLayout.RESUME
     try:
         training.module.load_state_dict(_read_tensors(resume, WEIGHTS, training.module.state_dict()))
@@ -239,6 +233,29 @@ def load(run: Path, training: TrainLoopInputs) -> TrainState:
         for leftover in run.glob(f".{name}.aside-*"):
             shutil.rmtree(leftover, ignore_errors=True)
     return read_state(folder)
+
+
+def _verify_together(run: Path, folder: Path, context: DistributedContext) -> None:
+    """Compares the files of a checkpoint with its manifests, each rank a part of them.
+
+    Raises:
+        DamagedError: on every rank: a file is damaged.
+    """
+    error: DamagedError | None = None
+    try:
+        for place in (folder, folder / RunLayout.RESUME):
+            files.verify_manifest(place, rank=context.rank, ranks=context.ranks)
+    except DamagedError as caught:
+        error = caught
+    last_rank = context.largest(context.rank + 1 if error else 0) - 1
+    if error:
+        others = [path.name for path in sorted(run.glob("step-*")) if path != folder]
+        earlier = f", or resume from an earlier step: {how_to_point(run, others[-1])}" if others else ""
+        raise DamagedError(error.message, location=error.location, hint=f"restore it from a copy{earlier}") from error
+    if last_rank >= 0:
+        raise DamagedError(
+            f"rank {last_rank} found a damaged file", location=str(folder), hint="read the message of that rank"
+        )
 
 
 def latest(run: Path) -> Path:
