@@ -16,6 +16,7 @@ and compares weights, optimizer state and log with those of a run that was never
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import random
@@ -117,7 +118,12 @@ class Runner:
     def difference(self, run: Path, setup: Setup) -> str:
         """Return the first difference from the uninterrupted run; an empty string if there is none."""
         expected = self.reference(setup)
-        names = sorted(path.relative_to(expected / "latest") for path in (expected / "latest").rglob("*.safetensors"))
+        names, own = (
+            sorted(str(path.relative_to(each / "latest")) for path in (each / "latest").rglob("*.safetensors"))
+            for each in (expected, run)
+        )
+        if names != own or not names:
+            return f"the last checkpoint has the files {own}, expected {names}"
         for name in names:
             first, second = (load_file(each / "latest" / name) for each in (run, expected))
             if first.keys() != second.keys():
@@ -152,9 +158,12 @@ def last_step(run: Path) -> int:
     return int(json.loads(steps[-1])["step"]) if steps else 0
 
 
-def incomplete(run: Path) -> bool:
-    """Return whether a folder or file of the run is being written: it has a temporary name."""
-    return run.is_dir() and any(entry.name.startswith(".") for entry in run.iterdir())
+def incomplete(run: Path, prefix: str = ".") -> bool:
+    """Return whether a folder or file of the run is being written: its temporary name begins with a period."""
+    try:
+        return any(name.startswith(prefix) for name in os.listdir(run))
+    except FileNotFoundError:  # the run has no folder yet, or its folder is being renamed
+        return False
 
 
 def ranks_of(run: Path) -> list[int]:
@@ -174,11 +183,10 @@ def ranks_of(run: Path) -> list[int]:
 
 def kill_all(process: subprocess.Popen[str], run: Path) -> None:
     """Kill a process and the ranks that it has started, and wait for it."""
-    for number in [process.pid, *ranks_of(run)]:
-        try:
+    process.kill()
+    for number in ranks_of(run):  # torchrun starts no more
+        with contextlib.suppress(ProcessLookupError):
             os.kill(number, signal.SIGKILL)
-        except ProcessLookupError:
-            continue
     process.communicate()
 
 
@@ -191,7 +199,7 @@ def interrupt(runner: Runner, run: Path, kind: str, draw: random.Random) -> Tria
         wanted = draw.randrange(1, STEPS // SAVE_EVERY)
         seen, saving = 0, False
         while process.poll() is None and not (saving and seen >= wanted):
-            was, saving = saving, run.is_dir() and any(run.glob(".step-*"))
+            was, saving = saving, incomplete(run, ".step-")
             seen += saving and not was
             time.sleep(0.0005)
     else:

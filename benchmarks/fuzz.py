@@ -662,6 +662,9 @@ def run_target(target: Target, num_cases: int, seed: int, allowed: Sequence[Path
               suppress_health_check=list(HealthCheck), phases=(Phase.generate, Phase.shrink))  # fmt: skip
     @given(target.cases)
     def check(case: Case) -> None:
+        (allowed[0] / _LAST_CASE).write_text(
+            repr(case), encoding="utf-8", errors="replace"
+        )  # should it end the process
         is_traced = outcome.accepted + outcome.refused < num_traced
         with tempfile.TemporaryDirectory(dir=allowed[0]) as folder:
             try:
@@ -688,6 +691,9 @@ def run_target(target: Target, num_cases: int, seed: int, allowed: Sequence[Path
     return outcome
 
 
+_LAST_CASE: Final = "last-case.txt"
+
+
 def run_apart(target: Target, num_cases: int, seed: int, allowed: Sequence[Path]) -> Outcome:
     """Read cases of a target in a process of its own: a library that aborts it is a finding, too."""
     context = multiprocessing.get_context("fork")
@@ -699,7 +705,8 @@ def run_apart(target: Target, num_cases: int, seed: int, allowed: Sequence[Path]
         outcome: Outcome = receiver.recv()
     except EOFError:
         process.join()
-        outcome = Outcome(findings=[f"the process ended with code {process.exitcode}"])
+        case = (allowed[0] / _LAST_CASE).read_text(encoding="utf-8", errors="replace")
+        outcome = Outcome(findings=[f"the process ended with code {process.exitcode}: {case}"[:_LONGEST_FINDING]])
     process.join()
     return outcome
 

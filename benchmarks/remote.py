@@ -80,12 +80,13 @@ def free_port() -> int:
 # Ray ------------------------------------------------------------------------------------------------------------------
 
 
-def kill_a_busy_worker(killed: list[int], is_done: threading.Event) -> None:
-    """Kill the first process of Ray that is seen at a task of the build."""
+def kill_a_busy_worker(cluster: int, killed: list[int], is_done: threading.Event) -> None:
+    """Kill the first process of a session that is seen at a task of the build."""
     while not is_done.wait(0.05):
         for entry in Path("/proc").iterdir():
             with suppress(OSError):
-                if entry.name.isdecimal() and b"_run_row" in (entry / "cmdline").read_bytes():
+                is_worker = entry.name.isdecimal() and os.getsid(int(entry.name)) == cluster
+                if is_worker and b"_run_row" in (entry / "cmdline").read_bytes():
                     os.kill(int(entry.name), signal.SIGKILL)
                     killed.append(int(entry.name))
                     return
@@ -111,12 +112,15 @@ def compare_ray(text: Path, folder: Path) -> dict[str, Any]:
         time.sleep(5)  # the port answers before the workers can be used
         prepare = [*UNMASK, "data", "prepare", str(text), "--recipe", "tiny"]
         seconds = {"local": run(prepare, {"UNMASK_CACHE": str(folder / "local")})}
-        killer = threading.Thread(target=kill_a_busy_worker, args=(killed, is_done))
+        killer = threading.Thread(target=kill_a_busy_worker, args=(head.pid, killed, is_done))
         killer.start()
         on_cluster = [*prepare, "--engine", "ray", "--address", "auto"]
-        seconds["ray"] = run(on_cluster, {"UNMASK_CACHE": str(folder / "ray")})
+        try:
+            seconds["ray"] = run(on_cluster, {"UNMASK_CACHE": str(folder / "ray")})
+        finally:
+            is_done.set()
+            killer.join()
     finally:
-        is_done.set()
         with suppress(ProcessLookupError):
             os.killpg(head.pid, signal.SIGTERM)
         head.wait()
@@ -178,18 +182,24 @@ def compare_s3(text: Path, folder: Path) -> dict[str, Any]:
         pauses = threading.Thread(target=pause, args=(process, 1.0, is_done))
         pauses.start()
         first = [*pretrain, address, *steps, "--out", str(copy), *options, "--set", f"train.upload={upload}"]
-        seconds["first half, from and to the bucket"] = run_half(first, copy, cache)
-        is_done.set()
-        pauses.join()
+        try:
+            seconds["first half, from and to the bucket"] = run_half(first, copy, cache)
+        finally:
+            is_done.set()
+            pauses.join()
         objects = len(store.find("bucket/runs/copy"))
         shutil.rmtree(copy)
         shutil.rmtree(folder / "cache")
         os.chdir(folder)
         seconds["second half, resumed from the bucket"] = run([*pretrain, "--resume", upload, "--text", address], cache)
-        final = store.find("bucket/runs/copy")
+        final = {name.removeprefix("bucket/runs/copy/"): store.cat(name) for name in store.find("bucket/runs/copy")}
     resumed = folder / "runs" / "copy"
+    paths = {name: resumed / name for name in final if (resumed / name).is_file()}
+    uploaded = [name for name, path in paths.items() if path.read_bytes() == final[name]]
     return {"bytes of text": text.stat().st_size, "objects after half of the steps": objects, "objects": len(final),
-            "seconds": seconds, "differences": list(differences(local, resumed))}  # fmt: skip
+            "objects equal to the local file": len(uploaded), "seconds": seconds,
+            "objects unlike it": sorted(final.keys() - set(uploaded)),
+            "differences": list(differences(local, resumed))}  # fmt: skip
 
 
 def differences(first: Path, second: Path) -> Iterator[str]:
@@ -220,7 +230,8 @@ def main() -> int:
             print(json.dumps({part: results[part]}, indent=1), flush=True)
     if out:
         out.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-    return 0 if results["ray"]["equal"] and not results["s3"]["differences"] else 1
+    is_same = results["ray"]["equal"] and results["ray"]["workers killed"] == 1 and not results["s3"]["differences"]
+    return 0 if is_same else 1
 
 
 if __name__ == "__main__":

@@ -97,7 +97,9 @@ def test_a_process_that_is_aborted_is_a_finding(program: Any, made: Any) -> None
     recipes = program.targets_of(made)[0]
     target = replace(recipes, read=lambda case, folder: os.kill(os.getpid(), signal.SIGKILL))
     outcome = program.run_apart(target, 10, SEED, [made.folder])
-    assert outcome.findings == ["the process ended with code -9"]
+    (finding,) = outcome.findings
+    assert finding.startswith("the process ended with code -9: ")
+    assert len(finding) > 50, "the case is shown"
     assert program.run_apart(recipes, 5, SEED, [made.folder]).findings == []
 
 

@@ -201,9 +201,9 @@ def test_a_causal_model_continues_a_text(model: Model) -> None:
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        ({"order": "random"}, "has no order"),
-        ({"steps": 4}, "has no steps"),
-        ({"suffix": "mat"}, "has no suffix"),
+        ({"order": "random"}, "can't take order"),
+        ({"steps": 4}, "can't take steps"),
+        ({"suffix": "mat"}, "can't take suffix"),
     ],
 )
 def test_a_causal_model_has_one_order_and_no_suffix(characters: Model, options: dict[str, object], says: str) -> None:

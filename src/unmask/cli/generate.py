@@ -34,7 +34,8 @@ def generate_text(
         Literal["confidence", "random", "gibbs", "left-to-right"] | None,
         typer.Option(
             help="Order of the positions: confidence samples all masks and sets the most probable tokens, random sets "
-            "any, gibbs then masks each position again and resamples it. A causal model has only left-to-right.",
+            "any, gibbs then masks each position again and resamples it, left-to-right follows the text: the only one "
+            "of a causal model.",
             show_default="confidence; left-to-right for a causal model",
         ),
     ] = None,

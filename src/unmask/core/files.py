@@ -12,7 +12,7 @@ import json
 import os
 import shutil
 import stat
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Collection, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final, cast
@@ -416,19 +416,18 @@ def read_manifest(folder: Path) -> Mapping[str, Mapping[str, Any]]:
     return cast("Mapping[str, Mapping[str, Any]]", entries)
 
 
-def verify_manifest(folder: Path, *, digest_up_to: int | None = None, rank: int = 0, ranks: int = 1) -> None:
+def verify_manifest(folder: Path, *, digest_up_to: int | None = None, digested: Collection[str] | None = None) -> None:
     """Compare the files of a directory with its manifest.
 
     Args:
         folder: The directory.
         digest_up_to: Of files larger than this number of bytes, only the size is compared.
-        rank: Number of this process, of `ranks` that call this together.
-        ranks: Number of processes. Each computes the digests of every `ranks`-th file.
+        digested: Names of the files whose digests are compared; None: all.
 
     Raises:
         DamagedError: a file is missing, cut short or changed; the location names it.
     """
-    for number, (name, entry) in enumerate(read_manifest(folder).items()):
+    for name, entry in read_manifest(folder).items():
         file = folder / name
         if not file.is_file():
             raise DamagedError("a file of this directory is missing", location=str(file), hint=_RESTORE)
@@ -438,8 +437,8 @@ def verify_manifest(folder: Path, *, digest_up_to: int | None = None, rank: int 
                 location=str(file),
                 hint=_RESTORE,
             )
-        is_digested = number % ranks == rank and (digest_up_to is None or entry["bytes"] <= digest_up_to)
-        if is_digested and file_digest(file) != entry["digest"]:
+        is_small = digest_up_to is None or entry["bytes"] <= digest_up_to
+        if is_small and (digested is None or name in digested) and file_digest(file) != entry["digest"]:
             raise DamagedError(
                 "the content of this file has changed since it was written", location=str(file), hint=_RESTORE
             )

@@ -309,9 +309,10 @@ def score_tokens(
     Raises:
         ModelError: as for `score`.
     """
-    if not model.is_causal:
+    if model.is_causal:
+        require_token_before(model)
+    else:
         require_masked_lm(model, "score texts")
-    require_token_before(model)
     for module in (model.encoder.to(context.device), model.head.to(context.device)):
         if module.training:
             module.eval()

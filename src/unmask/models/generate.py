@@ -251,10 +251,10 @@ def _settings_for(model: Model, suffix: str, settings: GenerateConfig) -> Genera
     Raises:
         ModelError: as for `generate`.
     """
-    require_token_before(model)
     if not model.is_causal:
         require_masked_lm(model, "generate text")
         return replace(settings, order=settings.order or "confidence")
+    require_token_before(model)
     for option, is_given in (
         ("--order", settings.order not in (None, "left-to-right")),
         ("--steps", settings.steps is not None),
@@ -262,7 +262,7 @@ def _settings_for(model: Model, suffix: str, settings: GenerateConfig) -> Genera
     ):
         if is_given:
             raise ModelError(
-                f"a causal model generates from left to right, one token per step: it has no {option}",
+                f"a causal model generates from left to right, one token per step: it can't take {option}",
                 location=model.path,
                 hint=f"leave {option} out, or use a model that was trained last with objective.kind=mlm",
             )
@@ -324,9 +324,9 @@ def _moves(settings: GenerateConfig, counts: Sequence[int], num: int, seed: int)
     steps as the first pass, of equal size.
     """
     length = sum(counts)
-    moves: list[NDArray[np.int64]] = []
     if settings.order == "left-to-right":
         return [np.tile(part, (num, 1)) for part in np.split(np.arange(length), np.cumsum(counts)[:-1])]
+    moves: list[NDArray[np.int64]] = []
     for sweep in range(1 + settings.num_sweeps):
         order_SN = np.stack(
             [

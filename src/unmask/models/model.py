@@ -210,8 +210,9 @@ def require_masked_lm(model: Model, what: str) -> None:
     """Check that a model predicts masked tokens. `what` names what needs it, for the error: "fill masks".
 
     Raises:
-        ModelError: the last objective of its training was "causal" or "rtd".
+        ModelError: the last objective of its training was "causal" or "rtd", or as for `require_token_before`.
     """
+    require_token_before(model)
     if not predicts_masked_tokens(model):
         objective = model.card.get("objective")
         raise ModelError(

@@ -412,7 +412,7 @@ class RunCallbacks:
             self._report_saved(write())
 
     def _sync_log(self) -> None:
-        """Writes the log lines to the disk: those of a saved step must be there too.
+        """Writes the log lines of rank 0 to the disk: those of a saved step must be there too. All ranks call it.
 
         Raises:
             StoreError: on every rank: the disk is full or can't be written.
@@ -424,7 +424,8 @@ class RunCallbacks:
                 self._log.sync()
         except StoreError as caught:
             error = caught
-        raise_together(error, [self._context.largest(error_code(error))], str(self._run.folder))
+        code = self._context.largest(error_code(error))
+        raise_together(error, [code], RunLayout.LOG, str(self._run.folder / RunLayout.LOG))
 
     def check_saved(self, *, wait: bool = False) -> None:
         """Reports a checkpoint that was written in the background, or that the disk is full.
@@ -487,10 +488,10 @@ class RunCallbacks:
             if self._run.recipe.train.keep_last == 1 and before > 1:
                 hint += "; a run that keeps two checkpoints could have gone back: --set train.keep_last=2"
             raise Diverged(f"{reason} to go back to", location=error.location, hint=hint) from error
+        self._sync_log()
         if is_main:
             self._loggers.close()
             if self._log:
-                self._write_waiting_lines(is_last_try=True)
                 self._log.close()
             checkpoint.make_latest(run, step)
             discard_after(run, step)

@@ -15,7 +15,6 @@ import re
 from collections import Counter
 from collections.abc import Callable, Generator, Iterator, Sequence
 from functools import partial
-from itertools import accumulate
 from pathlib import Path
 from typing import Any, Final
 
@@ -300,9 +299,12 @@ def parquet_rows(path: Path, field: str, errors: ErrorsRule, first: int = 0, las
     with open_parquet(path) as file:
         row = sum(file.metadata.row_group(number).num_rows for number in range(chosen[0] if chosen else 0))
         batches = file.iter_batches(batch_size=_BATCH_ROWS, row_groups=chosen, columns=[field], use_threads=False)
+        end = row + sum(file.metadata.row_group(number).num_rows for number in chosen)
         for batch in batches:
             yield from texts_of(batch.column(0), row, str(path), field, errors)
             row += batch.num_rows
+        if row != end:
+            raise _damaged(path, f"up to row {row:,}, expected {end:,}")
 
 
 @contextlib.contextmanager
@@ -326,8 +328,12 @@ def open_parquet(path: Path) -> Generator[Any]:
             yield file
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        message = f"not a Parquet file, or damaged or truncated ({reason})"
-        raise TextError(message, location=str(path), hint="download or write the file again") from error
+        raise _damaged(path, reason) from error
+
+
+def _damaged(path: Path, reason: str) -> TextError:
+    message = f"not a Parquet file, or damaged or truncated ({reason})"
+    return TextError(message, location=str(path), hint="download or write the file again")
 
 
 def parquet_groups(path: Path, field: str) -> list[int]:
@@ -346,8 +352,10 @@ def parquet_groups(path: Path, field: str) -> list[int]:
         require_one(field, schema.names, str(path))
         require_text_type(field, schema.field(field).type, schema, str(path))
         rows = [metadata.row_group(number).num_rows for number in range(metadata.num_row_groups)]
+        if min(rows, default=0) < 0 or sum(rows) != metadata.num_rows:
+            raise _damaged(path, "the numbers of rows don't add up")
     size = path.stat().st_size
-    return [size * before // max(sum(rows), 1) for before in accumulate(rows[:-1], initial=0)] if rows else []
+    return [size * before // max(sum(rows), 1) for before in itertools.accumulate(rows[:-1], initial=0)] if rows else []
 
 
 def require_one(field: str, names: Sequence[str], where: str) -> None:

@@ -156,7 +156,7 @@ def _write_step(
             files.write_manifest(resume)
             files.write_manifest(folder)
         has_links = files.write_pointer(run / RunLayout.LATEST, target.name)
-    except BaseException as error:
+    except Exception as error:
         if group is not None:
             group.finish(error, str(target))
         raise
@@ -243,8 +243,11 @@ def _verify_together(run: Path, folder: Path, context: DistributedContext) -> No
     """
     error: DamagedError | None = None
     try:
-        for place in (folder, folder / RunLayout.RESUME):
-            files.verify_manifest(place, rank=context.rank, ranks=context.ranks)
+        places = (folder, folder / RunLayout.RESUME)
+        entries = [(each["bytes"], at, name) for at in places for name, each in files.read_manifest(at).items()]
+        own = sorted(entries, reverse=True)[context.rank :: context.ranks]  # similar numbers of bytes
+        for place in places:
+            files.verify_manifest(place, digested={name for _, at, name in own if at == place})
     except DamagedError as caught:
         error = caught
     last_rank = context.largest(context.rank + 1 if error else 0) - 1

@@ -24,7 +24,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from unmask.core import files
-from unmask.core.distributed import COLLECTIVE_SECONDS, DistributedContext
+from unmask.core.distributed import DistributedContext
 from unmask.core.errors import DamagedError, StoreError
 from unmask.core.format import visible
 from unmask.models.parallel import held_rows, is_sharded, to_cpu
@@ -39,6 +39,7 @@ KINDS: Final = (WEIGHTS, OPTIMIZER, EMA)
 _INDEX: Final = "shards.json"  # the shapes of the whole tensors by kind and name
 _HINT: Final = "resume from another step folder"
 _LONGEST_PATH: Final = 4096  # bytes
+_SAVE_SECONDS: Final = 86_400.0  # for rank 0 to complete a folder; the end of a rank closes its connections
 _DISK_SECONDS: Final = 60.0  # after which NFS, by default, shows each machine what another one has created
 
 
@@ -74,19 +75,19 @@ class WriterGroup:
 
     def __init__(self, context: DistributedContext) -> None:
         self._context = context
-        self._has_shared, self._raised = False, cast("BaseException | None", None)
-        self._group: Any = distributed.new_group(backend="gloo", timeout=timedelta(seconds=COLLECTIVE_SECONDS))
+        self._has_shared = self._has_failed = False  # in this checkpoint
+        self._group: Any = distributed.new_group(backend="gloo", timeout=timedelta(seconds=_SAVE_SECONDS))
 
     def share(self, path: Path | None) -> Path | None:
         """Returns the path that rank 0 gives; None if it has none."""
         text = os.fsencode(os.path.abspath(path)) if path else b""
         sent = torch.frombuffer(bytearray(text.ljust(_LONGEST_PATH, b"\0")), dtype=torch.uint8)
         distributed.broadcast(sent, 0, group=self._group)
-        self._has_shared = True
+        self._has_shared, self._has_failed = True, False
         received = sent.numpy().tobytes().rstrip(b"\0")
         return Path(os.fsdecode(received)) if received else None
 
-    def agree(self, error: BaseException | None, location: str) -> None:
+    def agree(self, error: Exception | None, location: str) -> None:
         """Raises an error on every rank if one has an error, once all ranks have called this.
 
         Args:
@@ -99,13 +100,10 @@ class WriterGroup:
         codes = torch.zeros(self._context.ranks, dtype=torch.int32)
         codes[self._context.rank] = error_code(error)
         distributed.all_reduce(codes, group=self._group)
-        try:
-            raise_together(error, codes.tolist(), location)
-        except BaseException as raised:
-            self._raised = raised
-            raise
+        self._has_failed = bool(codes.any())
+        raise_together(error, codes.tolist(), "its part of a checkpoint", location)
 
-    def finish(self, error: BaseException | None, location: str) -> None:
+    def finish(self, error: Exception | None, location: str) -> None:
         """Raises an error on every rank if rank 0 could not complete the folder. The last message of a checkpoint.
 
         Args:
@@ -116,7 +114,7 @@ class WriterGroup:
             OtherRankError: on the other ranks.
         """
         has_shared, self._has_shared = self._has_shared, False
-        if error is not None and error is self._raised:
+        if error is not None and has_shared and self._has_failed:
             return  # all ranks know
         if not has_shared:
             self.share(None)  # the other ranks wait for a folder, and then for what rank 0 agrees to
@@ -127,15 +125,21 @@ _FULL_DISK: Final = 1
 _OTHER_ERROR: Final = 2
 
 
-def error_code(error: BaseException | None) -> int:
+def error_code(error: Exception | None) -> int:
     """Returns 0 without an error, 1 if the disk is full, and 2 for another error."""
     if error is None:
         return 0
     return _FULL_DISK if isinstance(error, StoreError) and is_disk_full(error) else _OTHER_ERROR
 
 
-def raise_together(error: BaseException | None, codes: Sequence[int], location: str) -> None:
+def raise_together(error: Exception | None, codes: Sequence[int], what: str, location: str) -> None:
     """Raises the error of this rank, or one that names the ranks that failed, so that all ranks do the same next.
+
+    Args:
+        error: Error of this rank, if any.
+        codes: `error_code` of each rank.
+        what: What a rank could not write, as in "its part of a checkpoint".
+        location: Path for the error.
 
     Raises:
         OtherRankError: another rank has failed.
@@ -147,9 +151,9 @@ def raise_together(error: BaseException | None, codes: Sequence[int], location: 
         ranks = [rank for rank, code in enumerate(codes) if code == worst]
         full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)) if worst == _FULL_DISK else None
         raise OtherRankError(
-            f"rank {', '.join(map(str, ranks))} could not write its part of a checkpoint",
+            f"rank {', '.join(map(str, ranks))} could not write {what}{': its disk is full' if full else ''}",
             location=location,
-            hint="read the message of that rank; all ranks need a disk that they share",
+            hint="free disk space" if full else "read the message of that rank; all ranks need a disk that they share",
         ) from full
 
 
@@ -165,13 +169,13 @@ def write_together(folder: Path | None, parts: Mapping[str, Mapping[str, Part]],
     Raises:
         StoreError: on every rank: one could not write.
     """
-    shared, error = group.share(folder), None
+    shared, error = group.share(folder), cast("Exception | None", None)
     try:
         if shared is not None:
             with files.wrap_os_errors(shared):
                 _wait_for(shared)
                 _write(shared, parts, rank)
-    except BaseException as caught:  # the other ranks must learn of any
+    except Exception as caught:  # the other ranks must learn of any; after an interrupt, they notice that this one ends
         error = caught
     group.agree(error, str(shared or "the folder of a checkpoint"))
 
