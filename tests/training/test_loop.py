@@ -340,6 +340,18 @@ def test_the_thread_ends_with_a_stop_and_with_an_error_of_a_callback() -> None:
     assert not prefetch_threads()
 
 
+def test_the_time_of_a_callback_is_not_part_of_its_interval() -> None:
+    """Else a validation that takes longer than its interval would run after each step."""
+    intervals: list[float] = []
+
+    def is_due(step: int, seconds: float) -> bool:
+        intervals.append(seconds)
+        return step == 2
+
+    small_run([Callback(is_due, lambda state: time.sleep(1.0))])
+    assert intervals[2] < 0.9 and intervals[2] <= intervals[3] < 0.9
+
+
 def test_waiting_for_data_is_counted() -> None:
     class SlowLoader(RandomLoader):
         def step(self, cursor: int, tokens: int, rank: int, ranks: int) -> tuple[list[Batch], int]:

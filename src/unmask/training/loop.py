@@ -340,7 +340,7 @@ class StopReason(Enum):
 
 
 IsDue = Callable[[int, float], bool]
-"""A function of (steps done, seconds since the callback last ran)."""
+"""A function of (steps done, seconds since the callback last ended)."""
 
 
 @dataclass(frozen=True)
@@ -476,7 +476,7 @@ def train(
     """
     context, begin = inputs.context, time.perf_counter() - state.seconds
     last_run, last_log = [state.seconds] * len(callbacks), state.seconds
-    unread: list[StepResult] = []
+    unread, ran = list[StepResult](), list[int]()  # ran: numbers of the callbacks that ran after the step before
     inputs.module.train()
     prefetch = has_free_core(context) if prefetch is None else prefetch
     with contextlib.closing(_prepared_steps(inputs, plan, state, prefetch=prefetch)) as prepared_steps:
@@ -488,6 +488,8 @@ def train(
                 clock = time.perf_counter() - begin
                 shared = _agree(inputs.context, objective, prepared.masked_batches, stop_requested(), clock)
                 stop, clock = shared.stop, shared.clock
+            # The time that a callback takes doesn't count: a long validation isn't due again at once.
+            last_run = [clock if number in ran else last for number, last in enumerate(last_run)]
             waited = time.perf_counter() - step_began
 
             metrics, statistics = _accumulate_gradients(inputs, objective, state, prepared, shared.counts)
@@ -511,12 +513,11 @@ def train(
             if log and logs:
                 log.run(state, state.pop_metrics())
                 last_log = clock
-            for number, callback in enumerate(callbacks):
-                if due[number]:
-                    callback.run(state)
-                    inputs.module.train()
-                    state.seconds = time.perf_counter() - begin
-                    last_run[number] = clock
+            ran = [number for number, is_due in enumerate(due) if is_due]
+            for number in ran:
+                callbacks[number].run(state)
+                inputs.module.train()
+                state.seconds = time.perf_counter() - begin
             if has_enough(state):
                 return StopReason.EARLY
             if stop:

@@ -501,7 +501,7 @@ def always(step: int, seconds: float) -> bool:
 def due(every: Fraction | Quantity, plan: Plan) -> Callable[[int, float], bool]:
     """Returns a function that returns whether a periodic action (log, validate, save) is due after a step.
 
-    Its arguments are the number of the step, from 1, and the seconds since the action was last due.
+    Its arguments are the number of the step, from 1, and the seconds since the action last ended.
     """
     if isinstance(every, Fraction):
         if not every.fraction:
