@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import unmask
-from unmask.core.errors import ModelError
+from unmask.core.errors import ModelError, TokenizerError
 from unmask.models import build_model
 from unmask.models.joint_fill import JointFillResult
 from unmask.models.model import Model
@@ -273,3 +273,14 @@ def test_invalid_input_is_named(text: str, options: dict[str, int], says: str) -
     with pytest.raises(ModelError, match=says) as caught:
         unmask.fill_jointly(tiny(0), text, **options)
     assert caught.value.hint
+
+
+def test_half_of_a_surrogate_pair_is_an_error() -> None:
+    for fill in (
+        lambda: unmask.fill(tiny(1), "a \ud800 [MASK]"),
+        lambda: unmask.fill_jointly(tiny(1), "\ud800[MASK]", words=1),
+        lambda: unmask.generate(tiny(1), "\ud800"),
+    ):
+        with pytest.raises(TokenizerError, match="not UTF-8") as caught:
+            fill()
+        assert "\\ud800" in caught.value.location

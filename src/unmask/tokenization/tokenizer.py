@@ -13,10 +13,10 @@ from __future__ import annotations
 import itertools
 import json
 from collections import Counter
-from collections.abc import Generator, Iterable, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Final, cast
 
@@ -332,10 +332,11 @@ class Tokenizer:
 
         Words are not marked, so the package of a word segmenter need not be installed.
         """
-        return [encoding.ids for encoding in self._marked.encode_batch_fast(list(texts), add_special_tokens=False)]
+        encode = partial(self._marked.encode_batch_fast, add_special_tokens=False)
+        return [encoding.ids for encoding in _encode_utf8(encode, list(texts))]
 
     def _encode(self, texts: list[str], words: WordsRule, inner: tokenizers.Tokenizer) -> list[Encoded]:
-        encodings = inner.encode_batch(texts, add_special_tokens=False)
+        encodings = _encode_utf8(partial(inner.encode_batch, add_special_tokens=False), texts)
         return [self._encoded(text, encoding, words) for text, encoding in zip(texts, encodings, strict=True)]
 
     def _encoded(self, text: str, encoding: tokenizers.Encoding, words: WordsRule) -> Encoded:
@@ -455,6 +456,25 @@ class Tokenizer:
                 return cls(inner, roles_in(file.parent))
         except TokenizerError as error:
             raise error.at(location=error.location or str(file)) from None
+
+
+def _encode_utf8(
+    encode: Callable[[list[str]], Sequence[tokenizers.Encoding]], texts: list[str]
+) -> Sequence[tokenizers.Encoding]:
+    """Return the encodings of texts.
+
+    Raises:
+        TokenizerError: a text has half of a surrogate pair, which no UTF-8 has.
+    """
+    try:
+        return encode(texts)
+    except TypeError as error:
+        invalid = next((text for text in texts if text.encode("utf-8", "ignore").decode() != text), "")
+        raise TokenizerError(
+            "text is not UTF-8: it has half of a surrogate pair",
+            location=ascii(invalid[:60]),
+            hint="remove it, or replace it by U+FFFD",
+        ) from error
 
 
 @contextmanager

@@ -225,7 +225,7 @@ def _resume_with(run: Path, options: str) -> str:
 
 
 def _changed(moved: str) -> str:
-    return f"restore the text, or name an unchanged copy of it: {moved}"
+    return f"restore the text or env.json, or name an unchanged copy of the text: {moved}"
 
 
 def _reopen(open_it: Callable[[], AnySource], moved: str, *, verify: bool) -> AnySource:
@@ -236,7 +236,9 @@ def _reopen(open_it: Callable[[], AnySource], moved: str, *, verify: bool) -> An
             source.verify()
         _ = source.fingerprint  # it opens the files
     except TextError as error:
-        raise error.at(hint=f"restore the text or, if it was moved, name its new path: {moved}") from error
+        raise error.at(
+            hint=f"restore the text or env.json or, if the text was moved, name its new path: {moved}"
+        ) from error
     return source
 
 
