@@ -173,8 +173,8 @@ def _start(ray: Any, engine: RayConfig, units: int) -> None:
     except Exception as error:  # its classes differ between versions of Ray
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
         message = f"no Ray cluster answers: {reason}"
-        if engine.address != "auto":  # from Ray 2.59 on, `ray start` asks for a token, which is read with `auto` only
-            hint = "use --address auto on a machine of the cluster, or set RAY_AUTH_MODE=token if it asks for a token"
+        if engine.address != "auto":  # a cluster of `ray start` needs a token from Ray 2.59 on, read with `auto` only
+            hint = "use --address auto on a machine of the cluster, or set RAY_AUTH_MODE=token if it needs a token"
         raise WorkerError(message, location=f"--address {engine.address}", hint=hint) from error
 
 
