@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 import signal
@@ -9,7 +10,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from unmask.core import files
 from unmask.core.distributed import DistributedContext
 from unmask.core.errors import DamagedError, ModelError, StoreError
 from unmask.hub.from_hf import open_model
+from unmask.training import checkpoint
 from unmask.training.checkpoint import read_state, shards
 from unmask.training.checkpoint.background import CheckpointWriter
 from unmask.training.checkpoint.shards import KINDS, open_tensors
@@ -55,12 +57,12 @@ ONE_PROCESS = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 class Fills(Display):
     """Leaves no space for a checkpoint to this process from step 3 on, and maybe none for the log either."""
 
-    def __init__(self, run: Path, until: int | None = None, *, fills_log: bool = False) -> None:
-        self._run, self._until, self._fills_log = run, until, fills_log
+    def __init__(self, run: Path, until: int | None = None, *, fills_log: bool = False, starts: bool = True) -> None:
+        self._run, self._until, self._fills_log, self._starts = run, until, fills_log, starts
         self.messages: list[str] = []
 
     def step(self, state: Any) -> None:
-        if state.step == 3:
+        if state.step == 3 and self._starts:
             while not (self._run / "latest").exists():  # the first checkpoint may not be written yet
                 pass
             most = (self._run / "log.jsonl").stat().st_size + 10 if self._fills_log else 20_000
@@ -75,6 +77,22 @@ class Fills(Display):
         self.messages.append(message)
 
 
+@contextlib.contextmanager
+def filling_after_the_parts() -> Iterator[None]:
+    """Leaves no space to a process once the ranks have written their parts of the checkpoint at step 4."""
+    save_model = checkpoint.save_model
+
+    def fill_and_save(folder: Path, model: Any) -> None:
+        if "step-0000004" in folder.name:
+            assert list((folder / "resume").glob("shard-*")), "the parts are written"
+            resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.RLIM_INFINITY))
+        save_model(folder, model)
+
+    checkpoint.save_model = fill_and_save
+    yield
+    checkpoint.save_model = save_model
+
+
 def main(folder: Path, text: Path) -> None:
     """Makes all runs on several ranks, in processes that are forked from this one, and writes the exit codes."""
     from test_ranks import run_ranks  # pyright: ignore  # this file is a program now, and its folder is searched
@@ -83,8 +101,8 @@ def main(folder: Path, text: Path) -> None:
         settings = [*SMALL, "train.parallel=fsdp", *more]
         launch([text], recipe="tiny", out=folder / name, settings=settings, display=display)
 
-    def fill(name: str, filled: int, *more: str, until: int | None = None, fills_log: bool = False) -> int:
-        display = Fills(folder / name, until, fills_log=fills_log)
+    def fill(name: str, filled: int, *more: str, until: int | None = None, **options: bool) -> int:
+        display = Fills(folder / name, until, **options)
         return run_ranks(
             folder, name, 2, lambda rank: pretrain(name, *more, display=display if rank == filled else None)
         )
@@ -103,6 +121,8 @@ def main(folder: Path, text: Path) -> None:
         codes["full for a while"] = fill("full for a while", 1, at_once, until=5)
         codes["full in the background"] = fill("full in the background", 1, until=5)
         codes["rank 0 full for a while"] = fill("rank 0 full for a while", 0, at_once, until=5)
+        with filling_after_the_parts():
+            codes["rank 0 full after the parts"] = fill("rank 0 full after the parts", 0, until=5, starts=False)
         codes["log full for a while"] = fill("log full for a while", 0, at_once, until=5, fills_log=True)
     (folder / "codes.json").write_text(json.dumps(codes))
 
@@ -334,8 +354,12 @@ def test_a_rank_that_can_not_write_ends_all_and_the_last_checkpoint_is_whole(ran
 
 @pytest.mark.skipif(resource is None, reason="this system has no limits to set")
 @pytest.mark.parametrize(
-    "name", ["full for a while", "full in the background", "rank 0 full for a while", "log full for a while"]
-)
+    "name",
+    [
+        "full for a while", "full in the background", "rank 0 full for a while", "rank 0 full after the parts",
+        "log full for a while",
+    ],
+)  # fmt: skip
 def test_all_ranks_go_on_when_the_disk_of_one_is_full(ranks: Path, sharded: Path, name: str) -> None:
     run = ranks / name
     assert [path.name for path in sorted(run.glob("step-*"))] == ["step-0000002", "step-0000006"]
