@@ -375,6 +375,15 @@ def test_unseen_text_is_in_no_run(document: str, prose: Path, small: Path) -> No
         assert len(text.train) + len(text.test) == len(documents) and documents[19] in map(str.strip, text.test)
 
 
+@pytest.mark.parametrize("content", ["ACGT" * 2000, "第 " + "一二三四" * 2000], ids=["DNA", "Chinese"])
+def test_text_without_spaces_is_divided_too(content: str, tmp_path: Path, small: Path) -> None:
+    (tmp_path / "text.txt").write_text(content, encoding="utf-8")
+    study = load_study(str(small))
+    text = read_text([tmp_path / "text.txt"], study.recipe(study.config.variant[0], 1), 10**6)
+    (train,), (test,) = text.train, text.test
+    assert train + test == content and len(test) == len(content) // 20
+
+
 def test_masks_hide_words_of_an_example() -> None:
     rows = [{"text": " ".join(f"w{number}" for number in range(20)), "label": "kept"} for _ in range(200)]
     masked = with_masks(rows, seed=1)
@@ -442,10 +451,25 @@ def test_other_files_are_not_overwritten(small: Path, prose: Path, tmp_path: Pat
     (out / RESULT).write_text(json.dumps({"study": "mask-rate", "quick": False}))
     with pytest.raises(RunError, match="results of the study `mask-rate`"):
         run_study(study, [prose], out=out)
+    (out / RESULT).write_text(json.dumps({"study": study.name, "quick": False, "runs": [{}]}))
+    with pytest.raises(RunError, match="this file has no results of a study"):
+        run_study(study, [prose], out=out)
     assert {path.name for path in out.iterdir()} == {"notes.txt", RESULT}
+    other = tmp_path / "other" / "work"  # a folder of the user
+    other.mkdir(parents=True)
+    (other / "train.jsonl").write_text("keep")
+    with pytest.raises(RunError, match="has no results of a study"):
+        run_study(study, [prose], out=other.parent)
+    assert (other / "train.jsonl").read_text() == "keep"
+
+
+def test_a_refused_study_leaves_nothing(small: Path, prose: Path, tmp_path: Path) -> None:
+    study = load_study(str(small), seeds=1, settings=SMALL)
     with pytest.raises(TextError):
         run_study(study, [tmp_path / "missing.txt"], out=tmp_path / "new")
+    (tmp_path / "empty").mkdir()
     small.write_text(small.read_text().replace('answer = "a"', 'answer = "☃"'))
-    with pytest.raises(ModelError, match="no token"):
-        run_study(load_study(str(small), seeds=1, settings=SMALL), [prose], out=tmp_path / "new")
-    assert not (tmp_path / "new").exists()
+    for out in (tmp_path / "new" / "study", tmp_path / "empty"):
+        with pytest.raises(ModelError, match="no token"):
+            run_study(load_study(str(small), seeds=1, settings=SMALL), [prose], out=out)
+    assert not (tmp_path / "new").exists() and not list((tmp_path / "empty").iterdir())

@@ -243,8 +243,17 @@ def test_a_malformed_line_is_named_or_left_out(case: str, tmp_path: Path) -> Non
     found = read_pairs(file, errors="skip")
     assert len(found.pairs) == 1 and found.left_out == 1
     file.write_text(line)
-    with pytest.raises(TextError, match="no minimal pairs"):
+    with pytest.raises(TextError, match="no minimal pairs: 1 malformed lines were left out"):
         read_pairs(file, errors="skip")
+
+
+def test_bytes_and_long_lines_can_be_left_out(tmp_path: Path) -> None:
+    file = tmp_path / "pairs.tsv"
+    file.write_bytes(b"A b.\tB a.\n\xff\tc\n" + b"a" * (5 << 20) + b"\nC d.\tD c.\n")
+    found = read_pairs(file, errors="skip")
+    assert [pair.good for pair in found.pairs] == ["A b.", "C d."] and found.left_out == 2
+    file.write_bytes(b"a" * (1 << 20) + b"b\nC d.\tD c.\n" + b"a" * (2 << 20))
+    assert [pair.good for pair in read_pairs(file, errors="skip").pairs] == ["C d."]
 
 
 def test_paths_without_pairs_are_refused(tmp_path: Path) -> None:

@@ -234,6 +234,26 @@ def test_a_model_that_predicts_the_next_token_is_scored_from_the_position_before
     assert plain.log_probability != pytest.approx(found[0].log_probability, abs=1e-3)
 
 
+@pytest.mark.parametrize("repeats", [1, 40])
+def test_a_causal_model_is_scored_in_windows_that_overlap_by_half(repeats: int) -> None:
+    """Each token has the probability that the text before it gives, of which at least half of the context is seen."""
+    tokenizer = train_tokenizer(LINES * 20, WordPieceConfig(vocab_size=70))
+    model = random_model(tokenizer, objective="causal")
+    text = " ".join(LINES * repeats)
+    ids = tokenizer.encode(text).ids.tolist()
+    before, length = tokenizer.frame.before, model.context - len([*tokenizer.frame.before, *tokenizer.frame.after])
+    assert (len(ids) > 3 * length) == (repeats > 1)
+    found = score(model, [text, "the cat"], "within-word")[0]
+    tokens = [token.log_probability for word in found.words for token in word.tokens]
+    half = length // 2
+    for number in range(0, len(ids), 7):
+        start = 0 if number < length else (number - length) // half * half + half
+        sequence = [*before, *ids[start : number + 1]]
+        row = model.log_probabilities([sequence], [[len(sequence) - 1]])[0][0]
+        assert tokens[number] == pytest.approx(row[ids[number]].item(), abs=1e-5)
+        assert number < length or half <= number - start < length
+
+
 def test_a_next_token_model_needs_a_token_before_the_text() -> None:
     tokenizer = train_tokenizer(LINES * 20, CharacterConfig(min_frequency=1))
     spec = json.loads(tokenizer.to_json())

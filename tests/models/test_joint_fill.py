@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import re
 from functools import cache
 
 import numpy as np
@@ -15,6 +16,7 @@ from hypothesis import strategies as st
 import unmask
 from unmask.core.errors import ModelError, TokenizerError
 from unmask.models import build_model
+from unmask.models.generate import segments
 from unmask.models.joint_fill import JointFillResult
 from unmask.models.model import Model
 from unmask.models.modernbert import ModernBertConfig
@@ -239,6 +241,23 @@ def test_several_words(model: Model) -> None:
     assert {len(one.ids) for one in result.fillings} <= {2, 3, 4} and len(result.fillings) == 12
     for one in result.fillings:
         assert one.sequence == "{} and {} .".format(*one.groups)
+
+
+def test_words_beside_han_need_no_space() -> None:
+    """A mask after 们 begins a word, and neighboring tokens are joined."""
+    text = "我们在北京大学学习，他们也在。 we love Beijing . 我们爱北京！ " * 40
+    model = build(text, WordPieceConfig(vocab_size=47))
+    model.card["words"] = "characters"
+    (result,) = unmask.fill_jointly(model, "我们[MASK]北京", top=30, words=2)
+    assert {"他", "爱", "，"} <= {one.groups[0] for one in result.fillings}
+    (result,) = unmask.fill_jointly(model, "我们[MASK]*2北京", top=1000, beam_size=50)
+    han = [one for one in result.fillings if all(len(token) == 1 and token > "z" for token in one.tokens)]
+    assert han and all(one.sequence == f"我们{''.join(one.tokens)}北京" for one in han)
+    for one in unmask.generate(model, "我们在", "北京。", length=6, num=5, temperature=3.0):
+        assert not re.search("[一-龥，。！] | [一-龥，。！]", one.text), one.text
+        assert [part.text for part in list(segments(model, one))[-1]][-1] == "北京。"
+    (result,) = unmask.generate(model, "we love ", "Beijing", length=2, top_k=1)
+    assert result.text.startswith("we love") and result.text.endswith("Beijing")
 
 
 def test_progress_is_reported() -> None:

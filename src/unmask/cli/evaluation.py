@@ -143,6 +143,8 @@ def evaluate(
                 max_size=max_size,
             )
         _warn_unknown(result.unknown_character_share)
+    if found is not None:
+        _note_causal(opened)
     judged = None if found is None else _evaluate_pairs(opened, found, method)
     if judged is not None and predictions is not None:
         _write_predictions(predictions, judged)
@@ -156,6 +158,11 @@ def evaluate(
         _print_text_result(result)
     if judged is not None:
         _print_pairs_result(judged)
+
+
+def _note_causal(model: Model) -> None:
+    if model.is_causal:
+        print("note: the model is causal; the scores are log-likelihoods from left to right", file=sys.stderr)
 
 
 def _warn_unknown(share: float) -> None:
@@ -342,8 +349,9 @@ def score(
         typer.Option(help="Units to print; JSON has all of them.", show_default="word, for --file text"),
     ] = None,
     document: Annotated[
-        Literal["blank-line", "line", "file"], typer.Option(help="Unit of --file that is one text.")
-    ] = "line",
+        Literal["blank-line", "line", "file"] | None,
+        typer.Option(help="Unit of --file that is one text.", show_default="line"),
+    ] = None,
     errors: Annotated[
         Literal["strict", "replace", "skip"] | None,
         typer.Option(
@@ -364,13 +372,18 @@ def score(
 
     listed = [_GivenText(check_utf8(text), f"text {number}") for number, text in enumerate(texts or [], start=1)]
     if file is not None:
-        listed += _read_texts(file, document, errors)
+        listed += _read_texts(file, document or "line", errors)
+    elif document is not None:
+        raise RecipeError(
+            "--document is an option of --file, which is not given",
+            location=f"--document {document}",
+            hint="remove it, or add --file FILE",
+        )
     if not listed:
         raise RecipeError("no text was given", location="unmask score", hint="give a TEXT, or --file FILE")
     opened = open_model(model)
     listed, left_out = _scorable(opened, listed, words, errors)
-    if opened.is_causal:
-        print("note: the model is causal; the scores are log-likelihoods from left to right", file=sys.stderr)
+    _note_causal(opened)
     with open_display(sys.stderr) as display:
         scores = score_texts(
             opened, [each.text for each in listed], method, words=words, on_progress=delayed_progress(display)
@@ -475,7 +488,8 @@ def _scorable(
         raise TextError(
             first.problem,
             location=f"{first.place}: {first.text[:60]!r}",
-            hint="give text that the tokenizer can encode, or leave out such texts: --errors skip",
+            hint="give text that the tokenizer can encode"
+            + (", or leave out such texts: --errors skip" if len(left_out) < len(judged) else ""),
         )
     if len(left_out) == len(judged):
         raise TextError(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import codecs
 import contextlib
 import itertools
+import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -49,6 +50,7 @@ unmask fill runs/demo "\\[MASK]*2 of the \\[MASK]." --joint beam
 unmask fill runs/demo "The \\[MASK] sat." --words 3
 """
 _BAR_WIDTH = 30
+_SEVERAL_MASKS = re.compile(r"\[MASK\]\*\d")
 _BATCH = 64  # texts that are filled together
 _READ_BYTES = 1 << 16
 _LONGEST_LINE = 1 << 24  # bytes
@@ -141,7 +143,13 @@ def _filler(
         fill_mask.check_top(model, top)
         if beam_size is not None:
             raise ModelError("--beam-size needs a joint search", hint="add --joint beam, or leave --beam-size out")
-        return _Filler(lambda texts: fill_mask.fill(model, texts, top), lambda text: fill_mask.FillMaskResult(text, ()))
+
+        def fill_each(texts: Sequence[str]) -> Sequence[FillMaskResult]:
+            if any(_SEVERAL_MASKS.search(text) for text in texts):
+                print("note: [MASK]*2 is two masks with --joint only; here it is one mask and *2", file=sys.stderr)
+            return fill_mask.fill(model, texts, top)
+
+        return _Filler(fill_each, lambda text: fill_mask.FillMaskResult(text, ()))
     size = joint_fill.BEAM_SIZE if beam_size is None else beam_size
     joint_fill.check_search(top, size, words)
 

@@ -117,9 +117,7 @@ Budget = Annotated[
 ]
 Threads = Annotated[
     int | None,
-    typer.Option(
-        min=1, help="Number of CPU threads; a bit-exact resume needs the same number.", show_default="all cores"
-    ),
+    typer.Option(min=1, help="Number of CPU threads; equal results need the same number.", show_default="all cores"),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.", show_default=False)]
 

@@ -146,7 +146,7 @@ def read_pairs(path: Path, subset: int | None = None, errors: PairErrors = "stri
     _check_subset(subset)
     pairs, left_out = list[MinimalPair](), 0
     for file in _files(path):
-        before = len(pairs)
+        before, left_out_before = len(pairs), left_out
         for line in _read_file(file):
             if isinstance(line, MinimalPair):
                 pairs.append(line)
@@ -159,7 +159,12 @@ def read_pairs(path: Path, subset: int | None = None, errors: PairErrors = "stri
                     f"there are more than {_MOST_PAIRS:,} pairs", location=str(path), hint="split them into directories"
                 )
         if len(pairs) == before:
-            raise TextError("the file has no minimal pairs", location=str(file), hint="remove it, or add pairs")
+            skipped = left_out - left_out_before
+            raise TextError(
+                "the file has no minimal pairs" + (f": {skipped:,} malformed lines were left out" if skipped else ""),
+                location=str(file),
+                hint="read what is wrong with them: --errors strict" if skipped else "remove it, or add pairs",
+            )
     return MinimalPairs(tuple(pairs if subset is None else take_subset(pairs, subset)), left_out)
 
 
@@ -211,6 +216,9 @@ def _read_file(file: Path) -> Iterator[MinimalPair | TextError]:
     """Yield the pairs of a file, and an error for each line that isn't a pair."""
     parse = _parse_json if file.suffix == ".jsonl" else _parse_tsv
     for number, line in enumerate(_lines(file), start=1):
+        if isinstance(line, TextError):
+            yield line
+            continue
         if not line.strip() or (number == 1 and line.split("\t") == [_GOOD, _BAD]):
             continue
         location = f"{file}, line {number}"
@@ -229,23 +237,24 @@ def _read_file(file: Path) -> Iterator[MinimalPair | TextError]:
             yield pair
 
 
-def _lines(file: Path) -> Iterator[str]:
-    """Yield the lines of a UTF-8 file without their ends."""
+def _lines(file: Path) -> Iterator[str | TextError]:
+    """Yield the lines of a file without their ends, and an error for each line that is too long or not UTF-8."""
     number = 0
     try:
         with file.open("rb") as stream:
             while line := stream.readline(_LONGEST_LINE + 1):
                 number += 1
+                where = f"{file}, line {number}"
                 if len(line) > _LONGEST_LINE:
-                    where = f"{file}, line {number}"
-                    raise TextError(
-                        f"the line has more than {_LONGEST_LINE:,} bytes", location=where, hint="break the line"
-                    )
-                yield line.decode("utf-8-sig" if number == 1 else "utf-8").rstrip("\r\n")
-    except UnicodeDecodeError as error:
-        raise TextError(
-            "text is not UTF-8", location=f"{file}, line {number}", hint="convert it: iconv -t UTF-8"
-        ) from error
+                    while not line.endswith(b"\n") and (line := stream.readline(_LONGEST_LINE)):
+                        pass
+                    text = f"the line has more than {_LONGEST_LINE:,} bytes"
+                    yield TextError(text, location=where, hint="break the line")
+                    continue
+                try:
+                    yield line.decode("utf-8-sig" if number == 1 else "utf-8").rstrip("\r\n")
+                except UnicodeDecodeError:
+                    yield TextError("text is not UTF-8", location=where, hint="convert it: iconv -t UTF-8")
     except OSError as error:
         raise TextError(f"can't read: {error.strerror}", location=str(file), hint="check the path") from error
 

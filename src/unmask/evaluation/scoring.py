@@ -316,6 +316,8 @@ def score_tokens(
     for module in (model.encoder.to(context.device), model.head.to(context.device)):
         if module.training:
             module.eval()
+    if model.is_causal:
+        return [dict.fromkeys(methods, nats) for nats in _score_causal(model, texts, on_progress)]
     masks = [_masks(text, methods) for text in texts]
     values = [np.zeros(len(of_text)) for of_text in masks]
     # Texts of similar length are in one batch; the longest come last, as a progress by tokens expects.
@@ -341,6 +343,41 @@ def score_tokens(
             by_method[method][text.is_scored] = nats[np.searchsorted(_keys(of_text, text), wanted)]
         results.append(by_method)
     return results
+
+
+def _score_causal(
+    model: Model, texts: Sequence[EncodedText], on_progress: ProgressCallback | None
+) -> list[NDArray[np.float64]]:
+    """Return the log-probability of each token of each text given the tokens before it; 0 for [UNK].
+
+    One pass computes all tokens of a text. Of a text that is longer than the context, windows overlap by half: each
+    token but the first ones has at least half of the context before it.
+    """
+    before, after = model.tokenizer.frame.before, model.tokenizer.frame.after
+    length = model.context - len(before) - len(after)
+    most = max(1, _BATCH_LOGITS // model.encoder.vocab_size)
+    parts: list[tuple[int, int, NDArray[np.int64]]] = []  # text, first token of the window, tokens to predict
+    for number, text in enumerate(texts):
+        wanted, done = np.flatnonzero(text.is_scored), 0
+        for start in range(0, max(1, len(text.ids) - length // 2), max(1, length // 2)):
+            numbers = wanted[(wanted >= done) & (wanted < start + length)]
+            done = start + length
+            parts += [(number, start, numbers[each : each + most]) for each in range(0, len(numbers), most)]
+    values = [np.zeros(len(text.ids)) for text in texts]
+    totals = np.cumsum([len(numbers) for _, _, numbers in parts])
+    first = done = 0
+    while first < len(parts):
+        last = max(first + 1, int(np.searchsorted(totals, done + most, "right")))
+        batch, first = parts[first:last], last
+        ids = [[*before, *texts[number].ids[start : start + length].tolist(), *after] for number, start, _ in batch]
+        positions = [(numbers - start + len(before)).tolist() for _, start, numbers in batch]
+        for (number, _, numbers), rows_NV in zip(batch, model.log_probabilities(ids, positions), strict=True):
+            labels_N = torch.from_numpy(texts[number].ids[numbers].astype(np.int64))
+            values[number][numbers] = rows_NV.gather(1, labels_N[:, None]).squeeze(1).double().numpy()
+        done = int(totals[last - 1])
+        if on_progress:
+            on_progress("scoring", done / int(totals[-1]))
+    return values
 
 
 def _masks(text: EncodedText, methods: Sequence[Method]) -> NDArray[np.int64]:
@@ -430,7 +467,6 @@ def _predict(model: Model, rows: Sequence[_Rows], context: DistributedContext) -
         max_seqlen=int(lengths.max()),
         token_flags_T=torch.full((len(ids_T),), SPECIAL, dtype=torch.uint8),
         sample_keys_B2=torch.zeros((len(lengths), 2), dtype=torch.int64),
-        is_causal=model.is_causal,
     ).to(context.device)
     at = np.concatenate([row.positions for row in rows]) + offsets[:-1]
     labels_M = torch.from_numpy(np.concatenate([row.labels for row in rows])).to(context.device)

@@ -55,6 +55,7 @@ _ENCODER_ONLY: Final = (  # names in a BertModel file
 )  # fmt: skip
 _TASK_HEADS: Final = ("classifier.", "qa_outputs.", "score.", "multi_vector_head.", *electra.TASK_HEADS)
 _BUFFERS: Final = ("position_ids", "token_type_ids", "inv_freq")  # computed from the settings
+LEFT_OUT: Final = "left out, not needed for masked-language modeling"  # begins a note
 _NAMES_SHOWN: Final = 5
 # torch.compile, DDP and DataParallel, FSDP, activation checkpointing
 _WRAPPERS: Final = ("_orig_mod", "module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
@@ -419,7 +420,7 @@ def rename_tensors(tensors: Mapping[str, Tensor], settings: Settings) -> tuple[T
     if has_image_weights:
         notes.append("left out the patch embedding, which only images use")
     if left_out:
-        notes.append(f"left out, not needed for masked-language modeling: {join_names(left_out, _NAMES_SHOWN)}")
+        notes.append(f"{LEFT_OUT}: {join_names(left_out, _NAMES_SHOWN)}")
     return renamed, notes
 
 

@@ -14,7 +14,7 @@ from unmask.core.types import WORD_START
 from unmask.models.model import Model, require_masked_lm
 from unmask.tokenization.analysis import TokenFormatter, TokenText
 from unmask.tokenization.tokenizer import Tokenizer
-from unmask.tokenization.words import is_letter, is_unspaced
+from unmask.tokenization.words import is_spaced_letter
 
 MASK = "[MASK]"
 _LETTERS = "aeinorst가나다라이"  # almost every vocabulary has one of them as a token that begins a word
@@ -118,10 +118,10 @@ class Gap:
     after: str
 
     def is_attached(self, formatter: TokenFormatter) -> bool:
-        """Whether a token that begins a word can't follow: directly before the mask is a letter."""
+        """Whether a token that begins a word can't follow: before the mask is a letter of a script with spaces."""
         if not self.before or self.before[-1].isspace() or self.before.endswith(MASK):
             return False
-        return not formatter.prefix or is_letter(self.before[-1])
+        return not formatter.prefix or is_spaced_letter(self.before[-1])
 
 
 def gaps_of(model: Model, number: int, text: str, positions: Sequence[int]) -> list[Gap]:
@@ -214,7 +214,7 @@ def _encode_continuations(tokenizer: Tokenizer, texts: Sequence[str]) -> list[li
         ids = list(next(encoded))
         for part in others:
             part_ids = next(encoded)
-            if part and is_letter(part[0]) and not is_unspaced(part[0]):
+            if part and is_spaced_letter(part[0]):
                 part_ids = _continuation(tokenizer, part) or part_ids
             ids += [tokenizer.mask_id, *part_ids]
         results.append(ids)

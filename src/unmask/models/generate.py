@@ -455,8 +455,9 @@ def _text(model: Model, prompt: _Prompt, ids: Sequence[int]) -> str:
 def _around(model: Model, prompt: _Prompt, ids: Sequence[int]) -> tuple[str, str]:
     """Return prefix and suffix as they are beside generated text: without doubled spaces, with missing ones."""
     prefix = prompt.prefix.rstrip(" ") if _decodes_spaces(model) else prompt.prefix
-    text = model.tokenizer.decode([*prompt.prefix_ids, *ids], skip_specials=False)
-    whole = model.tokenizer.decode([*prompt.prefix_ids, *ids, *prompt.suffix_ids], skip_specials=False)
+    decode = TokenFormatter.of(model.tokenizer).decode
+    text = decode([*prompt.prefix_ids, *ids], skip_specials=False)
+    whole = decode([*prompt.prefix_ids, *ids, *prompt.suffix_ids], skip_specials=False)
     is_apart = whole[len(text) :].startswith(" ") and not prompt.suffix[:1].isspace()
     return prefix, (" " if is_apart else "") + prompt.suffix
 
@@ -468,7 +469,8 @@ def _decodes_spaces(model: Model) -> bool:
 
 def _continuation(model: Model, prompt: _Prompt, ids: Sequence[int]) -> str:
     """Return generated tokens as text that continues the prefix, with the space before it if there is one."""
-    decode, formatter = model.tokenizer.decode, TokenFormatter.of(model.tokenizer)
+    formatter = TokenFormatter.of(model.tokenizer)
+    decode = formatter.decode
     prefix = decode(prompt.prefix_ids, skip_specials=False)
     text = decode([*prompt.prefix_ids, *ids], skip_specials=False)[len(prefix) :]
     if not prompt.prefix_ids:

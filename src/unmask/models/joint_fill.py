@@ -27,7 +27,7 @@ from unmask.core.types import ProgressCallback
 from unmask.models.fill_mask import MASK, encode_texts, gaps_of, join_token, no_mask_error
 from unmask.models.model import Model, require_masked_lm
 from unmask.tokenization.analysis import TokenFormatter, TokenText
-from unmask.tokenization.words import WordsRule, is_letter, white_space, word_starts
+from unmask.tokenization.words import WordsRule, is_spaced_letter, white_space, word_starts
 
 JointMethod = Literal["best-first", "beam"]
 BEAM_SIZE = 10
@@ -363,7 +363,7 @@ def _word_tokens(formatter: TokenFormatter, prompt: _Prompt, rule: WordsRule) ->
     parts = _word_parts(formatter, rule)
     allowed: list[Tensor] = []
     for before, size in zip(prompt.parts, prompt.sizes, strict=False):
-        if before and is_letter(before[-1]):
+        if before and is_spaced_letter(before[-1]):
             first_V = parts.next_V
         elif not parts.after_space_V.any() or not before:
             first_V = parts.first_V
@@ -377,7 +377,7 @@ def _word_tokens(formatter: TokenFormatter, prompt: _Prompt, rule: WordsRule) ->
 def _is_word(model: Model, before: str, ids: Sequence[int], rule: WordsRule) -> bool:
     """Return whether tokens form one word, or continue the one before them. Incomplete characters form none."""
     letters = _text_of(model, ids).letters
-    return bool(_are_words([before[-1] + letters if before and is_letter(before[-1]) else letters], rule)[0])
+    return bool(_are_words([before[-1] + letters if before and is_spaced_letter(before[-1]) else letters], rule)[0])
 
 
 # Text ---------------------------------------------------------------------------------------------------------------
@@ -400,7 +400,7 @@ def _text_of(model: Model, ids: Sequence[int]) -> TokenText:
     tokens = [formatter.read(id_) for id_ in ids]
     if len(ids) == 1:
         return tokens[0]
-    letters = model.tokenizer.decode(ids)
+    letters = formatter.decode(ids)
     if "\ufffd" in letters:
         return TokenText("".join(token.letters for token in tokens), tokens[0].spacing)
     if tokens[0].spacing == "after-space":

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from typing import Final, Literal
@@ -22,7 +22,7 @@ from unmask.tokenization.normalization import (
 )
 from unmask.tokenization.tokenizer import Tokenizer
 from unmask.tokenization.trainers import BYTE_OF
-from unmask.tokenization.words import WordsRule, is_letter, is_unspaced, word_starts
+from unmask.tokenization.words import WordsRule, is_spaced_letter, without_false_spaces, word_starts
 
 SpacingRule = Literal["as-is", "joins", "after-space"]
 _SPACE: Final = "␣"
@@ -118,7 +118,12 @@ class TokenFormatter:
         """Return whether a word that begins with this token would merge with the word before it."""
         if not before or not token.letters or token.spacing == "joins":
             return False
-        return all(is_letter(side) and not is_unspaced(side) for side in (before[-1], token.letters[0]))
+        return is_spaced_letter(before[-1]) and is_spaced_letter(token.letters[0])
+
+    def decode(self, ids: Sequence[int], *, skip_specials: bool = True) -> str:
+        """Decode ids to text, without the spaces beside Han and kana that a WordPiece decoder writes."""
+        text = self._tokenizer.decode(ids, skip_specials=skip_specials)
+        return without_false_spaces(text) if self.prefix else text
 
 
 def _decode_bytes(letters: str) -> str:

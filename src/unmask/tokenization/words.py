@@ -41,6 +41,8 @@ _UNSPACED: Final = (  # Han, Hiragana, Katakana: first and last code point of th
     (0xFF66, 0xFF9F),
     (0x20000, 0x323AF),
 )
+_WIDE: Final = "".join(f"{chr(first)}-{chr(last)}" for first, last in (*_UNSPACED, (0x3000, 0x303F), (0xFF00, 0xFF60)))
+_FALSE_SPACE: Final = re.compile(f"(?<=[{_WIDE}]) (?! )|(?<! ) (?=[{_WIDE}])")
 _UNSPACED_SHARE: Final = 0.30
 
 
@@ -54,9 +56,14 @@ def is_letter(character: str) -> bool:
     return _kind(ord(character)) == _LETTER
 
 
-def is_unspaced(character: str) -> bool:
-    """Return whether a character is Han, Hiragana or Katakana: scripts without spaces between words."""
-    return any(first <= ord(character) <= last for first, last in _UNSPACED)
+def is_spaced_letter(character: str) -> bool:
+    """Return whether a character is a letter or a number of a script with spaces: not Han, Hiragana or Katakana."""
+    return is_letter(character) and not any(first <= ord(character) <= last for first, last in _UNSPACED)
+
+
+def without_false_spaces(text: str) -> str:
+    """Remove single spaces beside Han, kana and full-width signs: a WordPiece decoder writes them between all words."""
+    return _FALSE_SPACE.sub("", text)
 
 
 def _kind(code: int) -> int:

@@ -15,7 +15,14 @@ from hypothesis import strategies as st
 from pyarrow import parquet
 
 from unmask.core.errors import TextError
-from unmask.training.finetuning.examples import Example, labels_of, numbers_of, overlap_notes, read_examples
+from unmask.training.finetuning.examples import (
+    Example,
+    labels_of,
+    numbers_of,
+    overlap_notes,
+    read_examples,
+    require_span,
+)
 from unmask.training.finetuning.settings import FieldsConfig
 
 cells = st.text(st.characters(codec="utf-8", exclude_characters="\0\r\n"), min_size=1, max_size=12).filter(
@@ -59,6 +66,17 @@ def test_columns_are_found_by_name_or_given(tmp_path: Path) -> None:
     assert read_examples(path, "pair", fields)[0] == Example(("c d", "1"), ("x",), f"{path}, line 2")
 
 
+def test_missing_numbers_of_pandas_are_named(tmp_path: Path) -> None:
+    """A column of whole numbers with a missing one is a column of floats and NaN."""
+    path = tmp_path / "a.parquet"
+    parquet.write_table(pyarrow.table({"text": ["a", "b", "c"], "label": [1.0, 0.0, float("nan")]}), path)
+    with pytest.raises(TextError, match="`label` is empty") as caught:
+        read_examples(path, "classify", FieldsConfig())
+    assert caught.value.location == f"{path}, row 3"
+    parquet.write_table(pyarrow.table({"text": ["a", "b", "c"], "label": [1.0, 0.0, 0.5]}), path)
+    assert [one.labels[0] for one in read_examples(path, "classify", FieldsConfig())] == ["1", "0", "0.5"]
+
+
 def test_json_labels_may_be_numbers_and_booleans(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     path.write_text('{"text": "a", "label": 1}\n{"text": "b", "label": true}\n{"text": "c", "label": 0.5}\n')
@@ -100,6 +118,7 @@ def test_tokens_and_tags_come_from_columns_and_from_lists(tmp_path: Path) -> Non
         ("a.csv", "", "a.csv", "no examples"),
         ("a.jsonl", '{"label": 1}\n', "a.jsonl", "no column `text`"),
         ("a.jsonl", '{"label": 1, "text": "a"}\n{"label": 1}\n', "line 2", "`text` is empty"),
+        ("a.jsonl", '{"label": 1, "text": "a"}\n{"label": NaN, "text": "b"}\n', "line 2", "`label` is empty"),
         ("a.jsonl", '{"label": 1, "text": 5}\n', "line 1", "has the type int"),
         ("a.jsonl", '{"label": [], "text": "a"}\n', "line 1", "has the type list"),
         ("a.jsonl", "[1]\n", "line 1", "not a JSON object"),
@@ -171,15 +190,26 @@ def test_one_label_and_an_unseen_label_are_errors() -> None:
 @pytest.mark.parametrize("label", ["a", "nan", "inf", "", "1e31", "-1e300"])
 def test_numbers_are_finite(label: str) -> None:
     with pytest.raises(TextError, match="is not a number"):
-        numbers_of(examples("1", label), is_train=True)
+        numbers_of(examples("1", label), must_differ=True)
 
 
-def test_equal_numbers_are_an_error_in_training_only() -> None:
-    assert numbers_of(examples("1.5", "1.5"), is_train=False) == [1.5, 1.5]
+def test_a_validation_without_spans_is_an_error() -> None:
+    tagged = [Example(("Ada", "wrote"), ("B-PER", "O"), "line 1"), Example(("Go",), ("O",), "line 4")]
+    require_span(tagged, ("B-PER", "O"))
+    require_span(tagged[1:], ("O", "X"))
+    with pytest.raises(TextError, match="every F1 is 0") as caught:
+        require_span(tagged[1:], ("B-PER", "O"))
+    assert caught.value.location == "line 4"
+
+
+def test_equal_numbers_are_an_error_if_they_must_differ() -> None:
+    assert numbers_of(examples("1.5", "1.5"), must_differ=False) == [1.5, 1.5]
     with pytest.raises(TextError, match=r"same label: 1\.5"):
-        numbers_of(examples("1.5", "1.5"), is_train=True)
+        numbers_of(examples("1.5", "1.5"), must_differ=True)
+    with pytest.raises(TextError, match=r"same label: 3"):
+        numbers_of(examples("3"), must_differ=True)
     with pytest.raises(TextError, match=r"same label: 1\.67772e\+07"):
-        numbers_of(examples("16777216", "16777217"), is_train=True)
+        numbers_of(examples("16777216", "16777217"), must_differ=True)
 
 
 @pytest.mark.parametrize("field", ["text", "label"])

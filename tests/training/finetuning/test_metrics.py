@@ -11,11 +11,11 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from sklearn import metrics as sk
 
+from unmask.training.finetuning.examples import is_bio
 from unmask.training.finetuning.train import (
     Estimate,
     classification_metrics,
     confusion_matrix,
-    is_bio,
     regression_metrics,
     spans_of,
     tagging_metrics,

@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import date
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, TypeGuard, cast
 
 import torch
 
@@ -43,10 +43,12 @@ from unmask.training.setup import RunComponents, build_components, prepare_corpu
 RESULT: Final = "result.json"
 TABLE: Final = "table.md"
 PLOT: Final = "plot.svg"
-_WORK: Final = "work"  # texts and runs, until the study is complete
+_WORK: Final = ".unmask-study"  # texts and runs, until the study is complete; no folder of a user has this name
+_RUN_KEYS: Final = frozenset({"key", "variant", "seed", "steps", "tokens", "measures", "curve"})  # of a stored run
 _MAX_TEST: Final = 100_000  # characters that no run sees
 _FEWEST_CHARACTERS: Final = 2000
 _TEST_SHARE: Final = 20  # one document in so many, or that part of the end of a text
+_LONGEST_WORD: Final = 1000  # characters; in a script without spaces, a text is divided within one
 _UPDATE_SECONDS: Final = 0.25
 _SWEEP: Final = 100_000  # steps of a plan in which few steps are timed, at the progress of the middle of a stage
 
@@ -74,15 +76,15 @@ def run_study(
     if warning := load_warning(context):
         display.message(f"warning: {warning}")
     session = _Session(study, text, out / _WORK, context, display)
-    is_new = not out.exists()
+    created = next((path for path in (*reversed(session.work.parents), session.work) if not path.exists()), None)
     try:
         session.write_texts()
         session.calibrate(earlier.get("calibration") or {})
         result = _facts(session, texts, command)
         _run_missing(session, result, earlier.get("runs", []), out)
     except UnmaskError:
-        if is_new and not (out / RESULT).exists():  # the first run was refused
-            shutil.rmtree(out, ignore_errors=True)
+        if created and not (out / RESULT).exists():  # the first run was refused
+            _remove(session.work, created)
         raise
     files.write_text(out / TABLE, table(study, result))
     groups = by_variant(study, result["runs"])
@@ -90,6 +92,15 @@ def run_study(
         display.message("no plot: matplotlib is not installed (pip install 'unmask[studies]')")
     shutil.rmtree(session.work, ignore_errors=True)
     return result
+
+
+def _remove(work: Path, created: Path) -> None:
+    """Remove a folder, and those above it up to `created` that are empty then."""
+    shutil.rmtree(work, ignore_errors=True)
+    for folder in work.parents:
+        if not folder.is_relative_to(created) or any(folder.iterdir()):
+            break
+        folder.rmdir()
 
 
 def _run_missing(session: _Session, result: dict[str, Any], earlier: Sequence[Mapping[str, Any]], out: Path) -> None:
@@ -142,7 +153,7 @@ def _earlier(study: Study, out: Path) -> dict[str, Any]:
     if not path.is_file() and not (out / _WORK).is_dir():
         raise RunError("this path exists and has no results of a study", location=str(out), hint="choose another --out")
     result = files.read_json(path) if path.is_file() else {}
-    if not isinstance(result, dict):
+    if not _is_result(result):
         raise RunError("this file has no results of a study", location=str(path), hint="choose another --out")
     if result and (result.get("study"), result.get("quick")) != (study.name, study.quick):
         raise RunError(
@@ -152,6 +163,19 @@ def _earlier(study: Study, out: Path) -> dict[str, Any]:
             hint="choose another --out",
         )
     return result
+
+
+def _is_result(result: Any) -> TypeGuard[dict[str, Any]]:
+    """Return whether a JSON value can be what `run_study` stored."""
+    if not isinstance(result, dict):
+        return False
+    tree = cast("dict[str, Any]", result)
+    runs, calibration = tree.get("runs", []), tree.get("calibration", {})
+    return (
+        isinstance(runs, list)
+        and isinstance(calibration, dict)
+        and all(isinstance(run, dict) and run.keys() >= _RUN_KEYS for run in cast("list[Any]", runs))
+    )
 
 
 def _facts(session: _Session, texts: Sequence[Path], command: str) -> dict[str, Any]:
@@ -208,7 +232,9 @@ def read_text(paths: Sequence[Path], recipe: Recipe, max_characters: int) -> Stu
     if len(documents) < 2 * _TEST_SHARE:
         longest = max(range(len(documents)), key=lambda number: len(documents[number]))
         whole = documents[longest]
-        end = whole.rfind(" ", 0, len(whole) - min(len(whole) // _TEST_SHARE, _MAX_TEST)) + 1
+        wanted = len(whole) - min(len(whole) // _TEST_SHARE, _MAX_TEST)
+        spaces = [whole.rfind(space, max(0, wanted - _LONGEST_WORD), wanted) for space in " \n"]
+        end = max(spaces) + 1 or wanted
         documents[longest] = whole[:end]
         return StudyText(documents, [whole[end:]])
     train_documents: list[str] = []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import importlib.util
+import math
 import os
 import sys
 import time
@@ -22,7 +23,7 @@ from unmask.core.format import duration
 from unmask.core.keywords import python_words
 from unmask.core.quantities import Quantity
 from unmask.data.settings import QuotingRule
-from unmask.hub.from_hf import open_model
+from unmask.hub.from_hf import LEFT_OUT, open_model
 from unmask.hub.parity import TOLERANCE, quiet_transformers
 from unmask.models import build_model
 from unmask.models.model import Model, check_output_directory
@@ -30,7 +31,14 @@ from unmask.training.display import Display
 from unmask.training.display.live import display_for
 from unmask.training.display.plain import PlainDisplay
 from unmask.training.finetuning.encode import LabeledData, encode_texts, encode_words, packed
-from unmask.training.finetuning.examples import Example, labels_of, numbers_of, overlap_notes, read_examples
+from unmask.training.finetuning.examples import (
+    Example,
+    labels_of,
+    numbers_of,
+    overlap_notes,
+    read_examples,
+    require_span,
+)
 from unmask.training.finetuning.heads import (
     Classifier,
     HeadShape,
@@ -141,7 +149,13 @@ def _config(task: Task, options: FinetuneOptions) -> FinetuneConfig:
         )
     epochs = given.pop("epochs", None)
     if epochs is not None:
-        given["budget"] = f"{max(epochs, 0.0):f} epochs"
+        if not 0 < epochs < math.inf:
+            raise RecipeError(
+                f"invalid number of epochs: got {epochs:g}, expected more than 0",
+                location="--epochs",
+                hint="increase it",
+            )
+        given["budget"] = f"{epochs:f} epochs"
     try:
         if "budget" in given:
             given["budget"] = Quantity.parse(given["budget"])
@@ -184,6 +198,8 @@ class _Finetuning:
         examples = {name: read_examples(path, config.task, config.fields) for name, path in paths.items()}
         others = {name: part for name, part in examples.items() if name != "train"}
         labels = () if config.task == "regress" else labels_of(examples["train"], others)
+        if config.task == "tokens":
+            require_span(examples["valid"], labels)
         longest = config.max_seq_len or min(model.context, _MAX_SEQ_LEN)
         if longest > settings.max_position_embeddings:
             raise RecipeError(
@@ -206,7 +222,7 @@ class _Finetuning:
                 continue
             data[name] = encode_texts(
                 part,
-                _labels(part, labels, is_train=name == "train"),
+                _labels(part, labels, must_differ=name != "test"),
                 model.tokenizer,
                 longest,
                 token_types=has_token_types(settings),
@@ -214,7 +230,15 @@ class _Finetuning:
             )
         kind = "TokenClassification" if config.task == "tokens" else "SequenceClassification"
         # Of a model without a head, the head for masked language modeling is not used, or is noted below.
-        notes = [note for note in model.notes if not note.startswith(("initialized ", "left out the pooler"))]
+        notes = [
+            note.replace(LEFT_OUT, "left out, as fine-tuning begins with a new classifier")
+            for note in model.notes
+            if not note.startswith(("initialized ", "left out the pooler"))
+        ]
+        if model.is_causal:
+            notes.append(
+                "the model was trained with attention to the left; it is fine-tuned with attention to both sides"
+            )
         notes += overlap_notes(examples["train"], others)
         notes += [
             f"{one.num_cut:,} of {len(examples[name]):,} examples of {name} are longer than {longest} tokens; their "
@@ -358,10 +382,10 @@ class _Finetuning:
         return report
 
 
-def _labels(examples: list[Example], labels: tuple[str, ...], *, is_train: bool) -> Any:
+def _labels(examples: list[Example], labels: tuple[str, ...], *, must_differ: bool) -> Any:
     """Return the number of each label, or its value if there are no labels."""
     if not labels:
-        return np.array(numbers_of(examples, is_train=is_train), np.float32)
+        return np.array(numbers_of(examples, must_differ=must_differ), np.float32)
     ids = {label: number for number, label in enumerate(labels)}
     return np.array([ids[example.labels[0]] for example in examples], np.int64)
 

@@ -26,6 +26,7 @@ from unmask.training.finetuning.settings import FieldsConfig, Task
 MAX_EXAMPLES: Final = 2_000_000
 MAX_LABELS: Final = 1_000
 _LARGEST_NUMBER: Final = 1e30  # float32 has no more than 3e38
+_EXACT: Final = 2**53  # below, every whole number is a float
 _BATCH_ROWS: Final = 1_024
 _NAMES_SHOWN: Final = 20
 # Names that are tried in this order if no column is named.
@@ -197,6 +198,8 @@ def _cell(cells: Mapping[str, Any], column: str, location: str, *, is_text: bool
     value = cells.get(column)
     if isinstance(value, bytes):
         value = value.decode("utf-8", "replace")
+    if isinstance(value, float):  # pandas writes a missing number as NaN, and integers beside it as floats
+        value = None if math.isnan(value) else int(value) if value.is_integer() and abs(value) < _EXACT else value
     if not is_text and isinstance(value, bool | int | float):
         value = str(value).lower()
     if value is None or value == "" or (isinstance(value, str) and value.isspace()):
@@ -286,11 +289,36 @@ def labels_of(train: Sequence[Example], others: Mapping[str, Sequence[Example]])
     return tuple(sorted(found, key=lambda label: (int(label), label)) if is_numeric else sorted(found))
 
 
-def numbers_of(examples: Sequence[Example], *, is_train: bool) -> list[float]:
-    """Return the labels as numbers.
+def require_span(examples: Sequence[Example], labels: Sequence[str]) -> None:
+    """Check that the examples that choose the best epoch have a span, if the labels are BIO tags.
 
     Raises:
-        TextError: a label is not a finite number, or all training examples have the same one.
+        TextError: they have none.
+    """
+    if is_bio(labels) and not any(label.startswith(("B-", "I-")) for example in examples for label in example.labels):
+        raise TextError(
+            "no word of --valid has a tag that begins a span, so every F1 is 0, and no epoch is the best",
+            location=examples[0].location,
+            hint="give examples with spans",
+        )
+
+
+def is_bio(labels: Sequence[str]) -> bool:
+    """Return whether all labels are BIO tags, and at least one begins a span."""
+    return all(label == "O" or label.startswith(("B-", "I-")) for label in labels) and any(
+        label.startswith("B-") for label in labels
+    )
+
+
+def numbers_of(examples: Sequence[Example], *, must_differ: bool) -> list[float]:
+    """Return the labels as numbers.
+
+    Args:
+        examples: Training, validation or test data.
+        must_differ: Whether it is an error if all are equal: nothing can be learned then, or no correlation exists.
+
+    Raises:
+        TextError: a label is not a finite number, or all are equal and must differ.
     """
     numbers: list[float] = []
     for example in examples:
@@ -305,9 +333,9 @@ def numbers_of(examples: Sequence[Example], *, is_train: bool) -> list[float]:
                 hint="correct it, name the column with --label-field, or use --task classify",
             )
         numbers.append(number)
-    if is_train and len(set(np.array(numbers, np.float32).tolist())) == 1:
+    if must_differ and len(set(np.array(numbers, np.float32).tolist())) == 1:
         raise TextError(
-            f"all training examples have the same label: {numbers[0]:g}",
+            f"all examples of this file have the same label: {numbers[0]:g}",
             location=examples[0].location,
             hint="give examples with several numbers, which differ in float32",
         )

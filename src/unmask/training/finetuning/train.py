@@ -20,6 +20,7 @@ from unmask.core.distributed import DistributedContext
 from unmask.core.errors import RunError
 from unmask.core.quantities import Fraction
 from unmask.training.finetuning.encode import LabeledData, LabeledSequence, packed
+from unmask.training.finetuning.examples import is_bio
 from unmask.training.finetuning.heads import Classifier
 from unmask.training.finetuning.settings import FinetuneConfig, Task
 from unmask.training.optim import Optimizer, OptimizerConfig, ScheduleConfig, lr_factor_at
@@ -105,13 +106,6 @@ def spans_of(tags: Sequence[str]) -> set[Span]:
         if not continues:
             begin, kind = number, name if prefix in ("B", "I") else ""
     return spans
-
-
-def is_bio(labels: Sequence[str]) -> bool:
-    """Return whether all labels are BIO tags, and at least one begins a span."""
-    return all(label == "O" or label.startswith(("B-", "I-")) for label in labels) and any(
-        label.startswith("B-") for label in labels
-    )
 
 
 def tagging_metrics(
