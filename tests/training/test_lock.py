@@ -39,6 +39,24 @@ def holder(tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
     process.communicate()
 
 
+@pytest.mark.parametrize("name", ["log.jsonl", "discarded.jsonl", "crash.txt", "lock", "tensorboard", "wandb"])
+def test_a_run_writes_through_no_link(tmp_path: Path, name: str) -> None:
+    """A run from elsewhere could so append lines to a start-up script of a shell."""
+    run, outside = tmp_path / "run", tmp_path / ".bashrc"
+    run.mkdir()
+    for target in (outside, tmp_path / "missing"):
+        outside.write_text("keep\n")
+        (run / name).symlink_to(target)
+        with pytest.raises(RunError, match="would write through this symbolic link") as caught, run_lock(run):
+            pass
+        assert caught.value.location == str(run / name) and caught.value.hint
+        (run / name).unlink()
+    os.mkfifo(run / name)
+    with pytest.raises(RunError, match="no regular file"), run_lock(run):
+        pass
+    assert outside.read_text() == "keep\n" and not (tmp_path / "missing").exists()
+
+
 def test_a_run_in_use_is_refused_with_process_host_and_time(tmp_path: Path, holder: subprocess.Popen[str]) -> None:
     before = (tmp_path / RunLayout.LOCK).read_text()
     with (

@@ -24,12 +24,14 @@ from unmask.core.config import load_toml
 from unmask.core.errors import RunError, UnmaskError
 from unmask.core.files import RunLayout
 from unmask.core.format import join_names
-from unmask.training.loggers import read_log
+from unmask.training.loggers import TENSORBOARD, WANDB, read_log
 from unmask.training.recipe import MAY_CHANGE
 
 # Time for a second attempt: the first may only remove the lock of a dead process, and a new lock may still be empty.
 _LOCK_SECONDS = 0.3
 _POLL_SECONDS = 0.05
+# What a run writes to in place; other files are replaced whole.
+_WRITTEN = (RunLayout.LOCK, RunLayout.LOG, RunLayout.DISCARDED, RunLayout.CRASH, TENSORBOARD, WANDB)
 
 _logger = logging.getLogger("unmask")
 
@@ -46,8 +48,9 @@ def run_lock(run: Path) -> Generator[None]:
     """Holds the lock of a run. A lock left by a dead process is taken over, with a log message.
 
     Raises:
-        RunError: another process holds the lock and may be alive.
+        RunError: another process holds the lock and may be alive, or a file that a run writes to is a link or a pipe.
     """
+    _check_written(run)
     previous_owner = _describe_owner(run) if (run / RunLayout.LOCK).exists() else ""
     lock = SoftFileLock(run / RunLayout.LOCK, timeout=_LOCK_SECONDS, poll_interval=_POLL_SECONDS)
     with files.wrap_os_errors(run / RunLayout.LOCK):
@@ -61,6 +64,21 @@ def run_lock(run: Path) -> Generator[None]:
         yield
     finally:
         lock.release()
+
+
+def _check_written(run: Path) -> None:
+    """Checks that a run from elsewhere can't make this process write outside its folder.
+
+    Raises:
+        RunError: a file or folder that a run writes to is a symbolic link, or no regular file.
+    """
+    for path in (run / name for name in _WRITTEN):
+        if path.is_symlink() or (path.exists() and not (path.is_file() or path.is_dir())):
+            raise RunError(
+                "the run would write through this symbolic link" if path.is_symlink() else "this is no regular file",
+                location=str(path),
+                hint="remove it, or replace it by a copy of what it names",
+            )
 
 
 def is_in_use(run: Path) -> bool:
