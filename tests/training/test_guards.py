@@ -12,6 +12,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ from unmask.core.errors import RunError, Stopped, StoreError
 from unmask.models import build_model
 from unmask.models.modernbert import ModernBertConfig
 from unmask.report.collect import collect
-from unmask.training.checkpoint import outdated_checkpoints
+from unmask.training.checkpoint import earlier_steps, outdated_checkpoints
 from unmask.training.display import Display
 from unmask.training.guards import DiskWatch, LossSpikes
 from unmask.training.loop import EMA, Diverged, TrainModule, TrainState
@@ -422,16 +423,68 @@ def test_without_an_earlier_checkpoint_the_run_ends(prose: Path, tmp_path: Path)
         pretrain(prose, tmp_path / "never", failing(most=-1.0), "train.max_rollbacks=0")
 
 
+def damage(checkpoint: Path) -> None:
+    """Changes a byte of a checkpoint, once it is complete."""
+    while not checkpoint.is_dir():
+        time.sleep(0.01)
+    path = checkpoint / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-1] + b"\xff")
+
+
+def test_a_run_goes_back_to_a_checkpoint_that_is_intact(prose: Path, tmp_path: Path, gone_back: Path) -> None:
+    run = tmp_path / "run"
+    display = Messages(after_step=lambda step: damage(run / "step-0000006") if step == 7 else None)
+    pretrain(prose, run, *SHORT, "train.every.save=2 steps", display=display)
+    assert display.find("the checkpoint of step 6 is damaged: the content of this file has changed")
+    assert display.find("going back to the checkpoint of step 4")
+    assert same(tensors(run / "latest"), tensors(gone_back / "latest")) and log(run) == log(gone_back)
+
+
+def test_a_run_without_an_intact_checkpoint_ends_and_deletes_nothing(prose: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+
+    def after_step(step: int) -> None:
+        for saved in (4, 6) if step == 7 else ():
+            damage(run / f"step-{saved:07d}")
+
+    display = Messages(after_step=after_step)
+    with pytest.raises(Diverged, match="up to step 10, and no checkpoint before step 7 is intact: the cont") as caught:
+        pretrain(prose, run, *SHORT, "train.every.save=2 steps", display=display)
+    assert caught.value.location.endswith("step-0000006/model.safetensors") and "from a copy" in caught.value.hint
+    assert [len(display.find(f"the checkpoint of step {step} is damaged")) for step in (4, 6)] == [1, 1]
+    assert sorted(path.name for path in run.glob("step-*")) == ["step-0000004", "step-0000006"]
+    assert (run / "latest").readlink().name == "step-0000006" and not (run / "discarded.jsonl").exists()
+    assert [line["step"] for line in log(run, "loss")] == list(range(1, 10))
+
+
+def test_checkpoints_of_the_interval_are_tried_first(tmp_path: Path) -> None:
+    for step in (2, 4, 6, 8, 10):
+        (tmp_path / f"step-{step:07d}").mkdir()
+    assert earlier_steps(tmp_path, 10, lambda step, seconds: step % 4 == 0) == [8, 4, 6, 2]
+    assert earlier_steps(tmp_path, 2, lambda step, seconds: True) == []
+
+
+class Uneven(Messages):
+    """Damages a checkpoint after step 7; then the return to an earlier one takes rank 1 100 seconds longer."""
+
+    def __init__(self, damaged: Path | None) -> None:
+        super().__init__(after_step=lambda step: damage(damaged) if damaged and step == 7 else None)
+
+    def train_start(self, plan: Plan, state: TrainState, flops_per_token: float, flops_per_second: float) -> None:
+        state.seconds += 100.0 * int(os.environ["RANK"]) * state.rollbacks
+
+
 def main(folder: Path, text: Path) -> None:
     """Makes runs of two ranks that skip a step and go back; only rank 1 has a loss that is not finite in step 2."""
     from test_ranks import run_ranks
 
-    settings = ["optimizer.lr=1e-2", "train.max_skipped_steps=2", "train.budget=9 steps"]
-    settings += ["train.micro_batch_size=128 tokens", failing(most=0.057, steps=[2])]
+    settings = ["optimizer.lr=1e-2", "train.max_skipped_steps=2", "train.budget=9 steps", "train.every.save=2 steps"]
+    settings += ["train.micro_batch_size=128 tokens", failing(most=0.057, steps=[2]), "train.every.validate=40 s"]
     for kind in ("ddp", "fsdp"):
 
         def work(rank: int, kind: str = kind) -> None:
-            pretrain(text, folder / kind, *settings, f"train.parallel={kind}")
+            display = Uneven(folder / kind / "step-0000006" if rank == 0 else None)
+            pretrain(text, folder / kind, *settings, f"train.parallel={kind}", display=display)
 
         codes = run_ranks(folder, kind, 2, work)
         assert codes == [0, 0], [path.read_text() for path in folder.glob(f"{kind}-*.txt")]
@@ -519,6 +572,7 @@ def test_a_full_disk_costs_a_checkpoint_and_no_more(prose: Path, tmp_path: Path,
             limit(resource.RLIM_INFINITY)
 
     settings = ["train.every.validate=4 steps", "train.background_save=false"]
+    settings.append('train.keep_at=["300 words", "500 words"]')
     pretrain(prose, tmp_path / "whole", *settings)
     pretrain(prose, run, *settings, display=(display := Messages(after_step=after_step)))
     assert seen[9] == ["step-0000004"], "the last good one, and no part of that of step 8"
@@ -526,6 +580,9 @@ def test_a_full_disk_costs_a_checkpoint_and_no_more(prose: Path, tmp_path: Path,
         "step 8: the checkpoint is not saved", "the last checkpoint is that of step 4; training goes on"
     )
     assert display.find("step 8: the best model is not saved")
+    assert display.find("step 9: the model chck_500 is not kept (can't write: ", "training goes on without it")
+    assert [(each / "chck_500").exists() for each in (run, tmp_path / "whole")] == [False, True]
+    assert (run / "chck_300").is_dir()
     assert bool(display.find("log lines wait until the disk has space")) == (spare == 20)
     assert same(tensors(run / "latest"), tensors(tmp_path / "whole" / "latest")) and log(run) == log(tmp_path / "whole")
     assert not list(run.glob(".*"))

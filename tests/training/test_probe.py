@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import platform
 import re
 import subprocess
@@ -23,10 +24,16 @@ from unmask.training.callbacks import PreparedRun, run_training
 from unmask.training.display import show_log
 from unmask.training.display.plain import PlainDisplay
 from unmask.training.estimate import estimate_cost
-from unmask.training.estimate.memory import MemoryLimit, available_bytes, check_memory, required_bytes
+from unmask.training.estimate.memory import (
+    MemoryLimit,
+    available_bytes,
+    check_memory,
+    forecast_bytes,
+    required_bytes,
+)
 from unmask.training.estimate.probe import measure, probe_limits
 from unmask.training.loop import Signals, TrainState
-from unmask.training.plan import Measured, make_plan, tenth
+from unmask.training.plan import Measured, MeasuredMemory, make_plan, tenth
 from unmask.training.recipe import Recipe, load_recipe, read_recipe
 from unmask.training.setup import RunComponents, build_components, prepare_corpus
 
@@ -69,6 +76,10 @@ def test_a_probe_measures_everything_and_changes_nothing(text: Path, tmp_path: P
     )
     before = {name: tensor.clone() for name, tensor in components.training.module.state_dict().items()}
     fractions: list[float] = []
+    for hours in (1, 25):  # since other probes were killed, or began
+        (tmp_path / f".unmask-probe-{hours}" / "best").mkdir(parents=True)
+        changed = tmp_path.stat().st_mtime - 3600 * hours
+        os.utime(tmp_path / f".unmask-probe-{hours}", (changed, changed))
     measured = measure(
         recipe, components, on_probe=lambda fraction, seconds: fractions.append(fraction), folder=tmp_path
     )
@@ -77,7 +88,7 @@ def test_a_probe_measures_everything_and_changes_nothing(text: Path, tmp_path: P
     if measured.memory:  # None if a busy machine left no time for whole steps
         assert measured.memory.peak_bytes > 10**8 and min(measured.memory.steps) >= 1
     assert fractions == sorted(fractions) and fractions[-1] == 1.0 and max(fractions[:-1]) < 1.0
-    assert list(tmp_path.iterdir()) == [], "the checkpoint of the probe is deleted"
+    assert [path.name for path in tmp_path.iterdir()] == [".unmask-probe-1"], "its own checkpoint is deleted"
     after = components.training.module.state_dict()
     assert all(tensor.equal(after[name]) for name, tensor in before.items())
 
@@ -165,6 +176,27 @@ def test_a_copy_for_checkpoints_that_does_not_fit_is_refused() -> None:
         check_memory(recipe, vocabulary, context)
     assert caught.value.hint.endswith("--set train.background_save=false")
     check_memory(replace(recipe, train=replace(recipe.train, background_save=False)), vocabulary, context)
+
+
+def test_rank_0_joins_the_shards_of_a_checkpoint_in_memory() -> None:
+    """With many ranks, the shards need little memory, and a validation gathers all weights once."""
+    context = replace(init_distributed("float32", 1), ranks=1024)
+    settings = ["model.hidden_size=4096", "model.num_hidden_layers=1", "train.micro_batch_size=64 tokens"]
+    settings += ["stage=[{max_seq_len = 32, batch_size = '64 tokens'}]", "train.parallel=fsdp"]
+    recipe = load_recipe("tiny", settings)
+    at_once = load_recipe("tiny", [*settings, "train.background_save=false"])
+    plan = make_plan(recipe.stage, Quantity(9, "steps"), recipe.train.every, [1000], Measured((0.0,)))
+    memory = MeasuredMemory(10**9, (9,), False)
+    parameters = num_parameters(recipe.model, 8192)
+    peaks = [forecast_bytes(recipe, plan, 8192, replace(context, rank=rank), memory) for rank in (0, 1)]
+    assert peaks[0] - peaks[1] == 4 * parameters
+    one = forecast_bytes(at_once, plan, 8192, context, memory)
+    assert peaks[1] - one == 12 * parameters // 1024
+    fixed, more = (required_bytes(recipe, size, context) for size in (8192, 16384))
+    vocabulary = 8192 + round(8192 * (0.85 * available_bytes(context) - fixed) / (more - fixed))
+    with pytest.raises(RecipeError, match="from a copy in memory of about"):
+        check_memory(recipe, vocabulary, context)
+    check_memory(at_once, vocabulary, context)
 
 
 def test_more_parameters_tokens_and_layers_need_more_memory() -> None:

@@ -199,7 +199,7 @@ class _Launch:
         self.store, self.rank, self.ranks = store, rank, ranks
         self._comparisons = 0
 
-    def announce(self, error: Exception) -> None:
+    def announce(self, error: BaseException) -> None:
         """Tell the other ranks why this rank ends, unless another rank was first."""
         text, where = (error.message, error.location) if isinstance(error, UnmaskError) else (_in_one_line(error), "")
         reason = f"rank {self.rank} on {socket.gethostname()} stopped: {text}" + (f" ({where})" if where else "")
@@ -402,13 +402,13 @@ def compare_ranks(context: DistributedContext, topics: Mapping[str, Facts]) -> N
 
 @contextmanager
 def ending_together() -> Generator[None]:
-    """Tell the other ranks why this one ends, if the block raises any error; they end with a message that names it."""
+    """Tell the other ranks why this one ends, by an error or an interrupt; they end with a message that names it."""
     try:
         with lost_ranks_explained():
             yield
     except (Interrupted, Stopped):  # all ranks stop together after the same step
         raise
-    except Exception as error:
+    except (Exception, KeyboardInterrupt) as error:
         rank, ranks = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
         if ranks > 1:
             with contextlib.suppress(RunError):

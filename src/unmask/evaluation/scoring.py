@@ -31,6 +31,7 @@ WordUnits = WordsRule | Literal["tokenizer"]
 METHODS: Final[tuple[Method, ...]] = ("original", "within-word")
 
 _BATCH_TOKENS: Final = 4096  # larger batches are not faster on a CPU
+_COPIED_TOKENS: Final = 1 << 20  # of the masked copies of a text that are in memory together: 8 MB
 _BATCH_LOGITS: Final = 1 << 24  # 64 MB of float32
 _ENCODED: Final = 1024  # texts that are encoded together
 
@@ -397,15 +398,17 @@ def _rows(model: Model, number: int, text: EncodedText, masks: NDArray[np.int64]
     """Yield the masked copies of a text, or of the windows of a text that is longer than the context."""
     before, after = model.tokenizer.frame.before, model.tokenizer.frame.after
     length = model.context - len(before) - len(after)
-    for start, numbers in _windows(text, masks, length):
+    for start, of_window in _windows(text, masks, length):
         ids = text.ids[start : start + length]
         framed = np.concatenate([before, ids, after]).astype(np.int64)
-        positions, ends = (masks[numbers] - start + len(before)).T
-        ends = np.minimum(ends, len(before) + len(ids))
         places = np.arange(len(framed))
-        is_masked = (places >= positions[:, None]) & (places < ends[:, None])
-        copies = np.where(is_masked, model.tokenizer.mask_id, framed)
-        yield _Rows(number, numbers, copies, positions, text.ids[masks[numbers, 0]])
+        most = max(1, _COPIED_TOKENS // len(framed))
+        for numbers in (of_window[first : first + most] for first in range(0, len(of_window), most)):
+            positions, ends = (masks[numbers] - start + len(before)).T
+            ends = np.minimum(ends, len(before) + len(ids))
+            is_masked = (places >= positions[:, None]) & (places < ends[:, None])
+            copies = np.where(is_masked, model.tokenizer.mask_id, framed)
+            yield _Rows(number, numbers, copies, positions, text.ids[masks[numbers, 0]])
 
 
 def _windows(text: EncodedText, masks: NDArray[np.int64], length: int) -> Iterator[tuple[int, NDArray[np.int64]]]:

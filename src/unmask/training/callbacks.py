@@ -17,8 +17,8 @@ from typing import Any
 
 from unmask.core import files
 from unmask.core.config import dump_config
-from unmask.core.distributed import lost_ranks_explained
-from unmask.core.errors import CRASH_NOTE, Interrupted, Stopped, StoreError, UnmaskError
+from unmask.core.distributed import compare_ranks, lost_ranks_explained
+from unmask.core.errors import CRASH_NOTE, DamagedError, Interrupted, Stopped, StoreError, UnmaskError
 from unmask.core.files import RunLayout
 from unmask.core.remote.upload import RunUpload
 from unmask.evaluation.minimal_pairs import MinimalPair, evaluate_minimal_pairs
@@ -79,7 +79,7 @@ def run_training(run: PreparedRun, state: TrainState, display: Display, signals:
     display.train_start(plan, state, run.estimate.flops_per_token, run.estimate.flops_per_second)
     with _resume_hint(run.folder), _crash_file(run.folder), lost_ranks_explained():
         callbacks.open(state)
-        waits = True
+        waits, stopped = True, None
         try:
             if recipe.init.model and not state.step:
                 callbacks.validate(state)
@@ -91,12 +91,18 @@ def run_training(run: PreparedRun, state: TrainState, display: Display, signals:
                     callbacks.end_early(state, early)
                 else:
                     callbacks.save_once(state, keeps_one_more=True)
-                    raise Stopped(reason.exit_code, str(run.folder), state.step)
+                    stopped = Stopped(reason.exit_code, str(run.folder), state.step)
         except KeyboardInterrupt:  # a second Ctrl-C stops at once
             waits = False
             raise
         finally:
             callbacks.close(waits=waits)
+        # Rank 0 uploads the rest of the run, which may take hours. If another rank ended now, torchrun would soon kill
+        # rank 0, and a collective operation waits for COLLECTIVE_SECONDS at most.
+        compare_ranks(run.components.context, {})
+        run.components.context.barrier()  # rank 0 may have the store, so it ends when all others have read the result
+        if stopped:
+            raise stopped
     summary = Summary(
         run=run.folder,
         steps=state.step,
@@ -335,7 +341,13 @@ class RunCallbacks:
                 state.best, state.lowest_loss = before  # which best/ still has
 
     def keep(self, state: TrainState) -> None:
-        """Keeps the model if this step has reached a number of words of `train.keep_at`."""
+        """Keeps the model if this step has reached a number of words of `train.keep_at`; not if the disk is full.
+
+        It is not tried again: the model of a later step has seen more words.
+
+        Raises:
+            StoreError: the disk can't be written.
+        """
         is_main = self._context.is_main_process  # which knows the number of words
         reached = self._kept.reached(state.tokens, is_last=state.step == self._run.plan.steps) if is_main else []
         if not self._context.largest(len(reached)):
@@ -344,8 +356,17 @@ class RunCallbacks:
             for name in reached:
                 model = self._as_model(state, module)
                 card: ModelCard = {**model.card, "words_seen": round(self._kept.words_seen(state.tokens))}
-                path = checkpoint.save_kept(self._run.folder, name, replace(model, card=card), module.parts)
-                self._display.saved(path)
+                try:
+                    path = checkpoint.save_kept(self._run.folder, name, replace(model, card=card), module.parts)
+                except StoreError as error:
+                    if not is_disk_full(error):
+                        raise
+                    _log.warning(
+                        f"step {state.step:,}: the model {name} is not kept ({error.message}); training goes on "
+                        "without it: free disk space for the next ones"
+                    )
+                else:
+                    self._display.saved(path)
 
     def evaluate_pairs(self, state: TrainState) -> None:
         """Evaluates the model on the run's minimal pairs, if any; logs the accuracies, and words and tokens seen."""
@@ -467,47 +488,71 @@ class RunCallbacks:
             )
 
     def go_back(self, state: TrainState, error: Diverged) -> None:
-        """Restores the last checkpoint before the skipped steps, with half of the learning rates.
+        """Restores the last intact checkpoint before the skipped steps, with half of the learning rates.
 
         The same samples follow. Steps in a row that are not finite come from the weights: a single batch is skipped
         without going back. With lower rates, other weights meet the same batches, each sample still counts once in an
         epoch, and what follows is a function of the checkpoint alone.
 
         Raises:
-            Diverged: there is no earlier checkpoint, or the run has gone back too often.
+            Diverged: there is no intact earlier checkpoint, or the run has gone back too often. All files stay.
         """
         run, limit = self._run.folder, self._run.recipe.train.max_rollbacks
         if state.rollbacks >= limit:
             tried = f"{error.message}, after going back to a checkpoint {limit} times" if limit else error.message
             raise Diverged(tried, location=error.location, hint=error.hint) from error
         self.check_saved(wait=True)
-        before, is_main = (state.skipping_since or 1) - 1, self._context.is_main_process
-        step = self._context.largest(checkpoint.earlier_step(run, before, self._is_at_interval) if is_main else 0)
+        before = (state.skipping_since or 1) - 1
+        step = self._intact_step(before, error)
         if not step:
             reason, hint = f"{error.message}, and there is no checkpoint before step {max(before, 1):,}", error.hint
             if self._run.recipe.train.keep_last == 1 and before > 1:
                 hint += "; a run that keeps two checkpoints could have gone back: --set train.keep_last=2"
             raise Diverged(f"{reason} to go back to", location=error.location, hint=hint) from error
+        # By its step: on a network disk, other machines may see an old `latest` for a while.
+        saved = checkpoint.load(run, self._training, step)
         self._sync_log()
-        if is_main:
+        self._context.barrier()  # all ranks have read the checkpoint, which is replaced now
+        if self._context.is_main_process:
             self._loggers.close()
             if self._log:
                 self._log.close()
             checkpoint.make_latest(run, step)
             discard_after(run, step)
             self._open_loggers()
-        self._context.barrier()
-        state.go_back(checkpoint.load(run, self._training), ROLLBACK_LR_FACTOR)
+        state.go_back(saved, ROLLBACK_LR_FACTOR)
         self._kept.go_back(state.tokens)
         _log.warning(
             f"{error.message}: going back to the checkpoint of step {step:,}, with learning rates times "
             f"{state.lr_scale:g} (rollback {state.rollbacks} of at most {limit})"
         )
-        self._context.barrier()  # all ranks have read the checkpoint, which is replaced now
         # It is written again, so that a run that is killed now doesn't forget the lower rates.
         self._save(state)
         self._saved_step, self._is_save_overdue = step, False
         self._context.barrier()
+
+    def _intact_step(self, before: int, error: Diverged) -> int:
+        """Returns the step of the checkpoint to go back to, the same on all ranks; 0 without one before `before`.
+
+        Raises:
+            Diverged: all checkpoints before it are damaged.
+        """
+        run, damaged = self._run.folder, list[DamagedError]()
+        is_main = self._context.is_main_process
+        steps = iter(checkpoint.earlier_steps(run, before, self._is_at_interval) if is_main else ())
+        while step := self._context.largest(next(steps, 0)):
+            try:
+                checkpoint.verify_together(run / checkpoint.step_name(step), self._context)
+            except DamagedError as caught:
+                _log.warning(f"the checkpoint of step {step:,} is damaged: {caught.message} ({caught.location})")
+                damaged.append(caught)
+            else:
+                return step
+        if damaged:
+            reason = f"{error.message}, and no checkpoint before step {before:,} is intact: {damaged[0].message}"
+            hint = "restore the checkpoint from a copy, then resume"
+            raise Diverged(reason, location=damaged[0].location, hint=hint) from error
+        return 0
 
     def _as_model(self, state: TrainState, module: TrainModule) -> Model:
         return as_model(self._run.recipe, self._components, module, state, stage=self._stage(state.step))

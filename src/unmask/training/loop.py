@@ -406,14 +406,15 @@ def has_free_core(context: DistributedContext) -> bool:
 
 
 def _prepared_steps(
-    inputs: TrainLoopInputs, plan: Plan, state: TrainState, *, prefetch: bool
+    inputs: TrainLoopInputs, plan: Plan, state: TrainState, *, prefetch: bool | None
 ) -> Generator[PreparedStep]:
     """Yields the data of each remaining step. With `prefetch`, a thread prepares one step ahead.
 
-    Closing the generator ends the thread. An exception of the thread is raised in the caller.
+    None means: if `has_free_core`. Closing the generator ends the thread. An exception of the thread is raised in the
+    caller.
     """
     steps, cursor = range(state.step, plan.steps), state.cursor
-    if not prefetch:
+    if not (has_free_core(inputs.context) if prefetch is None else prefetch):
         for step in steps:
             prepared = prepare_step(inputs, plan, step, cursor)
             cursor = prepared.cursor
@@ -475,10 +476,10 @@ def train(
         Diverged: `inputs.max_skipped_steps` steps in a row were skipped.
     """
     context, begin = inputs.context, time.perf_counter() - state.seconds
-    last_run, last_log = [state.seconds] * len(callbacks), state.seconds
+    start = context.sum([state.seconds])[0] / context.ranks  # after a return to a checkpoint, the ranks differ
+    last_run, last_log = [start] * len(callbacks), start
     unread, ran = list[StepResult](), list[int]()  # ran: numbers of the callbacks that ran after the step before
     inputs.module.train()
-    prefetch = has_free_core(context) if prefetch is None else prefetch
     with contextlib.closing(_prepared_steps(inputs, plan, state, prefetch=prefetch)) as prepared_steps:
         while state.step < plan.steps:
             objective = inputs.objectives[plan.stage_at(state.step)]

@@ -386,8 +386,7 @@ def resume(
                     epoch_tokens=components.loaders[-1].epoch_tokens,
                     pairs_every=recipe.train.evaluate.every,
                 )
-            has_steps = os.path.lexists(folder / RunLayout.LATEST)
-            state = checkpoint.load(folder, components.training) if has_steps else TrainState()
+            state = _load_state(folder, recipe, components)
             prepared = PreparedRun(folder, recipe, plan, components, estimate_cost(recipe, plan, components), pairs)
             signals.start_deferring()  # before anything is written
             if context.is_main_process:
@@ -557,6 +556,25 @@ def _restore_components(
     # Without a checkpoint the weights are initialized again, like at the start.
     start = None if os.path.lexists(run / RunLayout.LATEST) else WarmStart.of_run(run, recipe)
     return build_components(recipe, source, corpus, context, valid_sources=valid, warm_start=start)
+
+
+def _load_state(run: Path, recipe: Recipe, components: RunComponents) -> TrainState:
+    """Restores weights, optimizer and state of the last step, if any.
+
+    The copy of a run may have no best model, because its upload was interrupted. The state then has none either, and
+    the next validation keeps one.
+    """
+    if not os.path.lexists(run / RunLayout.LATEST):
+        return TrainState()
+    state, context = checkpoint.load(run, components.training), components.context
+    lacks_best = recipe.train.keep_best and not (run / RunLayout.BEST / RunLayout.CARD).is_file()
+    if state.best and context.largest(context.is_main_process and lacks_best):
+        _log.warning(
+            f"the best model, of step {state.best['step']:,} with loss {state.best['loss']:.4f}, is missing; the next "
+            "validation keeps a best model"
+        )
+        state.best = None
+    return state
 
 
 def _run_facts(run: Path, recipe: Recipe, plan: Plan) -> Facts:

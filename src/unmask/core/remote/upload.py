@@ -55,11 +55,13 @@ class _SupersededError(StoreError):
 class RunUpload:
     """Copies a run to a store, in a background thread while it is trained.
 
-    A pass copies what has changed: first all but the steps, then each complete step. The last file of a folder is its
-    card.json: a step without one is incomplete. At most one pass waits, however many steps are saved meanwhile. A pass
-    that fails is repeated after the next save; it goes on with the file that failed. What was deleted in the store
-    meanwhile is copied again. Of several processes that continue one run, the last one that began uploads it: two of
-    them would delete each other's steps.
+    A pass copies what has changed: first all but the steps, then each complete step. The last step is the first of
+    them, because the run may delete the earlier ones meanwhile. The last file of a folder is its card.json: a step
+    without one is incomplete. A step that the run has deleted is deleted in the store too, once `keep` later ones are
+    complete there. At most one pass waits, however many steps are saved meanwhile. A pass that fails is repeated after
+    the next save; it goes on with the file that failed. What was deleted in the store meanwhile is copied again. Of
+    several processes that continue one run, the last one that began uploads it: two of them would delete each other's
+    steps.
 
     Args:
         run: directory of the run.
@@ -160,9 +162,15 @@ class RunUpload:
             for name in discarded:
                 self._store.remove_folder(name)
         self._copy_folders(folders)
-        there = (there | {name.partition("/")[0] for name in self._copied if name.startswith(STEP)}) - set(discarded)
-        for name in sorted(there - set(steps))[: max(0, len(there | set(steps)) - self._keep)]:
-            self._store.remove_folder(name)
+        self._remove_outdated()
+
+    def _remove_outdated(self) -> None:
+        """Delete the steps in the store that the run has no longer, but the last `keep` complete ones."""
+        names = {one.path for one in self._store.list() if one.path.startswith(STEP)}
+        there = {name.partition("/")[0] for name in names}
+        complete = sorted(step for step in there if f"{step}/{RunLayout.CARD}" in names)
+        for step in sorted(there - set(complete[-self._keep :]) - set(self._folders())):
+            self._store.remove_folder(step)
 
     def _check_session(self) -> None:
         """Write the name of this process to the store, in the first pass; check in later ones that it is there.
@@ -201,11 +209,14 @@ class RunUpload:
         return is_complete
 
     def _folders(self) -> list[str]:
-        """Return the names of the run's folders in the order of copying: "" for its own files, the steps at the end."""
+        """Return the names of the run's folders in the order of copying: "" for its own files, then its complete steps.
+
+        The last step is the first of them.
+        """
         names = sorted(path.name for path in self._run.iterdir() if path.is_dir() and not path.is_symlink())
-        names = [name for name in names if not name.startswith(".")]
         steps = [name for name in names if name.startswith(STEP)]
-        return [*(name for name in names if name not in steps), "", *steps]
+        complete = [name for name in steps if (self._run / name / RunLayout.CARD).is_file()]
+        return [*(name for name in names if not name.startswith((".", STEP))), "", *reversed(complete)]
 
     def _names(self, folder: str) -> list[str]:
         """Return the files of a folder in the order of copying, as names below the run."""
@@ -228,6 +239,8 @@ class RunUpload:
         facts = {name: self._facts(name) for name in names}
         changed = [name for name in names if self._copied.get(name) != facts[name]]
         card = f"{folder}/{RunLayout.CARD}"
+        if folder.startswith(STEP) and card not in names:  # the run has deleted it, or does so now
+            raise _Vanished
         if not changed:
             return
         if card not in names:
@@ -235,10 +248,12 @@ class RunUpload:
                 self._put(name)
                 self._copied[name] = facts[name]
             return
-        if not self._is_equal(folder):
+        equal = self._equal(folder)
+        if not equal.issuperset(names):
+            self._sent |= {name: facts[name] for name in names if name in equal}
+            content = (self._run / card).read_bytes()
             self._store.remove(card)  # the folder is incomplete until its new card is there
             self._copied = {name: known for name, known in self._copied.items() if name not in names}
-            content = (self._run / card).read_bytes()
             for name in names:
                 if name != card and self._sent.get(name) != facts[name]:
                     self._put(name)
@@ -257,13 +272,26 @@ class RunUpload:
                 raise _Vanished from error
             raise
 
-    def _is_equal(self, folder: str) -> bool:
-        """Return whether the folder is complete in the store and has the same digests."""
-        for name in _LAST:
-            own = self._run / folder / name
-            if not own.is_file() or self._store.get(f"{folder}/{name}") != own.read_bytes():
-                return False
-        return True
+    def _equal(self, folder: str) -> set[str]:
+        """Return the files of a folder with the same content in the store, by the digests there; none without a card.
+
+        A step that is written again after a return to it differs in the training state only. Its weights stay.
+        """
+        card = f"{folder}/{RunLayout.CARD}"
+        known = self._store.get(card)
+        if known is None:
+            return set()
+        equal = {card} if known == (self._run / card).read_bytes() else set[str]()
+        for place in (folder, f"{folder}/{RunLayout.RESUME}"):
+            name = f"{place}/{RunLayout.DIGESTS}"
+            if not (self._run / name).is_file() or (there := self._store.get(name)) is None:
+                continue
+            own = (self._run / name).read_bytes()
+            if there == own:
+                equal.add(name)
+            known_entries = _entries(there)
+            equal |= {f"{place}/{file}" for file, entry in _entries(own).items() if known_entries.get(file) == entry}
+        return equal
 
 
 def check_upload(address: str, run: Path | None = None) -> None:
@@ -312,12 +340,17 @@ def _of_others(store: Store, run: Path | None) -> RunError:
 
 def _identity(environment: bytes) -> str:
     """Return the random name of a run; "" if there is none."""
-    try:
-        facts: Any = json.loads(environment)
-    except (ValueError, RecursionError):
-        return ""
-    name: object = cast("dict[str, object]", facts).get("id") if isinstance(facts, dict) else None
+    name = _entries(environment).get("id")
     return name if isinstance(name, str) else ""
+
+
+def _entries(content: bytes) -> dict[str, object]:
+    """Return the entries of a JSON object; none if the content is none."""
+    try:
+        entries: Any = json.loads(content)
+    except (ValueError, RecursionError):
+        return {}
+    return cast("dict[str, object]", entries) if isinstance(entries, dict) else {}
 
 
 def fetch_model(address: str) -> Path:
@@ -415,8 +448,14 @@ def fetch_run(address: str, folder: Path) -> None:
     folders = {name.partition("/")[0] for name in objects if "/" in name}
     complete = {each for each in folders if f"{each}/{RunLayout.CARD}" in objects}
     steps = sorted(each for each in complete if each.startswith(STEP))
-    # A model folder without a card was being copied when the run ended.
-    left_out = {each for each in folders - complete if f"{each}/{RunLayout.CONFIG}" in objects}
+    # A model folder without a card was being copied or deleted when the run ended.
+    left_out = {
+        each
+        for each in folders - complete
+        if each.startswith((STEP, RunLayout.KEPT)) or each == RunLayout.BEST or f"{each}/{RunLayout.CONFIG}" in objects
+    }
+    if left_out:
+        _log.info(f"left out, because their copies are incomplete: {join_names(sorted(left_out))}")
     wanted = [one for name, one in objects.items() if name.partition("/")[0] not in left_out]
     with atomic_directory(folder) as aside:
         _download(store, wanted, aside)

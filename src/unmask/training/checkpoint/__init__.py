@@ -200,8 +200,8 @@ def save_kept(run: Path, name: str, model: Model, parts: nn.Module | None = None
     return target
 
 
-def load(run: Path, training: TrainLoopInputs) -> TrainState:
-    """Restores weights, optimizer state and training state from a run's latest step.
+def load(run: Path, training: TrainLoopInputs, step: int | None = None) -> TrainState:
+    """Restores weights, optimizer state and training state from the checkpoint of a step; None: from the latest one.
 
     Raises:
         RunError: the run has no checkpoint, or recipe.toml was changed to a model of another shape.
@@ -209,10 +209,10 @@ def load(run: Path, training: TrainLoopInputs) -> TrainState:
             names the file.
         ModelError: the checkpoint has a pickle of `torch.distributed.checkpoint`.
     """
-    folder = latest(run)
+    folder = latest(run) if step is None else run / step_name(step)
     for place in (folder, folder / RunLayout.RESUME):
         files.refuse_pickled(place)
-    _verify_together(run, folder, training.context)
+    verify_together(folder, training.context)
     resume = folder / RunLayout.RESUME
     try:
         training.module.load_state_dict(_read_tensors(resume, WEIGHTS, training.module.state_dict()))
@@ -235,7 +235,7 @@ def load(run: Path, training: TrainLoopInputs) -> TrainState:
     return read_state(folder)
 
 
-def _verify_together(run: Path, folder: Path, context: DistributedContext) -> None:
+def verify_together(folder: Path, context: DistributedContext) -> None:
     """Compares the files of a checkpoint with its manifests, each rank a part of them.
 
     Raises:
@@ -252,8 +252,8 @@ def _verify_together(run: Path, folder: Path, context: DistributedContext) -> No
         error = caught
     last_rank = context.largest(context.rank + 1 if error else 0) - 1
     if error:
-        others = [path.name for path in sorted(run.glob("step-*")) if path != folder]
-        earlier = f", or resume from an earlier step: {how_to_point(run, others[-1])}" if others else ""
+        others = [path.name for path in sorted(folder.parent.glob("step-*")) if path != folder]
+        earlier = f", or resume from an earlier step: {how_to_point(folder.parent, others[-1])}" if others else ""
         raise DamagedError(error.message, location=error.location, hint=f"restore it from a copy{earlier}") from error
     if last_rank >= 0:
         raise DamagedError(
@@ -318,14 +318,14 @@ def _read_tensors(resume: Path, kind: str, current: Mapping[str, Tensor]) -> dic
 # The checkpoints of a run ---------------------------------------------------------------------------------------------
 
 
-def earlier_step(run: Path, step: int, is_due: IsDue) -> int:
-    """Returns the number of the last checkpoint before a step; 0 if there is none.
+def earlier_steps(run: Path, step: int, is_due: IsDue) -> list[int]:
+    """Returns the numbers of the checkpoints before a step, the one to go back to first.
 
-    Checkpoints at the interval of the run come first. Those that a signal left are at any step, and a run that was
-    stopped and resumed should go back to the same step as one that was not.
+    Checkpoints at the interval of the run come first, and of these the last one. Those that a signal left are at any
+    step, and a run that was stopped and resumed should go back to the same step as one that was not.
     """
     earlier = [number for number, _ in _checkpoints(run) if number < step]
-    return max([number for number in earlier if is_due(number, math.inf)] or earlier, default=0)
+    return sorted(earlier, key=lambda number: (is_due(number, math.inf), number), reverse=True)
 
 
 def outdated_checkpoints(run: Path, step: int, keep: int, is_due: IsDue) -> list[Path]:

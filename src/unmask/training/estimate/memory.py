@@ -143,6 +143,7 @@ def forecast_bytes(
     if context.device.type != "cpu":
         return peak
     peak += _copied_bytes(recipe, vocab_size, context)
+    peak += _joined_bytes(recipe, vocab_size, context) if context.is_main_process else 0
     factor = _GROWTH if measured is None or measured.sizes_vary else _GROWTH_EQUAL_SIZES
     done = measured.steps if measured else (0,) * len(plan.stages)
     for stage, planned, before in zip(recipe.stage, plan.stages, done, strict=True):
@@ -158,8 +159,21 @@ def _copied_bytes(recipe: Recipe, vocab_size: int, context: DistributedContext) 
     """
     if not recipe.train.background_save:
         return 0
-    parameters = num_parameters(recipe.model, vocab_size) + _generator_parameters(recipe, vocab_size)
-    return parameters * 4 * (3 + (recipe.train.ema_decay > 0)) // num_shards(recipe, context)
+    copied = 3 + (recipe.train.ema_decay > 0)
+    return 4 * copied * _all_parameters(recipe, vocab_size) // num_shards(recipe, context)
+
+
+def _joined_bytes(recipe: Recipe, vocab_size: int, context: DistributedContext) -> int:
+    """Returns the bytes of the whole model that rank 0 reads from the shards of a checkpoint; 0 without shards.
+
+    Without a copy in the background, training waits meanwhile, and the memory is that of a validation.
+    """
+    is_joined = recipe.train.background_save and num_shards(recipe, context) > 1
+    return 4 * _all_parameters(recipe, vocab_size) if is_joined else 0
+
+
+def _all_parameters(recipe: Recipe, vocab_size: int) -> int:
+    return num_parameters(recipe.model, vocab_size) + _generator_parameters(recipe, vocab_size)
 
 
 def required_bytes(recipe: Recipe, vocab_size: int, context: DistributedContext, micro_tokens: int = 0) -> int:
@@ -170,7 +184,7 @@ def required_bytes(recipe: Recipe, vocab_size: int, context: DistributedContext,
     has what is gathered: in a step embeddings and one block, in a validation all weights.
     `micro_tokens` replaces the recipe's size of a micro-batch.
     """
-    parameters = num_parameters(recipe.model, vocab_size) + _generator_parameters(recipe, vocab_size)
+    parameters = _all_parameters(recipe, vocab_size)
     validated = max(_layer_bytes(recipe.model, stage.max_seq_len, context) for stage in recipe.stage)
     validated += _EVAL_MASKED * vocab_size * (_width(context) + 8)
     shards = num_shards(recipe, context)
@@ -263,9 +277,10 @@ def check_memory(recipe: Recipe, vocab_size: int, context: DistributedContext) -
             location="train.micro_batch_size",
             hint=_what_fits(recipe, vocab_size, context, available),
         )
-    # Without shards, rank 0 alone copies.
+    # Without shards, rank 0 alone copies. With shards, it may be on this machine.
     copying = context.local_ranks if num_shards(recipe, context) > 1 else 1
-    copied, host = copying * _copied_bytes(recipe, vocab_size, context), _host_bytes()
+    copied = copying * _copied_bytes(recipe, vocab_size, context) + _joined_bytes(recipe, vocab_size, context)
+    host = _host_bytes()
     left = max(0, host - context.local_ranks * needed * is_cpu)
     if host and copied > left:
         raise RecipeError(

@@ -8,7 +8,9 @@ then are timed. Stages alternate, so that a busy moment of the machine affects a
 
 from __future__ import annotations
 
+import contextlib
 import math
+import shutil
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -71,6 +73,8 @@ _TRIM = 0.2  # fraction of the fastest and of the slowest steps that is left out
 _FIRST_PAIRS = 8  # of the first sample of minimal pairs; the next ones are twice as large
 _SIZE_STEPS, _SIZE_FRACTION = (2, 8), 0.02  # steps of a model's warm-up and measurement; fraction of a budget
 _BYTES_PER_SECOND = 2e8  # of writing a checkpoint, if none is written by the probe
+_PREFIX = ".unmask-probe-"  # of the folder for this checkpoint
+_LEFTOVER_SECONDS = 86_400.0  # after which no probe writes to its folder any more
 
 
 def probe_limits(budget: Quantity) -> ProbeLimits:
@@ -106,7 +110,7 @@ def measure(
         pairs: Minimal pairs that the run is evaluated on.
         on_probe: Callback for the progress.
         folder: Directory on the disk of the run, for one checkpoint that is deleted again; None: the system's
-            directory for temporary files.
+            directory for temporary files. What a killed probe left there more than a day ago is deleted too.
     """
     context = components.context
     _build_eval_sets(recipe, components)
@@ -115,7 +119,9 @@ def measure(
     probe = _Probe(recipe, components, trial, probe_limits(recipe.train.budget), on_probe)
     probe.warm_up()
     validations = probe.time_validation()
-    with tempfile.TemporaryDirectory(prefix=".unmask-probe-", dir=folder) as temporary:
+    with tempfile.TemporaryDirectory(prefix=_PREFIX, dir=folder) as temporary:
+        if context.is_main_process:
+            _remove_leftovers(Path(temporary))
         is_shared = folder is not None or context.ranks == context.local_ranks
         save_best_seconds, save_seconds = probe.time_saving(Path(temporary), is_shared=is_shared)
     pairs_seconds = probe.time_pairs(pairs) if pairs else 0.0
@@ -134,6 +140,15 @@ def measure(
         memory=probe.measure_memory(before),
         pairs_seconds=pairs_seconds,
     )
+
+
+def _remove_leftovers(own: Path) -> None:
+    """Deletes old folders of probes that were killed, beside the folder of this probe."""
+    now = own.stat().st_mtime  # by the clock of the disk, which other machines may share
+    for other in own.parent.glob(f"{_PREFIX}*"):
+        with contextlib.suppress(OSError):  # another process deletes it
+            if now - other.stat().st_mtime > _LEFTOVER_SECONDS:
+                shutil.rmtree(other, ignore_errors=True)
 
 
 def try_steps(recipe: Recipe, components: RunComponents) -> Measured:
