@@ -90,7 +90,7 @@ class DistributedContext:
         """Return the largest of the values of all ranks."""
         if self.ranks == 1:
             return value
-        largest = torch.tensor(value, device=self.device)
+        largest = torch.tensor(int(value), device=self.device)
         distributed.all_reduce(largest, distributed.ReduceOp.MAX)
         return int(largest)
 

@@ -269,7 +269,7 @@ class _StageTimer:
         if tokens == self.stage.batch_tokens:
             self.full_steps += count
             self.sizes |= {after - before for before, after in pairwise(totals)}
-        # A background thread prepares batches: before the first step it had no time to do so. Ranks may have other cores.
+        # A background thread prepares batches: before the first step it had no time. Ranks may have other cores.
         return times[1:] if count > 1 and context.largest(has_free_core(context)) else times
 
 
