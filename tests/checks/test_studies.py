@@ -26,7 +26,7 @@ from unmask.checks.studies.settings import ExpectedConfig, Study
 from unmask.cli import main
 from unmask.core.config import dump_config
 from unmask.core.distributed import init_distributed
-from unmask.core.errors import ModelError, RecipeError, RunError, TextError
+from unmask.core.errors import ModelError, RecipeError, RunError, StoreError, TextError
 from unmask.training.display import Display
 
 SMALL = [
@@ -472,4 +472,6 @@ def test_a_refused_study_leaves_nothing(small: Path, prose: Path, tmp_path: Path
     for out in (tmp_path / "new" / "study", tmp_path / "empty"):
         with pytest.raises(ModelError, match="no token"):
             run_study(load_study(str(small), seeds=1, settings=SMALL), [prose], out=out)
+    with pytest.raises(StoreError):
+        run_study(study, [prose], out=small / "study")  # below a file
     assert not (tmp_path / "new").exists() and not list((tmp_path / "empty").iterdir())

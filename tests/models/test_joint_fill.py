@@ -256,6 +256,9 @@ def test_words_beside_han_need_no_space() -> None:
     for one in unmask.generate(model, "我们在", "北京。", length=6, num=5, temperature=3.0):
         assert not re.search("[一-龥，。！] | [一-龥，。！]", one.text), one.text
         assert [part.text for part in list(segments(model, one))[-1]][-1] == "北京。"
+    for seed in range(5):  # a space that is given stays
+        (result,) = unmask.generate(model, "我们 ", " 北京", length=1, temperature=3.0, seed=seed)
+        assert result.text.endswith(" 北京") and (result.text.startswith("我们 ") or result.tokens[0].startswith("##"))
     (result,) = unmask.generate(model, "we love ", "Beijing", length=2, top_k=1)
     assert result.text.startswith("we love") and result.text.endswith("Beijing")
 

@@ -9,7 +9,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from unmask.tokenization.words import WordsRule, detect_words, sentence_starts, word_starts
+from unmask.tokenization.words import (
+    WordsRule,
+    detect_words,
+    is_spaced_letter,
+    sentence_starts,
+    without_false_spaces,
+    word_starts,
+)
 
 
 def words(text: str, rule: WordsRule = "spaces") -> list[str]:
@@ -98,3 +105,12 @@ def test_the_rule_that_a_script_needs() -> None:
     assert detect_words("天氣很好 says he") == "characters"
     assert detect_words("カタカナと ひらがな") == "characters"
     assert detect_words("") == "spaces"
+
+
+def test_marks_end_words_of_scripts_with_spaces() -> None:
+    """Devanagari vowel signs and Arabic diacritics belong to the word before a mask; Han and kana need no space."""
+    spaced = {character: is_spaced_letter(character) for character in "a7한िीً"}
+    assert all(spaced.values()), spaced
+    assert not any(map(is_spaced_letter, "北あカ，. "))
+    assert without_false_spaces("hello 世 界 ， 你 好 。 the end") == "hello世界，你好。the end"
+    assert without_false_spaces("한국어 는 the end .") == "한국어 는 the end ."

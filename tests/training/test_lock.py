@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from unmask.core.errors import RunError
+from unmask.core.errors import DamagedError, RunError
 from unmask.core.files import RunLayout
 from unmask.training.runs import check_not_in_use, is_in_use, run_lock
 
@@ -54,6 +54,9 @@ def test_a_run_writes_through_no_link(tmp_path: Path, name: str) -> None:
     os.mkfifo(run / name)
     with pytest.raises(RunError, match="no regular file"), run_lock(run):
         pass
+    if name == "lock":
+        with pytest.raises(DamagedError, match="a device or a pipe"):
+            is_in_use(run)
     assert outside.read_text() == "keep\n" and not (tmp_path / "missing").exists()
 
 

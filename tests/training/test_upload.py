@@ -121,6 +121,34 @@ def test_a_slow_upload_does_not_delete_the_only_complete_step(run: Path, tmp_pat
     assert started.error is None and tree(bucket) == tree(run) and complete_steps(bucket) == [400, 500]
 
 
+@pytest.mark.parametrize("is_new", [False, True])
+def test_objects_that_the_store_lost_are_sent_again(run: Path, tmp_path: Path, *, is_new: bool) -> None:
+    """One object was deleted and one cut short, while card and digests of the step are still there."""
+    bucket = tmp_path / "bucket"
+    save(run, 100)
+    started, _ = start_upload(run, bucket, keep=2)
+    started.copy()
+    (bucket / "step-0000100" / "config.json").unlink()
+    (bucket / "step-0000100" / "model.safetensors").write_text("mod")
+    if is_new:
+        started, _ = start_upload(run, bucket, keep=2)
+    started.copy()
+    assert started.error is None and tree(bucket) == tree(run)
+
+
+def test_shards_of_more_ranks_do_not_stay_in_a_step_that_is_written_again(run: Path, tmp_path: Path) -> None:
+    bucket = tmp_path / "bucket"
+    save(run, 100)
+    write_text(run / "step-0000100" / "resume" / "shard-00003.safetensors", "rows of rank 2")
+    write_manifest(run / "step-0000100" / "resume")
+    started, _ = start_upload(run, bucket, keep=2)
+    started.copy()
+    assert tree(bucket) == tree(run)
+    save(run, 100, "after a rollback on fewer ranks")
+    started.copy()
+    assert started.error is None and tree(bucket) == tree(run)
+
+
 def test_the_last_step_is_copied_first(run: Path, tmp_path: Path) -> None:
     """Each pass takes so long that the run deletes a step meanwhile, but the last one is there in time."""
     bucket = tmp_path / "bucket"

@@ -351,8 +351,8 @@ def _score_causal(
 ) -> list[NDArray[np.float64]]:
     """Return the log-probability of each token of each text given the tokens before it; 0 for [UNK].
 
-    One pass computes all tokens of a text. Of a text that is longer than the context, windows overlap by half: each
-    token but the first ones has at least half of the context before it.
+    One pass computes as many tokens of a text as their logits fit in a batch. Of a text that is longer than the
+    context, windows overlap by half: each token but the first ones has at least half of the context before it.
     """
     before, after = model.tokenizer.frame.before, model.tokenizer.frame.after
     length = model.context - len(before) - len(after)

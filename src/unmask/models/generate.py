@@ -469,10 +469,13 @@ def _decodes_spaces(model: Model) -> bool:
 
 def _continuation(model: Model, prompt: _Prompt, ids: Sequence[int]) -> str:
     """Return generated tokens as text that continues the prefix, with the space before it if there is one."""
-    formatter = TokenFormatter.of(model.tokenizer)
-    decode = formatter.decode
-    prefix = decode(prompt.prefix_ids, skip_specials=False)
-    text = decode([*prompt.prefix_ids, *ids], skip_specials=False)[len(prefix) :]
+    formatter, both = TokenFormatter.of(model.tokenizer), [*prompt.prefix_ids, *ids]
+    prefix, whole = (formatter.decode(each, skip_specials=False) for each in (prompt.prefix_ids, both))
+    text = whole[len(prefix) :]
+    if prompt.prefix.endswith(" ") and not text.startswith(" "):  # beside Han, the space of the prefix stays
+        decode = model.tokenizer.decode
+        plain = decode(both, skip_specials=False)[len(decode(prompt.prefix_ids, skip_specials=False)) :]
+        text = (" " if plain.startswith(" ") else "") + text
     if not prompt.prefix_ids:
         text = text.removeprefix(formatter.prefix)  # the decoder removes "##" from all tokens but the first
     before = prompt.prefix.rstrip(" ")

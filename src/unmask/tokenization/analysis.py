@@ -22,7 +22,7 @@ from unmask.tokenization.normalization import (
 )
 from unmask.tokenization.tokenizer import Tokenizer
 from unmask.tokenization.trainers import BYTE_OF
-from unmask.tokenization.words import WordsRule, is_spaced_letter, without_false_spaces, word_starts
+from unmask.tokenization.words import WordsRule, is_letter, is_spaced_letter, without_false_spaces, word_starts
 
 SpacingRule = Literal["as-is", "joins", "after-space"]
 _SPACE: Final = "␣"
@@ -118,7 +118,8 @@ class TokenFormatter:
         """Return whether a word that begins with this token would merge with the word before it."""
         if not before or not token.letters or token.spacing == "joins":
             return False
-        return is_spaced_letter(before[-1]) and is_spaced_letter(token.letters[0])
+        first = token.letters[0]
+        return is_spaced_letter(before[-1]) and is_letter(first) and is_spaced_letter(first)
 
     def decode(self, ids: Sequence[int], *, skip_specials: bool = True) -> str:
         """Decode ids to text, without the spaces beside Han and kana that a WordPiece decoder writes."""

@@ -57,8 +57,10 @@ def is_letter(character: str) -> bool:
 
 
 def is_spaced_letter(character: str) -> bool:
-    """Return whether a character is a letter or a number of a script with spaces: not Han, Hiragana or Katakana."""
-    return is_letter(character) and not any(first <= ord(character) <= last for first, last in _UNSPACED)
+    """Return whether a character is a letter, mark or number of a script with spaces: not Han, Hiragana or Katakana."""
+    return _kind(ord(character)) in (_LETTER, _MARK) and not any(
+        first <= ord(character) <= last for first, last in _UNSPACED
+    )
 
 
 def without_false_spaces(text: str) -> str:

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from unmask.core import files
 from unmask.core.config import dump_config
@@ -79,7 +79,7 @@ def run_training(run: PreparedRun, state: TrainState, display: Display, signals:
     display.train_start(plan, state, run.estimate.flops_per_token, run.estimate.flops_per_second)
     with _resume_hint(run.folder), _crash_file(run.folder), lost_ranks_explained():
         callbacks.open(state)
-        waits, stopped = True, None
+        waits, ended = True, cast("Stopped | Diverged | None", None)
         try:
             if recipe.init.model and not state.step:
                 callbacks.validate(state)
@@ -91,7 +91,9 @@ def run_training(run: PreparedRun, state: TrainState, display: Display, signals:
                     callbacks.end_early(state, early)
                 else:
                     callbacks.save_once(state, keeps_one_more=True)
-                    stopped = Stopped(reason.exit_code, str(run.folder), state.step)
+                    ended = Stopped(reason.exit_code, str(run.folder), state.step)
+        except Diverged as error:  # of all ranks
+            ended = error
         except KeyboardInterrupt:  # a second Ctrl-C stops at once
             waits = False
             raise
@@ -101,8 +103,8 @@ def run_training(run: PreparedRun, state: TrainState, display: Display, signals:
         # rank 0, and a collective operation waits for COLLECTIVE_SECONDS at most.
         compare_ranks(run.components.context, {})
         run.components.context.barrier()  # rank 0 may have the store, so it ends when all others have read the result
-        if stopped:
-            raise stopped
+        if ended:
+            raise ended
     summary = Summary(
         run=run.folder,
         steps=state.step,

@@ -7,7 +7,6 @@ import datetime
 import fnmatch
 import logging
 import math
-import shutil
 import statistics
 import tempfile
 from collections.abc import Generator, Iterator, Mapping, Sequence
@@ -30,6 +29,7 @@ from unmask.training.recipe import MAY_CHANGE
 # Time for a second attempt: the first may only remove the lock of a dead process, and a new lock may still be empty.
 _LOCK_SECONDS = 0.3
 _POLL_SECONDS = 0.05
+_LOCK_BYTES = 4096  # more than a lock has
 # What a run writes to in place; other files are replaced whole.
 _WRITTEN = (RunLayout.LOCK, RunLayout.LOG, RunLayout.DISCARDED, RunLayout.CRASH, TENSORBOARD, WANDB)
 
@@ -89,7 +89,9 @@ def is_in_use(run: Path) -> bool:
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(folder) / RunLayout.LOCK
         try:
-            shutil.copyfile(run / RunLayout.LOCK, copy)
+            files.require_regular(run / RunLayout.LOCK)
+            with (run / RunLayout.LOCK).open("rb") as lock:
+                copy.write_bytes(lock.read(_LOCK_BYTES))
         except FileNotFoundError:
             return False
         try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import json
 import os
@@ -23,7 +24,7 @@ from unmask.checks.studies.settings import Study, VariantConfig
 from unmask.core import files
 from unmask.core.config import dump_config
 from unmask.core.distributed import DistributedContext, init_distributed, load_warning
-from unmask.core.errors import RecipeError, RunError, Stopped, TextError, UnmaskError
+from unmask.core.errors import RecipeError, RunError, Stopped, StoreError, TextError, UnmaskError
 from unmask.core.files import RunLayout
 from unmask.core.hardware import cores, processor_name
 from unmask.core.quantities import Quantity
@@ -82,8 +83,10 @@ def run_study(
         session.calibrate(earlier.get("calibration") or {})
         result = _facts(session, texts, command)
         _run_missing(session, result, earlier.get("runs", []), out)
-    except UnmaskError:
-        if created and not (out / RESULT).exists():  # the first run was refused
+    except UnmaskError as error:
+        has_checkpoint = any(session.work.glob(f"*/{RunLayout.LATEST}"))
+        can_go_on = has_checkpoint and isinstance(error, StoreError | RunError)  # a full disk, a run that diverged
+        if created and not can_go_on and not (out / RESULT).exists():  # the first run was refused
             _remove(session.work, created)
         raise
     files.write_text(out / TABLE, table(study, result))
@@ -97,10 +100,10 @@ def run_study(
 def _remove(work: Path, created: Path) -> None:
     """Remove a folder, and those above it up to `created` that are empty then."""
     shutil.rmtree(work, ignore_errors=True)
-    for folder in work.parents:
-        if not folder.is_relative_to(created) or any(folder.iterdir()):
-            break
-        folder.rmdir()
+    with contextlib.suppress(OSError):  # not empty, or it could not be created
+        for folder in work.parents:
+            if folder.is_relative_to(created):
+                folder.rmdir()
 
 
 def _run_missing(session: _Session, result: dict[str, Any], earlier: Sequence[Mapping[str, Any]], out: Path) -> None:

@@ -74,6 +74,7 @@ class RunUpload:
         self._named, self._run, self.address, self._keep = run, run.absolute(), address, keep
         self._store = Store(address, StoreError)
         self._copied: dict[str, tuple[int, int]] = {}  # size and time of each file when it was copied
+        self._objects: dict[str, int | None] = {}  # sizes of all objects, at the beginning of a pass
         self._sent: dict[str, tuple[int, int]] = {}  # likewise of the files of folders that are not complete yet
         self._changed, self._is_ending = threading.Event(), False
         self._thread = threading.Thread(target=self._work, name="upload", daemon=True)
@@ -142,7 +143,7 @@ class RunUpload:
         if not self._is_own:
             _require_own(self._store, self._run)
             self._is_own = True
-        objects = {one.path: one.size for one in self._store.list()}
+        objects = self._objects = {one.path: one.size for one in self._store.list()}
         if RunLayout.ENVIRONMENT in objects and not _is_copy(self._store, self._run):
             raise _of_others(self._store, self._run)  # another run has got the address meanwhile
         self._check_session()
@@ -248,8 +249,9 @@ class RunUpload:
                 self._put(name)
                 self._copied[name] = facts[name]
             return
-        equal = self._equal(folder)
-        if not equal.issuperset(names):
+        equal = {name for name in self._equal(folder) if name in facts and self._objects.get(name) == facts[name][0]}
+        outdated = [name for name in self._objects if name.startswith(f"{folder}/") and name not in facts]
+        if outdated or not equal.issuperset(names):
             self._sent |= {name: facts[name] for name in names if name in equal}
             content = (self._run / card).read_bytes()
             self._store.remove(card)  # the folder is incomplete until its new card is there
@@ -260,6 +262,8 @@ class RunUpload:
                     self._sent[name] = facts[name]
             if any(self._facts(name) != facts[name] for name in names):  # replaced meanwhile: perhaps a mixture
                 raise _Vanished
+            for name in outdated:  # such as the shards of more ranks, from which the step can't be resumed
+                self._store.remove(name)
             self._store.put_bytes(content, card)
         self._copied |= facts
         self._sent = {name: known for name, known in self._sent.items() if name not in facts}
