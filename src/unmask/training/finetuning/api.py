@@ -151,9 +151,9 @@ def _config(task: Task, options: FinetuneOptions) -> FinetuneConfig:
     if epochs is not None:
         if not 0 < epochs < math.inf:
             raise RecipeError(
-                f"invalid number of epochs: got {epochs:g}, expected more than 0",
+                f"invalid number of epochs: got {epochs:g}, expected a number above 0",
                 location="--epochs",
-                hint="increase it",
+                hint="choose a number such as 4",
             )
         given["budget"] = f"{epochs:f} epochs"
     try:
